@@ -1,0 +1,204 @@
+"""How settings are made: dataclass defaults < config files < command-line flags.
+
+    python train.py configs/max3060.py --batch_size=4 --compile=False
+
+Every script has one dataclass that names its settings; `parse_config` turns it into a parser. The comment
+behind a field is its line in `--help`, the field's type says what is accepted. A config file is plain Python
+that only assigns (`d_ff = 4 * d_model` may use anything assigned before it, in an earlier file, or by
+default). Several files may follow each other and the later one wins; flags win over files. A file that
+assigns `baseline = "configs/cpu.py"` starts from that file, so that an experiment states nothing but what it
+changes.
+
+A profile such as `configs/speedrun.py` is read by several scripts. A name that is another script's setting is
+left to that script; a name that is nobody's is an error that suggests the nearest one.
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import inspect
+import io
+import sys
+import tokenize
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ConfigError(ValueError):
+    """A setting the user can mend; the message says how."""
+
+
+def parse_config(Config, doc: str = "", argv: list[str] | None = None):
+    """The settings of one script: an instance of the dataclass `Config`.
+
+    `argv` (default: the command line) holds config files and `--name=value` flags in any order. `doc`, the
+    script's docstring, heads `--help`. Anything wrong ends the program with a message and exit status 2.
+    """
+    kinds, helps = typing.get_type_hints(Config), field_comments(Config)
+    parser = argparse.ArgumentParser(
+        usage="python %(prog)s [configs/FILE.py ...] [--name=value ...]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "files", nargs="*", metavar="configs/FILE.py", help="Python files that assign settings"
+    )
+    group, heading = parser, None
+    for field in fields(Config):
+        owner = next(c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {}))
+        if owner is not heading:
+            group, heading = parser.add_argument_group(owner.__name__), owner
+        group.add_argument(
+            f"--{field.name}",
+            default=argparse.SUPPRESS,
+            metavar=kind_name(kinds[field.name], short=True),
+            help=f"{helps.get(field.name, '')} [{field.default!r}]".replace("%", "%%"),
+        )
+    # A bare `--flag` means True; it must not swallow the config file behind it.
+    switches = {f"--{name}" for name, kind in kinds.items() if accepts(True, kind)}
+    argv = [f"{word}=True" if word in switches else word for word in (sys.argv[1:] if argv is None else argv)]
+    flags, unknown = parser.parse_known_intermixed_args(argv)
+    try:
+        if unknown:
+            name = unknown[0].split("=")[0].lstrip("-")
+            raise ConfigError(f"unknown flag {unknown[0]}{nearest(name, kinds)}")
+        settings = {field.name: field.default for field in fields(Config)}
+        for file in flags.files:
+            settings = read_file(Path(file), settings, kinds)
+        for name in kinds:
+            if hasattr(flags, name):
+                settings[name] = read_text(getattr(flags, name), kinds[name], f"--{name}")
+        return Config(**settings)
+    except ValueError as error:  # ConfigError, or what a dataclass' __post_init__ finds inconsistent
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+# -----------------------------------------------------------------------------
+# Config files
+
+
+def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict:
+    """`settings` after the assignments of the config file `path` (and, first, of its `baseline`)."""
+    path = path if path.exists() else ROOT / path
+    if path in seen:
+        raise ConfigError(f"{path}: baselines go round in a circle")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        have = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[!_]*.py")))
+        raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
+    except SyntaxError as error:
+        raise ConfigError(f"{path}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    for node in tree.body:
+        documents = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if not (documents or isinstance(node, (ast.Assign, ast.AnnAssign))):
+            raise ConfigError(f"{path}:{node.lineno}: a config file only assigns: name = value")
+        if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["baseline"]:
+            base = Path(str(ast.literal_eval(node.value)))
+            settings = read_file(base, settings, kinds, (*seen, path))
+    scope = dict(settings)
+    try:
+        exec(compile(tree, str(path), "exec"), scope)
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
+    del scope["__builtins__"]
+    for name, value in scope.items():
+        if name.startswith("_") or (name in settings and value is settings[name]):
+            continue  # `_name` is a file's own helper; the rest was there before
+        if name in kinds:
+            settings = settings | {name: checked(value, kinds[name], f"{path}: {name}")}
+        elif name not in settings_of_all_scripts():
+            raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, kinds)}")
+    return settings
+
+
+@functools.cache
+def settings_of_all_scripts() -> frozenset[str]:
+    """Names of all fields of all `...Config` classes beside this folder, found without importing them."""
+    names = set()
+    for script in ROOT.glob("*.py"):
+        for node in ast.parse(script.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                names |= {f.target.id for f in node.body if isinstance(f, ast.AnnAssign)}
+    return frozenset(names)
+
+
+def nearest(name: str, known) -> str:
+    """The end of an error message: what the user may have meant."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
+
+
+# -----------------------------------------------------------------------------
+# Types: bool, int, float, str, Literal[...] and unions of them
+
+
+def alternatives(kind) -> tuple:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def accepts(value, kind) -> bool:
+    """Whether a Python value may stand for `kind`. An int serves as a float; a bool is no int."""
+    for one in alternatives(kind):
+        if typing.get_origin(one) is typing.Literal:
+            if value in typing.get_args(one) and not isinstance(value, bool):
+                return True
+        elif type(value) is one or (one is float and type(value) is int):
+            return True
+    return False
+
+
+def checked(value, kind, where: str):
+    if not accepts(value, kind):
+        raise ConfigError(f"{where} must be {kind_name(kind)}, not {value!r}")
+    return float(value) if type(value) is int and int not in alternatives(kind) else value
+
+
+def read_text(text: str, kind, where: str):
+    """The value that the flag's `text` stands for: 1e-3, 65_536, True, or the words themselves."""
+    candidates = [text]
+    if text.lower() in ("true", "false"):
+        candidates.insert(0, text.lower() == "true")
+    for number in (float, int):
+        try:
+            candidates.insert(0, number(text))
+        except ValueError:
+            pass
+    for value in candidates:
+        if accepts(value, kind):
+            return checked(value, kind, where)
+    raise ConfigError(f"{where} must be {kind_name(kind)}, not {text!r}")
+
+
+def kind_name(kind, short: bool = False) -> str:
+    """How messages, or in its short form `--help`, call a type."""
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    if short:
+        names = {bool: "True|False", int: "N", float: "X", str: "TEXT"}
+    parts = []
+    for one in alternatives(kind):
+        words = typing.get_args(one) if typing.get_origin(one) is typing.Literal else ()
+        parts += [str(word) if short else repr(word) for word in words] or [names[one]]
+    return ("|" if short else " or ").join(parts)
+
+
+def field_comments(Config) -> dict[str, str]:
+    """The comment behind each field of a dataclass and of those that it extends."""
+    comments = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        source = inspect.getsource(cls)
+        on_line = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                comments[node.target.id] = on_line.get(node.end_lineno, "")
+    return comments

@@ -1,0 +1,1195 @@
+"""The model: a decoder-only transformer, from single equations up to sampling text.
+
+Read it from top to bottom. It starts with the equations as small functions (softmax, cross-entropy, RMSNorm,
+RoPE, attention), builds the layers out of them (attention with grouped queries, SwiGLU, mixture of experts),
+stacks the layers into `ModernDecoderLM`, and ends with the key-value cache, sampling, Hugging Face's file
+format, and the arithmetic of parameters, FLOPs and memory. It needs torch and nothing else of this project.
+
+    config = ModelConfig(n_layers=6, d_model=288, n_heads=6, vocab_size=4096)
+    model = ModernDecoderLM(config)
+    logits = model(ids)                                     # ids (B, T) -> logits (B, T, V)
+    loss_sum, n_targets = model(ids, targets)               # nats, summed over the targets that are not -100
+    tokens = model.generate([[1, 2, 3]], max_new_tokens=20, temperature=0.8, n=4)   # 4 continuations
+    model.save_pretrained("out/base")                       # a folder that transformers loads too
+
+Shapes are written (B, T, d): B sequences, T tokens each, d = d_model. H query heads, K key-value heads, D =
+head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; every other switch is one `if`
+in one place.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 4096  # rows of the embedding table
+    context_length: int = 256  # tokens the model is trained to look at
+    n_layers: int = 6  # transformer blocks
+    d_model: int = 288  # width of the residual stream
+    n_heads: int = 6  # query heads
+    n_kv_heads: int = 0  # key-value heads shared by groups of query heads (GQA); 0: as many as n_heads
+    head_dim: int = 0  # width of a head; 0: d_model / n_heads
+    d_ff: int = (
+        0  # hidden width of the feed-forward layer; 0: 8/3 d_model (gated) or 4 d_model, in steps of 32
+    )
+    norm: Literal["rms", "layer", "none"] = "rms"  # normalisation layer
+    norm_position: Literal["pre", "post"] = "pre"  # before a sublayer, or after its residual addition (2017)
+    norm_eps: float = 1e-5  # added to the variance
+    positions: Literal["rope", "learned", "none"] = "rope"  # how a token knows where it stands
+    rope_theta: float = 10000.0  # slowest RoPE wavelength is about 2 pi theta tokens
+    qk_norm: bool = False  # RMSNorm on every query and key (Qwen3): tames attention logits
+    n_sinks: int = 0  # learned attention sinks a head: logits that softmax may spend its mass on
+    sliding_window: int = 0  # a token sees this many tokens, itself included; 0: all before it
+    ffn: Literal["swiglu", "gelu", "silu", "moe"] = "swiglu"  # feed-forward layer; moe: SwiGLU experts
+    n_experts: int = 8  # moe: experts a layer
+    experts_per_token: int = 2  # moe: experts that each token visits
+    capacity_factor: float = (
+        0.0  # moe: room per expert relative to an even load; 0: room for all, none dropped
+    )
+    load_balance_coef: float = 0.01  # moe: weight of the load-balancing loss
+    router_z_coef: float = 0.001  # moe: weight of the router z-loss
+    bias: bool = False  # biases in linear layers (GPT-2 has them)
+    tie_embeddings: bool = True  # one matrix embeds tokens and predicts them
+    dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, while training
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if not self.head_dim:
+            if self.d_model % self.n_heads:
+                raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}")
+            self.head_dim = self.d_model // self.n_heads
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"RoPE rotates pairs: head_dim={self.head_dim} must be even")
+        if not self.d_ff:
+            wanted = self.d_model * (8 / 3 if self.ffn in ("swiglu", "moe") else 4)
+            self.d_ff = 32 * math.ceil(wanted / 32)
+        if self.ffn == "moe" and not 1 <= self.experts_per_token <= self.n_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} of n_experts={self.n_experts}")
+
+
+# -----------------------------------------------------------------------------
+# Equations. Each stands alone: lift it out, compare it with the paper.
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """exp(x) / sum(exp(x)) along `dim`. Subtracting the maximum changes nothing but keeps exp from
+    overflowing.
+    """
+    e = (x - x.amax(dim, keepdim=True)).exp()
+    return e / e.sum(dim, keepdim=True)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log p(target) in nats; logits (..., V), targets (...) ids, -100 where nothing is asked."""
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    asked = targets != -100
+    chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return ((logits.exp().sum(-1).log() - chosen) * asked).sum() / asked.sum()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
+
+    This is `(x * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight` in one
+    kernel. The casts keep a bfloat16 residual stream bfloat16, whatever autocast thinks of norms.
+    """
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(x.dtype)
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle that RoPE turns by: positions (..., T) -> two tensors (..., T, D/2),
+    float32.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions.float().unsqueeze(-1) * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by the angles; cos, sin (T, D/2) or (B, 1, T,
+    D/2).
+    """
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of x (..., T, D) at integer positions (T) or (..., T).
+
+    Convention: Hugging Face's, i.e. dimension i is paired with i + D/2 ("rotate half"). The paper and Meta's
+    own Llama pair 2i with 2i + 1; the two differ only by a fixed permutation of the dimensions of q_proj and
+    k_proj. The dot product of a rotated query and key depends on their distance alone.
+    """
+    return rotate(x, *rope_angles(positions, x.shape[-1], theta))
+
+
+def attention_mask(queries: Tensor, keys: Tensor, window: int = 0) -> Tensor:
+    """Who may look at whom, True = attend: positions of queries (..., T), of keys (..., S) -> (..., T, S)."""
+    distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    weights: bool = False,
+):
+    """softmax(q k^T / sqrt(D)) v, as in "Attention is all you need", eq. 1: the path to read.
+
+    q (..., T, D), k and v (..., S, D); mask (..., T, S), True = attend, None = everything. `sinks` (..., 1,
+    n) are logits that join the softmax but bring no value, so a head can attend to nothing. `weights=True`
+    returns (output, weights (..., T, S)). A query that may see nothing gets zeros.
+    """
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], -1)], dim=-1)
+    w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]]
+    w = w.nan_to_num() if mask is not None else w
+    return (w @ v, w) if weights else w @ v
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T` without ever holding all logits.
+
+    At 8k tokens and a vocabulary of 50k, logits, their softmax and their gradient in float32 are 4.6 GiB: on
+    a 12 GB card the loss would take more room than the model. Here a chunk of tokens at a time becomes
+    logits, loss and both gradients, then is forgotten. Computing the gradients already in the forward pass
+    costs no extra matrix product (a recomputing checkpoint would: 5 % of a step at V=4,096, d=288).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """hidden (N, d), weight (V, d), targets (N) with -100 = ignore -> the sum of losses, in nats
+        (float32).
+        """
+        total = torch.zeros((), device=hidden.device)
+        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if need else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        for i in range(0, len(hidden), chunk):
+            h, t = hidden[i : i + chunk], targets[i : i + chunk]
+            asked = (t != -100).unsqueeze(-1)
+            index = t.clamp(min=0).unsqueeze(-1)
+            log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (chunk, V)
+            total = total - (log_p.gather(-1, index) * asked).sum()
+            if need:  # d loss / d logits = softmax - one_hot(target), and 0 where nothing is asked
+                grad = log_p.exp()
+                grad = grad.scatter_add(-1, index, -torch.ones_like(index, dtype=grad.dtype)) * asked
+                grad = grad.to(hidden.dtype)
+                grad_hidden[i : i + chunk] = grad @ w
+                grad_weight += grad.T @ h
+        if need:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output.to(grad_weight.dtype)
+        return (
+            (grad_hidden * scale).to(grad_hidden.dtype),
+            (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+# -----------------------------------------------------------------------------
+# Layers
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale a dimension."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, except that the result keeps the dtype of the residual stream (autocast would make it
+    float32).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps) if config.norm == "layer" else nn.Identity()
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Each group of H / K query heads shares one key-value head (GQA; Ainslie et al.,
+    2023).
+
+    Fewer key-value heads cost little quality and shrink the cache that decoding has to read for every token.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0):
+        super().__init__()
+        c = self.config = config
+        self.layer = layer  # which part of a KV cache is ours
+        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        if c.n_sinks:
+            self.sinks = nn.Parameter(torch.zeros(c.n_heads, c.n_sinks))
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: "KVCache | None" = None,
+        weights: bool = False,
+    ):
+        """x (B, T, d) -> (B, T, d), or with `weights=True` (output, weights (B, H, T, S)) by the plain path.
+
+        positions (T) or (B, T) default to 0 .. T-1. mask (T, S) or (B, 1, T, S), True = attend, defaults to
+        causal (and the sliding window). `rope` spares the model computing the same angles in every layer.
+        """
+        c, (B, T, _) = self.config, x.shape
+        q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if c.positions == "rope":
+            if rope is None:
+                positions = torch.arange(T, device=x.device) if positions is None else positions
+                positions = positions if positions.dim() == 1 else positions.unsqueeze(1)
+                rope = rope_angles(positions, c.head_dim, c.rope_theta)
+            q = rotate(q, *rope)
+            if cache is None or cache.key_rope is None:
+                k = rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+            if cache.key_rope is not None:  # a rolling cache gives keys their positions when they are read
+                k = rotate(k, *cache.key_rope)
+        if mask is None and c.sliding_window and T > 1:
+            mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window)
+
+        if weights or c.n_sinks:
+            if mask is None and T > 1:
+                mask = attention_mask(*2 * [torch.arange(T, device=x.device)])
+            k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
+            sinks = self.sinks.unsqueeze(1) if c.n_sinks else None
+            y, w = attention(q, k, v, mask, sinks, weights=True)
+        elif T == 1 and c.n_heads != c.n_kv_heads:
+            # One new token: the query heads of a group become "queries" of their one key head, no key is
+            # repeated.
+            q = q.view(B, c.n_kv_heads, -1, c.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, mask).view(B, c.n_heads, 1, c.head_dim)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                mask,
+                c.dropout * self.training,
+                mask is None and T > 1,
+                enable_gqa=k.shape[1] < q.shape[1],
+            )
+        y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return (y, w) if weights else y
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): a feed-forward layer whose hidden units are gated (Shazeer, 2020)."""
+
+    def __init__(self, d_model: int, d_ff: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), act = GELU in GPT-2's tanh approximation, or SiLU."""
+
+    def __init__(self, d_model: int, d_ff: int, act: str = "gelu", bias: bool = False):
+        super().__init__()
+        self.act = act
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up_proj(x)
+        return self.down_proj(F.gelu(h, approximate="tanh") if self.act == "gelu" else F.silu(h))
+
+
+class MoE(nn.Module):
+    """A sparse mixture of SwiGLU experts: a router sends each token to its best 1 or 2 of E experts.
+
+    Routing as in Mixtral: softmax over all experts, the chosen probabilities renormalised (top-1 keeps the
+    raw probability, as in Switch, else the router would get no gradient). Tokens are sorted into one (E, C,
+    d) buffer, C slots an expert, so that all experts are three batched matrix products and no loop over
+    tokens. With `capacity_factor` C is fixed and tokens that find their expert full skip the layer (Switch
+    Transformer, 2.2).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.gate = nn.Linear(c.d_model, c.n_experts, bias=False)
+        self.w1 = nn.Parameter(torch.empty(c.n_experts, c.d_ff, c.d_model))  # gate projection of each expert
+        self.w3 = nn.Parameter(torch.empty(c.n_experts, c.d_ff, c.d_model))  # up projection
+        self.w2 = nn.Parameter(torch.empty(c.n_experts, c.d_model, c.d_ff))  # down projection
+        self.stats: dict[str, Tensor] = {}  # of the last forward pass: aux_loss, load (E), dropped
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d); what the router did lies in `self.stats` afterwards."""
+        c, shape = self.config, x.shape
+        E, k = c.n_experts, c.experts_per_token
+        x = x.reshape(-1, shape[-1])  # (N, d)
+        N = len(x)
+        router_logits = self.gate(x).float()  # float32: a rounding error here changes the route
+        probs = router_logits.softmax(-1)  # (N, E)
+        p, expert = probs.topk(k, dim=-1)  # (N, k)
+        p = p / p.sum(-1, keepdim=True) if k > 1 else p
+
+        # Rank of every (token, choice) among those that want the same expert; first choices are served first.
+        wants = F.one_hot(expert.T.reshape(-1), E)  # (k N, E), all first choices before all second ones
+        rank = ((wants.cumsum(0) - 1) * wants).sum(-1)  # (k N)
+        load = wants.sum(0)  # (E)
+        C = math.ceil(c.capacity_factor * N * k / E) if c.capacity_factor else int(load.max())
+        kept = rank < C
+        slot = torch.where(
+            kept, expert.T.reshape(-1) * C + rank, E * C
+        )  # slot E * C is the bin for the dropped
+
+        token = torch.arange(N, device=x.device).repeat(k)
+        buffer = x.new_zeros(E * C + 1, shape[-1]).index_copy(0, slot, x[token])
+        b = buffer[:-1].view(E, C, -1)
+        w1, w2, w3 = (w.to(x.dtype).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
+        b = torch.bmm(F.silu(torch.bmm(b, w1)) * torch.bmm(b, w3), w2)  # (E, C, d)
+        out = torch.cat([b.view(E * C, -1), b.new_zeros(1, shape[-1])])[
+            slot
+        ]  # (k N, d), zeros for the dropped
+        out = (out * p.T.reshape(-1, 1).to(out.dtype)).view(k, N, -1).sum(0)
+
+        # Load balancing (Switch, eq. 4): E * sum over experts of share of choices * mean probability; 1 if
+        # even.
+        balance = E * (load / (k * N) * probs.mean(0)).sum()
+        z = router_logits.logsumexp(-1).square().mean()  # router z-loss (ST-MoE, eq. 5) keeps logits small
+        self.stats = {
+            "aux_loss": c.load_balance_coef * balance + c.router_z_coef * z,
+            "load": load.detach() / (k * N),
+            "dropped": (~kept).sum(),
+        }
+        return out.to(x.dtype).view(shape)
+
+
+def make_ffn(config: ModelConfig) -> nn.Module:
+    if config.ffn == "moe":
+        return MoE(config)
+    if config.ffn == "swiglu":
+        return SwiGLU(config.d_model, config.d_ff, config.bias)
+    return MLP(config.d_model, config.d_ff, config.ffn, config.bias)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each added to the residual stream.
+
+    Pre-norm (x + f(norm(x))) trains at any depth; post-norm (norm(x + f(x))), the 2017 order, is there to
+    compare.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0):
+        super().__init__()
+        self.post = config.norm_position == "post"
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = make_norm(config)  # Llama's name: the norm that comes after attention
+        self.mlp = make_ffn(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); the other arguments are `Attention.forward`'s."""
+        if self.post:
+            x = self.input_layernorm(x + self.dropout(self.self_attn(x, positions, mask, rope, cache)))
+            return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), positions, mask, rope, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+# -----------------------------------------------------------------------------
+# The whole model
+
+
+class ModernDecoderLM(nn.Module):
+    """Embedding, n_layers blocks, a last norm and the head. Parameters carry the names of Hugging Face's
+    Llama.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab_size, c.d_model)})
+        if c.positions == "learned":
+            self.model["embed_positions"] = nn.Embedding(c.context_length, c.d_model)
+        self.model["layers"] = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
+        if c.norm_position == "pre":  # post-norm has already normalised what leaves the last block
+            self.model["norm"] = make_norm(c)
+        self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.dropout = nn.Dropout(c.dropout)
+        self.gradient_checkpointing = False  # recompute each block in the backward pass: a third more FLOPs
+        self.loss_chunk = 2048  # tokens whose logits exist at a time, see ChunkedCrossEntropy
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal(0, 0.02), as GPT-2. Layers that write into the residual stream start smaller by sqrt(2
+        n_layers), so that its variance does not grow with depth."""
+        for name, p in self.named_parameters():
+            if p.dim() >= 2 and not name.endswith("sinks"):
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def head(self) -> Tensor:
+        """The (V, d) matrix that scores every token of the vocabulary."""
+        return (self.lm_head or self.model["embed_tokens"]).weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are made of: the autocast dtype inside an autocast region, else that of the
+        weights.
+        """
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
+
+    def hidden(self, ids: Tensor, positions=None, mask=None, cache: "KVCache | None" = None) -> Tensor:
+        """ids (B, T) -> what the head reads, (B, T, d). positions and mask as in `Attention.forward`."""
+        c, T = self.config, ids.shape[1]
+        if cache is not None:
+            positions, mask = cache.positions, cache.mask
+        elif positions is None:
+            if c.positions == "learned" and T > c.context_length:
+                raise ValueError(
+                    f"{T} tokens, but learned positions end at context_length={c.context_length}"
+                )
+            positions = torch.arange(T, device=ids.device)
+        rope = None
+        if c.positions == "rope":  # the same angles serve every layer
+            rope = rope_angles(
+                positions if positions.dim() == 1 else positions.unsqueeze(1), c.head_dim, c.rope_theta
+            )
+        x = self.model["embed_tokens"](ids)
+        if torch.is_autocast_enabled(
+            x.device.type
+        ):  # a residual stream in bfloat16: 37 bytes/token/d, not 47
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if c.positions == "learned":
+            x = x + self.model["embed_positions"](positions).to(x.dtype)
+        x = self.dropout(x)
+        for block in self.model["layers"]:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, positions, mask, rope, use_reentrant=False)
+            else:
+                x = block(x, positions, mask, rope, cache)
+        return self.model["norm"](x) if "norm" in self.model else x
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, positions=None, mask=None, cache=None):
+        """Logits (B, T, V); or with targets (B, T), -100 = not asked, (sum of losses in nats, number of
+        targets).
+
+        The sum and the count are returned apart because the mean over a batch that is split into
+        micro-batches or ranks is the sum of sums over the sum of counts, not the mean of means. An MoE adds
+        its auxiliary losses, times the count, while training only. With a cache, `cache.begin` says where
+        these tokens go.
+        """
+        x = self.hidden(ids, positions, mask, cache)
+        if targets is None:
+            return F.linear(x, self.head)
+        n = (targets != -100).sum()
+        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), self.loss_chunk)
+        if self.config.ffn == "moe" and self.training:
+            loss = loss + n * sum(block.mlp.stats["aux_loss"] for block in self.model["layers"])
+        return loss, n
+
+    # -------------------------------------------------------------------------
+    # Generation
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        window: int = 0,
+        keep: int = 4,
+        stream: Callable[[int, int], None] | None = None,
+        force: Callable[[int, list[int]], Sequence[int]] | None = None,
+        compile: bool = False,
+    ) -> list[list[int]]:
+        """Continues every prompt `n` times: the new tokens of prompt 0 sample 0, prompt 0 sample 1, ... as
+        lists.
+
+        Prompts may differ in length. A row ends after a stop token (the last of its list) or max_new_tokens.
+        temperature 0 is greedy; `sample` explains top_k, top_p, min_p and repetition_penalty. Row r has a
+        random stream of its own, from `seed[r]` or `seed + r`: its text does not depend on its neighbours in
+        the batch. With `window` > 0, or when a text outgrows the context, the cache rolls: the first `keep`
+        tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll, their text ends at the
+        context's end. `stream(row, token)` is told every new token. `force(row, new_tokens)` may return
+        tokens that must come next: that is how a calculator answers. `compile=True` decodes with one compiled
+        step of fixed shapes.
+        """
+        c, was_training, rows = self.config, self.training, len(prompts) * n
+        if not rows or not all(len(p) for p in prompts):
+            raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
+        longest = max(map(len, prompts))
+        slots = keep + window if window else min(longest + max_new_tokens, c.context_length)
+        rolling = longest + max_new_tokens > slots
+        if c.positions == "learned" and rolling:
+            if longest >= c.context_length:
+                raise ValueError(
+                    f"a prompt of {longest} tokens leaves no room in context_length={c.context_length}"
+                )
+            slots, rolling, max_new_tokens = c.context_length, False, c.context_length - longest
+        if compile:  # round up, so that a slightly longer prompt finds its step compiled already
+            slots = slots if rolling else 128 * math.ceil(slots / 128)
+        cache = KVCache(
+            c, len(prompts), slots, keep if rolling else None, self.device, self.dtype, fixed=compile
+        )
+        self.eval()
+        logits = self.prefill(prompts, cache)  # (B, V)
+        if n > 1:  # n samples from one prefill
+            cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
+            logits = logits.repeat_interleave(n, dim=0)
+
+        seeds = [seed + r for r in range(rows)] if isinstance(seed, int) else seed
+        # One uniform number a row and step, drawn beforehand, is all the randomness that sampling needs.
+        uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        uniforms = torch.stack(uniforms).to(self.device)
+        seen = None
+        if repetition_penalty != 1.0:
+            seen = torch.zeros(rows, c.vocab_size, dtype=torch.bool, device=self.device)
+            for r in range(rows):
+                seen[r, list(prompts[r // n])] = True
+        if compile and not hasattr(self, "_compiled_step"):
+            self._compiled_step = torch.compile(self.step, dynamic=False)
+        step = self._compiled_step if compile else self.step
+
+        result: list[list[int]] = [[] for _ in range(rows)]
+        forced: list[list[int]] = [[] for _ in range(rows)]
+        alive, done, pending = list(range(rows)), set(), []
+        # Asking a GPU for a token stops its queue of work: look every step only if somebody waits for the
+        # token.
+        look_every = 1 if stream or force or self.device.type == "cpu" else 16
+        for i in range(max_new_tokens):
+            token = sample(logits, uniforms[:, i], temperature, top_k, top_p, min_p, repetition_penalty, seen)
+            if force:
+                drawn = token.tolist()
+                for j, r in enumerate(alive):
+                    forced[r] = forced[r] or (list(force(r, result[r])) if r not in done else [])
+                    drawn[j] = forced[r].pop(0) if forced[r] else drawn[j]
+                token = torch.tensor(drawn, device=self.device)
+            if seen is not None:
+                seen.scatter_(1, token.unsqueeze(1), True)
+            pending.append(token)
+            if len(pending) == look_every or i == max_new_tokens - 1:
+                for r, column in zip(alive, torch.stack(pending, dim=1).tolist(), strict=True):
+                    for t in column if r not in done else []:
+                        result[r].append(t)
+                        if stream:
+                            stream(r, t)
+                        if t in stop_tokens:
+                            done.add(r)
+                            break
+                pending = []
+                if len(done) == rows or i == max_new_tokens - 1:
+                    break
+                left = [j for j, r in enumerate(alive) if r not in done]
+                if not compile and len(left) <= len(alive) // 2:  # go on with the unfinished rows alone
+                    alive, index = [alive[j] for j in left], torch.tensor(left, device=self.device)
+                    cache.select(index)
+                    token, uniforms = token[index], uniforms[index]
+                    seen = seen[index] if seen is not None else None
+            cache.begin(1)
+            logits = step(token.unsqueeze(1), cache)
+        self.train(was_training)
+        return result
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
+        """Reads prompts of any lengths into an empty cache; returns the logits after each one's last token,
+        (B, V).
+
+        What exceeds the slots of a rolling cache follows token by token, as it would have when generated.
+        """
+        lengths = torch.tensor([len(p) for p in prompts])
+        ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True).to(
+            self.device
+        )
+        first = lengths.clamp(max=cache.slots)
+        cache.begin(int(first.max()), first)
+        x = self.hidden(ids[:, : first.max()], cache=cache)
+        logits = F.linear(x[torch.arange(len(x), device=x.device), first.to(x.device) - 1], self.head)
+        for t in range(cache.slots, ids.shape[1]):
+            reads = lengths > t
+            cache.begin(1, reads.long())
+            logits = torch.where(reads.to(x.device).unsqueeze(1), self.step(ids[:, t : t + 1], cache), logits)
+        return logits
+
+    def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
+        """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
+        return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Draws one token a row: logits (B, V), uniform (B) in [0, 1), seen (B, V) bool -> ids (B).
+
+    In this order, as in transformers: tokens already seen have their logits divided (if positive) or
+    multiplied by repetition_penalty (Keskar et al., 2019); logits are divided by temperature; the top_k best
+    stay; of these the smallest set that holds at least top_p of the probability (Holtzman et al., 2019); of
+    these the tokens with at least min_p times the best one's probability. The draw inverts the cumulative
+    distribution at `uniform`.
+    """
+    logits = logits.float()
+    if seen is not None:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    order = None  # column -> token id, once columns are sorted from best to worst
+    if 0 < top_k < logits.shape[-1]:
+        logits, order = logits.topk(top_k, dim=-1)
+    elif top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True)
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        p = p * (p.cumsum(-1) - p < top_p)  # the mass before a token decides, so the best one always stays
+    if min_p > 0:
+        p = p * (p >= min_p * p.amax(-1, keepdim=True))
+    cdf = p.double().cumsum(-1)
+    index = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1]).unsqueeze(1), right=True)
+    index = index.clamp(max=p.shape[-1] - 1)
+    return (index if order is None else order.gather(1, index)).squeeze(1)
+
+
+class KVCache:
+    """Keys and values of the tokens so far: two (B, K, S, D) tensors a layer, allocated once.
+
+    Row b's token t lies in slot t, so rows of different lengths share the tensors and padding behind a short
+    prompt is never looked at. `begin(T)` plans a forward pass over the next T tokens: where they go, their
+    positions, what they may see; `append` then stores them layer by layer.
+
+    A rolling cache (`keep` given) never fills: the first `keep` tokens stay, the others form a ring that
+    forgets its oldest. Positions count inside the cache, as StreamingLLM found necessary (Xiao et al., 2023),
+    so its keys are stored unrotated and get their RoPE when read. `fixed` keeps every shape the same for a
+    compiled step.
+    """
+
+    def __init__(self, config, rows, slots, keep=None, device="cpu", dtype=torch.float32, fixed=False):
+        shape = (rows, config.n_kv_heads, slots, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.config, self.slots, self.keep, self.fixed, self.device = config, slots, keep, fixed, device
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens each row has seen
+        self.most, self.even = 0, True  # known without asking the device: max(length), whether all are equal
+        if keep is not None and not 0 <= keep < slots:
+            raise ValueError(f"keep={keep} tokens of slots={slots}: a window must remain")
+        if keep is not None and config.positions == "learned":
+            raise ValueError(
+                "learned positions cannot roll: a key would need another position than it was made with"
+            )
+
+    def begin(self, T: int, counts: Tensor | None = None) -> None:
+        """Plans the next T tokens of every row, of which only the first counts[b] are real (default: all)."""
+        start, empty = self.length, self.most == 0
+        if counts is None:
+            self.length, self.most = start + T, self.most + T
+        else:
+            self.even = self.even and bool((counts == counts[0]).all())
+            self.length, self.most = start + counts.to(self.device), self.most + int(counts.max())
+        if self.keep is None and self.most > self.slots:
+            raise ValueError(f"{self.most} tokens do not fit into a KV cache of {self.slots} slots")
+        if self.keep is not None and T > 1 and not empty:
+            raise ValueError("a rolling cache reads one token at a time after its first prompt")
+        new = torch.arange(T, device=self.device)
+        at = start.unsqueeze(1) + new  # (B, T): index in the row's whole text
+        ring = self.slots - (self.keep or 0)
+        self.key_rope, self.mask, self.read = None, None, min(self.most, self.slots)
+        self.write = (
+            at if self.keep is None else torch.where(at < self.slots, at, self.keep + (at - self.keep) % ring)
+        )
+        self.positions = at if self.keep is None else at.clamp(max=self.slots - 1)  # inside the cache
+        self.block = slice(0, T) if empty else None  # prefill: the new tokens see nothing but each other
+        if self.even and T == 1 and not self.fixed and self.keep is None:
+            self.block = slice(self.most - 1, self.most)  # all rows write the same slot: a plain copy
+        self.empty = empty
+        if empty:
+            if self.keep is not None:
+                self.key_rope = rope_angles(new, self.config.head_dim, self.config.rope_theta)
+            return
+        if self.fixed:
+            self.read = self.slots
+        slot = torch.arange(self.read, device=self.device)
+        where = slot.expand(len(at), -1)  # (B, S): position of what each slot holds
+        if self.keep is not None:
+            # Slot of the newest token + 1 is the oldest of the ring once it is full; ages count from there.
+            overflow = (at[:, -1:] + 1 - self.slots).clamp(min=0)
+            where = torch.where(slot < self.keep, slot, self.keep + (slot - self.keep - overflow) % ring)
+            if self.config.positions == "rope":
+                self.key_rope = rope_angles(where.unsqueeze(1), self.config.head_dim, self.config.rope_theta)
+        if self.fixed or not self.even or T > 1 or self.config.sliding_window:
+            self.mask = attention_mask(self.positions, where, self.config.sliding_window).unsqueeze(1)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""
+        keys, values = self.k[layer], self.v[layer]
+        if self.block is not None:
+            keys[:, :, self.block], values[:, :, self.block] = k, v
+        else:
+            rows = torch.arange(len(k), device=k.device).unsqueeze(1)
+            keys[rows, :, self.write] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (B, T)
+            values[rows, :, self.write] = v.transpose(1, 2).to(values.dtype)
+        if self.empty:
+            return k, v
+        return keys[:, :, : self.read], values[:, :, : self.read]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows: rows (B') of indices."""
+        self.k, self.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
+        self.length = self.length[rows]
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face's folder: config.json and model.safetensors
+
+
+def architecture(c: ModelConfig) -> str:
+    """The `model_type` under which transformers computes what this config computes; modern_llm if there is
+    none.
+    """
+    modern = (c.norm, c.norm_position, c.positions, c.n_sinks) == ("rms", "pre", "rope", 0)
+    if modern and c.ffn == "swiglu" and not c.qk_norm and not c.sliding_window:
+        return "llama"
+    if modern and c.ffn == "swiglu" and not c.qk_norm and not c.bias:
+        return "mistral"
+    if modern and c.ffn == "swiglu" and not c.sliding_window and not c.bias:
+        return "qwen3"
+    if (
+        modern
+        and c.ffn == "moe"
+        and not (c.qk_norm or c.bias or c.capacity_factor)
+        and c.experts_per_token > 1
+    ):
+        return "mixtral"
+    gpt = (c.norm, c.norm_position, c.positions, c.n_sinks) == (
+        "layer",
+        "pre",
+        "learned",
+        0,
+    ) and c.ffn == "gelu"
+    plain = (
+        c.n_kv_heads == c.n_heads
+        and c.head_dim * c.n_heads == c.d_model
+        and not (c.qk_norm or c.sliding_window)
+    )
+    return "gpt2" if gpt and plain and c.bias and c.tie_embeddings else "modern_llm"
+
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "modern_llm": "ModernDecoderLM",
+}
+LLAMA_KEYS = {  # our field -> the key in config.json
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+MIXTRAL_KEYS = {
+    "n_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "load_balance_coef": "router_aux_loss_coef",
+    "router_z_coef": "router_z_loss_coef",
+}
+GPT2_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "n_layers": "n_layer",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "d_ff": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+}
+
+
+def to_hf_config(c: ModelConfig) -> dict:
+    """config.json for transformers. `from_hf_config` reads it back."""
+    kind = architecture(c)
+    out = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": "float32"}
+    if kind == "modern_llm":
+        return out | {"vocab_size": c.vocab_size, "modern_llm": asdict(c)}
+    keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
+    out |= {theirs: getattr(c, ours) for ours, theirs in keys.items()}
+    if kind == "gpt2":
+        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout)
+        return out | dropout | {"activation_function": "gelu_new", "tie_word_embeddings": True}
+    out |= {"hidden_act": "silu", "attention_bias": c.bias, "mlp_bias": c.bias, "attention_dropout": 0.0}
+    if kind in ("mistral", "mixtral"):
+        out["sliding_window"] = c.sliding_window or None
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    return out | {"rope_theta": c.rope_theta, "rope_parameters": rope}  # for transformers 4, and from 5 on
+
+
+def from_hf_config(hf: dict) -> ModelConfig:
+    """Reads config.json of GPT-2, Llama, Mistral, Qwen3, Mixtral or ours; refuses by name what it can't
+    compute.
+    """
+    kind = hf.get("model_type")
+    if kind == "modern_llm":
+        return ModelConfig(**hf["modern_llm"])
+    if kind not in CLASSES:
+        raise ValueError(f"model_type {kind!r} is not one of {', '.join(CLASSES)}")
+    keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
+    c = {ours: hf[theirs] for ours, theirs in keys.items() if hf.get(theirs) is not None}
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    activation = hf.get("activation_function" if kind == "gpt2" else "hidden_act")
+    biased = [key for key in ("attention_bias", "mlp_bias") if hf.get(key)]
+    problems = [f"RoPE scaling {rope_type!r}"] if rope_type != "default" else []
+    if activation not in (None, "silu", "gelu_new", "gelu_pytorch_tanh"):
+        problems.append(f"activation {activation!r}")
+    if len(biased) == 1 or (biased and kind != "llama"):
+        problems.append(f"{biased[0]} alone")
+    if hf.get("use_sliding_window") or hf.get("scale_attn_by_inverse_layer_idx"):
+        problems.append("a per-layer kind of attention")
+    if problems:
+        raise ValueError(
+            f"this {kind} checkpoint needs {' and '.join(problems)}, which model.py does not compute"
+        )
+    if kind == "gpt2":
+        gpt2 = {"norm": "layer", "positions": "learned", "ffn": "gelu", "bias": True}
+        return ModelConfig(**{"d_ff": 4 * hf["n_embd"]} | c | gpt2)
+    c |= {
+        "rope_theta": float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        "bias": bool(biased),
+    }
+    if kind in ("mistral", "mixtral"):
+        c["sliding_window"] = hf.get("sliding_window") or 0
+    ffn = "moe" if kind == "mixtral" else "swiglu"
+    return ModelConfig(**{"tie_embeddings": False} | c | {"qk_norm": kind == "qwen3", "ffn": ffn})
+
+
+def gpt2_names(c: ModelConfig) -> list[tuple[str, list[str], bool]]:
+    """(GPT-2's name, our names, transposed?). Its Conv1D stores (in, out), and c_attn is q, k, v side by side."""
+    names = [("transformer.wte.weight", ["model.embed_tokens.weight"], False)]
+    names += [("transformer.wpe.weight", ["model.embed_positions.weight"], False)]
+    for kind in ("weight", "bias"):
+        names.append((f"transformer.ln_f.{kind}", [f"model.norm.{kind}"], False))
+        for i in range(c.n_layers):
+            theirs, ours, t = f"transformer.h.{i}", f"model.layers.{i}", kind == "weight"
+            names += [
+                (f"{theirs}.ln_1.{kind}", [f"{ours}.input_layernorm.{kind}"], False),
+                (f"{theirs}.ln_2.{kind}", [f"{ours}.post_attention_layernorm.{kind}"], False),
+                (f"{theirs}.attn.c_attn.{kind}", [f"{ours}.self_attn.{x}_proj.{kind}" for x in "qkv"], t),
+                (f"{theirs}.attn.c_proj.{kind}", [f"{ours}.self_attn.o_proj.{kind}"], t),
+                (f"{theirs}.mlp.c_fc.{kind}", [f"{ours}.mlp.up_proj.{kind}"], t),
+                (f"{theirs}.mlp.c_proj.{kind}", [f"{ours}.mlp.down_proj.{kind}"], t),
+            ]
+    return names
+
+
+def to_hf_tensors(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the names, and in the layout, of the checkpoint on disk."""
+    kind = architecture(c)
+    if kind == "gpt2":
+        whole = {name: torch.cat([ours[o] for o in parts]) for name, parts, _ in gpt2_names(c)}
+        return {name: whole[name].T.contiguous() if t else whole[name] for name, _, t in gpt2_names(c)}
+    if kind != "mixtral":
+        return dict(ours)
+    out = {}
+    for name, tensor in ours.items():
+        layer, _, leaf = name.rpartition(".mlp.")
+        if leaf == "gate.weight":
+            out[f"{layer}.block_sparse_moe.gate.weight"] = tensor
+        elif leaf in ("w1", "w2", "w3"):
+            for e, matrix in enumerate(tensor):
+                out[f"{layer}.block_sparse_moe.experts.{e}.{leaf}.weight"] = matrix.clone()
+        else:
+            out[name] = tensor
+    return out
+
+
+def from_hf_tensors(c: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_hf_tensors`; drops what is no weight (GPT-2's masks, a tied copy of the head)."""
+    kind = architecture(c)
+    theirs = {
+        name: t for name, t in theirs.items() if not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
+    }
+    if c.tie_embeddings:
+        theirs.pop("lm_head.weight", None)
+    if kind == "gpt2":  # the hub's first upload has no "transformer." before its names
+        prefix = "" if "transformer.wte.weight" in theirs else "transformer."
+        theirs = {prefix + name: t for name, t in theirs.items() if not name.endswith(".attn.bias")}
+        out = {}
+        for name, parts, transposed in gpt2_names(c):
+            if name in theirs:
+                tensor = theirs.pop(name)
+                out |= zip(parts, (tensor.T if transposed else tensor).chunk(len(parts)), strict=True)
+        return out | theirs
+    if kind == "mixtral":
+        for i in range(c.n_layers):
+            old, new = f"model.layers.{i}.block_sparse_moe", f"model.layers.{i}.mlp"
+            if f"{old}.gate.weight" in theirs:
+                theirs[f"{new}.gate.weight"] = theirs.pop(f"{old}.gate.weight")
+            for leaf in ("w1", "w2", "w3"):
+                names = [f"{old}.experts.{e}.{leaf}.weight" for e in range(c.n_experts)]
+                if all(name in theirs for name in names):
+                    theirs[f"{new}.{leaf}"] = torch.stack([theirs.pop(name) for name in names])
+    return theirs
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` makes a temporary file that takes the place of `path` only when it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None:
+    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_hf_tensors(
+        model.config, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    )
+    text = json.dumps(to_hf_config(model.config) | extra, indent=2)
+    write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
+    write_atomically(
+        folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+
+
+def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> ModernDecoderLM:
+    """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
+
+    Weights are float32 whatever they were stored as. Raises FileNotFoundError or ValueError that say what is
+    wrong: no such folder, an architecture this file can't compute, tensors missing or too many or misshapen.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{name} is neither a folder nor a model that the hub gave: {error}"
+            ) from None
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json: not a finished run, nor a Hugging Face model"
+        )
+    config = from_hf_config(json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
+        model = ModernDecoderLM(config)
+    ours, want = from_hf_tensors(config, load_tensors(folder)), model.state_dict()
+    missing, unexpected = sorted(want.keys() - ours.keys()), sorted(ours.keys() - want.keys())
+    misshapen = [k for k in want.keys() & ours.keys() if want[k].shape != ours[k].shape]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{folder} does not hold the model its config.json describes: missing {missing[:4]}, "
+            f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
+        )
+    model.load_state_dict({k: v.float() for k, v in ours.items()}, assign=True)
+    return model.to(device).requires_grad_(True)
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, in one file or in shards. Pickled weights are never loaded."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise FileNotFoundError(f"{folder / shard} is missing")
+        try:
+            tensors |= load_file(folder / shard)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / shard} is damaged ({error}); restore it or train again") from None
+    return tensors
+
+
+ModernDecoderLM.save_pretrained = save_pretrained
+ModernDecoderLM.from_pretrained = staticmethod(from_pretrained)
+
+
+# -----------------------------------------------------------------------------
+# Arithmetic: what a config will cost before it is built
+
+
+def count_parameters(c: ModelConfig) -> dict[str, int]:
+    """Parameters by kind; `total`, and `active`: those that one token meets (an MoE skips most experts)."""
+    attention = 2 * c.d_model * c.head_dim * (c.n_heads + c.n_kv_heads)
+    ffn = c.d_model * c.d_ff * (3 if c.ffn in ("swiglu", "moe") else 2)
+    bias = 0
+    if c.bias:
+        bias = c.head_dim * (c.n_heads + 2 * c.n_kv_heads) + c.d_model
+        bias += {"swiglu": 2 * c.d_ff + c.d_model, "moe": 0}.get(c.ffn, c.d_ff + c.d_model)
+    norm = {"rms": 1, "layer": 2, "none": 0}[c.norm] * c.d_model
+    small = bias + 2 * norm + 2 * c.head_dim * c.qk_norm + c.n_heads * c.n_sinks
+    router = c.d_model * c.n_experts if c.ffn == "moe" else 0
+    embedding = c.vocab_size * c.d_model
+    counts = {
+        "embedding": embedding,
+        "head": 0 if c.tie_embeddings else embedding,
+        "positions": c.context_length * c.d_model if c.positions == "learned" else 0,
+        "attention": c.n_layers * attention,
+        "ffn": c.n_layers * (ffn * (c.n_experts if c.ffn == "moe" else 1) + router),
+        "norms_and_biases": c.n_layers * small + norm * (c.norm_position == "pre"),
+    }
+    total = sum(counts.values())
+    idle = c.n_layers * ffn * (c.n_experts - c.experts_per_token) if c.ffn == "moe" else 0
+    return counts | {"total": total, "active": total - idle}
+
+
+def estimate_flops(c: ModelConfig, context_length: int = 0) -> float:
+    """FLOPs of training on one token: 6 per matrix weight it meets + 12 L H D T for attention (PaLM, appendix
+    B).
+
+    Forward is a third of it. Attention is counted over the full T x T square, as everybody does for MFU,
+    although the causal half could be skipped.
+    """
+    n = count_parameters(c)
+    matrices = n["attention"] + n["ffn"] - (n["total"] - n["active"]) + c.vocab_size * c.d_model
+    return 6 * matrices + 12 * c.n_layers * c.n_heads * c.head_dim * (context_length or c.context_length)
+
+
+def estimate_memory(
+    c: ModelConfig,
+    micro_batch: int,
+    context_length: int = 0,
+    *,
+    gradient_checkpointing: bool = False,
+    bytes_per_activation: int = 2,
+    optimizer_bytes: int = 8,
+    fused_ffn: bool = False,
+    loss_chunk: int = 2048,
+) -> dict[str, int]:
+    """Bytes of one training step by kind, and their `peak`.
+
+    Activations of a layer and token are (12 + 4 g + c f/d) d + 8 + 4 H bytes in bfloat16: g = K / H, and the
+    feed-forward layer keeps c = 8 bytes of every hidden unit (6 when compiled: SiLU * up is fused).
+    Checkpointing keeps a layer's input alone and one layer's activations at a time. 6 % on top is what the
+    allocator loses; 0.55 GiB are the CUDA context and workspaces, left out for float32 activations, taken to
+    be a CPU's.
+    """
+    n, d, L = count_parameters(c), c.d_model, c.n_layers
+    T = context_length or c.context_length
+    N = micro_batch * T
+    half = bytes_per_activation == 2
+    g = c.n_kv_heads / c.n_heads * (c.head_dim * c.n_heads / d)
+    hidden = {"swiglu": 6 if fused_ffn else 8, "moe": 8}.get(c.ffn, 4) * c.d_ff / d
+    if c.ffn == "moe":
+        hidden = (hidden + 6) * c.experts_per_token * max(c.capacity_factor, 1)
+    layer = int(N * (((12 + 4 * g + hidden) * d) * (1 if half else 2) + 8 + 4 * c.n_heads))
+    if c.n_sinks:  # the plain path keeps scores, float32 weights and weights
+        layer += 3 * 4 * micro_batch * c.n_heads * T * T
+    matrices = n["attention"] + n["ffn"]
+    copies = 2 * matrices if half else 0  # autocast's bfloat16 weights
+    if gradient_checkpointing:
+        activations = bytes_per_activation * L * N * d + layer + 2 * copies // L + 2 * N * d
+    else:
+        activations = L * layer + copies
+    logits = (10 + 2 * bytes_per_activation) * c.vocab_size * min(loss_chunk, N)
+    logits += (4 + bytes_per_activation) * c.vocab_size * d  # float32 gradient of the head, and its cast
+    parts = {
+        "weights": 4 * n["total"],
+        "gradients": 4 * n["total"],
+        "optimizer": optimizer_bytes * n["total"],
+        "activations": activations,
+        "logits": logits,
+    }
+    overhead = int(0.06 * sum(parts.values()) + (0.55 * 2**30 if half else 0))
+    return parts | {"overhead": overhead, "peak": sum(parts.values()) + overhead}
+
+
+def kv_cache_bytes(c: ModelConfig, tokens: int, rows: int = 1, bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values of `rows` sequences of `tokens` tokens."""
+    return 2 * c.n_layers * c.n_kv_heads * c.head_dim * tokens * rows * bytes_per_value
