@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -41,9 +41,7 @@ class ModelConfig:
     n_heads: int = 6  # query heads
     n_kv_heads: int = 0  # key-value heads shared by groups of query heads (GQA); 0: as many as n_heads
     head_dim: int = 0  # width of a head; 0: d_model / n_heads
-    d_ff: int = (
-        0  # hidden width of the feed-forward layer; 0: 8/3 d_model (gated) or 4 d_model, in steps of 32
-    )
+    d_ff: int = 0  # hidden width of the feed-forward layer; 0: 8/3 d_model if gated, else 4 d_model
     norm: Literal["rms", "layer", "none"] = "rms"  # normalisation layer
     norm_position: Literal["pre", "post"] = "pre"  # before a sublayer, or after its residual addition (2017)
     norm_eps: float = 1e-5  # added to the variance
@@ -55,9 +53,7 @@ class ModelConfig:
     ffn: Literal["swiglu", "gelu", "silu", "moe"] = "swiglu"  # feed-forward layer; moe: SwiGLU experts
     n_experts: int = 8  # moe: experts a layer
     experts_per_token: int = 2  # moe: experts that each token visits
-    capacity_factor: float = (
-        0.0  # moe: room per expert relative to an even load; 0: room for all, none dropped
-    )
+    capacity_factor: float = 0.0  # moe: room per expert relative to an even load; 0: room for all tokens
     load_balance_coef: float = 0.01  # moe: weight of the load-balancing loss
     router_z_coef: float = 0.001  # moe: weight of the router z-loss
     bias: bool = False  # biases in linear layers (GPT-2 has them)
@@ -65,6 +61,12 @@ class ModelConfig:
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, while training
 
     def __post_init__(self):
+        for name, field in ModelConfig.__dataclass_fields__.items():
+            value, choices = getattr(self, name), get_args(field.type)
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+            if name in ("vocab_size", "context_length", "n_layers", "d_model", "n_heads") and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if not self.head_dim:
             if self.d_model % self.n_heads:
@@ -543,7 +545,9 @@ class ModernDecoderLM(nn.Module):
         if targets is None:
             return F.linear(x, self.head)
         n = (targets != -100).sum()
-        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(), self.loss_chunk)
+        # A Function does not see no_grad(): attached, the head would get its gradient in evaluation too.
+        head = self.head if torch.is_grad_enabled() else self.head.detach()
+        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), self.loss_chunk)
         if self.config.ffn == "moe" and self.training:
             loss = loss + n * sum(block.mlp.stats["aux_loss"] for block in self.model["layers"])
         return loss, n
@@ -578,10 +582,10 @@ class ModernDecoderLM(nn.Module):
         temperature 0 is greedy; `sample` explains top_k, top_p, min_p and repetition_penalty. Row r has a
         random stream of its own, from `seed[r]` or `seed + r`: its text does not depend on its neighbours in
         the batch. With `window` > 0, or when a text outgrows the context, the cache rolls: the first `keep`
-        tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll, their text ends at the
-        context's end. `stream(row, token)` is told every new token. `force(row, new_tokens)` may return
-        tokens that must come next: that is how a calculator answers. `compile=True` decodes with one compiled
-        step of fixed shapes.
+        tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll: all rows end when the
+        longest fills the context. `stream(row, token)` is told every new token. `force(row, new_tokens)` may
+        return tokens that must come next: that is how a calculator answers. `compile=True` decodes with one
+        compiled step of fixed shapes.
         """
         c, was_training, rows = self.config, self.training, len(prompts) * n
         if not rows or not all(len(p) for p in prompts):
@@ -594,7 +598,8 @@ class ModernDecoderLM(nn.Module):
                 raise ValueError(
                     f"a prompt of {longest} tokens leaves no room in context_length={c.context_length}"
                 )
-            slots, rolling, max_new_tokens = c.context_length, False, c.context_length - longest
+            slots, rolling = c.context_length, False
+            max_new_tokens = min(max_new_tokens, c.context_length - longest)
         if compile:  # round up, so that a slightly longer prompt finds its step compiled already
             slots = slots if rolling else 128 * math.ceil(slots / 128)
         cache = KVCache(
@@ -607,6 +612,8 @@ class ModernDecoderLM(nn.Module):
             logits = logits.repeat_interleave(n, dim=0)
 
         seeds = [seed + r for r in range(rows)] if isinstance(seed, int) else seed
+        if len(seeds) != rows:
+            raise ValueError(f"{len(seeds)} seeds for {rows} rows")
         # One uniform number a row and step, drawn beforehand, is all the randomness that sampling needs.
         uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         uniforms = torch.stack(uniforms).to(self.device)
@@ -666,9 +673,9 @@ class ModernDecoderLM(nn.Module):
         What exceeds the slots of a rolling cache follows token by token, as it would have when generated.
         """
         lengths = torch.tensor([len(p) for p in prompts])
-        ids = nn.utils.rnn.pad_sequence([torch.as_tensor(p) for p in prompts], batch_first=True).to(
-            self.device
-        )
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.as_tensor(p, dtype=torch.long) for p in prompts], batch_first=True
+        ).to(self.device)
         first = lengths.clamp(max=cache.slots)
         cache.begin(int(first.max()), first)
         x = self.hidden(ids[:, : first.max()], cache=cache)
@@ -715,7 +722,8 @@ def sample(
         logits, order = logits.sort(dim=-1, descending=True)
     p = (logits / temperature).softmax(-1)
     if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)  # the mass before a token decides, so the best one always stays
+        before = p.cumsum(-1) - p  # the mass of all better tokens: 0 for the best one, which always stays
+        p = p * (before < max(top_p, 1e-9))
     if min_p > 0:
         p = p * (p >= min_p * p.amax(-1, keepdim=True))
     cdf = p.double().cumsum(-1)
@@ -775,8 +783,9 @@ class KVCache:
         if self.even and T == 1 and not self.fixed and self.keep is None:
             self.block = slice(self.most - 1, self.most)  # all rows write the same slot: a plain copy
         self.empty = empty
+        rolling_rope = self.keep is not None and self.config.positions == "rope"
         if empty:
-            if self.keep is not None:
+            if rolling_rope:
                 self.key_rope = rope_angles(new, self.config.head_dim, self.config.rope_theta)
             return
         if self.fixed:
@@ -787,7 +796,7 @@ class KVCache:
             # Slot of the newest token + 1 is the oldest of the ring once it is full; ages count from there.
             overflow = (at[:, -1:] + 1 - self.slots).clamp(min=0)
             where = torch.where(slot < self.keep, slot, self.keep + (slot - self.keep - overflow) % ring)
-            if self.config.positions == "rope":
+            if rolling_rope:
                 self.key_rope = rope_angles(where.unsqueeze(1), self.config.head_dim, self.config.rope_theta)
         if self.fixed or not self.even or T > 1 or self.config.sliding_window:
             self.mask = attention_mask(self.positions, where, self.config.sliding_window).unsqueeze(1)
@@ -869,6 +878,7 @@ LLAMA_KEYS = {  # our field -> the key in config.json
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
+    "dropout": "dropout",  # ours alone
 }
 MIXTRAL_KEYS = {
     "n_experts": "num_local_experts",
@@ -884,6 +894,7 @@ GPT2_KEYS = {
     "n_heads": "n_head",
     "d_ff": "n_inner",
     "norm_eps": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
 }
 
 
@@ -896,7 +907,7 @@ def to_hf_config(c: ModelConfig) -> dict:
     keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
     out |= {theirs: getattr(c, ours) for ours, theirs in keys.items()}
     if kind == "gpt2":
-        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout)
+        dropout = {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
         return out | dropout | {"activation_function": "gelu_new", "tie_word_embeddings": True}
     out |= {"hidden_act": "silu", "attention_bias": c.bias, "mlp_bias": c.bias, "attention_dropout": 0.0}
     if kind in ("mistral", "mixtral"):
@@ -919,10 +930,15 @@ def from_hf_config(hf: dict) -> ModelConfig:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     activation = hf.get("activation_function" if kind == "gpt2" else "hidden_act")
+    known = ("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)
     biased = [key for key in ("attention_bias", "mlp_bias") if hf.get(key)]
     problems = [f"RoPE scaling {rope_type!r}"] if rope_type != "default" else []
-    if activation not in (None, "silu", "gelu_new", "gelu_pytorch_tanh"):
+    if activation not in (None, *known):
         problems.append(f"activation {activation!r}")
+    if kind == "gpt2" and not hf.get("tie_word_embeddings", True):
+        problems.append("an untied head")
+    if kind == "mixtral" and hf.get("num_experts_per_tok") == 1:
+        problems.append("one expert a token")
     if len(biased) == 1 or (biased and kind != "llama"):
         problems.append(f"{biased[0]} alone")
     if hf.get("use_sliding_window") or hf.get("scale_attn_by_inverse_layer_idx"):
@@ -945,7 +961,7 @@ def from_hf_config(hf: dict) -> ModelConfig:
 
 
 def gpt2_names(c: ModelConfig) -> list[tuple[str, list[str], bool]]:
-    """(GPT-2's name, our names, transposed?). Its Conv1D stores (in, out), and c_attn is q, k, v side by side."""
+    """(GPT-2's name, our names, transposed?). Its Conv1D stores (in, out); c_attn is q, k, v side by side."""
     names = [("transformer.wte.weight", ["model.embed_tokens.weight"], False)]
     names += [("transformer.wpe.weight", ["model.embed_positions.weight"], False)]
     for kind in ("weight", "bias"):
@@ -1044,8 +1060,9 @@ def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None
 def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> ModernDecoderLM:
     """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
 
-    Weights are float32 whatever they were stored as. Raises FileNotFoundError or ValueError that say what is
-    wrong: no such folder, an architecture this file can't compute, tensors missing or too many or misshapen.
+    Weights are float32 whatever they were stored as; the model is in evaluation mode. Raises
+    FileNotFoundError or ValueError that say what is wrong: no such folder, an architecture this file can't
+    compute, tensors missing or too many or misshapen.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -1061,7 +1078,10 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
         raise FileNotFoundError(
             f"{folder} holds no config.json: not a finished run, nor a Hugging Face model"
         )
-    config = from_hf_config(json.loads((folder / "config.json").read_text()))
+    try:
+        config = from_hf_config(json.loads((folder / "config.json").read_text()))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged or incomplete: {error!r}") from None
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)
     ours, want = from_hf_tensors(config, load_tensors(folder)), model.state_dict()
@@ -1072,8 +1092,8 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
             f"{folder} does not hold the model its config.json describes: missing {missing[:4]}, "
             f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
         )
-    model.load_state_dict({k: v.float() for k, v in ours.items()}, assign=True)
-    return model.to(device).requires_grad_(True)
+    model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
+    return model.to(device).requires_grad_(True).eval()
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
@@ -1083,7 +1103,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
-    if index.exists():
+    if index.exists() and not (folder / shards[0]).exists():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for shard in shards:
@@ -1154,21 +1174,24 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes of one training step by kind, and their `peak`.
 
-    Activations of a layer and token are (12 + 4 g + c f/d) d + 8 + 4 H bytes in bfloat16: g = K / H, and the
-    feed-forward layer keeps c = 8 bytes of every hidden unit (6 when compiled: SiLU * up is fused).
-    Checkpointing keeps a layer's input alone and one layer's activations at a time. 6 % on top is what the
-    allocator loses; 0.55 GiB are the CUDA context and workspaces, left out for float32 activations, taken to
-    be a CPU's.
+    Activations of a layer and token are 8 d + 4 (H + K) D + c f + 8 + 4 H bytes in bfloat16: the inputs of
+    both norms and what they give; queries, keys, values and outputs; and c = 8 bytes of every hidden unit (6
+    when compiled: SiLU * up is fused). Checkpointing keeps a layer's input alone and one layer's activations
+    at a time. 6 % on top is what the allocator loses; 0.55 GiB are the CUDA context and workspaces. float32
+    activations are taken to be a CPU's: no context, but its RMSNorm keeps x / rms(x) as well.
     """
     n, d, L = count_parameters(c), c.d_model, c.n_layers
     T = context_length or c.context_length
     N = micro_batch * T
     half = bytes_per_activation == 2
-    g = c.n_kv_heads / c.n_heads * (c.head_dim * c.n_heads / d)
-    hidden = {"swiglu": 6 if fused_ffn else 8, "moe": 8}.get(c.ffn, 4) * c.d_ff / d
+    qk = (c.n_heads + c.n_kv_heads) * c.head_dim  # width of queries and keys, and of values and outputs
+    hidden = {"swiglu": 6 if fused_ffn else 8, "moe": 8}.get(c.ffn, 4) * c.d_ff
     if c.ffn == "moe":
-        hidden = (hidden + 6) * c.experts_per_token * max(c.capacity_factor, 1)
-    layer = int(N * (((12 + 4 * g + hidden) * d) * (1 if half else 2) + 8 + 4 * c.n_heads))
+        hidden = (hidden + 6 * d) * c.experts_per_token * max(c.capacity_factor, 1)
+    width = 8 * d + 4 * qk + hidden + 2 * qk * c.qk_norm
+    if c.norm == "rms" and not half:
+        width += 4 * d + 2 * qk * c.qk_norm
+    layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))
     if c.n_sinks:  # the plain path keeps scores, float32 weights and weights
         layer += 3 * 4 * micro_batch * c.n_heads * T * T
     matrices = n["attention"] + n["ffn"]

@@ -10,7 +10,8 @@ assigns `baseline = "configs/cpu.py"` starts from that file, so that an experime
 changes.
 
 A profile such as `configs/speedrun.py` is read by several scripts. A name that is another script's setting is
-left to that script; a name that is nobody's is an error that suggests the nearest one.
+left to that script (a file may compute with it all the same); a name that is nobody's is an error that
+suggests the nearest one.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
         for name in kinds:
             if hasattr(flags, name):
                 settings[name] = read_text(getattr(flags, name), kinds[name], f"--{name}")
-        return Config(**settings)
+        return Config(**{name: settings[name] for name in kinds})
     except ValueError as error:  # ConfigError, or what a dataclass' __post_init__ finds inconsistent
         parser.exit(2, f"{parser.prog}: {error}\n")
 
@@ -99,34 +100,43 @@ def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict
         documents = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not (documents or isinstance(node, (ast.Assign, ast.AnnAssign))):
             raise ConfigError(f"{path}:{node.lineno}: a config file only assigns: name = value")
-        if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["baseline"]:
-            base = Path(str(ast.literal_eval(node.value)))
-            settings = read_file(base, settings, kinds, (*seen, path))
-    scope = dict(settings)
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if [getattr(target, "id", "") for target in targets] == ["baseline"]:
+            if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
+                raise ConfigError(f"{path}:{node.lineno}: baseline must be a quoted path")
+            settings = read_file(Path(node.value.value), settings, kinds, (*seen, path))
+    before = settings_of_all_scripts() | settings
+    scope = dict(before)
     try:
         exec(compile(tree, str(path), "exec"), scope)
     except Exception as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     del scope["__builtins__"]
     for name, value in scope.items():
-        if name.startswith("_") or (name in settings and value is settings[name]):
+        if name.startswith("_") or (name in before and value is before[name]):
             continue  # `_name` is a file's own helper; the rest was there before
-        if name in kinds:
-            settings = settings | {name: checked(value, kinds[name], f"{path}: {name}")}
-        elif name not in settings_of_all_scripts():
+        if name not in before:
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, kinds)}")
+        if name in kinds:
+            value = checked(value, kinds[name], f"{path}: {name}")
+        settings = settings | {name: value}
     return settings
 
 
 @functools.cache
-def settings_of_all_scripts() -> frozenset[str]:
-    """Names of all fields of all `...Config` classes beside this folder, found without importing them."""
-    names = set()
-    for script in ROOT.glob("*.py"):
+def settings_of_all_scripts() -> dict:
+    """All fields of all `...Config` classes beside this folder and their defaults, found without importing
+    them.
+    """
+    found = {}
+    for script in sorted(ROOT.glob("*.py")):
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                names |= {f.target.id for f in node.body if isinstance(f, ast.AnnAssign)}
-    return frozenset(names)
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign):
+                        constant = isinstance(field.value, ast.Constant)
+                        found[field.target.id] = field.value.value if constant else None
+    return found
 
 
 def nearest(name: str, known) -> str:
@@ -157,7 +167,8 @@ def accepts(value, kind) -> bool:
 def checked(value, kind, where: str):
     if not accepts(value, kind):
         raise ConfigError(f"{where} must be {kind_name(kind)}, not {value!r}")
-    return float(value) if type(value) is int and int not in alternatives(kind) else value
+    whole = type(value) is int and float in alternatives(kind) and int not in alternatives(kind)
+    return float(value) if whole else value
 
 
 def read_text(text: str, kind, where: str):
@@ -200,5 +211,6 @@ def field_comments(Config) -> dict[str, str]:
         }
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
-                comments[node.target.id] = on_line.get(node.end_lineno, "")
+                lines = range(node.lineno, node.end_lineno + 1)  # more than one if a formatter wrapped it
+                comments[node.target.id] = " ".join(on_line[i] for i in lines if i in on_line)
     return comments

@@ -1,0 +1,184 @@
+"""Talk to a run: complete a text, or hold a conversation with a model that has been instruction-tuned.
+
+    python chat.py out/base                                   # a prompt, type the beginning of a text
+    python chat.py out/base --prompt="Once upon a time" --n=3 --temperature=0.7
+    python chat.py out/sft --chat                             # turns of user and assistant
+    python chat.py gpt2 --prompt="The three laws are"         # a Hugging Face model, where there is a network
+    python chat.py --bench                                    # decoding speed beside transformers' generate
+
+Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import parse_config
+from tokenizer import Tokenizer
+
+
+@dataclass
+class ChatConfig:
+    model: str = "out/base"  # run folder or Hugging Face model; may also be given as a bare word
+    prompt: str = ""  # continue this and stop; nothing: ask
+    chat: bool = False  # a conversation in the chat template instead of a text to continue
+    system: str = ""  # chat: what the assistant is told beforehand
+    max_new_tokens: int = 300  # tokens of an answer at most
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 0  # sample among this many likeliest tokens; 0: all
+    top_p: float = 0.95  # sample among the likeliest tokens that hold this much probability; 1: all
+    min_p: float = 0.0  # drop tokens less likely than this times the likeliest
+    repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
+    window: int = 0  # look at the first tokens and this many of the newest (StreamingLLM); 0: the context
+    n: int = 1  # samples a prompt
+    seed: int = -1  # of the samples; -1: another one every time
+    device: str = "auto"  # cuda, cpu, ...
+    compile: bool = False  # compile the decoding step: a minute to start, then faster
+    bench: bool = False  # measure decoding speed and stop
+
+
+def main() -> None:
+    # `python chat.py out/base` reads better than --model=out/base: a bare word that is no config file is the
+    # model.
+    words = [w if w.startswith("-") or w.endswith(".py") else f"--model={w}" for w in sys.argv[1:]]
+    cfg = parse_config(ChatConfig, __doc__, words)
+    try:
+        if cfg.bench:
+            return benchmark(cfg)
+        model, tokenizer = load(cfg)
+        if cfg.prompt:
+            answer(model, tokenizer, cfg, cfg.prompt, [])
+        else:
+            converse(model, tokenizer, cfg)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"chat.py: {error}") from None
+    except (KeyboardInterrupt, EOFError):
+        print()
+
+
+def load(cfg: ChatConfig):
+    """The model on its device, and its tokenizer."""
+    from model import ModernDecoderLM
+    from train import pick_device
+
+    device = pick_device(cfg.device)
+    model = ModernDecoderLM.from_pretrained(cfg.model, device).eval()
+    folder = Path(cfg.model)
+    tokenizer = Tokenizer.load(folder) if folder.is_dir() else Tokenizer.gpt2()
+    if model.config.vocab_size < min(tokenizer.vocab_size, 50257):
+        raise ValueError(
+            f"{cfg.model} knows {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def converse(model, tokenizer: Tokenizer, cfg: ChatConfig) -> None:
+    """Asks for texts until an empty line."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{cfg.model}: {size:.1f}M parameters. An empty line ends.")
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    while text := input("you: " if cfg.chat else "> "):
+        said = answer(model, tokenizer, cfg, text, messages)
+        if cfg.chat:
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+
+
+def answer(model, tokenizer: Tokenizer, cfg: ChatConfig, text: str, messages: list[dict]) -> str:
+    """Streams the model's continuation of `text` (or its turn) to the screen; returns the last sample."""
+    if cfg.chat:
+        ids = tokenizer.chat([*messages, {"role": "user", "content": text}])
+        stops = [tokenizer.special_id("<|end|>"), tokenizer.eot_id]
+    else:
+        ids, stops = [tokenizer.eot_id, *tokenizer.encode(text)], [tokenizer.eot_id]
+    count, said = 0, ""
+    begun = time.perf_counter()
+    for i in range(cfg.n):
+        # A character may be spread over several tokens: the decoder holds bytes back until it is whole.
+        decoder, pieces = codecs.getincrementaldecoder("utf-8")("replace"), []
+
+        def show(_row: int, token: int, decoder=decoder, pieces=pieces) -> None:
+            pieces.append("" if token in stops else decoder.decode(tokenizer.token_bytes(token)))
+            print(pieces[-1], end="", flush=True)
+
+        print("" if cfg.chat else text, end="", flush=True)
+        try:
+            new = model.generate(
+                [ids],
+                cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_k=cfg.top_k,
+                top_p=cfg.top_p,
+                min_p=cfg.min_p,
+                repetition_penalty=cfg.repetition_penalty,
+                stop_tokens=stops,
+                seed=time.time_ns() % 2**31 if cfg.seed < 0 else cfg.seed + i,
+                window=cfg.window,
+                stream=show,
+                compile=cfg.compile,
+            )[0]
+        except KeyboardInterrupt:
+            new = pieces
+            print(" [stopped]", end="")
+        print(decoder.decode(b"", final=True))
+        count, said = count + len(new), "".join(pieces)
+        if i + 1 < cfg.n:
+            print("---")
+    print(f"[{count} tokens, {count / (time.perf_counter() - begun):.0f} tokens/s]", file=sys.stderr)
+    return said
+
+
+def benchmark(cfg: ChatConfig) -> None:
+    """Greedy decoding of 256 tokens, ours beside transformers' `generate` on the same weights: interleaved,
+    medians.
+
+    Random weights of a fixed shape (6 layers of width 288, vocabulary 4,096): speed does not depend on what
+    they say.
+    """
+    import copy
+
+    import torch
+    import transformers
+
+    from model import ModelConfig, ModernDecoderLM, to_hf_config, to_hf_tensors
+    from train import hardware, pick_device
+
+    device, T = pick_device(cfg.device), 256
+    c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)
+    ours = ModernDecoderLM(c).eval().to(device)
+    keys = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys)).eval().to(device)
+    theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
+    greedy = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=T, pad_token_id=0, eos_token_id=None
+    )
+    print(
+        f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32, {T} tokens from a prompt of 8"
+    )
+    for batch in (1, 16):
+        ids = torch.randint(c.vocab_size, (batch, 8), device=device)
+        runs = {
+            "transformers": lambda ids=ids: theirs.generate(ids, generation_config=copy.copy(greedy)),
+            "ours": lambda ids=ids: ours.generate(ids.tolist(), T, temperature=0),
+        }
+        if cfg.compile:
+            runs["ours, compiled"] = lambda ids=ids: ours.generate(
+                ids.tolist(), T, temperature=0, compile=True
+            )
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for i in range(6):
+            for name, run in runs.items():
+                begun = time.perf_counter()
+                with torch.inference_mode():
+                    run()
+                if i:  # the first round allocates and compiles
+                    times[name].append(time.perf_counter() - begun)
+        base = sorted(times["transformers"])[2]
+        for name, measured in times.items():
+            t = sorted(measured)[2]
+            print(f"batch {batch:2}  {name:16} {batch * T / t:9,.0f} tok/s  {base / t:5.2f}x transformers")
+
+
+if __name__ == "__main__":
+    main()

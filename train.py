@@ -1,0 +1,1260 @@
+"""Training: the Trainer that every stage shares, and pretraining, the stage that makes a language model from
+text.
+
+    python train.py                                      # a story teller in minutes, on any laptop
+    python train.py configs/max3060.py --plan --vram=12  # what a run costs, before it costs anything
+    python train.py configs/speedrun.py                  # the real thing; run it again and it resumes
+    torchrun --nproc_per_node=2 train.py configs/speedrun.py        # two cards or two CPU processes
+    python train.py --list                               # all runs and their checkpoints
+
+It reads the token files that tokenizer.py wrote and writes a run folder, out/NAME:
+
+    config.json model.safetensors tokenizer.json   a Hugging Face model: the best by validation loss
+    run.json          settings, data, versions, hardware, status, results
+    metrics.jsonl     a line per logged step and evaluation     samples.jsonl     what the model says on the
+    way checkpoints/step-N/   the best and the last: the same model files, and state.pt, which an exact resume
+    needs
+
+Two ideas make runs exact. The batch of step s is a pure function of (seed, s), so there is no loader state
+that a crash could lose: a run that was killed and resumed has the same bits as one that was not. And a loss
+is a (sum, count) pair: gradients are divided by the count of the whole batch, over all micro-batches and
+processes, so how a batch is cut never changes the result.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs import ConfigError, parse_config
+from model import (
+    ModelConfig,
+    ModernDecoderLM,
+    count_parameters,
+    estimate_flops,
+    estimate_memory,
+    to_hf_config,
+    write_atomically,
+)
+from tokenizer import Tokenizer, TokenizerConfig, open_tokens, tokens_folder
+
+
+@dataclass
+class TrainerConfig:
+    """What every training stage has to be told."""
+
+    name: str = "base"  # the run's folder is {out}/{name}
+    out: str = "out"  # folder that holds everything the project makes
+    seed: int = 1  # of the initial weights, the order of the data and dropout
+    max_steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # sequences in one forward pass (micro-batch) of one process
+    grad_accum_steps: int = 1  # forward passes before an optimizer step
+    learning_rate: float = 1e-3  # the highest
+    min_lr: float = 1e-4  # the lowest, reached at max_steps
+    warmup_steps: int = 100  # steps from 0 up to learning_rate
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
+    decay_fraction: float = 0.2  # wsd: share of the steps that decay, the last ones
+    optimizer: Literal["adamw", "adamw_plain", "muon"] = "adamw"  # torch's fused one, ours to read, or Muon
+    weight_decay: float = 0.1  # pulls matrices, not norms and biases, towards 0
+    beta1: float = 0.9  # memory of the gradient's mean
+    beta2: float = 0.95  # memory of its square
+    grad_clip: float = 1.0  # largest gradient norm; 0: any
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of activations; auto: what is fast here
+    )
+    device: str = "auto"  # cuda, cpu, cuda:1, ...
+    compile: bool | Literal["auto"] = (
+        "auto"  # torch.compile; auto: on CUDA (on a CPU it takes a minute to start)
+    )
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third slower
+    log_every: int = 10  # steps between lines in metrics.jsonl
+    eval_every: int = 200  # steps between evaluations; 0: only at the end
+    save_every: int = 200  # steps between checkpoints; 0: none, only the model at the end
+    keep_last: int = 1  # checkpoints kept beside the best
+    init_from: str = ""  # run folder or Hugging Face model whose weights are the start
+    wandb: str = ""  # also log to this Weights & Biases project
+    hypothesis: str = ""  # what the run is meant to find out; the experiment log prints it
+    baseline: str = ""  # config file that this one starts from and is compared with
+    overwrite: bool = False  # throw away what the run folder holds and start anew
+
+
+@dataclass
+class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
+    """Pretraining: the model, the text and the Trainer's settings in one."""
+
+    order: Literal["shuffled", "random"] = "shuffled"  # windows once an epoch, or at random offsets
+    stride: int = 0  # tokens from one window to the next; 0: context_length, every token once an epoch
+    eval_tokens: int = 0  # validation tokens read while training; 0: all, as at the end
+    sample_prompt: str = ""  # what samples continue; nothing: the start of a document
+    sample_tokens: int = 200  # length of a sample; 0: none
+    plan: bool = False  # print memory, FLOPs and time, and stop
+    vram: float = 0.0  # plan for a card with this many GB instead of the one here
+    card: str = ""  # plan for a card of this name, such as "RTX 3090"
+    list: bool = False  # list runs and checkpoints, and stop
+    bench: bool = False  # compare the training step with other libraries', and stop
+
+
+# What may differ when a run is resumed, because it does not change the numbers that training produces.
+FREE_TO_CHANGE = {"out", "device", "compile", "log_every", "eval_every", "save_every", "keep_last", "wandb"}
+FREE_TO_CHANGE |= {
+    "hypothesis",
+    "baseline",
+    "overwrite",
+    "plan",
+    "vram",
+    "card",
+    "list",
+    "bench",
+    "eval_tokens",
+}
+FREE_TO_CHANGE |= {
+    "batch_size",
+    "grad_accum_steps",
+    "sample_prompt",
+    "sample_tokens",
+    "gradient_checkpointing",
+    "tokens",
+    "workers",
+}
+
+
+class TrainError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+# -----------------------------------------------------------------------------
+# Data: which tokens step s sees
+
+
+class Windows:
+    """Training windows of a token file, as a pure function of (seed, step).
+
+    "shuffled": the file is cut into windows `stride` tokens apart and every epoch reads them in a new order.
+    With stride = context_length each token is predicted exactly once an epoch; the last window may be short,
+    its missing targets are -100. "random": offsets drawn uniformly, as nanoGPT and most courses do.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, context_length: int, batch: int, seed: int, order="shuffled", stride=0
+    ):
+        self.tokens, self.T, self.batch, self.seed, self.order = tokens, context_length, batch, seed, order
+        self.starts = np.arange(0, len(tokens) - 1, stride or context_length)
+        self.cached = (-1, self.starts)  # (epoch, its order): one epoch's permutation at a time
+        if len(self.starts) == 0:
+            raise TrainError(f"{len(tokens)} tokens are too few to train on")
+
+    def rows(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Rows first .. first + count - 1 of the batch of `step`: ids and targets, both (count, T) int64."""
+        if self.order == "random":
+            high = max(1, len(self.tokens) - self.T)
+            at = np.random.default_rng([self.seed, step]).integers(0, high, self.batch)[first : first + count]
+        else:
+            at = [self.shuffled(step * self.batch + first + i) for i in range(count)]
+        return windows_at(self.tokens, at, self.T)
+
+    def shuffled(self, i: int) -> int:
+        """Where the i-th window that training ever sees begins."""
+        epoch, i = divmod(i, len(self.starts))
+        if self.cached[0] != epoch:
+            self.cached = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.starts))
+        return int(self.cached[1][i])
+
+    def epoch(self, step: int) -> float:
+        """How often training has gone through the file after `step` steps."""
+        return step * self.batch * self.T / max(1, len(self.tokens) - 1)
+
+
+def windows_at(tokens: np.ndarray, starts, T: int) -> tuple[Tensor, Tensor]:
+    """ids and targets (len(starts), T) int64; target t is the token behind id t, -100 behind the end."""
+    ids, targets = np.zeros((len(starts), T), np.int64), np.full((len(starts), T), -100, np.int64)
+    for row, start in enumerate(starts):
+        piece = tokens[start : start + T + 1]
+        ids[row, : len(piece[:-1])], targets[row, : len(piece[1:])] = piece[:-1], piece[1:]
+    return torch.from_numpy(ids), torch.from_numpy(targets)
+
+
+def get_batch(data: np.ndarray, batch_size: int, context_length: int, device="cpu", rng=None):
+    """Windows at random places of a 1-D token array: ids and targets, (batch_size, context_length) int64."""
+    starts = (rng or np.random.default_rng()).integers(0, len(data) - context_length, batch_size)
+    ids, targets = windows_at(data, starts, context_length)
+    return ids.to(device), targets.to(device)
+
+
+# -----------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019, algorithm 2), to be read.
+
+    Training uses torch's fused version, which does the same in one kernel (a test holds them together).
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                m, v, t = state["m"], state["v"], state["step"]
+                p.mul_(
+                    1 - lr * group["weight_decay"]
+                )  # decay apart from the gradient: it is not rescaled by v
+                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)  # mean of the gradient
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)  # mean of its square
+                # Both begin at 0 and are too small at first; 1 - beta^t is by how much.
+                denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
+
+
+def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Optimizer]:
+    """One optimizer; two with Muon, which is for the matrices between the layers only. Decay is on matrices
+    only.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if p.dim() == 2 and ".layers." in name and "sinks" not in name]
+    muon = cfg.optimizer == "muon"
+    taken = {id(p) for p in hidden} if muon else set()
+    groups = [
+        {
+            "params": [p for _, p in named if p.dim() >= 2 and id(p) not in taken],
+            "weight_decay": cfg.weight_decay,
+        },
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    kwargs = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2)}
+    optimizers = [AdamW(groups, **kwargs) if cfg.optimizer == "adamw_plain" else torch_adamw(groups, kwargs)]
+    if muon:
+        if not hasattr(torch.optim, "Muon"):
+            raise TrainError("--optimizer=muon needs a torch that has torch.optim.Muon (2.9 or newer)")
+        # match_rms_adamw scales the orthogonal update so that AdamW's learning rates and decay serve
+        # (Moonlight).
+        optimizers.append(
+            torch.optim.Muon(
+                hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
+
+
+def torch_adamw(groups: list[dict], kwargs: dict) -> torch.optim.Optimizer:
+    fused = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, fused=fused, **kwargs)
+
+
+def get_lr(
+    step: int,
+    max_lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    max_steps: int,
+    schedule: str = "cosine",
+    decay_fraction: float = 0.2,
+) -> float:
+    """Learning rate of a step: from 0 at step 0 linearly up to max_lr, then down to min_lr at max_steps, then
+    flat.
+    """
+    if step < warmup_steps:
+        return max_lr * step / warmup_steps
+    if schedule == "constant":
+        return max_lr
+    if step >= max_steps:
+        return min_lr
+    start = max(warmup_steps, max_steps * (1 - decay_fraction)) if schedule == "wsd" else warmup_steps
+    if step < start:
+        return max_lr
+    progress = (step - start) / max(1, max_steps - start)
+    if schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return max_lr + progress * (min_lr - max_lr)
+
+
+LR_SETTINGS = ("learning_rate", "min_lr", "warmup_steps", "max_steps", "schedule", "decay_fraction")
+
+
+# -----------------------------------------------------------------------------
+# The machine
+
+# Dense bfloat16 (fp16) TFLOP/s with float32 accumulation, from the makers' data sheets.
+PEAK_TFLOPS = {"RTX 3060": 25.5, "RTX 3090": 71.2, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4090": 165.2}
+PEAK_TFLOPS |= {"RTX 5090": 209.5, "A100": 312.0, "H100": 989.0, "H200": 989.0}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s that a card could do, None where it is not known: better no MFU than a wrong one."""
+    known = re.findall("|".join(sorted(PEAK_TFLOPS, key=len, reverse=True)), device_name)
+    other = re.search(r"Ti|SUPER|Laptop|Max-Q|D$", device_name.replace("4060 Ti", ""))  # slower or faster kin
+    return PEAK_TFLOPS[known[0]] * 1e12 if known and not other else None
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it faster than float32 (Ampere; CPUs with AMX: 8x), else
+    the safe one.
+
+    On a CPU without AMX bfloat16 is emulated and three times slower than float32.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if device.type == "cpu" and amx else torch.float32
+
+
+def hardware(device: torch.device) -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": name, "threads": torch.get_num_threads(), "platform": platform.platform(terse=True)}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict:
+    names = ("torch", "numpy", "tiktoken", "transformers", "datasets", "peft")
+    have = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    return {"python": platform.python_version()} | have
+
+
+def git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return "unknown"
+
+
+# -----------------------------------------------------------------------------
+# The Trainer
+
+
+class Trainer:
+    """Everything about training that is the same for every stage: steps, logs, checkpoints, resuming.
+
+    A stage brings
+        rows(step, first, count)  tensors of these rows of the batch of `step`: a pure function
+        loss(model, *tensors)     (sum of losses in nats, number of targets)
+        evaluate(model, final)    {"val_loss": ..., ...}, or None
+        sample(model)             [{"prompt": ..., "text": ...}, ...], or None
+        about                     what run.json should say of data and parent
+    """
+
+    def __init__(
+        self,
+        cfg: TrainerConfig,
+        model: nn.Module,
+        rows: Callable[[int, int, int], tuple[Tensor, ...]],
+        loss: Callable = lambda model, ids, targets: model(ids, targets),
+        evaluate: Callable[[nn.Module, bool], dict] | None = None,
+        sample: Callable[[nn.Module], list[dict]] | None = None,
+        tokenizer: Tokenizer | None = None,
+        flops_per_row: float = 0.0,
+        tokens_per_row: int = 0,
+        epoch: Callable[[int], float] | None = None,
+        about: dict | None = None,
+    ):
+        self.cfg, self.rows, self.loss, self.evaluate, self.sample = cfg, rows, loss, evaluate, sample
+        self.tokenizer, self.epoch, self.about = tokenizer, epoch, about or {}
+        self.flops_per_row, self.tokens_per_row = flops_per_row, tokens_per_row
+        self.device = pick_device(cfg.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.folder = Path(cfg.out) / cfg.name
+        self.batch = cfg.batch_size * cfg.grad_accum_steps * self.world  # rows of one optimizer step
+        self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
+        self.step, self.seconds, self.skipped, self.best = 0, 0.0, 0, None
+        self.window = [0.0, 0]  # loss sum and count since the last logged line
+        self.model = model.to(self.device)
+        self.model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.optimizers = make_optimizers(self.model, cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.stopping, self.started, self.run, self.wandb = None, False, {}, None
+
+    # ---- one step
+
+    def train_step(self, step: int) -> tuple[float, int, float]:
+        """Forward, backward and update on the batch of `step`: (loss sum in nats, targets, gradient norm)."""
+        cfg = self.cfg
+        lr = get_lr(step, *(getattr(cfg, name) for name in LR_SETTINGS))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        while True:
+            try:
+                total, count = self.accumulate(step)
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise TrainError(
+                        "out of memory with one sequence at a time: try --gradient_checkpointing, a shorter "
+                        "--context_length or a smaller model (`python train.py ... --plan` tells beforehand)"
+                    ) from None
+                self.micro_batch //= 2
+                self.say(
+                    f"out of memory: micro-batch {self.micro_batch} from now on, same batch and same result"
+                )
+            self.zero_grad()  # outside the except clause, whose traceback keeps the failed tensors alive
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        # The gradient so far is of sum / nominal count; one multiplication makes it that of the true mean.
+        nominal = self.batch * max(1, self.tokens_per_row)
+        if count not in (0, nominal):
+            torch._foreach_mul_([p.grad for p in params], nominal / count)
+        norm = float(nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf))
+        if math.isfinite(total) and math.isfinite(norm):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        elif not self.scaler.is_enabled():  # the scaler tries too large scales on purpose and skips by itself
+            self.skipped += 1
+            self.bad_in_a_row += 1
+            self.say(f"step {step + 1}: loss or gradient is not finite; the update is skipped")
+            if self.bad_in_a_row == 5:
+                raise TrainError(
+                    "five steps in a row gave no finite loss: try a lower --learning_rate, more "
+                    "--warmup_steps, --dtype=float32 or --qk_norm; the last checkpoint is from before"
+                )
+        if math.isfinite(total):
+            self.bad_in_a_row = 0
+        self.scaler.update()
+        self.zero_grad()
+        return total, count, norm
+
+    def accumulate(self, step: int) -> tuple[float, int]:
+        """Sums gradients over this process' rows of the batch, a micro-batch at a time; (loss sum, count) of
+        all.
+        """
+        mine = self.batch // self.world
+        nominal = self.batch * max(1, self.tokens_per_row)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # Dropout draws from here: the same numbers whether or not the run was interrupted before this step.
+        torch.manual_seed(int(np.random.SeedSequence([self.cfg.seed, step, self.rank]).generate_state(1)[0]))
+        for i in range(0, mine, self.micro_batch):
+            count = min(self.micro_batch, mine - i)
+            tensors = self.to_device(self.rows(step, self.rank * mine + i, count))
+            last = i + count == mine
+            ddp_waits = self.world > 1 and not last  # gradients cross the wire once a step
+            with self.net.no_sync() if ddp_waits else contextlib.nullcontext():
+                with self.autocast():
+                    loss, n = self.forward(*tensors)
+                # Times world, because DistributedDataParallel averages over processes and we want the sum.
+                self.scaler.scale(loss * (self.world / nominal)).backward()
+            totals[0] += loss.detach()
+            totals[1] += n
+        totals[2] = self.stopping is not None
+        if self.world > 1:
+            dist.all_reduce(totals)
+        total, count, stopping = totals.tolist()
+        self.stop_agreed = stopping > 0
+        return total, int(count)
+
+    def forward(self, *tensors):
+        """The stage's loss; falls back from the compiled to the eager model if compiling fails."""
+        if not self.compiled:
+            return self.loss(self.net, *tensors)
+        try:
+            result = self.loss(self.compiled, *tensors)
+            self.compile_works = True
+            return result
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.compile_works:
+                raise
+            self.say(f"torch.compile failed, going on without: {str(error).strip().splitlines()[0][:120]}")
+            self.compiled = None
+            return self.loss(self.net, *tensors)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.device.type == "cuda":  # pinned memory lets the copy overlap with the computation
+            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+        return tuple(t.to(self.device) for t in tensors)
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    # ---- the run
+
+    def run_all_steps(self) -> dict:
+        """Trains to max_steps, resuming if the folder holds a checkpoint; returns run.json's results."""
+        cfg = self.cfg
+        self.begin()
+        try:
+            with self.catch_signals(), self.progress_bar() as bar:
+                while self.step < cfg.max_steps:
+                    begun = time.perf_counter()
+                    total, count, norm = self.train_step(self.step)
+                    self.step += 1
+                    took = time.perf_counter() - begun
+                    self.seconds += took
+                    if math.isfinite(total):
+                        self.window[0] += total
+                        self.window[1] += count
+                    self.show(bar, took)
+                    if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
+                        self.log_step(norm, took)
+                    improved = False
+                    if self.step == cfg.max_steps or (cfg.eval_every and self.step % cfg.eval_every == 0):
+                        improved = self.evaluate_now(final=self.step == cfg.max_steps)
+                    due = cfg.save_every and (self.step % cfg.save_every == 0 or improved)
+                    if due or self.stop_agreed or self.step == cfg.max_steps:
+                        self.save(improved)
+                    if self.stop_agreed and self.step < cfg.max_steps:
+                        self.write_run(status="interrupted")
+                        self.say(f"stopped at step {self.step}; the same command goes on from here")
+                        raise SystemExit(128 + (self.stopping or signal.SIGTERM))
+            self.write_run(status="finished")
+        except (TrainError, OSError) as error:
+            with contextlib.suppress(OSError):
+                self.write_run(status="failed", error=str(error))
+            if isinstance(error, OSError):
+                raise TrainError(
+                    f"{self.folder}: {error.strerror or error}; resume when that is mended"
+                ) from None
+            raise
+        finally:
+            self.end()
+        return self.run
+
+    def begin(self) -> None:
+        """Opens the run folder: new, resumed, or refused."""
+        cfg, folder = self.cfg, self.folder
+        torch.set_flush_denormal(True)  # numbers near 1e-40 can slow a CPU down tenfold
+        torch.backends.cuda.matmul.allow_tf32 = True
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.started = True
+        try:
+            if cfg.overwrite and self.rank == 0 and folder.exists():
+                shutil.rmtree(folder)
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"cannot write to {folder}: {error.strerror}") from None
+        self.barrier()
+        self.resume()
+        self.barrier()
+        for p in self.model.parameters():  # the same start everywhere
+            if self.world > 1:
+                dist.broadcast(p.data, 0)
+        self.net = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.compiled, self.compile_works, self.stop_agreed, self.bad_in_a_row = None, False, False, 0
+        self.unmeasured = 2  # steps whose time says nothing yet: allocation, compilation
+        wanted = cfg.compile if cfg.compile != "auto" else self.device.type == "cuda"
+        if wanted and self.device.type == "cuda" and not importlib.util.find_spec("triton"):
+            self.say("torch.compile needs triton, which is not installed; going on without")
+        elif wanted:
+            self.compiled = torch.compile(self.net)
+        settings = {k: v for k, v in asdict(cfg).items() if k not in ("overwrite", "plan", "list", "bench")}
+        self.run = {
+            "status": "running",
+            "stage": Path(sys.argv[0]).stem,
+            "command": " ".join(["python", *sys.argv]),
+            "settings": settings,
+            **self.about,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "processes": self.world,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "tokenizer": self.tokenizer.hash if self.tokenizer else None,
+            "started": self.run.get("started")
+            or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "git": git_commit(),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+        }
+        self.write_run()
+        self.wandb = self.open_wandb()
+
+    def end(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+        if self.started:
+            dist.destroy_process_group()
+
+    def log_step(self, norm: float, took: float) -> None:
+        loss = self.window[0] / max(1, self.window[1])
+        tokens = self.step * self.batch * self.tokens_per_row
+        rate = self.batch * self.tokens_per_row / took
+        line = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": norm,
+            "tokens": tokens,
+            "epoch": round(self.epoch(self.step), 4) if self.epoch else None,
+            "tokens_per_second": round(rate, 1),
+            "step_seconds": round(took, 4),
+            "seconds": round(self.seconds, 2),
+            "skipped": self.skipped,
+        }
+        if self.device.type == "cuda":
+            line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+            peak = peak_flops(torch.cuda.get_device_name(self.device))
+            line["mfu"] = (
+                round(self.batch * self.flops_per_row / took / (peak * self.world), 4) if peak else None
+            )
+        else:
+            line["peak_memory_gib"] = round(peak_resident_bytes() / 2**30, 3)
+        moe = [m.stats for m in self.model.modules() if getattr(m, "stats", None)]
+        if moe:  # averages over the layers
+            line["router_load"] = torch.stack([s["load"] for s in moe]).mean(0).tolist()
+            line["dropped"] = int(sum(s["dropped"] for s in moe))
+        self.window = [0.0, 0]
+        self.last_loss = loss
+        self.log(line)
+
+    def evaluate_now(self, final: bool) -> bool:
+        """Runs the stage's evaluation and samples; True if the validation loss is the best so far."""
+        if self.evaluate is None:
+            return False
+        begun = time.perf_counter()
+        self.model.eval()
+        with self.autocast():
+            found = self.evaluate(self.model, final)
+        self.model.train()
+        improved = self.best is None or found["val_loss"] < self.best["val_loss"]
+        if improved:
+            self.best = {"step": self.step, **found}
+        self.run["results"] = {"last": {"step": self.step, **found}, "best": self.best}
+        self.log({"step": self.step, **found, "eval_seconds": round(time.perf_counter() - begun, 2)})
+        self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        if self.sample and self.rank == 0:
+            with self.autocast():
+                samples = self.sample(self.model)
+            self.append("samples.jsonl", [{"step": self.step, **s} for s in samples])
+            if samples:
+                self.say(f"  {samples[0]['prompt']}|{samples[0]['text'][:300]}".replace("\n", " "))
+        self.model.train()
+        return improved
+
+    # ---- checkpoints
+
+    def save(self, improved: bool) -> None:
+        """A checkpoint folder appears whole or not at all; then the run folder's model points at the best
+        one.
+        """
+        if self.rank == 0:
+            final = self.folder / "checkpoints" / f"step-{self.step}"
+            temporary = final.with_name(f".{final.name}.tmp")
+            keep_state = bool(self.cfg.save_every)
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                self.write_model(temporary)
+                if keep_state:
+                    write_atomically(temporary / "state.pt", lambda path: torch.save(self.state(), path))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+            except OSError as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise TrainError(
+                    f"cannot save {final}: {error.strerror}; the last whole checkpoint is "
+                    f"{newest(self.folder) or 'none'}, the same command goes on from there"
+                ) from None
+            if improved or self.best is None or not (self.folder / "model.safetensors").exists():
+                self.publish(final)
+            keep = checkpoints(self.folder)[-max(1, self.cfg.keep_last) :]
+            for old in checkpoints(self.folder):
+                if old not in keep and not (self.best and old.name == f"step-{self.best['step']}"):
+                    shutil.rmtree(old)
+            if not keep_state:  # --save_every=0: the model stays, its checkpoint goes
+                shutil.rmtree(self.folder / "checkpoints")
+            self.write_run()
+        self.barrier()
+
+    def state(self) -> dict:
+        """What an exact resume needs beside the weights: tensors and numbers, so no code to unpickle."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "best": self.best,
+            "window": self.window,
+            "micro_batch": self.micro_batch,
+            "batch": self.batch,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def write_model(self, folder: Path) -> None:
+        ids = (
+            {"bos_token_id": self.tokenizer.eot_id, "eos_token_id": self.tokenizer.eot_id}
+            if self.tokenizer
+            else {}
+        )
+        self.model.save_pretrained(folder, **ids)
+        if self.tokenizer:
+            self.tokenizer.save(folder)
+
+    def publish(self, checkpoint: Path) -> None:
+        """Links the checkpoint's model files into the run folder: no second copy on the disk."""
+        for file in checkpoint.iterdir():
+            if file.name != "state.pt":
+                write_atomically(self.folder / file.name, lambda path, file=file: link_or_copy(file, path))
+
+    def resume(self) -> None:
+        """Continues the newest checkpoint that is whole, after making sure that it is this run's."""
+        run_file, cfg = self.folder / "run.json", self.cfg
+        found = checkpoints(self.folder)
+        if run_file.exists():
+            self.run = read_json(run_file)
+            finished = self.run.get("status") == "finished"
+            before, now = self.run.get("settings", {}), asdict(cfg)
+            changed = [
+                k for k, v in now.items() if k in before and before[k] != v and k not in FREE_TO_CHANGE
+            ]
+            if (found or finished) and changed:
+                what = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in changed)
+                raise TrainError(
+                    f"{self.folder} was begun with other settings ({what}). Take them back to resume, choose "
+                    f"another --name, or start anew with --overwrite"
+                )
+            data = {k: (self.run[k], v) for k, v in self.about.items() if k in self.run and self.run[k] != v}
+            if found and data:
+                raise TrainError(f"{self.folder} was begun on other data: {data}; --overwrite starts anew")
+            if (
+                found and cfg.dtype == "auto"
+            ):  # another machine may prefer another dtype; this run has its own
+                self.dtype = getattr(torch, self.run.get("dtype", "float32"))
+                self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        for checkpoint in reversed(found):
+            try:
+                state = torch.load(checkpoint / "state.pt", map_location=self.device, weights_only=True)
+                weights = type(self.model).from_pretrained(checkpoint, self.device).state_dict()
+                self.model.load_state_dict(weights)
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+            except (
+                Exception
+            ) as error:  # torn by a full disk or a copy that was cut off: the one before will do
+                self.say(
+                    f"cannot read {checkpoint} ({str(error).splitlines()[0][:100]}); trying the one before"
+                )
+                continue
+            if state["batch"] != self.batch:
+                raise TrainError(
+                    f"{self.folder} was begun with {state['batch']} sequences a step, now they would be "
+                    f"{self.batch}: --batch_size times --grad_accum_steps times processes must stay the same"
+                )
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+            self.best, self.window = state["best"], state["window"]
+            self.micro_batch = min(self.micro_batch, state["micro_batch"])
+            self.say(f"{self.folder}: resuming at step {self.step} of {cfg.max_steps}")
+            break
+        else:
+            if found:
+                raise TrainError(
+                    f"none of the checkpoints in {self.folder} can be read; --overwrite starts anew"
+                )
+        if self.rank == 0:  # lines from after the checkpoint will be written again
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                lines = [line for line in read_jsonl(self.folder / name) if line["step"] <= self.step]
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                write_atomically(self.folder / name, lambda path, text=text: path.write_text(text))
+            for rest in (self.folder / "checkpoints").glob(".*.tmp"):
+                shutil.rmtree(rest)
+
+    # ---- talking
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm().write(text, file=sys.stdout)
+
+    def log(self, line: dict) -> None:
+        line = {k: v for k, v in line.items() if v is not None}
+        self.append("metrics.jsonl", [line])
+        if self.wandb:
+            self.wandb.log(line, step=self.step)
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        if self.rank == 0:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def write_run(self, **more) -> None:
+        self.run |= more | {"step": self.step, "seconds": round(self.seconds, 2)}
+        if self.rank == 0:
+            text = json.dumps(self.run, indent=2) + "\n"
+            write_atomically(self.folder / "run.json", lambda path: path.write_text(text))
+
+    def progress_bar(self):
+        return tqdm()(
+            total=self.cfg.max_steps,
+            initial=self.step,
+            desc=self.cfg.name,
+            unit="step",
+            disable=self.rank > 0 or not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def show(self, bar, took: float) -> None:
+        loss = self.window[0] / self.window[1] if self.window[1] else getattr(self, "last_loss", math.nan)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {self.batch * self.tokens_per_row / took:,.0f} tok/s", refresh=False
+        )
+        bar.update()
+        quiet = not sys.stderr.isatty() and self.rank == 0  # in a log file: a line now and then, no bar
+        if quiet and (self.step % max(1, self.cfg.max_steps // 20) == 0):
+            left = (self.cfg.max_steps - self.step) * took / 60
+            self.say(f"step {self.step}/{self.cfg.max_steps}  loss {loss:.4f}  {left:.1f} min left")
+
+    def open_wandb(self):
+        if not self.cfg.wandb or self.rank > 0:
+            return None
+        try:
+            import wandb
+        except ImportError:
+            raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"') from None
+        return wandb.init(
+            project=self.cfg.wandb, name=self.cfg.name, config=self.run["settings"], resume="allow"
+        )
+
+    @contextlib.contextmanager
+    def catch_signals(self):
+        """The first Ctrl-C or SIGTERM lets the step end and saves; the second ends the program at once."""
+
+        def note(number, _frame):
+            if self.stopping is not None:
+                os._exit(128 + number)
+            self.stopping = number
+            self.say("stopping after this step (again: at once) ...")
+
+        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+class AlreadyFinished(Exception):
+    """The run folder holds a finished run: nothing to do."""
+
+    def __init__(self, run: dict):
+        self.run = run
+        super().__init__("finished")
+
+
+# -----------------------------------------------------------------------------
+# Small tools
+
+
+def tqdm():
+    from tqdm import tqdm
+
+    return tqdm
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest(folder: Path) -> Path | None:
+    return (checkpoints(folder) or [None])[-1]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise TrainError(f"{path} is damaged; remove it, or start the run anew with --overwrite") from None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The whole lines of a log; a last line that a crash cut off is left out."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
+    return lines
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process ever held (0 where the system does not say)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -----------------------------------------------------------------------------
+# Pretraining
+
+
+@torch.no_grad()
+def evaluate_lm(model: nn.Module, tokens: np.ndarray, T: int, batch_size: int, n_bytes: int) -> dict:
+    """Every token of `tokens` predicted once, in windows of T that do not overlap.
+
+    Returns val_loss (nats a token), perplexity, bits_per_byte (comparable across tokenizers: `n_bytes` is the
+    size of the text) and val_tokens. With several processes each takes a part; all get the sum.
+    """
+    device = next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    starts = np.arange(0, len(tokens) - 1, T)[rank::world]
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for i in range(0, len(starts), batch_size):
+        ids, targets = (t.to(device) for t in windows_at(tokens, starts[i : i + batch_size], T))
+        loss, count = model(ids, targets)
+        totals += torch.stack([loss.double(), count.double()])
+    if world > 1:
+        dist.all_reduce(totals)
+    total, count = totals.tolist()
+    return {
+        "val_loss": total / count,
+        "perplexity": math.exp(min(700, total / count)),
+        "bits_per_byte": total / math.log(2) / n_bytes,
+        "val_tokens": int(count),
+    }
+
+
+def model_config(cfg: TrainConfig) -> ModelConfig:
+    return ModelConfig(**{f.name: getattr(cfg, f.name) for f in fields(ModelConfig)})
+
+
+def pretrain(cfg: TrainConfig) -> dict:
+    """Stage 2: a language model from token files; returns run.json."""
+    folder = tokens_folder(cfg)
+    tokenizer = Tokenizer.load(folder)
+    train, train_about = open_tokens(folder, "train", tokenizer)
+    val, val_about = open_tokens(folder, "validation", tokenizer)
+    cfg.vocab_size = padded(tokenizer.vocab_size)
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from:
+        model = ModernDecoderLM.from_pretrained(cfg.init_from)
+        check_fits(model.config, cfg, tokenizer)
+    else:
+        model = ModernDecoderLM(model_config(cfg))
+    T = cfg.context_length
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch = cfg.batch_size * cfg.grad_accum_steps * world
+    windows = Windows(train, T, batch, cfg.seed, cfg.order, cfg.stride)
+
+    def evaluate(model, final):
+        n = len(val) if final or not cfg.eval_tokens else min(len(val), cfg.eval_tokens + 1)
+        return evaluate_lm(model, val[:n], T, cfg.batch_size, val_about["bytes"] * n / len(val))
+
+    def sample(model):
+        if not cfg.sample_tokens:
+            return []
+        return [
+            {"prompt": cfg.sample_prompt, "text": text}
+            for text in write(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens, n=2, seed=cfg.seed)
+        ]
+
+    flops = estimate_flops(model.config, T)
+    about = {"data": {k: train_about.get(k) for k in ("source", "licence", "fingerprint", "tokens", "bytes")}}
+    about["data"]["validation"] = {k: val_about.get(k) for k in ("source", "fingerprint", "tokens", "bytes")}
+    about["parent"] = cfg.init_from or None
+    trainer = Trainer(
+        cfg,
+        model,
+        windows.rows,
+        evaluate=evaluate,
+        sample=sample,
+        tokenizer=tokenizer,
+        flops_per_row=flops * T,
+        tokens_per_row=T,
+        epoch=windows.epoch,
+        about=about,
+    )
+    trainer.say(
+        f"{trainer.folder}: {trainer_size(model)} parameters, {len(train):,} tokens of {cfg.corpus}, "
+        f"{batch * T:,} tokens a step, {batch * T * cfg.max_steps / len(train):.2f} epochs, "
+        f"{str(trainer.dtype).removeprefix('torch.')} on {hardware(trainer.device)['device']}"
+    )
+    return trainer.run_all_steps()
+
+
+def trainer_size(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
+
+
+def check_fits(have: ModelConfig, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    if have.vocab_size < tokenizer.vocab_size:
+        raise TrainError(
+            f"{cfg.init_from} knows {have.vocab_size} tokens, the token files use {tokenizer.vocab_size}: "
+            f"encode them with --tokenizer={cfg.init_from}"
+        )
+    if have.positions == "learned" and have.context_length < cfg.context_length:
+        raise TrainError(f"{cfg.init_from} has {have.context_length} positions, --context_length is larger")
+
+
+def write(
+    model, tokenizer, prompt: str, n_tokens: int, n: int = 1, seed: int = 1, temperature: float = 0.8
+) -> list:
+    """`n` texts that continue the prompt, each to the end of its document or n_tokens."""
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    rows = model.generate(
+        [ids], n_tokens, temperature=temperature, top_p=0.95, stop_tokens=[tokenizer.eot_id], n=n, seed=seed
+    )
+    return [tokenizer.decode([t for t in row if t != tokenizer.eot_id]) for row in rows]
+
+
+def list_runs(out: str) -> None:
+    """A line per run of the folder `out`, and one per checkpoint."""
+    runs = sorted(Path(out).glob("**/run.json"))
+    if not runs:
+        print(f"no runs in {out}/")
+    for file in runs:
+        run = read_json(file)
+        best = (run.get("results") or {}).get("best")
+        loss = f"val_loss {best['val_loss']:.4f} at step {best['step']}" if best else "not evaluated"
+        minutes = f"{run.get('seconds', 0) / 60:.1f} min"
+        print(f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {loss}")
+        lines = read_jsonl(file.parent / "metrics.jsonl")
+        evaluated = {line["step"]: f"val_loss {line['val_loss']:.4f}" for line in lines if "val_loss" in line}
+        for path in checkpoints(file.parent):
+            size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
+            print(f"    {path}  {size:.0f} MiB  {evaluated.get(int(path.name.removeprefix('step-')), '')}")
+
+
+def print_plan(cfg: TrainConfig) -> None:
+    """What a run costs in parameters, memory and time: on the card here, or on --card or one of --vram GB."""
+    c, device, gib = model_config(cfg), pick_device(cfg.device), 2**30
+    c.vocab_size = padded(c.vocab_size)
+    here = device.type == "cuda" and not (cfg.vram or cfg.card)
+    card = torch.cuda.get_device_name(device) if here else cfg.card or ("RTX 3060" if cfg.vram else "")
+    vram = torch.cuda.get_device_properties(device).total_memory / gib if here else cfg.vram
+    n, flops = count_parameters(c), estimate_flops(c)
+    on_cpu = not (card or vram)
+    options = {
+        "gradient_checkpointing": cfg.gradient_checkpointing,
+        "bytes_per_activation": 4 if on_cpu or cfg.dtype == "float32" else 2,
+        "fused_ffn": bool(cfg.compile) and not on_cpu,
+    }
+    memory = estimate_memory(c, cfg.batch_size, **options)
+    active = f", {n['active'] / 1e6:.1f}M of them active" if c.ffn == "moe" else ""
+    print(f"parameters  {n['total'] / 1e6:.1f}M{active}")
+    for kind, count in n.items():
+        if kind not in ("total", "active") and count:
+            print(f"  {kind:17} {count / 1e6:8.2f}M")
+    print(
+        f"memory      {memory['peak'] / gib:.2f} GiB at {cfg.batch_size} x {c.context_length} tokens at a time"
+    )
+    for kind, size in memory.items():
+        if kind != "peak":
+            print(f"  {kind:17} {size / gib:8.2f} GiB")
+    if vram:
+        # Of 12 GB 10.0 GiB are planned for: the rest is the driver's, the desktop's, and lost between blocks.
+        usable = vram * 10 / 12
+        fits = [b for b in range(1, 4097) if estimate_memory(c, b, **options)["peak"] / gib <= usable]
+        verdict = "fits" if memory["peak"] / gib <= usable else "DOES NOT FIT"
+        largest = (
+            f"largest micro-batch {fits[-1]}" if fits else "not even one sequence: --gradient_checkpointing?"
+        )
+        print(f"verdict     {verdict} into {vram:.0f} GB ({usable:.1f} GiB planned for); {largest}")
+    step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
+    total = step * cfg.max_steps
+    print(f"work        {flops / 1e6:.1f} MFLOP a token, {step:,} tokens a step, {cfg.max_steps:,} steps")
+    print(
+        f"            {total / 1e6:,.1f}M tokens, {total / n['total']:.1f} a parameter (20: compute-optimal)"
+    )
+    with contextlib.suppress(Exception):  # the token files need not be there yet
+        have = open_tokens(tokens_folder(cfg), "train")[1]["tokens"]
+        warning = "; WARNING: past 4 epochs, repeated text teaches little" if total > 4 * have else ""
+        print(f"            {total / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
+    peak, share = peak_flops(card), 0.35
+    if on_cpu:
+        peak, share, card = matmul_flops(pick_dtype(cfg.dtype, device)), 0.5, hardware(device)["device"]
+    if peak:
+        rate = peak * share / flops
+        print(f"time        {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
+        print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({card})")
+    else:
+        print(f"time        n/a: the peak rate of {card or 'this card'} is not known")
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of the embedding: a multiple of 64 makes the head's matrix product faster on a GPU; no text uses
+    the rest.
+    """
+    return 64 * math.ceil(vocab_size / 64)
+
+
+def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:
+    """FLOP/s of a large matrix product on this CPU: the best of a few."""
+    a, b, best = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype), math.inf
+    for _ in range(4):
+        begun = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
+
+
+def benchmark(cfg: TrainConfig) -> None:
+    """One optimizer step, ours against transformers' Llama and, if installed, litgpt's: interleaved, medians.
+
+    The shape is 6 layers of width 288, context 256, vocabulary 4,096, 16 sequences: forward, loss, backward,
+    clip, fused AdamW. OMP_NUM_THREADS=1 measures one thread; --compile adds compiled contenders (a minute
+    each to start).
+    """
+    import transformers
+
+    device, dtype = (
+        pick_device(cfg.device),
+        pick_dtype("float32" if cfg.dtype == "auto" else cfg.dtype, torch.device("cpu")),
+    )
+    torch.set_flush_denormal(True)
+    c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=256, vocab_size=4096)
+    ids = torch.randint(c.vocab_size, (16, c.context_length), device=device)
+    llama = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
+    models = {
+        "ours": ModernDecoderLM(c),
+        "transformers": transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
+    }
+    if importlib.util.find_spec("litgpt"):
+        from litgpt import GPT, Config
+
+        models["litgpt"] = GPT(
+            Config(
+                block_size=256,
+                vocab_size=4096,
+                padded_vocab_size=4096,
+                n_layer=6,
+                n_head=6,
+                n_embd=288,
+                rotary_percentage=1.0,
+                parallel_residual=False,
+                bias=False,
+                norm_class_name="RMSNorm",
+                mlp_class_name="LLaMAMLP",
+                intermediate_size=768,
+            )
+        )
+
+    def stepper(name: str, model: nn.Module, compiled: bool):
+        model = model.to(device).train()
+        optimizer = torch_adamw([{"params": list(model.parameters())}], {"lr": 1e-4})
+        net = torch.compile(model) if compiled else model
+
+        def step():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                if name == "ours":
+                    loss, n = net(ids[:, :-1], ids[:, 1:])
+                    loss = loss / n
+                else:
+                    out = net(ids[:, :-1])
+                    logits = out.logits if name == "transformers" else out
+                    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return step
+
+    steps = {f"{name}, eager": stepper(name, model, False) for name, model in models.items()}
+    if cfg.compile is True:
+        steps |= {f"{name}, compiled": stepper(name, model, True) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(12):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if i > 1:  # the first two allocate and compile
+                times[name].append(time.perf_counter() - begun)
+    tokens, flops = ids[:, 1:].numel(), estimate_flops(c)
+    peak = matmul_flops(dtype) if device.type == "cpu" else peak_flops(torch.cuda.get_device_name(device))
+    base = float(np.median(times["transformers, eager"]))
+    print(f"{hardware(device)['device']}, {torch.get_num_threads()} threads, {dtype}")
+    for name, measured in times.items():
+        t = float(np.median(measured))
+        share = f"{tokens / t * flops / peak:6.1%} of matmul peak" if peak else ""
+        print(f"{name:24} {tokens / t:9,.0f} tok/s  {base / t:5.2f}x transformers eager  {share}")
+
+
+def main() -> None:
+    cfg = parse_config(TrainConfig, __doc__)
+    try:
+        if cfg.list:
+            list_runs(cfg.out)
+        elif cfg.plan:
+            print_plan(cfg)
+        elif cfg.bench:
+            benchmark(cfg)
+        else:
+            run = pretrain(cfg)
+            report(cfg, run)
+    except AlreadyFinished as finished:
+        report(cfg, finished.run)
+        print("nothing to do: --overwrite trains it anew, --name trains another")
+    except (TrainError, ConfigError, ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"train.py: {error}") from None
+
+
+def report(cfg: TrainConfig, run: dict) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        best = (run.get("results") or {}).get("best") or {}
+        found = (
+            f", val_loss {best['val_loss']:.4f}, bits per byte {best['bits_per_byte']:.4f}" if best else ""
+        )
+        folder = Path(cfg.out) / cfg.name
+        print(
+            f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{found}; python chat.py {folder}"
+        )
+
+
+if __name__ == "__main__":
+    main()
