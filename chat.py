@@ -23,6 +23,7 @@ from tokenizer import Tokenizer
 class ChatConfig:
     model: str = "out/base"  # run folder or Hugging Face model; may also be given as a bare word
     prompt: str = ""  # continue this and stop; nothing: ask
+    start: bool = False  # write whole texts from their start, asking nothing
     chat: bool = False  # a conversation in the chat template instead of a text to continue
     system: str = ""  # chat: what the assistant is told beforehand
     max_new_tokens: int = 300  # tokens of an answer at most
@@ -48,7 +49,7 @@ def main() -> None:
         if cfg.bench:
             return benchmark(cfg)
         model, tokenizer = load(cfg)
-        if cfg.prompt:
+        if cfg.prompt or cfg.start:
             answer(model, tokenizer, cfg, cfg.prompt, [])
         else:
             converse(model, tokenizer, cfg)

@@ -1,0 +1,27 @@
+"""An LLM-lab's GPT, nano: 30.1M parameters, of which GPT-2's vocabulary takes 19M. LayerNorm, learned positions,
+GELU and biases, as GPT-2; the run folder loads as GPT2LMHeadModel.
+"""
+
+name = "nano"
+corpus = "tinystories"
+tokenizer = "gpt2"
+context_length = 512
+
+norm = "layer"
+positions = "learned"
+ffn = "gelu"
+bias = True
+n_layers = 6
+d_model = 384
+n_heads = 6
+dropout = 0.1
+
+batch_size = 16
+grad_accum_steps = 4
+max_steps = 5000
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_steps = 200
+eval_every = 500
+save_every = 500
+eval_tokens = 500_000

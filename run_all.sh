@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The whole pipeline, from nothing to a trained model. Run it again and it goes on where it was.
+#
+#   bash run_all.sh                    speedrun with a CUDA card, cpu without one
+#   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
+#   bash run_all.sh speedrun           about four hours on an RTX 3060
+#   bash run_all.sh max3060            about a day
+#   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain or samples
+#   bash run_all.sh test               set up and run the tests
+#
+# PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+OUT=${OUT:-out}
+VENV=.venv
+
+main() {
+    local profile=${1:-}
+    [ $# -gt 0 ] && shift
+    case "$profile" in
+        "" | cpu | speedrun | max3060 | test) ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "run_all.sh: unknown profile '$profile'" >&2; usage >&2; exit 2 ;;
+    esac
+    if [ "$profile" = test ]; then
+        set_up dev
+        test_everything "$@"
+        return
+    fi
+    set_up
+    if [ -z "$profile" ]; then
+        profile=$(python -c "import torch; print('speedrun' if torch.cuda.is_available() else 'cpu')")
+    fi
+    local stages=("$@") config=configs/$profile.py run
+    run=$OUT/$(python -c "import runpy; print(runpy.run_path('$config').get('name', 'base'))")
+    [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples)
+    mkdir -p "$OUT/logs" "$OUT/stamps"
+    echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
+    python train.py "$config" --out="$OUT" --plan
+    for name in "${stages[@]}"; do
+        case "$name" in
+            tokenizer) stage tokenizer "$OUT/tokens" python tokenizer.py "$config" --out="$OUT" ;;
+            pretrain) stage pretrain "$run/model.safetensors" python train.py "$config" --out="$OUT" ;;
+            samples) stage samples "$run" python chat.py "$run" --start --n=5 --seed=1 --temperature=0.7 ;;
+            *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples)" >&2; exit 2 ;;
+        esac
+    done
+    echo
+    echo "minutes per stage:"
+    awk -F'\t' '{ printf "  %-12s %6.1f  %s\n", $1, $2 / 60, $3 }' "$OUT/ledger.tsv"
+    echo "talk to it: $VENV/bin/python chat.py $run"
+}
+
+usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
+
+# set_up [EXTRA]: the virtual environment with the packages of pyproject.toml, once and when that file changes.
+set_up() {
+    local wanted="" stamp
+    [ -z "${1:-}" ] || wanted="[$1]"
+    stamp="$wanted $(cksum <pyproject.toml)"
+    if ! grep -qsxF "$stamp" "$VENV/installed"; then
+        echo "setting up $VENV (the first time takes minutes)"
+        [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
+        if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ".$wanted"; then
+            echo "run_all.sh: installing failed; once there is a network, the same command goes on" >&2
+            exit 1
+        fi
+        echo "$stamp" >>"$VENV/installed"
+    fi
+    export PATH="$PWD/$VENV/bin:$PATH" PYTHONUNBUFFERED=1
+}
+
+test_everything() {
+    ruff check . && ruff format --check .
+    python -m pytest -q "$@"
+}
+
+# stage NAME RESULT COMMAND...: runs the command unless it has run with this config and its RESULT is there.
+stage() {
+    local name=$1 result=$2 begun=$SECONDS mark status=0
+    shift 2
+    local log=$OUT/logs/$name.log
+    mark=$(echo "$*" | cat - "$config" | cksum)
+    echo
+    if [ -e "$result" ] && [ "$(cat "$OUT/stamps/$name" 2>/dev/null)" = "$mark" ]; then
+        echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"
+        return
+    fi
+    echo "== $name: $*"
+    # A terminal keeps its progress bar; without one, what would go there goes to the log.
+    if [ -t 2 ]; then "$@" | tee -i "$log" || status=$?; else "$@" 2>&1 | tee -i "$log" || status=$?; fi
+    if [ $status -ne 0 ]; then
+        [ $status -lt 129 ] || echo "run_all.sh: stage $name was interrupted" >&2
+        [ $status -ge 129 ] || echo "run_all.sh: stage $name failed; see above, or $log" >&2
+        echo "run_all.sh: to go on from there: bash run_all.sh $profile" >&2
+        exit $status
+    fi
+    echo "$mark" >"$OUT/stamps/$name"
+    printf '%s\t%s\t%s\n' "$name" $((SECONDS - begun)) "$*" >>"$OUT/ledger.tsv"
+}
+
+main "$@"
