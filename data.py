@@ -1,0 +1,1203 @@
+"""Where text comes from: two generators that need no network, and a registry of real corpora.
+
+`storyworld` tells short stories in a vocabulary of 960 words; `arithmetic` sets word problems in GSM8K's
+format. Both are programs, not files: as many examples as you want, the same on every machine and in every
+Python, and no story or problem in two splits. Real corpora are read from $DATA_DIR (default `data/`), or
+downloaded into it.
+
+    python data.py                                               # five stories
+    python data.py --corpus=arithmetic --show=3
+    python data.py --corpus="my/notes/*.txt" --split=validation  # your own .txt, .jsonl or .parquet, also .gz
+    python data.py --corpus=tinystories:0.9,arithmetic:0.1       # a mix; the shares are shares of bytes
+
+Reads $DATA_DIR, and writes nothing there but what it downloads. The other files import `documents` and
+`corpus_info`; a new story plot is a paragraph of text in PLOTS.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from glob import glob
+from itertools import count, islice
+
+SPLITS = ("train", "validation", "test")
+SEED = 1  # of both generators: another seed is another corpus
+END_OF_TEXT = "<|endoftext|>"
+
+
+class DataError(Exception):
+    """Something about the data that the person at the keyboard can put right; the message says how."""
+
+
+# -----------------------------------------------------------------------------
+# a little grammar, which both generators use
+
+
+def pick(rng: random.Random, options):
+    """One of `options`. Of all of `random`, only random() is promised to stay the same in every Python."""
+    return options[int(rng.random() * len(options))]
+
+
+@cache
+def parse(template: str) -> list:
+    """`a (b|c) {d}` → its alternatives, each a list of str, (slot, capital?) or, again, alternatives."""
+    stack = [[[]]]
+    for token in re.findall(r"[(|)]|\{\w+\}|[^(|){]+", template.replace("“", '"').replace("”", '"')):
+        if token == "(":
+            stack.append([[]])
+        elif token == "|":
+            stack[-1].append([])
+        elif token == ")":
+            alternatives = stack.pop()
+            stack[-1][-1].append(alternatives)
+        elif token[0] == "{":
+            stack[-1][-1].append((token[1:-1].lower(), token[1].isupper()))
+        else:
+            stack[-1][-1].append(token)
+    return stack[0]
+
+
+def fill(rng: random.Random, alternatives: list, slots: dict) -> str:
+    """One of the alternatives, with its choices made and its slots filled; {He} is {he} with a capital."""
+    out = []
+    for part in pick(rng, alternatives):
+        if type(part) is str:
+            out.append(part)
+        elif type(part) is list:
+            out.append(fill(rng, part, slots))
+        else:
+            text = slots[part[0]]
+            out.append(text[:1].upper() + text[1:] if part[1] else text)
+    return "".join(out)
+
+
+class Slots(dict):
+    def __missing__(self, name: str) -> str:  # {a_cup} is {cup} with its article
+        noun = self[name.removeprefix("a_")]
+        return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def split_of(signature: str) -> str:
+    """The split where everything with this signature lives: 90 % train, 5 % validation, 5 % test."""
+    bucket = zlib.crc32(signature.encode()) % 20
+    return "validation" if bucket == 0 else "test" if bucket == 1 else "train"
+
+
+# -----------------------------------------------------------------------------
+# storyworld: first the words and the plots, then the teller
+
+GIRLS = "Anna Clara Daisy Ella Emma Hanna Ivy Lena Lily Lucy Maya Mia Molly Nora Rosa Ruby Sara Zoe".split()
+BOYS = "Adam Anton Ben Emil Finn Hugo Jack Leo Luke Max Nico Noah Omar Oscar Otto Sam Theo Tom".split()
+ELDERS = dict.fromkeys(("Mama", "Grandma", "Aunt Rose"), "she")
+ELDERS |= dict.fromkeys(("Papa", "Grandpa", "Uncle Ned"), "he")
+PRONOUNS = {"she": ("she", "her", "her", "herself"), "he": ("he", "him", "his", "himself")}
+CHARACTER = ("little", "small", "young", "cheerful", "brave", "clever")
+HOUSES = ("a small white house", "a yellow house", "a little stone house", "a house with a green door")
+DENS = {  # where an animal lives
+    "rabbit": "a warm burrow", "mouse": "a snug little hole", "bear": "a dry cave", "fox": "a deep den",
+    "hedgehog": "a nest of leaves", "squirrel": "a hollow tree", "badger": "a wide burrow",
+    "otter": "a den of roots",
+}  # fmt: skip
+NEAR = (
+    "by the sea", "near the old mill", "at the edge of the wood", "on top of a hill", "beside a stream",
+    "at the end of a long road", "behind the market", "near a little bridge",
+)  # fmt: skip
+HABITS = (  # what the hero is like, and how that comes back at the end
+    ("loved to sing", "sang about it until {he} fell asleep"),
+    ("loved to draw", "drew a picture of it all and hung it over the bed"),
+    ("loved to dance", "danced three times around the kitchen table"),
+    ("loved soup", "ate two bowls of soup and asked for a third"),
+    ("loved pancakes", "ate five pancakes and could not say a word"),
+    ("loved stories", "made a story out of it and told it to the moon"),
+    ("counted everything", "counted the stars until {his} eyes closed"),
+    ("asked a hundred questions a day", "asked one last question and fell asleep before the answer"),
+    ("liked to hum", "sat at the window and hummed to the moon"),
+    ("could never sit still", "was so tired that {he} sat still at last"),
+    ("kept all {his} treasures in a tin box", "put a small stone in the tin box, to remember the day"),
+    ("laughed at almost everything", "laughed about it so much that the bed shook"),
+)
+
+# A line is a sentence or two. After a "|", there or on the next line, stands another way to say it (or
+# nothing: leave it out). An indented line goes on with the one above. (a|b) is a choice, {he} a slot.
+# `name = x | y` draws the slot {name}; `a, b = 1 / 2 | 3 / 4` draws two that belong together. What was drawn
+# is a fact, and `fact: ...` is told only where it holds: so the hole in the pocket of the first paragraph
+# decides what shines on the path in the second. An empty line starts a paragraph.
+PLOTS = """
+# opening
+(Once upon a time there was|Once there was|Long ago there was|Far away there lived) {a_hero_kind} named {hero}
+    who {habit}.
+| {Hero} was {a_hero_kind} who {habit}. | In {house} {near} lived {a_hero_kind} named {hero}, who {habit}.
+| {Hero}, {a_hero_kind}, lived in {house} {near}. {He} {habit}.
+| {Hero} lived with {elder} {near}. {He} was {a_hero_kind} who {habit}.
+
+# ending
+not night: (That evening|Before bed|At bedtime|At the end of the day), {hero} {callback}.
+
+# a lost thing
+way = rolled | pocket | wind | left
+rolled: thing = red ball | blue ball | yellow ball | glass marble
+pocket: thing = silver bell | brass button | tin whistle | lucky coin
+wind: thing = straw hat | blue cap | yellow scarf | red ribbon
+left: thing = wooden horse | rag doll | toy train | picture book
+{Elder} had given {him} {a_thing}, and {he} took it everywhere.
+| Of all the things {he} had, {he} loved {his} {thing} (best|most).
+| For {his} birthday {he} got {a_thing}, and {he} would not go anywhere without it.
+One (sunny|bright|cold) (morning|day) {he} took it (to the meadow|along the river|to the top of the hill).
+rolled: {He} threw it up and caught it, again and again, and did not see how steep the ground was.
+| {He} played with it (for hours|all morning), although the ground was (steep|not flat at all).
+pocket: {He} kept it in {his} pocket. There was a small hole in that pocket, but {hero} did not know it.
+| It was safe in {his} pocket, or so {he} thought, for nobody had told {him} about the hole in it.
+wind: The wind was strong, so {he} hung it on a fence while {he} (picked flowers|ate a pear|climbed a tree).
+left: seat = bench | flat stone | old log | low wall
+left: (At noon|Soon) {he} was hungry, so {he} sat down on {a_seat} to eat (an apple|a bun|some nuts).
+But when {he} came home, the {thing} was gone! | Back home, {he} (looked|felt) for the {thing}. It was gone!
+| But at supper, when {he} wanted to show it to {elder}, the {thing} was not there.
+
+{He} looked under the bed, and then behind the door. Nothing.
+| {He} looked in every corner of the house and found only an old sock. | |
+“I have lost my {thing},” {he} told {friend_the}(, and a tear ran down {his} nose|).
+| “What is wrong?” asked {friend_the}. “My {thing} is lost,” said {hero} in a small voice.
+“Where did you have it last?” asked {friend}. | “Then we will look for it together,” said {friend}.
+| “Come,” said {friend}. “Let us walk back the way you came.”
+left: rain = dry | wet
+wet: On the way it began to rain, and they ran. | Dark clouds came, and soon they were both wet.
+rolled: They went back together, and {friend} pointed down the slope.
+    There, (in the tall grass|under a bush), lay the {thing}. It had rolled all the way!
+pocket: They walked along the path with their noses close to the ground.
+    All at once something shone in the (dust|grass). It was the {thing}!
+wind: The fence was empty. Then {friend} looked up.
+    High in an apple tree hung the {thing}, where the wind had (put|left) it.
+dry: They ran to the {seat}, and there lay the {thing}, just where {hero} had left it.
+wet: They came to the {seat}, and there lay the {thing}, (cold and wet but safe|in the middle of a puddle).
+
+rolled: “Next time I will play where it is flat,” said {hero}(, and {friend} laughed|).
+| {Hero} picked it up and held it tight. “No more hills for you,” {he} told the {thing}.
+pocket: {Elder} sewed up the hole with (red|green|strong) thread, and nothing ever fell out again.
+wind: {Friend} climbed up and threw it down. “On windy days,” said {hero}, “I will hold it with both {hands}.”
+dry: “I am sorry that I forgot you,” {he} told the {thing}, and {he} carried it home with both {hands}.
+wet: “I am sorry that I forgot you,” {he} told the {thing}, and {he} dried it by the fire.
+
+# sharing
+food = apple cake | honey bun | cherry pie | plum cake | cheese pie | nut cake
+weather = sunny | windy | cold
+One {weather} (day|morning) {elder} gave {him} {a_food} for the way.
+| One {weather} morning {he} helped {elder} in the kitchen and got {a_food} as a thank-you.
+| On a {weather} market day {hero} bought {a_food} with {his} own three coins.
+It was still warm. | It smelled so good that (a bee|a small dog) came to look. |
+(On the bridge|By the gate|On the steps of the mill) sat {friend_the}, (all alone|with a long face).
+| Then {he} met {friend_the}, who was (looking into|holding) an empty basket.
+“My lunch fell (into the river|into a puddle|off the bridge),” said {friend},
+    and {f_his} stomach made a loud noise.
+| “A (goat|dog|cow) ate my lunch,” said {friend}, “and then it ate the (paper|box), too.”
+| “I was in such a hurry that I left my lunch at home,” said {friend}.
+
+heart = open | shut
+shut: {Hero} held the {food} behind {his} back. It was so small, and {he} was so hungry!
+| {Hero} did not want to share. {He} said goodbye and walked on, but {his} feet grew slower and slower.
+shut: {He} took one bite. It did not taste good at all, because {he} kept thinking of {friend}.
+    So {he} (went|turned) back.
+open: {Hero} did not have to think about it. {He} sat down beside {f_him}.
+“Half of this is yours,” said {hero}, and {he} broke the {food} in two.
+| {Hero} broke the {food} in two and gave away the bigger half. “It tastes better together,” {he} said.
+They ate every crumb and (watched the boats|looked at the clouds|told each other jokes).
+| They ate slowly and swung their legs, and a duck got the last crumb. |
+
+later = umbrella | boot | kite
+umbrella: On the way home it began to (rain|snow).
+    {Friend} opened a (big|red|blue) umbrella and held it over them both.
+boot: A week later {hero} lost {his} left boot. It was {friend} who looked until dark and found it (in the
+    barn|under the bridge).
+kite: The next day there was a knock at the door. There stood {friend} with a new kite and two balls of
+    string.
+“You shared with me,” {f_he} said, “so now I share with you.”
+| “That is for the {food},” {f_he} said and smiled.
+
+# a storm
+(There was only one thing that {he} was afraid of|Only one thing made {him} afraid),
+    and (that|it) was thunder.
+| {He} was not afraid of (spiders|big dogs|deep water) or of (the dark|wolves|high trees),
+    but {he} was afraid of thunder.
+One night a storm came (over the hill|from the sea).
+    The wind (shook the door|howled around the house), and the rain beat on the (roof|windows).
+| One (summer|autumn) evening the sky turned (black|dark), and the first big drops hit the (window|roof).
+(Boom|Crash)! {Hero} pulled the blanket over {his} (ears|head).
+| A flash lit up the (whole room|sky). Boom! {Hero} (hid|crept) under the (bed|table).
+
+way = count | pet | tent
+count: {Elder} (came in|came) with a (candle|lamp|cup of tea) and sat down (beside|next to) {him}.
+    “Count with me,” said {elder}, “from the flash to the boom.”
+count: They counted to (two|three). The next time they counted to (four|five), and then to (eight|nine|ten).
+| At first they only came to two. Then they came to four, and then all the way to ten.
+count: “Do you hear it?” said {elder}. “(The storm|It) is walking away.”
+| “It is (going away|far away now)!” cried {hero}.
+pet: animal = puppy | kitten | lamb | chick
+pet: Then {he} heard somebody cry. In the corner sat (the|a) little {animal}, shaking from nose to tail.
+| Something soft pushed against {his} foot. It was the little {animal}, and it was shaking.
+pet: “You are even more afraid than I am,” {he} said and took it into {his} arms.
+    “It is only noise, little one.”
+pet: {He} (hummed|sang) a (slow|soft) song until the {animal} slept. By then {he} had forgotten to be afraid.
+| {He} told it about (the sun|warm milk) and (the summer|tall grass), and by the time it slept,
+    {he} was not afraid any more.
+tent: “May I come in?” asked {elder}. “I do not like (to be alone in a storm|storms very much).”
+tent: (Together they|They) put a (blanket|big cloth) over the table and crept under it with a lamp and (some
+    nuts|two buns).
+tent: {Elder} told a story about a giant who (dropped his pots and pans|rolled his barrels) down the stairs,
+    and now {hero} laughed at every boom.
+
+In the morning the (yard|garden|road) was full of puddles.
+    {Hero} (put on {his} boots|ran out) and jumped into (every one|them all).
+| When {he} woke up, the sky was (blue|clear) and the (grass|wood) was shining. “Was that all?”
+    (asked|said) {hero}.
+| The next time it thundered, {hero} (went to the window|looked up) and only said, “Oh, it is you again.”
+
+# a broken thing
+thing = blue cup | big plate | tall vase | green bowl | clay jug
+One (rainy|long|cold) afternoon {he} (threw|kicked) a ball in the kitchen, which was not allowed.
+| One (rainy|snowy|windy) day {he} played (pirates|knights) in the kitchen and (waved|swung) a wooden sword.
+| One (fine|sunny) morning {he} ran through the house as fast as (the wind|a horse).
+Crash! {Elder}'s {thing} fell from the (shelf|table) and broke (in two|into three pieces|into many pieces).
+| (There was a crash|Something went crash), and {elder}'s {thing} lay on the floor in (pieces|three pieces).
+way = brave | night
+brave: {Hero} wanted to (hide the pieces|run away). But {he} took a deep breath and went to find {elder}.
+| {His} (heart beat fast|knees shook), but {he} picked up the pieces and (carried|took) them to {elder}.
+night: Nobody had seen it. Quickly {hero} hid the pieces (under the bed|behind the stove|in an old boot|under
+    a rug).
+
+night: At supper {elder} asked, “Has anyone seen my {thing}?” {Hero} looked down at {his} (plate|soup).
+    (The food tasted like sand|{He} could not eat any more).
+| All evening {elder} looked for the {thing}. {Hero} said nothing, but {his} (stomach|head) hurt.
+night: In bed {he} could not sleep. (At last|In the end) {he} got up, took the pieces and went to {elder}.
+| When the moon came up, {he} was still awake. So {he} carried the pieces to {elder} on {his} toes.
+“It was me,” {he} said. “I am (so|very) sorry.” | “I broke it,” {he} whispered, “and I am sorry.”
+
+{Elder} (was quiet|said nothing) for a while. “I liked that {thing},”
+    {e_he} said, “but I like it (more|better) that you told me.”
+| {Elder} (sighed|shook {e_his} head) and then took {him} into {e_his} arms. “To tell me was the hard part,”
+    {e_he} said.
+(They|Together they) mended it with glue, (piece by piece|and it took an hour).
+| The next (morning|day) they sat down with a pot of glue and put it together again.
+It could not hold (soup|water) any more, so they (kept pencils in it|filled it with shells|put a candle in
+    it).
+| You could still see the cracks, but {elder} put it back (in the middle of the shelf|in its old place).
+| It looked a little (crooked|funny) now, and they both liked it even more.
+night: And {hero} slept very well. |
+
+# learning
+skill, place, fail, hint, success =
+| to swim / the pond / {He} kicked and splashed and swallowed half the pond / Kick like a frog
+    / {he} swam all the way to the other side
+| to whistle / the garden / {He} blew until {his} face was red, but only air came out
+    / Make a very small mouth / a high, clear note came out, and a bird answered
+| to skate / the frozen lake / One foot went left and one went right, and {he} sat down hard on the ice
+    / Bend your knees and look ahead / {he} flew over the ice like a bird
+| to fly a kite / the hill / The kite went up, turned over and fell on {his} head / Run into the wind
+    / the kite rose and rose until it was as small as a leaf
+| to row a boat / the lake / The boat turned in circles like a dog after its tail
+    / Pull with both arms at once / the boat went as straight as an arrow
+| to climb the tall pine / the wood / {He} came as far as the first branch and slid down again
+    / Hold on with three and move with one / {he} sat at the top and saw the whole valley
+| to skip stones / the river / Plop! Every stone sank like a stone / Take a flat one and throw it low
+    / the stone jumped five times
+“This is the year that I learn {skill},” {he} said. | More than anything, {he} wanted to learn {skill}.
+| All {his} friends knew how {skill}, but {hero} did not. | “I am big enough to learn {skill},” said {hero}.
+So one (fine|clear|cold) morning {he} went to {place} to try. | {He} got up early and went to {place} to try.
+{fail}. “I will never learn it,” {he} said. | {fail}. {He} tried again, and it was even worse.
+| {fail}. {Hero} looked around. Had anybody seen it?
+
+{Friend_the} had seen it, but {f_he} did not laugh. “I could not do it at first,” {f_he} said. “{hint}.”
+| Just then {friend_the} came by. “Shall I tell you a secret?” {f_he} asked. “{hint}.”
+{Hero} tried it that way, and it went a (little|bit) better. | {Hero} nodded and tried it that way.
+{He} came back the next day, and the day after that.
+| Every day that week {he} tried again, even (in the rain|on Sunday).
+| {He} tried until the sun went down, and the next day {he} tried again.
+
+Then, on the (fifth|sixth|seventh) day, {success}! | And one morning, (suddenly|at last), {success}.
+“Did you see that?” cried {hero}. “I saw it!” said {friend} and jumped for joy.
+| {Friend} clapped {f_his} {hands}. “Now you can teach somebody else,” {f_he} said.
+| “How did you do that?” asked a small frog. “It is easy,” said {hero} with a smile. “You only need a week.”
+
+# a rescue
+baby, cry, where, trouble, tool, done =
+| kitten / a thin meow / high up in an oak tree, holding on with all its claws
+    / {He} held out {his} arms, but the kitten did not dare to jump / a basket and a long rope
+    / {He} threw the rope over a branch and pulled the basket up.
+    The kitten climbed in and rode down like a king
+| bird / a weak peep / in the grass under a tree, far below its nest
+    / {He} jumped, but the nest was much too high / a ladder and a woolly cap
+    / {He} laid the little bird in the cap, climbed the ladder and put it back in the nest
+| duckling / a lonely quack / at the bottom of a deep hole, walking round and round
+    / {He} reached down, but {his} arm was too short / a basket of straw on a rope
+    / {He} let the basket down, and when the duckling (sat in it|was in), {he} pulled it up
+| lamb / a sad bleat / in the middle of a bush, with thorns in its wool
+    / {He} pulled, but the thorns held on / a pair of scissors
+    / Snip, snip! Out came the lamb, (a little less woolly than before|with one bare spot on its back)
+| frog / a tiny croak / at the bottom of a dry well, jumping and falling back
+    / {He} called, but the frog could not jump so high / a long plank
+    / {He} let the plank down, and the frog came up, (hop by hop|one hop at a time)
+One (day|morning|afternoon) {he} was on the way to (the market|the river|the mill|a friend) when {he} heard
+    {cry}.
+| One evening, on the way home, {hero} heard {cry}. {He} (stopped|stood still). There it was again!
+There was a (little|small|very young) {baby}, {where}.
+| {He} followed the sound and found a (small|very young) {baby}. It was {where}.
+“(Do not be afraid|Do not cry),” said {hero}. “I will help you.”
+| “(Poor thing|Oh dear)! How did you get there?” {he} asked. |
+
+{trouble}. {He} thought (for a moment|about it). Then {he} (ran|hurried) home and (came back with|brought)
+    {tool}.
+| {trouble}. So {he} ran to the nearest (farm|house|barn) and (asked for|came back with) {tool}.
+{done}.
+
+(Soon|A moment later|Just then) the mother came, and she looked at {hero} as if to say thank you.
+| And who came then? It was the mother! She looked at her little {baby} from head to foot. |
+After that, the {baby} came to visit {hero} every (Sunday|spring|week|evening).
+| Since then, {hero} always stops and listens when something small (calls for help|cries).
+| {Hero} walked home with (mud on {his} nose|grass on {his} hat|wet feet) and a warm heart.
+
+# a new neighbour
+One (spring|summer|autumn) day a cart full of (chairs|boxes|beds and tables) stopped (at|in front of) the
+    empty house next door.
+| For a long time the house next door was empty. Then, one day, there was smoke over the roof.
+“Somebody new lives there,” said {elder}. {Hero} saw a face at the (window|door), but it was gone at once.
+| (At the window|In the yard) stood somebody new. {Hero} waved, but (nobody waved back|the door closed).
+{He} knocked at the door and called, “Do you want to play?” But (all was quiet|nobody came).
+| {He} threw a ball over the (hedge|wall). A moment later it came back, but nobody said a word. |
+“Maybe (they do not like me|I am too loud|nobody likes to play there),” said {hero}.
+    “Maybe somebody is shy,” said {elder}. “What do you do with a shy (bird|cat)? You wait.”
+
+gift = warm bun | paper star | jar of honey | bunch of flowers | red apple | pretty shell
+answer = little drawing | smooth white stone | wooden spoon with a face | blue feather | ripe plum
+So {hero} put {a_gift} on the (doorstep|garden wall) and went away again.
+| That gave {hero} an idea. {He} laid {a_gift} in front of the door,
+    and then {he} (waited|hid) behind (the hedge|a tree).
+(The next morning|In the morning) the {gift} was gone. (In its place|Where it had been) lay {a_answer}.
+For (five|six|seven) days they gave each other things and (never said|did not say) a word. |
+
+Then, on (Sunday|a rainy day|the next day), the door opened, only a little.
+    “I am {friend},” said a small voice. “I (do not know anybody|know nobody) here.”
+    (“Now you know me,” said {hero}.|“You know me,” said {hero}.)
+By evening they had built a (boat out of boxes|dam in the stream|house of branches|bridge of stones),
+    and {friend} talked even more than {hero}.
+| They played until the moon was up, and nobody was shy any more.
+
+# a present
+It was the day before {elder}'s birthday, and {hero} had no (money for a present|present yet).
+| “Tomorrow is {elder}'s birthday,” said {hero}, “and I (have only one coin|do not have a present).”
+way = cake | picture | flowers
+cake: {He} mixed flour, eggs and honey, and put a cake into the oven.
+    Then a (bird|bee) flew past the window, and {he} ran out to look.
+    When {he} came back, there was smoke(| everywhere). The cake was as black as (coal|night).
+picture: So {he} painted a picture of the two of them in a (boat|garden) and put it out on the grass to dry.
+    Then it began to rain. (When {he} came running|By noon), all the colours had run together.
+flowers: {He} picked (yellow|blue|white) flowers in the meadow, one for every year,
+    and left them by the gate. But a (goat|cow|sheep) came by.
+    When {hero} came back with a ribbon, there was only one flower left.
+{He} sat down (on the ground|in the grass) and cried a little.
+| “Now I have nothing at all,” {he} said and hid {his} face. |
+
+“What (is the matter|has happened)?” asked {friend_the}, and {hero} told {f_him} everything.
+| Then {friend_the} came, and {hero} told {f_him} what had happened.
+cake: “Is there any dough left in the bowl?” asked {friend}. There was. It was enough for one very small cake.
+picture: {Friend} turned the picture around. “Look! It is a sunset now,” {f_he} said.
+    “It only needs a frame.” So they made one out of (sticks|shells|acorns).
+flowers: {Friend} took the ribbon. “Then we will plant this one in a pot,”
+    {f_he} said, “and it will last longer.”
+
+The next morning {hero} held it behind {his} back. “It is not what I wanted,”
+    {he} said(, and {his} ears were red|).
+cake: {Elder} ate the little cake in one bite. “It is just (right|the right size),” {e_he} said.
+    “Nobody has to wash a plate.”
+picture: {Elder} looked at it for a (long time|while). “I have never had a sunset of my own,” {e_he} said.
+flowers: {Elder} put the pot in the window. By (summer|June|autumn) it held (nine|twelve|seven) flowers.
+| “I like it more than a big bunch,” said {elder}, and {e_he} put the pot in the window.
+And then {elder} (gave {him} a kiss on the nose|took {him} into {e_his} arms). |
+
+# a seed
+plant = sunflower | pumpkin | bean | strawberry
+{Elder} gave {him} a {plant} seed. “Be good to it,” {e_he} said, “and (do not be in a hurry|give it time).”
+| One day in spring {hero} found a {plant} seed in {his} pocket, and nobody knew how it had got there.
+{Hero} made a hole in the ground with (one finger|a stick), put the seed in and covered it up.
+Then {he} sat down beside it and waited. | The next morning {he} ran out to look. Nothing! |
+{He} watered it every day. {He} even (sang to it|told it a joke). | {He} gave it water every day. |
+“Maybe it is (asleep|tired|shy),” said {friend_the}. “Seeds do that.”
+| “Shall we dig it up and see?” asked {friend_the}. “No,” said {hero}. “I would not like that, either.”
+
+Then, (after (nine|ten) days|one warm morning|after a warm rain), a (tiny|small) green leaf looked out.
+way = dry | snail | crow
+dry: But summer came, and it did not rain. Every evening {hero} and {friend} carried water from the
+    (well|river|stream) until their arms (hurt|were tired).
+snail: One night a snail came to eat it. {Hero} did not hurt the snail.
+    {He} carried it to (a heap of old leaves|the hedge|the wet meadow), and it was happy there.
+crow: But a crow kept coming to pull at it. So {hero} and {friend} built a scarecrow with (an old hat|a funny
+    hat). The crow liked it so much that it sat on the hat and forgot about the {plant}.
+sunflower bean: The {plant} grew. It grew up to {his} knee, and then to {his} (nose|chin).
+| Week after week the {plant} grew, and {hero} measured it with a string. |
+pumpkin strawberry: The {plant} (grew and grew|got one leaf after another), and (then|at last) it flowered. |
+
+sunflower: By August the sunflower was taller than {elder}, and it turned its yellow face to the sun.
+    In autumn it gave a hundred new seeds. {Hero} put one into the pocket of every friend {he} had.
+pumpkin: In autumn the pumpkin was so big that two of them had to roll it home.
+    They made soup for everybody, and {hero} kept one seed for next year.
+bean: In July {hero} picked the beans, one by one, into {elder}'s hat.
+    They ate beans all week, and {hero} kept one for next year.
+strawberry: In June the first berry turned red. {Hero} cut it into three parts, for {friend},
+    for {elder} and for {himself}. It was the sweetest berry in the world, because they had waited for it.
+
+# a castle
+way = wave | sled
+wave: One (hot|warm|summer) day {hero} and {friend_the} built a castle of sand,
+    (close to|right beside) the water.
+sled: One (winter|cold|snowy) day {hero} built a castle of snow. It took {him} the whole (morning|day).
+It had (two|three|four) (tall|round) towers, (a gate made of sticks|a long wall|six windows) and a flag made
+    of (a leaf|a feather|an old sock). |
+wave: “Nothing can (break it|hurt it),” said {friend}.
+    But the (sea|water) came nearer, and one big wave took it all away.
+sled: Then {friend_the} came down the hill on a (fast|new|big) sled. “Look out!”
+    {f_he} (cried|called), but it was too late. The sled went right through the (wall|middle).
+
+wave: {Hero} (stamped {his} foot|shouted) at the sea, but the sea did not (care|mind).
+| They looked at the (wet|flat) sand. There was nothing left(| at all).
+wave: “It (only |)stood in the wrong place,” said {friend}.
+| “The sea only wanted to play, too,” said {friend}.
+sled: “My castle!” cried {hero}. “I could not stop,” said {friend},
+    but {hero} did not listen and (ran|went) home.
+sled: {He} sat by the (stove|fire) and was angry, until {he} was only sad.
+    Then {he} looked out of the window. There was {friend}, all alone, pushing snow into a heap.
+    {F_his} {hands} were (wet and cold|red with cold).
+sled: {Hero} took {his} second pair of gloves and went out again. “Here,” {he} said.
+    “I am sorry that I shouted.” “And I am sorry about the wall,” said {friend}.
+
+wave: So they went (higher|farther) up the beach and began again,
+    this time with a (deep|wide) ditch around it. The next wave (filled the ditch|came as far as the ditch)
+    and went back. “Thank you for the water!” called {hero}.
+sled: (They|Together they) built it up again, with a gate that was (wide|big) enough for a sled.
+The new castle was (bigger|taller) than the old one, because (four {hands} had built it|now they knew how).
+| “It is better than the first one,” said {friend}, and {hero} thought so, too. |
+
+# a noise
+what, noise = branch / Tap, tap, tap | kitten / Scratch, scratch | frog / Plip, plop | door / Bang, bang
+when = night
+(In the middle of the night|Late at night|One night) {he} woke up. {noise}!
+| It was (late|dark), and {hero} was almost asleep. {noise}!
+Was it (a wolf|a giant|a monster with seven teeth|a dragon|a witch)? | Something was (out there|moving). |
+{He} pulled the blanket (up to {his} nose|over {his} head). {noise}! There it was again.
+| {Hero} did not dare to (breathe|move). {noise}! It did not stop. | {His} (ears|toes) turned cold. {noise}!
+light = lamp | candle
+who = alone | both
+alone: “If I look, (then I will know|it will go away),” {he} whispered, and {he} lit the {light}.
+| But {he} was (curious|brave), too, and at last that was stronger. {He} got out of bed.
+both: {He} ran to wake {elder}. “Let us look at it,” said {elder}.
+    “(Most noises|Monsters) get smaller when you come closer.”
+
+With {a_light} in one {hand} and a (spoon|broom|wooden sword) in the other, {he} went to look(,
+    step by step|).
+| (Step by step|Slowly, very slowly,) {he} went (closer|to the door),
+    and {his} (heart beat like a drum|knees shook).
+branch: It was the (cherry|apple|old) tree! The wind moved one long branch,
+    and it knocked at the (window|roof|wall) like a finger.
+kitten: On the doorstep sat a (thin|wet) (grey|black|white) kitten.
+    It scratched at the door because it was (cold|hungry).
+frog: In the (bucket|barrel) under the roof sat a (green|fat) frog,
+    jumping up and falling back into the water.
+door: It was only the (door of the shed|garden gate).
+    Somebody had (forgotten to close|not closed) it, and the wind was playing with it.
+
+branch: “Do you want to come in?” laughed {hero}. (In the morning|The next day) they tied the branch back with
+    (a string|an old belt).
+kitten: {Hero} gave it (warm milk|some fish) and a place by the (stove|fire).
+    By morning it had a name, and the name was (Button|Pepper|Star|Smoke|Moon).
+frog: {Hero} carried it to the (pond|stream) in both {hands}.
+    It (said one loud thank-you|made one long jump) and was gone.
+door: {Hero} (put a big stone in front of it|closed it with a string), and (the night|everything) was still.
+“So that was my monster,” {he} said. | “Good night, monster,” said {hero} and (went back to bed|yawned).
+| Since that night {he} (reaches for the lamp and not for the blanket|is not so easy to frighten).
+
+# lost in the wood
+way, clue, sign =
+| stream / follow the stream, for it runs past our house / Somewhere, not far away, water was running
+| bell / listen for the bell / Far away a bell rang, once, twice, three times
+| smoke / look for our smoke / Over the trees stood a thin line of smoke
+| song / stay where you are and sing / {He} sat down under a tree and sang as loudly as {he} could
+“If you are ever lost in the wood,” {elder} always said, “{clue}.”
+    {Hero} (only listened|listened only) with one ear.
+One (day|afternoon) {he} ran after a (blue|golden|green) (butterfly|beetle|dragonfly), (deeper and deeper|far,
+    far) into the wood.
+Then it flew away over the (trees|bushes). When {he} (looked around|turned around),
+    there was no path any more.
+| When it was gone, {he} looked around. The path was gone, too.
+It (grew|was getting) dark, and every tree looked like the next one. | All the trees looked the same. |
+
+“Who?” called an owl. “It is only me,” said {hero}. “(I am lost|I do not know the way).”
+| {He} walked to the left, and then to the right, and came back to the same (stone|fallen tree|bush).
+| {He} ate the last (nut|apple|berry) from {his} pocket and tried not to cry. |
+Then {he} remembered what {elder} always said. {sign}.
+stream: {Hero} found it and (walked|ran) along it, over (stones|roots) and under branches.
+bell: {Hero} (followed|ran after) the sound, and when it stopped,
+    {he} (waited|stood still) until it rang again.
+smoke: {Hero} kept {his} eyes on it and (walked|ran), straight through (bushes|grass) and leaves.
+song: {He} sang every song {he} knew, and (some of them|the best ones) twice.
+    At last a light (moved|came) between the trees.
+
+song: It was {elder} with a lamp. “I heard you from (over the hill|the bridge|our house),” {e_he} said.
+    “You missed a verse.”
+stream bell smoke: And there (was|at last was) (a light in the window|the house)!
+    {Elder} was at the door, putting on {e_his} boots. “I was (just coming|about) to look for you,”
+    {e_he} said.
+“(Next time|From now on) I will listen with both ears,” said {hero}.
+| {Hero} said nothing, but {he} held {elder}'s {hand} (very tight|all evening).
+| They (had hot soup|ate soup), and {hero} told {elder} about the (owl|dark|trees) until the soup was cold.
+"""
+
+
+@cache
+def _plots() -> dict[str, list]:
+    """PLOTS as {name: beats}. A beat: (facts needed, slots drawn, alternatives); None starts a paragraph."""
+    plots = {}
+    for block in re.split(r"^# ", PLOTS, flags=re.M)[1:]:
+        name, *lines = re.sub(r"\n(    |(?=\|))", " ", block).strip().split("\n")
+        plots[name] = [_beat(line) if line else None for line in lines]
+    return plots
+
+
+def _beat(line: str) -> tuple:
+    facts, slots, text = re.fullmatch(r"(?:([a-z ]+): )?(?:([a-z, ]+) = ?)?(.*)", line).groups()
+    if slots is None:
+        return (facts or "").split(), None, parse(text)
+    rows = [row.split(" / ") for row in re.split(r"\|(?![^(]*\))", text) if row.strip()]
+    return (facts or "").split(), slots.split(", "), [[parse(cell.strip()) for cell in row] for row in rows]
+
+
+def _cast(rng: random.Random) -> Slots:
+    """Who is in the story. Hero and friend are a girl and a boy, so that no "she" can mean the other."""
+    girl, boy = (pick(rng, GIRLS), "she", "girl"), (pick(rng, BOYS), "he", "boy")
+    (hero, he, kind), (friend, f_he, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
+    elder = pick(rng, list(ELDERS))
+    animals = rng.random() < 0.4
+    if animals:
+        kind, f_kind = pick(rng, list(DENS)), pick(rng, list(DENS))
+    slots = Slots(
+        hero=hero,
+        hero_kind=f"{pick(rng, CHARACTER)} {kind}",
+        friend=friend,
+        friend_the=f"{friend} the {f_kind}" if animals else f"{friend} from next door",
+        elder=elder,
+        house=DENS[kind] if animals else pick(rng, HOUSES),
+        near=pick(rng, NEAR),
+        hand="paw" if animals else "hand",
+        hands="paws" if animals else "hands",
+    )
+    for prefix, pronoun in (("", he), ("f_", f_he), ("e_", ELDERS[elder])):
+        for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
+            slots[prefix + slot] = word
+    habit, callback = pick(rng, HABITS)
+    slots.update(habit=fill(rng, parse(habit), slots), callback=fill(rng, parse(callback), slots))
+    return slots
+
+
+def _tell(rng: random.Random, beats: list, slots: Slots, facts: set[str]) -> str:
+    """The beats as text: sentences joined by spaces, paragraphs by line breaks. Fills `slots` and `facts`."""
+    paragraphs = [[]]
+    for beat in beats:
+        if beat is None:
+            paragraphs.append([])
+            continue
+        needed, drawn, alternatives = beat
+        if needed and (needed[-1] in facts if needed[0] == "not" else facts.isdisjoint(needed)):
+            continue
+        if drawn:
+            values = [fill(rng, cell, slots) for cell in pick(rng, alternatives)]
+            slots.update(zip(drawn, values, strict=True))
+            facts.update(values)
+        else:
+            paragraphs[-1].append(fill(rng, alternatives, slots).strip())
+    return "\n".join(" ".join(filter(None, sentences)) for sentences in paragraphs)
+
+
+def story(index: int, seed: int = SEED) -> tuple[str, str]:
+    """Story number `index`, and its signature: the plot, the three names, and all that was drawn.
+
+    How many there are: no two of the first 3,000,000 are alike, so more than 10^12 (birthday bound, 95 %);
+    the median story has probability 2^-53. Learning by heart does not help: of all runs of 48 words (a third
+    of a story) in the validation text, 9 % occur in the training text.
+    """
+    rng = random.Random((seed << 40) + index)
+    slots, facts = _cast(rng), set()
+    opening, ending, *plots = _plots()
+    plot = pick(rng, plots)
+    text = _tell(rng, _plots()[opening], slots, facts) + " " + _tell(rng, _plots()[plot], slots, facts)
+    if rng.random() < 0.35:
+        text = f"{text} {_tell(rng, _plots()[ending], slots, facts)}".rstrip()
+    return text, " ".join([plot, slots["hero"], slots["friend"], slots["elder"], *sorted(facts)])
+
+
+def storyworld(split: str, n: int | None = None, seed: int = SEED) -> Iterator[str]:
+    """The stories of one split, forever or the first `n`.
+
+    All stories with one signature are in one split, so a test story is never a training story in other words.
+    """
+    told = (story(index, seed) for index in count())
+    return islice((text for text, signature in told if split_of(signature) == split), n)
+
+
+# -----------------------------------------------------------------------------
+# arithmetic: word problems of one to three steps, with their worked solutions
+
+ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
+beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
+crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
+ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
+STEPS = {  # what is told, and what the solution says
+    "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.", ""),
+    "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}."),
+    "buy": ("{He} (buys|finds) {k} more {item}.|{He} gets {k} more {item} from {other}.|{other} gives "
+            "{name} {k} more {item}.", "{He} (now |)has {sum} {item}.|Then {he} has {sum} {item}."),
+    "buy boxes": ("{He} (buys|gets) {n} {box} (of {k} {item} each|with {k} {item} in each).",
+                  "{He} (now |)has {sum} {item}.|Then {he} has {sum} {item}."),
+    "give": ("{He} gives {k} {item} (to {other}|away).|{He} loses {k} {item}.|Then {he} sells {k} {item}.",
+             "{He} has {sum} {item} left.|{He} now has {sum} {item}."),
+    "double": ("(A week later|By evening) {he} has twice as many {item}.", "{He} (now |)has {sum} {item}."),
+    "times": ("Now {other} has {k} times as many {item} as {name}.", "{other} has {sum} {item}."),
+    "together": ("{other} has {k} {item}.", "(Together they|They) have {sum} {item}."),
+}  # fmt: skip
+SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "together": "+"}
+LARGEST = {"start": 50, "boxes": 12, "buy boxes": 12, "times": 6}  # {k} in the told sentence; 40 elsewhere
+QUESTIONS = {
+    "times": "How many {item} does {other} have?",
+    "together": "How many {item} do {name} and {other} have (together|in all)?",
+    "": "How many {item} does {name} have (now|in the end)?|How many {item} does {he} have now?",
+}
+DISTRACTORS = (
+    "{other} has {m} {thing}.|{He} also has {m} {thing}.|{name} also saw {m} {thing}.|"
+    "{name} is {age} years old.|There are {m} children at {his} school.|The shop also sells {m} {thing}."
+)
+LIMIT = 99  # no number in a problem or its solution is greater
+
+
+def number(rng: random.Random, low: int, high: int) -> int:
+    return low + int(rng.random() * (high - low + 1))
+
+
+def arithmetic_problem(rng: random.Random, steps: int | None = None, distractor: bool | None = None) -> dict:
+    """A word problem, {"question", "answer"}, in GSM8K's format; every number is from 1 to 99.
+
+    It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
+    somebody, together. About 35 % carry a sentence with a number that plays no part. `steps`: 1 to 3.
+    """
+    steps = steps or pick(rng, (1, 2, 2, 3))
+    distractor = rng.random() < 0.35 if distractor is None else distractor
+    while True:
+        problem = _attempt(rng, steps, distractor)
+        if problem:
+            return problem
+
+
+def _attempt(rng: random.Random, steps: int, distractor: bool) -> dict | None:
+    """None if a number left the range: the caller tries again."""
+    girl, boy = (pick(rng, GIRLS), "she"), (pick(rng, BOYS), "he")  # "she" and "he" are never in doubt
+    (name, he), (other, _) = pick(rng, ((girl, boy), (boy, girl)))
+    (item, box), (thing, _) = pick(rng, ITEMS), pick(rng, ITEMS)
+    if item == thing:
+        return None
+    slots = Slots(name=name, other=other, he=he, his=PRONOUNS[he][2], item=item, box=box, thing=thing)
+    told, worked, total, kind = [], [], 0, pick(rng, ("start", "start", "start", "boxes"))
+
+    def work(kind: str, a: int, sign: str, b: int) -> int:
+        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        slots["sum"] = f"{a}{sign}{b}=<<{a}{sign}{b}={result}>>{result}"
+        worked.append(fill(rng, parse(STEPS[kind][1]), slots))
+        return result
+
+    while True:
+        n, k = number(rng, 2, 9), number(rng, 2, LARGEST.get(kind, 40))
+        slots.update(n=str(n), k=str(k))
+        told.append(fill(rng, parse(STEPS[kind][0]), slots))
+        if kind == "start":
+            total = k
+        elif kind == "boxes":
+            total = work(kind, n, "*", k)
+        elif kind == "buy boxes":
+            total = work(kind, total, "+", work("boxes", n, "*", k))
+        else:
+            total = work(kind, total, SIGNS[kind], 2 if kind == "double" else k)
+        if not 1 <= total <= LIMIT:
+            return None
+        left = steps - len(worked)
+        if left == 0:
+            break
+        last = ["times", "times", "together"] if left == 1 else ["buy boxes"]  # who else has some, comes last
+        kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
+    if distractor:
+        slots.update(m=str(number(rng, 2, 60)), age=str(number(rng, 5, 12)))
+        told.insert(number(rng, 1, len(told)), fill(rng, parse(DISTRACTORS), slots))
+    question = fill(rng, parse(QUESTIONS.get(kind, QUESTIONS[""])), slots)
+    return {"question": " ".join([*told, question]), "answer": "\n".join([*worked, f"#### {total}"])}
+
+
+def arithmetic(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+    """The word problems of one split, forever or the first `n`; none comes twice.
+
+    The calculation (`9*3=27 27+5=32`) decides the split: a test problem is never a training problem with
+    other names in it.
+    """
+
+    def problems() -> Iterator[dict]:
+        rng, seen = random.Random(f"arithmetic {split} {seed}"), set()
+        while True:
+            problem = arithmetic_problem(rng)
+            calculation = " ".join(re.findall("<<(.*?)>>", problem["answer"]))
+            if split_of(calculation) == split and problem["question"] not in seen:
+                seen.add(problem["question"])
+                yield problem
+
+    return islice(problems(), n)
+
+
+def arithmetic_text(split: str) -> Iterator[str]:
+    """Text to pretrain on, by turns a worked problem and a few plain equations.
+
+    A base model that never saw digits copied and equations solved cannot be taught the word problems later:
+    at 0.8M parameters fine-tuning alone reached 4 %, and 70 % with text like this in pretraining. Equations
+    are facts, which all splits share; the problems are not.
+    """
+    rng = random.Random(f"equations {split} {SEED}")
+    for problem in arithmetic(split):
+        yield f"{problem['question']}\n{problem['answer']}"
+        yield "\n".join(_equation(rng) for _ in range(8))
+
+
+def _equation(rng: random.Random) -> str:
+    sign = pick(rng, "++-*")
+    if sign == "*":
+        b = number(rng, 2, 12)
+        return f"{(a := number(rng, 2, min(12, LIMIT // b)))}*{b}={a * b}"
+    a = number(rng, 2, LIMIT - 1)
+    b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
+    return f"{a}{sign}{b}={a + b if sign == '+' else a - b}"
+
+
+# -----------------------------------------------------------------------------
+# corpora: what each name stands for, and where it is looked for
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text on Hugging Face's hub. Its first edition can be downloaded there; others may lie on this disk.
+
+    An edition is {split: its files in $DATA_DIR/`folder`, plain or .gz}. "all" has no splits, so we hold out
+    its tail; "head" has none either, and ends in the middle of a document.
+    """
+
+    hub: str
+    licence: str
+    folder: str
+    editions: tuple[dict[str, tuple[str, ...]], ...]
+
+
+def _wikitext(n: int, train_files: int) -> Corpus:
+    parts = {"train": train_files, "validation": 1, "test": 1}
+    name = f"wikitext-{n}-v1/{{}}-{{:05}}-of-{{:05}}.parquet"
+    on_hub = {split: tuple(name.format(split, i, k) for i in range(k)) for split, k in parts.items()}
+    tokens = {split: (f"wikitext-{n}/wiki.{split.removesuffix('ation')}.tokens",) for split in parts}
+    return Corpus("Salesforce/wikitext", "CC BY-SA 3.0", "", (on_hub, tokens))
+
+
+CORPORA = {
+    "tinystories": Corpus(
+        "roneneldan/TinyStories",
+        "CDLA-Sharing-1.0",
+        "tinystories",
+        (
+            {"train": ("TinyStoriesV2-GPT4-train.txt",), "validation": ("TinyStoriesV2-GPT4-valid.txt",)},
+            {"train": ("TinyStories-train.txt",), "validation": ("TinyStories-valid.txt",)},
+            {"head": ("TinyStories-train-first-2MiB.txt",)},
+        ),
+    ),
+    "wikitext2": _wikitext(2, train_files=1),
+    "wikitext103": _wikitext(103, train_files=2),
+    "fineweb_edu": Corpus(  # two of the sample's 14 files: 4.3 GB, about 1.4B tokens, a day for one card
+        "HuggingFaceFW/fineweb-edu",
+        "ODC-By 1.0",
+        "fineweb_edu",
+        ({"all": ("sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet")},),
+    ),
+}
+EMBEDDED = {  # name -> its documents, how many in train, how many in validation and in test
+    "storyworld": (storyworld, 30_000, 1_000),
+    "arithmetic": (arithmetic_text, 40_000, 1_000),
+}
+
+
+@dataclass
+class Source:
+    """One split of a corpus, found: how to read it, and what a run writes down about it."""
+
+    read: Callable[[], Iterator[str]]
+    source: str
+    licence: str
+    fingerprint: Callable[[], str]
+    size: int | None = None  # documents to take from a generator, which would never end
+
+
+def documents(corpus: str, split: str, data_dir: str | None = None) -> Iterator[str]:
+    """The documents of one split, one at a time. Raises DataError at once if there is no such thing.
+
+    `corpus` is a name (`storyworld`, `arithmetic`, or one of CORPORA), a path, folder or glob of your own
+    .txt, .jsonl or .parquet files (also .gz), or a mix, "tinystories:0.9,arithmetic:0.1".
+    """
+    found = _find(corpus, split, data_dir)
+    print(f"data: {corpus}, {split}: {found.source}", file=sys.stderr)
+    return islice(found.read(), found.size)
+
+
+def corpus_info(corpus: str, split: str, data_dir: str | None = None) -> dict[str, str]:
+    """What `documents` reads, for a run's record: {"source", "licence", "fingerprint" (of the content)}."""
+    found = _find(corpus, split, data_dir)
+    return {"source": found.source, "licence": found.licence, "fingerprint": found.fingerprint()}
+
+
+def _find(corpus: str, split: str, data_dir: str | None) -> Source:
+    data_dir = data_dir or os.environ.get("DATA_DIR") or "data"
+    if split not in SPLITS:
+        raise DataError(f'there is no split "{split}"; the splits are {", ".join(SPLITS)}')
+    if corpus in EMBEDDED:
+        make, n_train, n_other = EMBEDDED[corpus]
+        sample = partial(make, split)
+        # The fingerprint is of what it says: a change to the grammar shows, a change to a comment does not.
+        fingerprint = lambda: _sha256(doc.encode() for doc in islice(sample(), 300))  # noqa: E731
+        size = n_train if split == "train" else n_other
+        return Source(sample, f"generated by data.py, seed {SEED}", "MIT", fingerprint, size)
+    if corpus in CORPORA:
+        return _registered(corpus, split, data_dir)
+    if re.fullmatch(r"[^:,]+:\d*\.?\d+(,[^:,]+:\d*\.?\d+)*", corpus):
+        return _mix(corpus, split, data_dir)
+    folder = os.path.isdir(corpus)
+    paths = sorted(glob(os.path.join(corpus, "**") if folder else corpus, recursive=True))
+    paths = [path for path in paths if os.path.isfile(path) and (_kind(path) or not folder)]
+    if not paths:
+        names = ", ".join([*EMBEDDED, *CORPORA])
+        raise DataError(f'"{corpus}" is neither a file nor the name of a corpus; those are {names}')
+    return _from_files(paths, "yours", hold_out=split)
+
+
+def _registered(name: str, split: str, data_dir: str) -> Source:
+    """The first edition of which any file is here; failing that, the hub's, downloaded."""
+    corpus = CORPORA[name]
+
+    def here(file: str) -> str | None:
+        path = os.path.join(data_dir, corpus.folder, file)
+        return next((p for p in (path, path + ".gz") if os.path.exists(p)), None)
+
+    # One edition for all splits: the validation text of one may be the training text of another.
+    begun = [e for e in corpus.editions if any(here(file) for files in e.values() for file in files)]
+    edition = begun[0] if begun else corpus.editions[0]
+    part = next((part for part in ("all", "head", split) if part in edition), None)
+    if part is None:
+        raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
+    paths = [here(file) or _fetch(name, file, data_dir) for file in edition[part]]
+    hold_out = split if part != split else None
+    articles = corpus.hub == "Salesforce/wikitext"
+    return _from_files(paths, corpus.licence, data_dir, hold_out, torn=part == "head", articles=articles)
+
+
+def _fetch(name: str, file: str, data_dir: str) -> str:
+    corpus = CORPORA[name]
+    path = os.path.join(data_dir, corpus.folder, file)
+    try:
+        if not any(file in files for files in corpus.editions[0].values()):
+            raise DataError("this edition of it cannot be downloaded")
+        return download(f"https://huggingface.co/datasets/{corpus.hub}/resolve/main/{file}", path)
+    except DataError as error:
+        raise DataError(
+            f"{name} is not on this disk and could not be fetched: {error}\n"
+            f"Get online ({corpus.hub} on Hugging Face), or put the file at {path} (or .gz), "
+            f"or use the embedded corpus, which needs neither: storyworld"
+        ) from None
+
+
+def _from_files(
+    paths: list[str], licence: str, root: str = "", hold_out: str | None = None, torn=False, articles=False
+) -> Source:
+    """`hold_out`: these files have no splits, so this one is cut from their tail."""
+    for path in paths:
+        if not _kind(path):
+            raise DataError(f"{path}: cannot read this; .txt, .jsonl and .parquet can be read, also as .gz")
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path} is empty")
+    names = [os.path.relpath(path, root) if root else path for path in paths]
+    source = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
+    source += f" ({HOLD_OUT[hold_out]})" if hold_out else ""
+
+    def read() -> Iterator[str]:
+        docs = (doc for path in paths for doc in read_file(path, articles))
+        return _hold_out_tail(docs, hold_out, torn) if hold_out else docs
+
+    return Source(read, source, licence, lambda: _sha256(block for path in paths for block in _blocks(path)))
+
+
+def _mix(text: str, split: str, data_dir: str) -> Source:
+    """Corpora interleaved so that, at every point, each has had its share of the bytes to within a document.
+
+    A finite corpus is never repeated: the mix ends when the first one does. A generator goes on as long as it
+    is asked; of generators alone, the one with the largest share sets the length.
+    """
+    shares = {name: float(share) for name, share in (part.rsplit(":", 1) for part in text.split(","))}
+    if len(shares) <= text.count(",") or min(shares.values()) <= 0:
+        raise DataError(f'"{text}": name each corpus once, with a share above 0')
+    found = {name: _find(name, split, data_dir) for name in shares}
+    leader = max(shares, key=shares.get) if all(source.size for source in found.values()) else None
+
+    def read() -> Iterator[str]:
+        readers = {name: islice(s.read(), s.size if name == leader else None) for name, s in found.items()}
+        progress = dict.fromkeys(shares, 0.0)  # bytes so far / share
+        while True:
+            name = min(progress, key=progress.get)  # the one that is furthest behind
+            doc = next(readers[name], None)
+            if doc is None:
+                return
+            progress[name] += len(doc.encode()) / shares[name]
+            yield doc
+
+    source = "; ".join(f"{shares[name]:g} {name}: {s.source}" for name, s in found.items())
+    licence = "; ".join(f"{name}: {s.licence}" for name, s in found.items())
+    return Source(
+        read, source, licence, lambda: _sha256((text + s.fingerprint()).encode() for s in found.values())
+    )
+
+
+# -----------------------------------------------------------------------------
+# files: .txt, .jsonl and .parquet, plain or gzipped, to documents
+
+HELD_OUT = 1_000  # documents, at most, in a validation or test split that is cut from a tail
+HOLD_OUT = {  # what is said about it
+    "train": "all but the held-out tail",
+    "test": f"held out: the 5 % before the last 5 %, at most {HELD_OUT:,} documents",
+    "validation": f"held out: the last 5 %, at most {HELD_OUT:,} documents",
+}
+PASSAGE = 2_000  # characters; text without <|endoftext|> is cut at the next blank line after so many
+
+
+def _kind(path: str) -> str:
+    match = re.search(r"\.(txt|tokens|jsonl|parquet)(\.gz)?$", path)
+    return match[1] if match else ""
+
+
+def read_file(path: str, articles: bool = False) -> Iterator[str]:
+    """The documents of a file: rows of .jsonl and .parquet (field "text"); of .txt what stands between
+    <|endoftext|> marks, or else passages of about PASSAGE characters. `articles`: it is WikiText."""
+    rows = {"parquet": _parquet_rows, "jsonl": _jsonl_rows}.get(_kind(path), _lines)(path)
+    if articles:  # kept to the byte: its perplexity is compared with other people's
+        yield from _articles(row or " \n" for row in rows)  # on the hub a blank line is an empty row
+        return
+    if rows.__name__ == "_lines":
+        marked = any(END_OF_TEXT in line for line in islice(_lines(path), 10_000))
+        rows = _between_marks(rows) if marked else _passages(rows)
+    docs = filter(None, map(str.strip, rows))
+    first = next(docs, None)
+    if first is None:
+        raise DataError(f"{path} holds no text")
+    yield first
+    yield from docs
+
+
+def _lines(path: str) -> Iterator[str]:
+    """Lines, each ending in a plain newline whatever it ended in. A problem is told with its line number."""
+    number = 0
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}, line {number}: not UTF-8 text (byte 0x{byte:02x}); if it is Latin-1, convert it with\n"
+            f"iconv -f latin1 -t utf-8 OLD > NEW"
+        ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: a damaged gzip file, after line {number} ({error}); get it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
+def _between_marks(lines: Iterable[str]) -> Iterator[str]:
+    doc = []
+    for line in lines:
+        before, *after = line.split(END_OF_TEXT)
+        doc.append(before)
+        for text in after:
+            yield "".join(doc)
+            doc = [text]
+    yield "".join(doc)
+
+
+def _passages(lines: Iterable[str]) -> Iterator[str]:
+    passage, size = [], 0
+    for line in lines:
+        passage.append(line)
+        size += len(line)
+        if size >= PASSAGE and (not line.strip() or size >= 4 * PASSAGE):
+            yield "".join(passage)
+            passage, size = [], 0
+    yield "".join(passage)
+
+
+def _articles(lines: Iterable[str]) -> Iterator[str]:
+    """A title is ` = Title = ` after a blank line; ` = = Section = = ` is not one."""
+    article, previous = [], ""
+    for line in lines:
+        if len(article) > 1 and not previous.strip() and re.fullmatch(r" = [^=]+ = \n", line):
+            yield "".join(article)
+            article = []
+        article.append(line)
+        previous = line
+    yield "".join(article)
+
+
+def _jsonl_rows(path: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            if line.strip():
+                yield json.loads(line)["text"].replace("\r\n", "\n")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            found = line.strip()[:60]
+            raise DataError(f'{path}, line {number}: should be {{"text": "..."}} but is {found}') from None
+
+
+def _parquet_rows(path: str) -> Iterator[str]:
+    try:
+        from pyarrow.parquet import ParquetFile
+
+        for batch in ParquetFile(path).iter_batches(1024, columns=["text"]):
+            yield from (text or "" for text in batch.column("text").to_pylist())
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow, which does not load here: {error}") from None
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are among them
+        raise DataError(f'{path}: not a parquet file with a column "text" ({error})') from None
+
+
+def _hold_out_tail(docs: Iterable[str], split: str, torn: bool) -> Iterator[str]:
+    """The last 5 % of the documents, at most HELD_OUT, is validation, as many before it test, the rest train.
+
+    One pass, with 2 HELD_OUT documents in memory. `torn`: the last document is cut off, and dropped.
+    """
+    tail, n = deque(), 0
+    for doc in docs:
+        tail.append(doc)
+        n += 1
+        if len(tail) > 2 * HELD_OUT + torn:
+            early = tail.popleft()
+            if split == "train":
+                yield early
+    if n < 3:
+        raise DataError(f"only {n} document(s): too little text to hold out a validation and a test split")
+    tail = list(tail)[: len(tail) - torn]
+    k = max(1, min(HELD_OUT, n // 20))
+    yield from {"train": tail[: -2 * k], "test": tail[-2 * k : -k], "validation": tail[-k:]}[split]
+
+
+def _blocks(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _sha256(blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# downloads: resumed where they stopped, checked, and only then given their name
+
+TRIES, CONNECT_SECONDS, READ_SECONDS = 3, 4, 30
+
+
+def download(url: str, path: str, sha256: str | None = None) -> str:
+    """Fetch `url` into `path`; what was interrupted goes on where it stopped, in `path`.part. Returns `path`.
+
+    The content must have `sha256`, or else the one that Hugging Face announces. After TRIES failures in a row
+    without a new byte it gives up with a DataError, which without a network takes seconds.
+    """
+    import requests
+
+    if os.path.exists(path):
+        return path
+    part, failures = path + ".part", 0
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        while True:
+            have = os.path.getsize(part) if os.path.exists(part) else 0
+            try:
+                expected = _receive(url, part, have)
+                break
+            except requests.RequestException as error:
+                status = error.response.status_code if error.response is not None else 0
+                grown = os.path.exists(part) and os.path.getsize(part) > have
+                failures = 1 if grown else failures + 1
+                if failures >= TRIES or (400 <= status < 500 and status not in (408, 429)):
+                    offline = "resolve" in str(error) or "unreachable" in str(error)
+                    raise DataError("no connection" if offline else f"{url}: {str(error)[:200]}") from None
+                time.sleep(0.5 * 2**failures)
+        expected = sha256 or expected
+        if expected and _sha256(_blocks(part)) != expected:
+            os.remove(part)
+            raise DataError(f"{url}: not the file that was expected (its sha256 is another); thrown away")
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path} ({error.strerror}); set DATA_DIR to another folder") from None
+    return path
+
+
+def _receive(url: str, part: str, have: int) -> str | None:
+    """Add what `part`, of `have` bytes, is missing. Returns the sha256 that the hub announces, if it does."""
+    import requests
+    from tqdm import tqdm
+
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as reply:
+        if reply.status_code == 416 and reply.headers.get("Content-Range") != f"bytes */{have}":
+            os.remove(part)  # it is longer than the file: it was a part of another one
+            raise requests.ConnectionError("the part on disk was of another file")
+        if reply.status_code != 416:  # 416: there is nothing after `have`, all is here
+            reply.raise_for_status()
+            have = have if reply.status_code == 206 else 0  # 200: no ranges, so it is sent from the start
+            size = have + int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else None
+            name = os.path.basename(part).removesuffix(".part")
+            bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name, disable=None)
+            with open(part, "ab" if have else "wb") as file, bar:
+                for block in reply.iter_content(1 << 16):  # what a break can lose
+                    bar.update(file.write(block))
+                file.flush()
+                os.fsync(file.fileno())
+            if size is not None and os.path.getsize(part) != size:
+                raise requests.ConnectionError("the connection broke off")
+        tags = [step.headers.get("X-Linked-ETag", "").strip('"') for step in [*reply.history, reply]]
+        return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the first documents of a corpus.")
+    parser.add_argument("--corpus", default="storyworld", help="a name, a path or glob, or a mix")
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    parser.add_argument("--show", type=int, default=5, help="how many documents")
+    args = parser.parse_args()
+    try:
+        for doc in islice(documents(args.corpus, args.split), args.show):
+            print(doc, end="\n\n")
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

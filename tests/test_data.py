@@ -1,0 +1,629 @@
+"""Stories that are grammatical, problems that add up, splits that don't touch, downloads that survive."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import data
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
+
+
+def shared(path):
+    """The folder of real corpora, if it holds `path`; otherwise the test is skipped."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"{path} is not here")
+    return str(SHARED)
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return [data.story(i) for i in range(20_000)]
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return {split: list(data.arithmetic(split, 2_000)) for split in data.SPLITS}
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import requests
+
+    def get(*args, **kwargs):
+        raise requests.ConnectionError("Failed to resolve 'huggingface.co'")
+
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+
+
+# -----------------------------------------------------------------------------
+# storyworld
+
+
+def test_the_first_stories_never_change():
+    text = "\0".join(data.storyworld("train", 200))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "4d5952df4c8f18ac"
+    assert data.story(7) == data.story(7) and data.story(7) != data.story(7, seed=2)
+
+
+def test_no_story_comes_twice(stories):
+    assert len({text for text, _ in stories}) == len(stories)
+
+
+def test_story_splits_share_no_signature_and_have_their_sizes(stories):
+    by_split = {split: set() for split in data.SPLITS}
+    for _, signature in stories:
+        by_split[data.split_of(signature)].add(signature)
+    train, validation, test = (by_split[split] for split in data.SPLITS)
+    assert not train & validation and not train & test and not validation & test
+    counts = Counter(data.split_of(signature) for _, signature in stories)
+    assert 0.04 < counts["validation"] / len(stories) < 0.06 and 0.04 < counts["test"] / len(stories) < 0.06
+    for split in data.SPLITS:
+        assert len(list(data.documents("storyworld", split))) == (30_000 if split == "train" else 1_000)
+
+
+def test_a_third_of_a_validation_story_is_rarely_in_the_training_text():
+    def grams(text, n=48):  # four or five sentences, a third of a story
+        words = text.split()
+        return {" ".join(words[i : i + n]) for i in range(0, len(words) - n)}
+
+    train = set().union(*(grams(text) for text in data.storyworld("train", 10_000)))
+    seen = [len(grams(text) & train) / len(grams(text)) for text in data.storyworld("validation", 200)]
+    assert sum(seen) / len(seen) < 0.15
+
+
+def test_stories_are_short_and_their_vocabulary_small(stories):
+    lengths = sorted(len(text.split()) for text, _ in stories)
+    assert lengths[0] >= 60 and lengths[len(lengths) // 2] <= 150 and lengths[-1] <= 240
+    words = Counter(word for text, _ in stories for word in re.findall(r"[a-z]+", text.lower()))
+    assert 600 <= len(words) <= 1_200
+    assert min(words.values()) >= 20  # no word is too rare to learn
+
+
+def test_stories_obey_the_rules_of_writing(stories):
+    wrong = {
+        "something left unfilled": r"[{}|()<>_=/“”]",
+        "spaces": r"  | \n|\n | $|^ | [.,!?]|\t",
+        "punctuation": r"[.,!?]{2}|,\.|\?,|!,",
+        "a before a vowel": r"\b[Aa] [aeiou]",
+        "an before a consonant": r"\b[Aa]n (?!hour)[^aeiou]",
+        "a word twice": r"\b(\w+) \1\b(?! tap)",
+        "small letter after a full stop": r'[.!?]"? (?!(?:said|asked|called|cried|laughed|went)\b)[a-z]',
+        "small letter in the first word": r'(^|\n)"?[a-z]',
+        "quote without a mark inside": r'[a-z]" ',
+        "no full stop at the end": r'[^.!?"](\n|$)',
+    }
+    allowed = re.compile(r'\?" (he|she) (asked)|[?!]" (he|she) (called|cried|said|asked)')
+    for text, signature in stories[:8_000]:
+        assert text.count('"') % 2 == 0, text
+        plain = allowed.sub('." Said', text).replace("Tap, tap, tap", "Tap")
+        for rule, pattern in wrong.items():
+            found = re.search(pattern, plain)
+            assert not found, f"{rule} ({found[0]!r}): {text}\n{signature}"
+
+
+def test_pronouns_are_those_of_the_people_in_the_story(stories):
+    names = re.compile("|".join(rf"\b{name}\b" for name in [*data.GIRLS, *data.BOYS, *data.ELDERS]))
+    for text, _ in stories:
+        people = set(names.findall(text))
+        she = bool(people & set(data.GIRLS)) or any(data.ELDERS.get(name) == "she" for name in people)
+        he = bool(people & set(data.BOYS)) or any(data.ELDERS.get(name) == "he" for name in people)
+        narrated = re.sub(r'"[^"]*"', "", text).replace("dropped his", "").replace("rolled his", "")
+        narrated = re.sub(r"[Tt]he mother.*? (to say thank you|from head to foot)", "", narrated)
+        assert she or not re.search(r"\b(she|her|herself)\b", narrated, re.I), text
+        assert he or not re.search(r"\b(he|him|his|himself)\b", narrated, re.I), text
+
+
+def test_until_somebody_else_comes_all_pronouns_are_the_heros(stories):
+    checked = 0
+    for text, signature in stories:
+        hero, *others = [name for name in [*data.GIRLS, *data.BOYS, *data.ELDERS] if f" {name} " in signature]
+        if hero not in text.split(".")[0]:
+            hero = others[0]
+        others = {"he mother", *data.GIRLS, *data.BOYS, *data.ELDERS} - {hero}
+        beginning = re.split("|".join(others), text)[0]
+        pronouns = set(re.findall(r"\b(he|him|his|she|her)\b", beginning.lower()))
+        checked += len(pronouns)
+        assert pronouns <= ({"she", "her"} if hero in data.GIRLS else {"he", "him", "his"}), text
+    assert checked > len(stories) / 2
+
+
+def test_what_was_drawn_decides_what_is_told(stories):
+    """The thing that is lost is found, in the way that it was lost; the other branches stay silent."""
+    clues = {
+        "rolled": ("the ground was|the ground was", "rolled all the way"),
+        "pocket": ("hole", "sewed up the hole"),
+        "wind": ("hung it on a fence", "High in an apple tree hung"),
+        "left": ("to eat", "I am sorry that I forgot you"),
+    }
+    things = "ball marble bell button whistle coin hat cap scarf ribbon horse doll train book".split()
+    for text, signature in stories:
+        if signature.startswith("a lost thing"):
+            way = next(way for way in clues if f" {way}" in signature)
+            thing = next(thing for thing in things if f" {thing}" in signature)
+            for other in clues:
+                assert (clues[other][1] in text) == (other == way), text
+            assert sum(f" {t}" in re.sub("looked .*? old sock", "", text) for t in things) == 1, text
+            assert text.count(thing) >= 4, text
+            assert ("puddle" in text or "wet" in text) == (" wet" in signature), text
+        if signature.startswith("a storm"):
+            assert ("Count with me" in text) + ("only noise" in text) + ("May I come in" in text) == 1, text
+        if signature.startswith("a castle"):
+            assert ("sled" in text) != ("sand" in text), text
+
+
+def test_friends_are_introduced_before_they_act(stories):
+    for text, signature in stories[:8_000]:
+        names = [n for n in re.findall(r"\w+", text) if n in data.GIRLS + data.BOYS]
+        friend = next((name for name in names if name != names[0]), None)
+        if friend and "neighbour" not in signature:
+            assert re.search(rf"\b{friend}\b( the| from)?", text)[1], text
+
+
+def test_every_fact_in_the_plots_can_be_drawn():
+    opening, *_ = data._plots()
+    for name, beats in data._plots().items():
+        drawn = re.findall(r"(?<= = )\w+|(?<=[|=] )\w+(?= [|/]|$)", data.PLOTS.split(f"# {name}\n")[1], re.M)
+        for needed, _, _ in filter(None, beats):
+            assert not set(needed) - set(drawn) - {"not", "night"}, (name, needed)
+
+
+def test_stories_are_told_fast_enough():
+    start = time.perf_counter()
+    list(data.storyworld("train", 3_000))
+    assert 3_000 / (time.perf_counter() - start) > 2_000
+
+
+# -----------------------------------------------------------------------------
+# arithmetic
+
+
+def test_every_annotation_and_every_answer_is_right(problems):
+    for problem in (p for split in problems.values() for p in split):
+        *lines, final = problem["answer"].split("\n")
+        assert 1 <= len(lines) <= 3, problem
+        value = None
+        for line in lines:
+            shown, a, sign, b, result, after = re.search(
+                r"(\S+)=<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)", line
+            ).groups()
+            a, b = Fraction(a), Fraction(b)
+            value = {"+": a + b, "-": a - b, "*": a * b}[sign]
+            assert shown == f"{a}{sign}{b}" and value == int(result) == int(after), problem
+        assert final == f"#### {value}", problem
+        assert all(1 <= int(n) <= 99 for n in re.findall(r"\d+", problem["question"] + problem["answer"]))
+
+
+def test_the_question_alone_gives_the_answer(problems):
+    """A second opinion: solve the English, ignoring sentences about other things, and compare."""
+    for problem in problems["validation"]:
+        *told, question = re.split(r"(?<=[.?]) ", problem["question"])
+        item = re.search(r"How many (.+?) do", question)[1]
+        name = re.match(r"(?:There are .* in )?(\w+?)(?:'s)?\b", told[0])[1]
+        name = re.search(r"in (\w+)'s bag", told[0])[1] if told[0].startswith("There") else name
+        total = None
+        for sentence in told:
+            numbers = [int(n) for n in re.findall(r"\d+", sentence)]
+            if item not in sentence:
+                continue
+            amount = numbers[0] * numbers[1] if len(numbers) == 2 else numbers[0] if numbers else 2
+            if total is None:
+                total = amount
+            elif "times as many" in sentence or "twice" in sentence:
+                total *= amount
+            elif "more" not in sentence and re.search("gives|loses|sells", sentence):
+                total -= amount
+            else:
+                total += amount
+        assert problem["answer"].endswith(f"#### {total}"), (name, problem)
+
+
+def test_no_problem_and_no_calculation_is_in_two_splits(problems):
+    def calculations(split):
+        return {" ".join(re.findall("<<(.*?)>>", p["answer"])) for p in problems[split]}
+
+    def questions(split):
+        return {p["question"] for p in problems[split]}
+
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not calculations(a) & calculations(b) and not questions(a) & questions(b)
+    assert all(len(questions(split)) == 2_000 for split in problems)
+
+
+def test_problems_vary_in_steps_and_distractors():
+    rng = random.Random(0)
+    drawn = [data.arithmetic_problem(rng) for _ in range(3_000)]
+    steps = Counter(p["answer"].count("<<") for p in drawn)
+    assert set(steps) == {1, 2, 3} and min(steps.values()) > 500
+    told = [len(re.findall(r"\d+", p["question"])) for p in drawn]
+    assert len(set(told)) >= 4
+    for n in (1, 2, 3):
+        assert data.arithmetic_problem(rng, steps=n, distractor=True)["answer"].count("<<") == n
+    assert len({re.sub(r"\d+", "#", p["question"]) for p in drawn}) > 2_900  # the wording, not the numbers
+
+
+def test_arithmetic_text_is_problems_and_true_equations():
+    docs = list(islice(data.documents("arithmetic", "train"), 400))
+    for problem, equations in zip(docs[::2], docs[1::2], strict=True):
+        assert "?\n" in problem and "\n#### " in problem
+        for a, sign, b, c in re.findall(r"^(\d+)([-+*])(\d+)=(\d+)$", equations, re.M):
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(c)
+        assert len(equations.split("\n")) == 8
+    digest = hashlib.sha256("\0".join(docs).encode()).hexdigest()[:16]
+    assert digest == "9261cacdfb480e14"
+
+
+# -----------------------------------------------------------------------------
+# corpora
+
+
+def test_importing_is_light_and_help_is_quick():
+    code = "import sys, data; print({'torch', 'requests', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+def test_show_prints_stories():
+    command = [sys.executable, "data.py", "--show=2", "--corpus=storyworld"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert list(islice(data.storyworld("train"), 2)) == out.stdout.strip().split("\n\n")
+    assert out.stderr.startswith("data: storyworld, train: generated by data.py, seed 1")
+
+
+def test_same_documents_for_another_hash_seed():
+    code = "import data; print(data.corpus_info('storyworld', 'test')['fingerprint'])"
+    found = {
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+                       capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+
+
+def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail(capsys):
+    folder = shared("tinystories/TinyStories-train-first-2MiB.txt.gz")
+    parts = {split: list(data.documents("tinystories", split, folder)) for split in data.SPLITS}
+    assert sum(map(len, parts.values())) == 2_316
+    assert [len(parts[split]) for split in data.SPLITS] == [2_086, 115, 115]
+    with gzip.open(Path(folder) / "tinystories/TinyStories-train-first-2MiB.txt.gz", "rt") as file:
+        text = file.read()
+    stories = [story.strip() for story in text.split("<|endoftext|>")][:-1]
+    assert parts["train"] + parts["test"] + parts["validation"] == stories
+    info = data.corpus_info("tinystories", "validation", folder)
+    assert "held out: the last 5 %" in info["source"] and info["licence"] == "CDLA-Sharing-1.0"
+    assert info["source"] in capsys.readouterr().err
+
+
+def test_wikitext2_articles_joined_are_the_file(monkeypatch):
+    folder = shared("wikitext-2/wiki.valid.tokens.gz")
+    monkeypatch.setenv("DATA_DIR", folder)
+    docs = list(data.documents("wikitext2", "validation"))
+    with gzip.open(Path(folder) / "wikitext-2/wiki.valid.tokens.gz", "rt", encoding="utf-8") as file:
+        assert "".join(docs) == file.read()
+    assert len(docs) == 60 and all(re.match(r"\s+= [^=]+ = \n| = [^=]+ = \n", doc) for doc in docs)
+    assert data.corpus_info("wikitext2", "test")["source"] == "wikitext-2/wiki.test.tokens.gz"
+
+
+@pytest.mark.parametrize("name", data.CORPORA)
+def test_without_network_and_file_the_error_says_what_to_do(name, tmp_path, offline):
+    with pytest.raises(data.DataError) as error:
+        data.documents(name, "train", str(tmp_path))
+    for part in (data.CORPORA[name].hub, str(tmp_path), ".gz", "storyworld", "no connection"):
+        assert part in str(error.value)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_no_edition_is_mixed_with_another(tmp_path, offline):
+    folder = tmp_path / "tinystories"
+    folder.mkdir()
+    (folder / "TinyStories-train.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    assert list(data.documents("tinystories", "train", str(tmp_path))) == ["one", "two"]
+    with pytest.raises(data.DataError, match="TinyStories-valid.txt"):
+        data.documents("tinystories", "validation", str(tmp_path))
+    with pytest.raises(data.DataError, match="no test split"):
+        data.documents("tinystories", "test", str(tmp_path))
+
+
+def test_unknown_names_splits_and_shares_are_refused(tmp_path):
+    for corpus, split, message in (
+        ("tinystory", "train", "neither a file nor the name of a corpus.*tinystories"),
+        ("storyworld", "valid", "the splits are train, validation, test"),
+        ("storyworld:0.5,storyworld:0.5", "train", "once"),
+        ("storyworld:0,arithmetic:1", "train", "above 0"),
+        (str(tmp_path / "*.txt"), "train", "neither a file"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            data.documents(corpus, split)
+
+
+# -----------------------------------------------------------------------------
+# mixes
+
+
+def test_mix_has_its_shares_at_every_point():
+    used = {"story": 0, "sum": 0}
+    for i, doc in enumerate(islice(data.documents("storyworld:0.9,arithmetic:0.1", "train"), 3_000)):
+        used["sum" if re.search(r"####|^\d", doc) else "story"] += len(doc.encode())
+        if i > 1_000:
+            assert abs(used["sum"] / sum(used.values()) - 0.1) < 0.01
+    again = islice(data.documents("storyworld:0.9,arithmetic:0.1", "train"), 50)
+    assert list(again) == list(islice(data.documents("storyworld:9,arithmetic:1", "train"), 50))
+
+
+def test_mix_ends_with_its_finite_corpus_and_repeats_nothing(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("\n<|endoftext|>\n".join(f"own story {i} " + "word " * 80 for i in range(400)))
+    docs = list(data.documents(f"{path}:0.5,arithmetic:0.5", "train"))
+    own = [doc for doc in docs if doc.startswith("own")]
+    assert own == list(data.documents(str(path), "train")) and len(docs) > 2 * len(own)
+    assert len(set(docs)) == len(docs)
+    size = sum(len(doc) for doc in own)
+    assert abs(size / sum(map(len, docs)) - 0.5) < 0.02
+
+
+def test_mix_of_generators_is_as_long_as_the_largest_one(monkeypatch):
+    monkeypatch.setitem(data.EMBEDDED, "storyworld", (data.storyworld, 100, 10))
+    docs = list(data.documents("arithmetic:0.2,storyworld:0.8", "train"))
+    told = [doc for doc in docs if not re.search(r"####|^\d", doc)]
+    assert told == list(data.documents("storyworld", "train"))
+
+
+def test_info_names_every_part_of_a_mix():
+    info = data.corpus_info("storyworld:0.9,arithmetic:0.1", "train")
+    assert info["source"].count("generated by data.py") == 2 and len(info["fingerprint"]) == 64
+    assert info["fingerprint"] != data.corpus_info("storyworld:0.8,arithmetic:0.2", "train")["fingerprint"]
+
+
+# -----------------------------------------------------------------------------
+# your own files
+
+
+def own(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(path)
+
+
+def everything(corpus):
+    return [doc for split in ("train", "test", "validation") for doc in data.documents(corpus, split)]
+
+
+def test_all_kinds_of_files_give_the_same_documents(tmp_path):
+    docs = [f"Document {i}.\nIt has two lines, é and 漢." for i in range(60)]
+    text, rows = "\n<|endoftext|>\n".join(docs), "\n".join(json.dumps({"text": doc, "id": 1}) for doc in docs)
+    for name, content in (
+        ("a.txt", text),
+        ("crlf.txt", text.replace("\n", "\r\n")),
+        ("bom.txt", b"\xef\xbb\xbf" + text.encode()),
+        ("inline.txt", "<|endoftext|>".join(docs)),
+        ("a.txt.gz", text),
+        ("a.jsonl", rows),
+        ("a.jsonl.gz", rows.replace("\n", "\r\n") + "\n\n"),
+    ):
+        assert everything(own(tmp_path, name, content)) == docs, name
+
+
+def test_parquet_is_read_by_its_text_column(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
+    from pyarrow.parquet import write_table
+
+    docs = [f"Document {i}" for i in range(60)]
+    write_table(pyarrow.table({"text": docs, "id": list(range(60))}), tmp_path / "a.parquet")
+    assert everything(str(tmp_path / "a.parquet")) == docs
+    write_table(pyarrow.table({"body": docs}), tmp_path / "b.parquet")
+    with pytest.raises(data.DataError, match='column "text"'):
+        everything(str(tmp_path / "b.parquet"))
+    with pytest.raises(data.DataError, match="not a parquet file"):
+        everything(own(tmp_path, "c.parquet", "hello"))
+
+
+def test_globs_and_folders_read_all_files_in_order(tmp_path):
+    for i in range(3):
+        docs = [f"file {i} document {j}" for j in range(20)]
+        own(tmp_path, f"deep/{i}.txt", "\n<|endoftext|>\n".join(docs))
+    own(tmp_path, "deep/readme.html", "no text")
+    docs = [f"file {i} document {j}" for i in range(3) for j in range(20)]
+    assert everything(str(tmp_path / "deep" / "*.txt")) == docs == everything(str(tmp_path))
+    assert list(data.documents(str(tmp_path), "validation")) == docs[-3:]
+
+
+def test_text_without_marks_becomes_passages_and_loses_nothing(tmp_path):
+    paragraphs = ["word " * 150 + f"{i}." for i in range(200)]
+    docs = everything(own(tmp_path, "novel.txt", "\n\n".join(paragraphs)))
+    assert "\n\n".join(docs) == "\n\n".join(paragraphs) and all(len(doc) < 4_000 for doc in docs)
+    one_line_each = everything(own(tmp_path, "lines.txt", "\n".join(paragraphs)))
+    assert "\n".join(one_line_each) == "\n".join(paragraphs) and len(one_line_each) > 10
+
+
+def test_long_corpora_hold_out_a_bounded_tail(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HELD_OUT", 7)
+    docs = [str(i) for i in range(1_000)]
+    path = own(tmp_path, "a.txt", "\n<|endoftext|>\n".join(docs))
+    parts = [list(data.documents(path, split)) for split in ("train", "test", "validation")]
+    assert [len(part) for part in parts] == [986, 7, 7] and sum(parts, []) == docs
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.txt", "", "is empty"),
+        ("blank.txt", " \n\n", "holds no text"),
+        ("short.txt", "One line.", "too little text"),
+        ("latin.txt", "good\nna\xefve\n".encode("latin-1"), "line 2: not UTF-8.*0xef"),
+        ("torn.jsonl", '{"text": "a"}\n{"text": ', "line 2"),
+        ("other.jsonl", '{"body": "a"}', 'line 1.*"body"'),
+        ("number.jsonl", '{"text": 3}', "line 1"),
+        ("page.html", "<p>", "cannot read"),
+    ],
+)
+def test_bad_files_are_named_with_their_fault(tmp_path, name, content, message):
+    path = own(tmp_path, name, content)
+    with pytest.raises(data.DataError, match=message) as error:
+        list(data.documents(path, "train"))
+    assert name in str(error.value) or name == "short.txt"
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    path = Path(own(tmp_path, "a.txt.gz", os.urandom(5_000).hex()))
+    path.write_bytes(path.read_bytes()[:2_000])
+    with pytest.raises(data.DataError, match="damaged gzip"):
+        list(data.documents(str(path), "train"))
+    path.write_text("not gzip at all")
+    with pytest.raises(data.DataError, match="damaged gzip"):
+        list(data.documents(str(path), "train"))
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    def fingerprint():
+        return data.corpus_info(str(tmp_path / "a.txt"), "train")["fingerprint"]
+
+    own(tmp_path, "a.txt", "x\n" * 9_000)
+    first = fingerprint()
+    assert first == fingerprint()
+    own(tmp_path, "a.txt", "x\n" * 8_999 + "y\n")
+    assert fingerprint() != first
+
+
+# -----------------------------------------------------------------------------
+# downloads, from a server on this machine that can break off
+
+
+@pytest.fixture
+def server():
+    content = random.Random(1).randbytes(900_000)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            me = self.server
+            me.asked.append(self.headers.get("Range"))
+            if me.status != 200:
+                self.send_response(me.status)
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and me.ranges else 0
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            if me.announce:
+                self.send_header("X-Linked-ETag", f'"{me.announce}"')
+            self.end_headers()
+            cut = me.cuts.pop(0) if me.cuts else len(content)
+            self.wfile.write(content[start : start + cut])
+            self.close_connection = True
+
+        def log_message(self, *args):
+            pass
+
+    me = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    me.content, me.asked, me.cuts, me.ranges, me.status, me.announce = content, [], [], True, 200, None
+    me.url = f"http://127.0.0.1:{me.server_port}/file"
+    threading.Thread(target=me.serve_forever, daemon=True).start()
+    yield me
+    me.shutdown()
+    me.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def test_download_resumes_where_it_broke_off(server, tmp_path):
+    server.cuts = [300_000, 140_000, 70_000, 70_000, 70_000]  # more than TRIES, but each brought something
+    path = data.download(server.url, str(tmp_path / "new" / "file"))
+    assert Path(path).read_bytes() == server.content
+    assert server.asked[:3] == [None, f"bytes={4 << 16}-", f"bytes={6 << 16}-"]
+    assert os.listdir(tmp_path / "new") == ["file"]
+    assert None not in server.asked[1:]
+    asked = len(server.asked)
+    assert data.download(server.url, path) == path and len(server.asked) == asked  # here: nothing to ask
+
+
+def test_download_goes_on_after_the_program_was_killed(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(server.content[:120_000])
+    data.download(server.url, str(tmp_path / "file"))
+    assert server.asked == ["bytes=120000-"] and (tmp_path / "file").read_bytes() == server.content
+
+
+def test_download_of_a_complete_part_only_renames_it(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(server.content)
+    data.download(server.url, str(tmp_path / "file"), hashlib.sha256(server.content).hexdigest())
+    assert (tmp_path / "file").read_bytes() == server.content
+
+
+def test_download_starts_again_where_it_cannot_resume(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(b"x" * 1_000_000)  # longer than the file
+    data.download(server.url, str(tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == server.content
+    server.ranges = False
+    (tmp_path / "two.part").write_bytes(server.content[:1_000])
+    data.download(server.url, str(tmp_path / "two"))
+    assert (tmp_path / "two").read_bytes() == server.content
+
+
+@pytest.mark.parametrize("how", ["given", "announced"])
+def test_download_with_a_wrong_checksum_is_refused(server, tmp_path, how):
+    server.announce = "0" * 64 if how == "announced" else None
+    with pytest.raises(data.DataError, match="sha256"):
+        data.download(server.url, str(tmp_path / "file"), "1" * 64 if how == "given" else None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_download_of_what_is_not_there_fails_at_once_and_a_busy_server_after_a_few_tries(server, tmp_path):
+    server.status = 404
+    with pytest.raises(data.DataError, match="404"):
+        data.download(server.url, str(tmp_path / "file"))
+    assert len(server.asked) == 1
+    server.status = 503
+    with pytest.raises(data.DataError, match="503"):
+        data.download(server.url, str(tmp_path / "file"))
+    assert len(server.asked) == 1 + data.TRIES
+
+
+def test_download_into_an_impossible_folder_says_so(server, tmp_path):
+    (tmp_path / "folder").write_text("a file, not a folder")
+    with pytest.raises(data.DataError, match="DATA_DIR"):
+        data.download(server.url, str(tmp_path / "folder" / "file"))
+
+
+def test_registered_corpus_downloads_and_is_then_found_on_disk(server, tmp_path, monkeypatch, capsys):
+    docs = [f"story {i}" for i in range(50)]
+    content = "\n<|endoftext|>\n".join(docs).encode()
+
+    def fetch(url, path, sha256=None):
+        assert url == (
+            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"
+        )
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_bytes(content)
+        return path
+
+    monkeypatch.setattr(data, "download", fetch)
+    for _ in range(2):
+        assert list(data.documents("tinystories", "validation", str(tmp_path))) == docs
+    assert capsys.readouterr().err.count("tinystories/TinyStoriesV2-GPT4-valid.txt") == 2
