@@ -112,22 +112,21 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(x.dtype)
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle that RoPE turns by: positions (..., T) -> two tensors (..., T, D/2),
-    float32.
+def rope_angles(positions: Tensor, head_dim: int, theta: float = 10000.0, dtype=torch.float32):
+    """What `rotate` needs: positions (..., T) -> (cos, sin), each (..., T, D).
+
+    The two halves of D hold the same angles; sin is negative in the first, the sign of a rotation matrix.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions.float().unsqueeze(-1) * frequencies
-    return angles.cos(), angles.sin()
+    angles = positions.float().unsqueeze(-1) * frequencies  # (..., T, D/2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by the angles; cos, sin (T, D/2) or (B, 1, T,
-    D/2).
-    """
+    """Turns the pairs (x[i], x[i + D/2]) of x (..., T, D) by the angles of `rope_angles`."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
@@ -137,7 +136,7 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     own Llama pair 2i with 2i + 1; the two differ only by a fixed permutation of the dimensions of q_proj and
     k_proj. The dot product of a rotated query and key depends on their distance alone.
     """
-    return rotate(x, *rope_angles(positions, x.shape[-1], theta))
+    return rotate(x, *rope_angles(positions, x.shape[-1], theta, x.dtype))
 
 
 def attention_mask(queries: Tensor, keys: Tensor, window: int = 0) -> Tensor:
@@ -146,14 +145,7 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int = 0) -> Tensor:
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    weights: bool = False,
-):
+def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, weights: bool = False):
     """softmax(q k^T / sqrt(D)) v, as in "Attention is all you need", eq. 1: the path to read.
 
     q (..., T, D), k and v (..., S, D); mask (..., T, S), True = attend, None = everything. `sinks` (..., 1,
@@ -167,6 +159,7 @@ def attention(
         scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], -1)], dim=-1)
     w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]]
     w = w.nan_to_num() if mask is not None else w
+    w = F.dropout(w, dropout) if dropout else w
     return (w @ v, w) if weights else w @ v
 
 
@@ -191,16 +184,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i : i + chunk], targets[i : i + chunk]
-            asked = (t != -100).unsqueeze(-1)
+            asked = (t != -100).unsqueeze(-1)  # (n, 1)
             index = t.clamp(min=0).unsqueeze(-1)
-            log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (chunk, V)
+            log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (n, V)
             total = total - (log_p.gather(-1, index) * asked).sum()
-            if need:  # d loss / d logits = softmax - one_hot(target), and 0 where nothing is asked
-                grad = log_p.exp()
-                grad = grad.scatter_add(-1, index, -torch.ones_like(index, dtype=grad.dtype)) * asked
-                grad = grad.to(hidden.dtype)
-                grad_hidden[i : i + chunk] = grad @ w
-                grad_weight += grad.T @ h
+            if (
+                need
+            ):  # d loss / d logits = softmax - one_hot(target); rows that ask for nothing drop out below
+                grad = log_p.exp_()
+                grad = grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype)).to(h.dtype)
+                grad_hidden[i : i + chunk] = (grad @ w) * asked
+                grad_weight += grad.T @ (h * asked)
         if need:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -291,8 +285,7 @@ class Attention(nn.Module):
         if c.positions == "rope":
             if rope is None:
                 positions = torch.arange(T, device=x.device) if positions is None else positions
-                positions = positions if positions.dim() == 1 else positions.unsqueeze(1)
-                rope = rope_angles(positions, c.head_dim, c.rope_theta)
+                rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, q.dtype)
             q = rotate(q, *rope)
             if cache is None or cache.key_rope is None:
                 k = rotate(k, *rope)
@@ -300,30 +293,21 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
             if cache.key_rope is not None:  # a rolling cache gives keys their positions when they are read
                 k = rotate(k, *cache.key_rope)
-        if mask is None and c.sliding_window and T > 1:
+        slow = weights or c.n_sinks > 0
+        if mask is None and T > 1 and (slow or c.sliding_window):
             mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window)
-
-        if weights or c.n_sinks:
-            if mask is None and T > 1:
-                mask = attention_mask(*2 * [torch.arange(T, device=x.device)])
+        dropout = c.dropout * self.training
+        if slow:
             k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
             sinks = self.sinks.unsqueeze(1) if c.n_sinks else None
-            y, w = attention(q, k, v, mask, sinks, weights=True)
+            y, w = attention(q, k, v, mask, sinks, dropout, weights=True)
         elif T == 1 and c.n_heads != c.n_kv_heads:
-            # One new token: the query heads of a group become "queries" of their one key head, no key is
-            # repeated.
+            # One new token: a group's query heads become "queries" of their key head, and no key is repeated.
             q = q.view(B, c.n_kv_heads, -1, c.head_dim)
             y = F.scaled_dot_product_attention(q, k, v, mask).view(B, c.n_heads, 1, c.head_dim)
         else:
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                mask,
-                c.dropout * self.training,
-                mask is None and T > 1,
-                enable_gqa=k.shape[1] < q.shape[1],
-            )
+            causal, grouped = mask is None and T > 1, c.n_heads != c.n_kv_heads
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         return (y, w) if weights else y
 
@@ -380,7 +364,8 @@ class MoE(nn.Module):
         E, k = c.n_experts, c.experts_per_token
         x = x.reshape(-1, shape[-1])  # (N, d)
         N = len(x)
-        router_logits = self.gate(x).float()  # float32: a rounding error here changes the route
+        with torch.autocast(x.device.type, enabled=False):  # float32: a rounding error could change the route
+            router_logits = F.linear(x.float(), self.gate.weight)
         probs = router_logits.softmax(-1)  # (N, E)
         p, expert = probs.topk(k, dim=-1)  # (N, k)
         p = p / p.sum(-1, keepdim=True) if k > 1 else p
@@ -512,16 +497,10 @@ class ModernDecoderLM(nn.Module):
                     f"{T} tokens, but learned positions end at context_length={c.context_length}"
                 )
             positions = torch.arange(T, device=ids.device)
-        rope = None
+        # Under autocast the residual stream is bfloat16 too: 37 bytes a token and d per layer instead of 47.
+        x, rope = self.model["embed_tokens"](ids).to(self.dtype), None
         if c.positions == "rope":  # the same angles serve every layer
-            rope = rope_angles(
-                positions if positions.dim() == 1 else positions.unsqueeze(1), c.head_dim, c.rope_theta
-            )
-        x = self.model["embed_tokens"](ids)
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # a residual stream in bfloat16: 37 bytes/token/d, not 47
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, x.dtype)
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)
         x = self.dropout(x)
@@ -750,74 +729,75 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.config, self.slots, self.keep, self.fixed, self.device = config, slots, keep, fixed, device
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens each row has seen
-        self.most, self.even = 0, True  # known without asking the device: max(length), whether all are equal
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row has seen
+        self.lengths = [0] * rows  # the same, known without asking the device
         if keep is not None and not 0 <= keep < slots:
             raise ValueError(f"keep={keep} tokens of slots={slots}: a window must remain")
         if keep is not None and config.positions == "learned":
-            raise ValueError(
-                "learned positions cannot roll: a key would need another position than it was made with"
-            )
+            raise ValueError("learned positions cannot roll: they are baked into the keys of the cache")
 
     def begin(self, T: int, counts: Tensor | None = None) -> None:
-        """Plans the next T tokens of every row, of which only the first counts[b] are real (default: all)."""
-        start, empty = self.length, self.most == 0
-        if counts is None:
-            self.length, self.most = start + T, self.most + T
-        else:
-            self.even = self.even and bool((counts == counts[0]).all())
-            self.length, self.most = start + counts.to(self.device), self.most + int(counts.max())
-        if self.keep is None and self.most > self.slots:
-            raise ValueError(f"{self.most} tokens do not fit into a KV cache of {self.slots} slots")
+        """Plans the next T tokens of every row, of which only the first counts[b] are real (default: all).
+
+        Sets, for `append` and the model: `positions` of the new tokens; `mask`, what they may see; `read`,
+        how many slots hold anything; `block`, the first of the slots to write if all rows write the same
+        ones, or else `write` (B, T); and `key_rope`, the angles of all keys in a rolling cache.
+        """
+        c, start, empty = self.config, self.length, max(self.lengths) == 0
+        counts = torch.full((len(start),), T) if counts is None else counts
+        self.length = start + counts.to(self.device)
+        self.lengths = [n + more for n, more in zip(self.lengths, counts.tolist(), strict=True)]
+        most, even = max(self.lengths), len(set(self.lengths)) == 1
+        if self.keep is None and most > self.slots:
+            raise ValueError(f"{most} tokens do not fit into a KV cache of {self.slots} slots")
         if self.keep is not None and T > 1 and not empty:
             raise ValueError("a rolling cache reads one token at a time after its first prompt")
+        self.empty, self.read = empty, self.slots if self.fixed else min(most, self.slots)
+        self.block = self.mask = self.key_rope = None
         new = torch.arange(T, device=self.device)
-        at = start.unsqueeze(1) + new  # (B, T): index in the row's whole text
-        ring = self.slots - (self.keep or 0)
-        self.key_rope, self.mask, self.read = None, None, min(self.most, self.slots)
-        self.write = (
-            at if self.keep is None else torch.where(at < self.slots, at, self.keep + (at - self.keep) % ring)
-        )
-        self.positions = at if self.keep is None else at.clamp(max=self.slots - 1)  # inside the cache
-        self.block = slice(0, T) if empty else None  # prefill: the new tokens see nothing but each other
-        if self.even and T == 1 and not self.fixed and self.keep is None:
-            self.block = slice(self.most - 1, self.most)  # all rows write the same slot: a plain copy
-        self.empty = empty
-        rolling_rope = self.keep is not None and self.config.positions == "rope"
-        if empty:
-            if rolling_rope:
-                self.key_rope = rope_angles(new, self.config.head_dim, self.config.rope_theta)
-            return
-        if self.fixed:
-            self.read = self.slots
         slot = torch.arange(self.read, device=self.device)
-        where = slot.expand(len(at), -1)  # (B, S): position of what each slot holds
-        if self.keep is not None:
-            # Slot of the newest token + 1 is the oldest of the ring once it is full; ages count from there.
-            overflow = (at[:, -1:] + 1 - self.slots).clamp(min=0)
-            where = torch.where(slot < self.keep, slot, self.keep + (slot - self.keep - overflow) % ring)
-            if rolling_rope:
-                self.key_rope = rope_angles(where.unsqueeze(1), self.config.head_dim, self.config.rope_theta)
-        if self.fixed or not self.even or T > 1 or self.config.sliding_window:
-            self.mask = attention_mask(self.positions, where, self.config.sliding_window).unsqueeze(1)
+        if empty:  # a prefill sees nothing but itself: attention's own causal mask will do
+            self.block, self.positions, where = 0, new, new
+        elif self.keep is None:
+            self.write = self.positions = start.unsqueeze(1) + new  # (B, T)
+            where = slot  # slot s holds position s
+            if even and T == 1 and not self.fixed:
+                self.block, self.positions = most - 1, slot[-1:]
+        else:
+            at, ring = (
+                start.unsqueeze(1) + new,
+                self.slots - self.keep,
+            )  # (B, 1): index in the row's whole text
+            self.write = torch.where(at < self.slots, at, self.keep + (at - self.keep) % ring)
+            self.positions = at.clamp(max=self.slots - 1)
+            # The slot behind the newest token's is the oldest of a full ring; ages count from there. A row
+            # that reads no token now (counts 0) overwrites just that oldest slot, which its next token takes
+            # anyway.
+            overflow = (at + 1 - self.slots).clamp(min=0)
+            where = torch.where(
+                slot < self.keep, slot, self.keep + (slot - self.keep - overflow) % ring
+            )  # (B, S)
+        if self.keep is not None and c.positions == "rope":
+            self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)
+        if not empty and (self.fixed or not even or T > 1 or c.sliding_window):
+            self.mask = attention_mask(self.positions, where, c.sliding_window).unsqueeze(-3)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""
         keys, values = self.k[layer], self.v[layer]
         if self.block is not None:
-            keys[:, :, self.block], values[:, :, self.block] = k, v
+            keys.narrow(2, self.block, k.shape[2]).copy_(k)
+            values.narrow(2, self.block, v.shape[2]).copy_(v)
         else:
             rows = torch.arange(len(k), device=k.device).unsqueeze(1)
             keys[rows, :, self.write] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (B, T)
             values[rows, :, self.write] = v.transpose(1, 2).to(values.dtype)
-        if self.empty:
-            return k, v
-        return keys[:, :, : self.read], values[:, :, : self.read]
+        return (k, v) if self.empty else (keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read))
 
     def select(self, rows: Tensor) -> None:
         """Keeps, repeats or reorders rows: rows (B') of indices."""
         self.k, self.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
-        self.length = self.length[rows]
+        self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.k + self.v)

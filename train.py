@@ -43,6 +43,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import ConfigError, parse_config
@@ -239,15 +240,13 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
     only.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.dim() == 2 and ".layers." in name and "sinks" not in name]
+    matrices = [(name, p) for name, p in named if p.dim() >= 2 and "sinks" not in name]  # sinks are logits
+    hidden = [p for name, p in matrices if p.dim() == 2 and ".layers." in name]
     muon = cfg.optimizer == "muon"
-    taken = {id(p) for p in hidden} if muon else set()
+    decayed, taken = {id(p) for _, p in matrices}, {id(p) for p in hidden} if muon else set()
     groups = [
-        {
-            "params": [p for _, p in named if p.dim() >= 2 and id(p) not in taken],
-            "weight_decay": cfg.weight_decay,
-        },
-        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in matrices if id(p) not in taken], "weight_decay": cfg.weight_decay},
+        {"params": [p for _, p in named if id(p) not in decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     kwargs = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2)}
@@ -310,18 +309,22 @@ PEAK_TFLOPS |= {"RTX 5090": 209.5, "A100": 312.0, "H100": 989.0, "H200": 989.0}
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s that a card could do, None where it is not known: better no MFU than a wrong one."""
-    known = re.findall("|".join(sorted(PEAK_TFLOPS, key=len, reverse=True)), device_name)
-    other = re.search(r"Ti|SUPER|Laptop|Max-Q|D$", device_name.replace("4060 Ti", ""))  # slower or faster kin
-    return PEAK_TFLOPS[known[0]] * 1e12 if known and not other else None
+    known = re.findall(rf"\b({'|'.join(PEAK_TFLOPS)})\b", device_name)
+    other = r"Ti|SUPER|Laptop|Max-Q|PCIe|NVL|D$"  # slower or faster kin
+    if not known or re.search(other, device_name.replace("4060 Ti", "")):
+        return None
+    return PEAK_TFLOPS[known[0]] * 1e12
 
 
 def pick_device(device: str) -> torch.device:
-    if device == "auto":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card")
-    return torch.device(device)
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        return torch.device("cpu" if device == "auto" else device)
+    except RuntimeError:
+        raise TrainError(f"--device={device} is none that torch knows: cuda, cuda:1, cpu, mps") from None
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -393,6 +396,9 @@ class Trainer:
         epoch: Callable[[int], float] | None = None,
         about: dict | None = None,
     ):
+        for setting in ("max_steps", "batch_size", "grad_accum_steps", "log_every"):
+            if getattr(cfg, setting) < 1:
+                raise TrainError(f"--{setting}={getattr(cfg, setting)} must be at least 1")
         self.cfg, self.rows, self.loss, self.evaluate, self.sample = cfg, rows, loss, evaluate, sample
         self.tokenizer, self.epoch, self.about = tokenizer, epoch, about or {}
         self.flops_per_row, self.tokens_per_row = flops_per_row, tokens_per_row
@@ -403,12 +409,14 @@ class Trainer:
         self.batch = cfg.batch_size * cfg.grad_accum_steps * self.world  # rows of one optimizer step
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
         self.step, self.seconds, self.skipped, self.best = 0, 0.0, 0, None
-        self.window = [0.0, 0]  # loss sum and count since the last logged line
+        self.window, self.last_loss = [0.0, 0], math.nan  # loss sum and count since the last logged line
+        self.said = time.monotonic()  # when a line was last printed
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.stopping, self.started, self.run, self.wandb = None, False, {}, None
+        self.lock, self.opened = None, False
 
     # ---- one step
 
@@ -447,17 +455,17 @@ class Trainer:
         if math.isfinite(total) and math.isfinite(norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-        elif not self.scaler.is_enabled():  # the scaler tries too large scales on purpose and skips by itself
+            self.bad_in_a_row = 0
+        # float16's scaler tries too large scales on purpose: a bad gradient alone is no news there.
+        elif not (self.scaler.is_enabled() and math.isfinite(total)):
             self.skipped += 1
             self.bad_in_a_row += 1
             self.say(f"step {step + 1}: loss or gradient is not finite; the update is skipped")
             if self.bad_in_a_row == 5:
                 raise TrainError(
-                    "five steps in a row gave no finite loss: try a lower --learning_rate, more "
-                    "--warmup_steps, --dtype=float32 or --qk_norm; the last checkpoint is from before"
+                    "five steps in a row gave no finite loss or gradient: try a lower --learning_rate, more "
+                    f"--warmup_steps, --dtype=float32 or --qk_norm; {self.last_checkpoint()}"
                 )
-        if math.isfinite(total):
-            self.bad_in_a_row = 0
         self.scaler.update()
         self.zero_grad()
         return total, count, norm
@@ -524,8 +532,8 @@ class Trainer:
     def run_all_steps(self) -> dict:
         """Trains to max_steps, resuming if the folder holds a checkpoint; returns run.json's results."""
         cfg = self.cfg
-        self.begin()
         try:
+            self.begin()
             with self.catch_signals(), self.progress_bar() as bar:
                 while self.step < cfg.max_steps:
                     begun = time.perf_counter()
@@ -551,13 +559,13 @@ class Trainer:
                         raise SystemExit(128 + (self.stopping or signal.SIGTERM))
             self.write_run(status="finished")
         except (TrainError, OSError) as error:
-            with contextlib.suppress(OSError):
-                self.write_run(status="failed", error=str(error))
             if isinstance(error, OSError):
-                raise TrainError(
-                    f"{self.folder}: {error.strerror or error}; resume when that is mended"
-                ) from None
-            raise
+                why = f"cannot read or write {error.filename or self.folder}: {error.strerror or error}"
+                error = TrainError(f"{why}; the same command goes on when that is mended")
+            with contextlib.suppress(OSError):
+                if self.opened:
+                    self.write_run(status="failed", error=str(error))
+            raise error from None
         finally:
             self.end()
         return self.run
@@ -565,17 +573,19 @@ class Trainer:
     def begin(self) -> None:
         """Opens the run folder: new, resumed, or refused."""
         cfg, folder = self.cfg, self.folder
+        if cfg.wandb and not importlib.util.find_spec("wandb"):
+            raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"')
         torch.set_flush_denormal(True)  # numbers near 1e-40 can slow a CPU down tenfold
         torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.started = True
-        try:
-            if cfg.overwrite and self.rank == 0 and folder.exists():
-                shutil.rmtree(folder)
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainError(f"cannot write to {folder}: {error.strerror}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self.lock = lock(folder)
+            if cfg.overwrite and (folder / "run.json").exists():  # a run, not somebody's home
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.barrier()
         self.resume()
         self.barrier()
@@ -596,6 +606,7 @@ class Trainer:
             "stage": Path(sys.argv[0]).stem,
             "command": " ".join(["python", *sys.argv]),
             "settings": settings,
+            "results": self.run.get("results") if self.step else None,
             **self.about,
             "dtype": str(self.dtype).removeprefix("torch."),
             "processes": self.world,
@@ -608,23 +619,25 @@ class Trainer:
             "hardware": hardware(self.device),
         }
         self.write_run()
-        self.wandb = self.open_wandb()
+        self.wandb, self.opened = self.open_wandb(), True
 
     def end(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
         if self.wandb:
             self.wandb.finish()
         if self.started:
             dist.destroy_process_group()
 
     def log_step(self, norm: float, took: float) -> None:
-        loss = self.window[0] / max(1, self.window[1])
+        loss = self.window[0] / self.window[1] if self.window[1] else None
         tokens = self.step * self.batch * self.tokens_per_row
         rate = self.batch * self.tokens_per_row / took
         line = {
             "step": self.step,
             "loss": loss,
             "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": tokens,
             "epoch": round(self.epoch(self.step), 4) if self.epoch else None,
             "tokens_per_second": round(rate, 1),
@@ -645,7 +658,7 @@ class Trainer:
             line["router_load"] = torch.stack([s["load"] for s in moe]).mean(0).tolist()
             line["dropped"] = int(sum(s["dropped"] for s in moe))
         self.window = [0.0, 0]
-        self.last_loss = loss
+        self.last_loss = loss or self.last_loss
         self.log(line)
 
     def evaluate_now(self, final: bool) -> bool:
@@ -681,25 +694,25 @@ class Trainer:
         if self.rank == 0:
             final = self.folder / "checkpoints" / f"step-{self.step}"
             temporary = final.with_name(f".{final.name}.tmp")
-            keep_state = bool(self.cfg.save_every)
+            keep_state = self.cfg.save_every or self.step < self.cfg.max_steps  # a stopped run can go on
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
+                temporary.mkdir(parents=True)
                 self.write_model(temporary)
                 if keep_state:
-                    write_atomically(temporary / "state.pt", lambda path: torch.save(self.state(), path))
+                    write_atomically(temporary / "state.pt", self.write_state)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
-            except OSError as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise TrainError(
-                    f"cannot save {final}: {error.strerror}; the last whole checkpoint is "
-                    f"{newest(self.folder) or 'none'}, the same command goes on from there"
-                ) from None
-            if improved or self.best is None or not (self.folder / "model.safetensors").exists():
+                error = error.__context__ or error  # of torch.save's error, what the disk said
+                why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                raise TrainError(f"cannot save {final}: {why}; {self.last_checkpoint()}") from None
+            if improved or self.best is None or not (keep_state and (self.folder / "config.json").exists()):
                 self.publish(final)
-            keep = checkpoints(self.folder)[-max(1, self.cfg.keep_last) :]
-            for old in checkpoints(self.folder):
+            whole = [path for path in checkpoints(self.folder) if step_of(path) <= self.step]
+            keep = whole[-max(1, self.cfg.keep_last) :]
+            for old in checkpoints(self.folder):  # torn ones of later steps, too
                 if old not in keep and not (self.best and old.name == f"step-{self.best['step']}"):
                     shutil.rmtree(old)
             if not keep_state:  # --save_every=0: the model stays, its checkpoint goes
@@ -720,6 +733,15 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
         }
+
+    def write_state(self, path: Path) -> None:
+        with open(path, "wb") as file:
+            torch.save(self.state(), file)
+
+    def last_checkpoint(self) -> str:
+        """The end of an error message: what is left."""
+        last = newest(self.folder)
+        return f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def write_model(self, folder: Path) -> None:
         ids = (
@@ -748,15 +770,21 @@ class Trainer:
             changed = [
                 k for k, v in now.items() if k in before and before[k] != v and k not in FREE_TO_CHANGE
             ]
-            if (found or finished) and changed:
+            begun = found or finished
+            if begun and changed:
                 what = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in changed)
                 raise TrainError(
                     f"{self.folder} was begun with other settings ({what}). Take them back to resume, choose "
                     f"another --name, or start anew with --overwrite"
                 )
-            data = {k: (self.run[k], v) for k, v in self.about.items() if k in self.run and self.run[k] != v}
-            if found and data:
-                raise TrainError(f"{self.folder} was begun on other data: {data}; --overwrite starts anew")
+            about = self.about | {"tokenizer": self.tokenizer and self.tokenizer.hash}
+            other = [f"{k}: {self.run[k]} -> {v}" for k, v in about.items() if self.run.get(k, v) != v]
+            if begun and other:
+                raise TrainError(
+                    f"{self.folder} was begun on other data ({', '.join(other)}); --overwrite starts anew"
+                )
+            if finished:
+                raise AlreadyFinished(self.run)
             if (
                 found and cfg.dtype == "auto"
             ):  # another machine may prefer another dtype; this run has its own
@@ -785,6 +813,11 @@ class Trainer:
             self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
             self.best, self.window = state["best"], state["window"]
             self.micro_batch = min(self.micro_batch, state["micro_batch"])
+            if self.best:
+                self.run["results"] = {"best": self.best}
+                best = checkpoint.with_name(f"step-{self.best['step']}")
+                if self.rank == 0 and best.exists():  # a crash may have come between saving and publishing
+                    self.publish(best)
             self.say(f"{self.folder}: resuming at step {self.step} of {cfg.max_steps}")
             break
         else:
@@ -797,14 +830,15 @@ class Trainer:
                 lines = [line for line in read_jsonl(self.folder / name) if line["step"] <= self.step]
                 text = "".join(json.dumps(line) + "\n" for line in lines)
                 write_atomically(self.folder / name, lambda path, text=text: path.write_text(text))
-            for rest in (self.folder / "checkpoints").glob(".*.tmp"):
-                shutil.rmtree(rest)
+            for rest in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
     # ---- talking
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm().write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def log(self, line: dict) -> None:
         line = {k: v for k, v in line.items() if v is not None}
@@ -834,23 +868,23 @@ class Trainer:
         )
 
     def show(self, bar, took: float) -> None:
-        loss = self.window[0] / self.window[1] if self.window[1] else getattr(self, "last_loss", math.nan)
+        loss = self.window[0] / self.window[1] if self.window[1] else self.last_loss
         bar.set_postfix_str(
             f"loss {loss:.3f}, {self.batch * self.tokens_per_row / took:,.0f} tok/s", refresh=False
         )
         bar.update()
         quiet = not sys.stderr.isatty() and self.rank == 0  # in a log file: a line now and then, no bar
-        if quiet and (self.step % max(1, self.cfg.max_steps // 20) == 0):
+        now = time.monotonic()
+        if quiet and (self.step % max(1, self.cfg.max_steps // 20) == 0 or now > self.said + 60):
+            self.said = now
             left = (self.cfg.max_steps - self.step) * took / 60
             self.say(f"step {self.step}/{self.cfg.max_steps}  loss {loss:.4f}  {left:.1f} min left")
 
     def open_wandb(self):
         if not self.cfg.wandb or self.rank > 0:
             return None
-        try:
-            import wandb
-        except ImportError:
-            raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"') from None
+        import wandb
+
         return wandb.init(
             project=self.cfg.wandb, name=self.cfg.name, config=self.run["settings"], resume="allow"
         )
@@ -859,8 +893,14 @@ class Trainer:
     def catch_signals(self):
         """The first Ctrl-C or SIGTERM lets the step end and saves; the second ends the program at once."""
 
+        # torchrun hands on a Ctrl-C that its processes have got already: within a second, two are one.
+        grace = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        first = math.inf
+
         def note(number, _frame):
-            if self.stopping is not None:
+            nonlocal first
+            first = min(first, time.monotonic())
+            if self.stopping is not None and time.monotonic() >= first + grace:
                 os._exit(128 + number)
             self.stopping = number
             self.say("stopping after this step (again: at once) ...")
@@ -898,7 +938,11 @@ def tqdm():
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = (folder / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path | None:
@@ -919,6 +963,21 @@ def read_jsonl(path: Path) -> list[dict]:
         for line in path.read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(line))
     return lines
+
+
+def lock(folder: Path) -> int | None:
+    """Refuses a folder that another process trains in; the lock goes when its handle is closed, or we die."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise TrainError(f"another process is training in {folder}: let it end, or choose a --name") from None
+    return handle
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -981,7 +1040,7 @@ def pretrain(cfg: TrainConfig) -> dict:
     torch.manual_seed(cfg.seed)
     if cfg.init_from:
         model = ModernDecoderLM.from_pretrained(cfg.init_from)
-        check_fits(model.config, cfg, tokenizer)
+        adopt(model, cfg, tokenizer)
     else:
         model = ModernDecoderLM(model_config(cfg))
     T = cfg.context_length
@@ -1029,14 +1088,27 @@ def trainer_size(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
 
 
-def check_fits(have: ModelConfig, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    if have.vocab_size < tokenizer.vocab_size:
+def adopt(model: ModernDecoderLM, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Makes --init_from's model and the settings agree: shape from the model, context and dropout from us."""
+    have, parent = model.config, Path(cfg.init_from)
+    theirs = Tokenizer.load(parent).hash if (parent / "tokenizer.json").exists() else tokenizer.hash
+    # Token files hold no chat tokens, so GPT-2 itself can read those that its vocabulary made.
+    if theirs != tokenizer.hash or have.vocab_size < min(tokenizer.vocab_size, 50257):
         raise TrainError(
-            f"{cfg.init_from} knows {have.vocab_size} tokens, the token files use {tokenizer.vocab_size}: "
-            f"encode them with --tokenizer={cfg.init_from}"
+            f"{cfg.init_from} ({have.vocab_size} tokens) has another vocabulary than the token files "
+            f"({tokenizer.vocab_size}): make them with python tokenizer.py --tokenizer={cfg.init_from}"
         )
     if have.positions == "learned" and have.context_length < cfg.context_length:
         raise TrainError(f"{cfg.init_from} has {have.context_length} positions, --context_length is larger")
+    if have.positions != "learned":
+        have.context_length = cfg.context_length
+    have.dropout = cfg.dropout
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = cfg.dropout
+    for field in fields(ModelConfig):
+        if field.name != "context_length":
+            setattr(cfg, field.name, getattr(have, field.name))
 
 
 def write(
@@ -1065,7 +1137,7 @@ def list_runs(out: str) -> None:
         evaluated = {line["step"]: f"val_loss {line['val_loss']:.4f}" for line in lines if "val_loss" in line}
         for path in checkpoints(file.parent):
             size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
-            print(f"    {path}  {size:.0f} MiB  {evaluated.get(int(path.name.removeprefix('step-')), '')}")
+            print(f"    {path}  {size:.0f} MiB  {evaluated.get(step_of(path), '')}")
 
 
 def print_plan(cfg: TrainConfig) -> None:
@@ -1240,8 +1312,10 @@ def main() -> None:
     except AlreadyFinished as finished:
         report(cfg, finished.run)
         print("nothing to do: --overwrite trains it anew, --name trains another")
-    except (TrainError, ConfigError, ValueError, FileNotFoundError) as error:
+    except (TrainError, ConfigError, ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
+    except KeyboardInterrupt:  # before the first step or after the last
+        raise SystemExit(130) from None
 
 
 def report(cfg: TrainConfig, run: dict) -> None:
