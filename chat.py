@@ -12,7 +12,7 @@ Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty
 import codecs
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from configs import parse_config
@@ -41,10 +41,7 @@ class ChatConfig:
 
 
 def main() -> None:
-    # `python chat.py out/base` reads better than --model=out/base: a bare word that is no config file is the
-    # model.
-    words = [w if w.startswith("-") or w.endswith(".py") else f"--model={w}" for w in sys.argv[1:]]
-    cfg = parse_config(ChatConfig, __doc__, words)
+    cfg = parse_config(ChatConfig, __doc__, with_model(sys.argv[1:]))
     try:
         if cfg.bench:
             return benchmark(cfg)
@@ -53,10 +50,19 @@ def main() -> None:
             answer(model, tokenizer, cfg, cfg.prompt, [])
         else:
             converse(model, tokenizer, cfg)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from None
     except (KeyboardInterrupt, EOFError):
         print()
+
+
+def with_model(words: list[str]) -> list[str]:
+    """`out/base` becomes --model=out/base: a bare word that is no config file and no flag's value."""
+    takes_value = {f"--{field.name}" for field in fields(ChatConfig) if field.type is not bool}
+    return [
+        word if word.startswith("-") or word.endswith(".py") or before in takes_value else f"--model={word}"
+        for before, word in zip(["", *words], words, strict=False)
+    ]
 
 
 def load(cfg: ChatConfig):
@@ -64,9 +70,14 @@ def load(cfg: ChatConfig):
     from model import ModernDecoderLM
     from train import pick_device
 
-    device = pick_device(cfg.device)
+    folder, device = Path(cfg.model), pick_device(cfg.device)
+    if not folder.is_dir() and cfg.model.startswith(("out/", ".", "/")):  # nobody's name on the hub
+        raise FileNotFoundError(
+            f"there is no {folder}: `python train.py` makes out/base, --list shows all runs"
+        )
     model = ModernDecoderLM.from_pretrained(cfg.model, device).eval()
-    folder = Path(cfg.model)
+    if not folder.is_dir() and model.config.vocab_size != 50257:
+        raise ValueError(f"{cfg.model} does not speak GPT-2's vocabulary: download it, and name the folder")
     tokenizer = Tokenizer.load(folder) if folder.is_dir() else Tokenizer.gpt2()
     if model.config.vocab_size < min(tokenizer.vocab_size, 50257):
         raise ValueError(
@@ -155,7 +166,8 @@ def benchmark(cfg: ChatConfig) -> None:
         do_sample=False, max_new_tokens=T, pad_token_id=0, eos_token_id=None
     )
     print(
-        f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32, {T} tokens from a prompt of 8"
+        f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32, "
+        f"{T} tokens from a prompt of 8"
     )
     for batch in (1, 16):
         ids = torch.randint(c.vocab_size, (batch, 8), device=device)

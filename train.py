@@ -25,6 +25,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -46,7 +47,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from configs import ConfigError, parse_config
+from configs import parse_config
 from model import (
     ModelConfig,
     ModernDecoderLM,
@@ -138,7 +139,7 @@ FREE_TO_CHANGE |= {
 }
 
 
-class TrainError(Exception):
+class TrainError(ValueError):
     """Something the user can mend; the message says how."""
 
 
@@ -396,9 +397,10 @@ class Trainer:
         epoch: Callable[[int], float] | None = None,
         about: dict | None = None,
     ):
-        for setting in ("max_steps", "batch_size", "grad_accum_steps", "log_every"):
-            if getattr(cfg, setting) < 1:
-                raise TrainError(f"--{setting}={getattr(cfg, setting)} must be at least 1")
+        least = {"max_steps": 1, "batch_size": 1, "grad_accum_steps": 1, "log_every": 1, "seed": 0}
+        for setting, lowest in least.items():
+            if getattr(cfg, setting) < lowest:
+                raise TrainError(f"--{setting}={getattr(cfg, setting)} must be at least {lowest}")
         self.cfg, self.rows, self.loss, self.evaluate, self.sample = cfg, rows, loss, evaluate, sample
         self.tokenizer, self.epoch, self.about = tokenizer, epoch, about or {}
         self.flops_per_row, self.tokens_per_row = flops_per_row, tokens_per_row
@@ -594,7 +596,7 @@ class Trainer:
                 dist.broadcast(p.data, 0)
         self.net = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.compiled, self.compile_works, self.stop_agreed, self.bad_in_a_row = None, False, False, 0
-        self.unmeasured = 2  # steps whose time says nothing yet: allocation, compilation
+        self.model.train()  # what from_pretrained gives is in evaluation mode
         wanted = cfg.compile if cfg.compile != "auto" else self.device.type == "cuda"
         if wanted and self.device.type == "cuda" and not importlib.util.find_spec("triton"):
             self.say("torch.compile needs triton, which is not installed; going on without")
@@ -703,9 +705,8 @@ class Trainer:
                     write_atomically(temporary / "state.pt", self.write_state)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+            except (OSError, SafetensorError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                error = error.__context__ or error  # of torch.save's error, what the disk said
                 why = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 raise TrainError(f"cannot save {final}: {why}; {self.last_checkpoint()}") from None
             if improved or self.best is None or not (keep_state and (self.folder / "config.json").exists()):
@@ -735,8 +736,9 @@ class Trainer:
         }
 
     def write_state(self, path: Path) -> None:
-        with open(path, "wb") as file:
-            torch.save(self.state(), file)
+        buffer = io.BytesIO()  # torch.save itself does not pass on what the disk said
+        torch.save(self.state(), buffer)
+        path.write_bytes(buffer.getbuffer())
 
     def last_checkpoint(self) -> str:
         """The end of an error message: what is left."""
@@ -1160,9 +1162,8 @@ def print_plan(cfg: TrainConfig) -> None:
     for kind, count in n.items():
         if kind not in ("total", "active") and count:
             print(f"  {kind:17} {count / 1e6:8.2f}M")
-    print(
-        f"memory      {memory['peak'] / gib:.2f} GiB at {cfg.batch_size} x {c.context_length} tokens at a time"
-    )
+    shape = f"{cfg.batch_size} x {c.context_length}"
+    print(f"memory      {memory['peak'] / gib:.2f} GiB at {shape} tokens at a time")
     for kind, size in memory.items():
         if kind != "peak":
             print(f"  {kind:17} {size / gib:8.2f} GiB")
@@ -1312,7 +1313,7 @@ def main() -> None:
     except AlreadyFinished as finished:
         report(cfg, finished.run)
         print("nothing to do: --overwrite trains it anew, --name trains another")
-    except (TrainError, ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # TrainError and what the other files raise
         raise SystemExit(f"train.py: {error}") from None
     except KeyboardInterrupt:  # before the first step or after the last
         raise SystemExit(130) from None

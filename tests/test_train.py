@@ -1,0 +1,1002 @@
+"""Training: what is killed, starved or mistreated comes back with the same bits, or says what to do."""
+
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from data import storyworld
+from model import ModelConfig, ModernDecoderLM, load_tensors
+from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens
+from train import AdamW, TrainConfig, Trainer, TrainError, Windows, evaluate_lm, get_batch, get_lr
+
+ROOT = Path(train.__file__).parent
+TINY = dict(n_layers=2, d_model=32, n_heads=2, context_length=16, batch_size=4, device="cpu")
+TINY |= dict(
+    max_steps=12, warmup_steps=3, log_every=1, eval_every=4, save_every=4, sample_tokens=6, dtype="float32"
+)
+# What depends on the clock or on the machine; everything else in a log must come out the same again.
+MEASURED = {"seconds", "tokens_per_second", "step_seconds", "eval_seconds", "peak_memory_gib", "mfu"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are too small to be worth waking a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """A folder with a tokenizer of 300 tokens and token files."""
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "text.txt").write_text("\n".join(storyworld("train", 40)))
+    vocab, merges = train_bpe(folder / "text.txt", 300, SPECIAL_TOKENS)
+    tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+    tokenizer.save(folder)
+    for split, n in (("train", 20), ("validation", 2)):
+        info = {"source": "a test", "licence": "none", "fingerprint": f"{split}-1"}
+        write_tokens(tokenizer, storyworld(split, n), folder, split, info)
+    return folder
+
+
+@pytest.fixture
+def settings(tokens, tmp_path):
+    """settings(max_steps=3) is a TrainConfig for a tiny run in this test's own folder."""
+    return lambda **more: TrainConfig(
+        **(TINY | dict(tokens=str(tokens), out=str(tmp_path), name="run") | more)
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def samples(folder: Path) -> list[str]:
+    return (folder / "samples.jsonl").read_text().splitlines()
+
+
+def last_state(folder: Path) -> dict:
+    state = torch.load(train.newest(folder) / "state.pt", weights_only=True)
+    del state["seconds"]
+    return state
+
+
+def same(a, b) -> bool:
+    """Whether two nests of dicts, lists, tensors and numbers are identical to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert same(load_tensors(a), load_tensors(b))
+    assert same(load_tensors(train.newest(a)), load_tensors(train.newest(b)))
+    assert same(last_state(a), last_state(b))
+    assert metrics(a) == metrics(b)
+    assert samples(a) == samples(b)
+    assert not list(a.rglob("*.tmp")) + list(b.rglob("*.tmp"))
+
+
+def flags(cfg: TrainConfig) -> list[str]:
+    default = asdict(TrainConfig())
+    return [f"--{k}={v}" for k, v in asdict(cfg).items() if v != default[k]]
+
+
+def command_line(monkeypatch, cfg: TrainConfig, *more: str) -> int | str:
+    """Runs train.py's main in this process; its exit code or last message."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(cfg), *more])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+        raise SystemExit(0)
+    return exit.value.code
+
+
+def start(cfg: TrainConfig, *more: str, **environment) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    command = [sys.executable, "train.py", *flags(cfg), *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def start_two(cfg: TrainConfig) -> list[subprocess.Popen]:
+    """Two processes that train together, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(cfg, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    """Waits for the processes, which must succeed; what the first one said."""
+    said = [p.communicate(timeout=100)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), said
+    return said[0]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    wanted = f'"step": {step},'
+    while process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and wanted in path.read_text():
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"ended before step {step}: {process.communicate()[0]}")
+
+
+# -----------------------------------------------------------------------------
+# Killed and resumed
+
+
+def test_killed_at_random_steps_and_resumed_gives_the_same_bits(settings, tmp_path):
+    cfg = dict(dropout=0.1, max_steps=90, eval_every=15, save_every=7, keep_last=2, context_length=32)
+    train.pretrain(settings(name="whole", **cfg))
+    where = random.Random(7)
+    for step in (where.randrange(1, 25), where.randrange(30, 45)):
+        process = start(settings(**cfg))
+        wait_for_step(tmp_path / "run", step, process)
+        time.sleep(where.random() * 0.01)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert train.read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    assert "resuming at step" in finish(start(settings(**cfg)))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_killed_inside_any_write_of_a_checkpoint_and_resumed_gives_the_same_bits(settings, tmp_path):
+    cfg = dict(dropout=0.1, max_steps=4, eval_every=2, save_every=2, sample_tokens=2)
+    train.pretrain(settings(name="whole", **cfg))
+    for moment in itertools.count(1):
+        name = f"killed-{moment}"
+        child = os.fork()
+        if child == 0:  # dies at its moment-th call of any of these, as a power cut would have it
+            calls = itertools.count(1)
+
+            def dies(do, calls=calls, moment=moment):
+                return lambda *args, **kwargs: os._exit(9) if next(calls) == moment else do(*args, **kwargs)
+
+            os.replace, os.fsync, os.link = dies(os.replace), dies(os.fsync), dies(os.link)
+            shutil.rmtree = dies(shutil.rmtree)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            try:
+                train.pretrain(settings(name=name, **cfg))
+            finally:
+                os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        if not killed:
+            break
+        train.pretrain(settings(name=name, **cfg))
+        assert_same_run(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name)
+    assert moment > 30
+
+
+def test_two_processes_killed_and_resumed_give_the_same_bits_and_equal_one_process(settings, tmp_path):
+    cfg = dict(max_steps=40, eval_every=10, save_every=6, context_length=32, batch_size=2)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    whole = settings(name="whole", dropout=0.1, **cfg)
+    subprocess.run([sys.executable, *torchrun, "train.py", *flags(whole)], cwd=ROOT, env=env, check=True)
+
+    both = start_two(settings(dropout=0.1, **cfg))
+    wait_for_step(tmp_path / "run", random.Random(3).randrange(8, 20), both[0])
+    for process in both:
+        process.kill()
+        process.communicate()
+    assert "resuming at step" in finish(*start_two(settings(dropout=0.1, **cfg)))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(settings, tmp_path):
+    cfg = dict(max_steps=8, batch_size=2)
+    finish(*start_two(settings(name="two", **cfg)))
+    train.pretrain(settings(name="one", grad_accum_steps=2, **cfg))
+    for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+
+
+def interrupt_after(step: int, monkeypatch, cfg: TrainConfig, number=signal.SIGINT) -> int | str:
+    """A signal arrives at the beginning of a step; main's exit code."""
+
+    def train_step(self, now, do=Trainer.train_step):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return do(self, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        return command_line(patch, cfg)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("save_every", [4, 0])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    settings, tmp_path, monkeypatch, number, code, save_every
+):
+    cfg = dict(dropout=0.1, save_every=save_every)
+    train.pretrain(settings(name="whole", **cfg))
+    assert interrupt_after(5, monkeypatch, settings(**cfg), number) == code
+    run = train.read_json(tmp_path / "run" / "run.json")
+    assert (run["status"], run["step"]) == ("interrupted", 6)
+    train.pretrain(settings(**cfg))
+    if save_every:
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+    else:
+        assert same(load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "run"))
+        assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(settings, tmp_path, monkeypatch):
+    def train_step(self, now, do=Trainer.train_step):
+        if now == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return do(self, now)
+
+    def exit_at_once(code):
+        raise AssertionError("gave up without saving")
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(os, "_exit", exit_at_once)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    assert command_line(monkeypatch, settings()) == 130
+    assert train.newest(tmp_path / "run").name == "step-6"
+
+
+def test_a_second_ctrl_c_ends_at_once(settings, tmp_path):
+    process = start(settings(max_steps=100_000, eval_every=0, save_every=0))
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGSTOP)  # both arrive before the step can end
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=20)
+    assert process.returncode in (130, 143)
+    assert train.read_json(tmp_path / "run" / "run.json")["status"] == "running"
+
+
+# -----------------------------------------------------------------------------
+# One step
+
+
+def small_model(**more) -> ModernDecoderLM:
+    torch.manual_seed(0)
+    return ModernDecoderLM(
+        ModelConfig(vocab_size=61, context_length=16, n_layers=2, d_model=32, n_heads=2, **more)
+    )
+
+
+def uneven_rows(step: int, first: int, count: int):
+    """Rows whose number of targets differs from one to the next, and is 0 now and then."""
+    rng = np.random.default_rng(step)
+    ids, lengths = rng.integers(0, 61, (12, 17)), rng.integers(0, 17, 12)
+    targets = np.where(np.arange(16) < lengths[:, None], ids[:, 1:], -100)
+    return tuple(torch.from_numpy(x[first : first + count].copy()) for x in (ids[:, :-1], targets))
+
+
+def trained(settings, loss=lambda model, *rows: model(*rows), **more) -> dict:
+    """Weights after a few steps on uneven rows, 12 a step."""
+    model = small_model()
+    cfg = settings(name=f"run{random.random()}", save_every=0, max_steps=6, learning_rate=1e-2, **more)
+    Trainer(cfg, model, uneven_rows, loss, tokens_per_row=16).run_all_steps()
+    return model.state_dict()
+
+
+def close(a: dict, b: dict, tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(a[k], b[k], atol=tolerance) for k in a)
+
+
+def test_accumulation_equals_the_big_batch_with_unequal_counts(settings):
+    whole = trained(settings, batch_size=12)
+    assert close(whole, trained(settings, batch_size=1, grad_accum_steps=12))
+    assert close(whole, trained(settings, batch_size=4, grad_accum_steps=3))
+    other = trained(settings, batch_size=12, seed=2, grad_clip=0.1)
+    assert not close(whole, other, 1e-3)  # the comparison can fail
+
+
+def test_gradient_checkpointing_changes_nothing(settings):
+    assert close(
+        trained(settings, batch_size=12), trained(settings, batch_size=12, gradient_checkpointing=True)
+    )
+
+
+def starving(room: int):
+    """A loss that runs out of memory with more than `room` rows at a time."""
+
+    def loss(model, ids, targets):
+        result = model(ids, targets)
+        if len(ids) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return result
+
+    return loss
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(settings, capsys):
+    for batch_size, halvings in [(12, 2), (5, 1)]:  # 5 rows do not halve evenly
+        plenty = trained(settings, batch_size=batch_size)
+        capsys.readouterr()
+        assert close(plenty, trained(settings, starving(3), batch_size=batch_size))
+        assert capsys.readouterr().out.count("out of memory") == halvings
+
+
+def test_out_of_memory_with_one_row_says_what_to_try(settings):
+    with pytest.raises(TrainError, match="one sequence at a time: try --gradient_checkpointing"):
+        trained(settings, starving(0), batch_size=12)
+
+
+def spoilt(steps, how=math.nan):
+    """A loss that is not finite in the given forward passes."""
+    calls = itertools.count()
+
+    def loss(model, ids, targets):
+        total, count = model(ids, targets)
+        return total * (how if next(calls) in steps else 1), count
+
+    return loss
+
+
+@pytest.mark.parametrize("how", [math.nan, math.inf])
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(settings, tmp_path, capsys, how):
+    torch.manual_seed(0)
+    model, seen, spoil = small_model(), [], spoilt({2}, how)
+
+    def loss(model, *rows):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return spoil(model, *rows)
+
+    cfg = settings(max_steps=5, batch_size=12, log_every=1, eval_every=0)
+    run = Trainer(cfg, model, uneven_rows, loss).run_all_steps()
+    assert same(seen[2], seen[3]) and not same(seen[1], seen[2]) and not same(seen[3], seen[4])
+    assert "step 3: loss or gradient is not finite; the update is skipped" in capsys.readouterr().out
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert "loss" not in lines[2] and lines[3]["loss"] > 1  # no figure is better than a made-up one
+    assert run["status"] == "finished"
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_five_bad_steps_in_a_row_stop_and_leave_the_last_checkpoint(
+    settings, tmp_path, monkeypatch, gradient_only
+):
+    def forward(self, ids, targets=None, do=ModernDecoderLM.forward, **rest):
+        result = do(self, ids, targets, **rest)
+        if targets is not None and self.training and next(calls) >= 8:
+            if not gradient_only:
+                return result[0] * math.nan, result[1]
+            result[0].register_hook(lambda gradient: gradient * math.inf)
+        return result
+
+    calls, cfg = itertools.count(), dict(max_steps=14, eval_every=8, save_every=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModernDecoderLM, "forward", forward)
+        message = command_line(patch, settings(**cfg))
+    assert "lower --learning_rate" in message and "step-8" in message
+    run = train.read_json(tmp_path / "run" / "run.json")
+    assert run["status"] == "failed" and "five steps" in run["error"]
+    train.pretrain(settings(name="whole", **cfg))
+    train.pretrain(settings(**cfg))  # whatever was wrong is mended: the checkpoint is as good as ever
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_tiny_model_memorises_one_batch(settings):
+    model = small_model()
+    ids = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0))
+    cfg = settings(
+        max_steps=150, learning_rate=1e-2, warmup_steps=10, save_every=0, eval_every=0, log_every=50
+    )
+    Trainer(cfg, model, lambda step, first, count: (ids[:, :-1], ids[:, 1:])).run_all_steps()
+    total, count = model(ids[:, :-1], ids[:, 1:])
+    assert total / count < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_falls_in_either_precision(settings, tmp_path, dtype):
+    train.pretrain(
+        settings(dtype=dtype, max_steps=60, learning_rate=1e-2, log_every=20, eval_every=30, save_every=0)
+    )
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    weights = load_tensors(tmp_path / "run")
+    assert all(w.dtype == torch.float32 for w in weights.values())  # full precision whatever it computed in
+
+
+def test_a_compiler_that_fails_is_done_without_and_says_why(settings, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no C++ compiler found\nand many more lines")
+
+    train.pretrain(settings(name="eager", max_steps=4))
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    train.pretrain(settings(compile=True, max_steps=4))
+    out = capsys.readouterr().out
+    assert out.count("torch.compile failed, going on without: no C++ compiler found") == 1
+    assert "many more lines" not in out
+    assert same(load_tensors(tmp_path / "eager"), load_tensors(tmp_path / "run"))
+
+
+# -----------------------------------------------------------------------------
+# Optimizers and schedules
+
+
+def test_our_adamw_equals_torchs():
+    ours, theirs = small_model(), small_model()
+    kwargs = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    pairs = [
+        (ours, AdamW(ours.parameters(), **kwargs)),
+        (theirs, torch.optim.AdamW(theirs.parameters(), **kwargs)),
+    ]
+    for step in range(20):
+        rows = uneven_rows(step, 0, 12)
+        for model, optimizer in pairs:
+            total, count = model(*rows)
+            (total / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert close(ours.state_dict(), theirs.state_dict(), 1e-6)
+
+
+def test_adamw_plain_trains_and_resumes_like_adamw(settings):
+    assert close(trained(settings, batch_size=12), trained(settings, batch_size=12, optimizer="adamw_plain"))
+
+
+GPT = dict(norm="layer", positions="learned", ffn="gelu", bias=True)
+SHAPES = [{}, GPT, dict(ffn="moe", n_experts=4, qk_norm=True, n_sinks=1), dict(tie_embeddings=False)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_plain", "muon"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_is_optimised_once_and_only_matrices_decay(settings, optimizer, shape):
+    model = small_model(**shape)
+    optimizers = train.make_optimizers(model, settings(optimizer=optimizer))
+    groups = [group for one in optimizers for group in one.param_groups]
+    seen = [p for group in groups for p in group["params"]]
+    assert sorted(map(id, seen)) == sorted(map(id, model.parameters()))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        one_dimensional = p.dim() < 2 or "norm" in name or "bias" in name or "sinks" in name
+        assert decay[id(p)] == (0.0 if one_dimensional else 0.1), name
+    if optimizer == "muon":
+        hidden = {id(p) for group in optimizers[1].param_groups for p in group["params"]}
+        assert id(model.model["embed_tokens"].weight) not in hidden
+        assert id(model.model["layers"][0].self_attn.q_proj.weight) in hidden
+
+
+def test_muon_trains_and_resumes_with_the_same_bits(settings, tmp_path, monkeypatch):
+    train.pretrain(settings(name="whole", optimizer="muon"))
+    interrupt_after(5, monkeypatch, settings(optimizer="muon"))
+    train.pretrain(settings(optimizer="muon"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_the_learning_rate_rises_to_its_maximum_and_falls_to_its_minimum(schedule):
+    lr = [get_lr(step, 1e-3, 1e-4, 10, 100, schedule) for step in range(140)]
+    assert lr[0] == 0 and lr[10] == max(lr) == 1e-3
+    assert np.allclose(np.diff(lr[:11]), 1e-4)
+    assert all(a >= b for a, b in itertools.pairwise(lr[10:]))
+    assert all(x == (1e-3 if schedule == "constant" else 1e-4) for x in lr[100:])
+    if schedule == "wsd":
+        assert set(lr[10:81]) == {1e-3} and lr[81] < 1e-3
+    assert get_lr(0, 1e-3, 1e-4, 0, 100, schedule) == 1e-3  # no warmup
+
+
+def test_cosine_and_linear_equal_transformers():
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    for schedule, theirs in [
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("linear", get_linear_schedule_with_warmup),
+    ]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
+        scheduler = theirs(optimizer, num_warmup_steps=7, num_training_steps=50)
+        for step in range(51):
+            expected = get_lr(step, 3e-3, 0.0, 7, 50, schedule)
+            assert scheduler.get_last_lr()[0] == pytest.approx(expected, abs=1e-9)
+            optimizer.step()
+            scheduler.step()
+
+
+# -----------------------------------------------------------------------------
+# Data and evaluation
+
+
+def test_shuffled_windows_predict_every_token_once_an_epoch():
+    tokens = np.arange(1000, dtype=np.uint16)
+    windows = Windows(tokens, 16, 7, seed=1)  # 63 windows, 9 steps of 7
+    for epoch in range(3):
+        targets = torch.cat([windows.rows(9 * epoch + step, 0, 7)[1].flatten() for step in range(9)])
+        assert sorted(targets[targets != -100].tolist()) == list(range(1, 1000))
+    assert windows.epoch(9) == pytest.approx(1, abs=0.02)
+
+
+def test_shuffled_orders_differ_between_epochs_and_seeds():
+    tokens = np.arange(1000)
+
+    def order(seed, epoch):
+        return [
+            windows.shuffled(63 * epoch + i) for windows in [Windows(tokens, 16, 7, seed)] for i in range(63)
+        ]
+
+    orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1)] + [list(range(0, 999, 16))]
+    assert all(a != b and sorted(a) == sorted(b) for a, b in itertools.combinations(orders, 2))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "random"])
+def test_a_batch_is_a_pure_function_of_seed_and_step(order):
+    tokens = np.random.default_rng(0).integers(0, 60000, 1000).astype(np.uint16)
+    windows, fresh = Windows(tokens, 16, 6, 3, order), Windows(tokens, 16, 6, 3, order)
+    forwards = [windows.rows(step, 0, 6) for step in range(30)]
+    backwards = [fresh.rows(step, 0, 6) for step in reversed(range(30))][::-1]
+    assert same(forwards, backwards)
+    assert not same(forwards[0], forwards[1])
+    for step in (0, 17):  # however the batch is cut among processes and micro-batches
+        parts = [fresh.rows(step, first, 2) for first in (0, 2, 4)]
+        assert same([torch.cat(part) for part in zip(*parts, strict=True)], list(forwards[step]))
+
+
+def test_random_windows_stay_inside_and_reach_both_ends():
+    tokens = np.arange(40)
+    windows = Windows(tokens, 16, 50, 1, "random")
+    ids, targets = map(torch.cat, zip(*(windows.rows(step, 0, 50) for step in range(20)), strict=True))
+    assert torch.equal(targets, ids + 1)
+    assert ids.min() == 0 and targets.max() == 39
+
+
+def test_a_stride_below_the_context_lets_windows_overlap():
+    windows = Windows(np.arange(100), 16, 1, 1, stride=4)
+    assert sorted(windows.shuffled(i) for i in range(25)) == list(range(0, 99, 4))
+
+
+def test_get_batch_has_the_shape_asked_for_and_targets_shifted_by_one():
+    data = np.arange(100, dtype=np.uint16)
+    rng = np.random.default_rng(0)
+    ids, targets = get_batch(data, 400, 8, "cpu", rng)
+    assert ids.shape == targets.shape == (400, 8) and ids.dtype == targets.dtype == torch.int64
+    assert torch.equal(targets, ids + 1)
+    assert ids.min() == 0 and targets.max() == 99
+    assert get_batch(data, 2, 8, device="meta")[0].device.type == "meta"
+    assert get_batch(data, 2, 99)[1].tolist() == [list(range(1, 100))] * 2
+
+
+def test_evaluation_predicts_every_token_once():
+    model, tokens = small_model().eval().requires_grad_(False), np.random.default_rng(0).integers(0, 61, 100)
+    total = 0.0
+    for start in range(0, 99, 16):  # the last window has 3 targets
+        piece = torch.from_numpy(tokens[start : start + 17])
+        logits = model(piece[None, :-1])
+        total += float(nn.functional.cross_entropy(logits[0].double(), piece[1:], reduction="sum"))
+    for batch_size in (1, 3, 100):
+        found = evaluate_lm(model, tokens, 16, batch_size, n_bytes=400)
+        assert found["val_tokens"] == 99
+        assert found["val_loss"] == pytest.approx(total / 99, rel=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(total / 99), rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / 400, rel=1e-6)
+
+
+def test_evaluating_and_sampling_do_not_disturb_training(settings, tmp_path):
+    train.pretrain(settings(name="often", dropout=0.1, eval_every=1, save_every=0))
+    train.pretrain(settings(name="never", dropout=0.1, eval_every=0, save_every=0, sample_tokens=0))
+    assert same(load_tensors(tmp_path / "often"), load_tensors(tmp_path / "never"))
+
+
+def test_eval_tokens_limits_all_evaluations_but_the_last(settings, tmp_path, tokens):
+    train.pretrain(settings(eval_tokens=100))
+    read = [line["val_tokens"] for line in metrics(tmp_path / "run") if "val_tokens" in line]
+    whole = json.loads((tokens / "validation.json").read_text())["tokens"] - 1
+    assert read == [100, 100, whole]
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints and the run folder
+
+
+def tear(path: Path) -> None:
+    with open(path, "rb+") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("file", ["state.pt", "model.safetensors", "config.json"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(settings, tmp_path, monkeypatch, capsys, file):
+    cfg = dict(dropout=0.1, eval_every=6, keep_last=3)
+    train.pretrain(settings(name="whole", **cfg))
+    interrupt_after(9, monkeypatch, settings(**cfg))
+    tear(tmp_path / "run/checkpoints/step-10" / file)
+    capsys.readouterr()
+    train.pretrain(settings(**cfg))
+    out = capsys.readouterr().out
+    assert "cannot read" in out and "step-10" in out and "resuming at step 8" in out
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_dropout_is_on_from_the_first_step_whatever_the_model_came_from(settings):
+    def losses(dropout):
+        model = small_model(dropout=dropout).eval()
+        cfg = settings(name=f"run{dropout}", max_steps=2, eval_every=0, save_every=0)
+        trainer = Trainer(cfg, model, uneven_rows)
+        trainer.run_all_steps()
+        return [line["loss"] for line in metrics(trainer.folder)]
+
+    assert losses(0.0)[0] != losses(0.3)[0]
+
+
+def test_after_a_torn_checkpoint_new_ones_are_kept(settings, tmp_path, monkeypatch):
+    cfg = dict(eval_every=0, keep_last=1, max_steps=20)
+    interrupt_after(9, monkeypatch, settings(**cfg | dict(keep_last=2)))
+    tear(tmp_path / "run/checkpoints/step-10/state.pt")
+    interrupt_after(8, monkeypatch, settings(**cfg))  # resumes at 8, ends at 9: before the torn one
+    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["step-9"]
+    assert same(load_tensors(tmp_path / "run"), load_tensors(tmp_path / "run/checkpoints/step-9"))
+
+
+def test_when_all_checkpoints_are_torn_the_message_says_how_to_start_anew(settings, tmp_path, monkeypatch):
+    interrupt_after(9, monkeypatch, settings())
+    for path in train.checkpoints(tmp_path / "run"):
+        tear(path / "state.pt")
+    assert "none of the checkpoints" in (message := command_line(monkeypatch, settings()))
+    assert "--overwrite" in message
+    assert len(train.checkpoints(tmp_path / "run")) == 2  # nothing is thrown away unasked
+    assert command_line(monkeypatch, settings(), "--overwrite") == 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused(settings, tmp_path, monkeypatch, capsys):
+    interrupt_after(5, monkeypatch, settings())
+    (tmp_path / "other").mkdir()
+    interrupt_after(5, monkeypatch, settings(name="other", d_model=48))
+    (tmp_path / "other/run.json").unlink()  # or its settings would be compared
+    shutil.copy(tmp_path / "run/run.json", tmp_path / "other/run.json")
+    message = command_line(monkeypatch, settings(name="other"), "--name=other")
+    assert "none of the checkpoints" in message or "other settings" in message
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("PICKLED CODE RAN",))
+
+
+def test_pickled_code_in_a_checkpoint_is_not_run(settings, tmp_path, monkeypatch, capsys):
+    interrupt_after(5, monkeypatch, settings(keep_last=1, eval_every=0))
+    (checkpoint,) = train.checkpoints(tmp_path / "run")
+    torch.save({"step": 6, "best": Payload()}, checkpoint / "state.pt")
+    assert "none of the checkpoints" in command_line(monkeypatch, settings(keep_last=1, eval_every=0))
+    assert "PICKLED CODE RAN" not in capsys.readouterr().out
+
+
+def test_settings_that_change_the_result_are_refused_by_name(settings, tmp_path, monkeypatch):
+    interrupt_after(5, monkeypatch, settings())
+    before = last_state(tmp_path / "run")
+    message = command_line(monkeypatch, settings(learning_rate=0.5, d_model=64))
+    assert "learning_rate: 0.001 -> 0.5" in message and "d_model: 32 -> 64" in message
+    assert "--name" in message and "--overwrite" in message and "warmup" not in message
+    assert "must stay the same" in command_line(monkeypatch, settings(batch_size=5))
+    assert same(before, last_state(tmp_path / "run"))
+    assert train.read_json(tmp_path / "run/run.json")["status"] == "interrupted"
+
+
+def test_settings_that_do_not_change_the_result_may_change(settings, tmp_path, monkeypatch):
+    train.pretrain(settings(name="whole"))
+    interrupt_after(5, monkeypatch, settings())
+    free = dict(
+        log_every=3, eval_every=5, save_every=5, keep_last=2, sample_tokens=0, hypothesis="more is more"
+    )
+    train.pretrain(settings(**free, batch_size=2, grad_accum_steps=2))
+    assert close(load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "run"), 1e-6)
+
+
+def test_a_finished_run_says_so_and_does_nothing(settings, tmp_path, monkeypatch, capsys):
+    for save_every in (4, 0):
+        cfg = settings(name=f"saved-{save_every}", save_every=save_every)
+        train.pretrain(cfg)
+        before = {
+            path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(cfg.out, cfg.name).rglob("*")
+        }
+        capsys.readouterr()
+        assert command_line(monkeypatch, cfg) == 0
+        assert "nothing to do" in capsys.readouterr().out
+        after = {
+            path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(cfg.out, cfg.name).rglob("*")
+        }
+        assert before == after
+        assert "max_steps: 12 -> 13" in command_line(monkeypatch, cfg, "--max_steps=13")
+        assert command_line(monkeypatch, cfg, "--max_steps=13", "--overwrite") == 0
+        assert train.read_json(Path(cfg.out, cfg.name, "run.json"))["step"] == 13
+
+
+def test_overwrite_removes_nothing_but_runs(settings, tmp_path, monkeypatch):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("42")
+    command_line(monkeypatch, settings(name="thesis"), "--overwrite")
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_other_data_or_another_tokenizer_is_refused(settings, tmp_path, tokens, monkeypatch, stop):
+    interrupt_after(5, monkeypatch, settings()) if stop else train.pretrain(settings())
+    other = tmp_path / "tokens"
+    shutil.copytree(tokens, other)
+    info = json.loads((other / "train.json").read_text())
+    (other / "train.json").write_text(json.dumps(info | {"fingerprint": "changed"}))
+    assert "begun on other data" in command_line(monkeypatch, settings(tokens=str(other)))
+
+    vocab, merges = train_bpe(tokens / "text.txt", 299, SPECIAL_TOKENS)  # pads to the same number of rows
+    tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+    tokenizer.save(other)
+    for split in ("train", "validation"):
+        meta = json.loads((tokens / f"{split}.json").read_text())
+        (other / f"{split}.json").write_text(json.dumps(meta | {"tokenizer": tokenizer.hash}))
+    assert "begun on other data" in command_line(monkeypatch, settings(tokens=str(other)))
+
+
+def test_missing_truncated_and_foreign_token_files_say_what_to_run(settings, tmp_path, tokens, monkeypatch):
+    assert "python tokenizer.py" in command_line(monkeypatch, settings(tokens=str(tmp_path / "nowhere")))
+    for spoil in ("truncated", "foreign", "no validation"):
+        other = tmp_path / spoil
+        shutil.copytree(tokens, other)
+        if spoil == "truncated":
+            tear(other / "train.bin")
+        elif spoil == "foreign":
+            meta = json.loads((other / "train.json").read_text())
+            (other / "train.json").write_text(json.dumps(meta | {"tokenizer": "0" * 64}))
+        else:
+            (other / "validation.bin").unlink()
+        message = command_line(monkeypatch, settings(tokens=str(other)))
+        assert "python tokenizer.py" in message and str(other) in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["state.pt", "model.safetensors", "metrics.jsonl"])
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubbish(settings, tmp_path, monkeypatch, where):
+    limits = {"state.pt": 200_000, "model.safetensors": 100_000, "metrics.jsonl": 100}
+    cfg = settings(eval_every=0)  # a checkpoint is about 170 KB of weights and 340 KB of state
+    interrupt_after(5, monkeypatch, cfg)
+    before = last_state(tmp_path / "run")
+    monkeypatch.setattr(Trainer, "say", lambda *_: None)  # what pytest captures is a file, too
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[where], old[1]))  # the kernel refuses longer files
+    try:
+        message = command_line(monkeypatch, cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert isinstance(message, str) and str(tmp_path / "run") in message and "File too large" in message
+    assert not [path for path in (tmp_path / "run").rglob("*tmp*")]
+    assert same(before, last_state(tmp_path / "run"))
+    train.pretrain(settings(name="whole", eval_every=0))
+    train.pretrain(cfg)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_message(settings, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    message = command_line(monkeypatch, settings(out=str(tmp_path / "file" / "x")))
+    assert "cannot read or write" in message and str(tmp_path / "file") in message
+
+
+def test_save_every_0_leaves_only_the_model(settings, tmp_path):
+    train.pretrain(settings(save_every=0))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert left == model | {"run.json", "metrics.jsonl", "samples.jsonl"}
+
+
+def test_the_best_and_the_last_checkpoints_are_kept_and_the_best_is_published(
+    settings, tmp_path, monkeypatch
+):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])  # at steps 2, 4, ...
+    monkeypatch.setattr(train, "evaluate_lm", lambda *_: {"val_loss": next(losses), "bits_per_byte": 1.0})
+    train.pretrain(settings(eval_every=2, save_every=2, keep_last=2))
+    folder = tmp_path / "run"
+    assert [path.name for path in train.checkpoints(folder)] == ["step-4", "step-10", "step-12"]
+    assert same(load_tensors(folder), load_tensors(folder / "checkpoints/step-4"))
+    assert not same(load_tensors(folder), load_tensors(folder / "checkpoints/step-12"))
+    best = train.read_json(folder / "run.json")["results"]["best"]
+    assert (best["step"], best["val_loss"]) == (4, 2.0)
+
+
+def test_run_json_tells_what_was_done(settings, tmp_path, tokens):
+    train.pretrain(settings(max_steps=4))
+    run = train.read_json(tmp_path / "run/run.json")
+    assert run["status"] == "finished" and run["step"] == 4 and run["seconds"] > 0
+    assert run["settings"]["learning_rate"] == 1e-3 and run["settings"]["d_model"] == 32
+    assert run["versions"]["torch"] == torch.__version__ and "python" in run["versions"]
+    assert run["hardware"]["device"] and run["hardware"]["threads"] == 1
+    assert (
+        run["data"]["fingerprint"] == "train-1" and run["data"]["validation"]["fingerprint"] == "validation-1"
+    )
+    assert run["tokenizer"] == Tokenizer.load(tokens).hash
+    assert run["parameters"] == sum(
+        p.numel() for p in ModernDecoderLM.from_pretrained(tmp_path / "run").parameters()
+    )
+    assert (
+        run["results"]["last"]["val_loss"] > 0 and run["git"] and run["started"] and run["dtype"] == "float32"
+    )
+
+
+def test_list_names_runs_and_checkpoints(settings, tmp_path, monkeypatch, capsys):
+    train.pretrain(settings(max_steps=4))
+    capsys.readouterr()
+    assert command_line(monkeypatch, settings(), "--list") == 0
+    out = capsys.readouterr().out
+    assert "run  finished  step 4" in out and "step-4" in out and out.count("val_loss") == 2
+    assert command_line(monkeypatch, settings(out=str(tmp_path / "empty")), "--list") == 0
+    assert "no runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--vram=12", "--n_layers=12", "--d_model=768", "--n_heads=12", "--n_kv_heads=4"]]
+)
+def test_plan_tells_the_cost_beforehand(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/cpu.py", f"--out={tmp_path}", "--plan", *more])
+    train.main()
+    out = capsys.readouterr().out
+    for word in ("parameters", "GiB", "FLOP", "hours" if more else "tokens/s"):
+        assert word in out
+    if more:
+        assert "verdict" in out and "largest micro-batch" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_cards_whose_peak_is_known_get_one():
+    known = {"NVIDIA GeForce RTX 3060": 25.5, "NVIDIA GeForce RTX 4060 Ti": 44.1, "NVIDIA H200": 989.0}
+    known |= {
+        "NVIDIA A100-SXM4-80GB": 312.0,
+        "NVIDIA H100 80GB HBM3": 989.0,
+        "NVIDIA GeForce RTX 5090": 209.5,
+    }
+    for name, teraflops in known.items():
+        assert train.peak_flops(name) == teraflops * 1e12, name
+    unknown = [
+        "NVIDIA GeForce RTX 3060 Ti",
+        "NVIDIA GeForce RTX 3060 Laptop GPU",
+        "NVIDIA GeForce RTX 4070 SUPER",
+    ]
+    unknown += [
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA GeForce RTX 4060",
+        "NVIDIA H100 PCIe",
+        "NVIDIA RTX A1000",
+        "",
+        "T4",
+    ]
+    unknown += [
+        "NVIDIA GeForce RTX 4070 Ti SUPER",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GeForce RTX 4060 Ti Laptop GPU",
+    ]
+    for name in unknown:
+        assert train.peak_flops(name) is None, name
+
+
+def test_wandb_that_is_not_installed_is_a_clear_message_before_anything_starts(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "[wandb]" in command_line(monkeypatch, settings(wandb="project"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_starts_from_another_runs_weights(settings, tmp_path, monkeypatch):
+    train.pretrain(settings(name="parent", max_steps=20, learning_rate=1e-2))
+    parent = str(tmp_path / "parent")
+    child = settings(name="child", init_from=parent, d_model=96, n_heads=3, context_length=24, dropout=0.2)
+    run = train.pretrain(child)
+    first = next(line["val_loss"] for line in metrics(tmp_path / "child") if "val_loss" in line)
+    fresh = train.pretrain(settings(context_length=24))
+    assert first < fresh["results"]["last"]["val_loss"]
+    assert run["parent"] == parent
+    assert run["settings"]["d_model"] == 32 and run["settings"]["dropout"] == 0.2
+    config = ModernDecoderLM.from_pretrained(tmp_path / "child").config
+    assert config.context_length == 24  # what it was trained on last
+    interrupt_after(
+        5, monkeypatch, settings(name="stopped", init_from=parent, dropout=0.2, context_length=24)
+    )
+    train.pretrain(settings(name="stopped", init_from=parent, dropout=0.2, context_length=24))
+    assert same(load_tensors(tmp_path / "child"), load_tensors(tmp_path / "stopped"))
+
+
+def test_init_from_a_run_with_another_vocabulary_is_refused(settings, tmp_path, tokens, monkeypatch):
+    train.pretrain(settings(name="parent", max_steps=2))
+    vocab, merges = train_bpe(tokens / "text.txt", 299, SPECIAL_TOKENS)
+    Tokenizer(vocab, merges, SPECIAL_TOKENS).save(tmp_path / "parent")
+    message = command_line(monkeypatch, settings(init_from=str(tmp_path / "parent")))
+    assert "another vocabulary" in message
+    assert "hub" in command_line(monkeypatch, settings(init_from=str(tmp_path / "nowhere")))
+
+
+def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train.pretrain(settings(max_steps=40, learning_rate=1e-2, eval_every=40, context_length=48))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ours, tokenizer = ModernDecoderLM.from_pretrained(tmp_path / "run"), Tokenizer.load(tmp_path / "run")
+    ids = [tokenizer.eot_id, *tokenizer.encode("Once there was")]
+    assert their_tokenizer("<|endoftext|>Once there was")["input_ids"] == ids
+    (mine,) = ours.generate([ids], 30, temperature=0, stop_tokens=[tokenizer.eot_id])
+    out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)[0, len(ids) :].tolist()
+    assert mine == out
+    assert tokenizer.decode(mine) == their_tokenizer.decode(out)
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def test_settings_that_cannot_be_are_refused_by_name(settings, monkeypatch):
+    for wrong in (
+        "max_steps=0",
+        "seed=-1",
+        "batch_size=0",
+        "grad_accum_steps=-1",
+        "log_every=0",
+        "device=banana",
+    ):
+        assert f"--{wrong}" in command_line(monkeypatch, settings(), f"--{wrong}")
+    assert "no CUDA" in command_line(monkeypatch, settings(), "--device=cuda") or torch.cuda.is_available()
+
+
+def test_a_log_file_gets_lines_as_they_happen_and_no_progress_bar(settings, tmp_path):
+    process = start(settings(max_steps=100_000, eval_every=0, save_every=0))
+    assert "parameters" in process.stdout.readline()  # would wait for ever if lines stayed in a buffer
+    wait_for_step(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=20)[0]
+    assert process.returncode == 143 and "the same command goes on from here" in rest
+    assert "\r" not in rest and "\x1b" not in rest
+
+
+def test_a_second_process_may_not_train_in_the_same_folder(settings, tmp_path, monkeypatch):
+    process = start(settings(max_steps=100_000, eval_every=0, save_every=0))
+    wait_for_step(tmp_path / "run", 1, process)
+    before = train.read_json(tmp_path / "run/run.json")
+    for more in ([], ["--overwrite"]):
+        assert "another process is training in" in command_line(monkeypatch, settings(), *more)
+    assert train.read_json(tmp_path / "run/run.json") == before
+    process.kill()
+    process.communicate()
+    assert command_line(monkeypatch, settings(), "--overwrite") == 0
+
+
+@pytest.mark.parametrize("script", ["train.py", "chat.py", "tokenizer.py"])
+def test_help_answers(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 0
+        and "python" in done.stdout
+        and "--out" in done.stdout + "--out" * (script == "chat.py")
+    )
+
+
+def test_the_tokenizer_the_config_loader_and_chats_help_need_no_torch():
+    heavy = "[m for m in ('torch', 'transformers', 'datasets', 'peft', 'matplotlib') if m in sys.modules]"
+    for import_ in ("tokenizer", "configs", "data", "chat"):
+        code = f"import sys; sys.argv = ['x', '--help']; import {import_}; assert not {heavy}, {heavy}"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    code = f"import sys, train; heavy = {heavy}; assert heavy == ['torch'], heavy"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
