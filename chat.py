@@ -75,7 +75,7 @@ def load(cfg: ChatConfig):
         raise FileNotFoundError(
             f"there is no {folder}: `python train.py` makes out/base, --list shows all runs"
         )
-    model = ModernDecoderLM.from_pretrained(cfg.model, device).eval()
+    model = ModernDecoderLM.from_pretrained(cfg.model, device).pack()
     if not folder.is_dir() and model.config.vocab_size != 50257:
         raise ValueError(f"{cfg.model} does not speak GPT-2's vocabulary: download it, and name the folder")
     tokenizer = Tokenizer.load(folder) if folder.is_dir() else Tokenizer.gpt2()
@@ -158,10 +158,11 @@ def benchmark(cfg: ChatConfig) -> None:
 
     device, T = pick_device(cfg.device), 256
     c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)
-    ours = ModernDecoderLM(c).eval().to(device)
+    ours = ModernDecoderLM(c).to(device)
     keys = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys)).eval().to(device)
     theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
+    ours.pack()  # as this script does with every model it loads
     greedy = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=T, pad_token_id=0, eos_token_id=None
     )

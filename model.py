@@ -17,6 +17,7 @@ head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; e
 in one place.
 """
 
+import functools
 import json
 import math
 import os
@@ -126,7 +127,7 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float = 10000.0, dtype=
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x[i], x[i + D/2]) of x (..., T, D) by the angles of `rope_angles`."""
     a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+    return x * cos + torch.cat([b, a], dim=-1).mul_(sin)  # in place: autograd then keeps nothing but sin
 
 
 def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
@@ -242,6 +243,19 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return LayerNorm(config.d_model, config.norm_eps) if config.norm == "layer" else nn.Identity()
 
 
+def together(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """[layer(x) for layer in layers], in one matrix product where `ModernDecoderLM.pack` has put them side by
+    side.
+    """
+    packed = getattr(layers[0], "packed", None)
+    if packed is None:
+        return [layer(x) for layer in layers]
+    y = x @ packed  # (..., d) @ (d, all outputs)
+    if layers[0].bias is not None:
+        y = y + torch.cat([layer.bias for layer in layers])
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
 class Attention(nn.Module):
     """Causal self-attention. Each group of H / K query heads shares one key-value head (GQA; Ainslie et al.,
     2023).
@@ -277,9 +291,10 @@ class Attention(nn.Module):
         causal (and the sliding window). `rope` spares the model computing the same angles in every layer.
         """
         c, (B, T, _) = self.config, x.shape
-        q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.positions == "rope":
@@ -322,7 +337,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class MLP(nn.Module):
@@ -424,19 +440,37 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config)  # Llama's name: the norm that comes after attention
         self.mlp = make_ffn(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.p = config.dropout
 
     def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None) -> Tensor:
         """x (B, T, d) -> (B, T, d); the other arguments are `Attention.forward`'s."""
         if self.post:
-            x = self.input_layernorm(x + self.dropout(self.self_attn(x, positions, mask, rope, cache)))
-            return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), positions, mask, rope, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+            x = self.input_layernorm(x + self.drop(self.self_attn(x, positions, mask, rope, cache)))
+            return self.post_attention_layernorm(x + self.drop(self.mlp(x)))
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), positions, mask, rope, cache))
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p) if self.p and self.training else x
 
 
 # -----------------------------------------------------------------------------
 # The whole model
+
+
+def in_eval_mode(method):
+    """Decorator: no dropout while the method runs; afterwards, or when it raises, the mode is as it was."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        was_training = self.training
+        self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.train(was_training)
+
+    return wrapped
 
 
 class ModernDecoderLM(nn.Module):
@@ -454,7 +488,6 @@ class ModernDecoderLM(nn.Module):
         if c.norm_position == "pre":  # post-norm has already normalised what leaves the last block
             self.model["norm"] = make_norm(c)
         self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.dropout = nn.Dropout(c.dropout)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: a third more FLOPs
         self.loss_chunk = 2048  # tokens whose logits exist at a time, see ChunkedCrossEntropy
         self.init_weights()
@@ -503,7 +536,7 @@ class ModernDecoderLM(nn.Module):
             rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, x.dtype)
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)
-        x = self.dropout(x)
+        x = F.dropout(x, c.dropout, self.training)
         for block in self.model["layers"]:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, positions, mask, rope, use_reentrant=False)
@@ -534,6 +567,48 @@ class ModernDecoderLM(nn.Module):
     # -------------------------------------------------------------------------
     # Generation
 
+    def pack(self) -> "ModernDecoderLM":
+        """Lays the weights out for decoding, where a step is bound by reading them: q, k and v side by side,
+        gate and up too, and all of them transposed. 1.1x to 1.2x on two cores, batch 1 and 16.
+
+        Parameters become views of the packed matrices, so nothing is stored twice. Training or moving the
+        model forgets the packing again.
+        """
+        self.unpack().eval()
+        for block in self.model["layers"]:
+            a, m = block.self_attn, block.mlp
+            groups = [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj]]
+            if isinstance(m, SwiGLU):
+                groups += [[m.gate_proj, m.up_proj], [m.down_proj]]
+            for group in groups:
+                packed = (
+                    torch.cat([layer.weight.data for layer in group]).t().contiguous()
+                )  # (in, all outputs)
+                columns = packed.split([layer.out_features for layer in group], dim=1)
+                for layer, part in zip(group, columns, strict=True):
+                    layer.weight.data = part.t()
+                group[0].packed = packed
+        return self
+
+    def unpack(self) -> "ModernDecoderLM":
+        for layer in self.modules():
+            if getattr(layer, "packed", None) is not None:
+                layer.packed = None
+        if not self.model["layers"][0].self_attn.o_proj.weight.is_contiguous():
+            for p in self.parameters():
+                p.data = p.data.contiguous()
+        return self
+
+    def train(self, mode: bool = True) -> "ModernDecoderLM":
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, function, recurse: bool = True):  # what .to(), .half(), .cuda() call
+        self.unpack()
+        return super()._apply(function, recurse)
+
+    @in_eval_mode
     @torch.inference_mode()
     def generate(
         self,
@@ -566,7 +641,7 @@ class ModernDecoderLM(nn.Module):
         return tokens that must come next: that is how a calculator answers. `compile=True` decodes with one
         compiled step of fixed shapes.
         """
-        c, was_training, rows = self.config, self.training, len(prompts) * n
+        c, rows = self.config, len(prompts) * n
         if not rows or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         longest = max(map(len, prompts))
@@ -584,7 +659,6 @@ class ModernDecoderLM(nn.Module):
         cache = KVCache(
             c, len(prompts), slots, keep if rolling else None, self.device, self.dtype, fixed=compile
         )
-        self.eval()
         logits = self.prefill(prompts, cache)  # (B, V)
         if n > 1:  # n samples from one prefill
             cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
@@ -642,7 +716,6 @@ class ModernDecoderLM(nn.Module):
                     seen = seen[index] if seen is not None else None
             cache.begin(1)
             logits = step(token.unsqueeze(1), cache)
-        self.train(was_training)
         return result
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
@@ -1045,6 +1118,8 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
     compute, tensors missing or too many or misshapen.
     """
     folder = Path(name)
+    if not folder.is_dir() and (folder.parts[0] in ("/", "..", "out") or len(folder.parts) > 2):
+        raise FileNotFoundError(f"there is no folder {folder}")  # nor could it be a name on the hub
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -1168,7 +1243,7 @@ def estimate_memory(
     hidden = {"swiglu": 6 if fused_ffn else 8, "moe": 8}.get(c.ffn, 4) * c.d_ff
     if c.ffn == "moe":
         hidden = (hidden + 6 * d) * c.experts_per_token * max(c.capacity_factor, 1)
-    width = 8 * d + 4 * qk + hidden + 2 * qk * c.qk_norm
+    width = (4 if c.norm == "none" else 8) * d + 4 * qk + hidden + 2 * qk * c.qk_norm
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))

@@ -1372,3 +1372,22 @@ def test_the_config_is_plain_data():
     config = tiny(**MOE)
     assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert "transformers" not in vars(model_file)
+
+
+def test_packing_for_decoding_changes_neither_logits_nor_what_is_saved_and_training_undoes_it(tmp_path):
+    for changes in ({}, {"n_kv_heads": 2, "bias": True}, {"norm": "layer", "ffn": "gelu", "bias": True}, MOE):
+        ours, ids = ModernDecoderLM(tiny(**changes)).eval(), tokens(2, 9)
+        before = ours(ids)
+        saved = {name: p.clone() for name, p in ours.state_dict().items()}
+        assert ours.pack() is ours and torch.allclose(ours(ids), before, atol=1e-5)
+        ours.save_pretrained(tmp_path)
+        assert torch.equal(ModernDecoderLM.from_pretrained(tmp_path)(ids), before)
+        with torch.no_grad():  # the parameters and the packed matrices are the same memory
+            ours.model["layers"][0].self_attn.q_proj.weight.mul_(2)
+        assert not torch.allclose(ours(ids), before, atol=1e-5)
+        with torch.no_grad():
+            ours.model["layers"][0].self_attn.q_proj.weight.div_(2)
+        ours.train()
+        assert all(p.is_contiguous() for p in ours.parameters())
+        assert all(torch.equal(p, saved[name]) for name, p in ours.state_dict().items())
+        assert torch.equal(ours.eval()(ids), before)
