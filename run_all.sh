@@ -14,6 +14,7 @@ cd "$(dirname "$0")"
 
 OUT=${OUT:-out}
 VENV=.venv
+anew=
 
 main() {
     local profile=${1:-}
@@ -83,11 +84,12 @@ stage() {
     local log=$OUT/logs/$name.log
     mark=$(echo "$*" | cat - "$config" | cksum)
     echo
-    if [ -e "$result" ] && [ "$(cat "$OUT/stamps/$name" 2>/dev/null)" = "$mark" ]; then
+    if [ -z "$anew" ] && [ -e "$result" ] && [ "$(cat "$OUT/stamps/$name" 2>/dev/null)" = "$mark" ]; then
         echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"
         return
     fi
     echo "== $name: $*"
+    anew=yes # whatever follows from this stage is out of date
     # A terminal keeps its progress bar; without one, what would go there goes to the log.
     if [ -t 2 ]; then "$@" | tee -i "$log" || status=$?; else "$@" 2>&1 | tee -i "$log" || status=$?; fi
     if [ $status -ne 0 ]; then

@@ -1,7 +1,7 @@
 """The embedded default: a story teller in minutes on any laptop, from text that is made on the spot.
 
-Sized for two cores without matrix units: about 1.7M parameters, 4M tokens. Muon learns the stories in half the steps
-that AdamW needs.
+Sized for two cores without matrix units: about 1.7M parameters, 4M tokens. Muon learns the stories in half
+the steps that AdamW needs.
 """
 
 corpus = "storyworld"

@@ -1,5 +1,5 @@
-"""An LLM-lab's GPT, nano: 30.1M parameters, of which GPT-2's vocabulary takes 19M. LayerNorm, learned positions,
-GELU and biases, as GPT-2; the run folder loads as GPT2LMHeadModel.
+"""An LLM-lab's GPT, nano: 30.2M parameters, of which GPT-2's vocabulary takes 19M. LayerNorm, learned
+positions, GELU and biases, as GPT-2 has them; the run folder loads as GPT2LMHeadModel.
 """
 
 name = "nano"

@@ -1,0 +1,92 @@
+"""run_all.sh: what can be said of it without installing anything."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_all(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "run_all.sh", *words], cwd=folder, env=os.environ | env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the script beside stand-ins: a `python` that notes its arguments and obeys $FAIL."""
+    (tmp_path / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cpu.py").write_text('name = "stand_in"\n')
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        '[ "$1" = -c ] && { echo stand_in; exit; }\n'
+        '[ "${*: -1}" = --plan ] && exit\n'
+        'echo "$*" >>calls\n'
+        '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
+        "mkdir -p out/tokens out/stand_in && touch out/stand_in/model.safetensors\n"
+    )
+    python.chmod(0o755)
+    return tmp_path
+
+
+def calls(project: Path) -> list[str]:
+    """Scripts that ran since the last look."""
+    file = project / "calls"
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return [line.split()[0] for line in lines if not line.startswith("-m")]
+
+
+def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
+    assert run_all(project, "cpu").returncode == 0
+    assert calls(project) == ["tokenizer.py", "train.py", "chat.py"]
+    again = run_all(project, "cpu")
+    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 3
+    (project / "configs" / "cpu.py").write_text('name = "stand_in"\nseed = 2\n')
+    assert run_all(project, "cpu").returncode == 0
+    assert calls(project) == ["tokenizer.py", "train.py", "chat.py"]
+
+
+def test_a_stage_whose_result_was_deleted_runs_again(project):
+    run_all(project, "cpu")
+    calls(project)
+    (project / "out" / "stand_in" / "model.safetensors").unlink()
+    assert run_all(project, "cpu").returncode == 0
+    assert calls(project) == ["train.py", "chat.py"]  # and what follows from it
+
+
+def test_one_stage_may_be_named(project):
+    assert run_all(project, "cpu", "tokenizer").returncode == 0
+    assert calls(project) == ["tokenizer.py"]
+
+
+def test_a_failure_names_stage_log_and_the_command_that_goes_on(project):
+    failed = run_all(project, "cpu", FAIL="train.py")
+    assert failed.returncode == 1 and calls(project) == ["tokenizer.py", "train.py"]
+    assert "stage pretrain failed" in failed.stderr and "out/logs/pretrain.log" in failed.stderr
+    assert "bash run_all.sh cpu" in failed.stderr
+    assert "no luck" in (project / "out" / "logs" / "pretrain.log").read_text()
+    assert run_all(project, "cpu").returncode == 0 and calls(project) == ["train.py", "chat.py"]
+
+
+def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
+    stopped = run_all(project, "cpu", FAIL="train.py", STATUS="130")
+    assert stopped.returncode == 130 and "interrupted" in stopped.stderr and "failed" not in stopped.stderr
+
+
+def test_words_it_does_not_know_are_refused(project):
+    assert run_all(project, "gpu").returncode == 2
+    unknown = run_all(project, "cpu", "pretrian")
+    assert unknown.returncode == 2 and "tokenizer, pretrain, samples" in unknown.stderr
+
+
+def test_help_prints_the_commands(project):
+    shown = run_all(project, "--help")
+    assert shown.returncode == 0 and "bash run_all.sh test" in shown.stdout and "set -euo" not in shown.stdout
