@@ -1,19 +1,18 @@
-"""Training: the Trainer that every stage shares, and pretraining, the stage that makes a language model from
-text.
+"""Training: the Trainer that every stage shares, and pretraining, which makes a language model from text.
 
-    python train.py                                      # a story teller in minutes, on any laptop
+    python train.py configs/cpu.py                       # a story teller in minutes, on any laptop
     python train.py configs/max3060.py --plan --vram=12  # what a run costs, before it costs anything
     python train.py configs/speedrun.py                  # the real thing; run it again and it resumes
-    torchrun --nproc_per_node=2 train.py configs/speedrun.py        # two cards or two CPU processes
+    torchrun --nproc_per_node=2 train.py configs/cpu.py  # two cards, or two CPU processes
     python train.py --list                               # all runs and their checkpoints
 
 It reads the token files that tokenizer.py wrote and writes a run folder, out/NAME:
 
-    config.json model.safetensors tokenizer.json   a Hugging Face model: the best by validation loss
-    run.json          settings, data, versions, hardware, status, results
-    metrics.jsonl     a line per logged step and evaluation     samples.jsonl     what the model says on the
-    way checkpoints/step-N/   the best and the last: the same model files, and state.pt, which an exact resume
-    needs
+    config.json, model.safetensors, tokenizer.json   a Hugging Face model: the best by validation loss
+    run.json              settings, data, versions, hardware, status, results
+    metrics.jsonl         a line per logged step and per evaluation
+    samples.jsonl         what the model says on the way
+    checkpoints/step-N/   the best and the last: the model, and state.pt, which an exact resume needs
 
 Two ideas make runs exact. The batch of step s is a pure function of (seed, s), so there is no loader state
 that a crash could lose: a run that was killed and resumed has the same bits as one that was not. And a loss
@@ -80,13 +79,9 @@ class TrainerConfig:
     beta1: float = 0.9  # memory of the gradient's mean
     beta2: float = 0.95  # memory of its square
     grad_clip: float = 1.0  # largest gradient norm; 0: any
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of activations; auto: what is fast here
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; auto: the fast one
     device: str = "auto"  # cuda, cpu, cuda:1, ...
-    compile: bool | Literal["auto"] = (
-        "auto"  # torch.compile; auto: on CUDA (on a CPU it takes a minute to start)
-    )
+    compile: bool | Literal["auto"] = "auto"  # torch.compile: a minute to start; auto: on CUDA only
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third slower
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 200  # steps between evaluations; 0: only at the end
@@ -116,27 +111,11 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
 
 # What may differ when a run is resumed, because it does not change the numbers that training produces.
-FREE_TO_CHANGE = {"out", "device", "compile", "log_every", "eval_every", "save_every", "keep_last", "wandb"}
-FREE_TO_CHANGE |= {
-    "hypothesis",
-    "baseline",
-    "overwrite",
-    "plan",
-    "vram",
-    "card",
-    "list",
-    "bench",
-    "eval_tokens",
-}
-FREE_TO_CHANGE |= {
-    "batch_size",
-    "grad_accum_steps",
-    "sample_prompt",
-    "sample_tokens",
-    "gradient_checkpointing",
-    "tokens",
-    "workers",
-}
+FREE_TO_CHANGE = """
+    out tokens device compile gradient_checkpointing batch_size grad_accum_steps log_every eval_every
+    eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis baseline overwrite plan vram
+    card list bench
+""".split()  # (batch_size times grad_accum_steps is checked apart)
 
 
 class TrainError(ValueError):
@@ -441,7 +420,7 @@ class Trainer:
                     ) from None
                 self.micro_batch //= 2
                 self.say(
-                    f"out of memory: micro-batch {self.micro_batch} from now on, same batch and same result"
+                    f"out of memory: micro-batch {self.micro_batch} from now on, same batch, same result"
                 )
             self.zero_grad()  # outside the except clause, whose traceback keeps the failed tensors alive
             if self.device.type == "cuda":
@@ -473,9 +452,7 @@ class Trainer:
         return total, count, norm
 
     def accumulate(self, step: int) -> tuple[float, int]:
-        """Sums gradients over this process' rows of the batch, a micro-batch at a time; (loss sum, count) of
-        all.
-        """
+        """Adds up the gradients of this process' rows, micro-batch by micro-batch; (loss sum, count) of all rows."""
         mine = self.batch // self.world
         nominal = self.batch * max(1, self.tokens_per_row)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -650,9 +627,8 @@ class Trainer:
         if self.device.type == "cuda":
             line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
             peak = peak_flops(torch.cuda.get_device_name(self.device))
-            line["mfu"] = (
-                round(self.batch * self.flops_per_row / took / (peak * self.world), 4) if peak else None
-            )
+            rate = self.batch * self.flops_per_row / took  # FLOP/s
+            line["mfu"] = round(rate / (peak * self.world), 4) if peak else None
         else:
             line["peak_memory_gib"] = round(peak_resident_bytes() / 2**30, 3)
         moe = [m.stats for m in self.model.modules() if getattr(m, "stats", None)]
@@ -690,9 +666,7 @@ class Trainer:
     # ---- checkpoints
 
     def save(self, improved: bool) -> None:
-        """A checkpoint folder appears whole or not at all; then the run folder's model points at the best
-        one.
-        """
+        """A checkpoint appears whole or not at all; then the run folder's model is linked to the best one."""
         if self.rank == 0:
             final = self.folder / "checkpoints" / f"step-{self.step}"
             temporary = final.with_name(f".{final.name}.tmp")
@@ -746,14 +720,11 @@ class Trainer:
         return f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def write_model(self, folder: Path) -> None:
-        ids = (
-            {"bos_token_id": self.tokenizer.eot_id, "eos_token_id": self.tokenizer.eot_id}
-            if self.tokenizer
-            else {}
-        )
-        self.model.save_pretrained(folder, **ids)
-        if self.tokenizer:
-            self.tokenizer.save(folder)
+        if self.tokenizer is None:
+            return self.model.save_pretrained(folder)
+        eot = self.tokenizer.eot_id
+        self.model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
+        self.tokenizer.save(folder)
 
     def publish(self, checkpoint: Path) -> None:
         """Links the checkpoint's model files into the run folder: no second copy on the disk."""
@@ -787,9 +758,8 @@ class Trainer:
                 )
             if finished:
                 raise AlreadyFinished(self.run)
-            if (
-                found and cfg.dtype == "auto"
-            ):  # another machine may prefer another dtype; this run has its own
+            # Another machine may prefer another dtype, but this run has its own.
+            if found and cfg.dtype == "auto":
                 self.dtype = getattr(torch, self.run.get("dtype", "float32"))
                 self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         for checkpoint in reversed(found):
@@ -799,12 +769,9 @@ class Trainer:
                 self.model.load_state_dict(weights)
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
-            except (
-                Exception
-            ) as error:  # torn by a full disk or a copy that was cut off: the one before will do
-                self.say(
-                    f"cannot read {checkpoint} ({str(error).splitlines()[0][:100]}); trying the one before"
-                )
+            except Exception as error:  # torn by a copy that was cut off, say: the one before will do
+                why = str(error).splitlines()[0][:100]
+                self.say(f"cannot read {checkpoint} ({why}); trying the one before")
                 continue
             if state["batch"] != self.batch:
                 raise TrainError(
@@ -871,9 +838,8 @@ class Trainer:
 
     def show(self, bar, took: float) -> None:
         loss = self.window[0] / self.window[1] if self.window[1] else self.last_loss
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, {self.batch * self.tokens_per_row / took:,.0f} tok/s", refresh=False
-        )
+        rate = self.batch * self.tokens_per_row / took
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
         bar.update()
         quiet = not sys.stderr.isatty() and self.rank == 0  # in a log file: a line now and then, no bar
         now = time.monotonic()
