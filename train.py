@@ -452,7 +452,7 @@ class Trainer:
         return total, count, norm
 
     def accumulate(self, step: int) -> tuple[float, int]:
-        """Adds up the gradients of this process' rows, micro-batch by micro-batch; (loss sum, count) of all rows."""
+        """Adds up the gradients of this process' rows, piece by piece; (loss sum, count) of all rows."""
         mine = self.batch // self.world
         nominal = self.batch * max(1, self.tokens_per_row)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)

@@ -926,7 +926,7 @@ def test_init_from_a_run_with_another_vocabulary_is_refused(settings, tmp_path, 
     Tokenizer(vocab, merges, SPECIAL_TOKENS).save(tmp_path / "parent")
     message = command_line(monkeypatch, settings(init_from=str(tmp_path / "parent")))
     assert "another vocabulary" in message
-    assert "hub" in command_line(monkeypatch, settings(init_from=str(tmp_path / "nowhere")))
+    assert "there is no folder" in command_line(monkeypatch, settings(init_from=str(tmp_path / "nowhere")))
 
 
 def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, tmp_path):
