@@ -89,9 +89,7 @@ class ModelConfig:
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
-    """exp(x) / sum(exp(x)) along `dim`. Subtracting the maximum changes nothing but keeps exp from
-    overflowing.
-    """
+    """exp(x) / sum(exp(x)) along `dim`; subtracting the maximum keeps exp from overflowing."""
     e = (x - x.amax(dim, keepdim=True)).exp()
     return e / e.sum(dim, keepdim=True)
 
@@ -175,9 +173,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """hidden (N, d), weight (V, d), targets (N) with -100 = ignore -> the sum of losses, in nats
-        (float32).
-        """
+        """hidden (N, d), weight (V, d), targets (N), -100 = ignore -> sum of losses in nats (float32)."""
         total = torch.zeros((), device=hidden.device)
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w = weight.to(hidden.dtype)
@@ -229,9 +225,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, except that the result keeps the dtype of the residual stream (autocast would make it
-    float32).
-    """
+    """torch's, but the result keeps the dtype of the residual stream (autocast would give float32)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
@@ -474,9 +468,7 @@ def in_eval_mode(method):
 
 
 class ModernDecoderLM(nn.Module):
-    """Embedding, n_layers blocks, a last norm and the head. Parameters carry the names of Hugging Face's
-    Llama.
-    """
+    """Embedding, n_layers blocks, a last norm and the head, with the names of Hugging Face's Llama."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -513,9 +505,7 @@ class ModernDecoderLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are made of: the autocast dtype inside an autocast region, else that of the
-        weights.
-        """
+        """The dtype of activations: autocast's inside an autocast region, else that of the weights."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
 
@@ -880,36 +870,23 @@ class KVCache:
 # Hugging Face's folder: config.json and model.safetensors
 
 
+LLAMA = ModelConfig()  # the default switches
+
+
 def architecture(c: ModelConfig) -> str:
-    """The `model_type` under which transformers computes what this config computes; modern_llm if there is
-    none.
-    """
-    modern = (c.norm, c.norm_position, c.positions, c.n_sinks) == ("rms", "pre", "rope", 0)
-    if modern and c.ffn == "swiglu" and not c.qk_norm and not c.sliding_window:
+    """The `model_type` under which transformers computes the same; modern_llm if there is none."""
+    switches = "norm norm_position positions ffn n_sinks qk_norm sliding_window bias".split()
+    changed = {name for name in switches if getattr(c, name) != getattr(LLAMA, name)}
+    if changed <= {"bias"}:
         return "llama"
-    if modern and c.ffn == "swiglu" and not c.qk_norm and not c.bias:
-        return "mistral"
-    if modern and c.ffn == "swiglu" and not c.sliding_window and not c.bias:
-        return "qwen3"
-    if (
-        modern
-        and c.ffn == "moe"
-        and not (c.qk_norm or c.bias or c.capacity_factor)
-        and c.experts_per_token > 1
-    ):
-        return "mixtral"
-    gpt = (c.norm, c.norm_position, c.positions, c.n_sinks) == (
-        "layer",
-        "pre",
-        "learned",
-        0,
-    ) and c.ffn == "gelu"
-    plain = (
-        c.n_kv_heads == c.n_heads
-        and c.head_dim * c.n_heads == c.d_model
-        and not (c.qk_norm or c.sliding_window)
-    )
-    return "gpt2" if gpt and plain and c.bias and c.tie_embeddings else "modern_llm"
+    if changed in ({"sliding_window"}, {"qk_norm"}):
+        return "mistral" if c.sliding_window else "qwen3"
+    if changed - {"sliding_window"} == {"ffn"} and c.ffn == "moe":
+        return "mixtral" if not c.capacity_factor and c.experts_per_token > 1 else "modern_llm"
+    gpt = changed == {"norm", "positions", "ffn", "bias"}
+    gpt = gpt and (c.norm, c.positions, c.ffn, c.tie_embeddings) == ("layer", "learned", "gelu", True)
+    heads = c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model
+    return "gpt2" if gpt and heads else "modern_llm"
 
 
 CLASSES = {
@@ -970,9 +947,7 @@ def to_hf_config(c: ModelConfig) -> dict:
 
 
 def from_hf_config(hf: dict) -> ModelConfig:
-    """Reads config.json of GPT-2, Llama, Mistral, Qwen3, Mixtral or ours; refuses by name what it can't
-    compute.
-    """
+    """Reads config.json of GPT-2, Llama, Mistral, Qwen3, Mixtral or ours; refuses the rest by name."""
     kind = hf.get("model_type")
     if kind == "modern_llm":
         return ModelConfig(**hf["modern_llm"])

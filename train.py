@@ -216,9 +216,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Optimizer]:
-    """One optimizer; two with Muon, which is for the matrices between the layers only. Decay is on matrices
-    only.
-    """
+    """AdamW for all, or Muon for the matrices of the layers and AdamW for the rest. Only matrices decay."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if p.dim() >= 2 and "sinks" not in name]  # sinks are logits
     hidden = [p for name, p in matrices if p.dim() == 2 and ".layers." in name]
@@ -258,9 +256,7 @@ def get_lr(
     schedule: str = "cosine",
     decay_fraction: float = 0.2,
 ) -> float:
-    """Learning rate of a step: from 0 at step 0 linearly up to max_lr, then down to min_lr at max_steps, then
-    flat.
-    """
+    """From 0 at step 0 linearly up to max_lr, then down to min_lr at max_steps, then flat."""
     if step < warmup_steps:
         return max_lr * step / warmup_steps
     if schedule == "constant":
@@ -1164,9 +1160,7 @@ def print_plan(cfg: TrainConfig) -> None:
 
 
 def padded(vocab_size: int) -> int:
-    """Rows of the embedding: a multiple of 64 makes the head's matrix product faster on a GPU; no text uses
-    the rest.
-    """
+    """Rows of the embedding: a multiple of 64 suits a GPU's matrix units; no text uses the rest."""
     return 64 * math.ceil(vocab_size / 64)
 
 
