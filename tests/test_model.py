@@ -909,32 +909,30 @@ def feed(model, cache, ids: Tensor, chunks, counts=None) -> Tensor:
 
 
 @decoding
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
-def test_kv_cache_gives_the_same_logits_as_the_full_forward(changes, fixed):
+def test_kv_cache_gives_the_same_logits_as_the_full_forward(changes):
     ours, ids = make(**changes), tokens(2, 14)
     with torch.no_grad():
         full = ours(ids)
     for chunks in ([14], [5] + [1] * 9, [1] * 14, [3, 4, 1, 6]):
-        cache = KVCache(ours.config, 2, 14 if chunks == [14] else 20, fixed=fixed)
+        cache = KVCache(ours.config, 2, 14 if chunks == [14] else 20)
         assert close(feed(ours, cache, ids, chunks), full, 2e-5), chunks
 
 
 @pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "sinks, window"])
 def test_chunks_of_unequal_length_append_to_ragged_rows(name):
     ours, texts = make(**VARIANTS[name]), [tokens(1, n, seed=n)[0] for n in (11, 6, 9)]
-    for fixed in (False, True):
-        cache, at, seen = KVCache(ours.config, 3, 20, fixed=fixed), [0, 0, 0], [[], [], []]
-        for counts in ([4, 2, 1], [3, 1, 5], [1, 0, 1], [1, 1, 1], [2, 2, 1]):
-            rows = [text[a : a + n] for text, a, n in zip(texts, at, counts, strict=True)]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            logits = feed(ours, cache, ids, [ids.shape[1]], torch.tensor(counts))
-            for row, n in enumerate(counts):
-                seen[row].append(logits[row, :n])
-                at[row] += n
-        assert cache.length.tolist() == [11, 6, 9]
-        with torch.no_grad():
-            for text, logits in zip(texts, seen, strict=True):
-                assert close(torch.cat(logits), ours(text.unsqueeze(0))[0], 2e-5)
+    cache, at, seen = KVCache(ours.config, 3, 20), [0, 0, 0], [[], [], []]
+    for counts in ([4, 2, 1], [3, 1, 5], [1, 0, 1], [1, 1, 1], [2, 2, 1]):
+        rows = [text[a : a + n] for text, a, n in zip(texts, at, counts, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        logits = feed(ours, cache, ids, [ids.shape[1]], torch.tensor(counts))
+        for row, n in enumerate(counts):
+            seen[row].append(logits[row, :n])
+            at[row] += n
+    assert cache.length.tolist() == [11, 6, 9]
+    with torch.no_grad():
+        for text, logits in zip(texts, seen, strict=True):
+            assert close(torch.cat(logits), ours(text.unsqueeze(0))[0], 2e-5)
 
 
 def test_selected_rows_go_on_as_they_would_have():
@@ -1018,20 +1016,18 @@ def test_a_rolled_cache_equals_the_list_of_kept_tokens(name, keep):
     with torch.no_grad():
         assert close(ours(ids[:, :slots]), expected[:, :slots], 5e-5), "not rolled yet: full attention"
         assert not close(ours(ids)[:, slots:], expected[:, slots:], 1e-2)
-    for fixed in (False, True):
-        for chunks in ([1] * 30, [9] + [1] * 21, [5] + [1] * 25):
-            cache = KVCache(ours.config, 2, slots, keep, fixed=fixed)
-            assert close(feed(ours, cache, ids, chunks), expected, 5e-5), (fixed, chunks)
+    for chunks in ([1] * 30, [9] + [1] * 21, [5] + [1] * 25):
+        cache = KVCache(ours.config, 2, slots, keep)
+        assert close(feed(ours, cache, ids, chunks), expected, 5e-5), chunks
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
 @pytest.mark.parametrize("lengths", [(3, 9, 14), (20, 9, 2), (12, 15, 10), (4, 6, 5), (25, 25, 25)])
-def test_ragged_rows_roll_each_at_its_own_time(lengths, fixed):
+def test_ragged_rows_roll_each_at_its_own_time(lengths):
     """Prompts shorter than, as long as and longer than the cache of 9 slots, then 12 tokens one by one."""
     ours, slots, keep = make(n_kv_heads=2), 9, 2
     texts = [tokens(1, n + 12, seed=n + i)[0] for i, n in enumerate(lengths)]
     expected = [rolled_reference(ours, text.tolist(), slots, keep) for text in texts]
-    cache = KVCache(ours.config, 3, slots, keep, fixed=fixed)
+    cache = KVCache(ours.config, 3, slots, keep)
     with torch.no_grad():
         logits = ours.prefill([text[:n].tolist() for text, n in zip(texts, lengths, strict=True)], cache)
         for step in range(13):
