@@ -13,10 +13,10 @@ d_model = 160
 n_heads = 5
 
 batch_size = 16
-max_steps = 900
+max_steps = 600
 optimizer = "muon"
 learning_rate = 6e-3
 min_lr = 2e-4
 warmup_steps = 40
-eval_every = 300
-save_every = 150
+eval_every = 200
+save_every = 100
