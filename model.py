@@ -663,8 +663,8 @@ class ModernDecoderLM(nn.Module):
                 seen[r, list(prompts[r // n])] = True
         if compile and not hasattr(self, "_compiled_step"):
             # The cache is allocated once, but a step reads its filled part only, whose length torch makes a
-            # symbol at the second step. A step of fixed shape that masks the rest lost: 428 tok/s against 490 at
-            # batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread).
+            # symbol at the second step. A step of fixed shape that masks the rest lost: 428 tok/s against 490
+            # at batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread).
             self._compiled_step = torch.compile(self.step)
         step = self._compiled_step if compile else self.step
 
