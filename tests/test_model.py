@@ -1387,3 +1387,17 @@ def test_packing_for_decoding_changes_neither_logits_nor_what_is_saved_and_train
         assert all(p.is_contiguous() for p in ours.parameters())
         assert all(torch.equal(p, saved[name]) for name, p in ours.state_dict().items())
         assert torch.equal(ours.eval()(ids), before)
+
+
+def test_gradients_equal_those_of_hugging_faces_llama(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ours, ids, targets = make(n_kv_heads=2, tie_embeddings=False), tokens(3, 20), tokens(3, 20, seed=5)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loss, n = ours(ids, targets)
+    (loss / n).backward()
+    torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten()).backward()
+    expected = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert (p.grad - expected[name].grad).norm() < 1e-4 * expected[name].grad.norm(), name
