@@ -1,23 +1,26 @@
-"""Where text comes from: two generators that need no network, and a registry of real corpora.
+"""Where text and tasks come from, and how an answer is judged: generators, real data sets, metrics.
 
 `storyworld` tells short stories in a vocabulary of 960 words; `arithmetic` sets word problems in GSM8K's
-format. Both are programs, not files: as many examples as you want, the same on every machine and in every
-Python, and no story or problem in two splits. Real corpora are read from $DATA_DIR (default `data/`), or
-downloaded into it.
+format; `sentiment` and `dialogue` stand in for SST-2 and SAMSum. They are programs, not files: as many
+examples as you want, the same on every machine and in every Python, and none in two splits. Real corpora and
+tasks are read from $DATA_DIR (default `data/`), or downloaded.
 
     python data.py                                               # five stories
     python data.py --corpus=arithmetic --show=3
     python data.py --corpus="my/notes/*.txt" --split=validation  # your own .txt, .jsonl or .parquet, also .gz
     python data.py --corpus=tinystories:0.9,arithmetic:0.1       # a mix; the shares are shares of bytes
+    python data.py --task=gsm8k --split=test                     # questions as a model sees them, [answers]
 
-Reads $DATA_DIR, and writes nothing there but what it downloads. The other files import `documents` and
-`corpus_info`; a new story plot is a paragraph of text in PLOTS.
+Reads $DATA_DIR, and writes nothing there but the corpora it downloads. The other files import `documents` and
+`corpus_info`, `load_task`, `judge`, `calculate` and the metrics; a new story plot is a paragraph of text in
+PLOTS, and a new task an entry in TASKS.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -27,6 +30,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, partial
 from glob import glob
 from itertools import count, islice
@@ -786,6 +790,120 @@ def _equation(rng: random.Random) -> str:
 
 
 # -----------------------------------------------------------------------------
+# sentiment and dialogue: small stand-ins for SST-2 and SAMSum, so that every stage runs without a network
+
+GOOD = "warm funny clever charming touching gripping graceful lively bright fresh moving tender".split()
+BAD = "dull clumsy slow shallow noisy stale tiresome pointless cold flat messy lifeless".split()
+WORKS = "film story play book song show".split()
+ASPECTS = "music:is ending:is cast:is plot:is camera:is jokes:are songs:are pictures:are words:are".split()
+# {g} and {h} have the label's polarity, {b} the other one: not the words decide, but the sentence.
+REVIEWS = (
+    "{A_g} {work} whose {aspect} {is} {h}.|{A_g}, {h} {work}.",
+    "The {work} is {g}(, and so {is} the {aspect}|).|(From start to end|All in all) {a_g} {work}.",
+    "The {aspect} {is} {g} and the {aspect2} {is2} {h}.",
+    "The {work} is not {b} (at all|for a minute).|Nobody could call this {work} {b}.|It is anything but {b}.",
+    "The {aspect} {is} {b}, but the {work} (itself|as a whole) is {g}.|{B} {aspect}, yet {a_g} {work}.",
+    "Although the {aspect} {is} {b}, (I|we) found the {work} {g}(, even {h}|).",
+    "(I|We) expected {a_b} {work} and got {a_g} one.",
+    "{A_g} {work}, (whatever they say about|for all) its {b} {aspect}.",
+)
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+PLACES = "the lake|the market|the old mill|the library|the beach|the bridge|the school".split("|")
+TIMES = "nine|ten|noon|two|three|four|five|six".split("|")
+BELONGINGS = "ladder|tent|drum|kite|lamp|bike|camera|umbrella|sled|hammer|basket|guitar".split("|")
+CHORES = "paint the fence|clean the shed|carry the boxes|bake a cake|fix the roof|dig the garden".split("|")
+DUTIES = "visit {elder}|look after my brother|go to the dentist|practise for a concert|finish a report".split(
+    "|"
+)
+SPOTS = "under the bench|behind the shed|on the bus|in the hall|next to the stove|at the bakery".split("|")
+# What is said, a line a turn, and what a summary says of it. A and B are the speakers.
+CHATS = (
+    "A: (Are you coming|Shall we go) to {place} on {day}?\n"
+    "B: (Yes|Sure|Gladly)(!|, at {time2}?) (How about {time}?|Let us say {time}.)\n"
+    "A: {Time} it is.\n"
+    "B: I will bring (the|my) {thing}.",
+    "{A} and {B} are going to {place} on {day} at {time}. {B} will bring the {thing}.",
+    "A: (Can|Could) you help me {chore} on {day}?\n"
+    "B: (Sorry|I am sorry), I have to {duty}.\n"
+    "A: (Never mind|No problem), I will ask {elder2}.",
+    "{B} cannot help {A} {chore} on {day}. {A} will ask {elder2}.",
+    "A: Have you seen my {thing}(| anywhere)?\n"
+    "B: (Yes, it is|I saw it|There is one) {spot}.\n"
+    "A: (Thank you|Oh, thanks)! I looked everywhere.",
+    "{A} has lost {a_his} {thing}. {B} saw it {spot}.",
+    "A: (May|Can) I borrow your {thing}?\n"
+    "B: (Yes|Of course), but I need it (back |)on {day}.\n"
+    "A: You will have it (then|by {time}), I promise.",
+    "{B} lends {A} {b_his} {thing} until {day}.",
+)  # fmt: skip
+SMALL_TALK = (
+    "Lovely weather today.|I am so tired.|How is {elder3}?|I had soup for lunch.|My {thing2} is broken again."
+)
+
+
+def sentiment(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+    """Reviews of one sentence, {"sentence", "label"} (1: positive). Half of them need more than their words.
+
+    The words that were drawn decide the split: a test review is never a training review turned around.
+    """
+
+    def make(rng: random.Random) -> tuple[dict, str]:
+        label = int(rng.random() * 2)
+        own, other = (GOOD, BAD) if label else (BAD, GOOD)
+        (aspect, is_), (aspect2, is2) = (pick(rng, ASPECTS).split(":") for _ in range(2))
+        slots = Slots(g=pick(rng, own), h=pick(rng, own), b=pick(rng, other), work=pick(rng, WORKS))
+        slots |= {"aspect": aspect, "is": is_, "aspect2": aspect2, "is2": is2}
+        if slots["g"] == slots["h"] or aspect == aspect2:
+            return make(rng)
+        sentence = fill(rng, parse(pick(rng, REVIEWS)), slots)
+        told = set(re.findall("[a-z]+", sentence.lower())).intersection(slots.values()) - {"is", "are"}
+        return {"sentence": sentence, "label": label}, " ".join(sorted(told))
+
+    return _generated("sentiment", make, split, n, seed)
+
+
+def dialogue(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+    """Chats of two with a line of small talk or two, {"dialogue", "summary"}; the facts decide the split."""
+
+    def make(rng: random.Random) -> tuple[dict, str]:
+        girl, boy = (pick(rng, GIRLS), "her"), (pick(rng, BOYS), "his")
+        (a, a_his), (b, b_his) = pick(rng, ((girl, boy), (boy, girl)))
+        slots = Slots(a=a, b=b, a_his=a_his, b_his=b_his, day=pick(rng, DAYS), place=pick(rng, PLACES))
+        slots |= {name: pick(rng, BELONGINGS) for name in ("thing", "thing2")}
+        slots |= {name: pick(rng, list(ELDERS)) for name in ("elder", "elder2", "elder3")}
+        slots |= {name: pick(rng, TIMES) for name in ("time", "time2")}
+        slots |= {"chore": pick(rng, CHORES), "spot": pick(rng, SPOTS)}
+        slots["duty"] = fill(rng, parse(pick(rng, DUTIES)), slots)
+        which = int(rng.random() * (len(CHATS) // 2))
+        turns = fill(rng, parse(CHATS[2 * which]), slots).split("\n")
+        for _ in range(int(rng.random() * 3)):
+            speaker = pick(rng, "AB")
+            turns.insert(int(rng.random() * len(turns)), f"{speaker}: {fill(rng, parse(SMALL_TALK), slots)}")
+        names = {"A": a, "B": b}
+        chat = "\n".join(f"{names[turn[0]]}{turn[1:]}" for turn in turns)
+        summary = fill(rng, parse(CHATS[2 * which + 1]), slots)
+        return {"dialogue": chat, "summary": summary}, summary
+
+    return _generated("dialogue", make, split, n, seed)
+
+
+def _generated(name: str, make: Callable, split: str, n: int | None, seed: int) -> Iterator[dict]:
+    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature)."""
+
+    def rows() -> Iterator[dict]:
+        rng, seen = random.Random(f"{name} {split} {seed}"), set()
+        while True:
+            row, signature = make(rng)
+            text = next(iter(row.values()))
+            if split_of(signature) == split and text not in seen:
+                seen.add(text)
+                yield row
+
+    return islice(rows(), n)
+
+
+# -----------------------------------------------------------------------------
 # corpora: what each name stands for, and where it is looked for
 
 
@@ -1186,13 +1304,484 @@ def _receive(url: str, part: str, have: int) -> str | None:
         return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
 
 
+# -----------------------------------------------------------------------------
+# tasks: what a model is asked, what it should say, and how that is judged
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item of a task: the text that fills its template, and what should follow, from its space on."""
+
+    text: str
+    target: str
+    label: int | None = None  # classification: index in Task.labels
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as a question in words. Prompting, fine-tuning and evaluation all use this same wording."""
+
+    template: str  # "{}" is where an example's text goes
+    columns: tuple[str, str]  # of the text and of its answer
+    metric: str  # accuracy, rouge or exact_match
+    test: str  # the split that results are reported on
+    licence: str
+    labels: tuple[str, ...] = ()  # what to say for class 0, 1, ...
+    max_new_tokens: int = 0  # of a generated answer
+    stop: str = "\n\n"  # a generated answer ends here at the latest
+    hub: tuple[str, ...] = ()  # Hugging Face id and configuration
+    files: dict[str, tuple[str, ...]] | None = None  # split -> names of its file in $DATA_DIR, no suffix
+    hold_out: int = 0  # rows at the end of train that serve as validation where there is none
+    generator: Callable | None = None  # (split, n) -> rows, of an embedded task
+
+    def prompt(self, text: str) -> str:
+        return self.template.replace("{}", text)
+
+
+def _task_files(folder: str, **names: str) -> dict[str, tuple[str, ...]]:
+    return {split: tuple(f"{folder}/{name}" for name in text.split()) for split, text in names.items()}
+
+
+SPLIT_FILES = {"train": "train", "validation": "validation dev valid", "test": "test"}
+REVIEW = {"template": "Review: {}\nSentiment:", "columns": ("sentence", "label"), "metric": "accuracy"}
+REVIEW |= {"labels": (" negative", " positive")}
+CHAT = {"template": "Conversation:\n{}\nSummary:", "columns": ("dialogue", "summary"), "metric": "rouge"}
+CHAT |= {"stop": "\n", "test": "test"}
+PROBLEM = {"template": "Question: {}\nAnswer:", "columns": ("question", "answer"), "metric": "exact_match"}
+PROBLEM |= {"test": "test"}
+TASKS = {
+    "sst2": Task(
+        **REVIEW,
+        test="validation",  # GLUE keeps the labels of its test split to itself
+        licence="not stated by its authors; research use",
+        hub=("nyu-mll/glue", "sst2"),
+        files=_task_files("sst2", **SPLIT_FILES),
+    ),
+    "samsum": Task(
+        **CHAT,
+        licence="CC BY-NC-ND 4.0",
+        max_new_tokens=80,
+        hub=("knkarthick/samsum",),
+        files=_task_files("samsum", **SPLIT_FILES),
+    ),
+    "gsm8k": Task(
+        **PROBLEM,
+        licence="MIT",
+        max_new_tokens=256,
+        hub=("openai/gsm8k", "main"),
+        files=_task_files("gsm8k", train="train", test="test"),
+        hold_out=500,
+    ),
+    "sentiment": Task(**REVIEW, test="test", licence="MIT", generator=sentiment),
+    "dialogue": Task(**CHAT, licence="MIT", max_new_tokens=48, generator=dialogue),
+    "arithmetic": Task(**PROBLEM, licence="MIT", max_new_tokens=96, generator=arithmetic),
+}
+GENERATED = {"train": 4_000, "validation": 500, "test": 1_000}  # rows of an embedded task
+
+
+@cache
+def load_task(name: str, split: str, data_dir: str | None = None) -> tuple[list[Example], dict[str, str]]:
+    """The examples of one split, and {"source", "licence", "fingerprint"} of them for a run's record.
+
+    Real tasks are looked for in $DATA_DIR as plain files and then on the hub, through `datasets`. Raises
+    DataError that says what is missing and where it would be found.
+    """
+    task = find_task(name)
+    data_dir = data_dir or os.environ.get("DATA_DIR") or "data"
+    if split not in SPLITS:
+        raise DataError(f'there is no split "{split}"; the splits are {", ".join(SPLITS)}')
+    if task.generator:
+        rows, source = list(task.generator(split, GENERATED[split])), f"generated by data.py, seed {SEED}"
+    else:
+        held = task.hold_out and split != "test"
+        rows, source = _task_rows(name, "train" if held else split, data_dir)
+        if held:
+            rows = rows[: -task.hold_out] if split == "train" else rows[-task.hold_out :]
+            source += f" (its last {task.hold_out} rows are validation)"
+    examples = [e for i, row in enumerate(rows) if (e := _example(name, task, row, f"{source}, row {i + 1}"))]
+    if not examples:
+        raise DataError(f"{name}, {split}: {source} holds no examples")
+    if len(examples) < len(rows):
+        source += f" ({len(rows) - len(examples)} without text left out)"
+    fingerprint = _sha256(f"{e.text}\0{e.target}\0".encode() for e in examples)
+    return examples, {"source": source, "licence": task.licence, "fingerprint": fingerprint}
+
+
+def find_task(name: str) -> Task:
+    if name not in TASKS:
+        raise DataError(f'there is no task "{name}"; the tasks are {", ".join(TASKS)}')
+    return TASKS[name]
+
+
+def _example(name: str, task: Task, row: dict, where: str) -> Example | None:
+    """A row as an Example; None if it has no text, as one row of SAMSum."""
+    hint = f"; results on {name} are reported on its {task.test} split"
+    missing = [column for column in task.columns if row.get(column) is None]
+    if missing:
+        have = ", ".join(map(str, row))
+        raise DataError(f'{where}: no column "{missing[0]}"; there are {have}{hint}')
+    text, answer = (str(row[column]).replace("\r\n", "\n").strip() for column in task.columns)
+    if not text or not answer:
+        return None
+    if not task.labels:
+        return Example(text, f" {answer}")
+    if answer not in map(str, range(len(task.labels))):  # -1: the hub's way to hide a test split's labels
+        raise DataError(f"{where}: label {answer!r} is not one of 0 to {len(task.labels) - 1}{hint}")
+    return Example(text, task.labels[int(answer)], int(answer))
+
+
+def _task_rows(name: str, split: str, data_dir: str) -> tuple[list[dict], str]:
+    """The raw rows of one split, and where they are from."""
+    task = TASKS[name]
+    names = task.files[split]
+    for stem in names:
+        for suffix in (".jsonl", ".tsv", ".json", ".parquet"):
+            for path in (os.path.join(data_dir, stem + suffix + gz) for gz in ("", ".gz")):
+                if os.path.exists(path):
+                    return list(read_rows(path)), os.path.relpath(path, data_dir)
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(*task.hub, split=split)
+        return list(rows), f"{task.hub[0]} on Hugging Face, {split}"
+    except Exception as error:  # datasets raises some ten kinds, depending on what of the network is missing
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        stand_in = next(n for n, t in TASKS.items() if t.generator and t.metric == task.metric)
+        raise DataError(
+            f"{name} is not on this disk and could not be fetched: {why}\n"
+            f"Get online ({task.hub[0]} on Hugging Face), or put its {split} split at "
+            f"{os.path.join(data_dir, names[0])}.jsonl (or .tsv, .parquet, also .gz) with the columns "
+            f"{' and '.join(task.columns)}, or use the embedded task, which needs neither: {stand_in}"
+        ) from None
+
+
+def read_rows(path: str) -> Iterator[dict]:
+    """The rows of a .jsonl, .json (an array), .tsv (a header, no quoting) or .parquet file, plain or .gz."""
+    kind = re.search(r"\.(jsonl|json|tsv|parquet)(\.gz)?$", path)
+    if not kind:
+        raise DataError(
+            f"{path}: cannot read this; .jsonl, .json, .tsv and .parquet can be read, also as .gz"
+        )
+    try:
+        if kind[1] == "parquet":
+            from pyarrow.parquet import read_table
+
+            yield from read_table(path).to_pylist()
+        elif kind[1] == "json":
+            yield from json.loads("".join(_lines(path)))
+        elif kind[1] == "tsv":  # a quotation mark in a review is a quotation mark, not csv's quoting
+            lines = (line.rstrip("\n").split("\t") for line in _lines(path))
+            header = next(lines, [])
+            for number, cells in enumerate(lines, 2):
+                if len(cells) != len(header):
+                    raise DataError(f"{path}, line {number}: {len(cells)} cells under {len(header)} headings")
+                yield dict(zip(header, cells, strict=True))
+        else:
+            for number, line in enumerate(_lines(path), 1):
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str | None = None) -> list[Example]:
+    """`shots` examples drawn from the train split by seed, with as many of each class as of the others."""
+    examples, _ = load_task(name, "train", data_dir)
+    rng = random.Random(f"{name} {seed}")
+    drawn = [examples[i] for i in rng.sample(range(len(examples)), min(len(examples), 50 * shots))]
+    classes = max(1, len(TASKS[name].labels))
+    kept, counts = [], [0] * classes
+    for example in drawn:
+        if len(kept) < shots and counts[example.label or 0] < -(-shots // classes):
+            kept.append(example)
+            counts[example.label or 0] += 1
+    return kept
+
+
+# -----------------------------------------------------------------------------
+# answers: what of a model's text counts, and the calculator
+
+NUMBER = re.compile(r"(?<![\d.])[-−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+
+
+def extract_number(text: str) -> str | None:
+    """The answer of a worked solution as a plain number: "#### 1,080" and "It costs $1,080.00." → "1080".
+
+    What stands behind the first "####" counts, or else behind the last "A:" or "answer is", or else the last
+    number of all. None if there is none.
+    """
+    if "####" in text:
+        found = NUMBER.search(text.split("####")[1].split("\n")[0])
+    else:
+        marked = re.findall(r"(?:^\s*A:|answer is:?)(.*)$", text, flags=re.M | re.I)
+        found = NUMBER.search(marked[-1]) if marked else None
+        found = found or next(iter(deque(NUMBER.finditer(text), maxlen=1)), None)
+    return plain_number(found[0]) if found else None
+
+
+def plain_number(text: str) -> str:
+    """ "-$1,234.50" → "-1234.5": one spelling for one number, so that answers can be compared as strings."""
+    sign = "-" if text[0] in "-−" else ""
+    digits = re.sub(r"[^\d.]", "", text)
+    whole, _, decimals = digits.partition(".")
+    plain = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0")).rstrip(".")
+    return plain if plain == "0" else sign + plain
+
+
+class CalculatorError(ValueError):
+    """The expression is not arithmetic, has no value, or is too large."""
+
+
+TOKEN = re.compile(
+    r"\s*(?:(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|(\*\*|[-+*/()%]))", re.ASCII
+)
+LONGEST, DEEPEST, LARGEST_NUMBER = 200, 20, 256  # characters, parentheses and signs, bits
+
+
+def calculate(expression: str) -> Fraction:
+    """The exact value of an arithmetic expression: numbers, + - * / **, percent, parentheses. Never `eval`.
+
+    A recursive descent over this grammar. Anything else, and more than a word problem can need, raises
+    CalculatorError, so that no text costs more than a moment.
+
+        sum     = product (("+" | "-") product)*
+        product = factor (("*" | "/") factor)*
+        factor  = ("+" | "-") factor | atom "%"* ("**" factor)?
+        atom    = number | "(" sum ")"
+    """
+    expression = expression.strip()
+    if len(expression) > LONGEST:
+        raise CalculatorError(f"an expression of {len(expression):,} characters is too long")
+    tokens, at = deque(), 0
+    while at < len(expression):
+        token = TOKEN.match(expression, at)
+        if not token:
+            raise CalculatorError(f"{expression[at : at + 10]!r} is not arithmetic")
+        tokens.append(token[1] or token[2])
+        at = token.end()
+    value = _sum(tokens, 0)
+    if tokens:
+        raise CalculatorError(f"{tokens[0]!r} stands where the expression should end")
+    return value
+
+
+def _take(tokens: deque, *signs: str) -> str | None:
+    """The next token, if it is one of `signs`."""
+    return tokens.popleft() if tokens and tokens[0] in signs else None
+
+
+def _small(value: Fraction) -> Fraction:
+    if _bits(value) > LARGEST_NUMBER:
+        raise CalculatorError("a number is too large")
+    return value
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _sum(tokens: deque, depth: int) -> Fraction:
+    value = _product(tokens, depth)
+    while sign := _take(tokens, "+", "-"):
+        term = _product(tokens, depth)
+        value = _small(value + term if sign == "+" else value - term)
+    return value
+
+
+def _product(tokens: deque, depth: int) -> Fraction:
+    value = _factor(tokens, depth)
+    while sign := _take(tokens, "*", "/"):
+        other = _factor(tokens, depth)
+        if sign == "/" and not other:
+            raise CalculatorError("division by zero")
+        value = _small(value * other if sign == "*" else value / other)
+    return value
+
+
+def _factor(tokens: deque, depth: int) -> Fraction:
+    if depth > DEEPEST:
+        raise CalculatorError("too many parentheses or signs")
+    if sign := _take(tokens, "+", "-"):
+        value = _factor(tokens, depth + 1)
+        return -value if sign == "-" else value
+    value = _atom(tokens, depth)
+    while _take(tokens, "%"):
+        value = _small(value / 100)
+    if _take(tokens, "**"):
+        power = _factor(tokens, depth + 1)
+        if power.denominator != 1 or (power < 0 and not value):
+            raise CalculatorError(f"cannot raise {decimal_text(value)} to {decimal_text(power)}")
+        if abs(power) * _bits(value) > 2 * LARGEST_NUMBER:  # before it is computed, not after
+            raise CalculatorError("a number is too large")
+        value = _small(value ** int(power))
+    return value
+
+
+def _atom(tokens: deque, depth: int) -> Fraction:
+    if _take(tokens, "("):
+        value = _sum(tokens, depth + 1)
+        if not _take(tokens, ")"):
+            raise CalculatorError("a parenthesis is not closed")
+        return value
+    if not tokens or not tokens[0][-1].isdigit() and tokens[0][-1] != ".":
+        raise CalculatorError("a number is missing")
+    return _small(Fraction(tokens.popleft().replace(",", "")))
+
+
+def decimal_text(value: Fraction, places: int = 4) -> str:
+    """A Fraction as people write it: "24", "2.5", and "0.3333" where the decimals do not end."""
+    scaled = round(abs(value) * 10**places)
+    whole, rest = divmod(scaled, 10**places)
+    text = f"{whole}.{rest:0{places}}".rstrip("0").rstrip(".") if rest else str(whole)
+    return f"-{text}" if value < 0 and scaled else text
+
+
+def calculator_answer(text: str) -> str | None:
+    """What a calculator types behind a text that ends in an open annotation: "... is <<9*3=" → "27>>"."""
+    found = re.search(r"<<([^<>=]*)=$", text[-210:])
+    try:
+        return f"{decimal_text(calculate(found[1]))}>>" if found else None
+    except CalculatorError:
+        return None
+
+
+# -----------------------------------------------------------------------------
+# metrics: every one with its 95 % interval, {"value", "low", "high", "n"}
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """exp of the mean loss: as uncertain as a choice among so many tokens. Depends on what a token is."""
+    return math.exp(min(700, nats / tokens))
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """What compressing the text with this model would cost; comparable whatever the vocabularies."""
+    return nats / math.log(2) / n_bytes
+
+
+def proportion(hits: int, n: int) -> dict:
+    """A share with Wilson's interval (1927), which stays within [0, 1] and holds for few or no hits, too."""
+    z = 1.959964
+    p, spread = hits / n, z * math.sqrt(hits / n * (1 - hits / n) / n + (z / (2 * n)) ** 2)
+    middle, scale = p + z * z / (2 * n), 1 + z * z / n
+    low, high = max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    return {"value": p, "low": low, "high": high, "n": n}
+
+
+def bootstrap(values, statistic: Callable | None = None, rounds: int = 2000, seed: int = 0) -> dict:
+    """A statistic of `values` (n, ...), by default their mean, with its percentile bootstrap interval."""
+    import numpy as np
+
+    values, rng = np.asarray(values), np.random.default_rng(seed)
+    statistic = statistic or (lambda sample: sample.mean(0))
+    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(rounds)]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def paired_bootstrap(a, b, rounds: int = 10_000, seed: int = 0) -> dict:
+    """mean(a) - mean(b) of two systems on the same items; they differ if the interval excludes 0."""
+    import numpy as np
+
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"paired systems must have the same items: {len(a)} and {len(b)}")
+    return bootstrap(a - b, rounds=rounds, seed=seed)
+
+
+def macro_f1(labels_and_predictions) -> float:
+    """The mean of the classes' F1, so that a rare class counts as much as a frequent one."""
+    import numpy as np
+
+    labels, predictions = np.asarray(labels_and_predictions).T
+    scores = []
+    for c in np.union1d(labels, predictions):
+        both = ((labels == c) & (predictions == c)).sum()
+        scores.append(2 * both / ((labels == c).sum() + (predictions == c).sum()))
+    return float(np.mean(scores))
+
+
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L (Lin, 2004): F1 of shared words, word pairs and longest common subsequence."""
+    scores = _rouge_scorer().score(reference, prediction)
+    return {name: score.fmeasure for name, score in scores.items()}
+
+
+@cache
+def _rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def pass_at(k: int, n: int, correct: int) -> float:
+    """The chance that k of n samples, `correct` of them right, hold a right one (Chen et al., 2021)."""
+    if not 0 < k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(answers: Iterable[str | None]) -> str | None:
+    """The most frequent answer (self-consistency, Wang et al., 2022); of equals, the one given first."""
+    counts: dict[str, int] = {}
+    for answer in answers:
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+    return max(counts, key=counts.get, default=None)  # max keeps the first
+
+
+def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict], dict[str, dict]]:
+    """Outputs of a model against what they should be: a record an example, and the metrics.
+
+    `outputs` are class indices where the task has labels, and generated texts elsewhere.
+    """
+    task, records = TASKS[name], []
+    for example, output in zip(examples, outputs, strict=True):
+        if task.labels:
+            found = {"prediction": task.labels[output].strip(), "correct": output == example.label}
+        elif task.metric == "exact_match":
+            text = output.split(task.stop)[0].strip()
+            found = {
+                "output": text,
+                "prediction": extract_number(text),
+                "answer": extract_number(example.target),
+            }
+            found["correct"] = found["prediction"] == found["answer"]
+        else:
+            text = output.strip().split(task.stop)[0].strip()
+            found = {"output": text} | rouge(text, example.target)
+        records.append({"text": example.text, "target": example.target.strip(), **found})
+    if task.metric == "rouge":
+        metrics = {m: bootstrap([r[m] for r in records]) for m in ("rouge1", "rouge2", "rougeL")}
+        length = sum(len(r["output"].split()) for r in records) / len(records)
+        return records, metrics | {"words": {"value": length, "n": len(records)}}
+    metrics = {task.metric: proportion(sum(r["correct"] for r in records), len(records))}
+    if task.labels:
+        pairs = [(e.label, output) for e, output in zip(examples, outputs, strict=True)]
+        metrics["macro_f1"] = bootstrap(pairs, macro_f1, rounds=500)
+    else:
+        said = sum(r["prediction"] is not None for r in records)
+        metrics["answered"] = proportion(said, len(records))
+    return records, metrics
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the first documents of a corpus.")
+    parser = argparse.ArgumentParser(description="Print the first documents of a corpus, or items of a task.")
     parser.add_argument("--corpus", default="storyworld", help="a name, a path or glob, or a mix")
+    parser.add_argument("--task", help=f"{', '.join(TASKS)}: show its items as a model sees them")
     parser.add_argument("--split", default="train", choices=SPLITS)
-    parser.add_argument("--show", type=int, default=5, help="how many documents")
+    parser.add_argument("--show", type=int, default=5, help="how many")
     args = parser.parse_args()
     try:
+        if args.task:
+            examples, about = load_task(args.task, args.split)
+            print(f"{len(examples):,} examples, {about['source']}; licence: {about['licence']}", end="\n\n")
+            for example in examples[: args.show]:
+                print(f"{TASKS[args.task].prompt(example.text)}[{example.target}]", end="\n\n")
+            return
         for doc in islice(documents(args.corpus, args.split), args.show):
             print(doc, end="\n\n")
     except DataError as error:

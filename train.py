@@ -47,6 +47,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import parse_config
+from data import bits_per_byte, perplexity
 from model import (
     ModelConfig,
     ModernDecoderLM,
@@ -356,7 +357,10 @@ class Trainer:
         evaluate(model, final)    {"val_loss": ..., ...}, or None
         sample(model)             [{"prompt": ..., "text": ...}, ...], or None
         about                     what run.json should say of data and parent
+    and, where its model is not one of ours, methods `write_model` and `read_model` of its own.
     """
+
+    free_to_change = FREE_TO_CHANGE
 
     def __init__(
         self,
@@ -722,6 +726,10 @@ class Trainer:
         self.model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
         self.tokenizer.save(folder)
 
+    def read_model(self, folder: Path) -> None:
+        """The inverse of `write_model`, into the model that is there."""
+        self.model.load_state_dict(type(self.model).from_pretrained(folder, self.device).state_dict())
+
     def publish(self, checkpoint: Path) -> None:
         """Links the checkpoint's model files into the run folder: no second copy on the disk."""
         for file in checkpoint.iterdir():
@@ -737,7 +745,7 @@ class Trainer:
             finished = self.run.get("status") == "finished"
             before, now = self.run.get("settings", {}), asdict(cfg)
             changed = [
-                k for k, v in now.items() if k in before and before[k] != v and k not in FREE_TO_CHANGE
+                k for k, v in now.items() if k in before and before[k] != v and k not in self.free_to_change
             ]
             begun = found or finished
             if begun and changed:
@@ -761,8 +769,7 @@ class Trainer:
         for checkpoint in reversed(found):
             try:
                 state = torch.load(checkpoint / "state.pt", map_location=self.device, weights_only=True)
-                weights = type(self.model).from_pretrained(checkpoint, self.device).state_dict()
-                self.model.load_state_dict(weights)
+                self.read_model(checkpoint)
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
             except Exception as error:  # torn by a copy that was cut off, say: the one before will do
@@ -984,8 +991,8 @@ def evaluate_lm(model: nn.Module, tokens: np.ndarray, T: int, batch_size: int, n
     total, count = totals.tolist()
     return {
         "val_loss": total / count,
-        "perplexity": math.exp(min(700, total / count)),
-        "bits_per_byte": total / math.log(2) / n_bytes,
+        "perplexity": perplexity(total, count),
+        "bits_per_byte": bits_per_byte(total, n_bytes),
         "val_tokens": int(count),
     }
 
