@@ -1343,8 +1343,8 @@ def _task_files(folder: str, **names: str) -> dict[str, tuple[str, ...]]:
 
 
 SPLIT_FILES = {"train": "train", "validation": "validation dev valid", "test": "test"}
-REVIEW = {"template": "Review: {}\nSentiment:", "columns": ("sentence", "label"), "metric": "accuracy"}
-REVIEW |= {"labels": (" negative", " positive")}
+REVIEW = {"template": "{}\nIt was", "columns": ("sentence", "label"), "metric": "accuracy"}
+REVIEW |= {"labels": (" bad", " good")}
 CHAT = {"template": "Conversation:\n{}\nSummary:", "columns": ("dialogue", "summary"), "metric": "rouge"}
 CHAT |= {"stop": "\n", "test": "test"}
 PROBLEM = {"template": "Question: {}\nAnswer:", "columns": ("question", "answer"), "metric": "exact_match"}
@@ -1403,7 +1403,7 @@ def load_task(name: str, split: str, data_dir: str | None = None) -> tuple[list[
         raise DataError(f"{name}, {split}: {source} holds no examples")
     if len(examples) < len(rows):
         source += f" ({len(rows) - len(examples)} without text left out)"
-    fingerprint = _sha256(f"{e.text}\0{e.target}\0".encode() for e in examples)
+    fingerprint = _sha256(f"{task.prompt(e.text)}\0{e.target}\0".encode() for e in examples)
     return examples, {"source": source, "licence": task.licence, "fingerprint": fingerprint}
 
 

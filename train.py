@@ -683,7 +683,8 @@ class Trainer:
                 shutil.rmtree(temporary, ignore_errors=True)
                 why = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 raise TrainError(f"cannot save {final}: {why}; {self.last_checkpoint()}") from None
-            if improved or self.best is None or not (keep_state and (self.folder / "config.json").exists()):
+            published = any((self.folder / f).exists() for f in ("config.json", "adapter_config.json"))
+            if improved or self.best is None or not (keep_state and published):
                 self.publish(final)
             whole = [path for path in checkpoints(self.folder) if step_of(path) <= self.step]
             keep = whole[-max(1, self.cfg.keep_last) :]

@@ -1,0 +1,405 @@
+"""Evaluation: any number of models, on any tasks and texts, by one protocol, with an interval beside every
+figure.
+
+    python eval.py out/base                                            # the embedded tasks, prompted
+    python eval.py out/base out/sentiment --tasks=sentiment            # before and after fine-tuning
+    python eval.py out/base gpt2 --tasks=wikitext2,sst2,gsm8k --shots=0,4
+    python eval.py out/sst2-gpt2-lora --tasks=sst2 --contamination=8
+
+A model is a run folder of ours, a folder or an id on the hub with a Hugging Face model, or a PEFT adapter.
+Runs of ours, and the other checkpoints that model.py can compute, are computed by it; --backend=transformers
+has transformers do it, with the same result.
+
+--tasks names, joined by commas, what is measured:
+
+    sst2, sentiment             classification: the class whose name the model finds likelier as the next
+                                words (--calibrate: relative to an empty text), or which its head says.
+                                Accuracy (Wilson's interval) and macro F1 (bootstrap).
+    gsm8k, arithmetic           a worked solution is generated greedily, its number compared: exact match;
+    samsum, dialogue            or a summary: ROUGE-1, -2, -L with stemming (bootstrap), and its length.
+    storyworld, wikitext2, ...  any corpus of data.py, or a file: perplexity a token, bits a byte, perplexity
+                                a word. A window of --context_length tokens moves by --stride tokens (half of
+                                it by default) and predicts those that are new: every token once, with at
+                                least the rest of a window before it. Perplexities a token compare only under
+                                one tokenizer, bits a byte always. The interval is a bootstrap over windows.
+
+--shots=0,4 puts so many worked examples, drawn from the train split by --seed, before each question; a model
+that was tuned on the task wants none. --limit=N takes N items by --seed, and the interval widens as it
+should. A prompt that is too long loses examples first, then the end of its text, never the question; how many
+did is reported. --contamination=8 tells how many test items share 8 words in a row with what the model was
+trained on, where a run's record says what that was.
+
+It prints a table and, where several models answered the same items, the paired differences to the first one.
+Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json, one entry for each
+task, split and number of shots, and answers/: every answer, and the wrong ones apart, a line each.
+"""
+
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from configs import ConfigError, parse_config
+from data import (
+    CORPORA,
+    EMBEDDED,
+    TASKS,
+    DataError,
+    bits_per_byte,
+    bootstrap,
+    corpus_info,
+    documents,
+    few_shot,
+    judge,
+    load_task,
+    paired_bootstrap,
+    perplexity,
+)
+from finetune import TextModel, ask, load_model, sample, show
+from model import write_atomically
+from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
+
+
+@dataclass
+class EvalConfig:
+    """What is measured, and how."""
+
+    models: str = "out/base"  # models, joined by commas; bare words do as well
+    tasks: str = "sentiment,dialogue,arithmetic"  # tasks and corpora, joined by commas
+    shots: str = (
+        "0"  # worked examples before a question; several numbers, joined by commas: one after another
+    )
+    split: str = ""  # train, validation or test; default: the one each task is reported on
+    limit: int = 0  # items (or documents) a task, drawn by seed; 0: all
+    seed: int = 1  # of the examples in prompts and of --limit
+    calibrate: bool = False  # classification: subtract the log-likelihood that each class has for "N/A"
+    context_length: int = 0  # tokens that a model may look at; 0: as many as it can
+    stride: int = 0  # corpora: tokens from one window to the next; 0: half a window
+    contamination: int = 0  # look for so many words in a row of each item in the training text; 0: don't
+    backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a card
+    device: str = "auto"  # cuda, cpu, ...
+    out: str = "out"  # folder that holds everything the project makes
+
+
+# -----------------------------------------------------------------------------
+# Text: perplexity
+
+
+def evaluate_text(model: TextModel, texts: list[str], stride: int = 0, progress: str = "") -> dict[str, dict]:
+    """Perplexity a token and a word and bits a byte of documents, as metrics with bootstrap intervals.
+
+    The documents are joined as in a token file, an end-of-text token before, between and behind them. Each
+    window is a question to `log_likelihoods`: how likely are its new tokens after the ones it knows?
+    """
+    start = model.bos[0] if model.bos else model.eos
+    ids = [start] + [i for text in texts for i in (*model.encode(text), model.eos)]
+    T = model.context_length
+    stride = stride or T // 2
+    if not 0 < stride <= T:
+        raise TrainError(f"--stride={stride} must be from 1 to the context of {T} tokens")
+    ends = [min(T, len(ids) - 1)]  # index of the last token that each window predicts
+    while ends[-1] < len(ids) - 1:
+        ends.append(min(ends[-1] + stride, len(ids) - 1))
+    rows = []
+    for before, end in zip([0, *ends], ends, strict=False):
+        rows.append((ids[max(0, end - T) : before + 1], ids[before + 1 : end + 1]))
+    nats = -model.log_likelihoods(rows, progress)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    n_words = sum(len(text.split()) + text.count("\n") for text in texts)  # WikiText counts a line's end
+    counts = np.array([len(new) for _, new in rows])
+    windows = np.stack([nats, counts], axis=1)  # resampled together; bytes and words go with the tokens
+
+    def per_token(scale: float):
+        return bootstrap(windows, lambda w: w[:, 0].sum() / w[:, 1].sum() * scale, rounds=500)
+
+    def exponential(metric: dict) -> dict:
+        return {k: perplexity(v, 1) if k != "n" else v for k, v in metric.items()}
+
+    n = len(ids) - 1
+    found = {
+        "loss": per_token(1.0),
+        "perplexity": exponential(per_token(1.0)),
+        "bits_per_byte": per_token(bits_per_byte(n, n_bytes)),
+        "word_perplexity": exponential(per_token(n / n_words)),
+    }
+    for metric in found.values():
+        metric["n"] = n
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Contamination: does the training text hold the test items?
+
+
+def ngrams(text: str, n: int) -> set[str]:
+    """The runs of n words of a text, without case and punctuation."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def contamination(items: list[str], training_texts, n: int) -> dict:
+    """How many items share n words in a row with the training texts (GPT-3, appendix C, used 13).
+
+    Items of fewer than n words cannot be checked and are counted apart. One pass over the training texts;
+    only the items' runs of words are held in memory.
+    """
+    runs = [ngrams(item, n) for item in items]
+    wanted = set().union(*runs)
+    seen: set[str] = set()
+    for text in training_texts:
+        seen |= wanted & ngrams(text, n)
+    hit = [i for i, grams in enumerate(runs) if grams & seen]
+    checked = sum(bool(grams) for grams in runs)
+    return {
+        "words": n,
+        "items": len(hit),
+        "checked": checked,
+        "too_short": len(items) - checked,
+        "share": len(seen) / max(1, len(wanted)),
+        "examples": [items[i][:200] for i in hit[:5]],
+    }
+
+
+def trained_on(name: str) -> list[tuple[str, str]]:
+    """What a run and its parents were trained on, [("corpus" or "task", its name)], as their records tell."""
+    found = []
+    while name and (file := Path(name) / "run.json").exists():
+        run = read_json(file)
+        settings = run.get("settings", {})
+        found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
+        name = run.get("parent")
+    return found
+
+
+def training_texts(sources: list[tuple[str, str]]):
+    for kind, name in sources:
+        if kind == "task":
+            yield from (f"{e.text} {e.target}" for e in load_task(name, "train")[0])
+        else:
+            yield from documents(name, "train")
+
+
+# -----------------------------------------------------------------------------
+# One model on one task
+
+
+@dataclass
+class Result:
+    """An entry of results.json, and what was answered."""
+
+    entry: dict
+    records: list[dict]  # an item each, for tasks
+    skipped: str = ""  # why there is nothing
+
+
+def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result:
+    """`name`: a task, or a corpus."""
+    task = TASKS.get(name)
+    split = cfg.split or (task.test if task else "test")
+    begun = time.perf_counter()
+    entry = {"task": name, "split": split, "shots": shots}
+    if task:
+        if model.kind == "head" and shots:
+            return Result(entry, [], "a classification head takes no examples")
+        everything, about = load_task(name, split)
+        examples = sample(everything, cfg.limit, cfg.seed)
+        try:
+            shown = few_shot(name, shots, cfg.seed)
+            outputs, notes = ask(model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}")
+        except TrainError as error:
+            if model.kind != "head":
+                raise
+            return Result(entry, [], str(error))
+        records, metrics = judge(name, examples, outputs)
+        if task.labels:
+            entry["calibrated"] = cfg.calibrate
+            entry["majority_class"] = max(
+                sum(e.label == c for e in examples) for c in range(len(task.labels))
+            )
+            entry["majority_class"] /= len(examples)
+        texts, total = [e.text for e in examples], len(everything)
+    else:
+        if model.kind != "causal" or shots:
+            return Result(entry, [], "perplexity of a text is for decoders, without examples")
+        everything, about = list(documents(name, split)), corpus_info(name, split)
+        texts = sample(everything, cfg.limit, cfg.seed)
+        metrics, records = evaluate_text(model, texts, cfg.stride, f"{model.name} {name}"), []
+        notes = {"stride": cfg.stride or model.context_length // 2}
+        total = len(everything)
+    entry |= {"metrics": metrics, "items": len(texts), "of": total, "seed": cfg.seed, **notes, "data": about}
+    entry |= {"context_length": model.context_length, "backend": "ours" if model.ours else "transformers"}
+    if cfg.contamination:
+        sources = trained_on(model.name)
+        if sources:
+            found = contamination(texts, training_texts(sources), cfg.contamination)
+            entry["contamination"] = found | {"sources": [f"{kind} {source}" for kind, source in sources]}
+    entry["seconds"] = round(time.perf_counter() - begun, 2)
+    return Result(entry, records)
+
+
+def key(entry: dict) -> str:
+    return f"{entry['task']} {entry['split']} {entry['shots']}-shot" + " calibrated" * entry.get(
+        "calibrated", 0
+    )
+
+
+# -----------------------------------------------------------------------------
+# Files and tables
+
+
+def results_folder(name: str, out: str) -> Path:
+    folder = Path(name)
+    return folder if folder.is_dir() else Path(out) / "eval" / name.replace("/", "--")
+
+
+def write_results(folder: Path, results: list[Result], cfg: EvalConfig, device: torch.device) -> None:
+    """Adds to the folder's results.json; what was measured before stays, unless it was measured again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    before = read_json(file)["results"] if file.exists() else {}
+    run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    how = {"git": git_commit(), "versions": versions(), "hardware": hardware(device)}
+    how |= {"dtype": cfg.dtype, "smoke": run.get("smoke", False), "model_step": run.get("step")}
+    new = {key(r.entry): r.entry | how for r in results}
+    text = json.dumps({"results": before | new}, indent=2) + "\n"
+    write_atomically(file, lambda path: path.write_text(text))
+    for result in results:
+        if not result.records:
+            continue
+        (folder / "answers").mkdir(exist_ok=True)
+        wrong = [r for r in result.records if not r.get("correct", True)]
+        stem = key(result.entry).replace(" ", "-")
+        for ending, records in (("", result.records), ("-wrong", wrong)):
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            path = folder / "answers" / f"{stem}{ending}.jsonl"
+            write_atomically(path, lambda p, lines=lines: p.write_text(lines, encoding="utf-8"))
+
+
+MAIN = {"accuracy": "accuracy", "exact_match": "exact match", "macro_f1": "macro F1", "rouge1": "ROUGE-1"}
+MAIN |= {"rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
+MAIN |= {"word_perplexity": "word perplexity", "answered": "gave a number", "words": "words"}
+
+
+def describe(entry: dict) -> list[str]:
+    """The lines of a table for one entry: metrics, then what one has to know about them."""
+    parts = []
+    for name, label in MAIN.items():
+        if name in entry["metrics"]:
+            metric = entry["metrics"][name]
+            if "perplexity" in name or "byte" in name:
+                digits = 3 if "byte" in name else 2
+                value, low, high = (f"{metric[k]:.{digits}f}" for k in ("value", "low", "high"))
+                parts.append(f"{label} {value} [{low}, {high}]")
+            else:
+                parts.append(f"{label} {show(metric).split(' (n=')[0]}")
+    notes = [f"{entry['items']:,} items"]
+    if entry["items"] < entry["of"]:
+        notes.append(f"a sample of {entry['of']:,}, seed {entry['seed']}")
+    if entry.get("majority_class"):
+        notes.append(f"the commoner class alone: {100 * entry['majority_class']:.1f}")
+    if entry.get("cut"):
+        notes.append(f"{entry['cut']} texts were too long and lost their end")
+    if entry.get("shots_dropped"):
+        notes.append(f"{entry['shots_dropped']} prompts had room for fewer examples")
+    if found := entry.get("contamination"):
+        notes.append(
+            f"{found['items']} of {found['checked']} items share {found['words']} words in a row with the "
+            f"training text ({100 * found['share']:.1f} % of such runs)"
+        )
+    return [", ".join(parts), f"{'; '.join(notes)}; {entry['seconds']:.1f} s"]
+
+
+def compare(all_results: list[tuple[str, list[Result]]]) -> list[str]:
+    """Paired differences of every other model to the first, on what both answered."""
+    lines = []
+    (base, first), *others = all_results
+    by_key = {key(r.entry): r for r in first if r.records}
+    tuned = {
+        r.entry["task"]: r for r in reversed(first) if r.records
+    }  # a tuned model is compared at any shots
+    for name, results in others:
+        for result in results:
+            twin = by_key.get(key(result.entry)) or tuned.get(result.entry["task"])
+            if not result.records or not twin or len(twin.records) != len(result.records):
+                continue
+            measure = "correct" if "correct" in result.records[0] else "rougeL"
+            a, b = ([float(r[measure]) for r in side.records] for side in (result, twin))
+            d = {k: 100 * v for k, v in paired_bootstrap(a, b).items()}
+            verdict = "" if d["low"] > 0 or d["high"] < 0 else " (no difference found)"
+            lines.append(
+                f"{key(result.entry)}: {name} minus {base} ({twin.entry['shots']}-shot) "
+                f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]{verdict}"
+            )
+    return lines
+
+
+def read_words(argv: list[str]) -> list[str]:
+    """Bare words are models: `out/base gpt2` becomes --models=out/base,gpt2."""
+    takes_value = {f"--{field.name}" for field in fields(EvalConfig) if field.type is not bool}
+    rest, models = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        bare = not word.startswith("-") and not word.endswith(".py") and before not in takes_value
+        (models if bare else rest).append(word)
+    return rest + ([f"--models={','.join(models)}"] if models else [])
+
+
+def checked(cfg: EvalConfig) -> tuple[list[str], list[str], list[int]]:
+    """Models, tasks and shots, before anything is loaded."""
+    models, tasks = cfg.models.split(","), cfg.tasks.split(",")
+    try:
+        shots = [int(word) for word in cfg.shots.split(",")]
+    except ValueError:
+        raise ConfigError(f"--shots={cfg.shots} must be whole numbers, joined by commas: 0,4") from None
+    for task in tasks:
+        known = task in TASKS or task in CORPORA or task in EMBEDDED or Path(task).exists()
+        if not known and not re.search(r"[*:]", task):
+            names = ", ".join([*TASKS, *(c for c in (*EMBEDDED, *CORPORA) if c not in TASKS)])
+            raise ConfigError(f'"{task}" is no task, corpus or file; there are {names}')
+    return models, tasks, shots
+
+
+def main() -> None:
+    cfg = parse_config(EvalConfig, __doc__, read_words(sys.argv[1:]))
+    try:
+        models, tasks, shots = checked(cfg)
+        device = pick_device(cfg.device)
+        dtype = (
+            torch.float32 if (cfg.dtype, device.type) == ("auto", "cpu") else pick_dtype(cfg.dtype, device)
+        )
+        done: list[tuple[str, list[Result]]] = []
+        for name in models:
+            model, results = load_model(name, device, cfg.backend, cfg.context_length), []
+            size = sum(p.numel() for p in model.model.parameters()) / 1e6
+            smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
+            print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
+            for task in tasks:
+                for n in shots if task in TASKS else [0]:
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        result = evaluate(model, task, n, cfg)
+                    heading = f"  {key(result.entry)}"
+                    if result.skipped:
+                        print(f"{heading}: skipped: {result.skipped}")
+                        continue
+                    results.append(result)
+                    figures, notes = describe(result.entry)
+                    print(f"{heading}: {figures}\n      {notes}", flush=True)
+                    folder = results_folder(name, cfg.out)
+                    write_results(folder, results, cfg, device)
+            done.append((name, results))
+        for line in compare(done):
+            print(line)
+    except (ValueError, OSError, DataError) as error:
+        raise SystemExit(f"eval.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,857 @@
+"""Stage 3: fine-tuning. A pretrained model, from the Hugging Face hub or a run of ours, learns one task.
+
+    python finetune.py configs/sentiment.py           # our base, embedded data: a minute on a laptop
+    python finetune.py configs/sst2.py --model=gpt2   # GPT-2 with LoRA: is a review good or bad?
+    python finetune.py configs/samsum.py              # FLAN-T5 learns to summarise chats
+    python finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 --load_in_4bit    # QLoRA
+    python finetune.py configs/sst2.py --model=out/laptop --lora_r=0 --learning_rate=5e-4  # ours, all weights
+
+A task is a question in words (data.py). `--method=lm` teaches the model to say the answer: the loss is on the
+answer's tokens alone. `--method=head` puts a linear layer on top that reads off a class. Decoders (GPT-2,
+Llama, ours), encoder-decoders (T5) and, with a head, encoders (BERT) will do. With `--lora_r` above 0 the
+weights stay as they are and every matrix W gets a low-rank correction W + (alpha / r) B A (Hu et al., 2021),
+the only thing that is trained and saved; with `--load_in_4bit` W itself shrinks to 4 bits a weight (QLoRA,
+Dettmers et al., 2023).
+
+It reads a model and a task, and writes a run folder out/NAME as training does: the model or the adapter that
+was best by validation loss, run.json with its results on the validation split, predictions.jsonl with all it
+answered. Training, resuming and logging are train.py's Trainer.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import parse_config
+from data import TASKS, DataError, Example, Task, find_task, judge, load_task
+from model import CLASSES, ModernDecoderLM, write_atomically
+from tokenizer import Tokenizer
+from train import (
+    FREE_TO_CHANGE,
+    AlreadyFinished,
+    Trainer,
+    TrainerConfig,
+    TrainError,
+    pick_device,
+    pick_dtype,
+    read_json,
+    tqdm,
+)
+
+
+@dataclass
+class FinetuneConfig(TrainerConfig):
+    """What fine-tuning adds to the Trainer's settings."""
+
+    name: str = ""  # the run's folder is {out}/{name}; default TASK-MODEL, with -lora or -qlora
+    model: str = "out/base"  # what is tuned: run folder, folder with a Hugging Face model, or id on the hub
+    task: str = "sentiment"  # sst2, samsum, gsm8k, or embedded: sentiment, dialogue, arithmetic
+    method: Literal["lm", "head"] = "lm"  # say the answer, or read a class off a linear layer on top
+    epochs: float = 3.0  # times through the training examples
+    max_steps: int = 0  # optimizer steps; 0: as many as the epochs have
+    max_train_examples: int = 0  # for a smoke run: train on so many only; 0: all
+    eval_examples: int = 500  # validation examples looked at while training; all at the end
+    max_eval_examples: int = 0  # for a smoke run: validation examples at the end; 0: all
+    context_length: int = (
+        0  # tokens of a question and its answer at most; 0: the model's context, at most 1024
+    )
+    lora_r: int = 0  # rank of LoRA's corrections; 0: train all weights
+    lora_alpha: float = 0.0  # their scale is lora_alpha / lora_r; 0: 2 lora_r
+    lora_dropout: float = 0.05  # on what the corrections read
+    lora_targets: str = ""  # names of layers to correct, joined by commas; nothing: all linear layers
+    load_in_4bit: bool = False  # QLoRA: keep the frozen weights in 4 bits (needs bitsandbytes)
+    merge: bool = False  # afterwards also save base and adapter as one model, in {name}/merged
+    learning_rate: float = 2e-4  # the highest
+    min_lr: float = 0.0  # the lowest, reached at the end
+    warmup_steps: int = 50  # steps from 0 up to learning_rate
+    weight_decay: float = 0.01  # pulls matrices, not norms and biases, towards 0
+    beta2: float = 0.999  # memory of the squared gradient: fine-tuning has few steps but calm ones
+    compile: bool | Literal["auto"] = False  # torch.compile: batches differ in shape, so it seldom pays
+    save_every: int = 200  # steps between checkpoints; 0: none, only the model at the end
+
+
+# -----------------------------------------------------------------------------
+# A model to ask: whatever library computes it, whatever architecture it has
+
+KINDS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+KINDS |= {"head": "AutoModelForSequenceClassification"}
+LORA_KINDS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "head": "SEQ_CLS"}
+
+
+class TextModel:
+    """A model and its tokenizer behind three questions: how likely is this answer, which class, what follows?
+
+    `kind`: "causal" continues a text, "seq2seq" answers one, "head" gives classes. `model` is a
+    ModernDecoderLM or one of transformers' (perhaps in PEFT's wrapping): both give the same numbers, which a
+    test asserts.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, kind: str, name: str = "", context_length: int = 0):
+        self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
+        self.ours = isinstance(model, ModernDecoderLM)
+        own = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
+        self.context_length = min(own, context_length or own)
+        if isinstance(tokenizer, Tokenizer):
+            self.bos, self.eos, self.pad = [tokenizer.eot_id], tokenizer.eot_id, tokenizer.eot_id
+        else:
+            self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            self.eos = (
+                tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+            )
+            self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
+            if model.config.pad_token_id is None:  # GPT-2; and a head must know where a text ends
+                model.config.pad_token_id = self.pad
+        vocab_size = model.config.vocab_size
+        highest = max(self.encode("a b"), default=0)
+        if max(highest, self.eos or 0, self.pad or 0, *self.bos, size_of(tokenizer) - 1) >= vocab_size:
+            if isinstance(tokenizer, Tokenizer) and vocab_size == 50257:
+                return  # GPT-2 itself lacks only the chat tokens that our copy of its vocabulary adds
+            raise TrainError(
+                f"{name or 'the model'} knows {vocab_size:,} tokens, its tokenizer {size_of(tokenizer):,}: "
+                "they do not belong together"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # ---- text and tokens
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens; a text that spells one does not become one."""
+        if isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.encode(text, allowed_special=())
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if isinstance(self.tokenizer, Tokenizer):
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """`ids` between the special tokens that this model expects around a text."""
+        if (
+            self.ours
+            or self.kind == "causal"
+            or not hasattr(self.tokenizer, "build_inputs_with_special_tokens")
+        ):
+            return self.bos + ids
+        framed = self.tokenizer.build_inputs_with_special_tokens(ids)
+        return framed if len(framed) > len(ids) else self.bos + ids
+
+    def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
+        """The ids that ask `task` about `text`, at most `room`, and what had to go: "", "shots" or "text".
+
+        Worked examples (`shots`) stand before the question. If there is no room for all, the first of them
+        go; if there is still none, the end of `text` does: never the question itself, and never the answer.
+        """
+        room, lost = room or self.context_length, ""
+        shown, question = list(shots), task.prompt(text)
+        while True:
+            before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
+            ids = self.framed(self.encode(before + question))
+            over = len(ids) - room
+            if over <= 0:
+                return ids, lost
+            if shown:
+                shown, lost = shown[1:], "shots"
+                continue
+            kept = self.encode(text)[: -over or None]
+            text, lost = self.decode(kept[:-1] if lost == "text" else kept).rstrip(), "text"
+            question = task.prompt(text)
+            if not text:
+                raise TrainError(f"{room} tokens are too few to ask anything: raise --context_length")
+
+    def answer_ids(self, task: Task, answer: str) -> list[int]:
+        """The ids of an answer as they follow the question's last words (SentencePiece cares), endless."""
+        if self.kind == "seq2seq":
+            return self.encode(answer.strip())
+        anchor = task.template.split("{}")[1]
+        before, whole = self.encode(anchor), self.encode(anchor + answer)
+        return whole[len(before) :] if whole[: len(before)] == before else self.encode(answer)
+
+    # ---- questions
+
+    def target_logits(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+        """(B, K, V) logits of the last K tokens, those that `collate` says are asked; of a head, (B, C)."""
+        return target_logits(self.model, self.kind, ids, mask, targets)
+
+    @torch.no_grad()
+    def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
+        """(n) sums in nats of log p(answer | prompt), for pairs of ids (prompt, answer)."""
+        found = np.zeros(len(rows))
+        for index, tensors in self.batches(rows, progress):
+            logits, targets = self.target_logits(*tensors).flatten(0, 1), tensors[2]
+            loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
+            found[index] = -loss.view_as(targets).double().sum(-1).cpu()
+        return found
+
+    @torch.no_grad()
+    def class_scores(self, task: Task, prompts: list[list[int]], progress: str = "") -> np.ndarray:
+        """(n, classes) log-probabilities: the head's, or of each class' name as the continuation."""
+        if self.kind == "head":
+            found = np.zeros((len(prompts), len(task.labels)))
+            for index, tensors in self.batches([(ids, 0) for ids in prompts], progress):
+                found[index] = self.target_logits(*tensors).float().log_softmax(-1).cpu()
+            return found
+        answers = [self.answer_ids(task, label) for label in task.labels]
+        rows = [(prompt, answer) for prompt in prompts for answer in answers]
+        return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = ""
+    ) -> list[str]:
+        """Greedy continuations, each up to the model's end token or the first one that contains `stop`."""
+        stops, texts = sorted({self.eos, *self.tokens_with(stop)}), [""] * len(prompts)
+        for index in self.batch_indices([len(p) + max_new_tokens for p in prompts], progress):
+            some = [prompts[i] for i in index]
+            if self.ours:
+                new = self.model.generate(some, max_new_tokens, temperature=0, stop_tokens=stops)
+            else:
+                new = self.transformers_generate(some, max_new_tokens, stops)
+            for i, ids in zip(index, new, strict=True):
+                texts[i] = self.decode(ids).split(stop)[0] if stop else self.decode(ids)
+        return texts
+
+    @torch.no_grad()
+    def transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list:
+        from transformers import GenerationConfig
+
+        width, left = max(map(len, prompts)), self.kind == "causal"
+        ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            where = slice(width - len(prompt), None) if left else slice(len(prompt))
+            ids[row, where], mask[row, where] = torch.tensor(prompt), 1
+        how = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=stops,
+            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+        )  # fmt: skip
+        was_training = self.model.training
+        self.model.eval()
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        new = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+        self.model.train(was_training)
+        return [row[width if left else 1 :] for row in new.tolist()]
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        return [self.decode([i]) for i in range(size_of(self.tokenizer))]
+
+    def tokens_with(self, stop: str) -> list[int]:
+        return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
+
+    # ---- batches
+
+    def batches(self, rows: list[tuple], progress: str) -> Iterator[tuple[list[int], tuple]]:
+        """(indices, tensors) of rows of similar lengths."""
+        for index in self.batch_indices([length(row) for row in rows], progress):
+            tensors = collate([rows[i] for i in index], self.kind, self.pad)
+            yield index, tuple(t.to(self.device) for t in tensors)
+
+    def batch_indices(self, lengths: list[int], progress: str) -> Iterator[list[int]]:
+        """Indices from long to short (memory runs out at once or never), in batches of so many tokens."""
+        budget = 32_768 if self.device.type == "cuda" else 4096  # tokens; more does not speed a CPU up
+        budget = min(budget, 2**28 // self.model.config.vocab_size)  # and 1 GiB of float32 logits at most
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
+            while order:
+                size = max(1, min(256, budget // max(1, lengths[order[0]])))
+                index, order = order[:size], order[size:]
+                yield index
+                bar.update(len(index))
+
+
+def size_of(tokenizer) -> int:
+    return tokenizer.vocab_size if isinstance(tokenizer, Tokenizer) else len(tokenizer)
+
+
+def hf_context(config, tokenizer) -> int:
+    """Tokens that a model of transformers can look at."""
+    for key in ("n_positions", "max_position_embeddings"):
+        if getattr(config, key, None):
+            return getattr(config, key)
+    return min(getattr(tokenizer, "model_max_length", 1024), 1024)
+
+
+def length(row: tuple[list[int], list[int] | int]) -> int:
+    """Tokens of a pair for `collate`; a class has none."""
+    prompt, answer = row
+    return len(prompt) + (len(answer) if isinstance(answer, list) else 0)
+
+
+def collate(
+    rows: list[tuple[list[int], list[int] | int]], kind: str, pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (prompt ids, answer ids or class) as padded tensors: ids (B, T), mask (B, T), targets.
+
+    A decoder reads prompt and answer as one text. Its targets (B, K) belong to the last K columns alone, as
+    many as the earliest answer needs, with -100 where nothing is asked: elsewhere no logits are ever
+    computed. An encoder-decoder reads the prompt, and its targets (B, K) are what the decoder should say. A
+    head's (B) are classes. Padding stands behind the text, where causal attention never looks back from.
+    """
+    if kind == "head":
+        targets = torch.tensor([answer for _, answer in rows])
+    elif kind == "seq2seq":
+        targets = padded([answer for _, answer in rows], -100)
+    else:
+        skip = min(len(prompt) for prompt, _ in rows) - 1
+        wanted = [[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows]
+        targets = padded(wanted, -100)
+        rows = [((prompt + answer)[:-1], None) for prompt, answer in rows]
+    ids = padded([prompt for prompt, _ in rows], pad)
+    lengths = torch.tensor([len(prompt) for prompt, _ in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+    return ids, mask, targets
+
+
+def padded(rows: list[list[int]], value: int) -> Tensor:
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """What `collate`'s targets are compared with: logits (B, K, V), of a head (B, C)."""
+    if kind == "head":
+        return model(input_ids=ids, attention_mask=mask).logits
+    K = targets.shape[1]
+    if kind == "seq2seq":  # the decoder reads a start token and then what it should have said so far
+        core = getattr(model, "module", model)  # out of DistributedDataParallel
+        start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
+        said = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said).logits
+    if isinstance(model, ModernDecoderLM):
+        return F.linear(model.hidden(ids)[:, -K:], model.head)
+    return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # causal: padding needs no mask
+
+
+# -----------------------------------------------------------------------------
+# Loading
+
+
+def load_model(name: str, device: torch.device, backend: str = "auto", context_length: int = 0) -> TextModel:
+    """A run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, ready to be asked.
+
+    backend: "ours" computes with model.py, "transformers" with transformers; "auto" takes ours for what
+    model.py can compute. Raises TrainError, ValueError or OSError that say what is wrong.
+    """
+    folder = Path(name)
+    config = read_config(name)
+    adapter = (folder / "adapter_config.json").exists()
+    kind = kind_of(name, config)
+    can = kind == "causal" and not adapter and config.get("model_type") in CLASSES
+    if backend == "ours" and not can:
+        raise TrainError(
+            f"model.py cannot compute {name} ({config.get('model_type')}, {kind}): --backend=auto"
+        )
+    if backend != "transformers" and can:
+        try:
+            model = ModernDecoderLM.from_pretrained(name, device).pack()
+            return TextModel(model, load_tokenizer(name), kind, name, context_length)
+        except ValueError as error:  # a variant of a known architecture that model.py does not compute
+            if backend == "ours" or config["model_type"] == "modern_llm":
+                raise TrainError(str(error)) from None
+    if adapter:
+        model = with_adapter(name, kind)
+    else:
+        model = from_hub(name, kind)
+    tokenizer = load_tokenizer(name, ours=False)
+    return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length)
+
+
+def read_config(name: str) -> dict:
+    """config.json of a model; of an adapter that of its base."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+        return read_config(base)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise TrainError(
+                f"{folder} holds neither config.json nor adapter_config.json: not a finished run"
+            )
+        return read_json(folder / "config.json")
+    if (
+        folder.parts[0] in ("/", "..", ".", "out") or name.count("/") > 1
+    ):  # no name on the hub looks like that
+        raise TrainError(f"there is no folder {folder}; python train.py --list shows all runs")
+    from transformers import AutoConfig
+
+    with explained(name):
+        return AutoConfig.from_pretrained(name).to_dict()
+
+
+def kind_of(name: str, config: dict) -> str:
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.exists():
+        return {v: k for k, v in LORA_KINDS.items()}[read_json(adapter)["task_type"]]
+    if any("ForSequenceClassification" in a for a in config.get("architectures") or ()):
+        return "head"
+    return "seq2seq" if config.get("is_encoder_decoder") else "causal"
+
+
+@contextlib.contextmanager
+def explained(name: str):
+    """What transformers and the hub complain about, in one line that says what to do."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if Path(name).is_dir():
+            raise TrainError(f"{name} cannot be loaded: {why}") from None
+        raise TrainError(
+            f"{name} is no folder here, and the Hugging Face hub did not give it: {why}\n"
+            f"  Where there is a network: hf download {name} --local-dir models/{name.split('/')[-1]}, "
+            "then --model=that folder"
+        ) from None
+
+
+def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
+    """transformers' model in float32; with `labels`, a new head for them."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # a new head is no surprise, nor is a slow tokenizer
+    transformers.utils.logging.disable_progress_bar()
+    config = read_config(name)
+    if config.get("model_type") == "modern_llm":
+        raise TrainError(
+            f"{name} was built with switches for which transformers has no architecture (`architecture` in "
+            "model.py says which), so it cannot be tuned here; train.py --init_from and eval.py can use it"
+        )
+    if labels:
+        names = dict(enumerate(label.strip() for label in labels))
+        kwargs |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    with explained(name):
+        return getattr(transformers, KINDS[kind]).from_pretrained(name, **{"dtype": torch.float32} | kwargs)
+
+
+def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
+    """Base and adapter of a folder that PEFT saved, in float32."""
+    import peft
+
+    settings = read_json(Path(name) / "adapter_config.json")
+    labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
+    base = from_hub(settings["base_model_name_or_path"], kind, labels)
+    with explained(name):
+        model = peft.PeftModel.from_pretrained(base, name)
+    return model.merge_and_unload() if merge else model
+
+
+def task_of(name: str) -> str | None:
+    """The task that a run folder was tuned on."""
+    run = Path(name) / "run.json"
+    return read_json(run).get("settings", {}).get("task") if run.exists() else None
+
+
+def load_tokenizer(name: str, ours: bool = True):
+    """Our Tokenizer where it can read the folder's, else (or with ours=False) transformers'."""
+    if ours:
+        if Path(name).is_dir():
+            with contextlib.suppress(ValueError, OSError):
+                return Tokenizer.load(name)
+    from transformers import AutoTokenizer
+
+    with explained(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+# -----------------------------------------------------------------------------
+# Asking a whole task: the one protocol for prompted and for fine-tuned models
+
+
+def ask(
+    model: TextModel, name: str, examples: list[Example], shots: list[Example] = (), calibrate: bool = False,
+    progress: str = "",
+) -> tuple[list, dict]:  # fmt: skip
+    """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
+
+    Classes are compared by the log-likelihood of their names. `calibrate` subtracts what the model says of an
+    empty text, N/A, which takes away its liking for one of the names (Zhao et al., 2021). Answers are
+    generated greedily.
+    """
+    task = find_task(name)
+    if model.kind == "head" and (tuned := task_of(model.name)) and TASKS[tuned].labels != task.labels:
+        raise TrainError(f"{model.name} has a head for {tuned}: it cannot be asked {name}")
+    if model.kind == "head" and not task.labels:
+        raise TrainError(f"{model.name} has a classification head: it cannot be asked {name}")
+    # An encoder-decoder's answer has a context of its own; everybody else's shares it with the question.
+    longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=task.max_new_tokens)
+    room = model.context_length - (0 if model.kind != "causal" else longest)
+    asked = [model.prompt(task, example.text, shots, room) for example in examples]
+    prompts = [ids for ids, _ in asked]
+    about = {"cut": sum(lost == "text" for _, lost in asked)}
+    about["shots_dropped"] = sum(lost == "shots" for _, lost in asked)
+    if not task.labels:
+        return model.generate(prompts, task.max_new_tokens, task.stop, progress), about
+    scores = model.class_scores(task, prompts, progress)
+    if calibrate:
+        scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
+    return scores.argmax(-1).tolist(), about
+
+
+# -----------------------------------------------------------------------------
+# LoRA
+
+
+LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave the search to PEFT
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "t5": ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
+
+
+def add_lora(model: nn.Module, cfg: FinetuneConfig, kind: str) -> nn.Module:
+    """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change."""
+    import peft
+
+    architecture = model.config.model_type
+    targets = (
+        cfg.lora_targets.split(",") if cfg.lora_targets else LORA_TARGETS.get(architecture, "all-linear")
+    )
+    settings = peft.LoraConfig(
+        task_type=LORA_KINDS[kind],  # for a head, PEFT then trains and saves the new layer, too
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
+        lora_dropout=cfg.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=architecture == "gpt2",  # its Conv1D stores (in, out) where Linear stores (out, in)
+    )
+    if cfg.load_in_4bit:
+        model = peft.prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=cfg.gradient_checkpointing
+        )
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise TrainError(f"--lora_targets={cfg.lora_targets}: {str(error).splitlines()[0][:200]}") from None
+
+
+def four_bit(device: torch.device) -> dict:
+    """How transformers is told to load weights in 4 bits: NF4, whose scales are quantized as well."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise TrainError('--load_in_4bit needs the package bitsandbytes: pip install ".[qlora]"')
+    from transformers import BitsAndBytesConfig
+
+    compute = pick_dtype("auto", device)
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **how), "device_map": {"": device}}
+
+
+# -----------------------------------------------------------------------------
+# Fine-tuning
+
+
+def build(cfg: FinetuneConfig) -> TextModel:
+    """The model that will be trained, as its settings want it: head or none, LoRA or all weights, 4 bits."""
+    task, device = find_task(cfg.task), pick_device(cfg.device)
+    if cfg.method == "head" and not task.labels:
+        raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
+    if cfg.load_in_4bit and not cfg.lora_r:
+        raise TrainError("--load_in_4bit freezes the weights: it needs --lora_r, the rank of what is trained")
+    if cfg.merge and not cfg.lora_r:
+        raise TrainError("--merge joins an adapter with its base; without --lora_r there is none")
+    if (Path(cfg.model) / "adapter_config.json").exists():
+        raise TrainError(f"{cfg.model} is an adapter; tune its base, or make it one model with --merge first")
+    kind = "head" if cfg.method == "head" else kind_of(cfg.model, read_config(cfg.model))
+    if kind == "head" and cfg.method != "head":
+        raise TrainError(f"{cfg.model} has a classification head: --method=head")
+    torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
+    kwargs = four_bit(device) if cfg.load_in_4bit else {}
+    if cfg.lora_r and not kwargs and device.type == "cuda":
+        kwargs["dtype"] = pick_dtype(cfg.dtype, device)  # frozen weights need no float32 copy
+    tokenizer = load_tokenizer(cfg.model, ours=False)
+    model = from_hub(cfg.model, kind, task.labels if kind == "head" else (), **kwargs)
+    text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)
+    if getattr(tokenizer, "pad_token", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.lora_r:
+        text_model.model = add_lora(model, cfg, kind)
+    return text_model
+
+
+@dataclass
+class TrainingSet:
+    """Tokenised examples, and which of them each step sees: a pure function of (seed, step).
+
+    Every epoch is a new order in which batches hold texts of similar length, so that little of a batch is
+    padding: the order is cut into pieces of 50 batches, each is sorted by length and cut into batches, and
+    these are shuffled. What does not fill a batch is left out of that epoch.
+    """
+
+    rows: list[tuple[list[int], list[int] | int]]
+    batch: int
+    seed: int
+    kind: str
+    pad: int
+
+    def __post_init__(self):
+        self.lengths = np.array([length(row) for row in self.rows])
+        self.batches = max(1, len(self.rows) // self.batch)  # an epoch
+        self.cached: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(batches, batch) indices of the examples."""
+        if self.cached[0] != epoch:
+            rng, size = np.random.default_rng([self.seed, epoch]), self.batches * self.batch
+            order = np.resize(rng.permutation(len(self.rows)), size)
+            pieces = np.split(order, range(50 * self.batch, size, 50 * self.batch))
+            order = np.concatenate(
+                [piece[np.argsort(self.lengths[piece], kind="stable")] for piece in pieces]
+            )
+            self.cached = (epoch, rng.permutation(order.reshape(self.batches, self.batch)))
+        return self.cached[1]
+
+    def tensors(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        epoch, at = divmod(step, self.batches)
+        return collate(
+            [self.rows[i] for i in self.order(epoch)[at][first : first + count]], self.kind, self.pad
+        )
+
+
+def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], int]:
+    """Pairs (prompt ids, answer ids with their end) for `collate`, and how many texts had to be cut."""
+    task, rows, cut = TASKS[name], [], 0
+    for example in examples:
+        if model.kind == "head":
+            answer = example.label
+        else:
+            answer = [*model.answer_ids(task, example.target), model.eos]
+        taken = len(answer) if model.kind == "causal" else 0
+        if taken >= model.context_length - 16:
+            raise TrainError(f"an answer of {taken} tokens leaves no room to ask: raise --context_length")
+        ids, lost = model.prompt(task, example.text, room=model.context_length - taken)
+        cut += bool(lost)
+        rows.append((ids, answer))
+    return rows, cut
+
+
+def answer_loss(kind: str):
+    """The Trainer's loss: cross-entropy on the answer's tokens alone, or on the class, as (sum, count)."""
+
+    def loss(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = target_logits(model, kind, ids, mask, targets)
+        asked = targets != -100
+        return F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum"), asked.sum()
+
+    return loss
+
+
+class FineTuner(Trainer):
+    """The Trainer for a model of transformers: it saves and reads as these, or PEFT, do."""
+
+    free_to_change = [*FREE_TO_CHANGE, "eval_examples", "max_eval_examples", "merge"]
+
+    def __init__(self, cfg: FinetuneConfig, text_model: TextModel, *args, **kwargs):
+        self.text_model = text_model
+        super().__init__(cfg, text_model.model, *args, **kwargs)
+
+    def write_model(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.text_model.tokenizer.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
+
+    def read_model(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        if self.cfg.lora_r:
+            import peft
+
+            peft.set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+        else:
+            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+            self.model.load_state_dict(weights)
+
+
+def finetune(cfg: FinetuneConfig) -> dict:
+    """Trains, then evaluates the best checkpoint on the whole validation split; returns run.json."""
+    begun = time.perf_counter()
+    task = find_task(cfg.task)
+    train, train_about = load_task(cfg.task, "train")
+    validation, validation_about = load_task(cfg.task, "validation")
+    train = sample(train, cfg.max_train_examples, cfg.seed)
+    text_model = build(cfg)
+    kind = text_model.kind
+    cfg.name = cfg.name or default_name(cfg)
+    rows, cut = tokenise(text_model, cfg.task, train)
+    watched = sample(validation, cfg.eval_examples, cfg.seed)
+    val_rows, val_cut = tokenise(text_model, cfg.task, watched)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch = cfg.batch_size * cfg.grad_accum_steps * world
+    training_set = TrainingSet(rows, batch, cfg.seed, kind, text_model.pad)
+    all_steps = math.ceil(training_set.batches * cfg.epochs)
+    smoke = bool(cfg.max_train_examples or cfg.max_eval_examples or 0 < cfg.max_steps < all_steps)
+    cfg.max_steps = cfg.max_steps or all_steps
+    loss = answer_loss(kind)
+
+    def evaluate(model, final):
+        totals = np.zeros(2)
+        with torch.no_grad():
+            for _, tensors in text_model.batches(val_rows, ""):
+                totals += [x.item() for x in loss(model, *tensors)]
+        found = {"val_loss": totals[0] / totals[1]}
+        if task.labels:
+            outputs, _ = ask(text_model, cfg.task, watched)
+            found["accuracy"] = judge(cfg.task, watched, outputs)[1]["accuracy"]["value"]
+        return found
+
+    def samples(model):
+        if task.labels:
+            return []
+        texts, _ = ask(text_model, cfg.task, watched[:2])
+        return [{"prompt": e.text, "text": t.strip()} for e, t in zip(watched, texts, strict=False)]
+
+    sizes = [(p.numel(), p.requires_grad) for p in text_model.model.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
+    mean_length = float(training_set.lengths.mean())
+    about = {
+        "parent": cfg.model,
+        "task": cfg.task,
+        "kind": kind,
+        "smoke": smoke,  # a run that was cut short is no result, and no report shows it as one
+        "trained_parameters": trained,
+        "data": {"train": train_about | {"examples": len(train), "texts_cut": cut}},
+    }
+    about["data"]["validation"] = validation_about | {"examples": len(validation)}
+    about["data"]["tokenizer"] = tokenizer_hash(text_model.tokenizer)
+    trainer = FineTuner(
+        cfg,
+        text_model,
+        training_set.tensors,
+        loss=loss,
+        evaluate=evaluate,
+        sample=samples,
+        flops_per_row=(4 if cfg.lora_r else 6) * total * mean_length,  # frozen weights need no gradient
+        tokens_per_row=max(1, round(mean_length)),
+        epoch=lambda step: step / training_set.batches,
+        about=about,
+    )
+    trainer.say(
+        f"{trainer.folder}: {cfg.model} ({total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained) on "
+        f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {mean_length:.0f} tokens each, "
+        f"{cfg.max_steps} steps of {batch}"
+    )
+    if cut or val_cut:
+        trainer.say(f"{cut} texts for training and {val_cut} for validation were too long and lost their end")
+    trainer.say(f"an example, its answer in brackets: {shown(text_model, rows[0], task)}")
+    try:
+        run = trainer.run_all_steps()
+    except AlreadyFinished as finished:
+        run = finished.run
+        if "evaluation" in run:
+            raise
+    if trainer.rank == 0:
+        run |= finish(cfg, trainer.folder, validation)
+        run["minutes"] = round((time.perf_counter() - begun) / 60, 2)
+        write_run(trainer.folder, run)
+    return run
+
+
+def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict:
+    """Evaluates what the run folder now holds, the best checkpoint, as anybody would load it; and merges."""
+    if cfg.merge:
+        merge(folder)
+    model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
+    validation = sample(validation, cfg.max_eval_examples, cfg.seed)
+    outputs, about = ask(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
+    records, metrics = judge(cfg.task, validation, outputs)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    return {"evaluation": {"split": "validation", **about, "metrics": metrics}}
+
+
+def merge(folder: Path) -> None:
+    """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
+    target, temporary = folder / "merged", folder / ".merged.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = with_adapter(str(folder), kind_of(str(folder), {}), merge=True)
+    model.save_pretrained(temporary)
+    load_tokenizer(str(folder), ours=False).save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def sample(examples: list[Example], n: int, seed: int) -> list[Example]:
+    """`n` of them by seed, in their order; 0: all."""
+    if not n or n >= len(examples):
+        return examples
+    chosen = np.random.default_rng(seed).choice(len(examples), n, replace=False)
+    return [examples[i] for i in sorted(chosen)]
+
+
+def default_name(cfg: FinetuneConfig) -> str:
+    kind = "-qlora" if cfg.load_in_4bit else "-lora" if cfg.lora_r else ""
+    return f"{cfg.task}-{Path(cfg.model).name}{'-head' if cfg.method == 'head' else ''}{kind}"
+
+
+def tokenizer_hash(tokenizer) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def shown(model: TextModel, row: tuple, task: Task) -> str:
+    prompt, answer = row
+    answer = task.labels[answer].strip() if model.kind == "head" else model.decode(answer)
+    return f"{model.decode(prompt)[-300:]}[{answer[:200]}]".replace("\n", " / ")
+
+
+def write_run(folder: Path, run: dict) -> None:
+    text = json.dumps(run, indent=2) + "\n"
+    write_atomically(folder / "run.json", lambda path: path.write_text(text))
+
+
+def report(cfg: FinetuneConfig, run: dict) -> None:
+    evaluation = run["evaluation"]
+    figures = ", ".join(f"{name} {show(m)}" for name, m in evaluation["metrics"].items())
+    what = "SMOKE RUN, no result: " if run["smoke"] else ""
+    folder = Path(cfg.out) / cfg.name
+    where = f"on {run['task']}'s {evaluation['split']} split"
+    print(f"{folder}: {what}{figures} {where}; {run['seconds'] / 60:.1f} min of training")
+
+
+def show(metric: dict) -> str:
+    """A metric with its interval: shares and ROUGE as percentages."""
+    if "low" not in metric:
+        return f"{metric['value']:.1f}"
+    value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}] (n={metric['n']})"
+
+
+def main() -> None:
+    cfg = parse_config(FinetuneConfig, __doc__)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what the libraries tell each other
+    try:
+        if int(os.environ.get("RANK", 0)) == 0:
+            report(cfg, finetune(cfg))
+        else:
+            finetune(cfg)
+    except AlreadyFinished as finished:
+        report(cfg, finished.run)
+        print("nothing to do: --overwrite trains it anew, --name trains another")
+    except (ValueError, OSError, DataError) as error:
+        raise SystemExit(f"finetune.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
