@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import json
+import math
 import os
 import random
 import re
@@ -13,10 +14,13 @@ import threading
 import time
 from collections import Counter
 from fractions import Fraction
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data
 
@@ -627,3 +631,445 @@ def test_registered_corpus_downloads_and_is_then_found_on_disk(server, tmp_path,
     for _ in range(2):
         assert list(data.documents("tinystories", "validation", str(tmp_path))) == docs
     assert capsys.readouterr().err.count("tinystories/TinyStoriesV2-GPT4-valid.txt") == 2
+
+
+# -----------------------------------------------------------------------------
+# Tasks
+
+
+def test_embedded_tasks_have_disjoint_splits_of_their_sizes_and_never_change():
+    for name, first in {
+        "sentiment": "It is anything but graceful.",
+        "dialogue": "Clara: I am so tired.",
+        "arithmetic": next(data.arithmetic("train"))["question"],
+    }.items():
+        texts = [[e.text for e in data.load_task(name, split)[0]] for split in data.SPLITS]
+        assert [len(t) for t in texts] == [4000, 500, 1000]
+        assert len(set().union(*map(set, texts))) == 5500  # none twice, in a split or across splits
+        assert texts[0][0].startswith(first)
+
+
+def read_sentiment(sentence: str) -> bool:
+    """A reader who knows how the reviews are meant, but not how they are made."""
+    text = sentence.lower()
+    for frame in (" not ", "nobody could call", "anything but"):
+        if frame in text:
+            return any(word in text for word in data.BAD)
+    for border, side in ((", but ", 1), (", yet ", 1), ("although ", 1), (" and got ", 1), (", for all", 0)):
+        if border in text:
+            text = (
+                text.split(", i found")[-1].split(", we found")[-1]
+                if side and "found" in text
+                else (text.split(border)[side])
+            )
+            break
+    text = text.split(", whatever")[0]
+    return any(word in text for word in data.GOOD)
+
+
+def test_the_labels_of_reviews_are_what_a_reader_says_and_words_alone_do_not_tell():
+    examples, _ = data.load_task("sentiment", "train")
+    assert all(read_sentiment(e.text) == bool(e.label) for e in examples)
+    words = [set(re.findall("[a-z]+", e.text.lower())) for e in examples]
+    by_words = [len(w.intersection(data.GOOD)) > len(w.intersection(data.BAD)) for w in words]
+    right = sum(guess == bool(e.label) for guess, e in zip(by_words, examples, strict=True))
+    assert right / len(examples) < 0.75
+    assert 0.45 < sum(e.label for e in examples) / len(examples) < 0.55
+
+
+def test_summaries_of_chats_say_what_was_said():
+    for example in data.load_task("dialogue", "train")[0][:1000]:
+        speakers = {line.split(":")[0] for line in example.text.splitlines()}
+        summary = set(re.findall(r"\w+", example.target))
+        assert speakers <= summary and len(speakers) == 2
+        said = set(re.findall(r"\w+", example.text.lower()))
+        invented = (
+            {w.lower() for w in summary}
+            - said
+            - set(
+                "and are going will bring the to cannot help has "
+                "lost his her saw it lends until ask on at".split()
+            )
+        )
+        assert not invented - {"is"}, (example, invented)
+
+
+def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented():
+    folder = shared("sst2")
+    train, about = data.load_task("sst2", "train", folder)
+    validation, _ = data.load_task("sst2", "validation", folder)
+    assert (len(train), len(validation)) == (67_349, 872)
+    assert sum(e.label for e in train) == 37_569 and sum(e.label for e in validation) == 444
+    assert not any(e.text.endswith(" ") for e in train)
+    assert not {e.text for e in train} & {e.text for e in validation}
+    assert about["source"] == "sst2/train.tsv.gz"
+    with pytest.raises(data.DataError, match="validation split"):
+        data.load_task("sst2", "test", folder)
+
+
+def test_samsum_loses_its_carriage_returns_and_the_chat_that_is_empty():
+    train, about = data.load_task("samsum", "train", shared("samsum"))
+    assert len(train) == 14_731 and "1 without text" in about["source"]
+    assert not any("\r" in e.text or "\r" in e.target for e in train)
+
+
+def test_gsm8k_holds_out_its_validation_split_and_every_answer_is_a_number():
+    folder = shared("gsm8k")
+    train, validation, test = (data.load_task("gsm8k", split, folder)[0] for split in data.SPLITS)
+    assert (len(train), len(validation), len(test)) == (6_973, 500, 1_319)
+    assert not {e.text for e in train} & {e.text for e in validation + test}
+    for e in train + test:
+        assert data.extract_number(e.target) == data.plain_number(e.target.split("####")[1].strip())
+
+
+def test_the_calculator_agrees_with_the_annotations_of_gsm8k():
+    examples, _ = data.load_task("gsm8k", "train", shared("gsm8k"))
+    annotations = [a.rpartition("=") for e in examples for a in re.findall("<<(.*?)>>", e.target)]
+    agreed = 0
+    for expression, _, result in annotations:
+        try:
+            value = data.calculate(expression)
+            agreed += abs(value - data.calculate(result)) <= max(1, abs(value)) / 100  # they round to cents
+        except data.CalculatorError:
+            pass
+    assert len(annotations) > 20_000 and agreed >= len(annotations) - 5
+
+
+def write_sst2(folder: Path, lines: str, name="dev.tsv") -> str:
+    (folder / "sst2").mkdir(exist_ok=True)
+    (folder / "sst2" / name).write_text(lines)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("sentence\tgood\na film\t1\n", 'row 1: no column "label"; there are sentence, good'),
+        ("sentence\tlabel\na film\t2\n", "label '2' is not one of 0 to 1"),
+        ("sentence\tlabel\na film\n", "line 2: 1 cells under 2 headings"),
+        ("sentence\tlabel\n", "holds no examples"),
+    ],
+)
+def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, lines, message):
+    with pytest.raises(data.DataError, match=re.escape(message)):
+        data.load_task("sst2", "validation", write_sst2(tmp_path, lines))
+
+
+def test_all_kinds_of_files_give_the_same_task(tmp_path):
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    rows = [{"sentence": 'a "film" ', "label": 1}, {"sentence": "no", "label": 0}]
+    contents = {
+        "dev.tsv": 'sentence\tlabel\na "film" \t1\nno\t0\n',
+        "dev.jsonl": "\n".join(map(json.dumps, rows)),
+        "dev.json": json.dumps(rows),
+    }
+    found = []
+    for i, (name, text) in enumerate(contents.items()):
+        (tmp_path / str(i)).mkdir()
+        found.append(data.load_task("sst2", "validation", write_sst2(tmp_path / str(i), text, name))[0])
+    (tmp_path / "sst2").mkdir()
+    write_table(Table.from_pylist(rows), tmp_path / "sst2" / "validation.parquet")
+    found.append(data.load_task("sst2", "validation", str(tmp_path))[0])
+    assert all(f == found[0] for f in found) and found[0][0].text == 'a "film"'
+
+
+def test_a_task_comes_from_the_hub_where_no_file_is(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, split):
+        asked.append((*args, split))
+        return [{"question": "1+1?", "answer": "2\n#### 2"}] * 600
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    examples, about = data.load_task("gsm8k", "validation", str(tmp_path))
+    assert asked == [("openai/gsm8k", "main", "train")] and len(examples) == 500
+    assert "openai/gsm8k on Hugging Face" in about["source"]
+
+
+def test_a_task_that_is_nowhere_says_where_it_would_be_found(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(data.DataError) as error:
+        data.load_task("samsum", "test", str(tmp_path))
+    for words in ("no route to host", "knkarthick/samsum", "samsum/test.jsonl", "dialogue and summary"):
+        assert words in str(error.value)
+    assert str(error.value).endswith("dialogue")  # the embedded stand-in
+
+
+def test_unknown_tasks_and_splits_are_refused():
+    with pytest.raises(data.DataError, match='no task "sst3"; the tasks are sst2'):
+        data.load_task("sst3", "test")
+    with pytest.raises(data.DataError, match='no split "dev"'):
+        data.load_task("sentiment", "dev")
+
+
+def test_few_shot_examples_come_from_train_by_seed_and_are_balanced():
+    shots = data.few_shot("sentiment", 4)
+    assert [e.label for e in shots].count(1) == 2 and len(set(shots)) == 4
+    assert set(shots) <= set(data.load_task("sentiment", "train")[0])
+    assert data.few_shot("sentiment", 4) == shots != data.few_shot("sentiment", 4, seed=2)
+    assert len(data.few_shot("arithmetic", 5)) == 5 and data.few_shot("arithmetic", 0) == []
+
+
+def test_show_prints_a_task_as_a_model_sees_it():
+    done = subprocess.run(
+        [sys.executable, "data.py", "--task=sentiment", "--show=1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "It is anything but graceful.\nIt was[ bad]" in done.stdout
+
+
+# -----------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("She has <<2+2=4>>4.\n#### 1,080", "1080"),
+        ("#### $-5.50 dollars", "-5.5"),
+        ("#### 7\n#### 8", "7"),  # what a model rambles on about afterwards does not count
+        ("#### none, but 3 before\n4", "3"),
+        ("####\n4", None),
+        ("A: 42", "42"),
+        ("There are 3 left.\nA: 12 apples", "12"),
+        ("So the answer is $1,234.00!", "1234"),
+        ("First 3, then 4.", "4"),
+        ("It costs $.75", "0.75"),
+        ("from 10-5", "5"),
+        ("-0.0", "0"),
+        ("007", "7"),
+        ("١٢", None),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_found_in_a_solution(text, number):
+    assert data.extract_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("9*3", "27"),
+        ("2+3*4-5", "9"),
+        ("(2+3)*4", "20"),
+        ("7/2", "3.5"),
+        ("1/3", "0.3333"),
+        ("2/3", "0.6667"),
+        ("-1/3", "-0.3333"),
+        ("8-3-2", "3"),
+        ("2**3**2", "512"),
+        ("-2**2", "-4"),
+        ("2**-2", "0.25"),
+        ("20%*50", "10"),
+        ("1,234.50*2", "2469"),
+        (".5 + 12.", "12.5"),
+        ("-(3--5)", "-8"),
+        ("0.1+0.2", "0.3"),
+        ("1/100000", "0"),
+    ],
+)
+def test_the_calculator_calculates(expression, value):
+    assert data.decimal_text(data.calculate(expression)) == value
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "9**9**9",
+        "9**-9**9",
+        "1/0",
+        "0**-1",
+        "2**0.5",
+        "__import__('os').system('true')",
+        "(" * 10_000,
+        "(" * 100 + "1" + ")" * 100,
+        "-" * 150 + "1",
+        "9" * 199,
+        "1.5**300",
+        "*".join(["9" * 30] * 6),
+        "١+٢",
+        "２+３",
+        "1e9",
+        "1 2",
+        "1,2",
+        "()",
+        "",
+        "  ",
+        "1+",
+        "(1",
+        "1)",
+        "a+1",
+        "1;2",
+        "1\n__builtins__",
+    ],
+)
+def test_the_calculator_refuses_what_is_no_sum_at_once(hostile):
+    start = time.perf_counter()
+    with pytest.raises(data.CalculatorError):
+        data.calculate(hostile)
+    assert time.perf_counter() - start < 0.1
+
+
+NUMBERS = st.one_of(st.integers(0, 999), st.decimals(0, 99, places=2)).map(str)
+
+
+def combined(parts):
+    pair = st.tuples(parts, st.sampled_from("+-*/"), parts).map(" ".join)
+    return pair.map("({})".format) | parts.map("-{}".format)
+
+
+@settings(deadline=None)
+@given(st.recursive(NUMBERS, combined, max_leaves=6))
+def test_the_calculator_equals_pythons_fractions(expression):
+    exact = re.sub(r"\d+(\.\d+)?", r"Fraction('\g<0>')", expression)
+    try:
+        expected = eval(exact, {"Fraction": Fraction})  # we made the expression ourselves
+    except ZeroDivisionError:
+        with pytest.raises(data.CalculatorError):
+            data.calculate(expression)
+        return
+    assert data.calculate(expression) == expected
+
+
+@settings(deadline=None)
+@given(st.text() | st.text(alphabet="0123456789+-*/%(). ,", max_size=250))
+def test_the_calculator_survives_any_text(text):
+    start = time.perf_counter()
+    try:
+        value = data.calculate(text)
+        assert value.numerator.bit_length() <= 256 and isinstance(value, Fraction)
+    except data.CalculatorError:
+        pass
+    assert time.perf_counter() - start < 1
+    assert data.extract_number(text) is None or re.fullmatch(r"-?\d+(\.\d+)?", data.extract_number(text))
+
+
+def test_the_calculator_types_behind_an_open_annotation_only():
+    assert data.calculator_answer("That is 9*3=<<9*3=") == "27>>"
+    assert data.calculator_answer("That is <<10/4=") == "2.5>>"
+    for text in ("9*3=", "<<9*3", "<<9*3=27>>", "<<9*3=27>>27 and x=", "<<os=", "<<=", "<<1/0="):
+        assert data.calculator_answer(text) is None
+
+
+# -----------------------------------------------------------------------------
+# Metrics, each beside somebody else's
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (10, 10), (1, 3), (437, 872), (800, 872)])
+def test_wilsons_interval_is_scipys(hits, n):
+    from scipy.stats import binomtest
+
+    theirs = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    mine = data.proportion(hits, n)
+    assert mine["value"] == hits / n and mine["n"] == n
+    assert mine["low"] == pytest.approx(theirs.low, abs=1e-6)
+    assert mine["high"] == pytest.approx(theirs.high, abs=1e-6)
+
+
+def test_macro_f1_is_scikit_learns():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        labels, predictions = rng.integers(0, 3, 40), rng.integers(0, 3, 40)
+        theirs = f1_score(labels, predictions, average="macro")
+        assert data.macro_f1(list(zip(labels, predictions, strict=True))) == pytest.approx(theirs)
+    assert data.macro_f1([(1, 1), (0, 1)]) == pytest.approx(1 / 3)  # a class that is never predicted counts 0
+
+
+def test_bootstrap_intervals_are_scipys_and_hold_the_truth_as_often_as_they_say():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(1).exponential(size=200)
+    mine = data.bootstrap(values, rounds=5000)
+    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=5000).confidence_interval
+    assert mine["value"] == pytest.approx(values.mean())
+    assert mine["low"] == pytest.approx(theirs.low, rel=0.02)
+    assert mine["high"] == pytest.approx(theirs.high, rel=0.02)
+    samples = np.random.default_rng(2).normal(size=(200, 60))
+    found = [data.bootstrap(s, rounds=300) for s in samples]
+    assert 0.87 < np.mean([f["low"] < 0 < f["high"] for f in found]) < 0.99
+
+
+def test_paired_bootstrap_sees_a_small_difference_that_is_always_there():
+    rng = np.random.default_rng(3)
+    hard = rng.random(500) < 0.5  # items that both get wrong make two separate intervals overlap
+    a, b = (~hard).astype(float), ~hard & (np.arange(500) % 20 > 0)
+    d = data.paired_bootstrap(a, b)
+    assert d["value"] == pytest.approx(a.mean() - b.mean()) and d["low"] > 0
+    apart = [data.proportion(int(x.sum()), 500) for x in (a, b)]
+    assert apart[0]["low"] < apart[1]["high"]
+    assert data.paired_bootstrap(a, a)["low"] == data.paired_bootstrap(a, a)["high"] == 0
+    with pytest.raises(ValueError, match="same items"):
+        data.paired_bootstrap(a, b[:-1])
+
+
+def f1(common: int, a: int, b: int) -> float:
+    return 2 * common / (a + b) if common else 0.0
+
+
+def lcs(a: list, b: list) -> int:
+    """Length of the longest common subsequence, by the definition."""
+    if not a or not b:
+        return 0
+    if a[-1] == b[-1]:
+        return lcs(a[:-1], b[:-1]) + 1
+    return max(lcs(a[:-1], b), lcs(a, b[:-1]))
+
+
+def test_rouge_is_what_its_definition_says():
+    rng = random.Random(4)
+    for _ in range(30):
+        a, b = ([rng.choice("red big dog sun hat".split()) for _ in range(rng.randint(1, 7))] for _ in "ab")
+        found = data.rouge(" ".join(a), " ".join(b))
+        for n in (1, 2):
+            grams = [Counter(zip(*(x[i:] for i in range(n)), strict=False)) for x in (a, b)]
+            common, sizes = (grams[0] & grams[1]).total(), [g.total() for g in grams]
+            assert found[f"rouge{n}"] == pytest.approx(f1(common, *sizes))
+        assert found["rougeL"] == pytest.approx(f1(lcs(a, b), len(a), len(b)))
+    assert data.rouge("They were walking", "they walk")["rouge1"] == pytest.approx(0.8)  # stemmed, any case
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
+    for n in range(1, 7):
+        for correct in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(combinations(range(n), k))
+                share = sum(any(i < correct for i in draw) for draw in draws) / len(draws)
+                assert data.pass_at(k, n, correct) == pytest.approx(share)
+    with pytest.raises(ValueError, match="at least 3 samples"):
+        data.pass_at(3, 2, 1)
+
+
+def test_majority_counts_answers_and_of_equals_takes_the_first():
+    assert data.majority(["3", "4", "4"]) == "4"
+    assert data.majority(["3", "4", "4", "3"]) == "3"
+    assert data.majority([None, None, "5"]) == "5" and data.majority([None]) is None
+
+
+def test_perplexity_and_bits_per_byte_of_a_uniform_guess():
+    assert data.perplexity(10 * math.log(50), 10) == pytest.approx(50)
+    assert data.bits_per_byte(8 * math.log(2), 1) == pytest.approx(8)
+
+
+def test_judging_counts_what_is_right_and_keeps_every_answer():
+    examples = [data.Example("q", " 2+2=<<2+2=4>>4\n#### 4"), data.Example("q", " #### 1,000")]
+    records, metrics = data.judge("gsm8k", examples, [" It is 4.\n\nQuestion: 5?", "A dog"])
+    assert [r["correct"] for r in records] == [True, False] and records[1]["answer"] == "1000"
+    assert metrics["exact_match"]["value"] == 0.5 and metrics["answered"]["value"] == 0.5
+    reviews = [data.Example("x", " good", 1), data.Example("y", " bad", 0), data.Example("z", " bad", 0)]
+    records, metrics = data.judge("sst2", reviews, [1, 1, 0])
+    assert [r["correct"] for r in records] == [True, False, True] and records[1]["prediction"] == "good"
+    assert metrics["accuracy"]["value"] == pytest.approx(2 / 3) and metrics["accuracy"]["n"] == 3
+    chats = [data.Example("x", " Tom will come."), data.Example("y", " Ann left.")]
+    _, metrics = data.judge("samsum", chats, ["Tom will come.\nand on", ""])
+    assert metrics["rougeL"]["value"] == pytest.approx(0.5) and metrics["words"]["value"] == 1.5
