@@ -921,12 +921,13 @@ class Corpus:
     editions: tuple[dict[str, tuple[str, ...]], ...]
 
 
-def _wikitext(n: int, train_files: int) -> Corpus:
+def _wikitext(n: int, train_files: int, raw: str = "") -> Corpus:
     parts = {"train": train_files, "validation": 1, "test": 1}
-    name = f"wikitext-{n}-v1/{{}}-{{:05}}-of-{{:05}}.parquet"
+    name = f"wikitext-{n}{raw}-v1/{{}}-{{:05}}-of-{{:05}}.parquet"
     on_hub = {split: tuple(name.format(split, i, k) for i in range(k)) for split, k in parts.items()}
-    tokens = {split: (f"wikitext-{n}/wiki.{split.removesuffix('ation')}.tokens",) for split in parts}
-    return Corpus("Salesforce/wikitext", "CC BY-SA 3.0", "", (on_hub, tokens))
+    file = f"wikitext-{n}{raw}/wiki.{{}}.{'raw' if raw else 'tokens'}"
+    on_disk = {split: (file.format(split.removesuffix("ation")),) for split in parts}
+    return Corpus("Salesforce/wikitext", "CC BY-SA 3.0", "", (on_hub, on_disk))
 
 
 CORPORA = {
@@ -941,6 +942,7 @@ CORPORA = {
         ),
     ),
     "wikitext2": _wikitext(2, train_files=1),
+    "wikitext2_raw": _wikitext(2, 1, raw="-raw"),  # no <unk>: what GPT-2's published perplexity is of
     "wikitext103": _wikitext(103, train_files=2),
     "fineweb_edu": Corpus(  # two of the sample's 14 files: 4.3 GB, about 1.4B tokens, a day for one card
         "HuggingFaceFW/fineweb-edu",
@@ -1105,7 +1107,7 @@ PASSAGE = 2_000  # characters; text without <|endoftext|> is cut at the next bla
 
 
 def _kind(path: str) -> str:
-    match = re.search(r"\.(txt|tokens|jsonl|parquet)(\.gz)?$", path)
+    match = re.search(r"\.(txt|tokens|raw|jsonl|parquet)(\.gz)?$", path)
     return match[1] if match else ""
 
 

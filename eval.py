@@ -61,7 +61,7 @@ from data import (
     paired_bootstrap,
     perplexity,
 )
-from finetune import TextModel, ask, load_model, sample, show
+from finetune import TextModel, ask, load_model, show, subsample
 from model import write_atomically
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 
@@ -209,7 +209,7 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
         if model.kind == "head" and shots:
             return Result(entry, [], "a classification head takes no examples")
         everything, about = load_task(name, split)
-        examples = sample(everything, cfg.limit, cfg.seed)
+        examples = subsample(everything, cfg.limit, cfg.seed)
         try:
             shown = few_shot(name, shots, cfg.seed)
             outputs, notes = ask(model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}")
@@ -229,7 +229,7 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
         if model.kind != "causal" or shots:
             return Result(entry, [], "perplexity of a text is for decoders, without examples")
         everything, about = list(documents(name, split)), corpus_info(name, split)
-        texts = sample(everything, cfg.limit, cfg.seed)
+        texts = subsample(everything, cfg.limit, cfg.seed)
         metrics, records = evaluate_text(model, texts, cfg.stride, f"{model.name} {name}"), []
         notes = {"stride": cfg.stride or model.context_length // 2}
         total = len(everything)

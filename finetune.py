@@ -29,7 +29,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, find_task, judge, load_task
-from model import CLASSES, ModernDecoderLM, write_atomically
+from model import ModernDecoderLM, from_hf_config, write_atomically
 from tokenizer import Tokenizer
 from train import (
     FREE_TO_CHANGE,
@@ -111,20 +111,19 @@ class TextModel:
             self.bos, self.eos, self.pad = [tokenizer.eot_id], tokenizer.eot_id, tokenizer.eot_id
         else:
             self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            self.eos = (
-                tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-            )
+            ends = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None]
+            self.eos = ends[0]
             self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
             if model.config.pad_token_id is None:  # GPT-2; and a head must know where a text ends
                 model.config.pad_token_id = self.pad
-        vocab_size = model.config.vocab_size
-        highest = max(self.encode("a b"), default=0)
-        if max(highest, self.eos or 0, self.pad or 0, *self.bos, size_of(tokenizer) - 1) >= vocab_size:
-            if isinstance(tokenizer, Tokenizer) and vocab_size == 50257:
-                return  # GPT-2 itself lacks only the chat tokens that our copy of its vocabulary adds
+        self.before, self.behind = self.bos, []  # the special tokens around a prompt
+        if kind != "causal":
+            self.before, self.behind = frame(tokenizer, self.bos)
+        known, named = model.config.vocab_size, size_of(tokenizer)
+        # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
+        if named > known and not (self.ours and known == 50257):
             raise TrainError(
-                f"{name or 'the model'} knows {vocab_size:,} tokens, its tokenizer {size_of(tokenizer):,}: "
-                "they do not belong together"
+                f"{name} knows {known:,} tokens, its tokenizer {named:,}: they do not fit together"
             )
 
     @property
@@ -144,17 +143,6 @@ class TextModel:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def framed(self, ids: list[int]) -> list[int]:
-        """`ids` between the special tokens that this model expects around a text."""
-        if (
-            self.ours
-            or self.kind == "causal"
-            or not hasattr(self.tokenizer, "build_inputs_with_special_tokens")
-        ):
-            return self.bos + ids
-        framed = self.tokenizer.build_inputs_with_special_tokens(ids)
-        return framed if len(framed) > len(ids) else self.bos + ids
-
     def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
         """The ids that ask `task` about `text`, at most `room`, and what had to go: "", "shots" or "text".
 
@@ -165,7 +153,7 @@ class TextModel:
         shown, question = list(shots), task.prompt(text)
         while True:
             before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
-            ids = self.framed(self.encode(before + question))
+            ids = self.before + self.encode(before + question) + self.behind
             over = len(ids) - room
             if over <= 0:
                 return ids, lost
@@ -278,6 +266,14 @@ class TextModel:
                 bar.update(len(index))
 
 
+def frame(tokenizer, bos: list[int]) -> tuple[list[int], list[int]]:
+    """The special tokens that transformers' tokenizer puts before and behind a text: [CLS] and [SEP], say."""
+    whole, plain = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
+    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    before, behind = whole[:at], whole[at + len(plain) :]
+    return (before, behind) if before or behind else (bos, [])
+
+
 def size_of(tokenizer) -> int:
     return tokenizer.vocab_size if isinstance(tokenizer, Tokenizer) else len(tokenizer)
 
@@ -355,22 +351,18 @@ def load_model(name: str, device: torch.device, backend: str = "auto", context_l
     config = read_config(name)
     adapter = (folder / "adapter_config.json").exists()
     kind = kind_of(name, config)
-    can = kind == "causal" and not adapter and config.get("model_type") in CLASSES
-    if backend == "ours" and not can:
-        raise TrainError(
-            f"model.py cannot compute {name} ({config.get('model_type')}, {kind}): --backend=auto"
-        )
-    if backend != "transformers" and can:
+    why_not = "an adapter" if adapter else None if kind == "causal" else kind
+    if not why_not:
         try:
-            model = ModernDecoderLM.from_pretrained(name, device).pack()
-            return TextModel(model, load_tokenizer(name), kind, name, context_length)
-        except ValueError as error:  # a variant of a known architecture that model.py does not compute
-            if backend == "ours" or config["model_type"] == "modern_llm":
-                raise TrainError(str(error)) from None
-    if adapter:
-        model = with_adapter(name, kind)
-    else:
-        model = from_hub(name, kind)
+            from_hf_config(config)
+        except (ValueError, KeyError) as error:
+            why_not = str(error)
+    if backend == "ours" and why_not:
+        raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
+    if backend != "transformers" and not why_not:
+        model = ModernDecoderLM.from_pretrained(name, device).pack()
+        return TextModel(model, load_tokenizer(name), kind, name, context_length)
+    model = with_adapter(name, kind) if adapter else from_hub(name, kind)
     tokenizer = load_tokenizer(name, ours=False)
     return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length)
 
@@ -387,9 +379,7 @@ def read_config(name: str) -> dict:
                 f"{folder} holds neither config.json nor adapter_config.json: not a finished run"
             )
         return read_json(folder / "config.json")
-    if (
-        folder.parts[0] in ("/", "..", ".", "out") or name.count("/") > 1
-    ):  # no name on the hub looks like that
+    if folder.parts[0] in ("/", "..", "out") or name.count("/") > 1:  # no name on the hub looks like that
         raise TrainError(f"there is no folder {folder}; python train.py --list shows all runs")
     from transformers import AutoConfig
 
@@ -440,7 +430,14 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
         names = dict(enumerate(label.strip() for label in labels))
         kwargs |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
     with explained(name):
-        return getattr(transformers, KINDS[kind]).from_pretrained(name, **{"dtype": torch.float32} | kwargs)
+        load = getattr(transformers, KINDS[kind]).from_pretrained
+        model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
+    # What a checkpoint lacks, transformers fills with random numbers; only a new head may be that.
+    inside = f"{model.base_model_prefix}."
+    missing = [k for k in about["missing_keys"] if not labels or (k.startswith(inside) and "pooler" not in k)]
+    if missing:
+        raise TrainError(f"{name} does not hold the whole model: missing {', '.join(sorted(missing)[:4])}")
+    return model
 
 
 def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
@@ -448,11 +445,27 @@ def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
     import peft
 
     settings = read_json(Path(name) / "adapter_config.json")
+    run = Path(name) / "run.json"
+    tuned_on = read_json(run).get("parent_hash") if run.exists() else None
+    if tuned_on and tuned_on != weights_hash(settings["base_model_name_or_path"]):
+        raise TrainError(
+            f"{name} corrects another model than {settings['base_model_name_or_path']} now holds: "
+            "that one was trained anew, so tune it again"
+        )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
     base = from_hub(settings["base_model_name_or_path"], kind, labels)
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name)
     return model.merge_and_unload() if merge else model
+
+
+def weights_hash(name: str) -> str | None:
+    """sha256 of a folder's weights; None for a model from the hub."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 def task_of(name: str) -> str | None:
@@ -493,14 +506,15 @@ def ask(
     if model.kind == "head" and not task.labels:
         raise TrainError(f"{model.name} has a classification head: it cannot be asked {name}")
     # An encoder-decoder's answer has a context of its own; everybody else's shares it with the question.
-    longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=task.max_new_tokens)
+    new_tokens = min(task.max_new_tokens, model.context_length // 2)
+    longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
     room = model.context_length - (0 if model.kind != "causal" else longest)
     asked = [model.prompt(task, example.text, shots, room) for example in examples]
     prompts = [ids for ids, _ in asked]
     about = {"cut": sum(lost == "text" for _, lost in asked)}
     about["shots_dropped"] = sum(lost == "shots" for _, lost in asked)
     if not task.labels:
-        return model.generate(prompts, task.max_new_tokens, task.stop, progress), about
+        return model.generate(prompts, new_tokens, task.stop, progress), about
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
@@ -540,9 +554,13 @@ def add_lora(model: nn.Module, cfg: FinetuneConfig, kind: str) -> nn.Module:
             model, use_gradient_checkpointing=cfg.gradient_checkpointing
         )
     try:
-        return peft.get_peft_model(model, settings)
+        model = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise TrainError(f"--lora_targets={cfg.lora_targets}: {str(error).splitlines()[0][:200]}") from None
+    for p in model.parameters():
+        if p.requires_grad:  # a frozen matrix may be bfloat16, what is trained may not
+            p.data = p.data.float()
+    return model
 
 
 def four_bit(device: torch.device) -> dict:
@@ -632,11 +650,9 @@ class TrainingSet:
 def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], int]:
     """Pairs (prompt ids, answer ids with their end) for `collate`, and how many texts had to be cut."""
     task, rows, cut = TASKS[name], [], 0
+    answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
     for example in examples:
-        if model.kind == "head":
-            answer = example.label
-        else:
-            answer = [*model.answer_ids(task, example.target), model.eos]
+        answer = example.label if model.kind == "head" else [*answer_ids(example.target), model.eos]
         taken = len(answer) if model.kind == "causal" else 0
         if taken >= model.context_length - 16:
             raise TrainError(f"an answer of {taken} tokens leaves no room to ask: raise --context_length")
@@ -689,12 +705,12 @@ def finetune(cfg: FinetuneConfig) -> dict:
     task = find_task(cfg.task)
     train, train_about = load_task(cfg.task, "train")
     validation, validation_about = load_task(cfg.task, "validation")
-    train = sample(train, cfg.max_train_examples, cfg.seed)
+    train = subsample(train, cfg.max_train_examples, cfg.seed)
     text_model = build(cfg)
     kind = text_model.kind
     cfg.name = cfg.name or default_name(cfg)
     rows, cut = tokenise(text_model, cfg.task, train)
-    watched = sample(validation, cfg.eval_examples, cfg.seed)
+    watched = subsample(validation, cfg.eval_examples, cfg.seed)
     val_rows, val_cut = tokenise(text_model, cfg.task, watched)
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = cfg.batch_size * cfg.grad_accum_steps * world
@@ -726,6 +742,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     mean_length = float(training_set.lengths.mean())
     about = {
         "parent": cfg.model,
+        "parent_hash": weights_hash(cfg.model),
         "task": cfg.task,
         "kind": kind,
         "smoke": smoke,  # a run that was cut short is no result, and no report shows it as one
@@ -772,7 +789,7 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     if cfg.merge:
         merge(folder)
     model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
-    validation = sample(validation, cfg.max_eval_examples, cfg.seed)
+    validation = subsample(validation, cfg.max_eval_examples, cfg.seed)
     outputs, about = ask(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
     records, metrics = judge(cfg.task, validation, outputs)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -791,7 +808,7 @@ def merge(folder: Path) -> None:
     os.replace(temporary, target)
 
 
-def sample(examples: list[Example], n: int, seed: int) -> list[Example]:
+def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:
     """`n` of them by seed, in their order; 0: all."""
     if not n or n >= len(examples):
         return examples

@@ -5,7 +5,7 @@
 #   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
 #   bash run_all.sh speedrun           about four hours on an RTX 3060
 #   bash run_all.sh max3060            about a day
-#   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain or samples
+#   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune or eval
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
@@ -35,7 +35,7 @@ main() {
     fi
     local stages=("$@") config=configs/$profile.py run
     run=$OUT/$(python -c "import runpy; print(runpy.run_path('$config').get('name', 'base'))")
-    [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples)
+    [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples finetune eval)
     mkdir -p "$OUT/logs" "$OUT/stamps"
     echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
     python train.py "$config" --out="$OUT" --plan
@@ -44,13 +44,44 @@ main() {
             tokenizer) stage tokenizer "$OUT/tokens" python tokenizer.py "$config" --out="$OUT" ;;
             pretrain) stage pretrain "$run/model.safetensors" python train.py "$config" --out="$OUT" ;;
             samples) stage samples "$run" python chat.py "$run" --start --n=5 --seed=1 --temperature=0.7 ;;
-            *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples)" >&2; exit 2 ;;
+            finetune) finetune ;;
+            eval) evaluate ;;
+            *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples, finetune, eval)" >&2; exit 2 ;;
         esac
     done
     echo
     echo "minutes per stage:"
-    awk -F'\t' '{ printf "  %-12s %6.1f  %s\n", $1, $2 / 60, $3 }' "$OUT/ledger.tsv"
+    awk -F'\t' '{ printf "  %-16s %6.1f  %s\n", $1, $2 / 60, $3 }' "$OUT/ledger.tsv"
     echo "talk to it: $VENV/bin/python chat.py $run"
+}
+
+# Our base learns the embedded stand-in; a card has time for real tasks and models from the Hugging Face hub.
+finetune() {
+    if [ "$profile" = cpu ]; then
+        tune sentiment --model="$run"
+    else
+        tune sst2
+        tune samsum
+        tune gsm8k
+    fi
+}
+
+# tune TASK [FLAG...]
+tune() {
+    stage "finetune-$1" "$OUT/$1/run.json" python finetune.py "configs/$1.py" --name="$1" --out="$OUT" "${@:2}"
+}
+
+# Every model on the task it learnt, beside what it was before with examples in its prompt.
+evaluate() {
+    local eval=(python eval.py --out="$OUT") embedded=sentiment,dialogue,arithmetic,storyworld
+    stage eval-base "$run/results.json" "${eval[@]}" "$run" --tasks=$embedded --shots=0,4 --limit=500
+    if [ "$profile" = cpu ]; then
+        stage eval-sentiment "$OUT/sentiment/results.json" "${eval[@]}" "$run" "$OUT/sentiment" --tasks=sentiment
+    else
+        stage eval-sst2 "$OUT/sst2/results.json" "${eval[@]}" gpt2 "$OUT/sst2" --tasks=sst2
+        stage eval-samsum "$OUT/samsum/results.json" "${eval[@]}" google/flan-t5-small "$OUT/samsum" --tasks=samsum
+        stage eval-gsm8k "$OUT/gsm8k/results.json" "${eval[@]}" gpt2 "$OUT/gsm8k" --tasks=gsm8k
+    fi
 }
 
 usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
@@ -77,12 +108,12 @@ test_everything() {
     python -m pytest -q "$@"
 }
 
-# stage NAME RESULT COMMAND...: runs the command unless it has run with this config and its RESULT is there.
+# stage NAME RESULT COMMAND...: runs the command unless it has run with these configs and its RESULT is there.
 stage() {
     local name=$1 result=$2 begun=$SECONDS mark status=0
     shift 2
     local log=$OUT/logs/$name.log
-    mark=$(echo "$*" | cat - "$config" | cksum)
+    mark=$({ echo "$*"; cat "$config"; case "${3:-}" in configs/*) cat "$3" ;; esac } | cksum)
     echo
     if [ -z "$anew" ] && [ -e "$result" ] && [ "$(cat "$OUT/stamps/$name" 2>/dev/null)" = "$mark" ]; then
         echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"

@@ -396,6 +396,35 @@ def test_a_head_reads_each_text_to_its_end_however_it_is_padded(settings):
         assert together.std(0).min() > 0
 
 
+def test_each_architecture_gets_the_special_tokens_it_expects(settings):
+    ends = {}
+    for name, method in (("ours", "lm"), ("gpt2", "lm"), ("t5", "lm"), ("bert", "head"), ("gpt2", "head")):
+        text_model = build(settings(name, method=method))
+        ids, _ = text_model.prompt(TASKS["sentiment"], "A fresh film.")
+        plain = text_model.encode("A fresh film.\nIt was")
+        at = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+        names = text_model.tokenizer.convert_ids_to_tokens(ids)
+        ends[name, method] = names[:at], names[at + len(plain) :]
+    eot = (["<|endoftext|>"], [])
+    assert ends["ours", "lm"] == ends["gpt2", "lm"] == ends["gpt2", "head"] == eot
+    assert ends["t5", "lm"] == ([], ["</s>"]) and ends["bert", "head"] == (["[CLS]"], ["[SEP]"])
+
+
+def test_an_adapter_whose_base_was_trained_anew_is_refused(settings, tmp_path, checkpoints):
+    import shutil
+
+    shutil.copytree(checkpoints["ours"], tmp_path / "base")
+    finetune.finetune(settings(str(tmp_path / "base"), lora_r=2))
+    load_model(str(tmp_path / "run"), torch.device("cpu"))
+    torch.manual_seed(5)
+    config = ModernDecoderLM.from_pretrained(tmp_path / "base").config
+    ModernDecoderLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(TrainError, match="corrects another model than"):
+        load_model(str(tmp_path / "run"), torch.device("cpu"))
+    with pytest.raises(TrainError, match="begun on other data .parent_hash"):
+        finetune.finetune(settings(str(tmp_path / "base"), lora_r=2))
+
+
 def test_a_model_without_a_pad_token_gets_one(settings):
     text_model = build(settings("gpt2", method="head"))
     assert text_model.tokenizer.pad_token_id == text_model.model.config.pad_token_id == text_model.eos
@@ -580,6 +609,25 @@ def test_an_adapter_is_no_base_and_a_head_answers_its_own_task_only(settings, tm
     with pytest.raises(TrainError, match="has a head for sentiment: it cannot be asked dialogue"):
         ask(model, "dialogue", load_task("dialogue", "test")[0][:4])
     assert "--method=head" in command_line(monkeypatch, settings(str(tmp_path / "head")))
+
+
+def test_a_checkpoint_that_lacks_weights_is_never_filled_up_with_random_ones(tmp_path, checkpoints):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    for name, victim in (
+        ("ours", "model.layers.1.mlp.up_proj.weight"),
+        ("t5", "decoder.final_layer_norm.weight"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(checkpoints[name], folder)
+        tensors = load_tensors(folder)
+        del tensors[victim]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for backend in ("auto", "transformers"):
+            with pytest.raises((TrainError, ValueError), match="does not hold|cannot be loaded"):
+                load_model(str(folder), torch.device("cpu"), backend)
 
 
 def test_names_tell_task_model_and_method():

@@ -22,6 +22,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "cpu.py").write_text('name = "stand_in"\n')
+    (tmp_path / "configs" / "sentiment.py").write_text("")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
@@ -30,10 +31,14 @@ def project(tmp_path: Path) -> Path:
         '[ "${*: -1}" = --plan ] && exit\n'
         'echo "$*" >>calls\n'
         '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
-        "mkdir -p out/tokens out/stand_in && touch out/stand_in/model.safetensors\n"
+        "mkdir -p out/tokens out/stand_in out/sentiment && touch out/stand_in/model.safetensors "
+        "out/sentiment/run.json out/stand_in/results.json out/sentiment/results.json\n"
     )
     python.chmod(0o755)
     return tmp_path
+
+
+EVERYTHING = ["tokenizer.py", "train.py", "chat.py", "finetune.py", "eval.py", "eval.py"]
 
 
 def calls(project: Path) -> list[str]:
@@ -46,12 +51,15 @@ def calls(project: Path) -> list[str]:
 
 def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
     assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == ["tokenizer.py", "train.py", "chat.py"]
+    assert calls(project) == EVERYTHING
     again = run_all(project, "cpu")
-    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 3
+    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 6
     (project / "configs" / "cpu.py").write_text('name = "stand_in"\nseed = 2\n')
     assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == ["tokenizer.py", "train.py", "chat.py"]
+    assert calls(project) == EVERYTHING
+    (project / "configs" / "sentiment.py").write_text("seed = 2\n")
+    assert run_all(project, "cpu").returncode == 0
+    assert calls(project) == EVERYTHING[3:]
 
 
 def test_a_stage_whose_result_was_deleted_runs_again(project):
@@ -59,7 +67,7 @@ def test_a_stage_whose_result_was_deleted_runs_again(project):
     calls(project)
     (project / "out" / "stand_in" / "model.safetensors").unlink()
     assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == ["train.py", "chat.py"]  # and what follows from it
+    assert calls(project) == EVERYTHING[1:]  # and what follows from it
 
 
 def test_one_stage_may_be_named(project):
@@ -73,7 +81,7 @@ def test_a_failure_names_stage_log_and_the_command_that_goes_on(project):
     assert "stage pretrain failed" in failed.stderr and "out/logs/pretrain.log" in failed.stderr
     assert "bash run_all.sh cpu" in failed.stderr
     assert "no luck" in (project / "out" / "logs" / "pretrain.log").read_text()
-    assert run_all(project, "cpu").returncode == 0 and calls(project) == ["train.py", "chat.py"]
+    assert run_all(project, "cpu").returncode == 0 and calls(project) == EVERYTHING[1:]
 
 
 def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
@@ -84,7 +92,7 @@ def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
 def test_words_it_does_not_know_are_refused(project):
     assert run_all(project, "gpu").returncode == 2
     unknown = run_all(project, "cpu", "pretrian")
-    assert unknown.returncode == 2 and "tokenizer, pretrain, samples" in unknown.stderr
+    assert unknown.returncode == 2 and "tokenizer, pretrain, samples, finetune, eval" in unknown.stderr
 
 
 def test_help_prints_the_commands(project):

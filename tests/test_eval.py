@@ -1,0 +1,317 @@
+"""Evaluation: every token once, the same numbers from every backend and every time, honest comparisons."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import eval as evaluation
+from data import TASKS, load_task, storyworld
+from eval import EvalConfig, Result, compare, contamination, evaluate, evaluate_text, ngrams, trained_on
+from finetune import FinetuneConfig, TextModel, finetune, load_model
+from model import ModelConfig, ModernDecoderLM
+from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from train import read_json, read_jsonl
+
+ROOT = Path(evaluation.__file__).parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A run folder as train.py leaves it, with random weights."""
+    folder = tmp_path_factory.mktemp("out") / "base"
+    texts = [*storyworld("train", 60), *(e.text + e.target for e in load_task("arithmetic", "train")[0][:60])]
+    vocab, merges = train_bpe(texts, 400, SPECIAL_TOKENS)
+    tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+    torch.manual_seed(0)
+    model = ModernDecoderLM(ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=96, vocab_size=448))
+    model.save_pretrained(folder, bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id)
+    tokenizer.save(folder)
+    (folder / "run.json").write_text(json.dumps({"settings": {"corpus": "storyworld"}, "parent": None}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tuned(base) -> str:
+    """A classification head on it, after a smoke run."""
+    cfg = FinetuneConfig(model=base, task="sentiment", method="head", out=str(Path(base).parent), name="head")
+    cfg.device, cfg.max_steps, cfg.max_train_examples, cfg.max_eval_examples = "cpu", 2, 20, 4
+    cfg.eval_examples, cfg.dtype = 4, "float32"
+    finetune(cfg)
+    return str(Path(base).parent / "head")
+
+
+def command_line(monkeypatch, capsys, *words: str) -> tuple[int | str, str]:
+    """Runs eval.py's main in this process; its exit code or last message, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", *words])
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main()
+        raise SystemExit(0)
+    return exit.value.code, capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# Perplexity
+
+
+class Rows(TextModel):
+    """Notes which windows are asked for."""
+
+    def log_likelihoods(self, rows, progress=""):
+        self.rows = rows
+        return super().log_likelihoods(rows, progress)
+
+
+@pytest.mark.parametrize("stride", [0, 1, 7, 96])
+@pytest.mark.parametrize("n_texts", [1, 3])
+def test_windows_predict_every_token_once_with_the_context_they_promise(base, stride, n_texts):
+    tokenizer = Tokenizer.load(base)
+    model = Rows(ModernDecoderLM.from_pretrained(base), tokenizer, "causal")
+    texts = list(storyworld("test", n_texts))
+    evaluate_text(model, texts, stride)
+    ids = [tokenizer.eot_id]
+    for text in texts:
+        ids += [*tokenizer.encode(text), tokenizer.eot_id]
+    at = 1
+    for i, (prompt, new) in enumerate(model.rows):
+        assert new == ids[at : at + len(new)] and prompt == ids[at - len(prompt) : at]
+        assert len(prompt) + len(new) - 1 <= 96
+        if i:
+            assert len(new) <= (stride or 48) and len(prompt) + len(new) - 1 == 96
+        at += len(new)
+    assert at == len(ids)
+
+
+def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base):
+    """Second opinion: transformers, one window after another, as its documentation shows."""
+    texts, stride, T = list(storyworld("test", 2)), 30, 96
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    ids = tokenizer("<|endoftext|>" + "".join(t + "<|endoftext|>" for t in texts), return_tensors="pt")[
+        "input_ids"
+    ]
+    nats, known, end = 0.0, 1, 0
+    while known < ids.shape[1]:
+        end = min(T, ids.shape[1] - 1) if known == 1 else min(end + stride, ids.shape[1] - 1)
+        window = ids[:, max(0, end - T) : end + 1]
+        labels = window.clone()
+        labels[:, : -(end + 1 - known)] = -100
+        with torch.no_grad():
+            nats += model(window, labels=labels).loss.item() * (end + 1 - known)
+        known = end + 1
+    tokens = ids.shape[1] - 1
+    for backend in ("ours", "transformers"):
+        found = evaluate_text(load_model(base, CPU, backend), texts, stride)
+        assert found["loss"]["value"] == pytest.approx(nats / tokens, rel=1e-4)
+        assert found["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
+        n_bytes = len("".join(texts).encode())
+        assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-4)
+        words = sum(len(t.split()) + t.count("\n") for t in texts)
+        assert math.log(found["word_perplexity"]["value"]) == pytest.approx(nats / words, rel=1e-3)
+        for metric in found.values():
+            assert metric["low"] <= metric["value"] <= metric["high"] and metric["n"] == tokens
+
+
+def test_one_window_equals_what_training_reports(base):
+    """With stride = context and a text that fits, train.py's validation loss is the same number."""
+    from train import evaluate_lm
+
+    text = next(storyworld("test", 1))[:120]
+    tokenizer = Tokenizer.load(base)
+    ids = np.array([tokenizer.eot_id, *tokenizer.encode(text), tokenizer.eot_id])
+    assert len(ids) < 96
+    theirs = evaluate_lm(ModernDecoderLM.from_pretrained(base), ids, 96, 4, len(text.encode()))
+    ours = evaluate_text(load_model(base, CPU), [text], 96)
+    assert ours["loss"]["value"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+    assert ours["bits_per_byte"]["value"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# The same numbers
+
+
+def test_a_second_evaluation_and_another_backend_give_the_same_results(base, monkeypatch, capsys):
+    words = (base, "--tasks=sentiment,arithmetic,storyworld", "--shots=0,2", "--limit=12")
+    found = []
+    for backend in ("ours", "ours", "transformers"):
+        code, _ = command_line(monkeypatch, capsys, *words, f"--backend={backend}")
+        assert code == 0
+        results = read_json(Path(base) / "results.json")["results"]
+        answers = {p.name: p.read_text() for p in sorted((Path(base) / "answers").iterdir())}
+        found.append(({k: r["metrics"] for k, r in results.items()}, answers))
+        assert {r["backend"] for r in results.values()} == {backend}
+    assert found[0] == found[1]
+    assert list(found[0][0]) == [
+        "sentiment test 0-shot", "sentiment test 2-shot", "arithmetic test 0-shot",
+        "arithmetic test 2-shot", "storyworld test 0-shot",
+    ]  # fmt: skip
+    for name, metrics in found[0][0].items():
+        for metric, value in metrics.items():
+            assert found[2][0][name][metric]["value"] == pytest.approx(value["value"], rel=1e-4), (
+                name,
+                metric,
+            )
+    assert found[0][1] == found[2][1]
+
+
+def test_results_of_other_tasks_stay_and_every_answer_is_written(base, monkeypatch, capsys):
+    command_line(monkeypatch, capsys, base, "--tasks=sentiment", "--limit=30")
+    command_line(monkeypatch, capsys, base, "--tasks=dialogue", "--limit=5", "--split=validation")
+    results = read_json(Path(base) / "results.json")["results"]
+    assert {"sentiment test 0-shot", "dialogue validation 0-shot"} <= results.keys()
+    entry = results["sentiment test 0-shot"]
+    assert entry["items"] == 30 and entry["of"] == 1000 and entry["data"]["fingerprint"]
+    assert {
+        "git",
+        "versions",
+        "hardware",
+        "backend",
+        "context_length",
+        "seed",
+        "majority_class",
+    } <= entry.keys()
+    answers = read_jsonl(Path(base) / "answers" / "sentiment-test-0-shot.jsonl")
+    wrong = read_jsonl(Path(base) / "answers" / "sentiment-test-0-shot-wrong.jsonl")
+    assert len(answers) == 30 and wrong == [a for a in answers if not a["correct"]]
+    assert entry["metrics"]["accuracy"]["value"] == pytest.approx(1 - len(wrong) / 30)
+
+
+def test_a_limit_takes_items_by_seed_says_so_and_widens_the_interval(base, monkeypatch, capsys):
+    widths, picked = [], []
+    for more in (["--limit=20"], ["--limit=20", "--seed=2"], ["--limit=300"]):
+        _, said = command_line(monkeypatch, capsys, base, "--tasks=sentiment", *more)
+        assert "a sample of 1,000, seed" in said
+        metric = read_json(Path(base) / "results.json")["results"]["sentiment test 0-shot"]["metrics"][
+            "accuracy"
+        ]
+        widths.append(metric["high"] - metric["low"])
+        picked.append([a["text"] for a in read_jsonl(Path(base) / "answers/sentiment-test-0-shot.jsonl")])
+    assert picked[0] != picked[1] and len(picked[0]) == 20
+    assert widths[2] < widths[0]
+
+
+# -----------------------------------------------------------------------------
+# Comparisons
+
+
+def made_up(task: str, correct: list[bool], shots=0) -> Result:
+    return Result({"task": task, "split": "test", "shots": shots}, [{"correct": c} for c in correct])
+
+
+def test_models_are_compared_on_the_items_that_both_answered():
+    a, b = [True] * 10 + [False] * 30, [True] * 35 + [False] * 5
+    (line,) = compare([("base", [made_up("sst2", a)]), ("tuned", [made_up("sst2", b)])])
+    assert (
+        line.startswith("sst2 test 0-shot: tuned minus base (0-shot) +62.5 [") and "no difference" not in line
+    )
+    (line,) = compare([("base", [made_up("sst2", a)]), ("twin", [made_up("sst2", a)])])
+    assert "+0.0 [+0.0, +0.0] (no difference found)" in line
+    assert compare([("base", [made_up("sst2", a)]), ("other", [made_up("gsm8k", b)])]) == []
+    assert compare([("base", [made_up("sst2", a)]), ("other", [made_up("sst2", b[:-1])])]) == []
+
+
+def test_a_head_is_asked_its_own_task_without_examples_and_a_smoke_run_is_called_one(
+    base, tuned, monkeypatch, capsys
+):
+    code, said = command_line(
+        monkeypatch,
+        capsys,
+        base,
+        tuned,
+        "--tasks=sentiment,arithmetic,storyworld",
+        "--limit=8",
+        "--shots=0,1",
+    )
+    assert code == 0
+    head = said[said.index(f"{tuned}:") :]
+    assert "SMOKE RUN, no result" in head and "SMOKE" not in said[: said.index(f"{tuned}:")]
+    assert "takes no examples" in head and "cannot be asked arithmetic" in head
+    assert "perplexity of a text is for decoders" in head
+    assert "minus" in head
+    assert read_json(Path(tuned) / "results.json")["results"]["sentiment test 0-shot"]["smoke"] is True
+
+
+def test_calibration_is_recorded_apart(base, monkeypatch, capsys):
+    command_line(monkeypatch, capsys, base, "--tasks=sentiment", "--limit=8", "--calibrate")
+    results = read_json(Path(base) / "results.json")["results"]
+    assert results["sentiment test 0-shot calibrated"]["calibrated"]
+
+
+def test_prompts_that_are_too_long_are_counted(base):
+    cfg = EvalConfig(limit=6)
+    result = evaluate(load_model(base, CPU), "arithmetic", 3, cfg)  # half of its 96 tokens are the answer's
+    assert result.entry["shots_dropped"] + result.entry["cut"] == 6
+    assert any("long" in line or "room" in line for line in evaluation.describe(result.entry))
+
+
+# -----------------------------------------------------------------------------
+# Contamination
+
+
+def test_items_that_stand_in_the_training_text_are_found():
+    items = ["The quick brown fox jumps over the lazy dog.", "a b c d", "one two three four five six"]
+    found = contamination(
+        items, ["", "... The QUICK, brown fox jumps over the... One two three; four five."], 5
+    )
+    assert found["items"] == 2 and found["checked"] == 2 and found["too_short"] == 1
+    assert found["share"] == pytest.approx((3 + 1) / (5 + 2))
+    assert contamination(items, ["quick brown fox the lazy dog"], 5)["items"] == 0
+    assert ngrams("It's 3 o'clock", 3) == {"it s 3", "s 3 o", "3 o clock"}
+
+
+def test_what_a_run_was_trained_on_is_followed_to_its_first_parent(base, tuned, monkeypatch, capsys):
+    assert trained_on(base) == [("corpus", "storyworld")]
+    assert trained_on(tuned) == [("task", "sentiment"), ("corpus", "storyworld")]
+    assert trained_on("gpt2") == []
+    monkeypatch.setattr(
+        evaluation, "documents", lambda name, split: [load_task("sentiment", "test")[0][0].text]
+    )
+    cfg = EvalConfig(contamination=4, limit=0)
+    found = evaluate(load_model(base, CPU), "sentiment", 0, cfg).entry["contamination"]
+    assert found["items"] >= 1 and found["sources"] == ["corpus storyworld"]
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--tasks=sst3"], '"sst3" is no task, corpus or file; there are sst2'),
+        (["--shots=many"], "--shots=many must be whole numbers"),
+        (["out/nowhere"], "there is no folder out/nowhere"),
+        (["--stride=97", "--tasks=storyworld", "--limit=2"], "--stride=97 must be from 1 to"),
+        (["--split=dev"], 'no split "dev"'),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(base, monkeypatch, capsys, words, message):
+    models = [] if any(w.startswith("out/") for w in words) else [base]
+    assert message in str(command_line(monkeypatch, capsys, *models, *words)[0])
+
+
+def test_a_folder_that_is_no_model_says_so(tmp_path, monkeypatch, capsys):
+    assert "neither config.json nor" in command_line(monkeypatch, capsys, str(tmp_path))[0]
+
+
+def test_every_task_is_explained_in_help():
+    done = subprocess.run([sys.executable, "eval.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in TASKS)
