@@ -381,7 +381,8 @@ def main() -> None:
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
             for task in tasks:
                 for n in shots if task in TASKS else [0]:
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    half = dtype != torch.float32 and not (model.kind == "seq2seq" and dtype == torch.float16)
+                    with torch.autocast(device.type, dtype, enabled=half):  # T5 overflows in float16
                         result = evaluate(model, task, n, cfg)
                     heading = f"  {key(result.entry)}"
                     if result.skipped:

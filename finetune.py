@@ -592,6 +592,10 @@ def build(cfg: FinetuneConfig) -> TextModel:
     kind = "head" if cfg.method == "head" else kind_of(cfg.model, read_config(cfg.model))
     if kind == "head" and cfg.method != "head":
         raise TrainError(f"{cfg.model} has a classification head: --method=head")
+    if kind == "seq2seq" and pick_dtype(cfg.dtype, device) == torch.float16:  # T5's activations exceed 65,504
+        if cfg.dtype == "float16":
+            raise TrainError("T5 overflows in float16: --dtype=bfloat16, or float32 on an older card")
+        cfg.dtype = "float32"
     torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
     kwargs = four_bit(device) if cfg.load_in_4bit else {}
     if cfg.lora_r and not kwargs and device.type == "cuda":

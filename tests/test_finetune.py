@@ -564,6 +564,7 @@ def test_generation_stops_at_the_end_token_or_the_stop_text(checkpoints):
         (dict(task="dialogue", method="head"), "--method=head is for classes"),
         (dict(load_in_4bit=True), "needs --lora_r"),
         (dict(merge=True), "without --lora_r there is none"),
+        (dict(model="t5", dtype="float16"), "T5 overflows in float16"),
         (dict(lora_r=4, lora_targets="nothing_like_it"), "--lora_targets=nothing_like_it"),
         (dict(model="out/nowhere"), "there is no folder out/nowhere"),
         (dict(model="somebody/model"), "hf download somebody/model --local-dir models/model"),
