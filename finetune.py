@@ -13,11 +13,12 @@ weights stay as they are and every matrix W gets a low-rank correction W + (alph
 the only thing that is trained and saved; with `--load_in_4bit` W itself shrinks to 4 bits a weight (QLoRA,
 Dettmers et al., 2023).
 
-It reads a model and a task, and writes a run folder out/NAME as training does: the model or the adapter that
-was best by validation loss, run.json with its results on the validation split, predictions.jsonl with all it
-answered. Training, resuming and logging are train.py's Trainer.
+It reads a model and a task, and writes a run folder out/NAME as training does: the model or the adapter as it
+was at the end (nothing is chosen by the validation split), run.json with its results on that split,
+predictions.jsonl with all it answered. Training, resuming and logging are train.py's Trainer.
 """
 
+import bisect
 import contextlib
 import hashlib
 import importlib.util
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, find_task, judge, load_task
 from model import ModernDecoderLM, from_hf_config, write_atomically
-from tokenizer import Tokenizer
+from tokenizer import EOT, Tokenizer
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -71,6 +72,7 @@ class FinetuneConfig(TrainerConfig):
     context_length: int = (
         0  # tokens of a question and its answer at most; 0: the model's context, at most 1024
     )
+    dropout: float = -1.0  # while training, on embeddings and wherever the model has it; -1: the model's own
     lora_r: int = 0  # rank of LoRA's corrections; 0: train all weights
     lora_alpha: float = 0.0  # their scale is lora_alpha / lora_r; 0: 2 lora_r
     lora_dropout: float = 0.05  # on what the corrections read
@@ -114,10 +116,10 @@ class TextModel:
             ends = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None]
             self.eos = ends[0]
             self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
-            if model.config.pad_token_id is None:  # GPT-2; and a head must know where a text ends
-                model.config.pad_token_id = self.pad
+        if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head must know where a text ends
+            model.config.pad_token_id = self.pad
         self.before, self.behind = self.bos, []  # the special tokens around a prompt
-        if kind != "causal":
+        if kind != "causal" and not isinstance(tokenizer, Tokenizer):
             self.before, self.behind = frame(tokenizer, self.bos)
         known, named = model.config.vocab_size, size_of(tokenizer)
         # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
@@ -149,22 +151,23 @@ class TextModel:
         Worked examples (`shots`) stand before the question. If there is no room for all, the first of them
         go; if there is still none, the end of `text` does: never the question itself, and never the answer.
         """
-        room, lost = room or self.context_length, ""
-        shown, question = list(shots), task.prompt(text)
-        while True:
+        room, shown, lost = room or self.context_length, list(shots), ""
+
+        def asked(text: str) -> list[int]:
             before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
-            ids = self.before + self.encode(before + question) + self.behind
-            over = len(ids) - room
-            if over <= 0:
-                return ids, lost
-            if shown:
-                shown, lost = shown[1:], "shots"
-                continue
-            kept = self.encode(text)[: -over or None]
-            text, lost = self.decode(kept[:-1] if lost == "text" else kept).rstrip(), "text"
-            question = task.prompt(text)
-            if not text:
+            return self.before + self.encode(before + task.prompt(text)) + self.behind
+
+        ids = asked(text)
+        while len(ids) > room and shown:
+            shown, lost = shown[1:], "shots"
+            ids = asked(text)
+        if len(ids) > room:
+            # How many characters fit is found by bisection: tokens cut off and decoded need not encode back.
+            size = bisect.bisect(range(len(text)), room, key=lambda n: len(asked(text[:n].rstrip()))) - 1
+            if size < 1:
                 raise TrainError(f"{room} tokens are too few to ask anything: raise --context_length")
+            ids, lost = asked(text[:size].rstrip()), "text"
+        return ids, lost
 
     def answer_ids(self, task: Task, answer: str) -> list[int]:
         """The ids of an answer as they follow the question's last words (SentencePiece cares), endless."""
@@ -363,7 +366,7 @@ def load_model(name: str, device: torch.device, backend: str = "auto", context_l
         model = ModernDecoderLM.from_pretrained(name, device).pack()
         return TextModel(model, load_tokenizer(name), kind, name, context_length)
     model = with_adapter(name, kind) if adapter else from_hub(name, kind)
-    tokenizer = load_tokenizer(name, ours=False)
+    tokenizer = load_tokenizer(name, ours=backend != "transformers")
     return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length)
 
 
@@ -475,11 +478,12 @@ def task_of(name: str) -> str | None:
 
 
 def load_tokenizer(name: str, ours: bool = True):
-    """Our Tokenizer where it can read the folder's, else (or with ours=False) transformers'."""
-    if ours:
-        if Path(name).is_dir():
-            with contextlib.suppress(ValueError, OSError):
-                return Tokenizer.load(name)
+    """Our Tokenizer, which is faster, where it can read the folder's; else (or ours=False) transformers'."""
+    if ours and Path(name).is_dir():
+        with contextlib.suppress(ValueError, OSError):  # OSError: there is no tokenizer.json
+            tokenizer = Tokenizer.load(name)
+            if EOT in tokenizer.special_ids:
+                return tokenizer
     from transformers import AutoTokenizer
 
     with explained(name):
@@ -600,16 +604,34 @@ def build(cfg: FinetuneConfig) -> TextModel:
     kwargs = four_bit(device) if cfg.load_in_4bit else {}
     if cfg.lora_r and not kwargs and device.type == "cuda":
         kwargs["dtype"] = pick_dtype(cfg.dtype, device)  # frozen weights need no float32 copy
-    tokenizer = load_tokenizer(cfg.model, ours=False)
+    tokenizer = load_tokenizer(cfg.model)
     model = from_hub(cfg.model, kind, task.labels if kind == "head" else (), **kwargs)
+    if cfg.dropout >= 0:
+        set_dropout(model, cfg.dropout)
     text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)
-    if getattr(tokenizer, "pad_token", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token
+
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_r:
         text_model.model = add_lora(model, cfg, kind)
     return text_model
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Dropout of `p` wherever the architecture has it, and for Llama, which has next to none, on embeddings.
+
+    A small model that sees the same phrases again and again soon knows them by heart (README, SST-2).
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for layer in layers:
+        layer.p = p
+    for module in model.modules():  # some attention layers keep a number instead
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, p)
+    if not layers:
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, _, output: F.dropout(output, p, module.training))
 
 
 @dataclass
@@ -681,6 +703,7 @@ class FineTuner(Trainer):
     """The Trainer for a model of transformers: it saves and reads as these, or PEFT, do."""
 
     free_to_change = [*FREE_TO_CHANGE, "eval_examples", "max_eval_examples", "merge"]
+    keeps_best = False  # results are reported on the validation split: it must not choose the checkpoint
 
     def __init__(self, cfg: FinetuneConfig, text_model: TextModel, *args, **kwargs):
         self.text_model = text_model
@@ -688,7 +711,10 @@ class FineTuner(Trainer):
 
     def write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
-        self.text_model.tokenizer.save_pretrained(folder)
+        tokenizer = load_tokenizer(self.cfg.model, ours=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
 
     def read_model(self, folder: Path) -> None:
@@ -704,7 +730,7 @@ class FineTuner(Trainer):
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
-    """Trains, then evaluates the best checkpoint on the whole validation split; returns run.json."""
+    """Trains, then evaluates the model on the whole validation split; returns run.json."""
     begun = time.perf_counter()
     task = find_task(cfg.task)
     train, train_about = load_task(cfg.task, "train")
@@ -789,7 +815,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
 
 
 def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict:
-    """Evaluates what the run folder now holds, the best checkpoint, as anybody would load it; and merges."""
+    """Evaluates what the run folder now holds, as anybody would load it; and merges, if asked."""
     if cfg.merge:
         merge(folder)
     model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
@@ -826,6 +852,8 @@ def default_name(cfg: FinetuneConfig) -> str:
 
 
 def tokenizer_hash(tokenizer) -> str:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.hash
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 

@@ -565,7 +565,7 @@ class Tokenizer:
                 for token, i in tokenizer._ranks.items():  # not from `save`: does _core's proof hold?
                     if tokenizer.merge_word(token) != [i]:
                         raise ValueError(f"token {i}, {token!r}, is not what its own merges make")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer that we can read: {error}") from None
         return tokenizer
 

@@ -361,6 +361,7 @@ class Trainer:
     """
 
     free_to_change = FREE_TO_CHANGE
+    keeps_best = True  # publish the checkpoint with the lowest validation loss; False: the last one
 
     def __init__(
         self,
@@ -648,7 +649,8 @@ class Trainer:
         with self.autocast():
             found = self.evaluate(self.model, final)
         self.model.train()
-        improved = self.best is None or found["val_loss"] < self.best["val_loss"]
+        lowest = self.best is None or found["val_loss"] < self.best["val_loss"]
+        improved = lowest or not self.keeps_best
         if improved:
             self.best = {"step": self.step, **found}
         self.run["results"] = {"last": {"step": self.step, **found}, "best": self.best}
@@ -849,7 +851,7 @@ class Trainer:
         now = time.monotonic()
         if quiet and (self.step % max(1, self.cfg.max_steps // 20) == 0 or now > self.said + 60):
             self.said = now
-            left = (self.cfg.max_steps - self.step) * took / 60
+            left = (self.cfg.max_steps - self.step) * self.seconds / self.step / 60
             self.say(f"step {self.step}/{self.cfg.max_steps}  loss {loss:.4f}  {left:.1f} min left")
 
     def open_wandb(self):

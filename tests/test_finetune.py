@@ -317,6 +317,23 @@ def test_lora_equals_its_equation(settings):
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ours", "gpt2", "t5", "bert"])
+def test_dropout_reaches_every_architecture_while_training_and_only_then(settings, name):
+    task, method = ("sentiment", "head") if name == "bert" else ("dialogue", "lm")
+    text_model = build(settings(name, task=task, method=method, dropout=0.5))
+    rows, _ = tokenise(text_model, task, load_task(task, "train")[0][:3])
+    tensors = collate(rows, text_model.kind, text_model.pad)
+    ask_twice = lambda: [text_model.target_logits(*tensors) for _ in range(2)]  # noqa: E731
+    text_model.model.train()
+    assert not torch.allclose(*ask_twice())
+    text_model.model.eval()
+    assert torch.equal(*ask_twice())
+    calm = build(settings(name, task=task, method=method, dropout=0.0))
+    calm.model.train()
+    text_model.model = calm.model
+    assert torch.equal(*ask_twice())
+
+
 def test_gradient_checkpointing_changes_no_gradient(settings):
     grads = []
     for checkpointing in (False, True):
@@ -403,7 +420,7 @@ def test_each_architecture_gets_the_special_tokens_it_expects(settings):
         ids, _ = text_model.prompt(TASKS["sentiment"], "A fresh film.")
         plain = text_model.encode("A fresh film.\nIt was")
         at = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
-        names = text_model.tokenizer.convert_ids_to_tokens(ids)
+        names = finetune.load_tokenizer(text_model.name, ours=False).convert_ids_to_tokens(ids)
         ends[name, method] = names[:at], names[at + len(plain) :]
     eot = (["<|endoftext|>"], [])
     assert ends["ours", "lm"] == ends["gpt2", "lm"] == ends["gpt2", "head"] == eot
@@ -425,17 +442,32 @@ def test_an_adapter_whose_base_was_trained_anew_is_refused(settings, tmp_path, c
         finetune.finetune(settings(str(tmp_path / "base"), lora_r=2))
 
 
-def test_a_model_without_a_pad_token_gets_one(settings):
+def test_a_model_without_a_pad_token_gets_one(settings, tmp_path):
     text_model = build(settings("gpt2", method="head"))
-    assert text_model.tokenizer.pad_token_id == text_model.model.config.pad_token_id == text_model.eos
+    assert text_model.model.config.pad_token_id == text_model.eos
+    finetune.finetune(settings("gpt2", method="head"))
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "run")
+    assert saved.pad_token_id == config.pad_token_id == text_model.eos
+
+
+def test_our_tokenizer_stands_in_for_the_librarys_where_it_can(checkpoints, text):
+    for name in ("ours", "gpt2"):
+        fast, theirs = (finetune.load_tokenizer(checkpoints[name], ours) for ours in (True, False))
+        assert isinstance(fast, Tokenizer) and not isinstance(theirs, Tokenizer)
+        for t in text[::50]:
+            assert fast.encode(t, ()) == theirs(t, add_special_tokens=False)["input_ids"]
+    assert not isinstance(finetune.load_tokenizer(checkpoints["t5"]), Tokenizer)
 
 
 def test_a_text_that_is_too_long_loses_its_end_and_never_the_question_or_the_answer(settings):
     task = TASKS["dialogue"]
-    example = Example("Tom: It is raining again and again.\n" * 30, " Tom says that it rains.")
-    for name in ("ours", "gpt2", "t5"):
+    chat = "Tom: It is raining again and again.\n" * 30
+    example = Example(chat, " Tom says that it rains.")
+    smiling = Example("Tom: 😀😀😀" * 60, example.target)  # a token may be a part of a character
+    for name, long in ((n, e) for n in ("ours", "gpt2", "t5") for e in (example, smiling)):
         text_model = build(settings(name, task="dialogue", context_length=64))
-        (row,), cut = tokenise(text_model, "dialogue", [example])
+        (row,), cut = tokenise(text_model, "dialogue", [long])
         prompt, answer = row
         size = len(prompt) + (len(answer) if text_model.kind == "causal" else 0)
         assert cut == 1 and 56 <= size <= 64
@@ -444,7 +476,7 @@ def test_a_text_that_is_too_long_loses_its_end_and_never_the_question_or_the_ans
         assert text_model.decode(answer).strip() == example.target.strip()
     few = build(settings(context_length=24, task="dialogue"))
     with pytest.raises(TrainError, match="raise --context_length"):
-        few.prompt(task, example.text, room=3)
+        few.prompt(task, chat, room=3)
     with pytest.raises(TrainError, match="answer of .* leaves no room"):
         tokenise(few, "dialogue", [example])
 
@@ -629,6 +661,12 @@ def test_a_checkpoint_that_lacks_weights_is_never_filled_up_with_random_ones(tmp
         for backend in ("auto", "transformers"):
             with pytest.raises((TrainError, ValueError), match="does not hold|cannot be loaded"):
                 load_model(str(folder), torch.device("cpu"), backend)
+
+
+def test_the_model_that_is_kept_is_the_last_whatever_the_validation_split_says(settings, tmp_path):
+    run = finetune.finetune(settings(max_steps=6, eval_every=2, learning_rate=1.0))  # it gets worse and worse
+    assert run["results"]["last"]["step"] == 6
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "run/checkpoints/step-6"))
 
 
 def test_names_tell_task_model_and_method():
