@@ -661,7 +661,8 @@ class Trainer:
                 samples = self.sample(self.model)
             self.append("samples.jsonl", [{"step": self.step, **s} for s in samples])
             if samples:
-                self.say(f"  {samples[0]['prompt']}|{samples[0]['text'][:300]}".replace("\n", " "))
+                prompt, text = samples[0]["prompt"][-100:], samples[0]["text"][:300]
+                self.say(f"  {prompt}|{text}".replace("\n", " "))
         self.model.train()
         return improved
 
