@@ -673,19 +673,26 @@ class TrainingSet:
         )
 
 
-def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], int]:
-    """Pairs (prompt ids, answer ids with their end) for `collate`, and how many texts had to be cut."""
-    task, rows, cut = TASKS[name], [], 0
+def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], dict[str, int]]:
+    """Pairs (prompt ids, answer ids with their end) for `collate`, and what did not fit.
+
+    A text that is too long is "cut"; an answer never is: an example whose answer leaves less than 16 tokens
+    for the question is "left_out".
+    """
+    task, rows, lost = TASKS[name], [], {"cut": 0, "left_out": 0}
     answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
     for example in examples:
         answer = example.label if model.kind == "head" else [*answer_ids(example.target), model.eos]
         taken = len(answer) if model.kind == "causal" else 0
-        if taken >= model.context_length - 16:
-            raise TrainError(f"an answer of {taken} tokens leaves no room to ask: raise --context_length")
-        ids, lost = model.prompt(task, example.text, room=model.context_length - taken)
-        cut += bool(lost)
+        if taken > model.context_length - 16:
+            lost["left_out"] += 1
+            continue
+        ids, gone = model.prompt(task, example.text, room=model.context_length - taken)
+        lost["cut"] += bool(gone)
         rows.append((ids, answer))
-    return rows, cut
+    if not rows:
+        raise TrainError(f"no example of {name} fits into {model.context_length} tokens: --context_length")
+    return rows, lost
 
 
 def answer_loss(kind: str):
@@ -739,9 +746,9 @@ def finetune(cfg: FinetuneConfig) -> dict:
     text_model = build(cfg)
     kind = text_model.kind
     cfg.name = cfg.name or default_name(cfg)
-    rows, cut = tokenise(text_model, cfg.task, train)
+    rows, lost = tokenise(text_model, cfg.task, train)
     watched = subsample(validation, cfg.eval_examples, cfg.seed)
-    val_rows, val_cut = tokenise(text_model, cfg.task, watched)
+    val_rows, val_lost = tokenise(text_model, cfg.task, watched)
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = cfg.batch_size * cfg.grad_accum_steps * world
     training_set = TrainingSet(rows, batch, cfg.seed, kind, text_model.pad)
@@ -777,7 +784,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
         "kind": kind,
         "smoke": smoke,  # a run that was cut short is no result, and no report shows it as one
         "trained_parameters": trained,
-        "data": {"train": train_about | {"examples": len(train), "texts_cut": cut}},
+        "data": {"train": train_about | {"examples": len(train)} | lost},
     }
     about["data"]["validation"] = validation_about | {"examples": len(validation)}
     about["data"]["tokenizer"] = tokenizer_hash(text_model.tokenizer)
@@ -798,8 +805,11 @@ def finetune(cfg: FinetuneConfig) -> dict:
         f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {mean_length:.0f} tokens each, "
         f"{cfg.max_steps} steps of {batch}"
     )
-    if cut or val_cut:
-        trainer.say(f"{cut} texts for training and {val_cut} for validation were too long and lost their end")
+    for split, n in (("training", lost), ("validation", val_lost)):
+        if any(n.values()):
+            trainer.say(
+                f"too long for {split}: {n['cut']} texts lost their end, {n['left_out']} examples left out"
+            )
     trainer.say(f"an example, its answer in brackets: {shown(text_model, rows[0], task)}")
     try:
         run = trainer.run_all_steps()

@@ -19,12 +19,7 @@ ROOT = Path(chat.__file__).parent
 PROMPT = "Wörter, 日本語 and 🙂"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ SMALL = dict(device="cpu", dtype="float32", max_steps=4, batch_size=4, max_train
 SMALL |= dict(eval_examples=8, max_eval_examples=6, save_every=2, log_every=1, warmup_steps=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -378,8 +373,8 @@ def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
 def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_else(settings, model, task):
     text_model = build(settings(model, task=task))
     examples = load_task(task, "train")[0][:8]
-    rows, cut = tokenise(text_model, task, examples)
-    assert not cut and len({len(prompt) for prompt, _ in rows}) > 1
+    rows, lost = tokenise(text_model, task, examples)
+    assert not any(lost.values()) and len({len(prompt) for prompt, _ in rows}) > 1
     ids, mask, targets = collate(rows, text_model.kind, text_model.pad)
     for row, example in enumerate(examples):
         asked = targets[row][targets[row] != -100].tolist()
@@ -467,18 +462,20 @@ def test_a_text_that_is_too_long_loses_its_end_and_never_the_question_or_the_ans
     smiling = Example("Tom: 😀😀😀" * 60, example.target)  # a token may be a part of a character
     for name, long in ((n, e) for n in ("ours", "gpt2", "t5") for e in (example, smiling)):
         text_model = build(settings(name, task="dialogue", context_length=64))
-        (row,), cut = tokenise(text_model, "dialogue", [long])
+        (row,), lost = tokenise(text_model, "dialogue", [long])
         prompt, answer = row
         size = len(prompt) + (len(answer) if text_model.kind == "causal" else 0)
-        assert cut == 1 and 56 <= size <= 64
+        assert lost == {"cut": 1, "left_out": 0} and 56 <= size <= 64
         asked = text_model.decode(prompt)
         assert asked.startswith("Conversation:") and asked.rstrip().endswith("Summary:")
         assert text_model.decode(answer).strip() == example.target.strip()
     few = build(settings(context_length=24, task="dialogue"))
     with pytest.raises(TrainError, match="raise --context_length"):
         few.prompt(task, chat, room=3)
-    with pytest.raises(TrainError, match="answer of .* leaves no room"):
-        tokenise(few, "dialogue", [example])
+    with pytest.raises(TrainError, match="no example of dialogue fits into 24 tokens"):
+        tokenise(few, "dialogue", [Example(chat, example.target * 4)])
+    rows, lost = tokenise(few, "dialogue", [Example("Hi", example.target * 4), Example("Hi", " Hi.")])
+    assert len(rows) == 1 and lost["left_out"] == 1  # an answer is never cut
 
 
 def test_examples_in_a_prompt_go_first_when_there_is_no_room(settings):

@@ -41,13 +41,7 @@ from model import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are too small to be worth waking a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 VOCAB = 61

@@ -37,13 +37,7 @@ TINY |= dict(
 MEASURED = {"seconds", "tokens_per_second", "step_seconds", "eval_seconds", "peak_memory_gib", "mfu"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are too small to be worth waking a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
