@@ -40,7 +40,6 @@ from model import (
     softmax,
 )
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
