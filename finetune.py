@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -423,6 +424,7 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
 
     transformers.logging.set_verbosity_error()  # a new head is no surprise, nor is a slow tokenizer
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
     config = read_config(name)
     if config.get("model_type") == "modern_llm":
         raise TrainError(
