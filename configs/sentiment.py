@@ -1,12 +1,18 @@
-"""The embedded stand-in for SST-2: our base learns with LoRA whether a review is good or bad."""
+"""The embedded stand-in for SST-2: our base learns with LoRA and a head whether a review is good or bad.
 
+A head, because the stories that the base has read never say "bad": LoRA leaves the embeddings as they are,
+and without a good one for this word --method=lm stops at 87 %.
+"""
+
+name = "sentiment"
 task = "sentiment"
 model = "out/base"
+method = "head"
 lora_r = 16
 
 epochs = 3.0
 batch_size = 32
-learning_rate = 3e-3  # a base of 1.6M parameters bears, and needs, ten times what GPT-2 does
-warmup_steps = 20
+learning_rate = 2e-3  # a base of 1.6M parameters bears ten times what GPT-2 does; 5e-3 learns nothing
+warmup_steps = 40
 eval_every = 125
 save_every = 125
