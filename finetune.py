@@ -447,7 +447,6 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
 
 def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
     """Base and adapter of a folder that PEFT saved, in float32."""
-    import peft
 
     settings = read_json(Path(name) / "adapter_config.json")
     run = Path(name) / "run.json"
@@ -459,6 +458,8 @@ def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
         )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
     base = from_hub(settings["base_model_name_or_path"], kind, labels)
+    import peft  # behind from_hub, which quiets what it imports
+
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name)
     return model.merge_and_unload() if merge else model
