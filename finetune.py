@@ -609,6 +609,9 @@ def build(cfg: FinetuneConfig) -> TextModel:
         kwargs["dtype"] = pick_dtype(cfg.dtype, device)  # frozen weights need no float32 copy
     tokenizer = load_tokenizer(cfg.model)
     model = from_hub(cfg.model, kind, task.labels if kind == "head" else (), **kwargs)
+    odd = [m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit" and m.in_features % 64]
+    if odd and device.type == "cpu":  # a block of bitsandbytes' 64 weights must not reach across rows there
+        raise TrainError(f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {odd[0]}")
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
     text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)

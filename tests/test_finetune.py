@@ -359,6 +359,13 @@ def test_qlora_trains_in_four_bits_and_comes_back(settings, tmp_path):
     assert len(answers) == 3
 
 
+def test_qlora_on_a_cpu_refuses_widths_that_bitsandbytes_cannot_compute_there(settings, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    assert "multiples of 64, not 32" in command_line(
+        monkeypatch, settings("gpt2", lora_r=4, load_in_4bit=True)
+    )
+
+
 def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
