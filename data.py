@@ -779,14 +779,28 @@ def arithmetic_text(split: str) -> Iterator[str]:
         yield "\n".join(_equation(rng) for _ in range(8))
 
 
-def _equation(rng: random.Random) -> str:
+def numbers_text(split: str) -> Iterator[str]:
+    """Text with everything that word problems need except how to solve one: problems told, equations solved.
+
+    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Half of the
+    equations have the annotated form that solutions use.
+    """
+    rng = random.Random(f"numbers {split} {SEED}")
+    for problem in arithmetic(split):
+        yield problem["question"]
+        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(6))
+
+
+def _equation(rng: random.Random, annotated: bool = False) -> str:
     sign = pick(rng, "++-*")
     if sign == "*":
         b = number(rng, 2, 12)
-        return f"{(a := number(rng, 2, min(12, LIMIT // b)))}*{b}={a * b}"
-    a = number(rng, 2, LIMIT - 1)
-    b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
-    return f"{a}{sign}{b}={a + b if sign == '+' else a - b}"
+        a = number(rng, 2, min(12, LIMIT // b))
+    else:
+        a = number(rng, 2, LIMIT - 1)
+        b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
+    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return f"{a}{sign}{b}=" + (f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{result}")
 
 
 # -----------------------------------------------------------------------------
@@ -904,6 +918,83 @@ def _generated(name: str, make: Callable, split: str, n: int | None, seed: int) 
 
 
 # -----------------------------------------------------------------------------
+# instructions: what an assistant is asked to do, with the one right answer, so that following can be counted
+
+OPPOSITES = "hot:cold big:small day:night wet:dry fast:slow old:new open:closed up:down light:dark full:empty"
+OPPOSITES = dict(pair.split(":") for pair in OPPOSITES.split())
+SOUNDS = "dog:woof cat:meow cow:moo duck:quack sheep:baa owl:hoot lion:roar bee:buzz pig:oink frog:ribbit"
+SOUNDS = dict(pair.split(":") for pair in SOUNDS.split())
+WORDS = """apple baker boat bread bridge candle castle cloud clock corn crow desk door drum egg farm fish
+fire fox frost gate garden glass goat hat hill honey horse island jar jam king kite lake lamp leaf lemon moon
+nest nut oak orange paper pear pond queen rain river road rope sand sea seed ship shoe silver snow star sun
+swan table tent tree wheel window wood""".split()
+WISHES = {  # what is asked, and what is said; {x} and {y} are drawn, {z} follows from them
+    "opposite": ("What is the opposite of {x}?|Tell me the opposite of {x}.", "The opposite of {x} is {z}."),
+    "sound": ("What does {a_x} say?|Which sound does {a_x} make?", "{A_x} says {z}."),
+    "repeat": ("(Say|Write|Repeat) the word {x} {y} times.", "{z}"),
+    "capitals": ("(Write|Put) {x} in capital letters.|Shout: {x}!", "{z}"),
+    "spell": ("Spell the word {x}.|How is {x} spelt?", "{z}"),
+    "backwards": ("(Write|Say) these words backwards: {x}.", "{z}"),
+    "count": ("Count from {x} to {y}.", "{z}"),
+    "larger": ("Which is larger, {x} or {y}?|(Name|Tell me) the larger of {x} and {y}.", "{z} is larger."),
+    "sum": ("What is {x} plus {y}?|Add {x} and {y}.", "{x}+{y}=<<{x}+{y}={z}>>{z}"),
+    "after": ("Which day comes after {x}?|What day is it the day after {x}?", "{z} comes after {x}."),
+    "greet": ("Say hello to {x}.|Greet {x}.", "Hello, {x}!"),
+    "first": ("What is the first letter of {x}?|Which letter does {x} begin with?", "{X} begins with {z}."),
+}  # fmt: skip
+
+
+def instructions(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+    """Conversations, {"messages"}, of one to three turns, a third of them with somebody to speak as.
+
+    What is asked, not how, decides the split: a word that a test wants spelt is spelt nowhere in training.
+    """
+
+    def wish(rng: random.Random, kind: str) -> list[dict]:
+        y = ""
+        if kind in ("larger", "sum"):
+            x, y = number(rng, 2, 60), number(rng, 2, 39)
+            if x == y:
+                return wish(rng, kind)
+            z = x + y if kind == "sum" else max(x, y)
+        elif kind == "count":
+            x, y = (start := number(rng, 1, 20)), start + number(rng, 2, 7)
+            z = " ".join(map(str, range(x, y + 1)))
+        elif kind in ("opposite", "sound"):
+            x, z = pick(rng, list((OPPOSITES if kind == "opposite" else SOUNDS).items()))
+        elif kind == "after":
+            day = int(rng.random() * 7)
+            x, z = DAYS[day], DAYS[(day + 1) % 7]
+        elif kind == "greet":
+            x = z = pick(rng, GIRLS + BOYS)
+        elif kind == "backwards":
+            words = [pick(rng, WORDS) for _ in range(number(rng, 2, 4))]
+            x, z = " ".join(words), " ".join(words[::-1])
+        else:
+            x, y = pick(rng, WORDS), number(rng, 2, 4)
+            z = {"repeat": " ".join([x] * y), "capitals": x.upper(), "first": x[0]}.get(kind, " ".join(x))
+        # There is nothing to generalise from about what a dog says; everything else has its split.
+        if kind not in ("opposite", "sound", "after", "greet") and split_of(f"{kind} {x} {y}") != split:
+            return wish(rng, kind)
+        slots, (asked, said) = Slots(x=str(x), y=str(y), z=str(z)), WISHES[kind]
+        return talk(*(fill(rng, parse(text), slots) for text in (asked, said)))
+
+    def rows() -> Iterator[dict]:
+        rng, seen = random.Random(f"instructions {split} {seed}"), set()
+        while True:
+            kinds = [pick(rng, list(WISHES)) for _ in range(pick(rng, (1, 1, 1, 2, 3)))]
+            messages = [message for kind in kinds for message in wish(rng, kind)]
+            if rng.random() < 0.3:
+                role = fill(rng, parse("You are a (kind|helpful) (robot|teacher)."), {})
+                messages.insert(0, {"role": "system", "content": role})
+            if (text := json.dumps(messages)) not in seen:
+                seen.add(text)
+                yield {"messages": messages}
+
+    return islice(rows(), n)
+
+
+# -----------------------------------------------------------------------------
 # corpora: what each name stands for, and where it is looked for
 
 
@@ -954,6 +1045,7 @@ CORPORA = {
 EMBEDDED = {  # name -> its documents, how many in train, how many in validation and in test
     "storyworld": (storyworld, 30_000, 1_000),
     "arithmetic": (arithmetic_text, 40_000, 1_000),
+    "numbers": (numbers_text, 40_000, 1_000),
 }
 
 
@@ -1382,8 +1474,12 @@ GENERATED = {"train": 4_000, "validation": 500, "test": 1_000}  # rows of an emb
 
 
 @cache
-def load_task(name: str, split: str, data_dir: str | None = None) -> tuple[list[Example], dict[str, str]]:
+def load_task(
+    name: str, split: str, data_dir: str | None = None, first: int = 0, count: int = 0
+) -> tuple[list[Example], dict[str, str]]:
     """The examples of one split, and {"source", "licence", "fingerprint"} of them for a run's record.
+
+    With `count` only so many, from number `first` on; embedded tasks have as many as anybody asks for.
 
     Real tasks are looked for in $DATA_DIR as plain files and then on the hub, through `datasets`. Raises
     DataError that says what is missing and where it would be found.
@@ -1393,13 +1489,16 @@ def load_task(name: str, split: str, data_dir: str | None = None) -> tuple[list[
     if split not in SPLITS:
         raise DataError(f'there is no split "{split}"; the splits are {", ".join(SPLITS)}')
     if task.generator:
-        rows, source = list(task.generator(split, GENERATED[split])), f"generated by data.py, seed {SEED}"
+        last = first + (count or GENERATED[split])
+        rows = list(islice(task.generator(split, last), first, None))
+        source = f"generated by data.py, seed {SEED}" + (f", from row {first + 1:,} on" if first else "")
     else:
         held = task.hold_out and split != "test"
         rows, source = _task_rows(name, "train" if held else split, data_dir)
         if held:
             rows = rows[: -task.hold_out] if split == "train" else rows[-task.hold_out :]
             source += f" (its last {task.hold_out} rows are validation)"
+        rows = rows[first : first + count] if count else rows[first:]
     examples = [e for i, row in enumerate(rows) if (e := _example(name, task, row, f"{source}, row {i + 1}"))]
     if not examples:
         raise DataError(f"{name}, {split}: {source} holds no examples")
@@ -1501,6 +1600,171 @@ def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str | None = Non
             kept.append(example)
             counts[example.label or 0] += 1
     return kept
+
+
+# -----------------------------------------------------------------------------
+# conversations and preferences: what alignment learns from
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A conversation that ends with the user's turn, and two answers to it."""
+
+    messages: list[dict]  # [{"role": "system", "user" or "assistant", "content": ...}, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A data set of conversations or preferences: where it is, on the hub and in $DATA_DIR."""
+
+    hub: str
+    files: tuple[str, ...]  # the first that is there is read, and split by what is asked first
+    licence: str
+    hub_split: str = "train"
+
+
+COLLECTIONS = {
+    "alpaca": Collection("tatsu-lab/alpaca", ("alpaca/train", "instruct/alpaca_5000"), "CC BY-NC 4.0"),
+    "dolly": Collection("databricks/databricks-dolly-15k", ("dolly/train",), "CC BY-SA 3.0"),
+    "lima": Collection("GAIR/lima", ("lima/train", "instruct/lima"), "CC BY-NC-SA"),
+    "hh-rlhf": Collection("Anthropic/hh-rlhf", ("hh-rlhf/train", "hh-rlhf/helpful-base/test"), "MIT"),
+    "ultrafeedback": Collection(
+        "HuggingFaceH4/ultrafeedback_binarized", ("ultrafeedback/train",), "MIT", hub_split="train_prefs"
+    ),
+}
+
+
+def load_conversations(name: str, split: str, data_dir: str | None = None) -> tuple[list[list[dict]], dict]:
+    """Conversations of one split, [[{"role", "content"}, ...], ...], and their source, for a run's record.
+
+    `name`: the embedded `instructions`, a task (its questions and answers are turns), alpaca, dolly, lima, or
+    a file. What is not split by its makers is split by the first thing that the user says: 90, 5, 5 %.
+    """
+    if name in TASKS:
+        examples, about = load_task(name, split, data_dir)
+        return [talk(e.text, e.target.strip()) for e in examples], about
+    if name == "instructions":
+        chats = [row["messages"] for row in instructions(split, GENERATED[split])]
+        about = {"source": f"generated by data.py, seed {SEED}", "licence": "MIT"}
+    else:
+        rows, about = _collection(name, split, data_dir)
+        chats = [messages for row in rows if (messages := messages_of(row, about["source"]))]
+    if not chats:
+        raise DataError(f"{name}, {split}: {about['source']} holds no conversations")
+    return chats, about | {"fingerprint": _sha256(json.dumps(c).encode() for c in chats)}
+
+
+def load_preferences(name: str, split: str, data_dir: str | None = None) -> tuple[list[Preference], dict]:
+    """Preferences of one split and their source: hh-rlhf, ultrafeedback, or a file of pairs."""
+    rows, about = _collection(name, split, data_dir)
+    pairs = [preference_of(row, about["source"]) for row in rows]
+    kept = [p for p in pairs if p.messages and p.chosen and p.rejected and p.chosen != p.rejected]
+    if len(kept) < len(pairs):
+        about["source"] += f" ({len(pairs) - len(kept)} pairs with an empty or identical side left out)"
+    if not kept:
+        raise DataError(f"{name}, {split}: {about['source']} holds no pairs")
+    texts = (json.dumps([p.messages, p.chosen, p.rejected]).encode() for p in kept)
+    return kept, about | {"fingerprint": _sha256(texts)}
+
+
+def talk(question: str, answer: str = "") -> list[dict]:
+    turns = [{"role": "user", "content": question}]
+    return turns + [{"role": "assistant", "content": answer}] * bool(answer)
+
+
+def _collection(name: str, split: str, data_dir: str | None) -> tuple[list[dict], dict]:
+    data_dir, found = data_dir or os.environ.get("DATA_DIR") or "data", COLLECTIONS.get(name)
+    endings = [f"{kind}{gz}" for kind in (".jsonl", ".json", ".parquet") for gz in ("", ".gz")]
+    paths = [os.path.join(data_dir, file + end) for file in (found.files if found else ()) for end in endings]
+    path = name if not found else next(filter(os.path.exists, paths), "")
+    licence = found.licence if found else "yours"
+    if path and not os.path.exists(path):
+        known = ", ".join(["instructions", *COLLECTIONS, *TASKS])
+        raise DataError(f'"{name}" is neither a file nor a collection; those are {known}')
+    if path:
+        rows, source = list(read_rows(path)), os.path.relpath(path, data_dir) if found else path
+    else:
+        try:
+            from datasets import load_dataset
+
+            rows, source = (
+                list(load_dataset(found.hub, split=found.hub_split)),
+                f"{found.hub} on Hugging Face",
+            )
+        except Exception as error:  # as in _task_rows
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+            raise DataError(
+                f"{name} is not on this disk and could not be fetched: {why}\n"
+                f"Get online ({found.hub} on Hugging Face), or put it at "
+                f"{os.path.join(data_dir, found.files[0])}.jsonl; the embedded collections need neither: "
+                "instructions, arithmetic"
+            ) from None
+    rows = [row for row in rows if split_of(_first_words(row)) == split]
+    return rows, {"source": f"{source}, split by what is asked first", "licence": licence}
+
+
+def _first_words(row: dict) -> str:
+    """What the user says first: rows that share it must share their split."""
+    for key in ("prompt", "instruction", "question"):
+        if isinstance(row.get(key), str):
+            return row[key]
+    text = row.get("chosen")
+    if isinstance(text, str):
+        return text.split("Assistant:")[0]
+    return json.dumps((row.get("messages") or row.get("conversations") or text or [""])[:1])
+
+
+NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+def messages_of(row: dict, where: str = "") -> list[dict]:
+    """A row of any of the usual forms as messages; [] if nobody says anything in it."""
+    turns = row.get("messages") or row.get("conversations")
+    if turns and isinstance(turns[0], str):  # LIMA on the hub: by turns
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    if turns:
+        roles = [t.get("role") or t["from"] for t in turns]
+        texts = [t.get("content") or t.get("value") or "" for t in turns]
+        pairs = zip(roles, texts, strict=True)
+        turns = [{"role": NAMES.get(role, role), "content": text} for role, text in pairs]
+        return turns if all(t["content"].strip() for t in turns) else []
+    asked = next((row[k] for k in ("instruction", "prompt", "question") if row.get(k)), None)
+    more = next((row[k] for k in ("input", "context") if row.get(k)), "")
+    said = next((row[k] for k in ("output", "response", "completion", "answer") if k in row), None)
+    if said is None and (found := row.get("instances")):  # self-instruct's seed tasks
+        more, said = found[0].get("input", ""), found[0].get("output")
+    if asked is None or said is None:
+        raise DataError(f"{where}: no messages, nor instruction and output, among {', '.join(row)}")
+    return talk(f"{asked}\n\n{more}".strip(), str(said).strip()) if str(said).strip() else []
+
+
+def preference_of(row: dict, where: str = "") -> Preference:
+    """A row as a Preference: hh-rlhf's transcripts, ultrafeedback's messages, or prompt and two answers."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if chosen is None or rejected is None:
+        raise DataError(f"{where}: a pair needs the columns chosen and rejected, not {', '.join(row)}")
+    if isinstance(chosen, str) and chosen.lstrip().startswith("Human:"):
+        turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + chosen.strip())[1:]
+        roles = (NAMES.get(name.lower(), "assistant") for name in turns[::2])
+        told = [{"role": r, "content": t.strip()} for r, t in zip(roles, turns[1::2], strict=True)]
+        return Preference(told[:-1], told[-1]["content"], rejected.rpartition("\n\nAssistant:")[2].strip())
+    if isinstance(chosen, list):
+        before = [{"role": m["role"], "content": m["content"]} for m in chosen[:-1]]
+        return Preference(before, chosen[-1]["content"].strip(), rejected[-1]["content"].strip())
+    if isinstance(chosen, dict):
+        chosen, rejected = (side.get("value") or side.get("content") or "" for side in (chosen, rejected))
+    asked = messages_of({k: v for k, v in row.items() if k != "answer"} | {"output": "?"})
+    asked = asked[:-1] if asked and asked[-1]["content"] == "?" else asked
+    return Preference(asked, chosen.strip(), rejected.strip())
+
+
+def refuse_overlap(train: Iterable[str], test: Iterable[str], what: str) -> None:
+    """Raises DataError if a text that is tested on is trained on."""
+    shared = set(train) & set(test)
+    if shared:
+        raise DataError(f"{what}: {len(shared)} test items are also trained on, such as {min(shared)[:80]!r}")
 
 
 # -----------------------------------------------------------------------------
@@ -1768,6 +2032,125 @@ def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict]
         said = sum(r["prediction"] is not None for r in records)
         metrics["answered"] = proportion(said, len(records))
     return records, metrics
+
+
+# -----------------------------------------------------------------------------
+# choosing among many answers, and what is wrong with a wrong one
+
+
+def best_of(scores: Iterable[float]) -> int | None:
+    """Index of the highest score; of equals the first, of none None."""
+    scores = list(scores)
+    return max(range(len(scores)), key=scores.__getitem__) if scores else None
+
+
+def weighted_vote(answers: Iterable[str | None], weights: Iterable[float]) -> str | None:
+    """The answer whose weights add up to most (Li et al., 2023); samples without an answer have no vote."""
+    totals: dict[str, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + weight
+    return max(totals, key=totals.get, default=None)
+
+
+def gate(probabilities: Iterable[float], threshold: float) -> tuple[int, int]:
+    """Sampling on until one is good enough: (index of the best so far, samples spent)."""
+    best, spent = 0, 0
+    probabilities = list(probabilities)
+    for spent, p in enumerate(probabilities, 1):
+        best = best if p <= probabilities[best] else spent - 1
+        if probabilities[best] >= threshold:
+            break
+    return best, spent
+
+
+def equations(text: str) -> list[tuple[str, str]]:
+    """The annotated steps of a solution, [(expression, result), ...] of `<<expression=result>>`."""
+    return [(e.replace(" ", ""), r.strip()) for e, r in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", text)]
+
+
+def calculates(text: str) -> bool:
+    """Whether every annotated step of a solution is calculated right, and its last result is its answer."""
+    steps = equations(text)
+    try:
+        right = all(decimal_text(calculate(e)) == plain_number(r) for e, r in steps)
+    except CalculatorError:
+        return False
+    return bool(steps) and right and plain_number(steps[-1][1]) == extract_number(text)
+
+
+def kind_of_error(output: str, target: str) -> str:
+    """What is wrong with a solution at the first step where it leaves the true one.
+
+    "slip": the right equation, another result; "operation": the right numbers, another sign; "plan": another
+    equation, or one too few or too many; "answer": all steps right, the final number not theirs; "none":
+    no number at all.
+    """
+    if extract_number(output) is None:
+        return "none"
+
+    def numbers(expression: str) -> list[str]:
+        return sorted(re.findall(r"[\d.]+", expression))
+
+    for (said, result), (meant, value) in zip(equations(output), equations(target), strict=False):
+        signs = [re.sub(r"[\d.]+", "", e) for e in (said, meant)]
+        if numbers(said) != numbers(meant):
+            return "plan"
+        if signs[0] != signs[1] or (said != meant and set(signs[0]) & set("-/")):  # 5-3 is not 3-5
+            return "operation"
+        if plain_number(result) != plain_number(value):
+            return "slip"
+    return "plan" if len(equations(output)) != len(equations(target)) else "answer"
+
+
+# -----------------------------------------------------------------------------
+# judging a verifier: scores against labels
+
+
+def auc(labels, scores) -> float:
+    """The chance that a right answer scores above a wrong one, ties counting half; nan without both kinds."""
+    import numpy as np
+
+    labels, scores = np.asarray(labels, bool), np.asarray(scores, float)
+    if labels.all() or not labels.any():
+        return math.nan
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]  # of equals, the mean of their ranks
+    n = labels.sum()
+    return float((ranks[labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
+
+
+def auc_within(labels, scores) -> dict:
+    """The mean over problems of `auc` of each one's answers, (problems, n); how hard a problem is has no say.
+
+    Problems with only right or only wrong answers say nothing, and are not counted.
+    """
+    import numpy as np
+
+    each = [auc(a, s) for a, s in zip(labels, scores, strict=True)]
+    each = [a for a in each if not math.isnan(a)]
+    return bootstrap(np.array(each), rounds=500) if each else {"value": math.nan, "n": 0}
+
+
+def calibration(labels, probabilities, bins: int = 10) -> dict:
+    """Expected calibration error (Guo et al., 2017) and what a reliability plot shows, bin by bin."""
+    import numpy as np
+
+    labels, probabilities = np.asarray(labels, float), np.asarray(probabilities, float)
+    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+    found = []
+    for b in range(bins):
+        here = which == b
+        if here.any():
+            found.append(
+                {
+                    "n": int(here.sum()),
+                    "said": float(probabilities[here].mean()),
+                    "is": float(labels[here].mean()),
+                }
+            )
+    error = sum(b["n"] * abs(b["said"] - b["is"]) for b in found) / len(labels)
+    return {"ece": error, "bins": found}
 
 
 def main() -> None:

@@ -29,6 +29,13 @@ should. A prompt that is too long loses examples first, then the end of its text
 did is reported. --contamination=8 tells how many test items share 8 words in a row with what the model was
 trained on, where a run's record says what that was.
 
+--samples=16 --verifier=out/verifier, for tasks with a checkable answer: test-time compute. So many answers to
+each problem are sampled (and kept in the run folder); from the first 1, 2, 4, ... of them one is chosen by
+majority (self-consistency), by a verifier (the best one, or a vote weighted by its scores), or by a vote of
+those whose sums a calculator confirms, beside the oracle, pass@n, which knows the true answer; with paired
+differences. Also: sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills
+in, and what is wrong with the wrong ones.
+
 It prints a table and, where several models answered the same items, the paired differences to the first one.
 Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json, one entry for each
 task, split and number of shots, and answers/: every answer, and the wrong ones apart, a line each.
@@ -51,19 +58,29 @@ from data import (
     EMBEDDED,
     TASKS,
     DataError,
+    best_of,
     bits_per_byte,
     bootstrap,
+    calculates,
     corpus_info,
     documents,
+    extract_number,
     few_shot,
+    gate,
     judge,
+    kind_of_error,
     load_task,
+    majority,
     paired_bootstrap,
+    pass_at,
     perplexity,
+    proportion,
+    weighted_vote,
 )
-from finetune import TextModel, ask, load_model, show, subsample
+from finetune import TextModel, ask, load_model, sampled, show, subsample
 from model import write_atomically
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
+from verifier import Verifier
 
 
 @dataclass
@@ -82,6 +99,9 @@ class EvalConfig:
     context_length: int = 0  # tokens that a model may look at; 0: as many as it can
     stride: int = 0  # corpora: tokens from one window to the next; 0: half a window
     contamination: int = 0  # look for so many words in a row of each item in the training text; 0: don't
+    samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
+    temperature: float = 0.8  # of these samples
+    verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a card
     device: str = "auto"  # cuda, cpu, ...
@@ -245,9 +265,169 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
 
 
 def key(entry: dict) -> str:
+    if entry.get("samples"):
+        return f"{entry['task']} {entry['split']} {entry['samples']} samples"
     return f"{entry['task']} {entry['split']} {entry['shots']}-shot" + " calibrated" * entry.get(
         "calibrated", 0
     )
+
+
+# -----------------------------------------------------------------------------
+# Test-time compute: many answers to a problem, and ways to choose one of them
+
+KINDS_OF_ERROR = {
+    "slip": "right equation, wrong number",
+    "operation": "right numbers, wrong operation",
+    "plan": "wrong plan",
+    "answer": "right steps, wrong answer",
+    "none": "no answer",
+}
+
+
+def budgets(n: int) -> list[int]:
+    """1, 2, 4, ... and n."""
+    return sorted({2**i for i in range(n.bit_length())} | {n}) if n > 0 else []
+
+
+def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Verifier]) -> Result:
+    """What a model makes of `cfg.samples` answers to each problem, by every way to choose among them.
+
+    The first k of the samples are what a budget of k would have drawn, so the curves share their samples,
+    and differences are paired. Nothing here looks at the true answer but `pass`, the oracle.
+    """
+    begun, task, n = time.perf_counter(), TASKS[name], cfg.samples
+    split = cfg.split or task.test
+    everything, about = load_task(name, split)
+    examples = subsample(everything, cfg.limit, cfg.seed)
+    drawn = sampled(model, name, split, examples, n, cfg.temperature, cfg.seed)
+    seconds = time.perf_counter() - begun
+    greedy = [a[0] for a in sampled(model, name, split, examples, 1, 0.0, cfg.seed)]
+    tool = [a[0] for a in sampled(model, name, split, examples, 1, 0.0, cfg.seed, calculator=True)]
+    truth = [extract_number(e.target) for e in examples]
+    numbers = [[extract_number(a) for a in some] for some in drawn]
+    right = np.array(
+        [[a is not None and a == t for a in some] for some, t in zip(numbers, truth, strict=True)]
+    )
+    fine = [[calculates(a) for a in some] for some in drawn]
+    problems, flat = [e.text for e in examples for _ in range(n)], [a for some in drawn for a in some]
+
+    def hits(chosen) -> np.ndarray:
+        return np.array([a is not None and a == t for a, t in zip(chosen, truth, strict=True)], float)
+
+    # Every way to choose, as a function of the budget k that returns one number a problem.
+    ways = {"majority": lambda k: [majority(some[:k]) for some in numbers]}
+    ways["calculator vote"] = lambda k: [
+        majority(a for a, ok in zip(some[:k], oks[:k], strict=True) if ok) or majority(some[:k])
+        for some, oks in zip(numbers, fine, strict=True)
+    ]
+    gates, scores = {}, {}
+    for label, verifier in verifiers.items():
+        score, p = (x.reshape(len(examples), n) for x in verifier.judge(problems, flat, f"{label} judges"))
+        scores[label] = score
+        ways[f"{label}, best"] = lambda k, s=score: [
+            some[best_of(r[:k])] for some, r in zip(numbers, s, strict=True)
+        ]
+        # A score is a log-probability up to what the samples of a problem share: its exp is a weight.
+        ways[f"{label}, vote"] = lambda k, s=score: [
+            weighted_vote(some[:k], np.exp(r[:k] - r[:k].max())) for some, r in zip(numbers, s, strict=True)
+        ]
+        gates[label] = gating(p, numbers, hits)
+    right_alone = {"greedy": hits(greedy), "greedy, calculator": hits(tool)}
+    curves = {way: {k: hits(choose(k)) for k in budgets(n)} for way, choose in ways.items()}
+    last = {way: curve[n] for way, curve in curves.items()}
+    metrics = {
+        "exact_match": share(right_alone["greedy"]),
+        "calculator": share(right_alone["greedy, calculator"]),
+    }
+    metrics["mean_sample"] = bootstrap(right.mean(1))
+    metrics |= {f"{way} of {n}": share(h) for way, h in last.items()}
+    metrics[f"pass@{n}"] = share(right.any(1).astype(float))
+    differences = {}
+    for way, h in {**last, "greedy, calculator": right_alone["greedy, calculator"]}.items():
+        differences[f"{way} - greedy"] = paired_bootstrap(h, right_alone["greedy"])
+        if way != "majority":
+            differences[f"{way} - majority"] = paired_bootstrap(h, last["majority"])
+    oracle = {k: float(np.mean([pass_at(k, n, int(c)) for c in right.sum(1)])) for k in budgets(n)}
+    errors = [
+        kind_of_error(g, e.target.strip())
+        for g, e, ok in zip(greedy, examples, right_alone["greedy"], strict=True)
+        if not ok
+    ]
+    entry = {"task": name, "split": split, "shots": 0, "samples": n, "temperature": cfg.temperature}
+    entry |= {
+        "metrics": metrics,
+        "items": len(examples),
+        "of": len(everything),
+        "seed": cfg.seed,
+        "data": about,
+    }
+    entry["curves"] = {way: {k: share(h) for k, h in curve.items()} for way, curve in curves.items()}
+    entry["curves"]["pass"] = {k: {"value": v, "n": len(examples)} for k, v in oracle.items()}
+    entry |= {
+        "differences": differences,
+        "gating": gates,
+        "verifiers": {k: v.name for k, v in verifiers.items()},
+    }
+    entry["errors"] = {kind: errors.count(kind) for kind in KINDS_OF_ERROR}
+    entry |= {"sampling_seconds": round(seconds, 2), "seconds": round(time.perf_counter() - begun, 2)}
+    records = []
+    for i, example in enumerate(examples):
+        record = {
+            "text": example.text,
+            "target": example.target.strip(),
+            "answer": truth[i],
+            "output": greedy[i],
+        }
+        record |= {"prediction": extract_number(greedy[i]), "correct": bool(right_alone["greedy"][i])}
+        record |= {"right_samples": int(right[i].sum()), "majority": majority(numbers[i])}
+        for label, score in scores.items():
+            record[label] = drawn[i][best_of(score[i])]
+            record[f"{label} correct"] = bool(last[f"{label}, best"][i])
+        records.append(record)
+    return Result(entry, records)
+
+
+def share(hits: np.ndarray) -> dict:
+    return proportion(int(hits.sum()), len(hits))
+
+
+def gating(p: np.ndarray, numbers: list[list], hits) -> list[dict]:
+    """Sampling until an answer is probable enough: for each threshold, samples spent and problems right."""
+    found = []
+    for threshold in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01):
+        stops = [gate(row, threshold) for row in p]
+        chosen = hits([some[best] for some, (best, _) in zip(numbers, stops, strict=True)])
+        spent = float(np.mean([spent for _, spent in stops]))
+        found.append({"threshold": threshold, "samples": spent, "right": share(chosen)})
+    return found
+
+
+def tell(entry: dict) -> list[str]:
+    """The lines of a table for one entry of test-time compute."""
+    n, columns = entry["samples"], budgets(entry["samples"])
+    lines = [f"{'answers a problem':32}" + "".join(f"{k:>7}" for k in columns)]
+    for way, curve in entry["curves"].items():
+        name = "pass (oracle)" if way == "pass" else way + " (a tool)" * way.startswith("calculator")
+        lines.append(f"{name:32}" + "".join(f"{100 * curve[k]['value']:7.1f}" for k in columns))
+    for name in ("exact_match", "calculator", "mean_sample"):
+        label = {"exact_match": "greedy", "calculator": "greedy, calculator (a tool)"}.get(
+            name, "mean single sample"
+        )
+        lines.append(f"{label:32}{show(entry['metrics'][name])}")
+    for name, d in entry["differences"].items():
+        d = {k: 100 * v for k, v in d.items()}
+        lines.append(f"{name:48} {d['value']:+5.1f} [{d['low']:+.1f}, {d['high']:+.1f}]")
+    for label, gates in entry["gating"].items():
+        points = ", ".join(f"{100 * g['right']['value']:.1f} at {g['samples']:.1f}" for g in gates)
+        lines.append(f"{label}, sampling until sure: {points} samples")
+    wrong = sum(entry["errors"].values())
+    parts = ", ".join(f"{KINDS_OF_ERROR[k]} {v}" for k, v in entry["errors"].items() if v)
+    lines.append(f"{wrong} greedy answers are wrong: {parts or 'none'}")
+    lines.append(
+        f"{entry['items']:,} items; {n} samples each took {entry['sampling_seconds']:.1f} s; "
+        f"{entry['seconds']:.1f} s in all"
+    )
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -327,6 +507,8 @@ def compare(all_results: list[tuple[str, list[Result]]]) -> list[str]:
     for name, results in others:
         for result in results:
             twin = by_key.get(key(result.entry)) or tuned.get(result.entry["task"])
+            if result.entry["split"] != (twin or result).entry["split"]:
+                continue
             if not result.records or not twin or len(twin.records) != len(result.records):
                 continue
             measure = "correct" if "correct" in result.records[0] else "rougeL"
@@ -380,6 +562,17 @@ def main() -> None:
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
             for task in tasks:
+                if cfg.samples and task in TASKS and TASKS[task].metric == "exact_match":
+                    judges = {
+                        Path(v).name: Verifier.load(v, cfg.device, model)
+                        for v in cfg.verifier.split(",")
+                        if v
+                    }
+                    results.append(reason(model, task, cfg, judges))
+                    print(f"  {key(results[-1].entry)}:")
+                    print("".join(f"    {line}\n" for line in tell(results[-1].entry)), end="", flush=True)
+                    write_results(results_folder(name, cfg.out), results, cfg, device)
+                    continue
                 for n in shots if task in TASKS else [0]:
                     half = dtype != torch.float32 and not (model.kind == "seq2seq" and dtype == torch.float16)
                     with torch.autocast(device.type, dtype, enabled=half):  # T5 overflows in float16

@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, Task, find_task, judge, load_task
+from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, write_atomically
-from tokenizer import EOT, Tokenizer
+from tokenizer import EOT, ROLES, Tokenizer
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -53,26 +53,19 @@ from train import (
     pick_device,
     pick_dtype,
     read_json,
+    read_jsonl,
     tqdm,
 )
 
 
 @dataclass
-class FinetuneConfig(TrainerConfig):
-    """What fine-tuning adds to the Trainer's settings."""
+class AdaptConfig(TrainerConfig):
+    """What every stage after pretraining adds to the Trainer's settings."""
 
-    name: str = ""  # the run's folder is {out}/{name}; default TASK-MODEL, with -lora or -qlora
     model: str = "out/base"  # what is tuned: run folder, folder with a Hugging Face model, or id on the hub
-    task: str = "sentiment"  # sst2, samsum, gsm8k, or embedded: sentiment, dialogue, arithmetic
-    method: Literal["lm", "head"] = "lm"  # say the answer, or read a class off a linear layer on top
     epochs: float = 3.0  # times through the training examples
     max_steps: int = 0  # optimizer steps; 0: as many as the epochs have
-    max_train_examples: int = 0  # for a smoke run: train on so many only; 0: all
-    eval_examples: int = 500  # validation examples looked at while training; all at the end
-    max_eval_examples: int = 0  # for a smoke run: validation examples at the end; 0: all
-    context_length: int = (
-        0  # tokens of a question and its answer at most; 0: the model's context, at most 1024
-    )
+    context_length: int = 0  # tokens of a text at most; 0: the model's context, at most 1024
     dropout: float = -1.0  # while training, on embeddings and wherever the model has it; -1: the model's own
     lora_r: int = 0  # rank of LoRA's corrections; 0: train all weights
     lora_alpha: float = 0.0  # their scale is lora_alpha / lora_r; 0: 2 lora_r
@@ -86,6 +79,18 @@ class FinetuneConfig(TrainerConfig):
     weight_decay: float = 0.01  # pulls matrices, not norms and biases, towards 0
     beta2: float = 0.999  # memory of the squared gradient: fine-tuning has few steps but calm ones
     compile: bool | Literal["auto"] = False  # torch.compile: batches differ in shape, so it seldom pays
+
+
+@dataclass
+class FinetuneConfig(AdaptConfig):
+    """A task, and how it is learnt."""
+
+    name: str = ""  # the run's folder is {out}/{name}; default TASK-MODEL, with -lora or -qlora
+    task: str = "sentiment"  # sst2, samsum, gsm8k, or embedded: sentiment, dialogue, arithmetic
+    method: Literal["lm", "head"] = "lm"  # say the answer, or read a class off a linear layer on top
+    max_train_examples: int = 0  # for a smoke run: train on so many only; 0: all
+    eval_examples: int = 500  # validation examples looked at while training; all at the end
+    max_eval_examples: int = 0  # for a smoke run: validation examples at the end; 0: all
     save_every: int = 200  # steps between checkpoints; 0: none, only the model at the end
 
 
@@ -102,10 +107,19 @@ class TextModel:
 
     `kind`: "causal" continues a text, "seq2seq" answers one, "head" gives classes. `model` is a
     ModernDecoderLM or one of transformers' (perhaps in PEFT's wrapping): both give the same numbers, which a
-    test asserts.
+    test asserts. A model that was instruction-tuned (`chat`) is asked in turns of a conversation.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, kind: str, name: str = "", context_length: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        kind: str,
+        name: str = "",
+        context_length: int = 0,
+        chat: bool = False,
+    ):
+        self.chat = chat
         self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
         self.ours = isinstance(model, ModernDecoderLM)
         own = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
@@ -128,6 +142,9 @@ class TextModel:
             raise TrainError(
                 f"{name} knows {known:,} tokens, its tokenizer {named:,}: they do not fit together"
             )
+        # Turns are marked by special tokens where the model has them, and in words where it has not.
+        self.marks = isinstance(tokenizer, Tokenizer) and tokenizer.special_ids.get("<|end|>", known) < known
+        self.end = tokenizer.special_id("<|end|>") if chat and self.marks else self.eos  # of an answer
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +172,8 @@ class TextModel:
         room, shown, lost = room or self.context_length, list(shots), ""
 
         def asked(text: str) -> list[int]:
+            if self.chat:
+                return self.conversation([m for s in shown for m in talk(s.text, s.target)] + talk(text))[0]
             before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
             return self.before + self.encode(before + task.prompt(text)) + self.behind
 
@@ -170,8 +189,37 @@ class TextModel:
             ids, lost = asked(text[:size].rstrip()), "text"
         return ids, lost
 
+    def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation, and which of them the assistant says, the end of its turns included.
+
+        After a turn of the user's the assistant's is opened. Without special tokens a turn reads
+        "User: ...", a line each, and an end-of-text token ends the assistant's.
+        """
+        ids, said = ([], []) if self.marks else (list(self.bos), [False] * len(self.bos))
+        if not messages or messages[-1]["role"] != "assistant":
+            messages = [*messages, {"role": "assistant", "content": None}]
+        for message in messages:
+            role, text = message["role"], message["content"]
+            if role not in ROLES:
+                raise TrainError(f"unknown role {role!r} in a conversation: use {', '.join(ROLES)}")
+            assistant = role == "assistant"
+            if self.marks:
+                opening = [self.tokenizer.special_id(f"<|{role}|>")]
+                turn = (
+                    [] if text is None else [*self.encode(text.strip()), self.tokenizer.special_id("<|end|>")]
+                )
+            else:
+                opening = self.encode(f"{role.capitalize()}:")
+                turn = [] if text is None else self.encode(f" {text.strip()}" + "\n" * (not assistant))
+                turn += [self.eos] * (assistant and text is not None)
+            ids += opening + turn
+            said += [False] * len(opening) + [assistant] * len(turn)
+        return ids, said
+
     def answer_ids(self, task: Task, answer: str) -> list[int]:
         """The ids of an answer as they follow the question's last words (SentencePiece cares), endless."""
+        if self.chat:
+            return self.encode(answer.strip() if self.marks else f" {answer.strip()}")
         if self.kind == "seq2seq":
             return self.encode(answer.strip())
         anchor = task.template.split("{}")[1]
@@ -207,19 +255,45 @@ class TextModel:
         return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = ""
-    ) -> list[str]:
-        """Greedy continuations, each up to the model's end token or the first one that contains `stop`."""
-        stops, texts = sorted({self.eos, *self.tokens_with(stop)}), [""] * len(prompts)
-        for index in self.batch_indices([len(p) + max_new_tokens for p in prompts], progress):
+        self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = "", n: int = 1,
+        temperature: float = 0.0, seed: int = 0, calculator: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """Continuations, n of prompt 0, n of prompt 1, ..., each up to the model's end token or `stop`.
+
+        Temperature 0 is greedy. Sample j of prompt i depends on seed, i and j alone: asking for more samples
+        keeps the first ones. With `calculator`, what follows an open `<<9*3=` is calculated, not generated.
+        """
+        stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
+        if not self.ours and (n > 1 or temperature or calculator):
+            raise TrainError(f"{self.name}: only models that model.py computes can be sampled here")
+        texts, rows = [""] * (len(prompts) * n), 1024 if self.device.type == "cuda" else 512
+        force = self.calculator if calculator else None
+        for index in self.batch_indices([len(p) + max_new_tokens for p in prompts], progress, rows // n):
             some = [prompts[i] for i in index]
             if self.ours:
-                new = self.model.generate(some, max_new_tokens, temperature=0, stop_tokens=stops)
+                seeds = [(seed << 40) + (i << 12) + j for i in index for j in range(n)]
+                new = self.model.generate(
+                    some,
+                    max_new_tokens,
+                    temperature=temperature,
+                    n=n,
+                    seed=seeds,
+                    stop_tokens=stops,
+                    force=force,
+                )
             else:
                 new = self.transformers_generate(some, max_new_tokens, stops)
-            for i, ids in zip(index, new, strict=True):
-                texts[i] = self.decode(ids).split(stop)[0] if stop else self.decode(ids)
+            for row, ids in enumerate(new):
+                text = self.decode(ids)
+                texts[index[row // n] * n + row % n] = text.split(stop)[0] if stop else text
         return texts
+
+    def calculator(self, _row: int, new: list[int]) -> list[int]:
+        """What must come next: the result, if the new tokens end in an open annotation (see `calculate`)."""
+        if not new or not self._pieces[new[-1]].endswith("="):
+            return []
+        result = calculator_answer(self.decode(new))
+        return self.encode(result) if result else []
 
     @torch.no_grad()
     def transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list:
@@ -257,14 +331,16 @@ class TextModel:
             tensors = collate([rows[i] for i in index], self.kind, self.pad)
             yield index, tuple(t.to(self.device) for t in tensors)
 
-    def batch_indices(self, lengths: list[int], progress: str) -> Iterator[list[int]]:
-        """Indices from long to short (memory runs out at once or never), in batches of so many tokens."""
+    def batch_indices(self, lengths: list[int], progress: str, most: int = 0) -> Iterator[list[int]]:
+        """Indices from long to short (memory runs out at once or never), in batches of so many tokens, or of
+        `most` rows.
+        """
         budget = 32_768 if self.device.type == "cuda" else 4096  # tokens; more does not speed a CPU up
         budget = min(budget, 2**28 // self.model.config.vocab_size)  # and 1 GiB of float32 logits at most
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
             while order:
-                size = max(1, min(256, budget // max(1, lengths[order[0]])))
+                size = max(1, most or min(256, budget // max(1, lengths[order[0]])))
                 index, order = order[:size], order[size:]
                 yield index
                 bar.update(len(index))
@@ -352,7 +428,7 @@ def load_model(name: str, device: torch.device, backend: str = "auto", context_l
     model.py can compute. Raises TrainError, ValueError or OSError that say what is wrong.
     """
     folder = Path(name)
-    config = read_config(name)
+    config, chat = read_config(name), is_chat(name)
     adapter = (folder / "adapter_config.json").exists()
     kind = kind_of(name, config)
     why_not = "an adapter" if adapter else None if kind == "causal" else kind
@@ -365,10 +441,16 @@ def load_model(name: str, device: torch.device, backend: str = "auto", context_l
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
     if backend != "transformers" and not why_not:
         model = ModernDecoderLM.from_pretrained(name, device).pack()
-        return TextModel(model, load_tokenizer(name), kind, name, context_length)
+        return TextModel(model, load_tokenizer(name), kind, name, context_length, chat)
     model = with_adapter(name, kind) if adapter else from_hub(name, kind)
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
-    return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length)
+    return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length, chat)
+
+
+def is_chat(name: str) -> bool:
+    """Whether a run was instruction-tuned, and so wants to be asked in turns."""
+    run = Path(name) / "run.json"
+    return run.exists() and bool(read_json(run).get("chat"))
 
 
 def read_config(name: str) -> dict:
@@ -499,13 +581,13 @@ def load_tokenizer(name: str, ours: bool = True):
 
 def ask(
     model: TextModel, name: str, examples: list[Example], shots: list[Example] = (), calibrate: bool = False,
-    progress: str = "",
+    progress: str = "", calculator: bool = False,
 ) -> tuple[list, dict]:  # fmt: skip
     """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
 
     Classes are compared by the log-likelihood of their names. `calibrate` subtracts what the model says of an
     empty text, N/A, which takes away its liking for one of the names (Zhao et al., 2021). Answers are
-    generated greedily.
+    generated greedily, the sums in them by a `calculator` if wanted.
     """
     task = find_task(name)
     if model.kind == "head" and (tuned := task_of(model.name)) and TASKS[tuned].labels != task.labels:
@@ -521,11 +603,42 @@ def ask(
     about = {"cut": sum(lost == "text" for _, lost in asked)}
     about["shots_dropped"] = sum(lost == "shots" for _, lost in asked)
     if not task.labels:
-        return model.generate(prompts, new_tokens, task.stop, progress), about
+        return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), about
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
     return scores.argmax(-1).tolist(), about
+
+
+def sampled(
+    model: TextModel, name: str, split: str, examples: list[Example], n: int, temperature: float = 0.8,
+    seed: int = 1, calculator: bool = False,
+) -> list[list[str]]:  # fmt: skip
+    """n answers to each of a task's examples; temperature 0 gives the greedy one.
+
+    They are kept in the model's folder, in samples/, and read from there when the same model is asked the
+    same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
+    """
+    task, folder = find_task(name), Path(model.name)
+    new_tokens = min(task.max_new_tokens, model.context_length // 2)
+    prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
+    how = {"task": name, "split": split, "n": n, "temperature": temperature, "seed": seed}
+    how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
+    asked = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
+    file = folder / "samples" / f"{name}-{split}-{n}x-{asked}.jsonl"
+    if file.exists():
+        return [row["samples"] for row in read_jsonl(file)]
+    n = 1 if temperature == 0 else n
+    texts = model.generate(
+        prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
+    )
+    found = [[text.strip() for text in texts[i : i + n]] for i in range(0, len(texts), n)]
+    if how["model"]:
+        file.parent.mkdir(exist_ok=True)
+        rows = [{"question": e.text, "samples": s} for e, s in zip(examples, found, strict=True)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -540,7 +653,7 @@ LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave t
 LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
 
 
-def add_lora(model: nn.Module, cfg: FinetuneConfig, kind: str) -> nn.Module:
+def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str) -> nn.Module:
     """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change."""
     import peft
 
@@ -585,20 +698,16 @@ def four_bit(device: torch.device) -> dict:
 # Fine-tuning
 
 
-def build(cfg: FinetuneConfig) -> TextModel:
-    """The model that will be trained, as its settings want it: head or none, LoRA or all weights, 4 bits."""
-    task, device = find_task(cfg.task), pick_device(cfg.device)
-    if cfg.method == "head" and not task.labels:
-        raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
+def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> TextModel:
+    """The model that will be trained, as its settings want it: a new head for labels, LoRA or all weights,
+    4 bits.
+    """
+    device = pick_device(cfg.device)
     if cfg.load_in_4bit and not cfg.lora_r:
         raise TrainError("--load_in_4bit freezes the weights: it needs --lora_r, the rank of what is trained")
     if cfg.merge and not cfg.lora_r:
         raise TrainError("--merge joins an adapter with its base; without --lora_r there is none")
-    if (Path(cfg.model) / "adapter_config.json").exists():
-        raise TrainError(f"{cfg.model} is an adapter; tune its base, or make it one model with --merge first")
-    kind = "head" if cfg.method == "head" else kind_of(cfg.model, read_config(cfg.model))
-    if kind == "head" and cfg.method != "head":
-        raise TrainError(f"{cfg.model} has a classification head: --method=head")
+    refuse_adapter(cfg.model)
     if kind == "seq2seq" and pick_dtype(cfg.dtype, device) == torch.float16:  # T5's activations exceed 65,504
         if cfg.dtype == "float16":
             raise TrainError("T5 overflows in float16: --dtype=bfloat16, or float32 on an older card")
@@ -608,19 +717,35 @@ def build(cfg: FinetuneConfig) -> TextModel:
     if cfg.lora_r and not kwargs and device.type == "cuda":
         kwargs["dtype"] = pick_dtype(cfg.dtype, device)  # frozen weights need no float32 copy
     tokenizer = load_tokenizer(cfg.model)
-    model = from_hub(cfg.model, kind, task.labels if kind == "head" else (), **kwargs)
+    model = from_hub(cfg.model, kind, labels, **kwargs)
     odd = [m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit" and m.in_features % 64]
     if odd and device.type == "cpu":  # a block of bitsandbytes' 64 weights must not reach across rows there
         raise TrainError(f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {odd[0]}")
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
     text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)
-
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_r:
         text_model.model = add_lora(model, cfg, kind)
     return text_model
+
+
+def refuse_adapter(name: str) -> None:
+    if (Path(name) / "adapter_config.json").exists():
+        raise TrainError(f"{name} is an adapter; tune its base, or make it one model with --merge first")
+
+
+def build(cfg: FinetuneConfig) -> TextModel:
+    """`build_model` of the kind that task and method need; refused where they, or the model, do not fit."""
+    task = find_task(cfg.task)
+    if cfg.method == "head" and not task.labels:
+        raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
+    refuse_adapter(cfg.model)
+    kind = "head" if cfg.method == "head" else kind_of(cfg.model, read_config(cfg.model))
+    if kind == "head" and cfg.method != "head":
+        raise TrainError(f"{cfg.model} has a classification head: --method=head")
+    return build_model(cfg, kind, task.labels if kind == "head" else ())
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
@@ -688,7 +813,7 @@ def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list
     task, rows, lost = TASKS[name], [], {"cut": 0, "left_out": 0}
     answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
     for example in examples:
-        answer = example.label if model.kind == "head" else [*answer_ids(example.target), model.eos]
+        answer = example.label if model.kind == "head" else [*answer_ids(example.target), model.end]
         taken = len(answer) if model.kind == "causal" else 0
         if taken > model.context_length - 16:
             lost["left_out"] += 1
@@ -718,7 +843,7 @@ class FineTuner(Trainer):
     free_to_change = [*FREE_TO_CHANGE, "eval_examples", "max_eval_examples", "merge"]
     keeps_best = False  # results are reported on the validation split: it must not choose the checkpoint
 
-    def __init__(self, cfg: FinetuneConfig, text_model: TextModel, *args, **kwargs):
+    def __init__(self, cfg: AdaptConfig, text_model: TextModel, *args, **kwargs):
         self.text_model = text_model
         super().__init__(cfg, text_model.model, *args, **kwargs)
 

@@ -1,0 +1,16 @@
+"""DPO on policy for the embedded word problems: log-loss of a right answer of the model's own, and where
+it also has a wrong one, DPO at the first token where the two part.
+"""
+
+name = "dpo"
+model = "out/sft"
+data = "arithmetic"
+
+beta = 0.5
+nll = 10.0
+epochs = 2.0
+batch_size = 64
+learning_rate = 4e-4
+warmup_steps = 20
+eval_every = 50
+save_every = 50

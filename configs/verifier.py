@@ -1,0 +1,13 @@
+"""A channel for the embedded word problems: the base trained backwards."""
+
+name = "verifier"
+model = "out/dpo"
+start = "out/base"
+task = "arithmetic"
+
+epochs = 2.0
+batch_size = 64
+learning_rate = 2e-3
+warmup_steps = 40
+eval_every = 100
+save_every = 100

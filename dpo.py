@@ -1,0 +1,427 @@
+"""Stage 5: preference optimisation (DPO). A model learns from pairs of answers which one is better.
+
+    python dpo.py configs/dpo.py                                  # pairs made on policy: minutes on a laptop
+    python dpo.py configs/dpo.py --method=rft --name=rft          # control: its own right answers, no pairs
+    python dpo.py configs/dpo.py --method=sft --name=extra-gold   # control: as many true solutions instead
+    python dpo.py --model=out/sft --data=hh-rlhf --first_difference=False --beta=0.1 --nll=0
+    python dpo.py --data=my/pairs.jsonl                           # {"prompt", "chosen", "rejected"} a line
+
+On policy (--data names a task whose answers can be checked): the model answers every problem --n times at
+--temperature, answers are judged, and a right one is paired with a wrong one; --rounds repeats that with the
+new model and fresh problems. A problem without a wrong answer still teaches by its right one (--nll).
+
+The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same under the reference)),
+the reference being the model at the start (Rafailov et al., 2023), whose log-probabilities are computed once
+and cached, so no second model is in memory. To it comes --nll times the mean log-loss of the chosen answer's
+tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --first_difference compares only
+the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
+unlearning.
+
+It reads an instruction-tuned run and writes out/NAME: the best by validation loss; pairs.jsonl, what it
+learnt from; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import parse_config
+from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap
+from finetune import TextModel, TrainingSet, ask, is_chat, padded, sampled, subsample, weights_hash
+from model import write_atomically
+from sft import AdaptConfig, aligned_model, parents, trainer_for, world
+from train import AlreadyFinished, TrainError
+
+
+@dataclass
+class DPOConfig(AdaptConfig):
+    """Where pairs come from, and what is made of them."""
+
+    name: str = "dpo"  # the run's folder is {out}/{name}
+    model: str = "out/sft"  # the instruction-tuned run that is the start and the reference
+    data: str = "arithmetic"  # a task, for pairs on policy; or hh-rlhf, ultrafeedback, a file of pairs
+    method: Literal["dpo", "ipo", "rft", "sft"] = "dpo"  # rft, sft: controls without pairs
+    beta: float = 0.5  # how far the policy may leave the reference: a small one, far
+    label_smoothing: float = 0.0  # cDPO: the share of pairs that are taken to be the wrong way round
+    nll: float = 10.0  # weight of the log-loss of the chosen answer, in nats a token
+    first_difference: bool = True  # compare one token, the first where the answers differ
+    rounds: int = 1  # of sampling and training
+    problems: int = 4000  # a round: problems that are answered
+    first_problem: int = 4000  # of the train split: behind those that SFT has seen
+    n: int = 8  # answers a problem
+    temperature: float = 0.8  # of the answers
+    pairs: int = 1  # at most so many a problem
+    eval_examples: int = 300  # validation problems, or pairs
+    collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never
+    epochs: float = 2.0  # times through the pairs
+    learning_rate: float = 2e-4  # the highest
+
+
+@dataclass
+class Pair:
+    """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int] | None = None
+
+    def first_difference(self) -> int:
+        """Index in the answers of the first token that differs; both end in an end token, so there is one."""
+        return next(i for i, (a, b) in enumerate(zip(self.chosen, self.rejected, strict=False)) if a != b)
+
+
+# -----------------------------------------------------------------------------
+# The loss
+
+
+def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor, others: Tensor | None = None):
+    """(B, T) log p of targets, 0 where -100; and of `others` in the same places, from the same pass."""
+    core = getattr(model, "module", model)
+    logits = model(ids) if hasattr(core, "loss_chunk") else model(input_ids=ids, use_cache=False).logits
+    asked = targets != -100
+    log_p = logits[asked].float().log_softmax(-1)  # (asked tokens, V)
+
+    def of(tokens: Tensor) -> Tensor:
+        found = torch.zeros(targets.shape, device=ids.device)
+        found[asked] = log_p.gather(1, tokens[asked].unsqueeze(1)).squeeze(1)
+        return found
+
+    return of(targets), None if others is None else of(others)
+
+
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference: Tensor,
+    beta: float,
+    method: str = "dpo",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """(B) losses of pairs from log-probabilities (B) under the policy, and (B, 2) under the reference.
+
+    DPO is equation 7 of Rafailov et al. (2023), ln 2 where policy and reference agree; label smoothing makes
+    it cDPO (Mitchell, 2023); IPO is equation 17 of Azar et al. (2023): a margin of 1 / (2 beta), no more.
+    """
+    margin = (chosen - rejected) - (reference[:, 0] - reference[:, 1])
+    if method == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def collate_pairs(pairs: list[Pair], pad: int, both: bool) -> tuple[Tensor, ...]:
+    """ids and targets (B, T) of prompt and chosen answer, of the rejected one (T = 1 unless `both`), and
+    (B, T) the token that the rejected answer has at the first difference, -100 elsewhere.
+    """
+
+    def laid_out(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+        rows = [(p.prompt + a)[:-1] for p, a in zip(pairs, answers, strict=True)]
+        wanted = [[-100] * (len(p.prompt) - 1) + a for p, a in zip(pairs, answers, strict=True)]
+        return padded(rows, pad), padded(wanted, -100)
+
+    ids, targets = laid_out([p.chosen for p in pairs])
+    others = torch.full_like(targets, -100)
+    for row, p in enumerate(pairs):
+        if p.rejected is not None:
+            at = p.first_difference()
+            others[row, len(p.prompt) - 1 + at] = p.rejected[at]
+    if not both:
+        return ids, targets, ids[:, :1], torch.full_like(targets[:, :1], -100), others
+    return ids, targets, *laid_out([p.rejected or p.chosen for p in pairs]), others
+
+
+def pair_log_probs(
+    model: nn.Module, ids: Tensor, targets: Tensor, bad_ids: Tensor, bad_targets: Tensor, others: Tensor
+):
+    """What is compared: (B) log p(chosen), (B) log p(rejected), and (B, T) log p of the chosen tokens.
+
+    Whole answers if the rejected ones are there, else one token at their first difference.
+    """
+    good, other = token_log_probs(model, ids, targets, others.clamp(min=0))
+    if bad_ids.shape[1] > 1:
+        bad, _ = token_log_probs(model, bad_ids, bad_targets)
+        return good.sum(1), bad.sum(1), good
+    here = others != -100
+    return (good * here).sum(1), (other * here).sum(1), good
+
+
+# -----------------------------------------------------------------------------
+# Pairs
+
+
+def on_policy(
+    model: TextModel, cfg: DPOConfig, split: str, examples: list[Example]
+) -> tuple[list[Pair], dict]:
+    """Pairs from the model's own answers, and what there was: problems, pairs, only right, only wrong."""
+    task, rng = TASKS[cfg.data], np.random.default_rng([cfg.seed, split == "train"])
+    answers = sampled(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed)
+    repeated = [e for e in examples for _ in range(cfg.n)]
+    records, _ = judge(cfg.data, repeated, [a for some in answers for a in some])
+    pairs, counts = [], {"problems": len(examples), "right": sum(r["correct"] for r in records)}
+    counts |= {"pairs": 0, "only_right": 0, "only_wrong": 0, "too_long": 0}
+    for i, example in enumerate(examples):
+        mine = records[i * cfg.n : (i + 1) * cfg.n]
+        right, wrong = (
+            list(dict.fromkeys(r["output"] for r in mine if r["correct"] is c)) for c in (True, False)
+        )
+        if not right:
+            counts["only_wrong"] += 1
+            continue
+        if cfg.method == "sft":
+            right = [example.target.strip()]
+        right = [right[j] for j in rng.permutation(len(right))]
+        wrong = [wrong[j] for j in rng.permutation(len(wrong))]
+        counts["only_right"] += not wrong
+        if cfg.method in ("rft", "sft"):
+            wrong = []
+        prompt, _ = model.prompt(task, example.text)
+        for j in range(max(1, min(cfg.pairs, len(wrong)))):
+            sides = [right[j % len(right)], *wrong[j : j + 1]]
+            pair = Pair(prompt, *([*model.encode(side), model.end] for side in sides))
+            if length_of(pair) > model.context_length or pair.chosen == pair.rejected:
+                counts["too_long"] += 1
+                continue
+            counts["pairs"] += pair.rejected is not None
+            pairs.append(pair)
+    return pairs, counts
+
+
+def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[Pair], dict]:
+    """Pairs of a data set; a conversation that is too long loses its first turns, or is left out."""
+    found, about = load_preferences(cfg.data, split)
+    pairs, left_out = [], 0
+    for preference in found:
+        messages = preference.messages
+        chosen, rejected = (
+            [*model.encode(a if model.marks else f" {a}"), model.end]
+            for a in (preference.chosen, preference.rejected)
+        )
+        room = model.context_length - max(len(chosen), len(rejected))
+        prompt = model.conversation(messages)[0]
+        while len(prompt) > room and len(messages) > 2:
+            messages = messages[2:]
+            prompt = model.conversation(messages)[0]
+        if len(prompt) > room or chosen == rejected:
+            left_out += 1
+            continue
+        only_chosen = cfg.method in ("rft", "sft")
+        pairs.append(Pair(prompt, chosen, None if only_chosen else rejected))
+    return pairs, {"pairs": len(pairs), "too_long": left_out, **about}
+
+
+def length_of(pair: Pair) -> int:
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected or ()))
+
+
+def fingerprint(pairs: list[Pair]) -> str:
+    return hashlib.sha256(json.dumps([[p.prompt, p.chosen, p.rejected] for p in pairs]).encode()).hexdigest()
+
+
+@torch.no_grad()
+def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None) -> np.ndarray:
+    """(n, 2) log p(chosen), log p(rejected) under the model as it is now; from `file` if that holds them."""
+    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}"
+    if file is not None and file.exists():
+        with np.load(file) as cache:
+            if str(cache["key"]) != key:
+                raise TrainError(
+                    f"{file} holds log-probabilities of another model or of other pairs; --overwrite"
+                )
+            return cache["values"]
+    found, training = np.zeros((len(pairs), 2), np.float32), model.model.training
+    model.model.eval()
+    for index in model.batch_indices([length_of(p) for p in pairs], "reference"):
+        tensors = collate_pairs([pairs[i] for i in index], model.pad, both)
+        good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors))
+        found[index] = torch.stack([good, bad], dim=1).cpu().numpy()
+    model.model.train(training)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as out:
+                np.savez(out, key=key, values=found)
+
+        write_atomically(file, write)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def dpo(cfg: DPOConfig) -> dict:
+    """All rounds, each a run of its own that starts from the one before; returns the last one's run.json."""
+    if cfg.rounds < 1 or (cfg.rounds > 1 and cfg.data not in TASKS):
+        raise TrainError("--rounds counts rounds of sampling, from 1; pairs of a data set have one round")
+    name, start = cfg.name, cfg.model
+    for i in range(1, cfg.rounds + 1):
+        last = i == cfg.rounds
+        folder = name if last else f"{name}/round-{i}"
+        first = cfg.first_problem + (i - 1) * cfg.problems
+        settings = {"name": folder, "model": start, "first_problem": first, "seed": cfg.seed + i - 1}
+        try:
+            run = one_round(replace(cfg, **settings))
+        except AlreadyFinished:
+            if last:
+                raise
+        start = str(Path(cfg.out) / folder)
+    return run
+
+
+def one_round(cfg: DPOConfig) -> dict:
+    if not is_chat(cfg.model):
+        raise TrainError(
+            f"{cfg.model} was not instruction-tuned, so it does not answer: python sft.py comes first"
+        )
+    model = aligned_model(cfg)
+    task = TASKS.get(cfg.data)
+    if task and task.metric != "exact_match":
+        raise TrainError(
+            f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
+        )
+    held, folder = [], Path(cfg.out) / cfg.name
+    if task:
+        model.model.eval()
+        problems, data = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
+        held = subsample(load_task(cfg.data, "validation")[0], cfg.eval_examples, 0)
+        refuse_overlap((e.text for e in problems), (e.text for e in load_task(cfg.data, "test")[0]), cfg.data)
+        pairs, counts = on_policy(model, cfg, "train", problems)
+        val_pairs, val_counts = on_policy(model, replace(cfg, method="dpo"), "validation", held)
+        val_pairs = [p for p in val_pairs if p.rejected is not None]
+    else:
+        pairs, data = from_collection(model, cfg, "train")
+        val_pairs, val_counts = from_collection(model, replace(cfg, method="dpo"), "validation")
+        val_pairs, counts = val_pairs[: cfg.eval_examples or None], data
+    if not pairs or (cfg.method in ("dpo", "ipo") and not counts["pairs"]):
+        raise TrainError(f"there is no pair to learn from: {counts}")
+    if not val_pairs:
+        raise TrainError(f"there is no validation pair: {val_counts}; raise --eval_examples or --n")
+    only_nll = cfg.method in ("rft", "sft")
+    both = not (cfg.first_difference or only_nll)
+    weight = 1.0 if only_nll else cfg.nll
+    if not only_nll and not cfg.nll:
+        pairs = [p for p in pairs if p.rejected is not None]  # without the log-loss the others teach nothing
+    if cfg.overwrite:
+        (folder / "reference.npz").unlink(missing_ok=True)
+    known = (
+        np.zeros((len(pairs), 2), np.float32)
+        if only_nll
+        else reference(model, pairs, both, folder / "reference.npz")
+    )
+    val_known = reference(model, val_pairs, both=True)
+    before = val_known.mean(0)
+    chosen_tokens = np.mean([len(p.chosen) for p in val_pairs])
+
+    def loss(core, ids, targets, bad_ids, bad_targets, others, known):
+        good, bad, tokens = pair_log_probs(core, ids, targets, bad_ids, bad_targets, others)
+        paired = (others != -100).any(1) & (not only_nll)
+        n_tokens = (targets != -100).sum(1)
+        per_pair = (
+            preference_loss(good, bad, known, cfg.beta, cfg.method, cfg.label_smoothing)
+            if not only_nll
+            else 0
+        )
+        return (per_pair * paired - weight * tokens.sum(1) / n_tokens).sum(), len(ids)
+
+    def evaluate(core, final):
+        """On held-out pairs, whole answers: the loss of training, margins in nats times beta, accuracy."""
+        with torch.no_grad():
+            now, losses = reference(model, val_pairs, both=True), []
+            for i in range(0, len(val_pairs), cfg.batch_size):
+                some = val_pairs[i : i + cfg.batch_size]
+                tensors = collate_pairs(some, model.pad, both)
+                known = val_first[i : i + cfg.batch_size] if not both else val_known[i : i + cfg.batch_size]
+                total, _ = loss(core, *(t.to(model.device) for t in (*tensors, torch.from_numpy(known))))
+                losses.append(total.item())
+        margins = cfg.beta * ((now[:, 0] - now[:, 1]) - (val_known[:, 0] - val_known[:, 1]))
+        lost = (before[0] - now[:, 0].mean()) / chosen_tokens
+        if cfg.collapse and lost > cfg.collapse:
+            raise TrainError(
+                f"the chosen answers lost {lost:.2f} nats a token: the model unlearns both sides of the "
+                "pairs. Lower --learning_rate, or raise --nll"
+            )
+        found = {"val_loss": sum(losses) / len(val_pairs), "reward_margin": float(margins.mean())}
+        found |= {"reward_accuracy": float((margins > 0).mean())}
+        found |= {"chosen": float(now[:, 0].mean()), "rejected": float(now[:, 1].mean())}
+        if held and final:
+            core.eval()
+            found["exact_match"] = judge(cfg.data, held, ask(model, cfg.data, held)[0])[1]["exact_match"][
+                "value"
+            ]
+        return found
+
+    val_first = val_known if both else reference(model, val_pairs, both=False)
+    batch = cfg.batch_size * cfg.grad_accum_steps * world()
+    order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch, cfg.seed, "causal", model.pad)
+
+    def rows(step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        epoch, at = divmod(step, order.batches)
+        index = order.order(epoch)[at][first : first + count]
+        return *collate_pairs([pairs[i] for i in index], model.pad, both), torch.from_numpy(known[index])
+
+    all_steps = math.ceil(order.batches * cfg.epochs)
+    smoke = bool(0 < cfg.max_steps < all_steps)
+    cfg.max_steps = cfg.max_steps or all_steps
+    tokens = float(np.mean([length_of(p) for p in pairs]))
+    parameters = sum(p.numel() for p in model.model.parameters())
+    both_sides = [p for p in pairs if p.rejected is not None]
+    lengths = {
+        "chosen": float(np.mean([len(p.chosen) for p in pairs])),
+        "rejected": float(np.mean([len(p.rejected) for p in both_sides])) if both_sides else None,
+        "chosen_longer": float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
+        if both_sides
+        else None,
+    }
+    about = parents(cfg, model, train=data, pairs=counts, validation=val_counts, lengths=lengths)
+    trainer = trainer_for(
+        cfg, model, rows, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens * (1 + both),
+        tokens_per_row=1, epoch=lambda step: step / order.batches, about=about | {"smoke": smoke},
+    )  # fmt: skip
+    where = f"{cfg.n} answers to each of {counts['problems']:,} problems, " if task else ""
+    longer = "" if not both_sides else f", {100 * lengths['chosen_longer']:.0f} % of the chosen are longer"
+    trainer.say(
+        f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
+        f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
+    )
+    write_pairs(model, folder, pairs)
+    return trainer.run_all_steps()
+
+
+def write_pairs(model: TextModel, folder: Path, pairs: list[Pair]) -> None:
+    """pairs.jsonl: what is learnt from, to be read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    decode = model.decode
+    rows = [
+        {"prompt": decode(p.prompt), "chosen": decode(p.chosen)}
+        | ({"rejected": decode(p.rejected)} if p.rejected else {})
+        for p in pairs
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / "pairs.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+
+
+def main() -> None:
+    cfg = parse_config(DPOConfig, __doc__)
+    try:
+        run = dpo(cfg)
+        found = ", ".join(f"{k} {v:.4g}" for k, v in run["results"]["best"].items())
+        print(f"{Path(cfg.out) / cfg.name}: {run['seconds'] / 60:.1f} min; {found}")
+    except AlreadyFinished:
+        print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
+    except (ValueError, OSError, DataError) as error:
+        raise SystemExit(f"dpo.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,548 @@
+"""Stage 6: a verifier. It says how likely an answer to a problem is right, without knowing the right one.
+
+    python verifier.py configs/verifier.py                            # minutes on a laptop
+    python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
+    python verifier.py --verifier=out/verifier --problem="Anna has 3 nuts. She buys 4 more nuts. How many nuts
+        does she have now?" --answer="She has 3+4=<<3+4=7>>7 nuts. #### 7"
+
+From Python, `Verifier.load("out/verifier").score(problem, answer)`.
+
+A `channel` is a language model that is trained backwards, to tell the problem when it is given the answer.
+The score of an answer is log p(answer | problem) + lambda log p(problem | answer): the noisy channel of
+machine translation. The generator sees to the sums; the channel sees whether the answer tells the story of
+this problem, as a sentence that was forgotten is unlikely to be told again. It learns from true solutions
+turned around, and from the generator's own right answers. A `head` (Cobbe et al., 2021) is the generator with
+a number read off at every token of an answer, trained to tell right from wrong: one bit an answer, where a
+channel learns from every word.
+
+lambda is chosen, and scores become probabilities (Platt, 1999), on the validation split; the test split is
+looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how well it
+verifies, beside the generator's own log-probability and the channel alone.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import parse_config
+from data import (
+    TASKS,
+    DataError,
+    Example,
+    auc,
+    auc_within,
+    calibration,
+    judge,
+    load_task,
+    proportion,
+    refuse_overlap,
+)
+from finetune import (
+    TextModel,
+    TrainingSet,
+    length,
+    load_model,
+    sampled,
+    target_logits,
+    tokenizer_hash,
+    weights_hash,
+    write_run,
+)
+from model import ModernDecoderLM
+from sft import AdaptConfig, aligned_model, parents, trainer_for, world
+from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json
+
+
+@dataclass
+class VerifierConfig(AdaptConfig):
+    """Whose answers are judged, and by what."""
+
+    name: str = "verifier"  # the run's folder is {out}/{name}
+    model: str = "out/dpo"  # the generator
+    kind: Literal["channel", "head"] = "channel"  # a model run backwards, or a number read off the generator
+    start: str = "out/base"  # channel: the weights it starts from
+    task: str = "arithmetic"  # whose answers can be checked
+    gold: int = 4000  # channel: true solutions that are turned around, the first of the train split
+    problems: int = 4000  # problems that the generator answers, to learn from
+    first_problem: int = 8000  # of the train split: behind those that SFT and DPO have seen
+    n: int = 8  # answers a problem
+    temperature: float = 0.8  # of the answers
+    seed_samples: int = 11  # of the answers
+    validation_problems: int = 500  # on which lambda and the probabilities are fitted; 0: all
+    test_problems: int = 0  # on which the verifier is reported; 0: all
+    lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
+    contrast: float = 1.0  # head: weight of the comparison of right and wrong answers to one problem
+    group: int = 4  # head: answers to one problem that are seen together
+    epochs: float = 2.0  # times through the examples
+    learning_rate: float = 1e-3  # the highest
+    verifier: str = ""  # judge with this one, and stop
+    problem: str = ""  # what is judged
+    answer: str = ""  # what is judged
+
+
+LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+# -----------------------------------------------------------------------------
+# The public part: score an answer
+
+
+class Verifier:
+    """A trained verifier, ready to judge answers.
+
+    `combine` is what was fitted on validation: lambda, and the logistic regression that makes a probability
+    of a score and the problem's length (whose log-likelihood grows with its words, however good the answer).
+    """
+
+    def __init__(
+        self, kind: str, generator: TextModel, core: "TextModel | HeadModel", combine: dict, name: str = ""
+    ):
+        self.kind, self.generator, self.core, self.combine, self.name = kind, generator, core, combine, name
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto", generator: TextModel | None = None) -> "Verifier":
+        """From a run folder, for the generator it was trained for or another one with the same tokenizer.
+
+        Raises TrainError if that does not fit, or if its own generator has been trained anew since.
+        """
+        run = read_json(Path(folder) / "run.json")
+        if "verifier" not in run or "combine" not in run:
+            raise TrainError(f"{folder} holds no finished verifier: python verifier.py makes one")
+        if generator is None:
+            generator = load_model(run["parent"], pick_device(device))
+            if run["parent_hash"] != weights_hash(run["parent"]):
+                raise TrainError(
+                    f"{folder} judges another model than {run['parent']} now holds: train it anew"
+                )
+        if run["data"]["tokenizer"] != tokenizer_hash(generator.tokenizer):
+            raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
+        core = load_model(str(folder), pick_device(device))
+        if run["verifier"] == "head":
+            core = HeadModel.load(core, Path(folder))
+        return cls(run["verifier"], generator, core, run["combine"], str(folder))
+
+    def score(self, problem: str, answer: str) -> float:
+        """The probability, 0 to 1, that the answer is right."""
+        return float(self.probabilities([problem], [answer])[0])
+
+    def probabilities(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
+        """(n) of pairs of problem and answer."""
+        return self.judge(problems, answers, progress)[1]
+
+    def judge(
+        self, problems: list[str], answers: list[str], progress: str = ""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(n) scores, which rank answers to one problem, and (n) probabilities."""
+        parts = self.parts(problems, answers, progress)
+        score = combined(self.kind, parts, self.combine["lambda"])
+        a, b, c = self.combine["platt"]
+        logit = a * score + b + c * np.array([len(self.generator.encode(p)) for p in problems])
+        probability = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
+        empty = np.array([not answer.strip() for answer in answers])
+        return np.where(empty, -1e9, score), np.where(empty, 0.0, probability)
+
+    def parts(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
+        """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
+        answer), or the head's logit.
+        """
+        forwards = [forward_row(self.generator, p, a) for p, a in zip(problems, answers, strict=True)]
+        own = self.generator.log_likelihoods(forwards, progress)
+        if self.kind == "head":
+            added = self.core.values(forwards)
+        else:
+            added = self.core.log_likelihoods(
+                [backward_row(self.core, p, a) for p, a in zip(problems, answers, strict=True)], progress
+            )
+        return np.stack([own, added], axis=1)
+
+
+def combined(kind: str, parts: np.ndarray, weight: float) -> np.ndarray:
+    """(n) scores: f + lambda channel; of a head its logit + lambda f."""
+    return parts[:, 1] + weight * parts[:, 0] if kind == "head" else parts[:, 0] + weight * parts[:, 1]
+
+
+def forward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids): the problem, then the answer. A long problem loses its end."""
+    said = [*model.encode(answer if model.marks else f" {answer}"), model.end][: model.context_length // 2]
+    return model.prompt(TASKS["arithmetic"], problem, room=model.context_length - len(said))[0], said
+
+
+def backward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of the channel: the answer, then the problem."""
+    told = [*model.encode(problem if model.marks else f" {problem}"), model.end][: model.context_length // 2]
+    given, _ = model.conversation([{"role": "assistant", "content": answer}])
+    if model.marks:
+        given = [*given, model.tokenizer.special_id("<|user|>")]
+    else:
+        given = [*given, *model.encode("User:")]
+    return given[-(model.context_length - len(told)) :], told
+
+
+# -----------------------------------------------------------------------------
+# The head: Cobbe et al.'s verifier
+
+
+class ValueModel(nn.Module):
+    """A decoder and a linear layer that reads a logit off every token: will this become a right answer?"""
+
+    def __init__(self, lm: ModernDecoderLM):
+        super().__init__()
+        self.lm, self.value = lm, nn.Linear(lm.config.d_model, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, T) -> logits of the next token (B, T, V), values (B, T)."""
+        x = self.lm.hidden(ids)
+        return F.linear(x, self.lm.head), self.value(x).squeeze(-1)
+
+
+class HeadModel:
+    """A ValueModel with the tokenizer of its generator."""
+
+    def __init__(self, text_model: TextModel, net: ValueModel):
+        self.text_model, self.net = text_model, net
+
+    @classmethod
+    def load(cls, text_model: TextModel, folder: Path) -> "HeadModel":
+        from safetensors.torch import load_file
+
+        net = ValueModel(text_model.model)
+        net.value.load_state_dict(load_file(folder / "value.safetensors"))
+        return cls(text_model, net.to(text_model.device).eval())
+
+    @torch.no_grad()
+    def values(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
+        """(n) logits at the end of each answer."""
+        found = np.zeros(len(rows))
+        for index in self.text_model.batch_indices([length(r) for r in rows], ""):
+            ids, ends, _ = value_rows([rows[i] for i in index], self.text_model.pad)
+            _, values = self.net(ids.to(self.text_model.device))
+            found[index] = values.float().cpu()[torch.arange(len(index)), ends].double()
+        return found
+
+
+def value_rows(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (B, T), index of each row's last token (B), and which tokens belong to an answer (B, T)."""
+    ids = nn.utils.rnn.pad_sequence(
+        [torch.tensor(p + a) for p, a in rows], batch_first=True, padding_value=pad
+    )
+    at = torch.arange(ids.shape[1])
+    first, last = (
+        torch.tensor([f(p, a) for p, a in rows]) for f in (lambda p, a: len(p), lambda p, a: len(p + a) - 1)
+    )
+    return ids, last, (at >= first.unsqueeze(1)) & (at <= last.unsqueeze(1))
+
+
+class HeadTrainer(Trainer):
+    """Saves the decoder as a model, and the linear layer beside it."""
+
+    def write_model(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        eot = self.tokenizer.eot_id
+        self.model.lm.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
+        self.tokenizer.save(folder)
+        save_file(
+            {k: v.cpu().contiguous() for k, v in self.model.value.state_dict().items()},
+            folder / "value.safetensors",
+        )
+
+    def read_model(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.model.lm.load_state_dict(ModernDecoderLM.from_pretrained(folder, self.device).state_dict())
+        self.model.value.load_state_dict(load_file(folder / "value.safetensors"))
+
+
+def head_loss(
+    model: nn.Module, ids: Tensor, last: Tensor, inside: Tensor, labels: Tensor, cfg: VerifierConfig
+):
+    """Binary cross-entropy at every token of an answer, the language-model loss on right answers, and a
+    comparison of right and wrong answers to one problem, `cfg.group` rows each: (sum, answers).
+    """
+    logits, values = model(ids)
+    n, right = len(ids), labels.bool()
+    each = F.binary_cross_entropy_with_logits(
+        values.float(), labels.unsqueeze(1).expand_as(values), reduction="none"
+    )
+    loss = ((each * inside).sum(1) / inside.sum(1)).sum()
+    if cfg.contrast:
+        final = values.float()[torch.arange(n, device=ids.device), last].view(-1, cfg.group)
+        good = right.view(-1, cfg.group)
+        pairs = good.unsqueeze(2) & ~good.unsqueeze(1)  # (problems, right, wrong)
+        apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
+        loss = loss + cfg.contrast * (apart * pairs).sum() / pairs.sum().clamp(min=1) * n
+    if cfg.lm_weight:
+        told = (
+            F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+            * inside[:, 1:]
+        )
+        loss = loss + cfg.lm_weight * (told.sum(1) / inside.sum(1))[right].sum()
+    return loss, n
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class Samples:
+    """Problems, n answers each, and which of them are right."""
+
+    examples: list[Example]
+    answers: list[list[str]]
+    right: np.ndarray  # (problems, n) bool
+
+    def flat(self) -> tuple[list[str], list[str]]:
+        n = self.right.shape[1]
+        return [e.text for e in self.examples for _ in range(n)], [a for some in self.answers for a in some]
+
+
+def judged(
+    model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int
+) -> Samples:
+    answers = sampled(model, task, split, examples, n, temperature, seed)
+    records, _ = judge(task, [e for e in examples for _ in answers[0]], [a for some in answers for a in some])
+    return Samples(examples, answers, np.array([r["correct"] for r in records]).reshape(len(examples), -1))
+
+
+def train_verifier(cfg: VerifierConfig) -> dict:
+    """Trains, fits lambda and probabilities on validation, reports on test; returns run.json."""
+    if cfg.task not in TASKS or TASKS[cfg.task].metric != "exact_match":
+        raise TrainError(f"answers to {cfg.task} cannot be checked: arithmetic, gsm8k")
+    generator = load_model(cfg.model, pick_device(cfg.device))
+    if not generator.chat:
+        raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")
+    if not generator.ours:
+        raise TrainError(f"{cfg.model}: only generators that model.py computes can be verified here")
+    problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
+    validation, test = (
+        load_task(cfg.task, split)[0][: n or None]
+        for split, n in (("validation", cfg.validation_problems), ("test", cfg.test_problems))
+    )
+    refuse_overlap((e.text for e in [*problems, *validation]), (e.text for e in test), cfg.task)
+    learnt = judged(generator, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)
+    held = judged(generator, cfg.task, "validation", validation, cfg.n, cfg.temperature, cfg.seed_samples)
+    if learnt.right.all() or not learnt.right.any():
+        raise TrainError(
+            f"all of {learnt.right.size:,} answers are {'right' if learnt.right.all() else 'wrong'}: "
+            "there is nothing to tell apart"
+        )
+    train = train_head if cfg.kind == "head" else train_channel
+    folder = Path(cfg.out) / cfg.name
+    try:
+        run = train(cfg, generator, learnt, held, about)
+    except AlreadyFinished as finished:
+        run = finished.run
+        if "combine" in run:
+            raise
+    run |= {"verifier": cfg.kind, "combine": {"lambda": 1.0, "platt": [1.0, 0.0, 0.0]}}
+    write_run(folder, run)
+    verifier = Verifier.load(folder, cfg.device)
+    parts = verifier.parts(*held.flat(), "validation")
+    lengths = np.array([len(generator.encode(p)) for p in held.flat()[0]])
+    run["combine"] = fit(cfg.kind, parts, held.right, lengths)
+    verifier.combine = run["combine"]
+    examined = judged(generator, cfg.task, "test", test, cfg.n, cfg.temperature, cfg.seed_samples)
+    run["verification"] = {"split": "test", **examine(verifier, examined)}
+    write_run(folder, run)
+    return run
+
+
+def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> dict:
+    """lambda by how often the best of n is right; the logistic regression of right on score and length."""
+    found = []
+    for weight in (0.0,) if kind == "head" else LAMBDAS:
+        best = combined(kind, parts, weight).reshape(right.shape).argmax(1)
+        found.append((right[np.arange(len(right)), best].mean(), weight))
+    best, weight = max(found, key=lambda pair: (pair[0], -pair[1]))
+    score = combined(kind, parts, weight)
+    platt = logistic(np.stack([score, np.ones_like(score), lengths], axis=1), right.ravel())
+    return {"lambda": weight, "platt": platt, "validation": {str(w): float(a) for a, w in found}}
+
+
+def logistic(x: np.ndarray, y: np.ndarray, rounds: int = 50, ridge: float = 1e-3) -> list[float]:
+    """Coefficients of a logistic regression of y (n) on x (n, k), by Newton's method."""
+    scale = np.abs(x).mean(0) + 1e-9
+    x, w = x / scale, np.zeros(x.shape[1])
+    for _ in range(rounds):
+        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
+        gradient = x.T @ (p - y) + ridge * w
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + (ridge + 1e-6) * np.eye(len(w))
+        change = np.linalg.solve(hessian, gradient)
+        w -= change
+        if np.abs(change).max() < 1e-8:
+            break
+    return [float(v) for v in w / scale]
+
+
+def examine(verifier: Verifier, samples: Samples) -> dict:
+    """How well a verifier tells right answers from wrong ones, beside what each of its parts alone does."""
+    problems, answers = samples.flat()
+    parts, (score, probability) = verifier.parts(problems, answers, "test"), verifier.judge(problems, answers)
+    right, shape = samples.right.ravel(), samples.right.shape
+    scores = {"verifier": probability, "generator alone": parts[:, 0], f"{verifier.kind} alone": parts[:, 1]}
+    found = {"problems": shape[0], "answers": len(right), "right": float(right.mean())}
+    for name, values in scores.items():
+        ranked = score if name == "verifier" else values
+        best = samples.right[np.arange(shape[0]), ranked.reshape(shape).argmax(1)]
+        found[name] = {
+            "auc": auc(right, values),
+            "auc_within": auc_within(samples.right, ranked.reshape(shape)),
+        }
+        found[name] |= {"best_of_n": proportion(int(best.sum()), len(best))}
+    found["accuracy"] = proportion(int(((probability > 0.5) == right).sum()), len(right))
+    return found | {"calibration": calibration(right, probability)}
+
+
+def train_channel(
+    cfg: VerifierConfig, generator: TextModel, learnt: Samples, held: Samples, about: dict
+) -> dict:
+    """The base, backwards: true solutions and the generator's own right answers, told back as problems."""
+    start = VerifierConfig(**{**cfg.__dict__, "model": cfg.start})
+    channel = aligned_model(start)
+    if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
+        raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
+    gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
+    told = [(e.text, e.target.strip()) for e in gold]
+    for example, answers, right in zip(learnt.examples, learnt.answers, learnt.right, strict=True):
+        told += [
+            (example.text, a) for a in dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r)
+        ]
+    rows = [backward_row(channel, p, a) for p, a in told]
+    val_rows = [backward_row(channel, e.text, e.target.strip()) for e in held.examples]
+    batch = cfg.batch_size * cfg.grad_accum_steps * world()
+    order = TrainingSet(rows, batch, cfg.seed, "causal", channel.pad)
+    smoke = bool(cfg.max_steps)
+    cfg.max_steps = cfg.max_steps or math.ceil(order.batches * cfg.epochs)
+
+    def loss(core, ids, mask, targets):
+        logits = target_logits(core, "causal", ids, mask, targets)
+        asked = targets != -100
+        return F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum"), asked.sum()
+
+    def evaluate(core, final):
+        return {"val_loss": -channel.log_likelihoods(val_rows).sum() / sum(len(a) for _, a in val_rows)}
+
+    tokens, parameters = float(order.lengths.mean()), sum(p.numel() for p in channel.model.parameters())
+    trainer = trainer_for(
+        cfg, channel, order.tensors, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens,
+        tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / order.batches,
+        about=parents(cfg, generator, train=about | {"answers": len(rows), "gold": len(gold)})
+        | {"verifier": "channel", "smoke": smoke},
+    )  # fmt: skip
+    trainer.free_to_change += ["verifier", "problem", "answer"]
+    trainer.say(
+        f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
+        f"{len(rows) - len(gold):,} right answers of {cfg.model}; {cfg.max_steps} steps of {batch}"
+    )
+    trainer.say(f"one of them: {channel.decode(rows[0][0])!r} -> {channel.decode(rows[0][1])!r}")
+    return trainer.run_all_steps()
+
+
+def train_head(
+    cfg: VerifierConfig, generator: TextModel, learnt: Samples, held: Samples, about: dict
+) -> dict:
+    """The generator with a head, on all its answers, right and wrong: `group` of them a problem at a time."""
+    text_model = aligned_model(cfg)
+    net = ValueModel(text_model.model)
+    head = HeadModel(text_model, net)
+    rows = [
+        [forward_row(text_model, e.text, a) for a in some]
+        for e, some in zip(learnt.examples, learnt.answers, strict=True)
+    ]
+    batch = max(1, cfg.batch_size // cfg.group)  # problems
+    cfg.batch_size = batch * cfg.group
+    if cfg.grad_accum_steps * world() > 1:
+        raise TrainError("--kind=head trains in one process without accumulation")
+    batches = max(1, len(rows) // batch)
+    smoke = bool(cfg.max_steps)
+    cfg.max_steps = cfg.max_steps or math.ceil(batches * cfg.epochs)
+
+    def members(step: int) -> list[tuple[int, int]]:
+        """(problem, answer) of a step: of each problem, right and wrong answers by turns while there are."""
+        epoch, at = divmod(step, batches)
+        order = np.random.default_rng([cfg.seed, epoch]).permutation(len(rows))
+        chosen = []
+        for p in np.resize(order, batches * batch)[at * batch : (at + 1) * batch]:
+            drawn = np.random.default_rng([cfg.seed, step, int(p)]).permutation(learnt.right.shape[1])
+            right, wrong = ([j for j in drawn if learnt.right[p, j] == c] for c in (True, False))
+            turns = [j for pair in zip(right, wrong, strict=False) for j in pair]
+            turns = np.resize(turns + [j for j in drawn if j not in turns], cfg.group)
+            chosen += [(int(p), int(j)) for j in turns]
+        return chosen
+
+    def batch_of(step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        some = members(step)[first : first + count]
+        labels = torch.tensor([float(learnt.right[p, j]) for p, j in some])
+        return *value_rows([rows[p][j] for p, j in some], text_model.pad), labels
+
+    val_rows = [forward_row(text_model, p, a) for p, a in zip(*held.flat(), strict=True)]
+    labels = torch.tensor(held.right.ravel()).double()
+
+    def evaluate(core, final):
+        values = torch.tensor(head.values(val_rows))
+        found = {"val_loss": F.binary_cross_entropy_with_logits(values, labels).item()}
+        return found | {
+            "auc_within": auc_within(held.right, values.numpy().reshape(held.right.shape))["value"]
+        }
+
+    tokens = float(np.mean([length(r) for some in rows for r in some]))
+    trainer = HeadTrainer(
+        cfg, net, batch_of, loss=lambda core, *t: head_loss(core, *t, cfg), evaluate=evaluate,
+        tokenizer=text_model.tokenizer,
+        flops_per_row=6 * tokens * sum(p.numel() for p in net.parameters()), tokens_per_row=1,
+        epoch=lambda step: step / batches,
+        about=parents(cfg, generator, train=about) | {"verifier": "head", "smoke": smoke},
+    )  # fmt: skip
+    trainer.say(
+        f"{trainer.folder}: a head on {cfg.model}, {learnt.right.size:,} answers, "
+        f"{100 * learnt.right.mean():.0f} % right; {cfg.max_steps} steps"
+    )
+    return trainer.run_all_steps()
+
+
+def describe(run: dict) -> list[str]:
+    found = run["verification"]
+    lines = [
+        f"{found['answers']:,} answers to {found['problems']:,} test problems, {100 * found['right']:.1f} % right; "
+        f"lambda {run['combine']['lambda']}"
+    ]
+    for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
+        m = found[name]
+        lines.append(
+            f"  {name:16} AUC {m['auc']:.3f}, within a problem {m['auc_within']['value']:.3f}, "
+            f"best of n {100 * m['best_of_n']['value']:.1f}"
+        )
+    return [
+        *lines,
+        f"  accuracy {100 * found['accuracy']['value']:.1f}, "
+        f"calibration error {100 * found['calibration']['ece']:.1f} %",
+    ]
+
+
+def main() -> None:
+    cfg = parse_config(VerifierConfig, __doc__)
+    try:
+        if cfg.verifier:
+            print(f"{Verifier.load(cfg.verifier, cfg.device).score(cfg.problem, cfg.answer):.4f}")
+            return
+        print("\n".join(describe(train_verifier(cfg))))
+    except AlreadyFinished as finished:
+        print("\n".join(describe(finished.run)))
+        print("nothing to do: --overwrite trains it anew, --name trains another")
+    except (ValueError, OSError, DataError) as error:
+        raise SystemExit(f"verifier.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
