@@ -23,6 +23,10 @@ has transformers do it, with the same result.
                                 least the rest of a window before it. Perplexities a token compare only under
                                 one tokenizer, bits a byte always. The interval is a bootstrap over windows.
 
+--battery=200 gives every model so many instructions of the embedded collection's test split, counts answers
+that are exactly right and shows some side by side. With it or --samples, a table of all models goes to
+out/pipeline.json.
+
 --shots=0,4 puts so many worked examples, drawn from the train split by --seed, before each question; a model
 that was tuned on the task wants none. --limit=N takes N items by --seed, and the interval widens as it
 should. A prompt that is too long loses examples first, then the end of its text, never the question; how many
@@ -69,6 +73,7 @@ from data import (
     gate,
     judge,
     kind_of_error,
+    load_conversations,
     load_task,
     majority,
     paired_bootstrap,
@@ -101,6 +106,7 @@ class EvalConfig:
     contamination: int = 0  # look for so many words in a row of each item in the training text; 0: don't
     samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
     temperature: float = 0.8  # of these samples
+    battery: int = 0  # so many held-out instructions are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a card
@@ -522,6 +528,75 @@ def compare(all_results: list[tuple[str, list[Result]]]) -> list[str]:
     return lines
 
 
+def battery(models: list[str], cfg: EvalConfig, device: torch.device) -> dict[str, list[dict]]:
+    """What every model says to held-out instructions, greedily: {model: [{"asked", "said", "meant", ...}]}.
+
+    A base that knows no turns is given the instruction as a line to continue.
+    """
+    chats = load_conversations("instructions", "test")[0]
+    singles = [c for c in chats if len(c) == 2][: cfg.battery]
+    found = {}
+    for name in models:
+        model = load_model(name, device, cfg.backend, cfg.context_length)
+        if model.kind != "causal":
+            continue
+        prompts = [
+            model.conversation(c[:1])[0] if model.chat else model.bos + model.encode(c[0]["content"] + "\n")
+            for c in singles
+        ]
+        said = model.generate(
+            prompts, min(40, model.context_length // 2), "\n", f"{name} follows instructions"
+        )
+        rows = []
+        for chat, text in zip(singles, said, strict=True):
+            row = {"asked": chat[0]["content"], "said": text.strip(), "meant": chat[1]["content"]}
+            rows.append(row | {"correct": row["said"] == row["meant"]})
+        found[name] = rows
+    return found
+
+
+def pipeline_table(done: list[tuple[str, list[Result]]], answered: dict, cfg: EvalConfig) -> list[str]:
+    """The life of a model in one table, a line a stage; also written to {out}/pipeline.json."""
+    rows = []
+    for name, results in done:
+        run = read_json(Path(name) / "run.json") if (Path(name) / "run.json").exists() else {}
+        row: dict = {
+            "model": name,
+            "stage": run.get("stage"),
+            "minutes": round(run.get("seconds", 0) / 60, 2),
+        }
+        for result in results:
+            entry = result.entry
+            if entry.get("samples"):
+                row |= {"task": entry["task"]} | {
+                    k: m for k, m in entry["metrics"].items() if k != "answered"
+                }
+            elif "bits_per_byte" in entry["metrics"]:
+                row[f"{entry['task']}, bits/byte"] = entry["metrics"]["bits_per_byte"]
+        if name in answered:
+            row["instructions"] = share(np.array([r["correct"] for r in answered[name]], float))
+        rows.append(row)
+    file = Path(cfg.out) / "pipeline.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"rows": rows, "battery": answered, "samples": cfg.samples}, indent=2) + "\n"
+    write_atomically(file, lambda path: path.write_text(text))
+    columns = list(dict.fromkeys(k for row in rows for k in row if isinstance(row[k], dict)))
+    lines = ["", "| model | " + " | ".join(columns) + " | minutes |", "|---" * (len(columns) + 2) + "|"]
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = row.get(column, {}).get("value")
+            small = "bits" in column
+            cells.append("" if value is None else f"{value:.3f}" if small else f"{100 * value:.1f}")
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + f" | {row['minutes']:.1f} |")
+    shown = min(6, *(len(rows) for rows in answered.values())) if answered else 0
+    for i in range(shown):
+        first = next(iter(answered.values()))[i]
+        lines.append(f"\n{first['asked']} -> {first['meant']}")
+        lines += [f"  {name}: {said[i]['said'][:100]!r}" for name, said in answered.items()]
+    return lines
+
+
 def read_words(argv: list[str]) -> list[str]:
     """Bare words are models: `out/base gpt2` becomes --models=out/base,gpt2."""
     takes_value = {f"--{field.name}" for field in fields(EvalConfig) if field.type is not bool}
@@ -589,6 +664,9 @@ def main() -> None:
             done.append((name, results))
         for line in compare(done):
             print(line)
+        answered = battery(models, cfg, device) if cfg.battery else {}
+        if cfg.samples or cfg.battery:
+            print("\n".join(pipeline_table(done, answered, cfg)))
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"eval.py: {error}") from None
     except KeyboardInterrupt:

@@ -266,7 +266,7 @@ class TextModel:
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
         if not self.ours and (n > 1 or temperature or calculator):
             raise TrainError(f"{self.name}: only models that model.py computes can be sampled here")
-        texts, rows = [""] * (len(prompts) * n), 1024 if self.device.type == "cuda" else 512
+        texts, rows = [""] * (len(prompts) * n), 1024 if self.device.type == "cuda" else 256
         force = self.calculator if calculator else None
         for index in self.batch_indices([len(p) + max_new_tokens for p in prompts], progress, rows // n):
             some = [prompts[i] for i in index]

@@ -5,7 +5,8 @@
 #   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
 #   bash run_all.sh speedrun           about four hours on an RTX 3060
 #   bash run_all.sh max3060            about a day
-#   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune or eval
+#   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune, sft, dpo,
+#                                      verifier or eval
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
@@ -35,7 +36,7 @@ main() {
     fi
     local stages=("$@") config=configs/$profile.py run
     run=$OUT/$(python -c "import runpy; print(runpy.run_path('$config').get('name', 'base'))")
-    [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples finetune eval)
+    [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples finetune sft dpo verifier eval)
     mkdir -p "$OUT/logs" "$OUT/stamps"
     echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
     python train.py "$config" --out="$OUT" --plan
@@ -45,8 +46,12 @@ main() {
             pretrain) stage pretrain "$run/model.safetensors" python train.py "$config" --out="$OUT" ;;
             samples) stage samples "$run" python chat.py "$run" --start --n=5 --seed=1 --temperature=0.7 ;;
             finetune) finetune ;;
+            sft) stage sft "$OUT/sft/model.safetensors" python sft.py configs/sft.py --model="$run" --out="$OUT" ;;
+            dpo) stage dpo "$OUT/dpo/model.safetensors" python dpo.py configs/dpo.py --model="$OUT/sft" --out="$OUT" ;;
+            verifier) stage verifier "$OUT/verifier/run.json" python verifier.py configs/verifier.py \
+                --model="$OUT/dpo" --start="$run" --out="$OUT" ;;
             eval) evaluate ;;
-            *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples, finetune, eval)" >&2; exit 2 ;;
+            *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples, finetune, sft, dpo, verifier, eval)" >&2; exit 2 ;;
         esac
     done
     echo
@@ -71,7 +76,8 @@ tune() {
     stage "finetune-$1" "$OUT/$1/run.json" python finetune.py "configs/$1.py" --name="$1" --out="$OUT" "${@:2}"
 }
 
-# Every model on the task it learnt, beside what it was before with examples in its prompt.
+# Every model on the task it learnt, beside what it was before with examples in its prompt; then the whole life
+# of ours in one table: base, SFT, DPO, and what choosing among many answers adds.
 evaluate() {
     local eval=(python eval.py --out="$OUT") embedded=sentiment,dialogue,arithmetic,storyworld
     stage eval-base "$run/results.json" "${eval[@]}" "$run" --tasks=$embedded --shots=0,4 --limit=500
@@ -82,6 +88,8 @@ evaluate() {
         stage eval-samsum "$OUT/samsum/results.json" "${eval[@]}" google/flan-t5-small "$OUT/samsum" --tasks=samsum
         stage eval-gsm8k "$OUT/gsm8k/results.json" "${eval[@]}" gpt2 "$OUT/gsm8k" --tasks=gsm8k
     fi
+    stage eval-life "$OUT/pipeline.json" "${eval[@]}" "$run" "$OUT/sft" "$OUT/dpo" --tasks=arithmetic,storyworld \
+        --samples=8 --verifier="$OUT/verifier" --battery=200
 }
 
 usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
@@ -119,6 +127,8 @@ stage() {
         echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"
         return
     fi
+    # What was tuned from a model that has just been trained anew starts anew, too.
+    case "$anew $2" in yes\ finetune.py | yes\ sft.py | yes\ dpo.py | yes\ verifier.py) set -- "$@" --overwrite ;; esac
     echo "== $name: $*"
     anew=yes # whatever follows from this stage is out of date
     # A terminal keeps its progress bar; without one, what would go there goes to the log.

@@ -2,6 +2,7 @@
 
     python verifier.py configs/verifier.py                            # minutes on a laptop
     python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
+    python verifier.py --model=out/sft-gsm8k --start=out/laptop --task=gsm8k --solutions=FILE.jsonl
     python verifier.py --verifier=out/verifier --problem="Anna has 3 nuts. She buys 4 more nuts. How many nuts
         does she have now?" --answer="She has 3+4=<<3+4=7>>7 nuts. #### 7"
 
@@ -21,6 +22,8 @@ verifies, beside the generator's own log-probability and the channel alone.
 """
 
 import math
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,6 +44,7 @@ from data import (
     judge,
     load_task,
     proportion,
+    read_rows,
     refuse_overlap,
 )
 from finetune import (
@@ -68,9 +72,10 @@ class VerifierConfig(AdaptConfig):
     kind: Literal["channel", "head"] = "channel"  # a model run backwards, or a number read off the generator
     start: str = "out/base"  # channel: the weights it starts from
     task: str = "arithmetic"  # whose answers can be checked
-    gold: int = 4000  # channel: true solutions that are turned around, the first of the train split
+    gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
     problems: int = 4000  # problems that the generator answers, to learn from
     first_problem: int = 8000  # of the train split: behind those that SFT and DPO have seen
+    solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     n: int = 8  # answers a problem
     temperature: float = 0.8  # of the answers
     seed_samples: int = 11  # of the answers
@@ -122,9 +127,7 @@ class Verifier:
                 )
         if run["data"]["tokenizer"] != tokenizer_hash(generator.tokenizer):
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
-        core = load_model(str(folder), pick_device(device))
-        if run["verifier"] == "head":
-            core = HeadModel.load(core, Path(folder))
+        core = read_core(run["verifier"], Path(folder), device)
         return cls(run["verifier"], generator, core, run["combine"], str(folder))
 
     def score(self, problem: str, answer: str) -> float:
@@ -160,6 +163,12 @@ class Verifier:
                 [backward_row(self.core, p, a) for p, a in zip(problems, answers, strict=True)], progress
             )
         return np.stack([own, added], axis=1)
+
+
+def read_core(kind: str, folder: Path, device: str) -> "TextModel | HeadModel":
+    """What a verifier has beside its generator: the channel, or the generator's twin with a head."""
+    core = load_model(str(folder), pick_device(device))
+    return HeadModel.load(core, folder) if kind == "head" else core
 
 
 def combined(kind: str, parts: np.ndarray, weight: float) -> np.ndarray:
@@ -313,6 +322,30 @@ def judged(
     return Samples(examples, answers, np.array([r["correct"] for r in records]).reshape(len(examples), -1))
 
 
+def labelled(file: str) -> list[Samples]:
+    """Solutions that come with labels, as training, validation and test parts, split by question.
+
+    A row has a question and, for each of its sources, {"solution", "is_correct"}: the form of GSM8K's
+    example_model_solutions.jsonl. A final "A: 18" becomes "#### 18", as in everything else here.
+    """
+    parts: list[list[dict]] = [[], [], []]
+    for row in read_rows(file):
+        if not isinstance(row.get("question"), str):
+            raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
+        parts[(0, 0, 1, 2)[zlib.crc32(row["question"].encode()) % 4]].append(row)
+    found = []
+    for rows in parts:
+        sides = [[v for v in row.values() if isinstance(v, dict) and "is_correct" in v] for row in rows]
+        if not rows or len({len(some) for some in sides}) != 1 or not sides[0]:
+            raise DataError(
+                f"{file}: every question needs the same number of labelled solutions, and more rows"
+            )
+        answers = [[re.sub(r"\nA: ", "\n#### ", side["solution"]) for side in some] for some in sides]
+        right = np.array([[bool(side["is_correct"]) for side in some] for some in sides])
+        found.append(Samples([Example(row["question"], "") for row in rows], answers, right))
+    return found
+
+
 def train_verifier(cfg: VerifierConfig) -> dict:
     """Trains, fits lambda and probabilities on validation, reports on test; returns run.json."""
     if cfg.task not in TASKS or TASKS[cfg.task].metric != "exact_match":
@@ -322,14 +355,19 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")
     if not generator.ours:
         raise TrainError(f"{cfg.model}: only generators that model.py computes can be verified here")
-    problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
-    validation, test = (
-        load_task(cfg.task, split)[0][: n or None]
-        for split, n in (("validation", cfg.validation_problems), ("test", cfg.test_problems))
-    )
-    refuse_overlap((e.text for e in [*problems, *validation]), (e.text for e in test), cfg.task)
-    learnt = judged(generator, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)
-    held = judged(generator, cfg.task, "validation", validation, cfg.n, cfg.temperature, cfg.seed_samples)
+    if cfg.solutions:
+        learnt, held, examined = labelled(cfg.solutions)
+        about = {"source": cfg.solutions, "examples": len(learnt.examples)}
+    else:
+        problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
+        validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
+        test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
+        learnt, held, examined = (
+            judged(generator, cfg.task, split, some, cfg.n, cfg.temperature, cfg.seed_samples)
+            for split, some in (("train", problems), ("validation", validation), ("test", test))
+        )
+    known = (e.text for e in [*learnt.examples, *held.examples])
+    refuse_overlap(known, (e.text for e in examined.examples), cfg.task)
     if learnt.right.all() or not learnt.right.any():
         raise TrainError(
             f"all of {learnt.right.size:,} answers are {'right' if learnt.right.all() else 'wrong'}: "
@@ -341,16 +379,13 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         run = train(cfg, generator, learnt, held, about)
     except AlreadyFinished as finished:
         run = finished.run
-        if "combine" in run:
+        if "verification" in run:
             raise
-    run |= {"verifier": cfg.kind, "combine": {"lambda": 1.0, "platt": [1.0, 0.0, 0.0]}}
-    write_run(folder, run)
-    verifier = Verifier.load(folder, cfg.device)
+    core = read_core(cfg.kind, folder, cfg.device)
+    verifier = Verifier(cfg.kind, generator, core, {}, str(folder))
     parts = verifier.parts(*held.flat(), "validation")
     lengths = np.array([len(generator.encode(p)) for p in held.flat()[0]])
-    run["combine"] = fit(cfg.kind, parts, held.right, lengths)
-    verifier.combine = run["combine"]
-    examined = judged(generator, cfg.task, "test", test, cfg.n, cfg.temperature, cfg.seed_samples)
+    run["combine"] = verifier.combine = fit(cfg.kind, parts, held.right, lengths)
     run["verification"] = {"split": "test", **examine(verifier, examined)}
     write_run(folder, run)
     return run
@@ -390,6 +425,8 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
     right, shape = samples.right.ravel(), samples.right.shape
     scores = {"verifier": probability, "generator alone": parts[:, 0], f"{verifier.kind} alone": parts[:, 1]}
     found = {"problems": shape[0], "answers": len(right), "right": float(right.mean())}
+    found["right_by_source"] = samples.right.mean(0).tolist()  # of labelled solutions: each model's accuracy
+    found["oracle"] = proportion(int(samples.right.any(1).sum()), shape[0])
     for name, values in scores.items():
         ranked = score if name == "verifier" else values
         best = samples.right[np.arange(shape[0]), ranked.reshape(shape).argmax(1)]
@@ -417,7 +454,12 @@ def train_channel(
             (example.text, a) for a in dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r)
         ]
     rows = [backward_row(channel, p, a) for p, a in told]
-    val_rows = [backward_row(channel, e.text, e.target.strip()) for e in held.examples]
+    val_rows = [
+        backward_row(
+            channel, e.text, next((a for a, r in zip(some, right, strict=True) if r), e.target.strip())
+        )
+        for e, some, right in zip(held.examples, held.answers, held.right, strict=True)
+    ]
     batch = cfg.batch_size * cfg.grad_accum_steps * world()
     order = TrainingSet(rows, batch, cfg.seed, "causal", channel.pad)
     smoke = bool(cfg.max_steps)
@@ -512,8 +554,8 @@ def train_head(
 def describe(run: dict) -> list[str]:
     found = run["verification"]
     lines = [
-        f"{found['answers']:,} answers to {found['problems']:,} test problems, {100 * found['right']:.1f} % right; "
-        f"lambda {run['combine']['lambda']}"
+        f"{found['answers']:,} answers to {found['problems']:,} test problems, "
+        f"{100 * found['right']:.1f} % right; lambda {run['combine']['lambda']}"
     ]
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
         m = found[name]

@@ -12,3 +12,28 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    """A small run of ours with chat tokens, and a GPT-2 of transformers that shares its vocabulary."""
+    import torch
+    import transformers
+
+    from data import load_conversations
+    from model import ModelConfig, ModernDecoderLM
+    from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    names = ("arithmetic", "instructions")
+    texts = [m["content"] for n in names for chat in load_conversations(n, "train")[0][:300] for m in chat]
+    tokenizer = Tokenizer(*train_bpe(texts, 400, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS)
+    torch.manual_seed(0)
+    config = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, context_length=160, vocab_size=400)
+    eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    ModernDecoderLM(config).save_pretrained(folder / "base", **eot)
+    tokenizer.save(folder / "base")
+    gpt2 = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=160, vocab_size=400, **eot)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
+    tokenizer.save(folder / "gpt2")
+    return {name: str(folder / name) for name in ("base", "gpt2")}

@@ -310,3 +310,130 @@ def test_a_folder_that_is_no_model_says_so(tmp_path, monkeypatch, capsys):
 def test_every_task_is_explained_in_help():
     done = subprocess.run([sys.executable, "eval.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in TASKS)
+
+
+# -----------------------------------------------------------------------------
+# test-time compute
+
+
+def test_votes_and_choices_on_samples_made_by_hand():
+    from data import best_of, gate, majority, weighted_vote
+
+    assert best_of([0.1, 0.9, 0.9]) == 1 and best_of([]) is None
+    assert weighted_vote(["a", "b", "a"], [0.3, 0.5, 0.3]) == "a" != majority(["b", "b", "a"])
+    assert weighted_vote(["a", "b", None], [0.3, 0.5, 9.0]) == "b"
+    assert weighted_vote([None, None], [1, 1]) is None
+    assert gate([0.2, 0.6, 0.9], 0.5) == (1, 2)
+    assert gate([0.2, 0.6, 0.4], 0.99) == (1, 3)
+    assert gate([0.9], 0.5) == (0, 1)
+
+
+@pytest.mark.parametrize("output, kind", [
+    ("3*4=<<3*4=13>>13\n13+2=<<13+2=15>>15\n#### 15", "slip"),
+    ("4*3=<<4*3=12>>12\n12+2=<<12+2=14>>14\n#### 15", "answer"),
+    ("3+4=<<3+4=7>>7\n7+2=<<7+2=9>>9\n#### 9", "operation"),
+    ("3*5=<<3*5=15>>15\n15+2=<<15+2=17>>17\n#### 17", "plan"),
+    ("3*4=<<3*4=12>>12\n#### 12", "plan"),
+    ("I do not know.", "none"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_wrong_solution(output, kind):
+    from data import kind_of_error
+
+    assert kind_of_error(output, "3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n#### 14") == kind
+
+
+def test_a_difference_the_other_way_round_is_another_operation():
+    from data import kind_of_error
+
+    assert kind_of_error("3-5=<<3-5=-2>>-2\n#### -2", "5-3=<<5-3=2>>2\n#### 2") == "operation"
+
+
+@pytest.mark.parametrize("text, fine", [
+    ("3*4=<<3*4=12>>12\n#### 12", True), ("<<3*4=13>>13\n#### 13", False), ("<<3*4=12>>12\n#### 13", False),
+    ("#### 12", False), ("<<3*(=12>>\n#### 12", False), ("<<5/2=2.5>>2.5\n#### 2.5", True),
+])  # fmt: skip
+def test_a_calculator_confirms_a_solution(text, fine):
+    from data import calculates
+
+    assert calculates(text) is fine
+
+
+def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypatch):
+    from data import load_task
+    from finetune import load_model, sampled
+
+    model = load_model(tiny["base"], torch.device("cpu"))
+    examples = load_task("arithmetic", "test")[0][:5]
+    four = sampled(model, "arithmetic", "test", examples, 4, seed=3)
+    two = sampled(model, "arithmetic", "test", examples, 2, seed=3)
+    assert [some[:2] for some in four] == two and len({a for some in four for a in some}) > 5
+    other = sampled(model, "arithmetic", "test", examples, 2, seed=4)
+    assert other != two
+    monkeypatch.setattr(model, "generate", lambda *a: pytest.fail("sampled again"))
+    assert sampled(model, "arithmetic", "test", examples, 4, seed=3) == four
+    with pytest.raises(pytest.fail.Exception):
+        sampled(model, "arithmetic", "test", examples[:3], 4, seed=3)
+
+
+def test_a_calculator_forces_its_tokens_in_ragged_rows(tiny, monkeypatch):
+    """A model that wants to say something else is made to say the result, each row its own."""
+    from finetune import load_model
+
+    model = load_model(tiny["base"], torch.device("cpu"))
+    encode = model.tokenizer.encode
+    asked = [encode("<<3*4="), encode("some words before <<12+30="), encode("nothing to calculate")]
+    assert model.calculator(0, asked[0]) == encode("12>>")
+    assert model.calculator(0, asked[1]) == encode("42>>") and model.calculator(0, asked[2]) == []
+    assert model.calculator(0, []) == [] and model.calculator(0, encode("<<3*(=")) == []
+    # In a batch: rows whose first forced tokens open an annotation must go on with its result.
+    openings = [encode("<<3*4="), encode("a <<7*8="), encode("no")]
+
+    def force(row: int, new: list[int]) -> list[int]:
+        return openings[row] if not new else model.calculator(row, new)
+
+    new = model.model.generate([[1, 2], [3] * 9, [4]], 24, temperature=0, force=force)
+    texts = [model.tokenizer.decode(ids) for ids in new]
+    assert (
+        texts[0].startswith("<<3*4=12>>")
+        and texts[1].startswith("a <<7*8=56>>")
+        and texts[2].startswith("no")
+    )
+
+
+def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, monkeypatch):
+    """Answers made by hand, so that every figure of the table is known."""
+    import eval as script
+    from data import load_task
+    from finetune import load_model
+
+    examples = load_task("arithmetic", "test")[0][:4]
+    gold = [e.target.strip() for e in examples]
+    wrong = "#### 0"
+    drawn = [[gold[0], wrong, gold[0], gold[0]], [wrong, wrong, wrong, gold[1]], [wrong] * 4, [gold[3]] * 4]
+
+    def sampled(model, name, split, some, n, temperature=0.8, seed=1, calculator=False):
+        return drawn if n == 4 else [[a[0]] for a in drawn]
+
+    class Oracle:
+        name = "oracle"
+
+        def judge(self, problems, answers, progress=""):
+            truth = {e.text: e.target.strip() for e in examples}
+            p = np.array([0.9 if truth[q] == a else 0.1 for q, a in zip(problems, answers, strict=True)])
+            return np.log(p), p
+
+    monkeypatch.setattr(script, "sampled", sampled)
+    cfg = script.EvalConfig(samples=4, limit=0)
+    monkeypatch.setattr(script, "load_task", lambda name, split: (examples, {}))
+    result = script.reason(
+        load_model(tiny["base"], torch.device("cpu")), "arithmetic", cfg, {"oracle": Oracle()}
+    )
+    curves = {way: {k: v["value"] for k, v in curve.items()} for way, curve in result.entry["curves"].items()}
+    assert curves["majority"] == {1: 0.5, 2: 0.5, 4: 0.5}
+    assert curves["oracle, best"] == {1: 0.5, 2: 0.5, 4: 0.75} == curves["oracle, vote"]
+    assert curves["calculator vote"][4] == 0.75  # the wrong answers show no calculation
+    assert curves["pass"][4] == 0.75 and curves["pass"][1] == pytest.approx((3 / 4 + 1 / 4 + 0 + 1) / 4)
+    assert result.entry["metrics"]["exact_match"]["value"] == 0.5
+    gates = {g["threshold"]: g for g in result.entry["gating"]["oracle"]}
+    assert gates[0.5]["right"]["value"] == 0.75 and gates[0.5]["samples"] == (1 + 4 + 4 + 1) / 4
+    assert gates[1.01]["samples"] == 4 and sum(result.entry["errors"].values()) == 2

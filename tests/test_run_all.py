@@ -22,7 +22,8 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "cpu.py").write_text('name = "stand_in"\n')
-    (tmp_path / "configs" / "sentiment.py").write_text("")
+    for name in ("sentiment", "sft", "dpo", "verifier"):
+        (tmp_path / "configs" / f"{name}.py").write_text("")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
@@ -31,14 +32,16 @@ def project(tmp_path: Path) -> Path:
         '[ "${*: -1}" = --plan ] && exit\n'
         'echo "$*" >>calls\n'
         '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
-        "mkdir -p out/tokens out/stand_in out/sentiment && touch out/stand_in/model.safetensors "
-        "out/sentiment/run.json out/stand_in/results.json out/sentiment/results.json\n"
+        "mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier\n"
+        "touch stand_in/model.safetensors sentiment/run.json sft/model.safetensors dpo/model.safetensors verifier/run.json "
+        "stand_in/results.json sentiment/results.json pipeline.json\n"
     )
     python.chmod(0o755)
     return tmp_path
 
 
-EVERYTHING = ["tokenizer.py", "train.py", "chat.py", "finetune.py", "eval.py", "eval.py"]
+EVERYTHING = ["tokenizer.py", "train.py", "chat.py", "finetune.py", "sft.py", "dpo.py", "verifier.py"]
+EVERYTHING += ["eval.py"] * 3
 
 
 def calls(project: Path) -> list[str]:
@@ -53,13 +56,25 @@ def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
     assert run_all(project, "cpu").returncode == 0
     assert calls(project) == EVERYTHING
     again = run_all(project, "cpu")
-    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 6
+    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 10
     (project / "configs" / "cpu.py").write_text('name = "stand_in"\nseed = 2\n')
     assert run_all(project, "cpu").returncode == 0
     assert calls(project) == EVERYTHING
     (project / "configs" / "sentiment.py").write_text("seed = 2\n")
     assert run_all(project, "cpu").returncode == 0
     assert calls(project) == EVERYTHING[3:]
+
+
+def test_what_follows_from_a_model_trained_anew_starts_anew(project):
+    run_all(project, "cpu")
+    calls(project)
+    (project / "out" / "sft" / "model.safetensors").unlink()
+    assert run_all(project, "cpu").returncode == 0
+    lines = (project / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("--overwrite")] == ["dpo.py", "verifier.py"]
+    calls(project)
+    again = run_all(project, "cpu")
+    assert again.returncode == 0 and calls(project) == []
 
 
 def test_a_stage_whose_result_was_deleted_runs_again(project):
@@ -92,7 +107,7 @@ def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
 def test_words_it_does_not_know_are_refused(project):
     assert run_all(project, "gpu").returncode == 2
     unknown = run_all(project, "cpu", "pretrian")
-    assert unknown.returncode == 2 and "tokenizer, pretrain, samples, finetune, eval" in unknown.stderr
+    assert unknown.returncode == 2 and "finetune, sft, dpo, verifier, eval" in unknown.stderr
 
 
 def test_help_prints_the_commands(project):

@@ -1,0 +1,243 @@
+"""Preference optimisation: the loss against numbers worked by hand, pairs, controls, caches, runs cut off."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dpo as script
+import sft
+from data import DataError, load_preferences, load_task, preference_of, talk
+from dpo import (
+    DPOConfig,
+    Pair,
+    collate_pairs,
+    on_policy,
+    pair_log_probs,
+    preference_loss,
+    reference,
+    token_log_probs,
+)
+from finetune import load_model
+from model import load_tensors
+from train import TrainError, read_json, read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(script.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory) -> str:
+    """A run that knows the form of an answer, and rarely the right one."""
+    out = tmp_path_factory.mktemp("dpo")
+    cfg = sft.SFTConfig(
+        model=tiny["base"], out=str(out), name="sft", device="cpu", dtype="float32", batch_size=8
+    )
+    cfg.data, cfg.max_steps, cfg.learning_rate, cfg.eval_examples = "arithmetic", 150, 1e-2, 20
+    cfg.warmup_steps, cfg.eval_every = 10, 0
+    sft.sft(cfg)
+    return str(out / "sft")
+
+
+@pytest.fixture
+def settings(tuned, tmp_path):
+    def make(**more) -> DPOConfig:
+        small = dict(model=tuned, out=str(tmp_path), name="run", device="cpu", dtype="float32", max_steps=6)
+        small |= dict(
+            batch_size=4, problems=40, n=6, eval_examples=30, eval_every=3, save_every=2, log_every=1
+        )
+        return DPOConfig(**small | dict(warmup_steps=1, learning_rate=1e-3) | more)
+
+    return make
+
+
+def test_the_loss_on_numbers_worked_by_hand():
+    chosen, rejected = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0])
+    ref = torch.tensor([[-3.5, -4.0], [-5.0, -4.5]])
+    # margins: (1) - (0.5) = 0.5, and (-1) - (-0.5) = -0.5
+    expected = [math.log(1 + math.exp(-0.1 * m)) for m in (0.5, -0.5)]
+    torch.testing.assert_close(preference_loss(chosen, rejected, ref, 0.1), torch.tensor(expected))
+    smooth = [
+        0.8 * math.log(1 + math.exp(-0.1 * m)) + 0.2 * math.log(1 + math.exp(0.1 * m)) for m in (0.5, -0.5)
+    ]
+    torch.testing.assert_close(
+        preference_loss(chosen, rejected, ref, 0.1, label_smoothing=0.2), torch.tensor(smooth)
+    )
+    torch.testing.assert_close(
+        preference_loss(chosen, rejected, ref, 0.1, "ipo"), torch.tensor([20.25, 30.25])
+    )
+
+
+def test_gradients_push_the_chosen_up_and_the_rejected_down():
+    chosen, rejected = torch.tensor([-3.0], requires_grad=True), torch.tensor([-4.0], requires_grad=True)
+    preference_loss(chosen, rejected, torch.tensor([[-3.5, -4.0]]), 0.1).sum().backward()
+    assert chosen.grad.item() < 0 < rejected.grad.item()
+    assert chosen.grad.item() == pytest.approx(-0.1 / (1 + math.exp(0.1 * 0.5)))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_at_the_start_the_loss_is_ln_2(settings, both, tuned):
+    model = load_model(tuned, torch.device("cpu"))
+    pairs, _ = on_policy(
+        model, settings(), "train", load_task("arithmetic", "train", first=4000, count=40)[0]
+    )
+    pairs = [p for p in pairs if p.rejected]
+    known = torch.from_numpy(reference(model, pairs, both))
+    with torch.no_grad():
+        good, bad, _ = pair_log_probs(model.model, *collate_pairs(pairs, model.pad, both))
+    loss = preference_loss(good, bad, known, 0.5)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)), rtol=0, atol=2e-4)
+
+
+def test_log_probabilities_are_those_of_log_likelihoods(tuned):
+    model = load_model(tuned, torch.device("cpu"))
+    pairs = [Pair([5, 6, 7], [8, 9, 2], [8, 4, 1, 2]), Pair([5], [3, 2], [4, 2])]
+    got = reference(model, pairs, both=True)
+    for side, answers in enumerate([[p.chosen for p in pairs], [p.rejected for p in pairs]]):
+        expected = model.log_likelihoods([(p.prompt, a) for p, a in zip(pairs, answers, strict=True)])
+        np.testing.assert_allclose(got[:, side], expected, atol=1e-4)
+    one = reference(model, pairs, both=False)
+    expected = model.log_likelihoods([([5, 6, 7, 8], [9]), ([5, 6, 7, 8], [4]), ([5], [3]), ([5], [4])])
+    np.testing.assert_allclose(one.ravel(), expected, atol=1e-4)
+
+
+def test_the_prompt_is_not_trained_on(tuned):
+    model = load_model(tuned, torch.device("cpu"))
+    ids, targets, *_ = collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, both=False)
+    assert ids.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[-100, -100, 8, 9]]
+    log_p, _ = token_log_probs(model.model, ids, targets)
+    assert (log_p[0, :2] == 0).all() and (log_p[0, 2:] < 0).all()
+
+
+def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(settings, tuned, monkeypatch):
+    examples = load_task("arithmetic", "train", first=4000, count=4)[0]
+    gold = [e.target.strip() for e in examples]
+    answers = [[gold[0], "#### 0"], [gold[1], gold[1]], ["", "#### 0"], [gold[3], ""]]
+    monkeypatch.setattr(script, "sampled", lambda *a: answers)
+    model = load_model(tuned, torch.device("cpu"))
+    pairs, counts = on_policy(model, settings(n=2), "train", examples)
+    assert (counts["pairs"], counts["only_right"], counts["only_wrong"], counts["right"]) == (2, 1, 1, 4)
+    decode = model.tokenizer.decode
+    assert [decode(p.chosen) for p in pairs] == [f"{gold[i]}<|end|>" for i in (0, 1, 3)]
+    assert [p.rejected and decode(p.rejected) for p in pairs] == ["#### 0<|end|>", None, "<|end|>"]
+    rft, _ = on_policy(model, settings(n=2, method="rft"), "train", examples)
+    assert [decode(p.chosen) for p in rft] == [decode(p.chosen) for p in pairs]
+    assert all(p.rejected is None for p in rft)
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"first_difference": False, "beta": 0.1, "nll": 0.0}, {"method": "ipo"}, {"method": "rft"},
+    {"method": "sft"},
+    {"label_smoothing": 0.1, "pairs": 2}, {"lora_r": 4},
+])  # fmt: skip
+def test_every_method_trains(settings, more):
+    run = script.dpo(settings(**more))
+    assert run["status"] == "finished" and run["chat"] and run["data"]["pairs"]["problems"] == 40
+    assert {"reward_margin", "reward_accuracy", "chosen", "rejected", "exact_match"} <= set(
+        run["results"]["last"]
+    )
+
+
+def test_training_widens_the_margin(settings):
+    run = script.dpo(
+        settings(first_difference=False, nll=0.0, max_steps=20, collapse=0.0, learning_rate=1e-3)
+    )
+    lines = [
+        x for x in read_jsonl(Path(run["settings"]["out"]) / "run/metrics.jsonl") if "reward_margin" in x
+    ]
+    assert lines[-1]["reward_margin"] > 0.02 and lines[-1]["reward_margin"] > lines[0]["reward_margin"]
+
+
+def test_rounds_are_runs_that_follow_each_other(settings, tmp_path):
+    script.dpo(settings(rounds=2))
+    first, last = (read_json(tmp_path / name / "run.json") for name in ("run/round-1", "run"))
+    assert last["parent"] == str(tmp_path / "run/round-1")
+    assert last["settings"]["first_problem"] == first["settings"]["first_problem"] + 40
+
+
+def test_a_collapse_stops_the_run_and_says_why(settings):
+    with pytest.raises(TrainError, match="unlearns both sides"):
+        script.dpo(settings(first_difference=False, nll=0, learning_rate=0.05, max_steps=30, collapse=0.2))
+
+
+def test_a_reference_cache_of_another_model_is_refused(settings, tmp_path, tuned):
+    script.dpo(settings())
+    file = tmp_path / "run/reference.npz"
+    with np.load(file) as cache:
+        values = cache["values"]
+    np.savez(file, key="another", values=values)
+    model = load_model(tuned, torch.device("cpu"))
+    with pytest.raises(TrainError, match="another model"):
+        reference(model, [Pair([1], [2], [3])], True, file)
+
+
+def test_resuming_gives_the_same_bits(settings, tmp_path):
+    script.dpo(settings(name="whole"))
+    cut = settings(name="cut")
+    changed = {k: v for k, v in vars(cut).items() if v != getattr(DPOConfig(), k)}
+    command = ["dpo.py", *(f"--{k}={v}" for k, v in changed.items())]
+    code = (
+        "import os, sys, train, dpo\n"
+        "step = train.Trainer.train_step\n"
+        "def dies(self, s):\n"
+        "    os._exit(9) if s == 5 else None\n"
+        "    return step(self, s)\n"
+        "train.Trainer.train_step = dies\n"
+        f"sys.argv = {command!r}\n"
+        "dpo.main()\n"
+    )
+    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert died.returncode == 9
+    script.dpo(cut)
+    a, b = (load_tensors(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("row, messages", [
+    ({"prompt": "a", "chosen": "good", "rejected": "bad"}, talk("a")),
+    ({"instruction": "a", "input": "x", "output": "?", "chosen": "good", "rejected": "bad"}, talk("a\n\nx")),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: good",
+      "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: bad"},
+     [*talk("a", "b"), *talk("c")]),
+    ({"prompt": "a", "chosen": talk("a", "good"), "rejected": talk("a", "bad")}, talk("a")),
+    ({"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "good"},
+      "rejected": {"from": "gpt", "value": "bad"}}, talk("a")),
+])  # fmt: skip
+def test_rows_of_the_usual_forms_become_pairs(row, messages):
+    pair = preference_of(row)
+    assert (pair.messages, pair.chosen, pair.rejected) == (messages, "good", "bad")
+
+
+def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_path, tuned):
+    rows = [
+        {"prompt": f"Say hello to {i}.", "chosen": f"Hello, {i}!", "rejected": f"No {i}"} for i in range(150)
+    ]
+    rows += [
+        {"prompt": "b", "chosen": "same", "rejected": "same"},
+        {"prompt": "c", "chosen": "", "rejected": "x"},
+    ]
+    rows += [{"prompt": "long " * 300, "chosen": "a", "rejected": "b"}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    kept = sum(len(load_preferences(str(file), split)[0]) for split in ("train", "validation"))
+    assert kept < 152
+    run = script.dpo(settings(data=str(file), first_difference=False, max_steps=20, nll=1.0))
+    assert run["data"]["train"]["pairs"] > 100
+    with pytest.raises(DataError, match="chosen"):
+        preference_of({"prompt": "a"}, "file")
+
+
+@pytest.mark.parametrize("more, why", [
+    ({"model": "base"}, "not instruction-tuned"), ({"data": "sst2"}, "cannot be checked"),
+    ({"rounds": 0}, "rounds"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_said(settings, tiny, more, why):
+    more = more | ({"model": tiny["base"]} if "model" in more else {})
+    with pytest.raises(TrainError, match=why):
+        script.dpo(settings(**more))
