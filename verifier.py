@@ -314,6 +314,16 @@ class Samples:
         return [e.text for e in self.examples for _ in range(n)], [a for some in self.answers for a in some]
 
 
+def right_answers(samples: Samples) -> list[tuple[str, str]]:
+    """(problem, answer) of all right answers, each once."""
+    found = []
+    for example, answers, right in zip(samples.examples, samples.answers, samples.right, strict=True):
+        found += [
+            (example.text, a) for a in dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r)
+        ]
+    return found
+
+
 def judged(
     model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int
 ) -> Samples:
@@ -449,17 +459,10 @@ def train_channel(
         raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
     told = [(e.text, e.target.strip()) for e in gold]
-    for example, answers, right in zip(learnt.examples, learnt.answers, learnt.right, strict=True):
-        told += [
-            (example.text, a) for a in dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r)
-        ]
+    told += right_answers(learnt)
     rows = [backward_row(channel, p, a) for p, a in told]
-    val_rows = [
-        backward_row(
-            channel, e.text, next((a for a, r in zip(some, right, strict=True) if r), e.target.strip())
-        )
-        for e, some, right in zip(held.examples, held.answers, held.right, strict=True)
-    ]
+    val_told = [(e.text, e.target.strip()) for e in held.examples if e.target] or right_answers(held)
+    val_rows = [backward_row(channel, p, a) for p, a in val_told]
     batch = cfg.batch_size * cfg.grad_accum_steps * world()
     order = TrainingSet(rows, batch, cfg.seed, "causal", channel.pad)
     smoke = bool(cfg.max_steps)

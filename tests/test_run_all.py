@@ -33,8 +33,8 @@ def project(tmp_path: Path) -> Path:
         'echo "$*" >>calls\n'
         '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
         "mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier\n"
-        "touch stand_in/model.safetensors sentiment/run.json sft/model.safetensors dpo/model.safetensors verifier/run.json "
-        "stand_in/results.json sentiment/results.json pipeline.json\n"
+        "touch stand_in/model.safetensors sentiment/run.json sft/model.safetensors dpo/model.safetensors\n"
+        "touch verifier/run.json stand_in/results.json sentiment/results.json pipeline.json\n"
     )
     python.chmod(0o755)
     return tmp_path
