@@ -971,10 +971,10 @@ def instructions(split: str, n: int | None = None, seed: int = SEED) -> Iterator
             words = [pick(rng, WORDS) for _ in range(number(rng, 2, 4))]
             x, z = " ".join(words), " ".join(words[::-1])
         else:
-            x, y = pick(rng, WORDS), number(rng, 2, 4)
-            z = {"repeat": " ".join([x] * y), "capitals": x.upper(), "first": x[0]}.get(kind, " ".join(x))
+            x, y = pick(rng, WORDS), number(rng, 2, 4) if kind == "repeat" else ""
+            z = {"repeat": " ".join([x] * (y or 1)), "capitals": x.upper(), "first": x[0]}.get(kind, " ".join(x))
         # There is nothing to generalise from about what a dog says; everything else has its split.
-        if kind not in ("opposite", "sound", "after", "greet") and split_of(f"{kind} {x} {y}") != split:
+        if kind not in ("opposite", "sound", "after", "greet") and split_of(f"{x} {y} {kind}") != split:
             return wish(rng, kind)
         slots, (asked, said) = Slots(x=str(x), y=str(y), z=str(z)), WISHES[kind]
         return talk(*(fill(rng, parse(text), slots) for text in (asked, said)))

@@ -338,7 +338,8 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
             weighted_vote(some[:k], np.exp(r[:k] - r[:k].max())) for some, r in zip(numbers, s, strict=True)
         ]
         gates[label] = gating(p, numbers, hits)
-    right_alone = {"greedy": hits(greedy), "greedy, calculator": hits(tool)}
+    right_alone = {"greedy": greedy, "greedy, calculator": tool}
+    right_alone = {way: hits([extract_number(a) for a in some]) for way, some in right_alone.items()}
     curves = {way: {k: hits(choose(k)) for k in budgets(n)} for way, choose in ways.items()}
     last = {way: curve[n] for way, curve in curves.items()}
     metrics = {

@@ -271,7 +271,8 @@ class TextModel:
         for index in self.batch_indices([len(p) + max_new_tokens for p in prompts], progress, rows // n):
             some = [prompts[i] for i in index]
             if self.ours:
-                seeds = [(seed << 40) + (i << 12) + j for i in index for j in range(n)]
+                draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in range(n))
+                seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
                 new = self.model.generate(
                     some,
                     max_new_tokens,

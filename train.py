@@ -647,7 +647,7 @@ class Trainer:
         begun = time.perf_counter()
         self.model.eval()
         with self.autocast():
-            found = self.evaluate(self.model, final)
+            found = {k: float(v) for k, v in self.evaluate(self.model, final).items()}  # numpy's don't load
         self.model.train()
         lowest = self.best is None or found["val_loss"] < self.best["val_loss"]
         improved = lowest or not self.keeps_best

