@@ -972,7 +972,9 @@ def instructions(split: str, n: int | None = None, seed: int = SEED) -> Iterator
             x, z = " ".join(words), " ".join(words[::-1])
         else:
             x, y = pick(rng, WORDS), number(rng, 2, 4) if kind == "repeat" else ""
-            z = {"repeat": " ".join([x] * (y or 1)), "capitals": x.upper(), "first": x[0]}.get(kind, " ".join(x))
+            z = {"repeat": " ".join([x] * (y or 1)), "capitals": x.upper(), "first": x[0]}.get(
+                kind, " ".join(x)
+            )
         # There is nothing to generalise from about what a dog says; everything else has its split.
         if kind not in ("opposite", "sound", "after", "greet") and split_of(f"{x} {y} {kind}") != split:
             return wish(rng, kind)

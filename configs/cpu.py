@@ -1,16 +1,20 @@
-"""The embedded default: a story teller in minutes on any laptop, from text that is made on the spot.
+"""The embedded default: a base in minutes on any laptop, from text that is made on the spot.
 
-Sized for two cores without matrix units: 1.6M parameters, 3.3M tokens. Muon was chosen for what it did on
-TinyStories (see configs/wikitext2.py); on these stories it has not been compared with AdamW.
+Half stories and half numbers: word problems told but not solved, and equations. What the base lacks, solving
+them, it learns in sft.py. 0.9M parameters, 3.3M tokens; two key-value heads for four query heads, since
+sampling thousands of answers later reads the cache 1.5 times as fast as with four. One head was faster still,
+and learnt less: after the same SFT it solved 14 % of the problems, and two heads 78 % (one seed each).
 """
 
-corpus = "storyworld"
-vocab_size = 2048
+corpus = "storyworld:0.5,numbers:0.5"
+vocab_size = 1024
+split_digits = True  # a number is copied and added digit by digit
 context_length = 256
 
 n_layers = 4
-d_model = 160
-n_heads = 5
+d_model = 128
+n_heads = 4
+n_kv_heads = 2
 
 batch_size = 16
 max_steps = 800

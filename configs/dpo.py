@@ -5,6 +5,7 @@ it also has a wrong one, DPO at the first token where the two part.
 name = "dpo"
 model = "out/sft"
 data = "arithmetic"
+problems = 2500
 
 beta = 0.5
 nll = 10.0

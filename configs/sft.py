@@ -1,4 +1,7 @@
-"""Instruction tuning of the embedded base: three word problems for every conversation of other kinds."""
+"""Instruction tuning of the embedded base: 2,000 solved word problems and some
+conversations of other kinds.
+
+Small batches: with 16 rows a step, half the steps, 58 % of the problems were solved, with 8 rows 75 %."""
 
 name = "sft"
 model = "out/base"
