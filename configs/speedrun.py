@@ -1,11 +1,11 @@
 """The base of the speedrun: 27.8M parameters, 328M tokens, about two hours on an RTX 3060.
 
-TinyStories, and a tenth of arithmetic so that the base has seen digits and equations before it is asked to
-reason. Its own 8,192 tokens cost 1.7x fewer FLOPs a token than GPT-2's 50,257 at this width; every digit is a
+TinyStories, and a tenth of numbers (word problems told, equations solved), so that the base has seen digits
+before it is asked to reason. Its own 8,192 tokens cost 1.7x fewer FLOPs a token than GPT-2's 50,257 at this width; every digit is a
 token.
 """
 
-corpus = "tinystories:0.9,arithmetic:0.1"
+corpus = "tinystories:0.9,numbers:0.1"
 vocab_size = 8192
 split_digits = True
 context_length = 512
