@@ -18,6 +18,7 @@ dolly, lima, or files of yours; `arithmetic@2000` is the first 2,000 of them. Wi
 It reads a model and writes a run folder, out/NAME, as training does: the best by validation loss.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -298,8 +299,7 @@ def sft(cfg: SFTConfig) -> dict:
 
 
 def world() -> int:
-    import os
-
+    """Processes that train together, as torchrun says."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -1,7 +1,7 @@
-"""Instruction tuning of the embedded base: 2,000 solved word problems and some
-conversations of other kinds.
+"""Instruction tuning of the embedded base: 2,000 solved word problems and some conversations of other kinds.
 
-Small batches: with 16 rows a step, half the steps, 58 % of the problems were solved, with 8 rows 75 %."""
+Small batches: 16 rows a step, half the steps, solved 58 % of the test problems, 8 rows 75 % (one seed each).
+"""
 
 name = "sft"
 model = "out/base"

@@ -1,8 +1,8 @@
 """The base of the speedrun: 27.8M parameters, 328M tokens, about two hours on an RTX 3060.
 
 TinyStories, and a tenth of numbers (word problems told, equations solved), so that the base has seen digits
-before it is asked to reason. Its own 8,192 tokens cost 1.7x fewer FLOPs a token than GPT-2's 50,257 at this width; every digit is a
-token.
+before it is asked to reason. Its own 8,192 tokens cost 1.7x fewer FLOPs a token than GPT-2's 50,257 at this
+width; every digit is a token.
 """
 
 corpus = "tinystories:0.9,numbers:0.1"
