@@ -44,7 +44,7 @@ main() {
         case "$name" in
             tokenizer) stage tokenizer "$OUT/tokens" python tokenizer.py "$config" --out="$OUT" ;;
             pretrain) stage pretrain "$run/model.safetensors" python train.py "$config" --out="$OUT" ;;
-            samples) stage samples "$run" python chat.py "$run" --prompt="One day" --n=5 --seed=1 --temperature=0.7 ;;
+            samples) stage samples "$run" python chat.py "$run" --prompt="Once upon a time" --n=5 --seed=1 --temperature=0.7 ;;
             finetune) finetune ;;
             sft) stage sft "$OUT/sft/model.safetensors" python sft.py configs/sft.py --model="$run" --out="$OUT" ;;
             dpo) stage dpo "$OUT/dpo/model.safetensors" python dpo.py configs/dpo.py --model="$OUT/sft" --out="$OUT" ;;
