@@ -50,7 +50,7 @@ def settings(tuned, tmp_path):
     def make(**more) -> DPOConfig:
         small = dict(model=tuned, out=str(tmp_path), name="run", device="cpu", dtype="float32", max_steps=6)
         small |= dict(
-            batch_size=4, problems=40, n=8, eval_examples=100, eval_every=3, save_every=2, log_every=1
+            batch_size=4, problems=80, n=8, eval_examples=100, eval_every=3, save_every=2, log_every=1
         )
         return DPOConfig(**small | dict(warmup_steps=1, learning_rate=1e-3) | more)
 
@@ -138,7 +138,7 @@ def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(sett
 ])  # fmt: skip
 def test_every_method_trains(settings, more):
     run = script.dpo(settings(**more))
-    assert run["status"] == "finished" and run["chat"] and run["data"]["pairs"]["problems"] == 40
+    assert run["status"] == "finished" and run["chat"] and run["data"]["pairs"]["problems"] == 80
     assert {"reward_margin", "reward_accuracy", "chosen", "rejected", "exact_match"} <= set(
         run["results"]["last"]
     )
