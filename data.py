@@ -654,7 +654,7 @@ def storyworld(split: str, n: int | None = None, seed: int = SEED) -> Iterator[s
 
 
 # -----------------------------------------------------------------------------
-# arithmetic: word problems of one to three steps, with their worked solutions
+# arithmetic: word problems of one to four steps with traps, and their worked solutions
 
 ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
 beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
@@ -664,55 +664,64 @@ STEPS = {  # what is told, and what the solution says
     "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.", ""),
     "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}."),
     "buy": ("{He} (buys|finds) {k} more {item}.|{He} gets {k} more {item} from {other}.|{other} gives "
-            "{name} {k} more {item}.", "{He} (now |)has {sum} {item}.|Then {he} has {sum} {item}."),
+            "{name} {k} more {item}.", "{He} has {sum} {item}."),
     "buy boxes": ("{He} (buys|gets) {n} {box} (of {k} {item} each|with {k} {item} in each).",
-                  "{He} (now |)has {sum} {item}.|Then {he} has {sum} {item}."),
+                  "{He} has {sum} {item}."),
     "give": ("{He} gives {k} {item} (to {other}|away).|{He} loses {k} {item}.|Then {he} sells {k} {item}.",
-             "{He} has {sum} {item} left.|{He} now has {sum} {item}."),
-    "double": ("(A week later|By evening) {he} has twice as many {item}.", "{He} (now |)has {sum} {item}."),
-    "times": ("Now {other} has {k} times as many {item} as {name}.", "{other} has {sum} {item}."),
-    "together": ("{other} has {k} {item}.", "(Together they|They) have {sum} {item}."),
+             "{He} has {sum} {item} left."),
+    "double": ("(A week later|By evening) {he} has twice as many {item}.", "{He} has {sum} {item}."),
+    "times": ("{other} has {k} times as many {item} as {name}.", "{other} has {sum} {item}."),
+    "more": ("{other} has {k} more {item} than {name}.", "{other} has {sum} {item}."),
+    "fewer": ("{other} has {k} fewer {item} than {name}.", "{other} has {sum} {item}."),
+    "together": ("{other} has {k} {item}.", "Together they have {sum} {item}."),
 }  # fmt: skip
-SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "together": "+"}
-LARGEST = {"start": 50, "boxes": 12, "buy boxes": 12, "times": 6}  # {k} in the told sentence; 40 elsewhere
+SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "more": "+", "fewer": "-", "together": "+"}
+LARGEST = {"start": 30, "boxes": 9, "buy boxes": 9, "times": 5}  # {k} in the told sentence; 20 elsewhere
+OF_OTHER = "How many {item} does {other} have?"
 QUESTIONS = {
-    "times": "How many {item} does {other} have?",
+    **dict.fromkeys(("times", "more", "fewer"), OF_OTHER),
     "together": "How many {item} do {name} and {other} have (together|in all)?",
     "": "How many {item} does {name} have (now|in the end)?|How many {item} does {he} have now?",
 }
-DISTRACTORS = (
-    "{other} has {m} {thing}.|{He} also has {m} {thing}.|{name} also saw {m} {thing}.|"
-    "{name} is {age} years old.|There are {m} children at {his} school.|The shop also sells {m} {thing}."
+TRAPS = (  # numbers that play no part
+    "{name} is {age} years old.|The shop also sells {m} {thing}.|{He} also has {m} {thing}.|"
+    "{He} buys {m} {thing}.|{He} gives {m} {thing} (to {other}|away).|{other} has {m} {thing}.|"
+    "{third} (has|buys|finds) {m} {item}.|{third} gives {m} {item} away."
 )
-LIMIT = 99  # no number in a problem or its solution is greater
+TRAPS_OF_OTHER = (  # if nobody asks about {other}
+    "{other} (has|buys|finds) {m} {item}.|{other} has {m} (more|fewer) {item} than {name}.|"
+    "{other} has {n} times as many {item} as {name}."
+)
+LIMIT = 60  # no number in a problem or its solution is greater
 
 
 def number(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def arithmetic_problem(rng: random.Random, steps: int | None = None, distractor: bool | None = None) -> dict:
-    """A word problem, {"question", "answer"}, in GSM8K's format; every number is from 1 to 99.
+def arithmetic_problem(rng: random.Random, steps: int | None = None, traps: int | None = None) -> dict:
+    """A word problem, {"question", "answer"}, in GSM8K's format; every number is from 1 to 60.
 
     It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
-    somebody, together. About 35 % carry a sentence with a number that plays no part. `steps`: 1 to 3.
+    somebody, more or fewer, together. Three in four carry one or two sentences with a number that plays no
+    part, or would if something else were asked. `steps`: 1 to 4.
     """
-    steps = steps or pick(rng, (1, 2, 2, 3))
-    distractor = rng.random() < 0.35 if distractor is None else distractor
+    steps = steps or pick(rng, (1, 2, 2, 3, 3, 4))
+    traps = pick(rng, (0, 1, 1, 2)) if traps is None else traps
     while True:
-        problem = _attempt(rng, steps, distractor)
+        problem = _attempt(rng, steps, traps)
         if problem:
             return problem
 
 
-def _attempt(rng: random.Random, steps: int, distractor: bool) -> dict | None:
+def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     """None if a number left the range: the caller tries again."""
-    girl, boy = (pick(rng, GIRLS), "she"), (pick(rng, BOYS), "he")  # "she" and "he" are never in doubt
-    (name, he), (other, _) = pick(rng, ((girl, boy), (boy, girl)))
+    he, names, others = pick(rng, (("she", GIRLS, BOYS), ("he", BOYS, GIRLS)))  # neither is ever in doubt
+    name, other, third = pick(rng, names), pick(rng, others), pick(rng, others)
     (item, box), (thing, _) = pick(rng, ITEMS), pick(rng, ITEMS)
-    if item == thing:
+    if item == thing or other == third:
         return None
-    slots = Slots(name=name, other=other, he=he, his=PRONOUNS[he][2], item=item, box=box, thing=thing)
+    slots = Slots(name=name, other=other, third=third, he=he, item=item, box=box, thing=thing)
     told, worked, total, kind = [], [], 0, pick(rng, ("start", "start", "start", "boxes"))
 
     def work(kind: str, a: int, sign: str, b: int) -> int:
@@ -722,7 +731,7 @@ def _attempt(rng: random.Random, steps: int, distractor: bool) -> dict | None:
         return result
 
     while True:
-        n, k = number(rng, 2, 9), number(rng, 2, LARGEST.get(kind, 40))
+        n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 20))
         slots.update(n=str(n), k=str(k))
         told.append(fill(rng, parse(STEPS[kind][0]), slots))
         if kind == "start":
@@ -738,12 +747,14 @@ def _attempt(rng: random.Random, steps: int, distractor: bool) -> dict | None:
         left = steps - len(worked)
         if left == 0:
             break
-        last = ["times", "times", "together"] if left == 1 else ["buy boxes"]  # who else has some, comes last
+        last = ["times", "more", "fewer", "together"] if left == 1 else ["buy boxes"]  # of others at the end
         kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
-    if distractor:
-        slots.update(m=str(number(rng, 2, 60)), age=str(number(rng, 5, 12)))
-        told.insert(number(rng, 1, len(told)), fill(rng, parse(DISTRACTORS), slots))
-    question = fill(rng, parse(QUESTIONS.get(kind, QUESTIONS[""])), slots)
+    question = QUESTIONS.get(kind, QUESTIONS[""])
+    possible = TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"
+    for _ in range(traps):
+        slots.update(m=str(number(rng, 2, 30)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
+        told.insert(number(rng, 1, len(told)), fill(rng, parse(possible), slots))
+    question = fill(rng, parse(question), slots)
     return {"question": " ".join([*told, question]), "answer": "\n".join([*worked, f"#### {total}"])}
 
 
@@ -2075,10 +2086,10 @@ def calculates(text: str) -> bool:
     """Whether every annotated step of a solution is calculated right, and its last result is its answer."""
     steps = equations(text)
     try:
-        right = all(decimal_text(calculate(e)) == plain_number(r) for e, r in steps)
+        right = all(decimal_text(calculate(e)) == extract_number(r) for e, r in steps)
     except CalculatorError:
         return False
-    return bool(steps) and right and plain_number(steps[-1][1]) == extract_number(text)
+    return bool(steps) and right and extract_number(steps[-1][1]) == extract_number(text)
 
 
 def kind_of_error(output: str, target: str) -> str:
@@ -2100,7 +2111,7 @@ def kind_of_error(output: str, target: str) -> str:
             return "plan"
         if signs[0] != signs[1] or (said != meant and set(signs[0]) & set("-/")):  # 5-3 is not 3-5
             return "operation"
-        if plain_number(result) != plain_number(value):
+        if extract_number(result) != extract_number(value):
             return "slip"
     return "plan" if len(equations(output)) != len(equations(target)) else "answer"
 

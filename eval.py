@@ -38,7 +38,7 @@ each problem are sampled (and kept in the run folder); from the first 1, 2, 4, .
 majority (self-consistency), by a verifier (the best one, or a vote weighted by its scores), or by a vote of
 those whose sums a calculator confirms, beside the oracle, pass@n, which knows the true answer; with paired
 differences. Also: sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills
-in, and what is wrong with the wrong ones.
+in, and what is wrong with the wrong ones. A base, which was taught no task, is asked greedily only.
 
 It prints a table and, where several models answered the same items, the paired differences to the first one.
 Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json, one entry for each
@@ -82,7 +82,7 @@ from data import (
     proportion,
     weighted_vote,
 )
-from finetune import TextModel, ask, load_model, sampled, show, subsample
+from finetune import TextModel, ask, load_model, sampled, show, subsample, task_of
 from model import write_atomically
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
@@ -105,7 +105,7 @@ class EvalConfig:
     stride: int = 0  # corpora: tokens from one window to the next; 0: half a window
     contamination: int = 0  # look for so many words in a row of each item in the training text; 0: don't
     samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
-    temperature: float = 0.8  # of these samples
+    temperature: float = 1.0  # of these samples
     battery: int = 0  # so many held-out instructions are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
@@ -572,6 +572,8 @@ def pipeline_table(done: list[tuple[str, list[Result]]], answered: dict, cfg: Ev
                 row |= {"task": entry["task"]} | {
                     k: m for k, m in entry["metrics"].items() if k != "answered"
                 }
+            elif "exact_match" in entry["metrics"]:
+                row |= {"task": entry["task"], "exact_match": entry["metrics"]["exact_match"]}
             elif "bits_per_byte" in entry["metrics"]:
                 row[f"{entry['task']}, bits/byte"] = entry["metrics"]["bits_per_byte"]
         if name in answered:
@@ -637,8 +639,9 @@ def main() -> None:
             size = sum(p.numel() for p in model.model.parameters()) / 1e6
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
+            taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
             for task in tasks:
-                if cfg.samples and task in TASKS and TASKS[task].metric == "exact_match":
+                if cfg.samples and taught and task in TASKS and TASKS[task].metric == "exact_match":
                     judges = {
                         Path(v).name: Verifier.load(v, cfg.device, model)
                         for v in cfg.verifier.split(",")

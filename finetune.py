@@ -25,11 +25,14 @@ import importlib.util
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -43,7 +46,7 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, write_atomically
-from tokenizer import EOT, ROLES, Tokenizer
+from tokenizer import EOT, ROLES, Tokenizer, become_worker, map_ahead
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -268,12 +271,13 @@ class TextModel:
             raise TrainError(f"{self.name}: only models that model.py computes can be sampled here")
         texts, rows = [""] * (len(prompts) * n), 1024 if self.device.type == "cuda" else 256
         force = self.calculator if calculator else None
-        for index in self.batch_indices([len(p) + max_new_tokens for p in prompts], progress, rows // n):
+
+        def continued(index: list[int]) -> list[list[int]]:
             some = [prompts[i] for i in index]
             if self.ours:
                 draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in range(n))
                 seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
-                new = self.model.generate(
+                return self.model.generate(
                     some,
                     max_new_tokens,
                     temperature=temperature,
@@ -282,8 +286,10 @@ class TextModel:
                     stop_tokens=stops,
                     force=force,
                 )
-            else:
-                new = self.transformers_generate(some, max_new_tokens, stops)
+            return self.transformers_generate(some, max_new_tokens, stops)
+
+        batches = list(self.batch_indices([len(p) + max_new_tokens for p in prompts], "", rows // n))
+        for index, new in zip(batches, on_all_cores(continued, batches, self.device, progress), strict=True):
             for row, ids in enumerate(new):
                 text = self.decode(ids)
                 texts[index[row // n] * n + row % n] = text.split(stop)[0] if stop else text
@@ -345,6 +351,39 @@ class TextModel:
                 index, order = order[:size], order[size:]
                 yield index
                 bar.update(len(index))
+
+
+_work: Callable  # what the processes of `on_all_cores` do; they inherit it when they are forked
+
+
+def call_work(item):
+    return _work(item)
+
+
+def begin_work() -> None:
+    become_worker()
+    torch.set_num_threads(1)
+
+
+def on_all_cores(work: Callable, items: list, device: torch.device, progress: str = "") -> Iterator:
+    """work(item) for each item, in order; on a CPU in one process for each of torch's threads.
+
+    Sampling from a small model is many small products, which a second thread hardly speeds up.
+    """
+    global _work
+    workers = min(torch.get_num_threads(), len(items) // 2) if device.type == "cpu" else 1
+    with tqdm()(total=len(items), desc=progress, disable=None if progress else True, leave=False) as bar:
+        if workers < 2 or sys.platform != "linux":  # elsewhere, forking is not safe
+            for item in items:
+                yield work(item)
+                bar.update()
+            return
+        _work = work
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_work) as pool:
+            for result in map_ahead(pool, call_work, items, ahead=2 * workers):
+                yield result
+                bar.update()
 
 
 def frame(tokenizer, bos: list[int]) -> tuple[list[int], list[int]]:
@@ -798,11 +837,12 @@ class TrainingSet:
             self.cached = (epoch, rng.permutation(order.reshape(self.batches, self.batch)))
         return self.cached[1]
 
-    def tensors(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def members(self, step: int, first: int, count: int) -> np.ndarray:
         epoch, at = divmod(step, self.batches)
-        return collate(
-            [self.rows[i] for i in self.order(epoch)[at][first : first + count]], self.kind, self.pad
-        )
+        return self.order(epoch)[at][first : first + count]
+
+    def tensors(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        return collate([self.rows[i] for i in self.members(step, first, count)], self.kind, self.pad)
 
 
 def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], dict[str, int]]:

@@ -13,7 +13,8 @@ positions start anew: the loss is that of conversations one by one, without thei
 
 --data names, joined by commas, the embedded `instructions`, any task of data.py (arithmetic, gsm8k), alpaca,
 dolly, lima, or files of yours; `arithmetic@2000` is the first 2,000 of them. With weights
-(`arithmetic:3,alpaca:1`) an epoch draws as many as there are in these shares; without, each once.
+(`arithmetic:3,alpaca:1`) an epoch draws as many as there are in these shares; without, each once. A corpus of
+data.py (`storyworld@300`) is read as in pretraining, every token trained on, so that less of it is forgotten.
 
 It reads a model and writes a run folder, out/NAME, as training does: the best by validation loss.
 """
@@ -22,6 +23,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, load_conversations, load_task, refuse_overlap
+from data import (
+    CORPORA,
+    EMBEDDED,
+    TASKS,
+    DataError,
+    corpus_info,
+    documents,
+    load_conversations,
+    load_task,
+    refuse_overlap,
+)
 from finetune import (
     AdaptConfig,
     FineTuner,
@@ -212,6 +224,22 @@ def mixture(text: str) -> list[tuple[str, int, float]]:
     return found
 
 
+def source_rows(model: TextModel, source: str, split: str, count: int) -> tuple[list[Row], int, dict]:
+    """The first `count` conversations (0: all) of a source, or documents of a corpus, as rows; how many were
+    left out; and the source, for a run's record.
+    """
+    if source in (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys():
+        texts = islice(documents(source, split), count or None)
+        whole = ([model.eos, *model.encode(text), model.eos] for text in texts)
+        rows = [(ids[: model.context_length], [True] * min(len(ids), model.context_length)) for ids in whole]
+        return rows, 0, corpus_info(source, split)
+    chats, about = load_conversations(source, split)
+    if source in TASKS and split == "train":
+        test = (e.text for e in load_task(source, "test")[0])
+        refuse_overlap((c[0]["content"] for c in chats[: count or None]), test, source)
+    return *tokenised(model, chats[: count or None]), about
+
+
 def tokenised(model: TextModel, chats: list[list[dict]]) -> tuple[list[Row], int]:
     """Conversations as rows, and how many were too long. A long one loses its last turns, whole ones."""
     rows, lost = [], 0
@@ -244,21 +272,16 @@ def sft(cfg: SFTConfig) -> dict:
     model = aligned_model(cfg)
     rows, shares, val_rows, data, lost = [], [], [], {}, 0
     for source, count, weight in mixture(cfg.data):
-        chats, about = load_conversations(source, "train")
-        held, held_about = load_conversations(source, "validation")
-        chats = chats[: min(count or len(chats), cfg.max_train_examples or len(chats))]
-        if source in TASKS:
-            refuse_overlap(
-                (c[0]["content"] for c in chats), (e.text for e in load_task(source, "test")[0]), source
-            )
-        found, left_out = tokenised(model, chats)
+        wanted = min(filter(None, (count, cfg.max_train_examples)), default=0)
+        found, left_out, about = source_rows(model, source, "train", wanted)
+        held, _, held_about = source_rows(model, source, "validation", cfg.eval_examples)
         if not found:
             raise TrainError(
                 f"no conversation of {source} fits into {model.context_length} tokens: --context_length"
             )
         shares.append((np.arange(len(rows), len(rows) + len(found)), weight))
         rows, lost = rows + found, lost + left_out
-        val_rows += tokenised(model, held[: cfg.eval_examples or None])[0]
+        val_rows += held
         data[source] = {"train": about | {"examples": len(found)}, "validation": held_about}
     packed = PackedSet(
         rows, shares, cfg.batch_size * cfg.grad_accum_steps * world(), model.context_length, cfg.seed,

@@ -50,6 +50,7 @@ from data import (
 from finetune import (
     TextModel,
     TrainingSet,
+    collate,
     length,
     load_model,
     sampled,
@@ -70,19 +71,20 @@ class VerifierConfig(AdaptConfig):
     name: str = "verifier"  # the run's folder is {out}/{name}
     model: str = "out/dpo"  # the generator
     kind: Literal["channel", "head"] = "channel"  # a model run backwards, or a number read off the generator
-    start: str = "out/base"  # channel: the weights it starts from
+    start: str = "out/sft"  # channel: the weights it starts from
     task: str = "arithmetic"  # whose answers can be checked
     gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
     problems: int = 4000  # problems that the generator answers, to learn from
     first_problem: int = 8000  # of the train split: behind those that SFT and DPO have seen
     solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
-    n: int = 8  # answers a problem
-    temperature: float = 0.8  # of the answers
-    seed_samples: int = 11  # of the answers
+    n: int = 8  # answers a problem, to learn from
+    held_n: int = 16  # answers to each problem that it is fitted and reported on
+    temperature: float = 1.0  # of the answers
+    seed_samples: int = 1  # of the answers; eval.py's, so that those to the test problems are drawn once
     validation_problems: int = 500  # on which lambda and the probabilities are fitted; 0: all
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
-    contrast: float = 1.0  # head: weight of the comparison of right and wrong answers to one problem
+    contrast: float = 1.0  # weight of the comparison of right and wrong answers to one problem
     group: int = 4  # head: answers to one problem that are seen together
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
@@ -142,7 +144,12 @@ class Verifier:
         self, problems: list[str], answers: list[str], progress: str = ""
     ) -> tuple[np.ndarray, np.ndarray]:
         """(n) scores, which rank answers to one problem, and (n) probabilities."""
-        parts = self.parts(problems, answers, progress)
+        return self.verdict(problems, answers, self.parts(problems, answers, progress))
+
+    def verdict(
+        self, problems: list[str], answers: list[str], parts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`judge`, from parts that are known."""
         score = combined(self.kind, parts, self.combine["lambda"])
         a, b, c = self.combine["platt"]
         logit = a * score + b + c * np.array([len(self.generator.encode(p)) for p in problems])
@@ -152,17 +159,17 @@ class Verifier:
 
     def parts(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
         """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
-        answer), or the head's logit.
+        answer), or the head's logit. Answers that were given before are not computed again.
         """
-        forwards = [forward_row(self.generator, p, a) for p, a in zip(problems, answers, strict=True)]
+        pairs = list(zip(problems, answers, strict=True))
+        index = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        forwards = [forward_row(self.generator, *pair) for pair in index]
         own = self.generator.log_likelihoods(forwards, progress)
         if self.kind == "head":
             added = self.core.values(forwards)
         else:
-            added = self.core.log_likelihoods(
-                [backward_row(self.core, p, a) for p, a in zip(problems, answers, strict=True)], progress
-            )
-        return np.stack([own, added], axis=1)
+            added = self.core.log_likelihoods([backward_row(self.core, *pair) for pair in index], progress)
+        return np.stack([own, added], axis=1)[[index[pair] for pair in pairs]]
 
 
 def read_core(kind: str, folder: Path, device: str) -> "TextModel | HeadModel":
@@ -372,9 +379,10 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
         validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
         test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
+        parts = ("train", problems, cfg.n), ("validation", validation, cfg.held_n), ("test", test, cfg.held_n)
         learnt, held, examined = (
-            judged(generator, cfg.task, split, some, cfg.n, cfg.temperature, cfg.seed_samples)
-            for split, some in (("train", problems), ("validation", validation), ("test", test))
+            judged(generator, cfg.task, split, some, n, cfg.temperature, cfg.seed_samples)
+            for split, some, n in parts
         )
     known = (e.text for e in [*learnt.examples, *held.examples])
     refuse_overlap(known, (e.text for e in examined.examples), cfg.task)
@@ -431,7 +439,8 @@ def logistic(x: np.ndarray, y: np.ndarray, rounds: int = 50, ridge: float = 1e-3
 def examine(verifier: Verifier, samples: Samples) -> dict:
     """How well a verifier tells right answers from wrong ones, beside what each of its parts alone does."""
     problems, answers = samples.flat()
-    parts, (score, probability) = verifier.parts(problems, answers, "test"), verifier.judge(problems, answers)
+    parts = verifier.parts(problems, answers, "test")
+    score, probability = verifier.verdict(problems, answers, parts)
     right, shape = samples.right.ravel(), samples.right.shape
     scores = {"verifier": probability, "generator alone": parts[:, 0], f"{verifier.kind} alone": parts[:, 1]}
     found = {"problems": shape[0], "answers": len(right), "right": float(right.mean())}
@@ -452,44 +461,97 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
 def train_channel(
     cfg: VerifierConfig, generator: TextModel, learnt: Samples, held: Samples, about: dict
 ) -> dict:
-    """The base, backwards: true solutions and the generator's own right answers, told back as problems."""
-    start = VerifierConfig(**{**cfg.__dict__, "model": cfg.start})
-    channel = aligned_model(start)
+    """A language model that tells problems from answers: from true solutions, and the generator's right ones.
+
+    Where the generator also gave wrong answers, one is drawn at each step, and the whole score, log
+    p(answer | problem) + log p(problem | answer), has to put the right one first: a logistic loss on the
+    difference, weighted by `contrast`. A language model alone learns from what is right; it would never see
+    that "sells 4 stamps" is no way to tell of 4 nuts that were sold.
+    """
+    channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
     if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
         raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
-    told = [(e.text, e.target.strip()) for e in gold]
-    told += right_answers(learnt)
-    rows = [backward_row(channel, p, a) for p, a in told]
+    told = [(e.text, e.target.strip()) for e in gold] + right_answers(learnt)
+    rows = [backward_row(channel, *pair) for pair in told]
+    rivals = (
+        [[] for _ in gold] + rival_rows(generator, channel, learnt) if cfg.contrast else [[] for _ in told]
+    )
     val_told = [(e.text, e.target.strip()) for e in held.examples if e.target] or right_answers(held)
     val_rows = [backward_row(channel, p, a) for p, a in val_told]
-    batch = cfg.batch_size * cfg.grad_accum_steps * world()
-    order = TrainingSet(rows, batch, cfg.seed, "causal", channel.pad)
+    order = TrainingSet(
+        rows, cfg.batch_size * cfg.grad_accum_steps * world(), cfg.seed, "causal", channel.pad
+    )
     smoke = bool(cfg.max_steps)
     cfg.max_steps = cfg.max_steps or math.ceil(order.batches * cfg.epochs)
 
-    def loss(core, ids, mask, targets):
-        logits = target_logits(core, "causal", ids, mask, targets)
-        asked = targets != -100
-        return F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum"), asked.sum()
+    def batch_of(step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        members, rng = order.members(step, first, count), np.random.default_rng([cfg.seed, step, first])
+        drawn = [(at, *rivals[i][rng.integers(len(rivals[i]))]) for at, i in enumerate(members) if rivals[i]]
+        tensors = collate([rows[i] for i in members] + [row for _, row, _ in drawn], "causal", channel.pad)
+        ahead = torch.tensor([gap for _, _, gap in drawn], dtype=torch.float32)
+        return *tensors, torch.tensor([at for at, _, _ in drawn], dtype=torch.long), ahead
 
     def evaluate(core, final):
         return {"val_loss": -channel.log_likelihoods(val_rows).sum() / sum(len(a) for _, a in val_rows)}
 
     tokens, parameters = float(order.lengths.mean()), sum(p.numel() for p in channel.model.parameters())
     trainer = trainer_for(
-        cfg, channel, order.tensors, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens,
+        cfg, channel, batch_of, loss=lambda core, *t: channel_loss(core, *t, cfg.contrast),
+        evaluate=evaluate, flops_per_row=6 * parameters * tokens,
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / order.batches,
         about=parents(cfg, generator, train=about | {"answers": len(rows), "gold": len(gold)})
         | {"verifier": "channel", "smoke": smoke},
     )  # fmt: skip
     trainer.free_to_change += ["verifier", "problem", "answer"]
+    trainer.keeps_best = False  # val_loss says how well it tells stories; what counts is the order of answers
     trainer.say(
         f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
-        f"{len(rows) - len(gold):,} right answers of {cfg.model}; {cfg.max_steps} steps of {batch}"
+        f"{len(rows) - len(gold):,} right answers of {cfg.model}, {sum(map(bool, rivals)):,} with wrong ones "
+        f"beside them; {cfg.max_steps} steps of {order.batch}"
     )
     trainer.say(f"one of them: {channel.decode(rows[0][0])!r} -> {channel.decode(rows[0][1])!r}")
     return trainer.run_all_steps()
+
+
+def rival_rows(generator: TextModel, channel: TextModel, samples: Samples) -> list[list[tuple]]:
+    """For each of `right_answers`, the wrong answers to its problem: [(row of the channel, by how much the
+    generator likes the right one better, in nats), ...].
+    """
+    pairs, groups = [], []
+    for example, answers, right in zip(samples.examples, samples.answers, samples.right, strict=True):
+        good, bad = (
+            list(dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r == kind))
+            for kind in (True, False)
+        )
+        groups += [(len(pairs) + i, len(pairs) + len(good), len(bad)) for i in range(len(good))]
+        pairs += [(example.text, a) for a in good + bad]
+    own = generator.log_likelihoods([forward_row(generator, *pair) for pair in pairs])
+    rows = [backward_row(channel, *pair) for pair in pairs]
+    return [[(rows[j], own[i] - own[j]) for j in range(first, first + n)] for i, first, n in groups]
+
+
+def channel_loss(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    targets: Tensor,
+    right: Tensor,
+    ahead: Tensor,
+    contrast: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the problems given right answers, and -log sigmoid of how far the score puts a right
+    answer before a wrong one: (sum, tokens).
+
+    The last rows are the wrong answers, one for each place in `right`; `ahead` is the generator's share.
+    """
+    logits = target_logits(model, "causal", ids, mask, targets)
+    told = -F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(
+        1
+    )
+    n = len(ids) - len(right)
+    loss = -told[:n].sum() - contrast * F.logsigmoid(told[right] - told[n:] + ahead).sum()
+    return loss, (targets[:n] != -100).sum()
 
 
 def train_head(

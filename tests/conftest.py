@@ -37,3 +37,16 @@ def tiny(tmp_path_factory) -> dict[str, str]:
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
     tokenizer.save(folder / "gpt2")
     return {name: str(folder / name) for name in ("base", "gpt2")}
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny, tmp_path_factory) -> str:
+    """A run that was taught word problems: it knows the form of an answer, and rarely the right one."""
+    import sft
+
+    cfg = sft.SFTConfig(model=tiny["base"], out=str(tmp_path_factory.mktemp("tuned")), name="sft")
+    cfg.device, cfg.dtype, cfg.batch_size, cfg.data = "cpu", "float32", 8, "arithmetic"
+    cfg.max_steps, cfg.learning_rate, cfg.warmup_steps = 150, 1e-2, 10
+    cfg.eval_examples, cfg.eval_every = 20, 0
+    sft.sft(cfg)
+    return f"{cfg.out}/{cfg.name}"

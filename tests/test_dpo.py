@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import dpo as script
-import sft
 from data import DataError, load_preferences, load_task, preference_of, talk
 from dpo import (
     DPOConfig,
@@ -30,19 +29,6 @@ from train import TrainError, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(script.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def tuned(tiny, tmp_path_factory) -> str:
-    """A run that knows the form of an answer, and rarely the right one."""
-    out = tmp_path_factory.mktemp("dpo")
-    cfg = sft.SFTConfig(
-        model=tiny["base"], out=str(out), name="sft", device="cpu", dtype="float32", batch_size=8
-    )
-    cfg.data, cfg.max_steps, cfg.learning_rate, cfg.eval_examples = "arithmetic", 150, 1e-2, 20
-    cfg.warmup_steps, cfg.eval_every = 10, 0
-    sft.sft(cfg)
-    return str(out / "sft")
 
 
 @pytest.fixture

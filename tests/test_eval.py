@@ -351,6 +351,7 @@ def test_a_difference_the_other_way_round_is_another_operation():
 @pytest.mark.parametrize("text, fine", [
     ("3*4=<<3*4=12>>12\n#### 12", True), ("<<3*4=13>>13\n#### 13", False), ("<<3*4=12>>12\n#### 13", False),
     ("#### 12", False), ("<<3*(=12>>\n#### 12", False), ("<<5/2=2.5>>2.5\n#### 2.5", True),
+    ("<<3-3=>>\n#### 0", False), ("<<3*4=>>", False), ("<<=12>>\n#### 12", False), ("", False),
 ])  # fmt: skip
 def test_a_calculator_confirms_a_solution(text, fine):
     from data import calculates

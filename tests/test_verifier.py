@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import sft
 import verifier as script
 from data import TASKS, auc, auc_within, calibration, load_task
 from finetune import load_model
@@ -18,42 +17,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny, tmp_path_factory) -> str:
-    out = tmp_path_factory.mktemp("verifier")
-    cfg = sft.SFTConfig(
-        model=tiny["base"], out=str(out), name="sft", device="cpu", dtype="float32", batch_size=8
-    )
-    cfg.data, cfg.max_steps, cfg.learning_rate, cfg.eval_examples = "arithmetic", 150, 1e-2, 20
-    cfg.warmup_steps, cfg.eval_every = 10, 0
-    sft.sft(cfg)
-    return str(out / "sft")
-
-
-@pytest.fixture(scope="module")
-def trained(tuned, tiny):
+def trained(tuned, tiny, tmp_path_factory):
     """trained("channel") is the folder of a small verifier; each kind is made once."""
     made = {}
 
     def make(kind: str, **more) -> str:
         if kind not in made:
-            cfg = VerifierConfig(
-                name=f"verifier-{kind}", kind=kind, model=tuned, start=tiny["base"], device="cpu"
-            )
-            cfg.out, cfg.dtype, cfg.max_steps, cfg.batch_size, cfg.problems, cfg.n = (
-                str(Path(tuned).parent),
-                "float32",
-                20,
-                16,
-                60,
-                6,
-            )
-            cfg.validation_problems, cfg.test_problems, cfg.gold, cfg.eval_every, cfg.learning_rate = (
-                40,
-                40,
-                100,
-                10,
-                3e-3,
-            )
+            cfg = VerifierConfig(name=f"verifier-{kind}", kind=kind, model=tuned, start=tiny["base"])
+            cfg.out, cfg.device, cfg.dtype = str(tmp_path_factory.mktemp("verifier")), "cpu", "float32"
+            cfg.max_steps, cfg.batch_size, cfg.eval_every, cfg.learning_rate = 20, 16, 10, 3e-3
+            cfg.problems, cfg.n, cfg.gold = 60, 6, 100
+            cfg.validation_problems = cfg.test_problems = 40
             script.train_verifier(cfg)
             made[kind] = f"{cfg.out}/{cfg.name}"
         return made[kind]
