@@ -78,7 +78,7 @@ class VerifierConfig(AdaptConfig):
     first_problem: int = 8000  # of the train split: behind those that SFT and DPO have seen
     solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     n: int = 8  # answers a problem, to learn from
-    held_n: int = 16  # answers to each problem that it is fitted and reported on
+    held_n: int = 8  # answers to each problem that it is fitted and reported on
     temperature: float = 1.0  # of the answers
     seed_samples: int = 1  # of the answers; eval.py's, so that those to the test problems are drawn once
     validation_problems: int = 500  # on which lambda and the probabilities are fitted; 0: all

@@ -5,12 +5,12 @@ it also has a wrong one, DPO at the first token where the two part.
 name = "dpo"
 model = "out/sft"
 data = "arithmetic"
-problems = 2500
+problems = 3000
 
 beta = 0.5
 nll = 10.0
 epochs = 2.0
-batch_size = 64
+batch_size = 32
 learning_rate = 4e-4
 warmup_steps = 20
 eval_every = 50

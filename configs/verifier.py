@@ -1,15 +1,16 @@
-"""A channel for the embedded word problems: the base trained backwards."""
+"""A channel for the embedded word problems: the instruction-tuned model, taught to tell the problem of an answer."""
 
 name = "verifier"
 model = "out/dpo"
-start = "out/base"
+start = "out/sft"
 task = "arithmetic"
-gold = 2000  # those that SFT has seen
-problems = 1500
+gold = 3000  # those that SFT has seen
+problems = 8000
+n = 4
 
-epochs = 2.0
-batch_size = 32
+epochs = 1.0
+batch_size = 16
 learning_rate = 2e-3
 warmup_steps = 40
-eval_every = 100
-save_every = 100
+eval_every = 200
+save_every = 200

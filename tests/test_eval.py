@@ -376,6 +376,30 @@ def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypat
         sampled(model, "arithmetic", "test", examples[:3], 4, seed=3)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_many_processes_give_the_same_in_the_same_order(tiny):
+    from finetune import load_model, on_all_cores
+
+    model, cpu, before = (
+        load_model(tiny["base"], torch.device("cpu")),
+        torch.device("cpu"),
+        torch.get_num_threads(),
+    )
+    prompts = [[1 + i % 7] * (1 + i % 5) for i in range(300)]
+    try:
+        torch.set_num_threads(2)
+        pids = set(on_all_cores(lambda _: os.getpid(), list(range(8)), cpu))
+        assert os.getpid() not in pids and len(pids) <= 2
+        assert list(on_all_cores(lambda x: x * x, list(range(9)), cpu)) == [x * x for x in range(9)]
+        with pytest.raises(ZeroDivisionError):
+            list(on_all_cores(lambda x: 1 // (5 - x), list(range(9)), cpu))
+        many = model.generate(prompts, 5, "", n=4, temperature=1.0, seed=1)
+    finally:
+        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    assert model.generate(prompts, 5, "", n=4, temperature=1.0, seed=1) == many
+
+
 def test_a_calculator_forces_its_tokens_in_ragged_rows(tiny, monkeypatch):
     """A model that wants to say something else is made to say the result, each row its own."""
     from finetune import load_model

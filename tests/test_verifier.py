@@ -8,10 +8,22 @@ import pytest
 import torch
 
 import verifier as script
-from data import TASKS, auc, auc_within, calibration, load_task
-from finetune import load_model
+from data import TASKS, Example, auc, auc_within, calibration, load_task
+from finetune import collate, load_model
 from train import TrainError, read_json
-from verifier import Samples, Verifier, VerifierConfig, backward_row, combined, fit, forward_row, logistic
+from verifier import (
+    Samples,
+    Verifier,
+    VerifierConfig,
+    backward_row,
+    channel_loss,
+    combined,
+    fit,
+    forward_row,
+    logistic,
+    right_answers,
+    rival_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +38,7 @@ def trained(tuned, tiny, tmp_path_factory):
             cfg = VerifierConfig(name=f"verifier-{kind}", kind=kind, model=tuned, start=tiny["base"])
             cfg.out, cfg.device, cfg.dtype = str(tmp_path_factory.mktemp("verifier")), "cpu", "float32"
             cfg.max_steps, cfg.batch_size, cfg.eval_every, cfg.learning_rate = 20, 16, 10, 3e-3
-            cfg.problems, cfg.n, cfg.gold = 60, 6, 100
+            cfg.problems, cfg.n, cfg.held_n, cfg.gold = 60, 4, 6, 100
             cfg.validation_problems = cfg.test_problems = 40
             script.train_verifier(cfg)
             made[kind] = f"{cfg.out}/{cfg.name}"
@@ -65,6 +77,30 @@ def test_a_channel_reads_the_answer_and_tells_the_problem(tuned):
     assert (decode(given), decode(told)) == ("<|assistant|>3 #### 3<|end|><|user|>", "How many?<|end|>")
     asked, said = forward_row(model, "How many?", "3 #### 3")
     assert (decode(asked), decode(said)) == ("<|user|>How many?<|end|><|assistant|>", "3 #### 3<|end|>")
+
+
+def test_a_right_answer_has_to_score_above_a_wrong_one(tuned):
+    """The loss of one pair, from likelihoods that are computed elsewhere; and which answers are paired."""
+    model = load_model(tuned, torch.device("cpu"))
+    problem = "Anna has 3 nuts. She buys 4 nuts. How many nuts does she have now?"
+    good, bad = "3+4=<<3+4=7>>7\n#### 7", "4-3=<<4-3=1>>1\n#### 1"
+    samples = Samples(
+        [Example(problem, "")], [[good, bad, "#### 2", good, bad]], np.array([[1, 0, 0, 1, 0]], bool)
+    )
+    assert right_answers(samples) == [(problem, good)]
+    (rivals,) = rival_rows(model, model, samples)
+    rows = [backward_row(model, problem, a) for a in (good, bad)]
+    own = model.log_likelihoods([forward_row(model, problem, a) for a in (good, bad)])
+    assert [row for row, _ in rivals] == [rows[1], backward_row(model, problem, "#### 2")]
+    assert rivals[0][1] == pytest.approx(own[0] - own[1], abs=1e-3)
+    told, ahead = model.log_likelihoods(rows), rivals[0][1]
+    batch = *collate(rows, "causal", model.pad), torch.tensor([0]), torch.tensor([ahead], dtype=torch.float32)
+    loss, tokens = channel_loss(model.model, *batch, 2.0)
+    apart = told[0] - told[1] + ahead
+    assert tokens == len(rows[0][1])
+    assert loss.item() == pytest.approx(-told[0] + 2.0 * np.log1p(np.exp(-apart)), rel=1e-4)
+    alone = *collate(rows[:1], "causal", model.pad), torch.tensor([], dtype=torch.long), torch.tensor([])
+    assert channel_loss(model.model, *alone, 2.0)[0].item() == pytest.approx(-told[0], rel=1e-4)
 
 
 def test_the_score_is_the_generator_plus_lambda_times_the_channel(trained):
