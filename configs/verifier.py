@@ -1,4 +1,6 @@
-"""A channel for the embedded word problems: the instruction-tuned model, taught to tell the problem of an answer."""
+"""A channel for the embedded word problems: the instruction-tuned model, taught to tell a problem from its
+answer.
+"""
 
 name = "verifier"
 model = "out/dpo"
