@@ -84,6 +84,7 @@ from data import (
 )
 from finetune import TextModel, ask, load_model, sampled, show, subsample, task_of
 from model import write_atomically
+from sft import mixture
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
 
@@ -194,12 +195,18 @@ def contamination(items: list[str], training_texts, n: int) -> dict:
 
 
 def trained_on(name: str) -> list[tuple[str, str]]:
-    """What a run and its parents were trained on, [("corpus" or "task", its name)], as their records tell."""
-    found = []
+    """What a run and its parents were trained on, [("corpus" or "task", its name)], as their records tell.
+
+    A task here is also a set of conversations.
+    """
+    found, corpora = [], (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys()
     while name and (file := Path(name) / "run.json").exists():
         run = read_json(file)
         settings = run.get("settings", {})
         found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
+        if run.get("stage") == "sft" or settings.get("data") in TASKS:
+            sources = [source for source, _, _ in mixture(settings["data"])]
+            found += [("corpus" if source in corpora else "task", source) for source in sources]
         name = run.get("parent")
     return found
 
@@ -207,7 +214,8 @@ def trained_on(name: str) -> list[tuple[str, str]]:
 def training_texts(sources: list[tuple[str, str]]):
     for kind, name in sources:
         if kind == "task":
-            yield from (f"{e.text} {e.target}" for e in load_task(name, "train")[0])
+            chats, _ = load_conversations(name, "train")
+            yield from (" ".join(message["content"] for message in chat) for chat in chats)
         else:
             yield from documents(name, "train")
 

@@ -272,10 +272,14 @@ def test_items_that_stand_in_the_training_text_are_found():
     assert ngrams("It's 3 o'clock", 3) == {"it s 3", "s 3 o", "3 o clock"}
 
 
-def test_what_a_run_was_trained_on_is_followed_to_its_first_parent(base, tuned, monkeypatch, capsys):
+def test_what_a_run_was_trained_on_is_followed_to_its_first_parent(base, tuned, monkeypatch, tmp_path):
     assert trained_on(base) == [("corpus", "storyworld")]
     assert trained_on(tuned) == [("task", "sentiment"), ("corpus", "storyworld")]
     assert trained_on("gpt2") == []
+    record = {"stage": "sft", "settings": {"data": "arithmetic@20:3,storyworld:1"}, "parent": base}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    stories = ("corpus", "storyworld")
+    assert trained_on(str(tmp_path)) == [("task", "arithmetic"), stories, stories]
     monkeypatch.setattr(
         evaluation, "documents", lambda name, split: [load_task("sentiment", "test")[0][0].text]
     )
