@@ -325,11 +325,7 @@ def one_round(cfg: DPOConfig) -> dict:
         good, bad, tokens = pair_log_probs(core, ids, targets, bad_ids, bad_targets, others)
         paired = (others != -100).any(1) & (not only_nll)
         n_tokens = (targets != -100).sum(1)
-        per_pair = (
-            preference_loss(good, bad, known, cfg.beta, cfg.method, cfg.label_smoothing)
-            if not only_nll
-            else 0
-        )
+        per_pair = preference_loss(good, bad, known, cfg.beta, cfg.method, cfg.label_smoothing)
         return (per_pair * paired - weight * tokens.sum(1) / n_tokens).sum(), len(ids)
 
     def evaluate(core, final):
@@ -354,9 +350,8 @@ def one_round(cfg: DPOConfig) -> dict:
         found |= {"chosen": float(now[:, 0].mean()), "rejected": float(now[:, 1].mean())}
         if held and final:
             core.eval()
-            found["exact_match"] = judge(cfg.data, held, ask(model, cfg.data, held)[0])[1]["exact_match"][
-                "value"
-            ]
+            _, metrics = judge(cfg.data, held, ask(model, cfg.data, held)[0])
+            found["exact_match"] = metrics["exact_match"]["value"]
         return found
 
     val_first = val_known if both else reference(model, val_pairs, both=False)
@@ -364,8 +359,7 @@ def one_round(cfg: DPOConfig) -> dict:
     order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch, cfg.seed, "causal", model.pad)
 
     def rows(step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        epoch, at = divmod(step, order.batches)
-        index = order.order(epoch)[at][first : first + count]
+        index = order.members(step, first, count)
         return *collate_pairs([pairs[i] for i in index], model.pad, both), torch.from_numpy(known[index])
 
     all_steps = math.ceil(order.batches * cfg.epochs)
@@ -374,13 +368,10 @@ def one_round(cfg: DPOConfig) -> dict:
     tokens = float(np.mean([length_of(p) for p in pairs]))
     parameters = sum(p.numel() for p in model.model.parameters())
     both_sides = [p for p in pairs if p.rejected is not None]
-    lengths = {
-        "chosen": float(np.mean([len(p.chosen) for p in pairs])),
-        "rejected": float(np.mean([len(p.rejected) for p in both_sides])) if both_sides else None,
-        "chosen_longer": float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
-        if both_sides
-        else None,
-    }
+    lengths = {"chosen": float(np.mean([len(p.chosen) for p in pairs]))}
+    if both_sides:
+        lengths["rejected"] = float(np.mean([len(p.rejected) for p in both_sides]))
+        lengths["chosen_longer"] = float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
     about = parents(cfg, model, train=data, pairs=counts, validation=val_counts, lengths=lengths)
     trainer = trainer_for(
         cfg, model, rows, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens * (1 + both),

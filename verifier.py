@@ -2,7 +2,7 @@
 
     python verifier.py configs/verifier.py                            # minutes on a laptop
     python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
-    python verifier.py --model=out/sft-gsm8k --start=out/laptop --task=gsm8k --solutions=FILE.jsonl
+    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k --solutions=FILE.jsonl
     python verifier.py --verifier=out/verifier --problem="Anna has 3 nuts. She buys 4 more nuts. How many nuts
         does she have now?" --answer="She has 3+4=<<3+4=7>>7 nuts. #### 7"
 
@@ -12,9 +12,9 @@ A `channel` is a language model that is trained backwards, to tell the problem w
 The score of an answer is log p(answer | problem) + lambda log p(problem | answer): the noisy channel of
 machine translation. The generator sees to the sums; the channel sees whether the answer tells the story of
 this problem, as a sentence that was forgotten is unlikely to be told again. It learns from true solutions
-turned around, and from the generator's own right answers. A `head` (Cobbe et al., 2021) is the generator with
-a number read off at every token of an answer, trained to tell right from wrong: one bit an answer, where a
-channel learns from every word.
+turned around, from the generator's own right answers, and from its wrong ones, which have to score less
+(--contrast). A `head` (Cobbe et al., 2021) is the generator with a number read off at every token of an
+answer, trained to tell right from wrong: one bit an answer, where a channel learns from every word.
 
 lambda is chosen, and scores become probabilities (Platt, 1999), on the validation split; the test split is
 looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how well it
