@@ -793,10 +793,10 @@ def arithmetic_text(split: str) -> Iterator[str]:
 def numbers_text(split: str) -> Iterator[str]:
     """Text with everything that word problems need except how to solve one: problems told, equations solved.
 
-    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Some of what
-    a problem tells is told again, in another order: a model that cannot copy a number from afar is not taught
-    to use it by SFT, and without this, one base in three could not. Half of the equations have the annotated
-    form that solutions use.
+    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Some of
+    what a problem tells is told again, in another order: a model that cannot copy a number from afar is not
+    taught to use it by SFT, and without this, one base in three could not. Half of the equations have the
+    annotated form that solutions use.
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):

@@ -274,7 +274,19 @@ def test_arithmetic_text_is_problems_and_true_equations():
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(c)
         assert len(equations.split("\n")) == 8
     digest = hashlib.sha256("\0".join(docs).encode()).hexdigest()[:16]
-    assert digest == "9261cacdfb480e14"
+    assert digest == "12b74553de27d52f"
+
+
+def test_numbers_are_problems_told_and_not_solved():
+    docs = list(islice(data.documents("numbers", "train"), 400))
+    again = 0
+    for told, equations in zip(docs[::2], docs[1::2], strict=True):
+        question, _, repeated = told.partition("\n")
+        assert question.endswith("?") and "#" not in told and "=" not in told
+        assert all(sentence in question for sentence in re.split(r"(?<=[.]) ", repeated))
+        again += bool(repeated)
+        assert len(equations.split("\n")) == 6
+    assert 100 < again < 200
 
 
 # -----------------------------------------------------------------------------
