@@ -40,9 +40,10 @@ those whose sums a calculator confirms, beside the oracle, pass@n, which knows t
 differences. Also: sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills
 in, and what is wrong with the wrong ones. A base, which was taught no task, is asked greedily only.
 
-It prints a table and, where several models answered the same items, the paired differences to the first one.
-Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json, one entry for each
-task, split and number of shots, and answers/: every answer, and the wrong ones apart, a line each.
+It prints a table and, where several models answered the same items, the paired differences to the first one
+and to the one before. Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json,
+one entry for each task, split and number of shots, and answers/: every answer, and the wrong ones apart, a
+line each.
 """
 
 import json
@@ -512,28 +513,31 @@ def describe(entry: dict) -> list[str]:
 
 
 def compare(all_results: list[tuple[str, list[Result]]]) -> list[str]:
-    """Paired differences of every other model to the first, on what both answered."""
+    """Paired differences of every model to the first and to the one before it, on what both answered."""
     lines = []
-    (base, first), *others = all_results
-    by_key = {key(r.entry): r for r in first if r.records}
-    tuned = {
-        r.entry["task"]: r for r in reversed(first) if r.records
-    }  # a tuned model is compared at any shots
-    for name, results in others:
-        for result in results:
-            twin = by_key.get(key(result.entry)) or tuned.get(result.entry["task"])
-            if result.entry["split"] != (twin or result).entry["split"]:
-                continue
-            if not result.records or not twin or len(twin.records) != len(result.records):
-                continue
-            measure = "correct" if "correct" in result.records[0] else "rougeL"
-            a, b = ([float(r[measure]) for r in side.records] for side in (result, twin))
-            d = {k: 100 * v for k, v in paired_bootstrap(a, b).items()}
-            verdict = "" if d["low"] > 0 or d["high"] < 0 else " (no difference found)"
-            lines.append(
-                f"{key(result.entry)}: {name} minus {base} ({twin.entry['shots']}-shot) "
-                f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]{verdict}"
-            )
+    for i, (name, results) in enumerate(all_results):
+        for other, before in [all_results[j] for j in sorted({0, i - 1}) if 0 <= j < i]:
+            lines += paired(name, results, other, before)
+    return lines
+
+
+def paired(name: str, results: list[Result], other: str, before: list[Result]) -> list[str]:
+    lines, by_key = [], {key(r.entry): r for r in before if r.records}
+    tuned = {r.entry["task"]: r for r in reversed(before) if r.records}  # compared at any number of shots
+    for result in results:
+        twin = by_key.get(key(result.entry)) or tuned.get(result.entry["task"])
+        if not result.records or not twin or len(twin.records) != len(result.records):
+            continue
+        if result.entry["split"] != twin.entry["split"]:
+            continue
+        measure = "correct" if "correct" in result.records[0] else "rougeL"
+        a, b = ([float(r[measure]) for r in side.records] for side in (result, twin))
+        d = {k: 100 * v for k, v in paired_bootstrap(a, b).items()}
+        verdict = "" if d["low"] > 0 or d["high"] < 0 else " (no difference found)"
+        lines.append(
+            f"{key(result.entry)}: {name} minus {other} ({twin.entry['shots']}-shot) "
+            f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]{verdict}"
+        )
     return lines
 
 

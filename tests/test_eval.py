@@ -219,6 +219,10 @@ def test_models_are_compared_on_the_items_that_both_answered():
     )
     (line,) = compare([("base", [made_up("sst2", a)]), ("twin", [made_up("sst2", a)])])
     assert "+0.0 [+0.0, +0.0] (no difference found)" in line
+    three = compare([(name, [made_up("sst2", x)]) for name, x in (("base", a), ("sft", b), ("dpo", a))])
+    assert [line.split(": ")[1].split(" (")[0] for line in three] == [
+        "sft minus base", "dpo minus base", "dpo minus sft",
+    ]  # fmt: skip
     assert compare([("base", [made_up("sst2", a)]), ("other", [made_up("gsm8k", b)])]) == []
     assert compare([("base", [made_up("sst2", a)]), ("other", [made_up("sst2", b[:-1])])]) == []
 
