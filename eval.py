@@ -342,9 +342,9 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
         ways[f"{label}, best"] = lambda k, s=score: [
             some[best_of(r[:k])] for some, r in zip(numbers, s, strict=True)
         ]
-        # A score is a log-probability up to what the samples of a problem share: its exp is a weight.
-        ways[f"{label}, vote"] = lambda k, s=score: [
-            weighted_vote(some[:k], np.exp(r[:k] - r[:k].max())) for some, r in zip(numbers, s, strict=True)
+        weights = np.exp(verifier.combine["sharpness"] * (score - score.max(1, keepdims=True)))
+        ways[f"{label}, vote"] = lambda k, w=weights: [
+            weighted_vote(some[:k], r[:k]) for some, r in zip(numbers, w, strict=True)
         ]
         gates[label] = gating(p, numbers, hits)
     right_alone = {"greedy": greedy, "greedy, calculator": tool}

@@ -75,7 +75,7 @@ class VerifierConfig(AdaptConfig):
     task: str = "arithmetic"  # whose answers can be checked
     gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
     problems: int = 4000  # problems that the generator answers, to learn from
-    first_problem: int = 8000  # of the train split: behind those that SFT and DPO have seen
+    first_problem: int = 12_000  # of the train split: behind those that SFT and DPO have seen
     solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     n: int = 8  # answers a problem, to learn from
     held_n: int = 8  # answers to each problem that it is fitted and reported on
@@ -410,15 +410,26 @@ def train_verifier(cfg: VerifierConfig) -> dict:
 
 
 def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> dict:
-    """lambda by how often the best of n is right; the logistic regression of right on score and length."""
+    """lambda, sharpness, and the logistic regression of right on score and length.
+
+    The first two give each answer a share of its problem, softmax(sharpness x score), and are chosen for the
+    likelihood of the right ones: it changes smoothly, where how often the best answer is right is decided by
+    a few problems and may choose a lambda that lets the channel overrule the sums.
+    """
+    mixed = right.any(1) & ~right.all(1)
     found = []
     for weight in (0.0,) if kind == "head" else LAMBDAS:
-        best = combined(kind, parts, weight).reshape(right.shape).argmax(1)
-        found.append((right[np.arange(len(right)), best].mean(), weight))
-    best, weight = max(found, key=lambda pair: (pair[0], -pair[1]))
+        score = combined(kind, parts, weight).reshape(right.shape)
+        best = right[np.arange(len(right)), score.argmax(1)].mean()
+        for sharpness in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
+            share = np.exp(sharpness * (score - score.max(1, keepdims=True)))
+            likelihood = np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
+            found.append((likelihood, weight, sharpness, best))
+    _, weight, sharpness, _ = max(found)
     score = combined(kind, parts, weight)
     platt = logistic(np.stack([score, np.ones_like(score), lengths], axis=1), right.ravel())
-    return {"lambda": weight, "platt": platt, "validation": {str(w): float(a) for a, w in found}}
+    best_of = {str(w): float(best) for _, w, _, best in found}
+    return {"lambda": weight, "sharpness": sharpness, "platt": platt, "validation": best_of}
 
 
 def logistic(x: np.ndarray, y: np.ndarray, rounds: int = 50, ridge: float = 1e-3) -> list[float]:

@@ -448,7 +448,7 @@ def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, mon
         return drawn if n == 4 else [[a[0]] for a in drawn]
 
     class Oracle:
-        name = "oracle"
+        name, combine = "oracle", {"sharpness": 1.0}
 
         def judge(self, problems, answers, progress=""):
             truth = {e.text: e.target.strip() for e in examples}

@@ -119,6 +119,8 @@ def test_lambda_is_the_one_that_chooses_best():
     found = fit("channel", parts, right, np.full(1600, 10))
     assert found["lambda"] >= 3.0 and found["platt"][0] > 0
     assert fit("channel", parts[:, ::-1], right, np.full(1600, 10))["lambda"] <= 0.5
+    sure = fit("channel", parts * 4, right, np.full(1600, 10))  # scores that are too sure of themselves
+    assert sure["sharpness"] < found["sharpness"]
     np.testing.assert_array_equal(combined("channel", np.array([[1.0, 2.0]]), 3.0), [7.0])
 
 
