@@ -5,7 +5,8 @@ it also has a wrong one, DPO at the first token where the two part.
 name = "dpo"
 model = "out/sft"
 data = "arithmetic"
-problems = 3000
+problems = 6000
+n = 4
 
 beta = 0.5
 nll = 10.0
