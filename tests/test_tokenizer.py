@@ -689,8 +689,13 @@ except KeyboardInterrupt:
     parent.stdout.readline()
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert len(children) >= 2
-    parent.send_signal(kill)
-    parent.wait(timeout=20)
+    for attempt in range(3):  # Python may swallow a KeyboardInterrupt that comes while it tidies up
+        parent.send_signal(kill)
+        try:
+            parent.wait(timeout=20)
+            break
+        except subprocess.TimeoutExpired:
+            assert kill == signal.SIGINT and attempt < 2
     for _ in range(100):
         alive = [pid for pid in children if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]
         if not alive:
