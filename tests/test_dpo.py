@@ -102,7 +102,8 @@ def test_the_prompt_is_not_trained_on(tuned):
 
 
 def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(settings, tuned, monkeypatch):
-    examples = load_task("arithmetic", "train", first=4000, count=4)[0]
+    some = load_task("arithmetic", "train", first=4000, count=40)[0]
+    examples = sorted(some, key=lambda e: len(e.text) + len(e.target))[:4]  # they fit into 160 tokens
     gold = [e.target.strip() for e in examples]
     answers = [[gold[0], "#### 0"], [gold[1], gold[1]], ["", "#### 0"], [gold[3], ""]]
     monkeypatch.setattr(script, "sampled", lambda *a: answers)
