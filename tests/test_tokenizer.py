@@ -691,7 +691,10 @@ except KeyboardInterrupt:
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert len(children) >= 2
     parent.send_signal(kill)
-    parent.wait(timeout=20)
+    try:
+        parent.wait(timeout=20)
+    finally:
+        parent.kill()  # its text never ends
     for _ in range(100):
         alive = [pid for pid in children if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]
         if not alive:
