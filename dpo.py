@@ -57,7 +57,8 @@ class DPOConfig(AdaptConfig):
     problems: int = 4000  # a round: problems that are answered
     first_problem: int = 4000  # of the train split: behind those that SFT has seen
     n: int = 8  # answers a problem
-    temperature: float = 0.8  # of the answers
+    temperature: float = 1.0  # of the answers
+    seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
     pairs: int = 1  # at most so many a problem
     eval_examples: int = 300  # validation problems, or pairs
     collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never
@@ -162,7 +163,7 @@ def on_policy(
 ) -> tuple[list[Pair], dict]:
     """Pairs from the model's own answers, and what there was: problems, pairs, only right, only wrong."""
     task, rng = TASKS[cfg.data], np.random.default_rng([cfg.seed, split == "train"])
-    answers = sampled(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed)
+    answers = sampled(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed_samples)
     repeated = [e for e in examples for _ in range(cfg.n)]
     records, _ = judge(cfg.data, repeated, [a for some in answers for a in some])
     pairs, counts = [], {"problems": len(examples), "right": sum(r["correct"] for r in records)}

@@ -89,7 +89,7 @@ evaluate() {
         stage eval-gsm8k "$OUT/gsm8k/results.json" "${eval[@]}" gpt2 "$OUT/gsm8k" --tasks=gsm8k
     fi
     stage eval-life "$OUT/pipeline.json" "${eval[@]}" "$run" "$OUT/sft" "$OUT/dpo" --tasks=arithmetic,storyworld \
-        --samples=8 --verifier="$OUT/verifier" --battery=200
+        --samples=16 --verifier="$OUT/verifier" --battery=200
 }
 
 usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }

@@ -12,13 +12,14 @@ A `channel` is a language model that is trained backwards, to tell the problem w
 The score of an answer is log p(answer | problem) + lambda log p(problem | answer): the noisy channel of
 machine translation. The generator sees to the sums; the channel sees whether the answer tells the story of
 this problem, as a sentence that was forgotten is unlikely to be told again. It learns from true solutions
-turned around, from the generator's own right answers, and from its wrong ones, which have to score less
-(--contrast). A `head` (Cobbe et al., 2021) is the generator with a number read off at every token of an
-answer, trained to tell right from wrong: one bit an answer, where a channel learns from every word.
+turned around, from the generator's own right answers (or from --answers_of another model, such as the one it
+was before DPO), and from the wrong ones, which have to score less (--contrast). A `head` (Cobbe et al., 2021)
+is the generator with a number read off at every token of an answer, trained to tell right from wrong: one bit
+an answer, where a channel learns from every word.
 
-lambda is chosen, and scores become probabilities (Platt, 1999), on the validation split; the test split is
-looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how well it
-verifies, beside the generator's own log-probability and the channel alone.
+lambda is chosen, and scores become probabilities (Platt, 1999), on answers to the validation split; the test
+split is looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how
+well it verifies, beside the generator's own log-probability and the channel alone.
 """
 
 import math
@@ -77,6 +78,7 @@ class VerifierConfig(AdaptConfig):
     problems: int = 4000  # problems that the generator answers, to learn from
     first_problem: int = 12_000  # of the train split: behind those that SFT and DPO have seen
     solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
+    answers_of: str = ""  # whose answers it learns from; default: the generator's
     n: int = 8  # answers a problem, to learn from
     held_n: int = 8  # answers to each problem that it is fitted and reported on
     temperature: float = 1.0  # of the answers
@@ -380,9 +382,12 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
         test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
         parts = ("train", problems, cfg.n), ("validation", validation, cfg.held_n), ("test", test, cfg.held_n)
+        teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
+        if not (teacher.chat and teacher.ours):
+            raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned run of ours")
         learnt, held, examined = (
-            judged(generator, cfg.task, split, some, n, cfg.temperature, cfg.seed_samples)
-            for split, some, n in parts
+            judged(model, cfg.task, split, some, n, cfg.temperature, cfg.seed_samples)
+            for model, (split, some, n) in zip((teacher, generator, generator), parts, strict=True)
         )
     known = (e.text for e in [*learnt.examples, *held.examples])
     refuse_overlap(known, (e.text for e in examined.examples), cfg.task)
@@ -518,8 +523,8 @@ def train_channel(
     trainer.keeps_best = False  # val_loss says how well it tells stories; what counts is the order of answers
     trainer.say(
         f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
-        f"{len(rows) - len(gold):,} right answers of {cfg.model}, {sum(map(bool, rivals)):,} with wrong ones "
-        f"beside them; {cfg.max_steps} steps of {order.batch}"
+        f"{len(rows) - len(gold):,} right answers of {cfg.answers_of or cfg.model}, "
+        f"{sum(map(bool, rivals)):,} with wrong ones beside them; {cfg.max_steps} steps of {order.batch}"
     )
     trainer.say(f"one of them: {channel.decode(rows[0][0])!r} -> {channel.decode(rows[0][1])!r}")
     return trainer.run_all_steps()

@@ -6,7 +6,7 @@ name = "dpo"
 model = "out/sft"
 data = "arithmetic"
 problems = 6000
-n = 4
+n = 4  # answers; the verifier learns from the same ones
 
 beta = 0.5
 nll = 10.0

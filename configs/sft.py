@@ -6,7 +6,7 @@ name = "sft"
 model = "out/base"
 data = "arithmetic@3000,instructions@600,storyworld@300"
 
-epochs = 4.0
+epochs = 3.0
 batch_size = 8
 learning_rate = 2e-3
 warmup_steps = 80

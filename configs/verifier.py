@@ -4,11 +4,14 @@ answer.
 
 name = "verifier"
 model = "out/dpo"
+answers_of = "out/sft"
 start = "out/sft"
 task = "arithmetic"
 gold = 3000  # those that SFT has seen
-problems = 8000
+first_problem = 4000
+problems = 6000  # these, and their answers, are those of DPO
 n = 4
+held_n = 16
 
 epochs = 1.0
 batch_size = 16

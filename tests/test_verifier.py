@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import dpo
 import verifier as script
 from data import TASKS, Example, auc, auc_within, calibration, load_task
 from finetune import collate, load_model
@@ -191,6 +192,31 @@ def test_a_verifier_of_another_tokenizer_or_generator_is_refused(trained, tmp_pa
         Verifier.load(folder, "cpu")
     with pytest.raises(TrainError, match="no finished verifier"):
         Verifier.load(run["parent"], "cpu")
+
+
+def test_dpo_and_the_verifier_learn_from_the_same_answers(tuned, tiny, tmp_path):
+    """Those of the SFT model, sampled once, whatever the seed of training."""
+    same = {
+        "model": tuned,
+        "out": str(tmp_path),
+        "problems": 30,
+        "first_problem": 5000,
+        "n": 8,
+        "max_steps": 2,
+    }
+    same |= {"device": "cpu", "dtype": "float32", "learning_rate": 1e-4, "eval_every": 0}
+    dpo.dpo(dpo.DPOConfig(**same, name="dpo", seed=7, eval_examples=60))
+    before = set(Path(tuned, "samples").glob("*-train-*"))
+    cfg = VerifierConfig(
+        **same | {"model": f"{tmp_path}/dpo"}, answers_of=tuned, start=tuned, gold=10, seed=8
+    )
+    cfg.validation_problems = cfg.test_problems = 20
+    script.train_verifier(cfg)
+    assert set(Path(tuned, "samples").glob("*-train-*")) == before
+    assert not list(Path(f"{tmp_path}/dpo/samples").glob("*-train-*"))
+    cfg.answers_of, cfg.name = tiny["base"], "other"
+    with pytest.raises(TrainError, match="answers_of"):
+        script.train_verifier(cfg)
 
 
 def test_samples_of_one_kind_are_refused(tuned, tiny, monkeypatch, tmp_path):
