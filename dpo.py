@@ -57,7 +57,7 @@ class DPOConfig(AdaptConfig):
     problems: int = 4000  # a round: problems that are answered
     first_problem: int = 4000  # of the train split: behind those that SFT has seen
     n: int = 8  # answers a problem
-    temperature: float = 1.0  # of the answers
+    temperature: float = 0.8  # of the answers
     seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
     pairs: int = 1  # at most so many a problem
     eval_examples: int = 300  # validation problems, or pairs

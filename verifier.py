@@ -81,7 +81,8 @@ class VerifierConfig(AdaptConfig):
     answers_of: str = ""  # whose answers it learns from; default: the generator's
     n: int = 8  # answers a problem, to learn from
     held_n: int = 8  # answers to each problem that it is fitted and reported on
-    temperature: float = 1.0  # of the answers
+    temperature: float = 0.8  # of the answers it learns from
+    held_temperature: float = 1.0  # of those it is fitted and reported on, as in eval.py
     seed_samples: int = 1  # of the answers; eval.py's, so that those to the test problems are drawn once
     validation_problems: int = 500  # on which lambda and the probabilities are fitted; 0: all
     test_problems: int = 0  # on which the verifier is reported; 0: all
@@ -378,16 +379,16 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         learnt, held, examined = labelled(cfg.solutions)
         about = {"source": cfg.solutions, "examples": len(learnt.examples)}
     else:
-        problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
-        validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
-        test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
-        parts = ("train", problems, cfg.n), ("validation", validation, cfg.held_n), ("test", test, cfg.held_n)
         teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
         if not (teacher.chat and teacher.ours):
             raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned run of ours")
-        learnt, held, examined = (
-            judged(model, cfg.task, split, some, n, cfg.temperature, cfg.seed_samples)
-            for model, (split, some, n) in zip((teacher, generator, generator), parts, strict=True)
+        problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
+        validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
+        test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
+        learnt = judged(teacher, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)
+        held, examined = (
+            judged(generator, cfg.task, split, some, cfg.held_n, cfg.held_temperature, cfg.seed_samples)
+            for split, some in (("validation", validation), ("test", test))
         )
     known = (e.text for e in [*learnt.examples, *held.examples])
     refuse_overlap(known, (e.text for e in examined.examples), cfg.task)
