@@ -334,6 +334,14 @@ def right_answers(samples: Samples) -> list[tuple[str, str]]:
     return found
 
 
+def wrong_answers(samples: Samples) -> dict[str, list[str]]:
+    """{problem: its wrong answers, each once}."""
+    found = {}
+    for example, answers, right in zip(samples.examples, samples.answers, samples.right, strict=True):
+        found[example.text] = list(dict.fromkeys(a for a, r in zip(answers, right, strict=True) if not r))
+    return found
+
+
 def judged(
     model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int
 ) -> Samples:
@@ -480,10 +488,10 @@ def train_channel(
 ) -> dict:
     """A language model that tells problems from answers: from true solutions, and the generator's right ones.
 
-    Where the generator also gave wrong answers, one is drawn at each step, and the whole score, log
-    p(answer | problem) + log p(problem | answer), has to put the right one first: a logistic loss on the
-    difference, weighted by `contrast`. A language model alone learns from what is right; it would never see
-    that "sells 4 stamps" is no way to tell of 4 nuts that were sold.
+    Where the generator also gave wrong answers, one is drawn at each step, and the problem has to be likelier
+    after the right one: a logistic loss on the difference, weighted by `contrast`. A language model alone
+    learns from what is right; it would never see that "sells 4 stamps" is no way to tell of 4 nuts that were
+    sold.
     """
     channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
     if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
@@ -491,9 +499,8 @@ def train_channel(
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
     told = [(e.text, e.target.strip()) for e in gold] + right_answers(learnt)
     rows = [backward_row(channel, *pair) for pair in told]
-    rivals = (
-        [[] for _ in gold] + rival_rows(generator, channel, learnt) if cfg.contrast else [[] for _ in told]
-    )
+    wrong = wrong_answers(learnt) if cfg.contrast else {}
+    rivals = [[backward_row(channel, problem, a) for a in wrong.get(problem, ())] for problem, _ in told]
     val_told = [(e.text, e.target.strip()) for e in held.examples if e.target] or right_answers(held)
     val_rows = [backward_row(channel, p, a) for p, a in val_told]
     order = TrainingSet(
@@ -504,10 +511,9 @@ def train_channel(
 
     def batch_of(step: int, first: int, count: int) -> tuple[Tensor, ...]:
         members, rng = order.members(step, first, count), np.random.default_rng([cfg.seed, step, first])
-        drawn = [(at, *rivals[i][rng.integers(len(rivals[i]))]) for at, i in enumerate(members) if rivals[i]]
-        tensors = collate([rows[i] for i in members] + [row for _, row, _ in drawn], "causal", channel.pad)
-        ahead = torch.tensor([gap for _, _, gap in drawn], dtype=torch.float32)
-        return *tensors, torch.tensor([at for at, _, _ in drawn], dtype=torch.long), ahead
+        drawn = [(at, rivals[i][rng.integers(len(rivals[i]))]) for at, i in enumerate(members) if rivals[i]]
+        tensors = collate([rows[i] for i in members] + [row for _, row in drawn], "causal", channel.pad)
+        return *tensors, torch.tensor([at for at, _ in drawn], dtype=torch.long)
 
     def evaluate(core, final):
         return {"val_loss": -channel.log_likelihoods(val_rows).sum() / sum(len(a) for _, a in val_rows)}
@@ -531,43 +537,20 @@ def train_channel(
     return trainer.run_all_steps()
 
 
-def rival_rows(generator: TextModel, channel: TextModel, samples: Samples) -> list[list[tuple]]:
-    """For each of `right_answers`, the wrong answers to its problem: [(row of the channel, by how much the
-    generator likes the right one better, in nats), ...].
-    """
-    pairs, groups = [], []
-    for example, answers, right in zip(samples.examples, samples.answers, samples.right, strict=True):
-        good, bad = (
-            list(dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r == kind))
-            for kind in (True, False)
-        )
-        groups += [(len(pairs) + i, len(pairs) + len(good), len(bad)) for i in range(len(good))]
-        pairs += [(example.text, a) for a in good + bad]
-    own = generator.log_likelihoods([forward_row(generator, *pair) for pair in pairs])
-    rows = [backward_row(channel, *pair) for pair in pairs]
-    return [[(rows[j], own[i] - own[j]) for j in range(first, first + n)] for i, first, n in groups]
-
-
 def channel_loss(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    targets: Tensor,
-    right: Tensor,
-    ahead: Tensor,
-    contrast: float,
+    model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, right: Tensor, contrast: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the problems given right answers, and -log sigmoid of how far the score puts a right
-    answer before a wrong one: (sum, tokens).
+    """Cross-entropy of the problems given right answers, and -log sigmoid of how much likelier a problem is
+    after a right answer than after a wrong one: (sum, tokens).
 
-    The last rows are the wrong answers, one for each place in `right`; `ahead` is the generator's share.
+    The last rows are the wrong answers, one for each place in `right`.
     """
     logits = target_logits(model, "causal", ids, mask, targets)
-    told = -F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(
+    nats = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(
         1
     )
     n = len(ids) - len(right)
-    loss = -told[:n].sum() - contrast * F.logsigmoid(told[right] - told[n:] + ahead).sum()
+    loss = nats[:n].sum() - contrast * F.logsigmoid(nats[n:] - nats[right]).sum()
     return loss, (targets[:n] != -100).sum()
 
 

@@ -23,7 +23,7 @@ from verifier import (
     forward_row,
     logistic,
     right_answers,
-    rival_rows,
+    wrong_answers,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,18 +89,13 @@ def test_a_right_answer_has_to_score_above_a_wrong_one(tuned):
         [Example(problem, "")], [[good, bad, "#### 2", good, bad]], np.array([[1, 0, 0, 1, 0]], bool)
     )
     assert right_answers(samples) == [(problem, good)]
-    (rivals,) = rival_rows(model, model, samples)
+    assert wrong_answers(samples) == {problem: [bad, "#### 2"]}
     rows = [backward_row(model, problem, a) for a in (good, bad)]
-    own = model.log_likelihoods([forward_row(model, problem, a) for a in (good, bad)])
-    assert [row for row, _ in rivals] == [rows[1], backward_row(model, problem, "#### 2")]
-    assert rivals[0][1] == pytest.approx(own[0] - own[1], abs=1e-3)
-    told, ahead = model.log_likelihoods(rows), rivals[0][1]
-    batch = *collate(rows, "causal", model.pad), torch.tensor([0]), torch.tensor([ahead], dtype=torch.float32)
-    loss, tokens = channel_loss(model.model, *batch, 2.0)
-    apart = told[0] - told[1] + ahead
+    told = model.log_likelihoods(rows)
+    loss, tokens = channel_loss(model.model, *collate(rows, "causal", model.pad), torch.tensor([0]), 2.0)
     assert tokens == len(rows[0][1])
-    assert loss.item() == pytest.approx(-told[0] + 2.0 * np.log1p(np.exp(-apart)), rel=1e-4)
-    alone = *collate(rows[:1], "causal", model.pad), torch.tensor([], dtype=torch.long), torch.tensor([])
+    assert loss.item() == pytest.approx(-told[0] + 2.0 * np.log1p(np.exp(told[1] - told[0])), rel=1e-4)
+    alone = *collate(rows[:1], "causal", model.pad), torch.tensor([], dtype=torch.long)
     assert channel_loss(model.model, *alone, 2.0)[0].item() == pytest.approx(-told[0], rel=1e-4)
 
 
