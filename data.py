@@ -676,7 +676,7 @@ STEPS = {  # what is told, and what the solution says
     "together": ("{other} has {k} {item}.", "Together they have {sum} {item}."),
 }  # fmt: skip
 SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "more": "+", "fewer": "-", "together": "+"}
-LARGEST = {"start": 30, "boxes": 9, "buy boxes": 9, "times": 5}  # {k} in the told sentence; 20 elsewhere
+LARGEST = {"start": 24, "boxes": 9, "buy boxes": 9, "times": 5}
 OF_OTHER = "How many {item} does {other} have?"
 QUESTIONS = {
     **dict.fromkeys(("times", "more", "fewer"), OF_OTHER),
@@ -692,7 +692,7 @@ TRAPS_OF_OTHER = (  # if nobody asks about {other}
     "{other} (has|buys|finds) {m} {item}.|{other} has {m} (more|fewer) {item} than {name}.|"
     "{other} has {n} times as many {item} as {name}."
 )
-LIMIT = 60  # no number in a problem or its solution is greater
+LIMIT = 40  # no number in a problem or its solution is greater
 
 
 def number(rng: random.Random, low: int, high: int) -> int:
@@ -700,7 +700,7 @@ def number(rng: random.Random, low: int, high: int) -> int:
 
 
 def arithmetic_problem(rng: random.Random, steps: int | None = None, traps: int | None = None) -> dict:
-    """A word problem, {"question", "answer"}, in GSM8K's format; every number is from 1 to 60.
+    """A word problem, {"question", "answer"}, in GSM8K's format; every number is from 1 to 40.
 
     It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
     somebody, more or fewer, together. Three in four carry one or two sentences with a number that plays no
@@ -731,7 +731,7 @@ def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         return result
 
     while True:
-        n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 20))
+        n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 16))
         slots.update(n=str(n), k=str(k))
         told.append(fill(rng, parse(STEPS[kind][0]), slots))
         if kind == "start":
@@ -752,7 +752,7 @@ def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     question = QUESTIONS.get(kind, QUESTIONS[""])
     possible = TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"
     for _ in range(traps):
-        slots.update(m=str(number(rng, 2, 30)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
+        slots.update(m=str(number(rng, 2, 24)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
         told.insert(number(rng, 1, len(told)), fill(rng, parse(possible), slots))
     question = fill(rng, parse(question), slots)
     return {"question": " ".join([*told, question]), "answer": "\n".join([*worked, f"#### {total}"])}
@@ -803,7 +803,7 @@ def numbers_text(split: str) -> Iterator[str]:
         *told, _ = re.split(r"(?<=[.?]) ", problem["question"])
         again = sorted((sentence for sentence in told if rng.random() < 0.5), key=lambda _: rng.random())
         yield "\n".join([problem["question"], " ".join(again)]).strip()
-        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(6))
+        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
 
 
 def _equation(rng: random.Random, annotated: bool = False) -> str:
@@ -1485,7 +1485,7 @@ TASKS = {
     ),
     "sentiment": Task(**REVIEW, test="test", licence="MIT", generator=sentiment),
     "dialogue": Task(**CHAT, licence="MIT", max_new_tokens=48, generator=dialogue),
-    "arithmetic": Task(**PROBLEM, licence="MIT", max_new_tokens=96, generator=arithmetic),
+    "arithmetic": Task(**PROBLEM, licence="MIT", max_new_tokens=128, generator=arithmetic),
 }
 GENERATED = {"train": 4_000, "validation": 500, "test": 1_000}  # rows of an embedded task
 

@@ -1,12 +1,12 @@
-"""Instruction tuning of the embedded base: 3,000 solved word problems, some conversations of other kinds, and
+"""Instruction tuning of the embedded base: 2,500 solved word problems, some conversations of other kinds, and
 a few stories, so that it does not forget how to tell them.
 """
 
 name = "sft"
 model = "out/base"
-data = "arithmetic@3000,instructions@600,storyworld@300"
+data = "arithmetic@2500,instructions@600,storyworld@300"
 
-epochs = 3.0
+epochs = 4.0
 batch_size = 8
 learning_rate = 2e-3
 warmup_steps = 80
