@@ -235,14 +235,20 @@ class TextModel:
         """(B, K, V) logits of the last K tokens, those that `collate` says are asked; of a head, (B, C)."""
         return target_logits(self.model, self.kind, ids, mask, targets)
 
-    @torch.no_grad()
     def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
         """(n) sums in nats of log p(answer | prompt), for pairs of ids (prompt, answer)."""
-        found = np.zeros(len(rows))
-        for index, tensors in self.batches(rows, progress):
-            logits, targets = self.target_logits(*tensors).flatten(0, 1), tensors[2]
+
+        @torch.no_grad()
+        def summed(index: list[int]) -> np.ndarray:
+            ids, mask, targets = self.collated([rows[i] for i in index])
+            logits = self.target_logits(ids, mask, targets).flatten(0, 1)
             loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
-            found[index] = -loss.view_as(targets).double().sum(-1).cpu()
+            return -loss.view_as(targets).double().sum(-1).cpu().numpy()
+
+        found, batches = np.zeros(len(rows)), list(self.batch_indices([length(row) for row in rows], ""))
+        sums = on_all_cores(summed, batches, self.device, progress)
+        for index, some in zip(batches, sums, strict=True):
+            found[index] = some
         return found
 
     @torch.no_grad()
@@ -335,8 +341,10 @@ class TextModel:
     def batches(self, rows: list[tuple], progress: str) -> Iterator[tuple[list[int], tuple]]:
         """(indices, tensors) of rows of similar lengths."""
         for index in self.batch_indices([length(row) for row in rows], progress):
-            tensors = collate([rows[i] for i in index], self.kind, self.pad)
-            yield index, tuple(t.to(self.device) for t in tensors)
+            yield index, self.collated([rows[i] for i in index])
+
+    def collated(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
     def batch_indices(self, lengths: list[int], progress: str, most: int = 0) -> Iterator[list[int]]:
         """Indices from long to short (memory runs out at once or never), in batches of so many tokens, or of

@@ -13,7 +13,7 @@ problems = 6000  # these, and their answers, are those of DPO
 n = 4
 held_n = 16
 
-epochs = 1.0
+epochs = 2.0
 batch_size = 16
 learning_rate = 2e-3
 warmup_steps = 40

@@ -133,7 +133,7 @@ def test_every_method_trains(settings, more):
 
 def test_training_widens_the_margin(settings):
     run = script.dpo(
-        settings(first_difference=False, nll=0.0, max_steps=20, collapse=0.0, learning_rate=1e-3)
+        settings(first_difference=False, nll=0.0, max_steps=20, collapse=0.0, learning_rate=1e-4)
     )
     lines = [
         x for x in read_jsonl(Path(run["settings"]["out"]) / "run/metrics.jsonl") if "reward_margin" in x
