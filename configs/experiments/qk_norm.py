@@ -1,0 +1,4 @@
+baseline = "configs/experiments/baseline.py"
+hypothesis = "Normalised queries and keys change little at a safe learning rate. Equal parameters."
+
+qk_norm = True

@@ -1,0 +1,675 @@
+"""The lab: what does each part of a modern decoder buy? Configs with a hypothesis, over seeds, compared.
+
+    python experiments.py                              # everything, three seeds: about an hour on two cores
+    python experiments.py --quick                      # every family once, short: ten minutes, no findings
+    python experiments.py --only=norm_layer,kv_heads_1 # some of them, against the baseline
+    python experiments.py --corpus=wikitext2           # on other text
+    python train.py configs/experiments/kv_heads_1.py --seed=2 --name=mine    # one of them, by hand
+
+An experiment is a file in configs/experiments/: a baseline, a hypothesis, and the lines that differ. Each is
+trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-sSEED; what is finished is not
+run again, and after Ctrl-C the same command goes on. A seed fixes the order of the data and the
+initialisation, so runs of one seed are compared in pairs, and a difference counts only if the 95 % interval
+over the seeds' differences (Student's t) excludes 0.
+
+Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `streams`, what
+becomes of a text longer than the context, with and without attention sinks; `scaling`, five sizes at three
+budgets of FLOPs, and what they predict for larger ones. Everything goes to
+out/experiments/CORPUS/experiments.json, and a table to the terminal.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs import ROOT, ConfigError, parse_config
+from model import (
+    KVCache,
+    ModelConfig,
+    ModernDecoderLM,
+    MoE,
+    count_parameters,
+    estimate_flops,
+    kv_cache_bytes,
+    write_atomically,
+)
+from tokenizer import Tokenizer, open_tokens, tokens_folder
+from train import (
+    FREE_TO_CHANGE,
+    TrainConfig,
+    git_commit,
+    hardware,
+    model_config,
+    pick_device,
+    read_json,
+    read_jsonl,
+    versions,
+)
+
+FOLDER = Path("configs/experiments")
+FAMILIES = {
+    "ablations": """norm_layer norm_none norm_post positions_learned positions_none ffn_gelu ffn_silu untied
+        qk_norm heads_8 heads_16 lr_1e3 lr_9e3 lr_3e2 warmup_0 wsd muon batch_1 batch_4 batch_64 vocab_512
+        vocab_2048 context_64 context_256""".split(),
+    "gqa": ["kv_heads_1", "kv_heads_2"],
+    "moe": "moe_4_top1 moe_4_top2 moe_8_top1 moe_8_top2 dense_as_moe_4 dense_as_moe_8".split(),
+    "streams": ["sink"],
+    "scaling": [],
+}
+SIZES = ((2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
+BUDGETS = (0.5e12, 1e12, 2e12)  # FLOPs of a training run
+
+
+@dataclass
+class ExperimentConfig:
+    """Which experiments, how often, on what."""
+
+    only: str = ""  # experiments or families, joined by commas; nothing: all
+    seeds: int = 3  # runs of each experiment, with seeds 1, 2, ...
+    quick: bool = False  # one seed and a tenth of the steps: to see that everything works
+    corpus: str = "storyworld"  # what is read
+    jobs: int = 0  # runs at a time, each with one thread; 0: one a core, and one on a CUDA card
+    device: str = "auto"  # cuda, cpu, ...
+    out: str = "out"  # folder that holds everything the project makes
+
+
+@dataclass
+class Run:
+    """A training run that has to be there: its settings are a config file, flags and a seed."""
+
+    name: str
+    config: str
+    flags: list[str]
+    seed: int
+    folder: Path
+
+    def command(self) -> list[str]:
+        return ["train.py", self.config, *self.flags, f"--seed={self.seed}"]
+
+
+# -----------------------------------------------------------------------------
+# Training what is missing
+
+
+def plan(cfg: ExperimentConfig) -> list[Run]:
+    """All runs, the baseline's first."""
+    names = list(dict.fromkeys(name for family in chosen(cfg).values() for name in family))
+    home, found = home_of(cfg), []
+    common = [f"--corpus={cfg.corpus}", f"--device={cfg.device}"]
+    for seed in range(1, (1 if cfg.quick else cfg.seeds) + 1):
+        for name in ["baseline", *names]:
+            flags = [*common]
+            if cfg.quick:
+                steps = settings_of([str(FOLDER / f"{name}.py")]).max_steps
+                flags += [f"--max_steps={max(4, steps // 10)}", "--warmup_steps=2", "--eval_every=0"]
+            found.append(run_of(home, name, f"{name}.py", flags, seed, cfg))
+    if "scaling" in chosen(cfg):
+        for budget in BUDGETS:
+            for layers, width in SIZES:
+                flags = [*common, *size_flags(layers, width, budget / (20 if cfg.quick else 1))]
+                name = f"scaling-{budget:.0e}-{layers}x{width}".replace("+", "")
+                found.append(run_of(home, name, "baseline.py", flags, 1, cfg))
+    return found
+
+
+def home_of(cfg: ExperimentConfig) -> Path:
+    text = re.sub(r"\W+", "_", cfg.corpus)
+    return Path(cfg.out) / "experiments" / (f"{text}-quick" if cfg.quick else text)
+
+
+def run_of(home: Path, name: str, file: str, flags: list[str], seed: int, cfg: ExperimentConfig) -> Run:
+    folder = home / f"{name}-s{seed}"
+    flags = [*flags, f"--out={cfg.out}", f"--name={folder.relative_to(cfg.out)}"]
+    return Run(name, str(FOLDER / file), flags, seed, folder)
+
+
+def chosen(cfg: ExperimentConfig) -> dict[str, list[str]]:
+    """The families, or what --only leaves of them."""
+    wanted = [w for w in cfg.only.split(",") if w]
+    known = {*FAMILIES, *(name for names in FAMILIES.values() for name in names)}
+    if unknown := set(wanted) - known:
+        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+    if not wanted:
+        return FAMILIES
+    found = {f: names if f in wanted else [n for n in names if n in wanted] for f, names in FAMILIES.items()}
+    return {family: names for family, names in found.items() if names or family in wanted}
+
+
+def settings_of(words: list[str]) -> TrainConfig:
+    return parse_config(TrainConfig, "", words)
+
+
+def size_flags(layers: int, width: int, budget: float) -> list[str]:
+    """Flags of a model of this shape that is trained for a budget of FLOPs; smaller ones learn faster."""
+    shape = [f"--n_layers={layers}", f"--d_model={width}", "--d_ff=0"]
+    c = settings_of([str(FOLDER / "baseline.py"), *shape])
+    flops = estimate_flops(model_config(c), c.context_length) * c.batch_size * c.context_length
+    steps = max(4, round(budget / flops))
+    rate = c.learning_rate * math.sqrt(128 / width)
+    return [
+        *shape,
+        f"--max_steps={steps}",
+        f"--warmup_steps={max(1, steps // 10)}",
+        f"--learning_rate={rate:.2g}",
+        "--eval_every=0",
+    ]
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's folder holds what this command would make."""
+    file = run.folder / "run.json"
+    if not file.exists():
+        return False
+    found, wanted = read_json(file), settings_of(run.command()[1:])
+    if found["status"] != "finished":
+        return False
+    same = {f.name for f in fields(TrainConfig)} - set(FREE_TO_CHANGE) - {"vocab_size"}
+    return all(found["settings"].get(k) == getattr(wanted, k) for k in same)
+
+
+def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
+    """Trains those that are not finished, `jobs` at a time; {folder: why it failed}.
+
+    Ctrl-C reaches the runs, which end as they do by hand, and then this process.
+    """
+    waiting, running, failed = [r for r in runs if not finished(r)], {}, {}
+    if waiting:
+        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished; {jobs} at a time", flush=True)
+    todo, env = len(waiting), os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                run.folder.mkdir(parents=True, exist_ok=True)
+                log = open(run.folder / "log.txt", "w")
+                again = ["--overwrite"] if (run.folder / "run.json").exists() else []
+                command = [sys.executable, str(ROOT / "train.py"), *run.command()[1:], *again]
+                # A session of its own: Ctrl-C in the terminal is passed on once, by us.
+                running[subprocess.Popen(
+                    command, stdout=log, stderr=log, env=env, start_new_session=True
+                )] = run  # fmt: skip
+            for process in [p for p in running if p.poll() is not None]:
+                run = running.pop(process)
+                last = (run.folder / "log.txt").read_text().strip().split("\n")[-1]
+                done = todo - len(waiting) - len(running)
+                print(f"[{done}/{todo}] {run.name}, seed {run.seed}: {last}", flush=True)
+                if process.returncode:
+                    failed[str(run.folder)] = last
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+        raise
+    return failed
+
+
+def prepare_tokens(runs: list[Run]) -> None:
+    """A tokenizer and token files for each corpus and vocabulary, before runs need them side by side."""
+    for words in {(c.corpus, c.vocab_size): r for r in runs for c in [settings_of(r.command()[1:])]}.values():
+        if not (tokens_folder(settings_of(words.command()[1:])) / "validation.json").exists():
+            command = [sys.executable, str(ROOT / "tokenizer.py"), *tokenizer_words(words)]
+            subprocess.run(command, check=True)
+
+
+def tokenizer_words(run: Run) -> list[str]:
+    keys = ("corpus", "vocab_size", "out")
+    c = settings_of(run.command()[1:])
+    return [run.config, *(f"--{k}={getattr(c, k)}" for k in keys)]
+
+
+# -----------------------------------------------------------------------------
+# What a run says, and comparisons
+
+
+def read_run(folder: Path) -> dict | None:
+    """The figures of a finished run; None if it did not get there."""
+    file = folder / "run.json"
+    run = read_json(file) if file.exists() else {}
+    if run.get("status") != "finished":
+        return None
+    lines = [x for x in read_jsonl(folder / "metrics.jsonl") if "tokens_per_second" in x]
+    settings = run["settings"]
+    config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig)})
+    last, best, tokens = run["results"]["last"], run["results"]["best"], lines[-1]["tokens"]
+    return {
+        "parameters": run["parameters"],
+        "active_parameters": count_parameters(config)["active"],
+        "tokens": tokens,
+        "flops": estimate_flops(config, config.context_length) * tokens,
+        "val_loss": last["val_loss"],
+        "bits_per_byte": last["bits_per_byte"],
+        "best_val_loss": best["val_loss"],
+        "best_step": best["step"],
+        "steps": run["step"],
+        "tokens_per_second": float(np.median([x["tokens_per_second"] for x in lines])),
+        "peak_memory_gib": max(x["peak_memory_gib"] for x in lines),
+        "seconds": run["seconds"],
+    }
+
+
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def spread(values: list[float]) -> dict:
+    """Mean, standard deviation and, from two values on, the 95 % interval of the mean (Student's t)."""
+    x, n = np.asarray(values, float), len(values)
+    found = {"mean": float(x.mean()), "n": n}
+    if n > 1:
+        sd = float(x.std(ddof=1))
+        half = STUDENT.get(n - 1, 1.96) * sd / math.sqrt(n)
+        found |= {"sd": sd, "low": found["mean"] - half, "high": found["mean"] + half}
+    return found
+
+
+def verdict(difference: dict) -> str:
+    """What a difference of losses lets one say."""
+    if "low" not in difference:
+        return "one seed: no finding"
+    if difference["low"] > 0:
+        return "worse"
+    return "better" if difference["high"] < 0 else "no difference found"
+
+
+def compared(name: str, runs: list[Run], failed: dict[str, str]) -> dict:
+    """One experiment: its figures over the seeds, and what it is to the baseline, in bits a byte."""
+    mine = {r.seed: read_run(r.folder) for r in runs if r.name == name}
+    base = {r.seed: read_run(r.folder) for r in runs if r.name == "baseline"}
+    first = next(r for r in runs if r.name == name)
+    settings = settings_of(first.command()[1:])
+    entry = {"hypothesis": settings.hypothesis, "command": " ".join(["python", *first.command()])}
+    entry["seeds"] = {seed: figures for seed, figures in mine.items() if figures}
+    entry["failed"] = {
+        r.seed: failed[str(r.folder)] for r in runs if r.name == name and str(r.folder) in failed
+    }
+    if entry["seeds"]:
+        for key in ("val_loss", "bits_per_byte", "tokens_per_second", "peak_memory_gib", "seconds"):
+            entry[key] = spread([figures[key] for figures in entry["seeds"].values()])
+        pairs = [(mine[s], base[s]) for s in mine if mine[s] and base.get(s)]
+        if name != "baseline" and pairs:
+            entry["difference"] = spread([a["bits_per_byte"] - b["bits_per_byte"] for a, b in pairs])
+            entry["verdict"] = verdict(entry["difference"])
+    return entry
+
+
+# -----------------------------------------------------------------------------
+# GQA: what decoding costs
+
+
+def load(folder: Path, device: torch.device) -> ModernDecoderLM:
+    return ModernDecoderLM.from_pretrained(folder, device).eval()
+
+
+def decoding(model: ModernDecoderLM, tokens: int = 100, rows: int = 16) -> dict:
+    """Bytes of cache a token (float32) and tokens a second, the median of three."""
+    rates = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        model.generate([[0]] * rows, tokens, temperature=0)
+        rates.append(rows * tokens / (time.perf_counter() - begun))
+    return {
+        "cache_bytes_per_token": kv_cache_bytes(model.config, 1, 1, 4),
+        "tokens_per_second": float(np.median(rates)),
+    }
+
+
+# -----------------------------------------------------------------------------
+# MoE: where tokens go
+
+CLASSES = {"digit": r"\d+", "punctuation": r"[^\w\s]+", "capitalised": r"[A-Z]\w*", "word": r"\w+"}
+
+
+def token_class(piece: str) -> str:
+    return next((name for name, pattern in CLASSES.items() if re.fullmatch(pattern, piece.strip())), "other")
+
+
+def routing(folder: Path) -> dict:
+    """The router over training: how much more than its share the busiest expert got, and what was dropped."""
+    lines = [x for x in read_jsonl(folder / "metrics.jsonl") if "router_load" in x]
+    busiest = [max(x["router_load"]) * len(x["router_load"]) for x in lines]
+    return {
+        "steps": [x["step"] for x in lines],
+        "busiest_expert": [round(b, 3) for b in busiest],  # 1: an even load
+        "dropped": [x["dropped"] for x in lines],  # choices in the logged step, all layers
+        "last_load": lines[-1]["router_load"] if lines else [],
+    }
+
+
+@torch.no_grad()
+def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) -> list[dict]:
+    """For each layer, the share of each expert in the first choices of each class of tokens, and how many
+    bits the expert tells of the class (mutual information). ids (B, T).
+    """
+    pieces = [token_class(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
+    kind, found, names = np.array(pieces)[ids.flatten().cpu().numpy()], [], [*CLASSES, "other"]
+
+    def watch(moe: MoE, args: tuple[Tensor], _) -> None:
+        expert = F.linear(args[0].float(), moe.gate.weight).argmax(-1).flatten().cpu().numpy()
+        counts = np.zeros((len(names), moe.config.n_experts))
+        np.add.at(counts, (np.array([names.index(k) for k in kind]), expert), 1)
+        joint = counts / counts.sum()
+        independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+        here = joint > 0
+        share = counts / counts.sum(1, keepdims=True).clip(min=1)
+        found.append({"bits": float((joint[here] * np.log2(joint[here] / independent[here])).sum())})
+        found[-1]["share"] = dict(zip(names, share.round(3).tolist(), strict=True))
+
+    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, MoE)]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Streams: texts longer than the context
+
+STREAM = 16  # contexts long
+KEPT = (0, 1, 4)  # first tokens that a rolling cache keeps
+
+
+@torch.no_grad()
+def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", factor: float = 1.0) -> Tensor:
+    """(B, T - 1) losses in nats of ids (B, T) when every token sees all before it, however many.
+
+    `stretch`: how RoPE is fitted to texts `factor` times as long. "linear" divides positions by it (Chen et
+    al., 2023); "ntk" raises the base, so that the slowest wave is stretched by the factor and the fastest
+    stays.
+    """
+    positions, theta = None, model.config.rope_theta
+    if stretch == "linear":
+        positions = torch.arange(ids.shape[1] - 1, device=ids.device) / factor
+    if stretch == "ntk":
+        d = model.config.head_dim
+        model.config.rope_theta = theta * factor ** (d / (d - 2))
+    try:
+        logits = model(ids[:, :-1], positions=positions)
+    finally:
+        model.config.rope_theta = theta
+    return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@torch.no_grad()
+def rolling(model: ModernDecoderLM, ids: Tensor, keep: int) -> Tensor:
+    """(B, T - 1) losses in nats, token by token, with a cache of one context that keeps the first `keep`
+    tokens and the newest (StreamingLLM).
+    """
+    cache = KVCache(model.config, len(ids), model.config.context_length, keep, ids.device)
+    logits, losses = model.prefill(ids[:, :1].tolist(), cache), []
+    for t in range(1, ids.shape[1]):
+        losses.append(F.cross_entropy(logits.float(), ids[:, t], reduction="none"))
+        cache.begin(1)
+        logits = model.step(ids[:, t : t + 1], cache)
+    return torch.stack(losses, dim=1)
+
+
+def by_position(losses: Tensor, T: int) -> dict[str, float]:
+    """Perplexity within the context, and beyond: {"0-1": ..., "1-2": ..., "2-4": ...}, in contexts of T."""
+    edges = [0, *(2**i for i in range(int(math.log2(losses.shape[1] // T + 1)) + 1))]
+    pairs = zip(edges, edges[1:], strict=False)
+    return {f"{a}-{b}": math.exp(losses[:, a * T : b * T].mean().item()) for a, b in pairs}
+
+
+@torch.no_grad()
+def first_token_mass(model: ModernDecoderLM, ids: Tensor, first: int = 1) -> list[float]:
+    """How much of its attention each layer gives to the first tokens: the mean over heads and over queries of
+    the second half. Of a model with learned sinks, what is left for tokens is less than 1.
+    """
+    found = []
+
+    def watch(layer, args, kwargs, _) -> None:
+        x = args[0] if args else kwargs["x"]
+        _, weights = type(layer).forward(layer, x, weights=True)
+        found.append(float(weights[..., x.shape[1] // 2 :, :first].sum(-1).mean()))
+
+    hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
+    """What can be said of a long continuation without a judge: distinct pairs of words, the share of four
+    words in a row that were there before, whether it ends in a loop, and how many of the prompt's content
+    words (five letters and more) its last quarter still has.
+    """
+    words = re.findall(r"\w+", text.lower())
+    pairs, fours = (
+        list(zip(words, words[1:], strict=False)),
+        [tuple(words[i : i + 4]) for i in range(len(words) - 3)],
+    )
+    tail = words[-window:]
+    loops = any(tail[i:] == tail[:-i] for i in range(1, window // 2)) if len(tail) == window else False
+    topic = {w for w in re.findall(r"\w+", prompt.lower()) if len(w) > 4}
+    last = set(words[-len(words) // 4 :])
+    return {
+        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+        "repeated_4": 1 - len(set(fours)) / max(1, len(fours)),
+        "loops": float(loops),
+        "topic": len(topic & last) / max(1, len(topic)),
+    }
+
+
+def streams(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer, judge: ModernDecoderLM) -> dict:
+    """Perplexities and continuations beyond the context, by what the model may look at. ids (B, 16 T)."""
+    T = model.config.context_length
+    found = {"perplexity": {"full": by_position(full_attention(model, ids), T)}}
+    for keep in KEPT:
+        found["perplexity"][f"window, first {keep} kept"] = by_position(rolling(model, ids, keep), T)
+    if model.config.positions == "rope":
+        short = ids[:, : 4 * T + 1]
+        for stretch in ("", "linear", "ntk"):
+            losses = full_attention(model, short, stretch, 4.0)
+            found.setdefault("stretched to 4 contexts", {})[stretch or "plain"] = by_position(losses, T)
+    found["attention to the first token"] = first_token_mass(model, ids[:, :T])
+    prompts, found["continuations"] = ids[:, : T // 4].tolist(), {}
+    for keep in KEPT:
+        new = model.generate(prompts, 4 * T, temperature=0.8, seed=1, window=T - keep, keep=keep)
+        texts = [tokenizer.decode(row) for row in new]
+        rows = [liveliness(t, tokenizer.decode(p)) for t, p in zip(texts, prompts, strict=True)]
+        said = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        losses = full_attention(judge, torch.tensor([row[-T - 1 :] for row in new]))
+        said |= {"perplexity_of_the_end": math.exp(losses.mean().item()), "example": texts[0][-300:]}
+        found["continuations"][f"window, first {keep} kept"] = said
+    return found
+
+
+@torch.no_grad()
+def endless(model: ModernDecoderLM, tokens: int) -> dict:
+    """A stream of so many tokens through a rolling cache of one context: its bytes, and the speed of each
+    tenth.
+    """
+    cache = KVCache(model.config, 1, model.config.context_length, 4, model.device)
+    logits, sizes, rates = model.prefill([[0]], cache), [cache.nbytes()], []
+    for _ in range(10):
+        begun = time.perf_counter()
+        for _ in range(tokens // 10):
+            cache.begin(1)
+            logits = model.step(logits.argmax(-1, keepdim=True), cache)
+        rates.append(round(tokens // 10 / (time.perf_counter() - begun), 1))
+        sizes.append(cache.nbytes())
+    return {"tokens": tokens, "cache_bytes": sizes, "tokens_per_second": rates}
+
+
+# -----------------------------------------------------------------------------
+# Scaling: where to spend FLOPs
+
+
+def isoflop(points: list[dict]) -> dict:
+    """From runs {"budget", "parameters", "tokens", "loss"}: the best size at each budget (the minimum of a
+    parabola in log parameters; Hoffmann et al., 2022, approach 2), and power laws of best size, tokens and
+    loss in FLOPs. A minimum outside of the sizes tried is no minimum, and is left out.
+    """
+    best = []
+    for budget in sorted({p["budget"] for p in points}):
+        some = [p for p in points if p["budget"] == budget]
+        x, y = (
+            np.array([f(p) for p in some]) for f in (lambda p: math.log(p["parameters"]), lambda p: p["loss"])
+        )
+        if len(some) < 3:
+            continue
+        a, b, c = np.polyfit(x, y, 2)
+        at = -b / (2 * a) if a > 0 else math.nan
+        inside = x.min() <= at <= x.max()
+        entry = {"budget": budget, "inside": bool(inside)}
+        if inside:
+            tokens_at = np.exp(
+                np.interp(
+                    at,
+                    *map(
+                        np.array,
+                        zip(*sorted(zip(x, np.log([p["tokens"] for p in some]), strict=True)), strict=True),
+                    ),
+                )
+            )
+            entry |= {
+                "parameters": math.exp(at),
+                "tokens": float(tokens_at),
+                "loss": float(c - b * b / (4 * a)),
+            }
+        best.append(entry)
+    good = [b for b in best if b["inside"]]
+    laws = {}
+    if len(good) >= 2:
+        log_budget = np.log([b["budget"] for b in good])
+        for key in ("parameters", "tokens", "loss"):
+            slope, start = np.polyfit(log_budget, np.log([b[key] for b in good]), 1)
+            laws[key] = {"exponent": float(slope), "factor": float(np.exp(start))}
+    return {"points": points, "best": best, "laws": laws}
+
+
+def predict(laws: dict, budget: float) -> dict:
+    """What the power laws say of a budget of FLOPs."""
+    return {key: law["factor"] * budget ** law["exponent"] for key, law in laws.items()}
+
+
+def scaling(runs: list[Run]) -> dict:
+    """The fit of the scaling runs, and what it predicts for the profiles of a 12 GB card: written before
+    those are run, at many times the FLOPs and on other text, so it is a guess to be checked.
+    """
+    points = []
+    for run in runs:
+        if run.name.startswith("scaling-") and (figures := read_run(run.folder)):
+            c = settings_of(run.command()[1:])
+            budget = float(run.name.split("-")[1].replace("e", "e+"))
+            inner = count_parameters(model_config(c))["total"] - c.vocab_size * c.d_model
+            points.append({"budget": budget, "layers": c.n_layers, "width": c.d_model, "parameters": inner,
+                           "tokens": figures["tokens"], "loss": figures["val_loss"]})  # fmt: skip
+    found = isoflop(points)
+    for profile in ("speedrun", "max3060"):
+        c = settings_of([f"configs/{profile}.py"])
+        tokens = c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
+        budget = estimate_flops(model_config(c), c.context_length) * tokens
+        found.setdefault("predictions", {})[profile] = {"flops": budget, **predict(found["laws"], budget)}
+    return found
+
+
+# -----------------------------------------------------------------------------
+# All of it
+
+
+def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
+    """What a family wants to know beside the loss, of the runs with the first seed."""
+    device, found = pick_device(cfg.device), {}
+    first = {r.name: r for r in runs if r.seed == 1 and read_run(r.folder)}
+    if "baseline" not in first:
+        return found
+    c = settings_of(first["baseline"].command()[1:])
+    tokenizer = Tokenizer.load(tokens_folder(c))
+    val, _ = open_tokens(tokens_folder(c), "validation", tokenizer)
+    T, rows = c.context_length, 4 if cfg.quick else 16
+    rows = min(rows, len(val) // (STREAM * T + 1))
+    ids = torch.from_numpy(val[: rows * (STREAM * T + 1)].astype(np.int64)).view(rows, -1).to(device)
+    for family in ("gqa", "moe", "streams"):
+        for name in ["baseline", *families.get(family, [])] if family in families else []:
+            if name not in first:
+                continue
+            folder = first[name].folder
+            model, entry = load(folder, device), found.setdefault(family, {})
+            if family == "gqa":
+                entry[name] = decoding(model)
+            elif family == "moe" and model.config.ffn == "moe":
+                entry[name] = {
+                    "routing": routing(folder),
+                    "classes": experts_by_class(model, ids[:, :T], tokenizer),
+                }
+            elif family == "streams":
+                entry[name] = streams(model, ids, tokenizer, load(first["baseline"].folder, device))
+                entry[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
+            print(f"measured {family}: {name}", flush=True)
+    if "scaling" in families:
+        found["scaling"] = scaling(runs)
+    return found
+
+
+def table(experiments: dict) -> list[str]:
+    lines = [
+        "",
+        "| experiment | bits/byte | minus baseline [95 %] | tokens/s | GiB | verdict |",
+        "|---" * 6 + "|",
+    ]
+    for name, e in experiments.items():
+        if "bits_per_byte" not in e:
+            lines.append(f"| {name} | failed: {next(iter(e['failed'].values()), 'not run')} | | | | |")
+            continue
+        d = e.get("difference")
+        gap = (
+            ""
+            if not d
+            else f"{d['mean']:+.4f}" + (f" [{d['low']:+.4f}, {d['high']:+.4f}]" if "low" in d else "")
+        )
+        lines.append(
+            f"| {name} | {e['bits_per_byte']['mean']:.4f} | {gap} | {e['tokens_per_second']['mean']:,.0f} "
+            f"| {e['peak_memory_gib']['mean']:.2f} | {e.get('verdict', '')} |"
+        )
+    return lines
+
+
+def experiment(cfg: ExperimentConfig) -> dict:
+    """Trains, measures, compares; returns what experiments.json holds."""
+    begun, families = time.perf_counter(), chosen(cfg)
+    jobs = cfg.jobs or (1 if pick_device(cfg.device).type == "cuda" else os.cpu_count() or 1)
+    runs = plan(cfg)
+    prepare_tokens(runs)
+    failed = train_all(runs, jobs)
+    names = list(dict.fromkeys(r.name for r in runs if not r.name.startswith("scaling-")))
+    found = {
+        "corpus": cfg.corpus, "quick": cfg.quick, "seeds": 1 if cfg.quick else cfg.seeds, "jobs": jobs,
+        "families": families, "experiments": {name: compared(name, runs, failed) for name in names},
+        "measured": measure(cfg, runs, families),
+        "git": git_commit(), "versions": versions(), "hardware": hardware(pick_device(cfg.device)),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }  # fmt: skip
+    file = home_of(cfg) / "experiments.json"
+    write_atomically(file, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    print("\n".join(table(found["experiments"])))
+    print(f"\n{file}: {found['seconds'] / 60:.1f} min" + "; QUICK RUN, no findings" * cfg.quick)
+    return found
+
+
+def main() -> None:
+    cfg = parse_config(ExperimentConfig, __doc__)
+    try:
+        experiment(cfg)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"experiments.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

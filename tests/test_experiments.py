@@ -1,0 +1,279 @@
+"""The lab: statistics worked by hand, streams against slow references, and one run from end to end."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import experiments as script
+from configs import ConfigError
+from experiments import (
+    FAMILIES,
+    FOLDER,
+    ExperimentConfig,
+    by_position,
+    compared,
+    endless,
+    experts_by_class,
+    first_token_mass,
+    full_attention,
+    isoflop,
+    liveliness,
+    plan,
+    predict,
+    rolling,
+    settings_of,
+    spread,
+    token_class,
+    verdict,
+)
+from model import ModelConfig, ModernDecoderLM, count_parameters
+from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from train import model_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(script.__file__).parent
+
+
+@pytest.fixture
+def model():
+    """One that looks around: at initialisation attention is nearly uniform."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=40, context_length=16, n_layers=2, d_model=16, n_heads=2, d_ff=32)
+    model = ModernDecoderLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# configs
+
+
+def test_every_experiment_has_a_hypothesis_a_baseline_and_a_family():
+    names = {path.stem for path in (ROOT / FOLDER).glob("*.py")} - {"baseline"}
+    assert names == {name for family in FAMILIES.values() for name in family}
+    base = settings_of([str(FOLDER / "baseline.py")])
+    for name in names:
+        c = settings_of([str(FOLDER / f"{name}.py")])
+        assert c.baseline == "configs/experiments/baseline.py" and c.hypothesis.endswith(".")
+        tokens = c.max_steps * c.batch_size * c.context_length
+        assert tokens == base.max_steps * base.batch_size * base.context_length, name
+        if (
+            "Equal parameters" in c.hypothesis
+            or "as many parameters" in (ROOT / FOLDER / f"{name}.py").read_text()
+        ):
+            mine, theirs = (count_parameters(model_config(x))["total"] for x in (c, base))
+            assert abs(mine - theirs) <= 600, name  # norms of queries and keys, and rounding
+
+
+def test_only_names_experiments_and_families():
+    def names(**more) -> list[str]:
+        return [r.name for r in plan(ExperimentConfig(seeds=2, **more)) if r.seed == 1]
+
+    assert names(only="gqa") == ["baseline", "kv_heads_1", "kv_heads_2"]
+    assert names(only="qk_norm") == ["baseline", "qk_norm"]
+    assert len([n for n in names(only="scaling") if n.startswith("scaling-")]) == 15
+    with pytest.raises(ConfigError, match="qknorm"):
+        plan(ExperimentConfig(only="qknorm"))
+
+
+# -----------------------------------------------------------------------------
+# statistics
+
+
+def test_a_difference_counts_if_its_interval_excludes_zero():
+    d = spread([0.1, 0.2, 0.3])
+    assert d["mean"] == pytest.approx(0.2) and d["sd"] == pytest.approx(0.1)
+    assert d["high"] - d["mean"] == pytest.approx(4.30 * 0.1 / math.sqrt(3))
+    assert verdict(d) == "no difference found"
+    assert verdict(spread([0.1, 0.11, 0.12])) == "worse" and verdict(spread([-0.1, -0.11, -0.12])) == "better"
+    assert verdict(spread([0.1])) == "one seed: no finding"
+
+
+def test_isoflop_finds_the_law_that_made_the_points():
+    points = []
+    for budget in (1e12, 4e12, 16e12):
+        best = 0.1 * budget**0.5
+        for factor in (0.25, 0.5, 1, 2, 4):
+            n = best * factor
+            loss = 50 * budget**-0.1 + 0.05 * math.log(factor) ** 2
+            points.append({"budget": budget, "parameters": n, "tokens": budget / (6 * n), "loss": loss})
+    found = isoflop(points)
+    assert found["laws"]["parameters"]["exponent"] == pytest.approx(0.5, abs=1e-6)
+    assert found["laws"]["tokens"]["exponent"] == pytest.approx(0.5, abs=1e-6)
+    assert found["laws"]["loss"]["exponent"] == pytest.approx(-0.1, abs=1e-6)
+    assert predict(found["laws"], 64e12)["parameters"] == pytest.approx(0.1 * 8e6, rel=1e-6)
+    for p in points:
+        p["loss"] = -math.log(p["parameters"])  # ever better: no minimum among these sizes
+    assert not any(b["inside"] for b in isoflop(points)["best"]) and not isoflop(points)["laws"]
+
+
+def test_positions_are_grouped_by_contexts():
+    losses = torch.cat([torch.full((2, 16), 1.0), torch.full((2, 16), 2.0), torch.full((2, 31), 3.0)], dim=1)
+    found = by_position(losses, 16)
+    assert found == {k: pytest.approx(math.exp(v)) for k, v in {"0-1": 1, "1-2": 2, "2-4": 3}.items()}
+
+
+def test_liveliness_sees_loops_repetition_and_the_topic():
+    dull = liveliness("the cat sat " * 40, "An elephant walked home.")
+    assert dull["loops"] == 1 and dull["repeated_4"] > 0.9 and dull["distinct_2"] < 0.1 and dull["topic"] == 0
+    words = " ".join(f"w{i}" for i in range(100))
+    fresh = liveliness(words + " elephant", "An elephant walked.")
+    assert fresh["loops"] == 0 and fresh["repeated_4"] == 0 and fresh["distinct_2"] == 1
+    assert fresh["topic"] == 0.5
+
+
+# -----------------------------------------------------------------------------
+# streams
+
+
+def test_a_rolling_cache_is_full_attention_until_it_is_full(model):
+    ids = torch.randint(0, 40, (3, 16))
+    assert torch.allclose(rolling(model, ids, keep=1), full_attention(model, ids), atol=1e-5)
+
+
+def test_beyond_the_context_only_the_kept_and_the_newest_tokens_count(model):
+    """A slow reference: each loss from a forward pass over what the cache then holds.
+
+    With one layer: in deeper ones, what was forgotten lives on in the states of those that saw it.
+    """
+    model.model["layers"] = model.model["layers"][:1]
+    model.config.n_layers = 1
+    ids, T, keep = torch.randint(0, 40, (2, 40)), 16, 2
+    found = rolling(model, ids, keep)
+    for t in range(T, 39):
+        held = torch.cat([ids[:, :keep], ids[:, t + 1 - (T - keep) : t + 1]], dim=1)
+        wanted = torch.nn.functional.cross_entropy(model(held)[:, -1], ids[:, t + 1], reduction="none")
+        assert torch.allclose(found[:, t], wanted, atol=1e-4)
+
+
+def test_stretching_by_one_changes_nothing_and_leaves_the_model_alone(model):
+    ids, theta = torch.randint(0, 40, (2, 30)), model.config.rope_theta
+    plain = full_attention(model, ids)
+    for stretch in ("linear", "ntk"):
+        assert torch.allclose(full_attention(model, ids, stretch, 1.0), plain, atol=1e-5)
+        assert not torch.allclose(full_attention(model, ids, stretch, 4.0), plain, atol=1e-5)
+    assert model.config.rope_theta == theta
+
+
+def test_an_endless_stream_has_a_cache_of_constant_size(model):
+    found = endless(model, 200)
+    assert set(found["cache_bytes"]) == {
+        2 * 2 * 2 * 16 * 8 * 4
+    }  # k and v, layers, heads, slots, head_dim, bytes
+    assert len(found["tokens_per_second"]) == 10
+
+
+def test_attention_to_the_first_token_is_a_share(model):
+    ids = torch.randint(0, 40, (2, 16))
+    shares = first_token_mass(model, ids)
+    assert len(shares) == 2 and all(0 < s < 1 for s in shares)
+    assert first_token_mass(model, ids, first=16) == pytest.approx([1, 1])
+    sink = ModernDecoderLM(ModelConfig(**{**model.config.__dict__, "n_sinks": 1})).eval()
+    assert all(s < 1 for s in first_token_mass(sink, ids, first=16))
+
+
+# -----------------------------------------------------------------------------
+# experts
+
+
+def test_experts_are_counted_by_class_of_token():
+    texts = ["Anna has 12 nuts. She buys 3 more."] * 50
+    tokenizer = Tokenizer(*train_bpe(texts, 280, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS)
+    assert [token_class(x) for x in (" 7", ".", " Anna", "nuts", "\n", " ")] == [
+        "digit", "punctuation", "capitalised", "word", "other", "other",
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, context_length=16, n_layers=1, d_model=8, n_heads=2,
+                         ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)  # fmt: skip
+    model, ids = ModernDecoderLM(config).eval(), torch.tensor([tokenizer.encode("7 7 7 . . .")])
+    seen = []
+    model.model["layers"][0].mlp.register_forward_hook(lambda _, args, out: seen.append(args[0].clone()))
+    with torch.no_grad():
+        (layer,) = experts_by_class(model, ids, tokenizer)
+    with torch.no_grad():
+        choice = (seen[0] @ model.model["layers"][0].mlp.gate.weight.T).argmax(-1)[0]
+    kinds = np.array([token_class(tokenizer.decode([i])) for i in ids[0].tolist()])
+    for kind in ("digit", "punctuation"):
+        wanted = [float((choice[kinds == kind] == e).float().mean()) for e in (0, 1)]
+        assert layer["share"][kind] == pytest.approx(wanted, abs=1e-3)
+    assert layer["bits"] >= 0 and sum(layer["share"]["word"]) == 0
+
+
+# -----------------------------------------------------------------------------
+# from end to end
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    from itertools import islice
+
+    from data import documents
+
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    file.write_text("\n<|endoftext|>\n".join(islice(documents("storyworld", "train"), 600)))
+    return str(file)
+
+
+def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
+    cfg = ExperimentConfig(only="kv_heads_1,moe_4_top1", quick=True, corpus=text, out=str(tmp_path), jobs=2)
+    found = script.experiment(cfg)
+    entry = found["experiments"]["kv_heads_1"]
+    base = found["experiments"]["baseline"]
+    gap = entry["seeds"][1]["bits_per_byte"] - base["seeds"][1]["bits_per_byte"]
+    assert entry["difference"]["mean"] == pytest.approx(gap) and entry["verdict"] == "one seed: no finding"
+    assert entry["command"].startswith("python train.py configs/experiments/kv_heads_1.py ")
+    assert entry["seeds"][1]["steps"] == 20 and entry["seeds"][1]["tokens"] == 20 * 16 * 128
+    cache = {k: v["cache_bytes_per_token"] for k, v in found["measured"]["gqa"].items()}
+    assert cache["kv_heads_1"] * 4 == cache["baseline"] == 2 * 4 * 128 * 4  # k and v, layers, width, bytes
+    routed = found["measured"]["moe"]["moe_4_top1"]
+    assert len(routed["classes"]) == 4 and min(routed["routing"]["busiest_expert"]) >= 1
+    (file,) = tmp_path.glob("experiments/*/experiments.json")
+    assert (
+        json.loads(file.read_text())["experiments"]["kv_heads_1"]["bits_per_byte"] == entry["bits_per_byte"]
+    )
+    assert "QUICK RUN" in capsys.readouterr().out
+    runs = plan(cfg)
+    before = {r.folder: (r.folder / "run.json").stat().st_mtime for r in runs}
+    assert script.train_all(runs, 2) == {} and "runs are finished" not in capsys.readouterr().out
+    assert before == {r.folder: (r.folder / "run.json").stat().st_mtime for r in runs}
+
+
+def test_a_run_that_fails_is_an_entry_that_says_why(text, tmp_path):
+    cfg = ExperimentConfig(only="qk_norm", quick=True, corpus=text, out=str(tmp_path), jobs=1)
+    runs = plan(cfg)
+    script.prepare_tokens(runs)
+    runs[1].flags.append("--tokens=nowhere")
+    failed = script.train_all(runs[1:], 1)
+    entry = compared("qk_norm", runs, failed)
+    assert "nowhere" in entry["failed"][1] and "bits_per_byte" not in entry
+    assert "failed: " in "\n".join(script.table({"qk_norm": entry}))
+
+
+def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
+    words = ["--only=qk_norm", f"--corpus={text}", f"--out={tmp_path}", "--seeds=1", "--jobs=2"]
+    lab = subprocess.Popen(
+        [sys.executable, "experiments.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("experiments/*/baseline-s1/metrics.jsonl")):
+            assert time.monotonic() < deadline and lab.poll() is None
+            time.sleep(0.2)
+        lab.send_signal(signal.SIGINT)
+        assert lab.wait(60) == 130
+    finally:
+        lab.kill()
+    (file,) = tmp_path.glob("experiments/*/baseline-s1/run.json")
+    assert json.loads(file.read_text())["status"] != "running"
+    cfg = ExperimentConfig(only="qk_norm", corpus=text, out=str(tmp_path), seeds=1)
+    assert not script.finished(plan(cfg)[0])
