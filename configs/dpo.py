@@ -9,10 +9,10 @@ problems = 6000
 n = 4  # answers; the verifier learns from the same ones
 
 beta = 0.5
-nll = 10.0
+nll = 30.0
 epochs = 1.0
 batch_size = 32
-learning_rate = 1.5e-4
+learning_rate = 4e-4
 warmup_steps = 20
 eval_every = 50
 save_every = 50
