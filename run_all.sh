@@ -7,6 +7,7 @@
 #   bash run_all.sh max3060            about a day
 #   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune, sft, dpo,
 #                                      verifier or eval
+#   bash run_all.sh experiments        what each part of the model buys (--quick: ten minutes, to see it work)
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
@@ -21,7 +22,7 @@ main() {
     local profile=${1:-}
     [ $# -gt 0 ] && shift
     case "$profile" in
-        "" | cpu | speedrun | max3060 | test) ;;
+        "" | cpu | speedrun | max3060 | experiments | test) ;;
         -h | --help) usage; exit 0 ;;
         *) echo "run_all.sh: unknown profile '$profile'" >&2; usage >&2; exit 2 ;;
     esac
@@ -31,6 +32,10 @@ main() {
         return
     fi
     set_up
+    if [ "$profile" = experiments ]; then
+        python experiments.py --out="$OUT" "$@"
+        return
+    fi
     if [ -z "$profile" ]; then
         profile=$(python -c "import torch; print('speedrun' if torch.cuda.is_available() else 'cpu')")
     fi

@@ -104,6 +104,12 @@ def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
     assert stopped.returncode == 130 and "interrupted" in stopped.stderr and "failed" not in stopped.stderr
 
 
+def test_the_lab_gets_its_flags(project):
+    assert run_all(project, "experiments", "--quick").returncode == 0
+    lines = [line for line in (project / "calls").read_text().splitlines() if not line.startswith("-m")]
+    assert lines == ["experiments.py --out=out --quick"]
+
+
 def test_words_it_does_not_know_are_refused(project):
     assert run_all(project, "gpu").returncode == 2
     unknown = run_all(project, "cpu", "pretrian")
