@@ -95,8 +95,9 @@ class Run:
     seed: int
     folder: Path
 
-    def command(self) -> list[str]:
-        return ["train.py", self.config, *self.flags, f"--seed={self.seed}"]
+    def words(self) -> list[str]:
+        """What stands behind `python train.py`."""
+        return [self.config, *self.flags, f"--seed={self.seed}"]
 
 
 # -----------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def finished(run: Run) -> bool:
     file = run.folder / "run.json"
     if not file.exists():
         return False
-    found, wanted = read_json(file), settings_of(run.command()[1:])
+    found, wanted = read_json(file), settings_of(run.words())
     if found["status"] != "finished":
         return False
     same = {f.name for f in fields(TrainConfig)} - set(FREE_TO_CHANGE) - {"vocab_size"}
@@ -193,13 +194,14 @@ def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 run.folder.mkdir(parents=True, exist_ok=True)
-                log = open(run.folder / "log.txt", "w")
                 again = ["--overwrite"] if (run.folder / "run.json").exists() else []
-                command = [sys.executable, str(ROOT / "train.py"), *run.command()[1:], *again]
-                # A session of its own: Ctrl-C in the terminal is passed on once, by us.
-                running[subprocess.Popen(
-                    command, stdout=log, stderr=log, env=env, start_new_session=True
-                )] = run  # fmt: skip
+                command = [sys.executable, str(ROOT / "train.py"), *run.words(), *again]
+                with open(run.folder / "log.txt", "w") as log:
+                    # A session of its own: Ctrl-C in the terminal is passed on once, by us.
+                    process = subprocess.Popen(
+                        command, stdout=log, stderr=log, env=env, start_new_session=True
+                    )
+                running[process] = run
             for process in [p for p in running if p.poll() is not None]:
                 run = running.pop(process)
                 last = (run.folder / "log.txt").read_text().strip().split("\n")[-1]
@@ -218,17 +220,13 @@ def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
 
 
 def prepare_tokens(runs: list[Run]) -> None:
-    """A tokenizer and token files for each corpus and vocabulary, before runs need them side by side."""
-    for words in {(c.corpus, c.vocab_size): r for r in runs for c in [settings_of(r.command()[1:])]}.values():
-        if not (tokens_folder(settings_of(words.command()[1:])) / "validation.json").exists():
-            command = [sys.executable, str(ROOT / "tokenizer.py"), *tokenizer_words(words)]
-            subprocess.run(command, check=True)
-
-
-def tokenizer_words(run: Run) -> list[str]:
-    keys = ("corpus", "vocab_size", "out")
-    c = settings_of(run.command()[1:])
-    return [run.config, *(f"--{k}={getattr(c, k)}" for k in keys)]
+    """A tokenizer and token files for each vocabulary, before runs need them side by side."""
+    folders = {tokens_folder(settings_of(run.words())): run for run in runs}
+    for folder, run in folders.items():
+        if not (folder / "validation.json").exists():
+            c = settings_of(run.words())
+            flags = [f"--{key}={getattr(c, key)}" for key in ("corpus", "vocab_size", "out")]
+            subprocess.run([sys.executable, str(ROOT / "tokenizer.py"), run.config, *flags], check=True)
 
 
 # -----------------------------------------------------------------------------
@@ -289,8 +287,8 @@ def compared(name: str, runs: list[Run], failed: dict[str, str]) -> dict:
     mine = {r.seed: read_run(r.folder) for r in runs if r.name == name}
     base = {r.seed: read_run(r.folder) for r in runs if r.name == "baseline"}
     first = next(r for r in runs if r.name == name)
-    settings = settings_of(first.command()[1:])
-    entry = {"hypothesis": settings.hypothesis, "command": " ".join(["python", *first.command()])}
+    settings = settings_of(first.words())
+    entry = {"hypothesis": settings.hypothesis, "command": " ".join(["python train.py", *first.words()])}
     entry["seeds"] = {seed: figures for seed, figures in mine.items() if figures}
     entry["failed"] = {
         r.seed: failed[str(r.folder)] for r in runs if r.name == name and str(r.folder) in failed
@@ -564,7 +562,7 @@ def scaling(runs: list[Run]) -> dict:
     points = []
     for run in runs:
         if run.name.startswith("scaling-") and (figures := read_run(run.folder)):
-            c = settings_of(run.command()[1:])
+            c = settings_of(run.words())
             budget = float(run.name.split("-")[1].replace("e", "e+"))
             inner = count_parameters(model_config(c))["total"] - c.vocab_size * c.d_model
             points.append({"budget": budget, "layers": c.n_layers, "width": c.d_model, "parameters": inner,
@@ -588,7 +586,7 @@ def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
     first = {r.name: r for r in runs if r.seed == 1 and read_run(r.folder)}
     if "baseline" not in first:
         return found
-    c = settings_of(first["baseline"].command()[1:])
+    c = settings_of(first["baseline"].words())
     tokenizer = Tokenizer.load(tokens_folder(c))
     val, _ = open_tokens(tokens_folder(c), "validation", tokenizer)
     T, rows = c.context_length, 4 if cfg.quick else 16
