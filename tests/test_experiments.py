@@ -266,7 +266,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("experiments/*/baseline-s1/metrics.jsonl")):
+        while not any(f.stat().st_size for f in tmp_path.glob("experiments/*/baseline-s1/metrics.jsonl")):
             assert time.monotonic() < deadline and lab.poll() is None
             time.sleep(0.2)
         lab.send_signal(signal.SIGINT)
