@@ -1,7 +1,7 @@
 """The lab: what does each part of a modern decoder buy? Configs with a hypothesis, over seeds, compared.
 
-    python experiments.py                              # everything, three seeds: about an hour on two cores
-    python experiments.py --quick                      # every family once, short: ten minutes, no findings
+    python experiments.py                              # everything, three seeds
+    python experiments.py --quick                      # every family once, short: no findings
     python experiments.py --only=norm_layer,kv_heads_1 # some of them, against the baseline
     python experiments.py --corpus=wikitext2           # on other text
     python train.py configs/experiments/kv_heads_1.py --seed=2 --name=mine    # one of them, by hand

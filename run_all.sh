@@ -7,7 +7,7 @@
 #   bash run_all.sh max3060            about a day
 #   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune, sft, dpo,
 #                                      verifier or eval
-#   bash run_all.sh experiments        what each part of the model buys (--quick: ten minutes, to see it work)
+#   bash run_all.sh experiments        what each part of the model buys (--quick: short, to see it work)
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
