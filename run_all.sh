@@ -54,7 +54,7 @@ main() {
             sft) stage sft "$OUT/sft/model.safetensors" python sft.py configs/sft.py --model="$run" --out="$OUT" ;;
             dpo) stage dpo "$OUT/dpo/model.safetensors" python dpo.py configs/dpo.py --model="$OUT/sft" --out="$OUT" ;;
             verifier) stage verifier "$OUT/verifier/run.json" python verifier.py configs/verifier.py \
-                --model="$OUT/dpo" --start="$OUT/sft" --out="$OUT" ;;
+                --model="$OUT/dpo" --start="$OUT/sft" --answers_of="$OUT/sft" --out="$OUT" ;;
             eval) evaluate ;;
             *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples, finetune, sft, dpo, verifier, eval)" >&2; exit 2 ;;
         esac
