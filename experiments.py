@@ -14,19 +14,21 @@ over the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `streams`, what
 becomes of a text longer than the context, with and without attention sinks; `scaling`, five sizes at three
-budgets of FLOPs, and what they predict for larger ones. Everything goes to
+budgets of FLOPs, and what they predict for larger ones; `shapes`, what larger models and batches cost;
+`transfer`, a task learnt from nothing, by a pretrained model, or told in a prompt. Everything goes to
 out/experiments/CORPUS/experiments.json, and a table to the terminal.
 """
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ROOT, ConfigError, parse_config
+from data import few_shot, judge, load_task
+from finetune import FinetuneConfig, ask, load_model, subsample, weights_hash
 from model import (
     KVCache,
     ModelConfig,
@@ -42,6 +46,7 @@ from model import (
     MoE,
     count_parameters,
     estimate_flops,
+    estimate_memory,
     kv_cache_bytes,
     write_atomically,
 )
@@ -52,6 +57,7 @@ from train import (
     git_commit,
     hardware,
     model_config,
+    peak_resident_bytes,
     pick_device,
     read_json,
     read_jsonl,
@@ -67,9 +73,14 @@ FAMILIES = {
     "moe": "moe_4_top1 moe_4_top2 moe_8_top1 moe_8_top2 dense_as_moe_4 dense_as_moe_8".split(),
     "streams": ["sink"],
     "scaling": [],
+    "shapes": [],
+    "transfer": [],
 }
 SIZES = ((2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
 BUDGETS = (0.5e12, 1e12, 2e12)  # FLOPs of a training run
+SHAPES = {f"shape-{n}x{d}": (n, d, 4) for n, d in ((4, 256), (8, 512), (12, 768))}  # layers, width, rows
+SHAPES |= {f"rows-{rows}": (4, 128, rows) for rows in (1, 4, 16, 64, 256)}
+SETTINGS = {"train.py": TrainConfig, "finetune.py": FinetuneConfig}
 
 
 @dataclass
@@ -80,6 +91,7 @@ class ExperimentConfig:
     seeds: int = 3  # runs of each experiment, with seeds 1, 2, ...
     quick: bool = False  # one seed and a tenth of the steps: to see that everything works
     corpus: str = "storyworld"  # what is read
+    tasks: str = "sentiment,arithmetic"  # of the family `transfer`
     jobs: int = 0  # runs at a time, each with one thread; 0: one a core, and one on a CUDA card
     device: str = "auto"  # cuda, cpu, ...
     out: str = "out"  # folder that holds everything the project makes
@@ -94,10 +106,11 @@ class Run:
     flags: list[str]
     seed: int
     folder: Path
+    script: str = "train.py"
 
     def words(self) -> list[str]:
         """What stands behind `python train.py`."""
-        return [self.config, *self.flags, f"--seed={self.seed}"]
+        return [*([self.config] if self.config else []), *self.flags, f"--seed={self.seed}"]
 
 
 # -----------------------------------------------------------------------------
@@ -122,6 +135,32 @@ def plan(cfg: ExperimentConfig) -> list[Run]:
                 flags = [*common, *size_flags(layers, width, budget / (20 if cfg.quick else 1))]
                 name = f"scaling-{budget:.0e}-{layers}x{width}".replace("+", "")
                 found.append(run_of(home, name, "baseline.py", flags, 1, cfg))
+    if "transfer" in chosen(cfg):
+        found += transfer_runs(cfg)
+    return found
+
+
+def transfer_runs(cfg: ExperimentConfig) -> list[Run]:
+    """Two bases a seed, one that has read stories and numbers and one that has read nothing (a rate of 0),
+    and both tuned on the same examples of each task in the same order.
+    """
+    home, found = home_of(cfg), []
+    seeds, short = range(1, (1 if cfg.quick else cfg.seeds) + 1), 10 if cfg.quick else 1
+    bases = {"pretrained": [f"--max_steps={400 // short}", f"--warmup_steps={40 // short}"]}
+    bases["scratch"] = ["--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
+    for seed in seeds:
+        for base, flags in bases.items():
+            flags = [f"--corpus={cfg.corpus}:0.5,numbers:0.5", *flags, "--eval_every=0", "--save_every=0"]
+            flags += ["--eval_tokens=20000", "--sample_tokens=0", f"--device={cfg.device}"]
+            found.append(run_of(home, f"transfer-{base}", "../cpu.py", flags, seed, cfg))
+    for run in found.copy():
+        for task in cfg.tasks.split(","):
+            flags = [f"--task={task}", f"--model={run.folder}", "--method=lm", f"--device={cfg.device}"]
+            flags += [f"--max_train_examples={2000 // short}", f"--max_eval_examples={500 // short}"]
+            flags += ["--epochs=2", "--batch_size=16", "--learning_rate=1e-3", "--warmup_steps=20"]
+            flags += ["--eval_every=0", "--save_every=0"]
+            tuned = run_of(home, f"{run.name}-{task}", "", flags, run.seed, cfg)
+            found.append(replace(tuned, config="", script="finetune.py"))
     return found
 
 
@@ -133,7 +172,7 @@ def home_of(cfg: ExperimentConfig) -> Path:
 def run_of(home: Path, name: str, file: str, flags: list[str], seed: int, cfg: ExperimentConfig) -> Run:
     folder = home / f"{name}-s{seed}"
     flags = [*flags, f"--out={cfg.out}", f"--name={folder.relative_to(cfg.out)}"]
-    return Run(name, str(FOLDER / file), flags, seed, folder)
+    return Run(name, os.path.normpath(FOLDER / file), flags, seed, folder)
 
 
 def chosen(cfg: ExperimentConfig) -> dict[str, list[str]]:
@@ -173,10 +212,15 @@ def finished(run: Run) -> bool:
     file = run.folder / "run.json"
     if not file.exists():
         return False
-    found, wanted = read_json(file), settings_of(run.words())
+    found, kind = read_json(file), SETTINGS[run.script]
     if found["status"] != "finished":
         return False
-    same = {f.name for f in fields(TrainConfig)} - set(FREE_TO_CHANGE) - {"vocab_size"}
+    wanted, free = parse_config(kind, "", run.words()), {*FREE_TO_CHANGE, "vocab_size"}
+    if kind is FinetuneConfig:
+        free |= {"max_steps", "context_length"}  # worked out by the run
+        if "evaluation" not in found or found["parent_hash"] != weights_hash(wanted.model):
+            return False
+    same = {f.name for f in fields(kind)} - free
     return all(found["settings"].get(k) == getattr(wanted, k) for k in same)
 
 
@@ -195,7 +239,7 @@ def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
                 run = waiting.pop(0)
                 run.folder.mkdir(parents=True, exist_ok=True)
                 again = ["--overwrite"] if (run.folder / "run.json").exists() else []
-                command = [sys.executable, str(ROOT / "train.py"), *run.words(), *again]
+                command = [sys.executable, str(ROOT / run.script), *run.words(), *again]
                 with open(run.folder / "log.txt", "w") as log:
                     # A session of its own: Ctrl-C in the terminal is passed on once, by us.
                     process = subprocess.Popen(
@@ -221,7 +265,7 @@ def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
 
 def prepare_tokens(runs: list[Run]) -> None:
     """A tokenizer and token files for each vocabulary, before runs need them side by side."""
-    folders = {tokens_folder(settings_of(run.words())): run for run in runs}
+    folders = {tokens_folder(settings_of(r.words())): r for r in runs if r.script == "train.py"}
     for folder, run in folders.items():
         if not (folder / "validation.json").exists():
             c = settings_of(run.words())
@@ -381,23 +425,38 @@ KEPT = (0, 1, 4)  # first tokens that a rolling cache keeps
 
 @torch.no_grad()
 def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", factor: float = 1.0) -> Tensor:
-    """(B, T - 1) losses in nats of ids (B, T) when every token sees all before it, however many.
-
-    `stretch`: how RoPE is fitted to texts `factor` times as long. "linear" divides positions by it (Chen et
-    al., 2023); "ntk" raises the base, so that the slowest wave is stretched by the factor and the fastest
-    stays.
+    """(B, T - 1) losses in nats of ids (B, T) when every token sees all before it, however many; `stretch` as
+    in `stretched_rope`.
     """
-    positions, theta = None, model.config.rope_theta
-    if stretch == "linear":
-        positions = torch.arange(ids.shape[1] - 1, device=ids.device) / factor
-    if stretch == "ntk":
-        d = model.config.head_dim
-        model.config.rope_theta = theta * factor ** (d / (d - 2))
-    try:
-        logits = model(ids[:, :-1], positions=positions)
-    finally:
-        model.config.rope_theta = theta
+    rope = stretched_rope(model.config, ids.shape[1] - 1, stretch, factor, ids.device) if stretch else None
+    logits = F.linear(model.hidden(ids[:, :-1], rope=rope), model.head)
     return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=None) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (T, D): RoPE fitted without training to texts `factor` times the context.
+
+    "linear" divides positions by the factor (Chen et al., 2023). "ntk" raises the base, so that the slowest
+    wave is stretched by the factor and the fastest stays. "yarn" (Peng et al., 2023) stretches waves that
+    turn less than once in a context, leaves those that turn 32 times and more, mixes in between, and sharpens
+    attention, which has more tokens to spread over.
+    """
+    d, theta, sharper = c.head_dim, c.rope_theta, 1.0
+    if stretch == "ntk":
+        theta *= factor ** (d / (d - 2))
+    frequencies = theta ** (-torch.arange(0, d, 2, device=device).float() / d)
+    if stretch == "linear":
+        frequencies = frequencies / factor
+    if stretch == "yarn":
+        # Hugging Face's ramp over the dimensions, between those that turn 32 times in a context and once.
+        first, last = (d * math.log(c.context_length / (2 * math.pi * n), theta) / 2 for n in (32, 1))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), d - 1)
+        ramp = ((torch.arange(d // 2, device=device) - first) / max(last - first, 0.001)).clamp(0, 1)
+        frequencies = frequencies / factor * ramp + frequencies * (1 - ramp)
+        sharper = 0.1 * math.log(factor) + 1
+    angles = torch.arange(T, device=device).float().unsqueeze(-1) * frequencies
+    cos, sin = angles.cos() * sharper, angles.sin() * sharper
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 @torch.no_grad()
@@ -470,7 +529,7 @@ def streams(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer, judge: Mo
         found["perplexity"][f"window, first {keep} kept"] = by_position(rolling(model, ids, keep), T)
     if model.config.positions == "rope":
         short = ids[:, : 4 * T + 1]
-        for stretch in ("", "linear", "ntk"):
+        for stretch in ("", "linear", "ntk", "yarn"):
             losses = full_attention(model, short, stretch, 4.0)
             found.setdefault("stretched to 4 contexts", {})[stretch or "plain"] = by_position(losses, T)
     found["attention to the first token"] = first_token_mass(model, ids[:, :T])
@@ -577,6 +636,82 @@ def scaling(runs: list[Run]) -> dict:
 
 
 # -----------------------------------------------------------------------------
+# Shapes and batches: what they cost
+
+
+def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
+    """A training step (AdamW) in this shape: parameters, tokens a second (the better of two), peak memory of
+    this process, and the rows that 12 GiB would hold in bfloat16, estimated.
+    """
+    heads = max(4, width // 64)
+    c = ModelConfig(vocab_size=1024, context_length=T, n_layers=layers, d_model=width, n_heads=heads)
+    model = ModernDecoderLM(c).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids, seconds = torch.randint(c.vocab_size, (rows, T + 1), device=device), []
+    for _ in range(3):  # the first one warms up
+        begun = time.perf_counter()
+        total, count = model(ids[:, :-1], ids[:, 1:])
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total.item()  # a card has to have finished
+        seconds.append(time.perf_counter() - begun)
+    peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_resident_bytes()
+    most = 1
+    while estimate_memory(c, 2 * most)["peak"] <= 12 * 2**30:
+        most *= 2
+    return {
+        "parameters": count_parameters(c)["total"],
+        "rows": rows,
+        "tokens_per_second": rows * T / min(seconds[1:]),
+        "peak_memory_gib": round(peak / 2**30, 3),
+        "most_rows_in_12_gib": most,
+    }
+
+
+def costs(device: torch.device) -> dict:
+    """`cost` of every shape, each in a process of its own, whose memory starts at nothing."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {name: pool.apply(cost, (*shape, str(device))) for name, shape in SHAPES.items()}
+
+
+# -----------------------------------------------------------------------------
+# Transfer: from nothing, from a pretrained model, from a prompt
+
+
+def transfer(cfg: ExperimentConfig, runs: list[Run], device: torch.device) -> dict:
+    """{task: {way: spread over the seeds}}, and the gain of pretraining, in points. A prompt has no or four
+    examples and no training; the two that are tuned have seen the same examples.
+    """
+    folders, found = {(r.name, r.seed): r.folder for r in runs}, {}
+    seeds = sorted({seed for name, seed in folders if name == "transfer-pretrained"})
+    for task in cfg.tasks.split(","):
+        scores: dict[str, list[float]] = {}
+        examples, _ = load_task(task, "validation")
+        for seed in seeds:
+            for base in ("scratch", "pretrained"):
+                run = read_json(folders[f"transfer-{base}-{task}", seed] / "run.json")
+                scores.setdefault(f"{base}, tuned", []).append(points(run["evaluation"]["metrics"]))
+            model = load_model(str(folders["transfer-pretrained", seed]), device)
+            asked = subsample(examples, 50 if cfg.quick else 500, seed)
+            for shots in (0, 4):
+                outputs, _ = ask(model, task, asked, few_shot(task, shots, seed))
+                scores.setdefault(f"prompted, {shots} shots", []).append(
+                    points(judge(task, asked, outputs)[1])
+                )
+        found[task] = {way: spread(values) for way, values in scores.items()}
+        gains = np.subtract(scores["pretrained, tuned"], scores["scratch, tuned"])
+        found[task]["pretrained - scratch"] = spread(gains.tolist())
+    return found
+
+
+def points(metrics: dict) -> float:
+    return 100 * next(
+        metrics[key]["value"] for key in ("accuracy", "exact_match", "rouge1") if key in metrics
+    )
+
+
+# -----------------------------------------------------------------------------
 # All of it
 
 
@@ -611,6 +746,10 @@ def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
             print(f"measured {family}: {name}", flush=True)
     if "scaling" in families:
         found["scaling"] = scaling(runs)
+    if "shapes" in families:
+        found["shapes"] = costs(device)
+    if "transfer" in families:
+        found["transfer"] = transfer(cfg, runs, device)
     return found
 
 
@@ -643,8 +782,10 @@ def experiment(cfg: ExperimentConfig) -> dict:
     jobs = cfg.jobs or (1 if pick_device(cfg.device).type == "cuda" else os.cpu_count() or 1)
     runs = plan(cfg)
     prepare_tokens(runs)
-    failed = train_all(runs, jobs)
-    names = list(dict.fromkeys(r.name for r in runs if not r.name.startswith("scaling-")))
+    failed = train_all([r for r in runs if r.script == "train.py"], jobs)
+    failed |= train_all([r for r in runs if r.script != "train.py"], jobs)
+    compared_with = {"baseline", *(name for family in families.values() for name in family)}
+    names = list(dict.fromkeys(r.name for r in runs if r.name in compared_with))
     found = {
         "corpus": cfg.corpus, "quick": cfg.quick, "seeds": 1 if cfg.quick else cfg.seeds, "jobs": jobs,
         "families": families, "experiments": {name: compared(name, runs, failed) for name in names},

@@ -509,8 +509,10 @@ class ModernDecoderLM(nn.Module):
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
 
-    def hidden(self, ids: Tensor, positions=None, mask=None, cache: "KVCache | None" = None) -> Tensor:
-        """ids (B, T) -> what the head reads, (B, T, d). positions and mask as in `Attention.forward`."""
+    def hidden(
+        self, ids: Tensor, positions=None, mask=None, cache: "KVCache | None" = None, rope=None
+    ) -> Tensor:
+        """ids (B, T) -> what the head reads, (B, T, d). Other arguments as in `Attention.forward`."""
         c, T = self.config, ids.shape[1]
         if cache is not None:
             positions, mask = cache.positions, cache.mask
@@ -521,8 +523,8 @@ class ModernDecoderLM(nn.Module):
                 )
             positions = torch.arange(T, device=ids.device)
         # Under autocast the residual stream is bfloat16 too: 37 bytes a token and d per layer instead of 47.
-        x, rope = self.model["embed_tokens"](ids).to(self.dtype), None
-        if c.positions == "rope":  # the same angles serve every layer
+        x = self.model["embed_tokens"](ids).to(self.dtype)
+        if c.positions == "rope" and rope is None:  # the same angles serve every layer
             rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, x.dtype)
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)

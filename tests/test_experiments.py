@@ -31,6 +31,7 @@ from experiments import (
     rolling,
     settings_of,
     spread,
+    stretched_rope,
     token_class,
     verdict,
 )
@@ -156,13 +157,29 @@ def test_beyond_the_context_only_the_kept_and_the_newest_tokens_count(model):
         assert torch.allclose(found[:, t], wanted, atol=1e-4)
 
 
-def test_stretching_by_one_changes_nothing_and_leaves_the_model_alone(model):
-    ids, theta = torch.randint(0, 40, (2, 30)), model.config.rope_theta
+def test_stretching_by_one_changes_nothing(model):
+    ids = torch.randint(0, 40, (2, 30))
     plain = full_attention(model, ids)
-    for stretch in ("linear", "ntk"):
+    for stretch in ("linear", "ntk", "yarn"):
         assert torch.allclose(full_attention(model, ids, stretch, 1.0), plain, atol=1e-5)
         assert not torch.allclose(full_attention(model, ids, stretch, 4.0), plain, atol=1e-5)
-    assert model.config.rope_theta == theta
+
+
+@pytest.mark.parametrize("stretch", ["linear", "yarn"])
+def test_stretched_rope_is_hugging_faces(stretch):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    c = ModelConfig(vocab_size=40, context_length=64, n_layers=1, d_model=128, n_heads=2)
+    rope = {"rope_type": stretch, "factor": 4.0, "rope_theta": c.rope_theta}
+    rope |= {"original_max_position_embeddings": 64} if stretch == "yarn" else {}
+    theirs = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=256,
+                         rope_parameters=rope)  # fmt: skip
+    frequencies, scale = ROPE_INIT_FUNCTIONS[stretch](theirs, "cpu")
+    angles = torch.arange(256).float()[:, None] * frequencies
+    cos, sin = stretched_rope(c, 256, stretch, 4.0)
+    torch.testing.assert_close(cos[:, 32:], angles.cos() * scale)
+    torch.testing.assert_close(sin[:, 32:], angles.sin() * scale)
 
 
 def test_an_endless_stream_has_a_cache_of_constant_size(model):
