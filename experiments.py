@@ -145,7 +145,7 @@ def transfer_runs(cfg: ExperimentConfig) -> list[Run]:
     and both tuned on the same examples of each task in the same order.
     """
     home, found = home_of(cfg), []
-    seeds, short = range(1, (1 if cfg.quick else cfg.seeds) + 1), 10 if cfg.quick else 1
+    seeds, short = range(1, (1 if cfg.quick else cfg.seeds) + 1), 40 if cfg.quick else 1
     bases = {"pretrained": [f"--max_steps={400 // short}", f"--warmup_steps={40 // short}"]}
     bases["scratch"] = ["--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
     for seed in seeds:
@@ -718,7 +718,8 @@ def points(metrics: dict) -> float:
 def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
     """What a family wants to know beside the loss, of the runs with the first seed."""
     device, found = pick_device(cfg.device), {}
-    first = {r.name: r for r in runs if r.seed == 1 and read_run(r.folder)}
+    trained = [r for r in runs if r.seed == 1 and r.script == "train.py"]
+    first = {r.name: r for r in trained if read_run(r.folder)}
     if "baseline" not in first:
         return found
     c = settings_of(first["baseline"].words())
@@ -742,7 +743,8 @@ def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
                 }
             elif family == "streams":
                 entry[name] = streams(model, ids, tokenizer, load(first["baseline"].folder, device))
-                entry[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
+                if name == "baseline":
+                    entry[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
             print(f"measured {family}: {name}", flush=True)
     if "scaling" in families:
         found["scaling"] = scaling(runs)

@@ -35,7 +35,7 @@ from experiments import (
     token_class,
     verdict,
 )
-from model import ModelConfig, ModernDecoderLM, count_parameters
+from model import ModelConfig, ModernDecoderLM, count_parameters, estimate_memory
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from train import model_config
 
@@ -263,6 +263,36 @@ def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
     before = {r.folder: (r.folder / "run.json").stat().st_mtime for r in runs}
     assert script.train_all(runs, 2) == {} and "runs are finished" not in capsys.readouterr().out
     assert before == {r.folder: (r.folder / "run.json").stat().st_mtime for r in runs}
+
+
+def test_transfer_tunes_both_bases_on_the_same_examples_and_asks_one(text, tmp_path):
+    cfg = ExperimentConfig(
+        only="transfer", tasks="sentiment", quick=True, corpus=text, out=str(tmp_path), jobs=2
+    )
+    found = script.experiment(cfg)["measured"]["transfer"]["sentiment"]
+    ways = {"scratch, tuned", "pretrained, tuned", "prompted, 0 shots", "prompted, 4 shots"}
+    assert set(found) == {*ways, "pretrained - scratch"} and all(0 <= found[w]["mean"] <= 100 for w in ways)
+    gain = found["pretrained, tuned"]["mean"] - found["scratch, tuned"]["mean"]
+    assert found["pretrained - scratch"]["mean"] == pytest.approx(gain)
+    runs = [r for r in plan(cfg) if r.script == "finetune.py"]
+    assert len(runs) == 2 and all(script.finished(r) for r in runs)
+    for folder in ("transfer-scratch-s1", "transfer-pretrained-s1"):
+        (file,) = tmp_path.glob(f"experiments/*/{folder}/model.safetensors")
+        assert (file.parent / "run.json").exists()
+    file.write_bytes(next(tmp_path.glob("experiments/*/transfer-scratch-s1/model.safetensors")).read_bytes())
+    assert [script.finished(r) for r in runs] == ["scratch" in r.name for r in runs], (
+        "another base: tune anew"
+    )
+
+
+def test_what_shapes_cost(monkeypatch):
+    monkeypatch.setattr(script, "SHAPES", {"tiny": (2, 32, 3)})
+    found = script.costs(torch.device("cpu"))["tiny"]
+    wanted = ModelConfig(vocab_size=1024, context_length=128, n_layers=2, d_model=32, n_heads=4)
+    assert found["parameters"] == count_parameters(wanted)["total"] and found["rows"] == 3
+    assert found["tokens_per_second"] > 0 and found["peak_memory_gib"] > 0
+    most = found["most_rows_in_12_gib"]
+    assert estimate_memory(wanted, most)["peak"] <= 12 * 2**30 < estimate_memory(wanted, 2 * most)["peak"]
 
 
 def test_a_run_that_fails_is_an_entry_that_says_why(text, tmp_path):
