@@ -738,7 +738,9 @@ def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
                 entry[name] = decoding(model)
             elif family == "moe" and model.config.ffn == "moe":
                 entry[name] = {
-                    "routing": routing(folder),
+                    "routing": {
+                        r.seed: routing(r.folder) for r in runs if r.name == name and read_run(r.folder)
+                    },
                     "classes": experts_by_class(model, ids[:, :T], tokenizer),
                 }
             elif family == "streams":

@@ -253,7 +253,7 @@ def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
     cache = {k: v["cache_bytes_per_token"] for k, v in found["measured"]["gqa"].items()}
     assert cache["kv_heads_1"] * 4 == cache["baseline"] == 2 * 4 * 128 * 4  # k and v, layers, width, bytes
     routed = found["measured"]["moe"]["moe_4_top1"]
-    assert len(routed["classes"]) == 4 and min(routed["routing"]["busiest_expert"]) >= 1
+    assert len(routed["classes"]) == 4 and min(routed["routing"][1]["busiest_expert"]) >= 1
     (file,) = tmp_path.glob("experiments/*/experiments.json")
     assert (
         json.loads(file.read_text())["experiments"]["kv_heads_1"]["bits_per_byte"] == entry["bits_per_byte"]
