@@ -530,7 +530,7 @@ def train_channel(
     trainer.keeps_best = False  # val_loss says how well it tells stories; what counts is the order of answers
     trainer.say(
         f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
-        f"{len(rows) - len(gold):,} right answers of {cfg.answers_of or cfg.model}, "
+        f"{len(rows) - len(gold):,} right answers of {cfg.solutions or cfg.answers_of or cfg.model}, "
         f"{sum(map(bool, rivals)):,} with wrong ones beside them; {cfg.max_steps} steps of {order.batch}"
     )
     trainer.say(f"one of them: {channel.decode(rows[0][0])!r} -> {channel.decode(rows[0][1])!r}")
