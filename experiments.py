@@ -67,7 +67,7 @@ from train import (
 FOLDER = Path("configs/experiments")
 FAMILIES = {
     "ablations": """norm_layer norm_none norm_post positions_learned positions_none ffn_gelu ffn_silu untied
-        qk_norm heads_8 heads_16 lr_1e3 lr_9e3 lr_3e2 warmup_0 wsd muon batch_1 batch_4 batch_64 vocab_512
+        qk_norm heads_8 heads_16 lr_1e3 lr_9e3 lr_3e2 warmup_0 wsd muon batch_1 batch_16 batch_64 vocab_512
         vocab_2048 context_64 context_256""".split(),
     "gqa": ["kv_heads_1", "kv_heads_2"],
     "moe": "moe_4_top1 moe_4_top2 moe_8_top1 moe_8_top2 dense_as_moe_4 dense_as_moe_8".split(),
@@ -77,7 +77,7 @@ FAMILIES = {
     "transfer": [],
 }
 SIZES = ((2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
-BUDGETS = (0.5e12, 1e12, 2e12)  # FLOPs of a training run
+BUDGETS = (0.25e12, 0.5e12, 1e12)  # FLOPs of a training run
 SHAPES = {f"shape-{n}x{d}": (n, d, 4) for n, d in ((4, 256), (8, 512), (12, 768))}  # layers, width, rows
 SHAPES |= {f"rows-{rows}": (4, 128, rows) for rows in (1, 4, 16, 64, 256)}
 SETTINGS = {"train.py": TrainConfig, "finetune.py": FinetuneConfig}
@@ -89,7 +89,7 @@ class ExperimentConfig:
 
     only: str = ""  # experiments or families, joined by commas; nothing: all
     seeds: int = 3  # runs of each experiment, with seeds 1, 2, ...
-    quick: bool = False  # one seed and a tenth of the steps: to see that everything works
+    quick: bool = False  # one seed and a twentieth of the steps: to see that everything works
     corpus: str = "storyworld"  # what is read
     tasks: str = "sentiment,arithmetic"  # of the family `transfer`
     jobs: int = 0  # runs at a time, each with one thread; 0: one a core, and one on a CUDA card
@@ -127,7 +127,7 @@ def plan(cfg: ExperimentConfig) -> list[Run]:
             flags = [*common]
             if cfg.quick:
                 steps = settings_of([str(FOLDER / f"{name}.py")]).max_steps
-                flags += [f"--max_steps={max(4, steps // 10)}", "--warmup_steps=2", "--eval_every=0"]
+                flags += [f"--max_steps={max(4, steps // 20)}", "--warmup_steps=2", "--eval_every=0"]
             found.append(run_of(home, name, f"{name}.py", flags, seed, cfg))
     if "scaling" in chosen(cfg):
         for budget in BUDGETS:
@@ -201,7 +201,7 @@ def size_flags(layers: int, width: int, budget: float) -> list[str]:
     return [
         *shape,
         f"--max_steps={steps}",
-        f"--warmup_steps={max(1, steps // 10)}",
+        f"--warmup_steps={max(1, steps // 20)}",
         f"--learning_rate={rate:.2g}",
         "--eval_every=0",
     ]

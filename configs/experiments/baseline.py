@@ -13,12 +13,12 @@ d_model = 128
 n_heads = 4
 d_ff = 352
 
-batch_size = 16
-max_steps = 200
+batch_size = 4  # small: at so few tokens every step counts
+max_steps = 800
 learning_rate = 3e-3
 min_lr = 0.0
-warmup_steps = 20
-eval_every = 100
+warmup_steps = 40
+eval_every = 200
 eval_tokens = 20_000
 save_every = 0
 sample_tokens = 0

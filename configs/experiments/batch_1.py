@@ -3,5 +3,5 @@ hypothesis = "At equal tokens small batches take more steps and learn more, at a
 
 batch_size = 1
 max_steps = 3200
-warmup_steps = 320
-learning_rate = 7.5e-4  # by the square root of the batch
+warmup_steps = 160
+learning_rate = 1.5e-3  # by the square root of the batch
