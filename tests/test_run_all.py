@@ -1,6 +1,7 @@
 """run_all.sh: what can be said of it without installing anything."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_a_stage_whose_result_was_deleted_runs_again(project):
 def test_one_stage_may_be_named(project):
     assert run_all(project, "cpu", "tokenizer").returncode == 0
     assert calls(project) == ["tokenizer.py"]
+
+
+def test_no_command_reaches_past_the_folder_of_its_own(project):
+    assert run_all(project, "cpu", OUT="elsewhere").returncode == 0
+    commands = [
+        line for line in (project / "calls").read_text().splitlines() if not line.startswith("-m pip")
+    ]
+    for line in commands:
+        words = line.split()
+        assert "--out=elsewhere" in words or "elsewhere/stand_in" in words, line
+        assert not any(word.startswith("out/") for word in words), line
+        if words[0] in ("sft.py", "dpo.py", "verifier.py"):  # or it would be the config's own, under out
+            config = (ROOT / words[1]).read_text()
+            named = re.findall(r'^(\w+) = "out/', config, re.MULTILINE)
+            assert named and all(f"--{key}=elsewhere/" in line for key in named), line
 
 
 def test_a_failure_names_stage_log_and_the_command_that_goes_on(project):
