@@ -505,10 +505,7 @@ def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
     words (five letters and more) its last quarter still has.
     """
     words = re.findall(r"\w+", text.lower())
-    pairs, fours = (
-        list(zip(words, words[1:], strict=False)),
-        [tuple(words[i : i + 4]) for i in range(len(words) - 3)],
-    )
+    pairs, fours = ([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in (2, 4))
     tail = words[-window:]
     loops = any(tail[i:] == tail[:-i] for i in range(1, window // 2)) if len(tail) == window else False
     topic = {w for w in re.findall(r"\w+", prompt.lower()) if len(w) > 4}
@@ -573,31 +570,17 @@ def isoflop(points: list[dict]) -> dict:
     """
     best = []
     for budget in sorted({p["budget"] for p in points}):
-        some = [p for p in points if p["budget"] == budget]
-        x, y = (
-            np.array([f(p) for p in some]) for f in (lambda p: math.log(p["parameters"]), lambda p: p["loss"])
-        )
+        some = sorted((p for p in points if p["budget"] == budget), key=lambda p: p["parameters"])
         if len(some) < 3:
             continue
-        a, b, c = np.polyfit(x, y, 2)
+        size, tokens = (np.log([p[key] for p in some]) for key in ("parameters", "tokens"))
+        a, b, c = np.polyfit(size, [p["loss"] for p in some], 2)
         at = -b / (2 * a) if a > 0 else math.nan
-        inside = x.min() <= at <= x.max()
-        entry = {"budget": budget, "inside": bool(inside)}
-        if inside:
-            tokens_at = np.exp(
-                np.interp(
-                    at,
-                    *map(
-                        np.array,
-                        zip(*sorted(zip(x, np.log([p["tokens"] for p in some]), strict=True)), strict=True),
-                    ),
-                )
-            )
-            entry |= {
-                "parameters": math.exp(at),
-                "tokens": float(tokens_at),
-                "loss": float(c - b * b / (4 * a)),
-            }
+        entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
+        if entry["inside"]:
+            entry["parameters"] = math.exp(at)
+            entry["tokens"] = math.exp(np.interp(at, size, tokens))
+            entry["loss"] = float(c - b * b / (4 * a))
         best.append(entry)
     good = [b for b in best if b["inside"]]
     laws = {}
@@ -768,11 +751,8 @@ def table(experiments: dict) -> list[str]:
             lines.append(f"| {name} | failed: {next(iter(e['failed'].values()), 'not run')} | | | | |")
             continue
         d = e.get("difference")
-        gap = (
-            ""
-            if not d
-            else f"{d['mean']:+.4f}" + (f" [{d['low']:+.4f}, {d['high']:+.4f}]" if "low" in d else "")
-        )
+        gap = f"{d['mean']:+.4f}" if d else ""
+        gap += f" [{d['low']:+.4f}, {d['high']:+.4f}]" if d and "low" in d else ""
         lines.append(
             f"| {name} | {e['bits_per_byte']['mean']:.4f} | {gap} | {e['tokens_per_second']['mean']:,.0f} "
             f"| {e['peak_memory_gib']['mean']:.2f} | {e.get('verdict', '')} |"
