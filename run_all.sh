@@ -60,6 +60,7 @@ main() {
         esac
     done
     echo
+    python report.py --home="$OUT"
     echo "minutes per stage:"
     awk -F'\t' '{ printf "  %-16s %6.1f  %s\n", $1, $2 / 60, $3 }' "$OUT/ledger.tsv"
     echo "talk to it: $VENV/bin/python chat.py $run"

@@ -46,11 +46,11 @@ EVERYTHING += ["eval.py"] * 3
 
 
 def calls(project: Path) -> list[str]:
-    """Scripts that ran since the last look."""
+    """Scripts that ran since the last look; the report, which closes every call, apart."""
     file = project / "calls"
     lines = file.read_text().splitlines() if file.exists() else []
     file.unlink(missing_ok=True)
-    return [line.split()[0] for line in lines if not line.startswith("-m")]
+    return [line.split()[0] for line in lines if not line.startswith(("-m", "report.py"))]
 
 
 def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
@@ -93,9 +93,9 @@ def test_one_stage_may_be_named(project):
 
 def test_no_command_reaches_past_the_folder_of_its_own(project):
     assert run_all(project, "cpu", OUT="elsewhere").returncode == 0
-    commands = [
-        line for line in (project / "calls").read_text().splitlines() if not line.startswith("-m pip")
-    ]
+    lines = (project / "calls").read_text().splitlines()
+    assert lines[-1] == "report.py --home=elsewhere"
+    commands = [line for line in lines[:-1] if not line.startswith("-m pip")]
     for line in commands:
         words = line.split()
         assert "--out=elsewhere" in words or "elsewhere/stand_in" in words, line
@@ -122,7 +122,11 @@ def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
 
 def test_the_lab_gets_its_flags(project):
     assert run_all(project, "experiments", "--quick").returncode == 0
-    lines = [line for line in (project / "calls").read_text().splitlines() if not line.startswith("-m")]
+    lines = [
+        line
+        for line in (project / "calls").read_text().splitlines()
+        if not line.startswith(("-m", "report.py"))
+    ]
     assert lines == ["experiments.py --out=out --quick"]
 
 

@@ -1,0 +1,558 @@
+"""Stage 8: the report. One page that shows what the run folders hold, and proves each step.
+
+    python report.py                              # all of out/ -> out/report/index.html
+    python report.py --home=out --to=report       # to a folder that is kept
+    python report.py --compare=out/a,out/b        # two or more runs beside each other
+
+It reads run folders and JSON, no model and no torch: copied folders on a laptop will do. It writes index.html
+(one file, nothing is fetched), index.md with figures/ for a code host, and a CSV beside every table. What is
+missing gets a sentence that says which command makes it; a run that is still going is shown as far as it got.
+
+A section is a function from the home folder to a list of blocks: Text, Table, Figure or Code. Both pages are
+written from the same blocks, so that they cannot disagree.
+"""
+
+import base64
+import csv
+import html
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from configs import ConfigError, parse_config
+
+
+@dataclass
+class ReportConfig:
+    """What is read, and where the page goes."""
+
+    home: str = "out"  # the folder that holds the runs
+    to: str = ""  # where the page goes; default: {home}/report
+    compare: str = ""  # run folders, joined by commas: only these, beside each other
+
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+
+@dataclass
+class Text:
+    words: str
+
+
+@dataclass
+class Code:
+    words: str
+
+
+@dataclass
+class Table:
+    name: str  # of the CSV
+    columns: list[str]
+    rows: list[list]
+
+
+@dataclass
+class Figure:
+    name: str
+    caption: str
+    png: bytes
+
+
+Block = Text | Code | Table | Figure
+
+
+def figure(name: str, caption: str, fig) -> Figure:
+    """A drawn figure; it is closed."""
+    for axes in fig.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    file = io.BytesIO()
+    fig.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    plt.close(fig)
+    return Figure(name, caption, file.getvalue())
+
+
+# -----------------------------------------------------------------------------
+# Reading, as tolerant as a run that is still going needs it
+
+
+def read_json(file: Path) -> dict:
+    """What a file holds; {} if it is missing or half-written."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSON-lines file; what cannot be read, such as a last line cut off, is left out."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [x for x in found if isinstance(x, dict)]
+
+
+def run_folders(home: Path) -> list[Path]:
+    """Folders that hold a run, in the order in which they were started; the lab's lie deeper."""
+    found = [file.parent for file in home.glob("*/run.json")]
+    return sorted(found, key=lambda folder: str(read_json(folder / "run.json").get("started", "")))
+
+
+# -----------------------------------------------------------------------------
+# Words
+
+
+def percent(x: dict | None) -> str:
+    """72.3 [69.4, 75.0] of {"value": 0.723, ...}."""
+    if not x or x.get("value") is None:
+        return ""
+    interval = f" [{100 * x['low']:.1f}, {100 * x['high']:.1f}]" if x.get("low") is not None else ""
+    return f"{100 * x['value']:.1f}{interval}"
+
+
+def count(n: float) -> str:
+    """0.87M, 3.3M, 512."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return f"{n:.3g}"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
+
+
+# -----------------------------------------------------------------------------
+# Sections
+
+
+def stages(home: Path) -> list[Block]:
+    """The life of the model, a line a stage."""
+    pipeline = read_json(home / "pipeline.json")
+    if not pipeline.get("rows"):
+        return [Text("No table of stages yet: `bash run_all.sh cpu eval` makes it.")]
+    rows = pipeline["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict)))
+    cells = []
+    for row in rows:
+        line = [Path(row["model"]).name]
+        for column in columns:
+            x = row.get(column)
+            line.append("" if not x else f"{x['value']:.3f}" if "bits" in column else percent(x))
+        cells.append([*line, f"{row.get('minutes', 0):.1f}"])
+    return [
+        Text("Percent of problems solved, with 95 % intervals; bits per byte where it says so."),
+        Table("stages", ["model", *columns, "minutes of training"], cells),
+    ]
+
+
+def ledger(home: Path) -> list[Block]:
+    """Where the time went."""
+    try:
+        lines = [x.split("\t") for x in (home / "ledger.tsv").read_text().splitlines()]
+    except OSError:
+        return [Text("No time ledger: `bash run_all.sh` keeps one.")]
+    rows = [
+        [name, minutes(float(seconds)), command]
+        for name, seconds, command in (x for x in lines if len(x) == 3)
+    ]
+    total = sum(float(x[1]) for x in lines if len(x) == 3)
+    return [Table("ledger", ["stage", "minutes", "command"], [*rows, ["all", minutes(total), ""]])]
+
+
+def training(home: Path) -> list[Block]:
+    """What was trained, how fast, and how the loss fell."""
+    folders, rows, blocks = run_folders(home), [], []
+    for folder in folders:
+        run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+        steps = [x for x in lines if "tokens_per_second" in x]
+        last, best = (run.get("results", {}).get(key, {}) for key in ("last", "best"))
+        loss = [f"{x['val_loss']:.4f} at {x['step']:,}" if "val_loss" in x else "" for x in (last, best)]
+        speed = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
+        memory = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
+        state = run.get("status", "unreadable")
+        rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss,
+                     minutes(run.get("seconds", 0)), f"{speed:,.0f}", f"{memory:.2f}"])  # fmt: skip
+        if steps:
+            blocks.append(curves(folder.name, lines))
+    if not rows:
+        return [Text("No run folders here: `bash run_all.sh cpu` makes them.")]
+    columns = [
+        "run",
+        "stage",
+        "parameters",
+        "state",
+        "last validation loss",
+        "best",
+        "minutes",
+        "tokens/s",
+        "GiB",
+    ]
+    return [Table("runs", columns, rows), *blocks]
+
+
+def curves(name: str, lines: list[dict]) -> Figure:
+    """Loss against steps, tokens and minutes; learning rate and size of the gradient below."""
+    steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
+    at = {x["step"]: x for x in steps}
+    fig, axes = plt.subplots(2, 3, figsize=(11, 5.2), height_ratios=[2, 1])
+    for column, (key, label, scale) in enumerate(
+        (("step", "step", 1), ("tokens", "tokens read", 1), ("seconds", "minutes", 60))
+    ):
+        x = [line.get(key, 0) / scale for line in steps]
+        axes[0, column].plot(x, [line["loss"] for line in steps], color="#4477aa", label="training", lw=1)
+        held = [(at[c["step"]].get(key, 0) / scale, c["val_loss"]) for c in checks if c["step"] in at]
+        if held:
+            axes[0, column].plot(*zip(*held, strict=True), "o-", color="#ee6677", label="validation", ms=4)
+        axes[0, column].set(ylabel="loss" if column == 0 else "")
+        axes[1, column].set_xlabel(label)
+    x = [line["step"] for line in steps]
+    axes[1, 0].plot(x, [line.get("learning_rate", 0) for line in steps], color="#228833")
+    axes[1, 0].set_ylabel("learning rate")
+    axes[1, 1].plot(
+        [s.get("tokens", 0) for s in steps], [s.get("grad_norm", 0) for s in steps], color="#aa3377", lw=1
+    )
+    axes[1, 1].set_ylabel("gradient norm")
+    speeds = [(s.get("seconds", 0) / 60, s["tokens_per_second"]) for s in steps if "tokens_per_second" in s]
+    axes[1, 2].plot(*zip(*speeds, strict=True), color="#888888", lw=1)
+    axes[1, 2].set(ylabel="tokens/s", ylim=(0, None))
+    axes[0, 0].legend(frameon=False)
+    fig.suptitle(name)
+    fig.tight_layout()
+    return figure(
+        f"curves-{name}", f"{name}: how the loss fell; below, what the optimizer and the clock did.", fig
+    )
+
+
+def samples(home: Path) -> list[Block]:
+    """What it says: the same prompts by checkpoint, and by stage."""
+    blocks: list[Block] = []
+    for folder in run_folders(home):
+        lines = [x for x in read_lines(folder / "samples.jsonl") if "text" in x]
+        if lines:
+            rows = [[x.get("step", ""), shorten(x.get("prompt", "")), shorten(x["text"])] for x in lines]
+            blocks += [Text(f"**{folder.name}** while it was trained:")]
+            blocks += [Table(f"samples-{folder.name}", ["step", "prompt", "continuation"], rows)]
+    answered = read_json(home / "pipeline.json").get("battery", {})
+    if answered:
+        models = list(answered)
+        asked = next(iter(answered.values()))
+        rows = [
+            [
+                shorten(item["asked"]),
+                shorten(item["meant"]),
+                *(shorten(answered[m][i]["said"]) for m in models),
+            ]
+            for i, item in enumerate(asked[:12])
+        ]
+        blocks += [Text("The same instructions by stage, the first dozen:")]
+        blocks += [Table("battery", ["asked", "meant", *(Path(m).name for m in models)], rows)]
+    return blocks or [Text("No samples: training runs write them at each evaluation.")]
+
+
+def shorten(text: str, most: int = 240) -> str:
+    text = " ⏎ ".join(str(text).strip().split("\n"))
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def choosing(home: Path) -> list[Block]:
+    """What answering many times adds, and what the verifier is worth."""
+    blocks: list[Block] = []
+    for folder in run_folders(home):
+        for entry in read_json(folder / "results.json").get("results", {}).values():
+            if isinstance(entry, dict) and entry.get("curves"):
+                blocks += chosen(folder.name, entry)
+    return blocks or [Text("Nobody was asked more than once: `python eval.py ... --samples=16` does.")]
+
+
+def chosen(name: str, entry: dict) -> list[Block]:
+    """Curves over the number of answers, differences, errors of one model."""
+    fig, axes = plt.subplots(figsize=(6.4, 4.2))
+    budgets = sorted({int(k) for curve in entry["curves"].values() for k in curve})
+    for way, curve in entry["curves"].items():
+        points = [(int(k), x) for k, x in curve.items()]
+        x, y = [k for k, _ in points], [100 * p["value"] for _, p in points]
+        (line,) = axes.plot(
+            x, y, "--" if way == "pass" else "o-", label="pass (oracle)" if way == "pass" else way
+        )
+        if all("low" in p for _, p in points):
+            low, high = ([100 * p[key] for _, p in points] for key in ("low", "high"))
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
+    greedy = entry["metrics"].get("exact_match", {}).get("value")
+    if greedy is not None:
+        axes.axhline(100 * greedy, color="#888888", ls=":", label="greedy")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, budgets)
+    axes.set(xlabel="answers a problem", ylabel="% right", title=f"{name}, {entry['task']}, {entry['split']}")
+    axes.legend(frameon=False, fontsize=8)
+    caption = (
+        f"{name}: how many of {entry['items']:,} problems are right when one of n answers is chosen, with "
+        "95 % intervals. A calculator is a tool; the oracle knows the right answer and bounds them all."
+    )
+    rows = [[way, f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"]
+            for way, d in entry.get("differences", {}).items()]  # fmt: skip
+    blocks: list[Block] = [figure(f"choosing-{name}-{entry['task']}", caption, fig)]
+    if rows:
+        blocks.append(
+            Table(f"differences-{name}-{entry['task']}", ["paired difference", "points [95 %]"], rows)
+        )
+    for label, gates in entry.get("gating", {}).items():
+        rows = [[g["threshold"], f"{g['samples']:.1f}", percent(g["right"])] for g in gates]
+        blocks.append(Text(f"Sampling until {label} is sure, with {name}:"))
+        blocks.append(Table(f"gating-{name}-{label}", ["sure from", "answers a problem", "right"], rows))
+    return blocks
+
+
+def verifiers(home: Path) -> list[Block]:
+    """Whether a verifier's probabilities are true."""
+    blocks: list[Block] = []
+    for folder in run_folders(home):
+        found = read_json(folder / "run.json").get("verification")
+        if not found:
+            continue
+        rows = [[who, f"{x['auc']:.3f}", f"{x['auc_within']['value']:.3f}", percent(x["best_of_n"])]
+                for who, x in found.items() if isinstance(x, dict) and "auc_within" in x]  # fmt: skip
+        blocks.append(
+            Text(f"**{folder.name}** on {found['answers']:,} answers to {found['problems']:,} problems:")
+        )
+        columns = ["score", "AUC", "AUC within a problem", "best of n right"]
+        blocks.append(Table(f"verifier-{folder.name}", columns, rows))
+        bins = [b for b in found.get("calibration", {}).get("bins", []) if b.get("n")]
+        if bins:
+            fig, axes = plt.subplots(figsize=(4.2, 4))
+            axes.plot([0, 1], [0, 1], ":", color="#888888")
+            axes.plot([b["said"] for b in bins], [b["is"] for b in bins], "o-", color="#4477aa")
+            axes.set(xlabel="probability it says", ylabel="share that is right", title=folder.name)
+            error = 100 * found["calibration"]["ece"]
+            caption = (
+                f"{folder.name}: reliability; on the line its word is true. Calibration error {error:.1f} %."
+            )
+            blocks.append(figure(f"reliability-{folder.name}", caption, fig))
+    return blocks or [Text("No verifier: `python verifier.py configs/verifier.py` trains one.")]
+
+
+def lab(home: Path) -> list[Block]:
+    """What each part of the model buys."""
+    blocks: list[Block] = []
+    for file in sorted(home.glob("experiments/*/experiments.json")):
+        found = read_json(file)
+        entries = {k: e for k, e in found.get("experiments", {}).items() if "bits_per_byte" in e}
+        if not entries:
+            continue
+        words = f"**{found['corpus']}**, {found['seeds']} seeds, {minutes(found['seconds'])} minutes"
+        blocks.append(Text(words + (": a quick run, which finds nothing." if found.get("quick") else ".")))
+        rows = []
+        for name, e in entries.items():
+            d = e.get("difference", {})
+            gap = f"{d['mean']:+.4f}" if d else ""
+            gap += f" [{d['low']:+.4f}, {d['high']:+.4f}]" if "low" in d else ""
+            rows.append([name, e["hypothesis"], f"{e['bits_per_byte']['mean']:.4f}", gap,
+                         f"{e['tokens_per_second']['mean']:,.0f}", e.get("verdict", "")])  # fmt: skip
+        columns = ["experiment", "hypothesis", "bits/byte", "minus baseline [95 %]", "tokens/s", "verdict"]
+        blocks.append(Table(f"lab-{file.parent.name}", columns, rows))
+        gaps = [(n, e["difference"]) for n, e in entries.items() if "low" in e.get("difference", {})]
+        if gaps:
+            gaps.sort(key=lambda x: x[1]["mean"])
+            fig, axes = plt.subplots(figsize=(7, 0.26 * len(gaps) + 1))
+            for i, (_, d) in enumerate(gaps):
+                colour = "#228833" if d["high"] < 0 else "#ee6677" if d["low"] > 0 else "#888888"
+                axes.plot([d["low"], d["high"]], [i, i], color=colour)
+                axes.plot(d["mean"], i, "o", color=colour, ms=4)
+            axes.axvline(0, color="black", lw=0.8)
+            axes.set_yticks(range(len(gaps)), [n for n, _ in gaps])
+            axes.set_xscale("symlog", linthresh=0.05)
+            axes.set_xlabel("bits a byte minus the baseline's (left: better)")
+            caption = (
+                "Differences to the baseline with 95 % intervals over the seeds; grey: no difference found."
+            )
+            blocks.append(figure(f"forest-{file.parent.name}", caption, fig))
+    return blocks or [Text("The lab has not run: `bash run_all.sh experiments`.")]
+
+
+def making(home: Path) -> list[Block]:
+    """How to make all of it again."""
+    blocks: list[Block] = []
+    for folder in run_folders(home):
+        run = read_json(folder / "run.json")
+        hardware, versions = run.get("hardware", {}), run.get("versions", {})
+        told = [f"{k} {v}" for k, v in versions.items()]
+        machine = f"{hardware.get('device', 'unknown')}, {hardware.get('threads', '?')} threads"
+        blocks.append(Text(f"**{folder.name}**, commit {run.get('git')}, {machine}; {', '.join(told)}"))
+        blocks.append(Code(str(run.get("command", ""))))
+    return blocks or [Text("No run folders here.")]
+
+
+SECTIONS = {
+    "What each stage gained": stages,
+    "Where the time went": ledger,
+    "Training": training,
+    "What it says": samples,
+    "Choosing among many answers": choosing,
+    "The verifier": verifiers,
+    "The lab": lab,
+    "How to make it again": making,
+}
+
+
+def comparison(folders: list[Path]) -> list[Block]:
+    """Runs beside each other: settings that differ, losses in one picture, the last difference."""
+    runs = {folder: read_json(folder / "run.json") for folder in folders}
+    for folder, run in runs.items():
+        if not run:
+            raise ConfigError(f"{folder} holds no run that can be read")
+    settings = [run.get("settings", {}) for run in runs.values()]
+    differ = [key for key in dict.fromkeys(k for s in settings for k in s)
+              if key != "name" and len({json.dumps(s.get(key)) for s in settings}) > 1]  # fmt: skip
+    names = [folder.name for folder in folders]
+    blocks: list[Block] = [Text("Settings that differ:" if differ else "No setting differs.")]
+    if differ:
+        blocks.append(
+            Table("settings", ["setting", *names], [[k, *(s.get(k, "") for s in settings)] for k in differ])
+        )
+    fig, axes = plt.subplots(figsize=(7, 4))
+    for folder in folders:
+        lines = [x for x in read_lines(folder / "metrics.jsonl") if "val_loss" in x]
+        axes.plot([x["step"] for x in lines], [x["val_loss"] for x in lines], "o-", ms=3, label=folder.name)
+    axes.set(xlabel="step", ylabel="validation loss")
+    axes.legend(frameon=False)
+    blocks.append(figure("comparison", "Validation losses.", fig))
+    last = [run.get("results", {}).get("last", {}).get("val_loss") for run in runs.values()]
+    rows = [[n, "" if x is None else f"{x:.4f}", "" if None in (x, last[0]) else f"{x - last[0]:+.4f}"]
+            for n, x in zip(names, last, strict=True)]  # fmt: skip
+    blocks.append(Table("last", ["run", "last validation loss", f"minus {names[0]}"], rows))
+    blocks.append(Text("One run each says nothing of noise; the lab repeats them with several seeds."))
+    return blocks
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfdfb; --line: #d8d8d2; --soft: #f1f1ec }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e0; --paper: #17181a; --line: #3a3c40; --soft: #212327 } }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
+  min-width: 3.5rem; max-width: 28rem; overflow-wrap: break-word }
+thead th { background: var(--soft) }
+figure { margin: 1.2rem 0 }
+img { max-width: 100%; background: white; border-radius: 4px }
+figcaption { font-size: .86rem; opacity: .8 }
+pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .82rem }
+"""
+
+
+def as_html(title: str, sections: dict[str, list[Block]]) -> str:
+    """The page; whatever a model said stays text."""
+
+    def words(text: str) -> str:
+        parts = html.escape(text).split("**")
+        parts = [f"<b>{p}</b>" if i % 2 and i < len(parts) - 1 else p for i, p in enumerate(parts)]
+        codes = "".join(parts).split("`")
+        return "".join(f"<code>{c}</code>" if i % 2 else c for i, c in enumerate(codes))
+
+    out = ["<!doctype html><html lang=en><meta charset=utf-8>"]
+    out.append("<meta name=viewport content='width=device-width, initial-scale=1'>")
+    out.append(f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+    for heading, blocks in sections.items():
+        out.append(f"<h2>{html.escape(heading)}</h2>")
+        for block in blocks:
+            if isinstance(block, Text):
+                out.append(f"<p>{words(block.words)}</p>")
+            elif isinstance(block, Code):
+                out.append(f"<pre>{html.escape(block.words)}</pre>")
+            elif isinstance(block, Table):
+                head = "".join(f"<th>{html.escape(str(c))}</th>" for c in block.columns)
+                body = "".join(
+                    "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+                    for row in block.rows
+                )
+                out.append(f"<div class=wide><table><thead><tr>{head}</tr></thead>")
+                out.append(f"<tbody>{body}</tbody></table></div>")
+            else:
+                data, caption = base64.b64encode(block.png).decode(), html.escape(block.caption, quote=True)
+                out.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'>")
+                out.append(f"<figcaption>{caption}</figcaption></figure>")
+    return "\n".join(out) + "\n"
+
+
+def as_markdown(title: str, sections: dict[str, list[Block]]) -> str:
+    def cell(x) -> str:
+        return html.escape(str(x), quote=False).replace("|", "\\|").replace("\n", " ")
+
+    out = [f"# {title}", ""]
+    for heading, blocks in sections.items():
+        out += [f"## {heading}", ""]
+        for block in blocks:
+            if isinstance(block, Text):
+                out += [block.words, ""]
+            elif isinstance(block, Code):
+                out += ["```", block.words, "```", ""]
+            elif isinstance(block, Table):
+                lines = [block.columns, ["---"] * len(block.columns), *block.rows]
+                out += ["| " + " | ".join(cell(c) for c in line) + " |" for line in lines] + [""]
+            else:
+                out += [
+                    f"![{cell(block.caption)}](figures/{block.name}.png)",
+                    "",
+                    f"*{cell(block.caption)}*",
+                    "",
+                ]
+    return "\n".join(out)
+
+
+def write(folder: Path, title: str, sections: dict[str, list[Block]]) -> Path:
+    """Both pages, the figures and the CSVs; returns index.html's path."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for block in (b for blocks in sections.values() for b in blocks):
+        if isinstance(block, Figure):
+            (folder / "figures" / f"{block.name}.png").write_bytes(block.png)
+        elif isinstance(block, Table):
+            with open(folder / f"{block.name}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([block.columns, *block.rows])
+    (folder / "index.md").write_text(as_markdown(title, sections), encoding="utf-8")
+    (folder / "index.html").write_text(as_html(title, sections), encoding="utf-8")
+    return folder / "index.html"
+
+
+def main() -> None:
+    cfg = parse_config(ReportConfig, __doc__)
+    home = Path(cfg.home)
+    to = Path(cfg.to) if cfg.to else home / "report"
+    try:
+        if cfg.compare:
+            folders = [Path(f) for f in cfg.compare.split(",") if f]
+            sections = {"Comparison": comparison(folders)}
+        elif not home.is_dir():
+            raise ConfigError(
+                f"there is no folder {home}: bash run_all.sh cpu makes it, or name another by --home"
+            )
+        else:
+            sections = {heading: section(home) for heading, section in SECTIONS.items()}
+        print(write(to, "Modern LLM: report", sections))
+    except (ConfigError, OSError) as error:
+        raise SystemExit(f"report.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The report: what it shows is what the files say, whatever state they are in."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import report
+from report import SECTIONS, Figure, Table, as_html, as_markdown, comparison, read_lines, training, write
+
+ROOT = Path(report.__file__).parent
+
+
+def shown(blocks: list, name: str) -> list[dict]:
+    """Rows of the table with this name, by column."""
+    (table,) = [b for b in blocks if isinstance(b, Table) and b.name == name]
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def line(step: int) -> dict:
+    return {
+        "step": step, "loss": 5 - step / 100, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 512 * step,
+        "tokens_per_second": 1000.0 + step, "seconds": float(step), "peak_memory_gib": 0.5,
+    }  # fmt: skip
+
+
+def make_run(folder: Path, lines: list[dict], **more) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    last = {"step": 100, "val_loss": 3.25}
+    run = {
+        "status": "finished", "stage": "train", "parameters": 869504, "seconds": 303.3, "git": "abc1234",
+        "started": "2026-01-01", "command": "python train.py configs/cpu.py", "settings": {"seed": 1},
+        "results": {"last": last, "best": last}, "versions": {"torch": "2"}, "hardware": {"device": "CPU"},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(run | more))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def test_an_empty_folder_gets_sentences_that_name_commands(tmp_path):
+    sections = {heading: section(tmp_path) for heading, section in SECTIONS.items()}
+    assert all(len(blocks) == 1 and isinstance(blocks[0], report.Text) for blocks in sections.values())
+    page = write(tmp_path / "report", "t", sections).read_text()
+    assert "bash run_all.sh cpu" in page and "<img" not in page
+
+
+def test_the_table_of_runs_says_what_the_files_say(tmp_path):
+    lines = [line(10), line(50), {"step": 50, "val_loss": 3.5}, line(100), {"step": 100, "val_loss": 3.25}]
+    make_run(tmp_path / "base", lines)
+    (row,) = shown(training(tmp_path), "runs")
+    assert row["parameters"] == "870k" and row["last validation loss"] == "3.2500 at 100"
+    assert row["minutes"] == "5.1" and row["tokens/s"] == "1,050" and row["GiB"] == "0.50"
+
+
+def test_a_run_that_is_still_going_is_shown_as_far_as_it_got(tmp_path):
+    folder = make_run(tmp_path / "base", [line(10), line(20)], status="running", results={})
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "lo')
+    assert [x["step"] for x in read_lines(folder / "metrics.jsonl")] == [10, 20]
+    blocks = training(tmp_path)
+    (row,) = shown(blocks, "runs")
+    assert row["state"] == "running" and row["best"] == "" and isinstance(blocks[-1], Figure)
+
+
+@pytest.mark.parametrize("what", ["", "{", "[1, 2]", "null", "\x00\xff"])
+def test_broken_files_break_nothing(what, tmp_path):
+    folder = make_run(tmp_path / "base", [line(10)])
+    for name in ("run.json", "metrics.jsonl", "samples.jsonl", "results.json"):
+        (folder / name).write_text(what)
+    for name in ("pipeline.json", "ledger.tsv"):
+        (tmp_path / name).write_text(what)
+    for section in SECTIONS.values():
+        assert section(tmp_path)
+
+
+def test_stages_and_curves_are_the_evaluations(tmp_path):
+    x = {"value": 0.723, "low": 0.694, "high": 0.75, "n": 1000}
+    rows = [{"model": "out/dpo", "stage": "dpo", "minutes": 0.62, "exact_match": x,
+             "storyworld, bits/byte": {"value": 0.2361}}]  # fmt: skip
+    said = {"out/dpo": [{"asked": "Say <b>", "meant": "<b>", "said": "<script>alert(1)</script>"}]}
+    (tmp_path / "pipeline.json").write_text(json.dumps({"rows": rows, "battery": said}))
+    (row,) = shown(report.stages(tmp_path), "stages")
+    assert row["exact_match"] == "72.3 [69.4, 75.0]" and row["storyworld, bits/byte"] == "0.236"
+    folder = make_run(tmp_path / "dpo", [line(10)])
+    entry = {"task": "arithmetic", "split": "test", "items": 1000, "metrics": {"exact_match": x},
+             "curves": {"majority": {"1": x, "2": x}, "pass": {"1": {"value": 0.7}, "2": {"value": 0.8}}},
+             "differences": {"majority - greedy": {"value": 0.012, "low": -0.003, "high": 0.027}},
+             "gating": {"verifier": [{"threshold": 0.5, "samples": 2.24, "right": x}]}}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps({"results": {"arithmetic test 16 samples": entry}}))
+    blocks = report.choosing(tmp_path)
+    (row,) = shown(blocks, "differences-dpo-arithmetic")
+    assert row["points [95 %]"] == "+1.2 [-0.3, +2.7]"
+    assert shown(blocks, "gating-dpo-verifier")[0]["answers a problem"] == "2.2"
+
+    sections = {"samples": report.samples(tmp_path), "choosing": blocks}
+    page = as_html("t", sections)
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert "<script>" not in as_markdown("t", sections)
+    write(tmp_path / "report", "t", sections)
+    with open(tmp_path / "report" / "battery.csv", newline="") as file:
+        assert list(csv.reader(file))[1] == ["Say <b>", "<b>", "<script>alert(1)</script>"]
+    assert (tmp_path / "report" / "figures" / "choosing-dpo-arithmetic.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_lab_is_what_experiments_json_says(tmp_path):
+    def entry(loss, **more):
+        return {
+            "hypothesis": "h",
+            "bits_per_byte": {"mean": loss},
+            "tokens_per_second": {"mean": 3500.4},
+        } | more
+
+    gap = {"mean": -0.0123, "low": -0.02, "high": -0.004}
+    experiments = {"baseline": entry(0.25), "muon": entry(0.2377, difference=gap, verdict="better")}
+    found = {"corpus": "storyworld", "seeds": 3, "seconds": 60, "experiments": experiments}
+    file = tmp_path / "experiments" / "storyworld" / "experiments.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(found))
+    row = shown(report.lab(tmp_path), "lab-storyworld")[1]
+    assert row["minus baseline [95 %]"] == "-0.0123 [-0.0200, -0.0040]" and row["verdict"] == "better"
+
+
+def test_comparison_shows_what_differs(tmp_path):
+    a = make_run(tmp_path / "a", [line(10), {"step": 10, "val_loss": 4.0}])
+    b = make_run(tmp_path / "b", [line(10), {"step": 10, "val_loss": 4.5}], settings={"seed": 2},
+                 results={"last": {"step": 10, "val_loss": 3.5}})  # fmt: skip
+    blocks = comparison([a, b])
+    assert shown(blocks, "settings") == [{"setting": "seed", "a": 1, "b": 2}]
+    assert shown(blocks, "last")[1]["minus a"] == "+0.2500"
+    with pytest.raises(report.ConfigError, match="nowhere"):
+        comparison([a, tmp_path / "nowhere"])
+
+
+def test_it_needs_no_torch_and_says_where_the_page_is(tmp_path):
+    make_run(tmp_path / "base", [line(10)])
+    program = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['report.py', '--home=%s'];"
+    program = program % tmp_path + "runpy.run_path('report.py', run_name='__main__')"
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert Path(out.stdout.strip()) == tmp_path / "report" / "index.html"
+    missing = subprocess.run(
+        [sys.executable, "report.py", "--home=nowhere"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert missing.returncode == 1 and missing.stderr.startswith("report.py: there is no folder nowhere")
