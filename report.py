@@ -5,8 +5,9 @@
     python report.py --compare=out/a,out/b        # two or more runs beside each other
 
 It reads run folders and JSON, no model and no torch: copied folders on a laptop will do. It writes index.html
-(one file, nothing is fetched), index.md with figures/ for a code host, and a CSV beside every table. What is
-missing gets a sentence that says which command makes it; a run that is still going is shown as far as it got.
+(one file, nothing is fetched), index.md with figures/ for a code host, a CSV beside every table, and
+experiments.md, a log with an entry a run whose observations are computed from its curves. What is missing
+gets a sentence that says which command makes it; a run that is still going is shown as far as it got.
 
 A section is a function from the home folder to a list of blocks: Text, Table, Figure or Code. Both pages are
 written from the same blocks, so that they cannot disagree.
@@ -441,6 +442,89 @@ def comparison(folders: list[Path]) -> list[Block]:
 
 
 # -----------------------------------------------------------------------------
+# The log: one entry a run, with what its curves say
+
+
+def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
+    """What can be said of a run from its metrics, and what to do about it. Every sentence is computed.
+
+    Still falling: over the last fifth of the steps the validation loss (the averaged training loss, if there
+    are fewer than three checks) lost more than 1 %. Overfitting: it ended more than 1 % above its lowest.
+    A spike: a training loss that jumps by more than eight times the usual step from one line to the next.
+    """
+    losses = [(x["step"], x["loss"]) for x in lines if "loss" in x]
+    checks = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]
+    said, todo = [], []
+    curve, what = (checks, "validation") if len(checks) >= 3 else (smooth(losses), "training")
+    if len(curve) >= 3:
+        lowest = min(curve, key=lambda p: p[1])
+        since, before = [p for p in curve if p[0] <= 0.8 * curve[-1][0] or p is curve[0]][-1]
+        drop = (before - curve[-1][1]) / max(abs(before), 1e-9)
+        if curve[-1][1] > lowest[1] + 0.01 * abs(lowest[1]):
+            ended = f"and rose to {curve[-1][1]:.4f}."
+            said.append(f"The {what} loss was lowest at step {lowest[0]:,} ({lowest[1]:.4f}) {ended}")
+            cures = {
+                "validation": "Stop there, read more data, or use dropout.",
+                "training": "Lower the rate.",
+            }
+            todo.append(cures[what])
+        elif drop > 0.01:
+            said.append(f"The {what} loss was still falling: by {100 * drop:.1f} % since step {since:,}.")
+            todo.append("Train longer.")
+        else:
+            said.append(f"The {what} loss was flat since step {since:,} (less than 1 % lower).")
+            todo.append("More steps alone will not help; a larger model or more data may.")
+    if len(checks) >= 1 and len(losses) >= 10:
+        gap = checks[-1][1] - smooth(losses)[-1][1]
+        said.append(f"At the end validation was {gap:+.4f} nats from training.")
+    jumps = [b[1] - a[1] for a, b in zip(losses, losses[1:], strict=False)]
+    if len(jumps) >= 10:
+        usual = statistics.median(abs(j) for j in jumps)
+        spikes = [(losses[i + 1][0], j) for i, j in enumerate(jumps) if j > 8 * usual]
+        if spikes:
+            step, jump = max(spikes, key=lambda x: x[1])
+            said.append(
+                f"{len(spikes)} spikes of the training loss, the largest at step {step:,} ({jump:+.3f})."
+            )
+            todo.append("A lower learning rate or a longer warmup, if spikes cost something.")
+    skipped = max((x.get("skipped", 0) for x in lines), default=0)
+    if skipped:
+        said.append(f"{skipped} steps were skipped, their gradients not finite.")
+    return said or ["Too short to say anything."], todo
+
+
+def smooth(points: list[tuple], window: int = 5) -> list[tuple]:
+    """Running means of the values, at the last step of each window."""
+    return [
+        (points[i][0], statistics.fmean(p[1] for p in points[i + 1 - window : i + 1]))
+        for i in range(window - 1, len(points))
+    ]
+
+
+def log(home: Path) -> str:
+    """The experiment log: a summary table, and for each run date, hypothesis, change, results, observations
+    and next steps.
+    """
+    out, summary, entries = ["# Experiments", ""], [], []
+    for folder in run_folders(home):
+        run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+        settings, best = run.get("settings", {}), run.get("results", {}).get("best", {})
+        loss = f"{best['val_loss']:.4f}" if "val_loss" in best else ""
+        said, todo = observations(lines)
+        summary.append([folder.name, run.get("stage", ""), str(run.get("started", ""))[:10], loss, said[0]])
+        entries += ["", f"## {folder.name}", "", f"- **Date**: {run.get('started', 'unknown')}"]
+        entries += [f"- **Hypothesis**: {settings.get('hypothesis') or 'none was written down'}"]
+        entries += [f"- **Change**: `{run.get('command', 'unknown')}`"]
+        results = [f"{k} {v:.4g}" for k, v in best.items() if isinstance(v, int | float)]
+        took = f"{minutes(run.get('seconds', 0))} minutes"
+        entries += [f"- **Results**: {', '.join(results) or 'none yet'}; {took}"]
+        entries += [f"- **Observations**: {' '.join(said)}", f"- **Next steps**: {' '.join(todo) or 'none'}"]
+    table = [["run", "stage", "date", "best validation loss", "observation"], ["---"] * 5, *summary]
+    out += ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in table]
+    return "\n".join([*out, *entries]) + "\n"
+
+
+# -----------------------------------------------------------------------------
 # Writing
 
 STYLE = """
@@ -549,6 +633,8 @@ def main() -> None:
             )
         else:
             sections = {heading: section(home) for heading, section in SECTIONS.items()}
+            to.mkdir(parents=True, exist_ok=True)
+            (to / "experiments.md").write_text(log(home), encoding="utf-8")
         print(write(to, "Modern LLM: report", sections))
     except (ConfigError, OSError) as error:
         raise SystemExit(f"report.py: {error}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import report
-from report import SECTIONS, Figure, Table, as_html, as_markdown, comparison, read_lines, training, write
+from report import SECTIONS, Figure, Table, as_html, as_markdown, comparison, observations, write
 
 ROOT = Path(report.__file__).parent
 
@@ -50,7 +50,7 @@ def test_an_empty_folder_gets_sentences_that_name_commands(tmp_path):
 def test_the_table_of_runs_says_what_the_files_say(tmp_path):
     lines = [line(10), line(50), {"step": 50, "val_loss": 3.5}, line(100), {"step": 100, "val_loss": 3.25}]
     make_run(tmp_path / "base", lines)
-    (row,) = shown(training(tmp_path), "runs")
+    (row,) = shown(report.training(tmp_path), "runs")
     assert row["parameters"] == "870k" and row["last validation loss"] == "3.2500 at 100"
     assert row["minutes"] == "5.1" and row["tokens/s"] == "1,050" and row["GiB"] == "0.50"
 
@@ -59,8 +59,8 @@ def test_a_run_that_is_still_going_is_shown_as_far_as_it_got(tmp_path):
     folder = make_run(tmp_path / "base", [line(10), line(20)], status="running", results={})
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "lo')
-    assert [x["step"] for x in read_lines(folder / "metrics.jsonl")] == [10, 20]
-    blocks = training(tmp_path)
+    assert [x["step"] for x in report.read_lines(folder / "metrics.jsonl")] == [10, 20]
+    blocks = report.training(tmp_path)
     (row,) = shown(blocks, "runs")
     assert row["state"] == "running" and row["best"] == "" and isinstance(blocks[-1], Figure)
 
@@ -121,6 +121,37 @@ def test_the_lab_is_what_experiments_json_says(tmp_path):
     file.write_text(json.dumps(found))
     row = shown(report.lab(tmp_path), "lab-storyworld")[1]
     assert row["minus baseline [95 %]"] == "-0.0123 [-0.0200, -0.0040]" and row["verdict"] == "better"
+
+
+def test_observations_are_what_the_curves_say():
+    def said(losses, checks=()) -> tuple[str, str]:
+        lines = [line(10 * i) | {"loss": x} for i, x in enumerate(losses)]
+        lines += [{"step": s, "val_loss": x} for s, x in checks]
+        return tuple(" ".join(words) for words in observations(lines))
+
+    falling = [5 - i / 10 for i in range(30)]
+    words, todo = said(falling, [(50, 4.5), (100, 4.0), (150, 3.5), (200, 3.0)])
+    assert "still falling: by 14.3 % since step 150" in words and todo == "Train longer."
+    words, todo = said(falling, [(50, 4.0), (100, 3.0), (150, 3.2), (200, 3.4)])
+    assert "lowest at step 100 (3.0000) and rose to 3.4000" in words and "dropout" in todo
+    words, _ = said(falling, [(50, 4.0), (100, 3.0), (150, 3.0), (200, 2.99)])
+    assert "flat since step 150" in words
+    spiky = falling.copy()
+    spiky[20] += 2
+    words, todo = said(spiky)
+    assert "1 spikes of the training loss, the largest at step 200 (+1.900)" in words and "warmup" in todo
+    assert said([5.0])[0] == "Too short to say anything."
+    assert "3 steps were skipped" in observations([line(1) | {"skipped": 3}])[0][-1]
+
+
+def test_the_log_has_an_entry_a_run(tmp_path):
+    make_run(tmp_path / "base", [line(10)], settings={"hypothesis": "Muon wins."})
+    text = report.log(tmp_path)
+    assert (
+        "## base" in text
+        and "- **Hypothesis**: Muon wins." in text
+        and "| base | train | 2026-01-01 | 3.2500 |" in text
+    )
 
 
 def test_comparison_shows_what_differs(tmp_path):
