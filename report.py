@@ -18,6 +18,7 @@ import csv
 import html
 import io
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -542,6 +543,7 @@ thead th { background: var(--soft) }
 figure { margin: 1.2rem 0 }
 img { max-width: 100%; background: white; border-radius: 4px }
 figcaption { font-size: .86rem; opacity: .8 }
+small { white-space: nowrap; opacity: .8 }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .82rem }
 """
 
@@ -554,6 +556,10 @@ def as_html(title: str, sections: dict[str, list[Block]]) -> str:
         parts = [f"<b>{p}</b>" if i % 2 and i < len(parts) - 1 else p for i, p in enumerate(parts)]
         codes = "".join(parts).split("`")
         return "".join(f"<code>{c}</code>" if i % 2 else c for i, c in enumerate(codes))
+
+    def cell(x) -> str:
+        """An interval stands below its figure, so that tables stay narrow."""
+        return re.sub(r"^(\S+) (\[[^][]+\])$", r"\1<br><small>\2</small>", html.escape(str(x)))
 
     out = ["<!doctype html><html lang=en><meta charset=utf-8>"]
     out.append("<meta name=viewport content='width=device-width, initial-scale=1'>")
@@ -568,8 +574,7 @@ def as_html(title: str, sections: dict[str, list[Block]]) -> str:
             elif isinstance(block, Table):
                 head = "".join(f"<th>{html.escape(str(c))}</th>" for c in block.columns)
                 body = "".join(
-                    "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
-                    for row in block.rows
+                    "<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>" for row in block.rows
                 )
                 out.append(f"<div class=wide><table><thead><tr>{head}</tr></thead>")
                 out.append(f"<tbody>{body}</tbody></table></div>")
