@@ -126,8 +126,9 @@ def plan(cfg: ExperimentConfig) -> list[Run]:
         for name in ["baseline", *names]:
             flags = [*common]
             if cfg.quick:
-                steps = settings_of([str(FOLDER / f"{name}.py")]).max_steps
-                flags += [f"--max_steps={max(4, steps // 20)}", "--warmup_steps=2", "--eval_every=0"]
+                c = settings_of([str(FOLDER / f"{name}.py")])
+                flags += [f"--max_steps={max(4, c.max_steps // 20)}", "--eval_every=0"]
+                flags += [f"--warmup_steps={min(2, c.warmup_steps)}"]
             found.append(run_of(home, name, f"{name}.py", flags, seed, cfg))
     if "scaling" in chosen(cfg):
         for budget in BUDGETS:

@@ -357,7 +357,8 @@ def lab(home: Path) -> list[Block]:
         entries = {k: e for k, e in found.get("experiments", {}).items() if "bits_per_byte" in e}
         if not entries:
             continue
-        words = f"**{found['corpus']}**, {found['seeds']} seeds, {minutes(found['seconds'])} minutes"
+        seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+        words = f"**{found['corpus']}**, {seeds}, {minutes(found['seconds'])} minutes"
         blocks.append(Text(words + (": a quick run, which finds nothing." if found.get("quick") else ".")))
         rows = []
         for name, e in entries.items():
@@ -384,7 +385,126 @@ def lab(home: Path) -> list[Block]:
                 "Differences to the baseline with 95 % intervals over the seeds; grey: no difference found."
             )
             blocks.append(figure(f"forest-{file.parent.name}", caption, fig))
+        for family, part in MEASURED.items():
+            if what := found.get("measured", {}).get(family):
+                blocks += part(file.parent.name, what)
     return blocks or [Text("The lab has not run: `bash run_all.sh experiments`.")]
+
+
+def gqa(corpus: str, found: dict) -> list[Block]:
+    rows = [[name, x["cache_bytes_per_token"], f"{x['tokens_per_second']:,.0f}"] for name, x in found.items()]
+    return [Table(f"gqa-{corpus}", ["key-value heads", "cache bytes a token", "decoded tokens/s"], rows)]
+
+
+def moe(corpus: str, found: dict) -> list[Block]:
+    """The router over training, every seed a line."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    rows = []
+    for i, (name, x) in enumerate(found.items()):
+        for j, run in enumerate(x["routing"].values()):
+            style = {"color": f"C{i}", "lw": 1, "label": name if j == 0 else None}
+            axes[0].plot(run["steps"], run["busiest_expert"], **style)
+            axes[1].plot(run["steps"], run["dropped"], **style)
+        bits = ", ".join(f"{layer['bits']:.2f}" for layer in x["classes"])
+        rows.append([name, bits])
+    axes[0].axhline(1, color="#888888", ls=":")
+    axes[0].set(xlabel="step", ylabel="load of the busiest expert / an even one")
+    axes[1].set(xlabel="step", ylabel="choices dropped in a step")
+    axes[0].legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    caption = "The router over training, a line a seed; 1 is an even load."
+    columns = ["mixture", "bits that the expert tells of the class of a token, by layer"]
+    return [figure(f"moe-{corpus}", caption, fig), Table(f"moe-{corpus}", columns, rows)]
+
+
+def streams(corpus: str, found: dict) -> list[Block]:
+    """Perplexity beyond the context, by what the model may look at."""
+    blocks: list[Block] = []
+    for name, x in found.items():
+        fig, axes = plt.subplots(figsize=(6.4, 3.8))
+        for way, values in x["perplexity"].items():
+            axes.plot(list(values), list(values.values()), "o-", ms=4, label=way)
+        axes.set_yscale("log")
+        axes.set(xlabel="position in the text, in contexts", ylabel="perplexity", title=name)
+        axes.legend(frameon=False, fontsize=8)
+        caption = (
+            f"{name}: a text sixteen times as long as the context. Where a line jumps, the model is lost."
+        )
+        blocks.append(figure(f"streams-{corpus}-{name}", caption, fig))
+        said = x["continuations"]
+        keys = [k for k in next(iter(said.values())) if k != "example"]
+        rows = [[way, *(f"{v[k]:.3f}" for k in keys), shorten(v["example"])] for way, v in said.items()]
+        columns = ["continued four contexts under", *(k.replace("_", " ") for k in keys), "how one ends"]
+        blocks.append(Table(f"continuations-{corpus}-{name}", columns, rows))
+        if endless := x.get("endless"):
+            rates, sizes = endless["tokens_per_second"], sorted(set(endless["cache_bytes"]))
+            words = f"A stream of {endless['tokens']:,} tokens through {name}: a cache of "
+            words += f"{' to '.join(f'{s:,}' for s in sizes)} bytes, "
+            words += f"{min(rates):,.0f} to {max(rates):,.0f} tokens/s."
+            blocks.append(Text(words))
+    return blocks
+
+
+def scaling(corpus: str, found: dict) -> list[Block]:
+    """Sizes at equal FLOPs, the fitted minima, and what they predict."""
+    fig, axes = plt.subplots(figsize=(6.4, 4))
+    minima = {b["budget"]: b for b in found["best"]}
+    for i, budget in enumerate(sorted({p["budget"] for p in found["points"]})):
+        points = [p for p in found["points"] if p["budget"] == budget]
+        axes.plot([p["parameters"] for p in points], [p["loss"] for p in points], "o-", color=f"C{i}",
+                  label=f"{budget:.1e} FLOPs", ms=4)  # fmt: skip
+        if minima.get(budget, {}).get("inside"):
+            axes.plot(minima[budget]["parameters"], minima[budget]["loss"], "*", color=f"C{i}", ms=12)
+    axes.set_xscale("log")
+    axes.set(xlabel="parameters without embeddings", ylabel="validation loss")
+    axes.legend(frameon=False)
+    caption = (
+        "Five sizes at equal FLOPs; a star is the minimum of a parabola, if it lies within the sizes tried."
+    )
+    blocks: list[Block] = [figure(f"scaling-{corpus}", caption, fig)]
+    told = {name: p for name, p in found.get("predictions", {}).items() if "loss" in p}
+    if not told:
+        return [
+            *blocks,
+            Text("Fewer than two budgets have their minimum within the sizes: nothing is predicted."),
+        ]
+    rows = [[name, f"{p['flops']:.2e}", count(p["parameters"]), count(p["tokens"]), f"{p['loss']:.3f}"]
+            for name, p in told.items()]  # fmt: skip
+    columns = ["profile", "FLOPs", "best parameters", "best tokens", "loss"]
+    return [
+        *blocks,
+        Text("Predicted before the profiles were run:"),
+        Table(f"predicted-{corpus}", columns, rows),
+    ]
+
+
+def shapes(corpus: str, found: dict) -> list[Block]:
+    rows = []
+    for name, x in found.items():
+        speed, memory = f"{x['tokens_per_second']:,.0f}", f"{x['peak_memory_gib']:.2f}"
+        rows.append([name, count(x["parameters"]), x["rows"], speed, memory, f"{x['most_rows_in_12_gib']:,}"])
+    columns = ["shape", "parameters", "rows", "tokens/s", "GiB", "rows that 12 GiB would hold, by the plan"]
+    return [Table(f"shapes-{corpus}", columns, rows)]
+
+
+def transfer(corpus: str, found: dict) -> list[Block]:
+    def cell(x: dict) -> str:
+        return f"{x['mean']:.1f}" + (f" [{x['low']:.1f}, {x['high']:.1f}]" if "low" in x else "")
+
+    ways = list(next(iter(found.values())))
+    rows = [[task, *(cell(x[way]) for way in ways)] for task, x in found.items()]
+    words = "A task learnt from nothing, by a pretrained model, or told in its prompt; percent right."
+    return [Text(words), Table(f"transfer-{corpus}", ["task", *ways], rows)]
+
+
+MEASURED = {
+    "gqa": gqa,
+    "moe": moe,
+    "streams": streams,
+    "scaling": scaling,
+    "shapes": shapes,
+    "transfer": transfer,
+}
 
 
 def making(home: Path) -> list[Block]:

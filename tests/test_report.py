@@ -123,6 +123,43 @@ def test_the_lab_is_what_experiments_json_says(tmp_path):
     assert row["minus baseline [95 %]"] == "-0.0123 [-0.0200, -0.0040]" and row["verdict"] == "better"
 
 
+def test_what_the_lab_measured_is_shown(tmp_path):
+    said = {"distinct_2": 0.91, "perplexity_of_the_end": 12.5, "example": "the end"}
+    measured = {
+        "gqa": {"kv_heads_1": {"cache_bytes_per_token": 1024, "tokens_per_second": 18044.4}},
+        "moe": {"moe_4_top1": {
+            "routing": {"1": {"steps": [10, 20], "busiest_expert": [2.0, 1.1], "dropped": [9, 0]}},
+            "classes": [{"bits": 0.14, "share": {}}],
+        }},
+        "streams": {"baseline": {
+            "perplexity": {"full": {"0-1": 5.0, "1-2": 50.0}},
+            "continuations": {"window, first 4 kept": said},
+            "endless": {"tokens": 5000, "cache_bytes": [524288] * 2, "tokens_per_second": [1383.0, 1430.0]},
+        }},
+        "scaling": {
+            "points": [{"budget": 1e12, "parameters": 1e5, "loss": 5.0}],
+            "best": [{"budget": 1e12, "inside": True, "parameters": 1e5, "loss": 4.9}],
+            "predictions": {"speedrun": {"flops": 6e16, "parameters": 3e7, "tokens": 4e8, "loss": 1.2345}},
+        },
+        "shapes": {"rows-4": {"parameters": 935040, "rows": 4, "tokens_per_second": 9401.4,
+                              "peak_memory_gib": 0.351, "most_rows_in_12_gib": 4096}},
+        "transfer": {"sentiment": {"scratch, tuned": {"mean": 66.7, "low": 60.1, "high": 70.2}}},
+    }  # fmt: skip
+    baseline = {"hypothesis": "", "bits_per_byte": {"mean": 0.25}, "tokens_per_second": {"mean": 3500.0}}
+    found = {"corpus": "storyworld", "seeds": 3, "seconds": 60, "measured": measured}
+    file = tmp_path / "experiments" / "storyworld" / "experiments.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(found | {"experiments": {"baseline": baseline}}))
+    blocks = report.lab(tmp_path)
+    assert shown(blocks, "gqa-storyworld")[0]["decoded tokens/s"] == "18,044"
+    assert shown(blocks, "continuations-storyworld-baseline")[0]["distinct 2"] == "0.910"
+    assert shown(blocks, "predicted-storyworld")[0]["loss"] == "1.234"
+    assert shown(blocks, "shapes-storyworld")[0]["GiB"] == "0.35"
+    assert shown(blocks, "transfer-storyworld")[0]["scratch, tuned"] == "66.7 [60.1, 70.2]"
+    words = " ".join(b.words for b in blocks if isinstance(b, report.Text))
+    assert "a cache of 524,288 bytes, 1,383 to 1,430 tokens/s" in words
+
+
 def test_observations_are_what_the_curves_say():
     def said(losses, checks=()) -> tuple[str, str]:
         lines = [line(10 * i) | {"loss": x} for i, x in enumerate(losses)]
