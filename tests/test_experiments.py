@@ -309,7 +309,9 @@ def test_a_run_that_fails_is_an_entry_that_says_why(text, tmp_path):
 def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
     words = ["--only=qk_norm", f"--corpus={text}", f"--out={tmp_path}", "--seeds=1", "--jobs=2"]
     lab = subprocess.Popen(
-        [sys.executable, "experiments.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "experiments.py", *words],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even if we run in the background
     )  # fmt: skip
     try:
