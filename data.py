@@ -2096,6 +2096,15 @@ def calculates(text: str) -> bool:
     return bool(steps) and right and extract_number(steps[-1][1]) == extract_number(text)
 
 
+KINDS_OF_ERROR = {
+    "slip": "right equation, wrong number",
+    "operation": "right numbers, wrong operation",
+    "plan": "wrong plan",
+    "answer": "right steps, wrong answer",
+    "none": "no answer",
+}
+
+
 def kind_of_error(output: str, target: str) -> str:
     """What is wrong with a solution at the first step where it leaves the true one.
 

@@ -61,6 +61,7 @@ from configs import ConfigError, parse_config
 from data import (
     CORPORA,
     EMBEDDED,
+    KINDS_OF_ERROR,
     TASKS,
     DataError,
     best_of,
@@ -289,14 +290,6 @@ def key(entry: dict) -> str:
 
 # -----------------------------------------------------------------------------
 # Test-time compute: many answers to a problem, and ways to choose one of them
-
-KINDS_OF_ERROR = {
-    "slip": "right equation, wrong number",
-    "operation": "right numbers, wrong operation",
-    "plan": "wrong plan",
-    "answer": "right steps, wrong answer",
-    "none": "no answer",
-}
 
 
 def budgets(n: int) -> list[int]:

@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from configs import ConfigError, parse_config
+from data import KINDS_OF_ERROR, proportion
 
 
 @dataclass
@@ -349,6 +350,51 @@ def verifiers(home: Path) -> list[Block]:
     return blocks or [Text("No verifier: `python verifier.py configs/verifier.py` trains one.")]
 
 
+def failures(home: Path) -> list[Block]:
+    """Where greedy answers go wrong, what a verifier mends and breaks, and what a stage did to its parent."""
+    blocks, before = [], {}
+    for folder in run_folders(home):
+        for entry in read_json(folder / "results.json").get("results", {}).values():
+            if not isinstance(entry, dict) or not entry.get("errors"):
+                continue
+            task, wrong = f"{entry['task']}-{entry['split']}", sum(entry["errors"].values())
+            rows = [[KINDS_OF_ERROR.get(kind, kind), n, percent(proportion(n, wrong))]
+                    for kind, n in entry["errors"].items() if n]  # fmt: skip
+            blocks.append(
+                Text(f"**{folder.name}**, {task}: {wrong} of {entry['items']:,} greedy answers are wrong.")
+            )
+            blocks.append(
+                Table(f"errors-{folder.name}-{task}", ["kind", "answers", "% of the wrong ones"], rows)
+            )
+            records = read_lines(folder / "answers" / f"{task}-{entry['samples']}-samples.jsonl")
+            for label in entry.get("verifiers", {}):
+                pairs = [(r["text"], r["output"], r["correct"], r[label], r[f"{label} correct"])
+                         for r in records if label in r]  # fmt: skip
+                blocks += changed(f"{folder.name}-{task}-{label}", "greedy", label, pairs)
+            before[folder.name, task] = {r["text"]: r for r in records}
+            parent = Path(str(read_json(folder / "run.json").get("parent"))).name
+            if old := before.get((parent, task)):
+                pairs = [(r["text"], old[r["text"]]["output"], old[r["text"]]["correct"], r["output"], r["correct"])
+                         for r in records if r["text"] in old]  # fmt: skip
+                blocks += changed(f"{folder.name}-{task}-{parent}", parent, folder.name, pairs)
+    return blocks or [Text("No errors to sort: `python eval.py ... --samples=16` records them.")]
+
+
+def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
+    """Of (problem, a's answer, right?, b's answer, right?), the counts and three examples of what b mended and
+    what it broke.
+    """
+    mended = [p for p in pairs if p[4] and not p[2]]
+    broken = [p for p in pairs if p[2] and not p[4]]
+    if not (mended or broken):
+        return []
+    rows = [[what, *(shorten(p[i], 400) for i in (0, 1, 3))]
+            for what, some in (("mended", mended), ("broken", broken)) for p in some[:3]]  # fmt: skip
+    words = f"{b} is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, wrong where {a} is right on"
+    return [Text(f"{words} {len(broken)}. The first three of each:"),
+            Table(f"changed-{name}", ["", "problem", a, b], rows)]  # fmt: skip
+
+
 def lab(home: Path) -> list[Block]:
     """What each part of the model buys."""
     blocks: list[Block] = []
@@ -527,6 +573,7 @@ SECTIONS = {
     "What it says": samples,
     "Choosing among many answers": choosing,
     "The verifier": verifiers,
+    "Where it fails": failures,
     "The lab": lab,
     "How to make it again": making,
 }

@@ -313,7 +313,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even if we run in the background
-    )  # fmt: skip
+    )
     try:
         deadline = time.monotonic() + 120
         while not any(f.stat().st_size for f in tmp_path.glob("experiments/*/baseline-s1/metrics.jsonl")):

@@ -105,6 +105,49 @@ def test_stages_and_curves_are_the_evaluations(tmp_path):
     assert (tmp_path / "report" / "figures" / "choosing-dpo-arithmetic.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_failures_are_counted_and_shown(tmp_path):
+    def folder_of(name: str, right: list[bool], **more) -> None:
+        folder = make_run(tmp_path / name, [line(10)], **more)
+        entry = {"task": "arithmetic", "split": "test", "samples": 2, "items": 3, "metrics": {}, "curves": {}}
+        entry |= {
+            "errors": {"slip": 0, "plan": right.count(False)},
+            "verifiers": {"verifier": "out/verifier"},
+        }
+        (folder / "results.json").write_text(json.dumps({"results": {"x": entry}}))
+        (folder / "answers").mkdir()
+        rows = [
+            {
+                "text": f"p{i}",
+                "output": f"{name} {i}",
+                "correct": ok,
+                "verifier": f"v {i}",
+                "verifier correct": i == 0,
+            }
+            for i, ok in enumerate(right)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "answers" / "arithmetic-test-2-samples.jsonl").write_text(text)
+
+    folder_of("sft", [False, False, True])
+    folder_of("dpo", [False, True, False], parent="out/sft", started="2026-01-02")
+    blocks = report.failures(tmp_path)
+    assert shown(blocks, "errors-sft-arithmetic-test") == [
+        {"kind": "wrong plan", "answers": 2, "% of the wrong ones": "100.0 [34.2, 100.0]"}
+    ]
+    words = [b.words for b in blocks if isinstance(b, report.Text)]
+    assert any(
+        w.startswith("dpo is right where sft is wrong on 1 of 3 problems, wrong where sft is right on 1")
+        for w in words
+    )
+    rows = shown(blocks, "changed-dpo-arithmetic-test-sft")
+    assert rows == [
+        {"": "mended", "problem": "p1", "sft": "sft 1", "dpo": "dpo 1"},
+        {"": "broken", "problem": "p2", "sft": "sft 2", "dpo": "dpo 2"},
+    ]
+    rows = shown(blocks, "changed-dpo-arithmetic-test-verifier")
+    assert [(r[""], r["problem"]) for r in rows] == [("mended", "p0"), ("broken", "p1")]
+
+
 def test_the_lab_is_what_experiments_json_says(tmp_path):
     def entry(loss, **more):
         return {
