@@ -374,25 +374,23 @@ def failures(home: Path) -> list[Block]:
             before[folder.name, task] = {r["text"]: r for r in records}
             parent = Path(str(read_json(folder / "run.json").get("parent"))).name
             if old := before.get((parent, task)):
-                pairs = [(r["text"], old[r["text"]]["output"], old[r["text"]]["correct"], r["output"], r["correct"])
-                         for r in records if r["text"] in old]  # fmt: skip
+                both = [(old[r["text"]], r) for r in records if r["text"] in old]
+                pairs = [(r["text"], o["output"], o["correct"], r["output"], r["correct"]) for o, r in both]
                 blocks += changed(f"{folder.name}-{task}-{parent}", parent, folder.name, pairs)
     return blocks or [Text("No errors to sort: `python eval.py ... --samples=16` records them.")]
 
 
 def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
-    """Of (problem, a's answer, right?, b's answer, right?), the counts and three examples of what b mended and
-    what it broke.
-    """
+    """Of (problem, a's answer, right?, b's answer, right?): how many b mended and broke, three of each."""
     mended = [p for p in pairs if p[4] and not p[2]]
     broken = [p for p in pairs if p[2] and not p[4]]
     if not (mended or broken):
         return []
     rows = [[what, *(shorten(p[i], 400) for i in (0, 1, 3))]
             for what, some in (("mended", mended), ("broken", broken)) for p in some[:3]]  # fmt: skip
-    words = f"{b} is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, wrong where {a} is right on"
-    return [Text(f"{words} {len(broken)}. The first three of each:"),
-            Table(f"changed-{name}", ["", "problem", a, b], rows)]  # fmt: skip
+    words = f"{b} is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, "
+    words += f"wrong where {a} is right on {len(broken)}. The first three of each:"
+    return [Text(words), Table(f"changed-{name}", ["", "problem", a, b], rows)]
 
 
 def lab(home: Path) -> list[Block]:
