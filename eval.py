@@ -40,6 +40,10 @@ those whose sums a calculator confirms, beside the oracle, pass@n, which knows t
 differences. Also: sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills
 in, and what is wrong with the wrong ones. A base, which was taught no task, is asked greedily only.
 
+--attention asks no task: it scores every head on random tokens told twice (does it look at the token before,
+at the first one, at what followed the same token last time?) and writes the maps of the foremost to
+attention.json, which report.py draws.
+
 It prints a table and, where several models answered the same items, the paired differences to the first one
 and to the one before. Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json,
 one entry for each task, split and number of shots, and answers/: every answer, and the wrong ones apart, a
@@ -56,6 +60,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs import ConfigError, parse_config
 from data import (
@@ -85,7 +90,7 @@ from data import (
     weighted_vote,
 )
 from finetune import TextModel, ask, load_model, sampled, show, subsample, task_of
-from model import write_atomically
+from model import ModernDecoderLM, write_atomically
 from sft import mixture
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
@@ -109,6 +114,7 @@ class EvalConfig:
     contamination: int = 0  # look for so many words in a row of each item in the training text; 0: don't
     samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
     temperature: float = 1.0  # of these samples
+    attention: bool = False  # what the heads look at, instead of tasks
     battery: int = 0  # so many held-out instructions are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
@@ -605,6 +611,75 @@ def pipeline_table(done: list[tuple[str, list[Result]]], answered: dict, cfg: Ev
     return lines
 
 
+# -----------------------------------------------------------------------------
+# Attention: what the heads look at
+
+LOOKED_AT = (
+    "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
+    "Anna has 3 nuts. She buys 4 more nuts. How many nuts does Anna have now?",
+)
+
+
+def attention_weights(model: ModernDecoderLM, ids: Tensor) -> Tensor:
+    """(layers, B, heads, T, T): the weights of every head on the tokens ids (B, T). Of a model with learned
+    sinks, the rows sum to less than 1.
+    """
+    found = []
+
+    def watch(layer, args, kwargs, _) -> None:
+        x = args[0] if args else kwargs["x"]
+        found.append(type(layer).forward(layer, x, weights=True)[1][..., : ids.shape[1]].float().cpu())
+
+    hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+def head_scores(model: ModernDecoderLM, seed: int = 1, rows: int = 8, length: int = 0) -> dict[str, Tensor]:
+    """{score: (layers, heads)} on random tokens, told twice, so that nothing but their order can be used.
+
+    previous: weight on the token before. first: weight on the first token, where heads look that have nothing
+    to look for. induction: in the second telling, weight on the token that followed the same token the first
+    time (Olsson et al., 2022). entropy: of the weights, over the most that so many tokens allow.
+    """
+    length = length or min(32, model.config.context_length // 2)
+    generator = torch.Generator().manual_seed(seed)
+    once = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+    each = attention_weights(model, torch.cat([once, once], dim=1).to(model.device))
+    w = each.mean(1)  # over the rows
+    t = torch.arange(1, 2 * length)
+    second = torch.arange(length, 2 * length)
+    entropy = -(each.clamp(min=1e-12).log() * each).sum(-1)[..., 1:] / torch.log(t + 1.0)
+    return {
+        "previous": w[..., t, t - 1].mean(-1),
+        "first": w[..., t, 0].mean(-1),
+        "induction": w[..., second, second - length + 1].mean(-1),
+        "entropy": entropy.mean((1, -1)),
+    }
+
+
+def attention(model: TextModel, seed: int) -> dict:
+    """The scores of all heads, and maps over two texts of the head that has most of each."""
+    if not model.ours or model.kind != "causal":
+        raise TrainError(f"{model.name}: attention is shown of decoders that model.py computes")
+    scores, maps = head_scores(model.model, seed), []
+    tops = {name: divmod(int(s.argmax()), s.shape[1]) for name, s in scores.items()}
+    for text in LOOKED_AT:
+        ids = model.encode(text)
+        weights = attention_weights(model.model, torch.tensor([ids], device=model.model.device))[:, 0]
+        heads = [
+            {"most": name, "layer": layer, "head": head,
+             "weights": [[round(x, 3) for x in row] for row in weights[layer, head].tolist()]}
+            for name, (layer, head) in tops.items()
+        ]  # fmt: skip
+        maps.append({"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": heads})
+    rounded = {name: [[round(x, 4) for x in row] for row in s.tolist()] for name, s in scores.items()}
+    return {"model": model.name, "scores": rounded, "maps": maps}
+
+
 def read_words(argv: list[str]) -> list[str]:
     """Bare words are models: `out/base gpt2` becomes --models=out/base,gpt2."""
     takes_value = {f"--{field.name}" for field in fields(EvalConfig) if field.type is not bool}
@@ -644,6 +719,16 @@ def main() -> None:
             size = sum(p.numel() for p in model.model.parameters()) / 1e6
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
+            if cfg.attention:
+                found = attention(model, cfg.seed)
+                folder = results_folder(name, cfg.out)
+                folder.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(found) + "\n"
+                write_atomically(folder / "attention.json", lambda path, text=text: path.write_text(text))
+                for head in found["maps"][0]["heads"]:
+                    value = found["scores"][head["most"]][head["layer"]][head["head"]]
+                    print(f"  most {head['most']}: layer {head['layer']}, head {head['head']}: {value:.3f}")
+                continue
             taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
             for task in tasks:
                 if cfg.samples and taught and task in TASKS and TASKS[task].metric == "exact_match":

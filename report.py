@@ -75,8 +75,9 @@ Block = Text | Code | Table | Figure
 def figure(name: str, caption: str, fig) -> Figure:
     """A drawn figure; it is closed."""
     for axes in fig.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        if not axes.images and axes.get_label() != "<colorbar>":
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
     file = io.BytesIO()
     fig.savefig(file, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
@@ -393,6 +394,49 @@ def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
     return [Text(words), Table(f"changed-{name}", ["", "problem", a, b], rows)]
 
 
+SEEN = {  # score of a head: what its map shows
+    "previous": "a line just below the diagonal: every token looks at the one before",
+    "first": "a full first column: heads park their attention there when nothing else fits",
+    "induction": "spots off the diagonal: what followed the same word last time",
+    "entropy": "an even shade: the head averages over all it may see",
+}
+
+
+def attention(home: Path) -> list[Block]:
+    """What the heads look at."""
+    blocks: list[Block] = []
+    for folder in run_folders(home):
+        found = read_json(folder / "attention.json")
+        if not found.get("scores"):
+            continue
+        fig, axes = plt.subplots(1, len(found["scores"]), figsize=(11, 2.8))
+        for panel, (name, scores) in zip(axes, found["scores"].items(), strict=True):
+            image = panel.imshow(scores, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            panel.set(title=name, xlabel="head", xticks=range(len(scores[0])), yticks=range(len(scores)))
+        axes[0].set_ylabel("layer")
+        fig.colorbar(image, ax=axes, fraction=0.02)
+        caption = (
+            f"{folder.name}: every head on random tokens told twice; 1: all of its attention, or all even."
+        )
+        blocks.append(figure(f"heads-{folder.name}", caption, fig))
+        for i, example in enumerate(found["maps"]):
+            labels = [token.replace("\n", "⏎").replace(" ", "␣") for token in example["tokens"]]
+            fig, axes = plt.subplots(2, 2, figsize=(11, 10.5))
+            for panel, head in zip(axes.flat, example["heads"], strict=True):
+                image = panel.imshow(head["weights"], vmin=0, vmax=1, cmap="viridis")
+                panel.set_title(
+                    f"most {head['most']}: layer {head['layer']}, head {head['head']}", fontsize=10
+                )
+                panel.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+                panel.set_yticks(range(len(labels)), labels, fontsize=7)
+            fig.tight_layout()
+            fig.colorbar(image, ax=axes, fraction=0.02)
+            seen = "; ".join(f"{h['most']}, {SEEN[h['most']]}" for h in example["heads"] if h["most"] in SEEN)
+            caption = f"{folder.name}: rows look at columns. To look for: {seen}."
+            blocks.append(figure(f"attention-{folder.name}-{i + 1}", caption, fig))
+    return blocks or [Text("No maps: `python eval.py out/base --attention` makes them.")]
+
+
 def lab(home: Path) -> list[Block]:
     """What each part of the model buys."""
     blocks: list[Block] = []
@@ -572,6 +616,7 @@ SECTIONS = {
     "Choosing among many answers": choosing,
     "The verifier": verifiers,
     "Where it fails": failures,
+    "What the heads look at": attention,
     "The lab": lab,
     "How to make it again": making,
 }

@@ -96,6 +96,7 @@ evaluate() {
     fi
     stage eval-life "$OUT/pipeline.json" "${eval[@]}" "$run" "$OUT/sft" "$OUT/dpo" --tasks=arithmetic,storyworld \
         --samples=16 --verifier="$OUT/verifier" --battery=200
+    stage eval-attention "$run/attention.json" "${eval[@]}" "$run" --attention
 }
 
 usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }

@@ -470,3 +470,44 @@ def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, mon
     gates = {g["threshold"]: g for g in result.entry["gating"]["oracle"]}
     assert gates[0.5]["right"]["value"] == 0.75 and gates[0.5]["samples"] == (1 + 4 + 4 + 1) / 4
     assert gates[1.01]["samples"] == 4 and sum(result.entry["errors"].values()) == 2
+
+
+# -----------------------------------------------------------------------------
+# attention
+
+
+def test_heads_are_scored_by_what_they_look_at(monkeypatch):
+    T, pattern = 8, torch.zeros(4, 8, 8)
+    t = torch.arange(1, T)
+    pattern[:, 0, 0] = 1
+    pattern[0, t, t - 1] = 1
+    pattern[1, t, 0] = 1
+    pattern[2, t, (t - 3).clamp(min=0)] = 1  # four tokens told twice: what followed last time lies three back
+    pattern[3] = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
+    monkeypatch.setattr(
+        evaluation, "attention_weights", lambda model, ids: pattern[None, None].expand(1, 2, 4, T, T)
+    )
+    config = ModelConfig(vocab_size=20, context_length=16, n_layers=1, d_model=16, n_heads=4, d_ff=16)
+    scores = evaluation.head_scores(ModernDecoderLM(config), rows=2, length=4)
+    assert [int(scores[name].argmax()) for name in ("previous", "first", "induction", "entropy")] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    for name, head in (("previous", 0), ("first", 1), ("induction", 2), ("entropy", 3)):
+        assert scores[name][0, head] == pytest.approx(1, abs=1e-5)
+    assert scores["entropy"][0, :3].max() < 1e-6
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_attention_weights_are_shares_of_what_may_be_seen(sinks):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=20, context_length=16, n_layers=2, d_model=16, n_heads=2, d_ff=16, n_sinks=sinks
+    )
+    model = ModernDecoderLM(config).eval()
+    w = evaluation.attention_weights(model, torch.randint(20, (3, 9)))
+    assert w.shape == (2, 3, 2, 9, 9) and (w.triu(1) == 0).all()
+    total = w.sum(-1)
+    assert (total < 1).all() if sinks else torch.allclose(total, torch.ones_like(total), atol=1e-5)

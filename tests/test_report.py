@@ -148,6 +148,19 @@ def test_failures_are_counted_and_shown(tmp_path):
     assert [(r[""], r["problem"]) for r in rows] == [("mended", "p0"), ("broken", "p1")]
 
 
+def test_attention_is_drawn(tmp_path):
+    folder = make_run(tmp_path / "base", [line(10)])
+    heads = [
+        {"most": most, "layer": 0, "head": 1, "weights": [[1.0, 0.0], [0.5, 0.5]]} for most in report.SEEN
+    ]
+    scores = {most: [[0.1, 0.9]] for most in report.SEEN}
+    found = {"scores": scores, "maps": [{"tokens": ["a", "$\n"], "heads": heads}]}
+    (folder / "attention.json").write_text(json.dumps(found))
+    blocks = report.attention(tmp_path)
+    assert [b.name for b in blocks] == ["heads-base", "attention-base-1"]
+    assert "first, a full first column" in blocks[1].caption
+
+
 def test_the_lab_is_what_experiments_json_says(tmp_path):
     def entry(loss, **more):
         return {

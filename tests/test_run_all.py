@@ -35,14 +35,14 @@ def project(tmp_path: Path) -> Path:
         '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
         "mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier\n"
         "touch stand_in/model.safetensors sentiment/run.json sft/model.safetensors dpo/model.safetensors\n"
-        "touch verifier/run.json stand_in/results.json sentiment/results.json pipeline.json\n"
+        "touch verifier/run.json stand_in/{results,attention}.json sentiment/results.json pipeline.json\n"
     )
     python.chmod(0o755)
     return tmp_path
 
 
 EVERYTHING = ["tokenizer.py", "train.py", "chat.py", "finetune.py", "sft.py", "dpo.py", "verifier.py"]
-EVERYTHING += ["eval.py"] * 3
+EVERYTHING += ["eval.py"] * 4
 
 
 def calls(project: Path) -> list[str]:
@@ -57,7 +57,7 @@ def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
     assert run_all(project, "cpu").returncode == 0
     assert calls(project) == EVERYTHING
     again = run_all(project, "cpu")
-    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 10
+    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 11
     (project / "configs" / "cpu.py").write_text('name = "stand_in"\nseed = 2\n')
     assert run_all(project, "cpu").returncode == 0
     assert calls(project) == EVERYTHING
