@@ -6,7 +6,8 @@
 
 It reads run folders and JSON, no model and no torch: copied folders on a laptop will do. It writes index.html
 (one file, nothing is fetched), index.md with figures/ for a code host, a CSV beside every table, and
-experiments.md, a log with an entry a run whose observations are computed from its curves. What is missing
+experiments.md, a log with an entry a run whose observations are computed from its curves, and paper/, a draft
+in Markdown and LaTeX. What is missing
 gets a sentence that says which command makes it; a run that is still going is shown as far as it got.
 
 A section is a function from the home folder to a list of blocks: Text, Table, Figure or Code. Both pages are
@@ -19,7 +20,9 @@ import html
 import io
 import json
 import re
+import shutil
 import statistics
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -736,6 +739,150 @@ def log(home: Path) -> str:
 
 
 # -----------------------------------------------------------------------------
+# The paper: a draft from the same blocks, "not run" where something was not
+
+REFERENCES = (
+    "Vaswani et al. (2017). Attention is all you need.",
+    "Su et al. (2021). RoFormer: enhanced transformer with rotary position embedding.",
+    "Touvron et al. (2023). LLaMA: open and efficient foundation language models.",
+    "Rafailov et al. (2023). Direct preference optimization.",
+    "Cobbe et al. (2021). Training verifiers to solve math word problems.",
+    "Wang et al. (2023). Self-consistency improves chain of thought reasoning in language models.",
+    "Xiao et al. (2024). Efficient streaming language models with attention sinks.",
+    "Hoffmann et al. (2022). Training compute-optimal large language models.",
+)
+
+
+def paper(home: Path) -> dict[str, list[Block]]:
+    """The draft's sections."""
+    runs = {folder.name: read_json(folder / "run.json") for folder in run_folders(home)}
+    trained = {name: run for name, run in runs.items() if run.get("stage") == "train"}
+    about = [
+        f"{name} has {count(run.get('parameters', 0))} parameters and read {run.get('step', 0):,} batches "
+        f"({minutes(run.get('seconds', 0))} minutes on {run.get('hardware', {}).get('device', 'unknown')})."
+        for name, run in trained.items()
+    ]
+    data = []
+    for name, run in trained.items():
+        source = run.get("data", {})
+        tokens = count(source.get("tokens", 0))
+        data.append(f"{name} read {source.get('source')} ({source.get('licence')}), {tokens} tokens.")
+    versions = next((run.get("versions", {}) for run in runs.values()), {})
+    told = ", ".join(f"{k} {v}" for k, v in versions.items())
+    return {
+        "Abstract": [Text(abstract(home, trained))],
+        "Method": [
+            Text(
+                "A Llama-style decoder (RMSNorm, rotary positions, SwiGLU) is pretrained, instruction-tuned "
+                "on answers alone, aligned with DPO on pairs of its own answers, and verified by a "
+                "channel: the same model trained backwards, so that an answer is scored by log p(answer | "
+                "problem) + lambda log p(problem | answer)."
+            ),
+            Text(" ".join(about) or "Pretraining: not run."),
+        ],
+        "Data": [Text(" ".join(data) or "Not run.")],
+        "Training": training(home)[:2],
+        "Results": stages(home),
+        "Choosing among many answers": choosing(home)[:2],
+        "Ablations": lab(home)[:3],
+        "Errors": failures(home)[:2],
+        "Limitations": [
+            Text(
+                "The models are small, the embedded tasks come from templates: what helps here may "
+                "not help at a larger scale or on text that people wrote. Intervals are over test items, and "
+                "over seeds only where the lab repeated a run."
+            )
+        ],
+        "Reproducibility": [
+            Text(f"Versions: {told or 'not run'}."),
+            Text("Every run folder holds its command, settings, seed, commit and its data's fingerprint."),
+        ],
+        "References": [Text(reference) for reference in REFERENCES],
+    }
+
+
+def abstract(home: Path, trained: dict) -> str:
+    """What was found, in figures that the tables hold."""
+    said = ["We follow a small language model through its whole life on consumer hardware."]
+    if trained:
+        run = next(iter(trained.values()))
+        loss = run.get("results", {}).get("last", {}).get("bits_per_byte")
+        reached = f" and reaches {loss:.3f} bits a byte" if loss is not None else ""
+        said.append(f"The base has {count(run.get('parameters', 0))} parameters{reached}.")
+    rows = [row for row in read_json(home / "pipeline.json").get("rows", []) if row.get("exact_match")]
+    for row in rows:
+        said.append(
+            f"{Path(row['model']).name} solves {percent(row['exact_match'])} % of the problems greedily."
+        )
+    best = {k: x for k, x in (rows[-1] if rows else {}).items() if isinstance(x, dict) and ", best of" in k}
+    for way, x in best.items():
+        said.append(f"With the {way} answers it solves {percent(x)} %.")
+    return " ".join(said if rows else [*said, "Alignment: not run."])
+
+
+def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
+    """An article in two columns; wide tables shrink to the page."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    special |= {"⏎": "/", "␣": " ", "…": r"\dots{}", "±": r"$\pm$", "×": r"$\times$"}
+    special |= {c: "\\" + c for c in "&%$#_{}"}
+
+    def tex(text) -> str:
+        text = str(text).replace("**", "").replace("`", "")
+        return "".join(
+            special.get(c, c if c.isascii() or c.isalpha() and ord(c) < 256 else "?") for c in text
+        )
+
+    out = [r"\documentclass[10pt,twocolumn]{article}", r"\usepackage[utf8]{inputenc}"]
+    out += [r"\usepackage{graphicx}", r"\usepackage[margin=2cm]{geometry}", r"\begin{document}"]
+    out += [rf"\title{{{tex(title)}}}", r"\author{}", r"\maketitle"]
+    for heading, blocks in sections.items():
+        if heading == "Abstract":
+            out += [
+                r"\begin{abstract}",
+                *(tex(b.words) for b in blocks if isinstance(b, Text)),
+                r"\end{abstract}",
+            ]
+            continue
+        out += ["", rf"\section*{{{tex(heading)}}}"]
+        for block in blocks:
+            if isinstance(block, Text | Code):
+                out += ["", tex(block.words), ""]
+            elif isinstance(block, Table):
+                rows = [block.columns, *block.rows]
+                widest = [max(len(str(row[i])) for row in rows) for i in range(len(block.columns))]
+                layout = "".join("p{5cm}" if w > 40 else "l" for w in widest)
+                kind = "table*" if sum(widest) > 60 else "table"  # across both columns, or in one
+                out += [rf"\begin{{{kind}}}[t]\centering\small"]
+                out += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+                out += [rf"\begin{{tabular}}{{{layout}}}"]
+                lines = [" & ".join(tex(c) for c in row) + r" \\" for row in rows]
+                out += [r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}}"]
+                out += [rf"\caption{{{tex(block.name)}}}", rf"\end{{{kind}}}"]
+            else:
+                out += [r"\begin{figure}[t]\centering"]
+                out += [rf"\includegraphics[width=\linewidth]{{../figures/{block.name}.png}}"]
+                out += [rf"\caption{{{tex(block.caption)}}}", r"\end{figure}"]
+    return "\n".join([*out, r"\end{document}"]) + "\n"
+
+
+def write_paper(folder: Path, title: str, sections: dict[str, list[Block]]) -> None:
+    """paper.md and paper.tex, and paper.pdf where there is a TeX."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown = as_markdown(title, sections).replace("](figures/", "](../figures/")
+    (folder / "paper.md").write_text(markdown, encoding="utf-8")
+    (folder / "paper.tex").write_text(as_latex(title, sections), encoding="utf-8")
+    if shutil.which("pdflatex"):
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        pipe, errors = subprocess.PIPE, subprocess.STDOUT
+        done = subprocess.run(command, cwd=folder, stdout=pipe, stderr=errors, text=True, errors="replace")
+        for suffix in ("aux", "log", "out"):
+            (folder / f"paper.{suffix}").unlink(missing_ok=True)
+        if done.returncode:
+            print(f"{folder}/paper.tex: pdflatex failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))
+
+
+# -----------------------------------------------------------------------------
 # Writing
 
 STYLE = """
@@ -848,9 +995,11 @@ def main() -> None:
             )
         else:
             sections = {heading: section(home) for heading, section in SECTIONS.items()}
-            to.mkdir(parents=True, exist_ok=True)
+        page = write(to, "Modern LLM: report", sections)
+        if not cfg.compare:
             (to / "experiments.md").write_text(log(home), encoding="utf-8")
-        print(write(to, "Modern LLM: report", sections))
+            write_paper(to / "paper", "The whole life of a small language model", paper(home))
+        print(page)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"report.py: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,33 @@ def test_the_log_has_an_entry_a_run(tmp_path):
         "## base" in text
         and "- **Hypothesis**: Muon wins." in text
         and "| base | train | 2026-01-01 | 3.2500 |" in text
+    )
+
+
+def test_the_paper_has_the_figures_and_compiles(tmp_path):
+    blocks = [
+        report.Text("100 % of a_b & **c** {d} # ~ ^ \\\\ <x> | é ⏎ 漢 $"),
+        Table("t_1", ["a", "b"], [["1 %", "x" * 50], ["_", "&"]]),
+        report.Code("python train.py --name=a_b"),
+    ]
+    sections = {"Abstract": [report.Text("50 %")], "Results_1": blocks}
+    text = report.as_latex("A & B", sections)
+    assert r"100 \% of a\_b \& c \{d\} \# " in text and r"\title{A \& B}" in text and "漢" not in text
+    report.write_paper(tmp_path, "A & B", sections)
+    assert "**c**" in (tmp_path / "paper.md").read_text()
+    if shutil.which("pdflatex"):
+        assert (tmp_path / "paper.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_the_paper_says_what_was_not_run(tmp_path):
+    text = as_markdown("t", report.paper(tmp_path))
+    assert "Alignment: not run." in text and "Pretraining: not run." in text
+    x = {"value": 0.723, "low": 0.694, "high": 0.75}
+    rows = [{"model": "out/dpo", "exact_match": x, "verifier, best of 16": x | {"value": 0.805}}]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"rows": rows}))
+    text = as_markdown("t", report.paper(tmp_path))
+    assert (
+        "dpo solves 72.3 [69.4, 75.0] % of" in text and "verifier, best of 16 answers it solves 80.5" in text
     )
 
 
