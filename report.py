@@ -23,6 +23,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,10 +184,13 @@ def ledger(home: Path) -> list[Block]:
     return [Table("ledger", ["stage", "minutes", "command"], [*rows, ["all", minutes(total), ""]])]
 
 
+CURVES = 16  # runs whose curves a page has room for
+
+
 def training(home: Path) -> list[Block]:
     """What was trained, how fast, and how the loss fell."""
-    folders, rows, blocks = run_folders(home), [], []
-    for folder in folders:
+    rows, drawn = [], deque(maxlen=CURVES)  # long runs are not kept in memory
+    for folder in run_folders(home):
         run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
         steps = [x for x in lines if "tokens_per_second" in x]
         last, best = (run.get("results", {}).get(key, {}) for key in ("last", "best"))
@@ -197,7 +201,7 @@ def training(home: Path) -> list[Block]:
         rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss,
                      minutes(run.get("seconds", 0)), f"{speed:,.0f}", f"{memory:.2f}"])  # fmt: skip
         if steps:
-            blocks.append(curves(folder.name, lines))
+            drawn.append((folder.name, lines))
     if not rows:
         return [Text("No run folders here: `bash run_all.sh cpu` makes them.")]
     columns = [
@@ -211,13 +215,22 @@ def training(home: Path) -> list[Block]:
         "tokens/s",
         "GiB",
     ]
+    blocks = [curves(name, lines) for name, lines in drawn]
+    if len(rows) > CURVES:
+        words = (
+            f"Curves of the {CURVES} newest of {len(rows)} runs; `python report.py --compare=A,B` draws any."
+        )
+        blocks.insert(0, Text(words))
     return [Table("runs", columns, rows), *blocks]
 
 
 def curves(name: str, lines: list[dict]) -> Figure:
-    """Loss against steps, tokens and minutes; learning rate and size of the gradient below."""
+    """Loss against steps, tokens and minutes; learning rate and size of the gradient below. A picture has
+    room for a thousand points, so a long run's are thinned.
+    """
     steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
     at = {x["step"]: x for x in steps}
+    steps = steps[:: max(1, len(steps) // 1000)]
     fig, axes = plt.subplots(2, 3, figsize=(11, 5.2), height_ratios=[2, 1])
     for column, (key, label, scale) in enumerate(
         (("step", "step", 1), ("tokens", "tokens read", 1), ("seconds", "minutes", 60))
@@ -753,8 +766,8 @@ REFERENCES = (
 )
 
 
-def paper(home: Path) -> dict[str, list[Block]]:
-    """The draft's sections."""
+def paper(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
+    """The draft's sections, of blocks that the page is `made` of."""
     runs = {folder.name: read_json(folder / "run.json") for folder in run_folders(home)}
     trained = {name: run for name, run in runs.items() if run.get("stage") == "train"}
     about = [
@@ -781,11 +794,11 @@ def paper(home: Path) -> dict[str, list[Block]]:
             Text(" ".join(about) or "Pretraining: not run."),
         ],
         "Data": [Text(" ".join(data) or "Not run.")],
-        "Training": training(home)[:2],
-        "Results": stages(home),
-        "Choosing among many answers": choosing(home)[:2],
-        "Ablations": lab(home)[:3],
-        "Errors": failures(home)[:2],
+        "Training": made["Training"][:2],
+        "Results": made["What each stage gained"],
+        "Choosing among many answers": made["Choosing among many answers"][:2],
+        "Ablations": made["The lab"][:3],
+        "Errors": made["Where it fails"][:2],
         "Limitations": [
             Text(
                 "The models are small, the embedded tasks come from templates: what helps here may "
@@ -998,7 +1011,7 @@ def main() -> None:
         page = write(to, "Modern LLM: report", sections)
         if not cfg.compare:
             (to / "experiments.md").write_text(log(home), encoding="utf-8")
-            write_paper(to / "paper", "The whole life of a small language model", paper(home))
+            write_paper(to / "paper", "The whole life of a small language model", paper(home, sections))
         print(page)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"report.py: {error}") from None
