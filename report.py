@@ -198,8 +198,10 @@ def training(home: Path) -> list[Block]:
         speed = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
         memory = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
         state = run.get("status", "unreadable")
+        # DPO and a verifier's head count what they compare, not its tokens.
+        unit = " pairs" if run.get("stage") == "dpo" else " answers" if run.get("verifier") == "head" else ""
         rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss,
-                     minutes(run.get("seconds", 0)), f"{speed:,.0f}", f"{memory:.2f}"])  # fmt: skip
+                     minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", f"{memory:.2f}"])  # fmt: skip
         if steps:
             drawn.append((folder.name, lines))
     if not rows:
