@@ -7,8 +7,8 @@
 It reads run folders and JSON, no model and no torch: copied folders on a laptop will do. It writes index.html
 (one file, nothing is fetched), index.md with figures/ for a code host, a CSV beside every table, and
 experiments.md, a log with an entry a run whose observations are computed from its curves, and paper/, a draft
-in Markdown and LaTeX. What is missing
-gets a sentence that says which command makes it; a run that is still going is shown as far as it got.
+in Markdown and LaTeX. What is missing gets a sentence that says which command makes it; a run that is still
+going is shown as far as it got.
 
 A section is a function from the home folder to a list of blocks: Text, Table, Figure or Code. Both pages are
 written from the same blocks, so that they cannot disagree.
@@ -19,6 +19,7 @@ import csv
 import html
 import io
 import json
+import math
 import re
 import shutil
 import statistics
@@ -678,18 +679,23 @@ def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
     """What can be said of a run from its metrics, and what to do about it. Every sentence is computed.
 
     Still falling: over the last fifth of the steps the validation loss (the averaged training loss, if there
-    are fewer than three checks) lost more than 1 %. Overfitting: it ended more than 1 % above its lowest.
+    are fewer than three checks) lost more than 1 %. Overfitting: it ended more than 1 % above its lowest. Of
+    training losses, which are of other batches each time, a difference must exceed three times its noise too.
     A spike: a training loss that jumps by more than eight times the usual step from one line to the next.
     """
     losses = [(x["step"], x["loss"]) for x in lines if "loss" in x]
     checks = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]
     said, todo = [], []
     curve, what = (checks, "validation") if len(checks) >= 3 else (smooth(losses), "training")
+    jumps = [b[1] - a[1] for a, b in zip(losses, losses[1:], strict=False)]
     if len(curve) >= 3:
         lowest = min(curve, key=lambda p: p[1])
         since, before = [p for p in curve if p[0] <= 0.8 * curve[-1][0] or p is curve[0]][-1]
-        drop = (before - curve[-1][1]) / max(abs(before), 1e-9)
-        if curve[-1][1] > lowest[1] + 0.01 * abs(lowest[1]):
+        margin = 0.01 * abs(lowest[1])
+        if what == "training":  # of a difference of two means of five, by the differences of neighbours
+            noise = statistics.pstdev(jumps[len(jumps) // 2 :]) / math.sqrt(2)
+            margin = max(margin, 3 * noise * math.sqrt(2 / 5))
+        if curve[-1][1] > lowest[1] + margin:
             ended = f"and rose to {curve[-1][1]:.4f}."
             said.append(f"The {what} loss was lowest at step {lowest[0]:,} ({lowest[1]:.4f}) {ended}")
             cures = {
@@ -697,16 +703,20 @@ def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
                 "training": "Lower the rate.",
             }
             todo.append(cures[what])
-        elif drop > 0.01:
-            said.append(f"The {what} loss was still falling: by {100 * drop:.1f} % since step {since:,}.")
+        elif before - curve[-1][1] > margin:
+            drop = 100 * (before - curve[-1][1]) / abs(before)
+            said.append(f"The {what} loss was still falling: by {drop:.1f} % since step {since:,}.")
             todo.append("Train longer.")
         else:
-            said.append(f"The {what} loss was flat since step {since:,} (less than 1 % lower).")
-            todo.append("More steps alone will not help; a larger model or more data may.")
+            known = "1 %" if what == "validation" else "can be told from noise"
+            said.append(f"The {what} loss was flat since step {since:,} (lower by less than {known}).")
+            if what == "validation":
+                todo.append("More steps alone will not help; a larger model or more data may.")
+            else:
+                todo.append("Look at the validation loss more often: the training loss is too noisy to tell.")
     if len(checks) >= 1 and len(losses) >= 10:
         gap = checks[-1][1] - smooth(losses)[-1][1]
         said.append(f"At the end validation was {gap:+.4f} nats from training.")
-    jumps = [b[1] - a[1] for a, b in zip(losses, losses[1:], strict=False)]
     if len(jumps) >= 10:
         usual = statistics.median(abs(j) for j in jumps)
         spikes = [(losses[i + 1][0], j) for i, j in enumerate(jumps) if j > 8 * usual]

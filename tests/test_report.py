@@ -230,6 +230,9 @@ def test_observations_are_what_the_curves_say():
     assert "lowest at step 100 (3.0000) and rose to 3.4000" in words and "dropout" in todo
     words, _ = said(falling, [(50, 4.0), (100, 3.0), (150, 3.0), (200, 2.99)])
     assert "flat since step 150" in words
+    noisy = [3.0 + (0.2 if i % 2 else -0.2) for i in range(40)]
+    assert "flat since step" in said([*noisy, 3.2, 3.2])[0], "the last mean is above the lowest, by chance"
+    assert "The training loss was lowest" in said([*noisy, 5.0, 5.0, 5.0])[0]
     spiky = falling.copy()
     spiky[20] += 2
     words, todo = said(spiky)
