@@ -665,7 +665,8 @@ def costs(device: torch.device) -> dict:
 
 def transfer(cfg: ExperimentConfig, runs: list[Run], device: torch.device) -> dict:
     """{task: {way: spread over the seeds}}, and the gain of pretraining, in points. A prompt has no or four
-    examples and no training; the two that are tuned have seen the same examples.
+    examples and no training; the two that are tuned have seen the same examples. A seed of which a run failed
+    is left out.
     """
     folders, found = {(r.name, r.seed): r.folder for r in runs}, {}
     seeds = sorted({seed for name, seed in folders if name == "transfer-pretrained"})
@@ -673,6 +674,9 @@ def transfer(cfg: ExperimentConfig, runs: list[Run], device: torch.device) -> di
         scores: dict[str, list[float]] = {}
         examples, _ = load_task(task, "validation")
         for seed in seeds:
+            tuned = [r for r in runs if r.seed == seed and r.name.endswith(f"-{task}")]
+            if not all(finished(r) for r in tuned):
+                continue
             for base in ("scratch", "pretrained"):
                 run = read_json(folders[f"transfer-{base}-{task}", seed] / "run.json")
                 scores.setdefault(f"{base}, tuned", []).append(points(run["evaluation"]["metrics"]))
@@ -683,6 +687,8 @@ def transfer(cfg: ExperimentConfig, runs: list[Run], device: torch.device) -> di
                 scores.setdefault(f"prompted, {shots} shots", []).append(
                     points(judge(task, asked, outputs)[1])
                 )
+        if not scores:
+            continue
         found[task] = {way: spread(values) for way, values in scores.items()}
         gains = np.subtract(scores["pretrained, tuned"], scores["scratch, tuned"])
         found[task]["pretrained - scratch"] = spread(gains.tolist())

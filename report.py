@@ -84,7 +84,7 @@ def figure(name: str, caption: str, fig) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
     file = io.BytesIO()
-    fig.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    fig.savefig(file, format="png", dpi=80, bbox_inches="tight")
     plt.close(fig)
     return Figure(name, caption, file.getvalue())
 

@@ -283,6 +283,7 @@ def test_transfer_tunes_both_bases_on_the_same_examples_and_asks_one(text, tmp_p
     assert [script.finished(r) for r in runs] == ["scratch" in r.name for r in runs], (
         "another base: tune anew"
     )
+    assert script.transfer(cfg, plan(cfg), torch.device("cpu")) == {}, "a seed that lacks a run is left out"
 
 
 def test_what_shapes_cost(monkeypatch):
