@@ -2052,7 +2052,7 @@ def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict]
 
 
 # -----------------------------------------------------------------------------
-# choosing among many answers, and what is wrong with a wrong one
+# choosing among many answers
 
 
 def best_of(scores: Iterable[float]) -> int | None:
@@ -2094,39 +2094,6 @@ def calculates(text: str) -> bool:
     except CalculatorError:
         return False
     return bool(steps) and right and extract_number(steps[-1][1]) == extract_number(text)
-
-
-KINDS_OF_ERROR = {
-    "slip": "right equation, wrong number",
-    "operation": "right numbers, wrong operation",
-    "plan": "wrong plan",
-    "answer": "right steps, wrong answer",
-    "none": "no answer",
-}
-
-
-def kind_of_error(output: str, target: str) -> str:
-    """What is wrong with a solution at the first step where it leaves the true one.
-
-    "slip": the right equation, another result; "operation": the right numbers, another sign; "plan": another
-    equation, or one too few or too many; "answer": all steps right, the final number not theirs; "none":
-    no number at all.
-    """
-    if extract_number(output) is None:
-        return "none"
-
-    def numbers(expression: str) -> list[str]:
-        return sorted(re.findall(r"[\d.]+", expression))
-
-    for (said, result), (meant, value) in zip(equations(output), equations(target), strict=False):
-        signs = [re.sub(r"[\d.]+", "", e) for e in (said, meant)]
-        if numbers(said) != numbers(meant):
-            return "plan"
-        if signs[0] != signs[1] or (said != meant and set(signs[0]) & set("-/")):  # 5-3 is not 3-5
-            return "operation"
-        if extract_number(result) != extract_number(value):
-            return "slip"
-    return "plan" if len(equations(output)) != len(equations(target)) else "answer"
 
 
 # -----------------------------------------------------------------------------

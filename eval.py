@@ -66,7 +66,6 @@ from configs import ConfigError, parse_config
 from data import (
     CORPORA,
     EMBEDDED,
-    KINDS_OF_ERROR,
     TASKS,
     DataError,
     best_of,
@@ -79,7 +78,6 @@ from data import (
     few_shot,
     gate,
     judge,
-    kind_of_error,
     load_conversations,
     load_task,
     majority,
@@ -89,6 +87,7 @@ from data import (
     proportion,
     weighted_vote,
 )
+from errors import KINDS, kinds_of, solution_kind
 from finetune import TextModel, ask, load_model, sampled, show, subsample, task_of
 from model import ModernDecoderLM, write_atomically
 from sft import mixture
@@ -260,6 +259,10 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
                 raise
             return Result(entry, [], str(error))
         records, metrics = judge(name, examples, outputs)
+        for record, sure in zip(records, notes.pop("sure", [None] * len(records)), strict=True):
+            record["kinds"] = kinds_of(name, record)
+            if sure is not None:
+                record["sure"] = round(sure, 4)
         if task.labels:
             entry["calibrated"] = cfg.calibrate
             entry["majority_class"] = max(
@@ -364,7 +367,7 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
             differences[f"{way} - majority"] = paired_bootstrap(h, last["majority"])
     oracle = {k: float(np.mean([pass_at(k, n, int(c)) for c in right.sum(1)])) for k in budgets(n)}
     errors = [
-        kind_of_error(g, e.target.strip())
+        solution_kind(g, e.target, e.text)
         for g, e, ok in zip(greedy, examples, right_alone["greedy"], strict=True)
         if not ok
     ]
@@ -383,7 +386,7 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
         "gating": gates,
         "verifiers": {k: v.name for k, v in verifiers.items()},
     }
-    entry["errors"] = {kind: errors.count(kind) for kind in KINDS_OF_ERROR}
+    entry["errors"] = {kind: errors.count(kind) for kind in KINDS if kind in errors}
     entry |= {"sampling_seconds": round(seconds, 2), "seconds": round(time.perf_counter() - begun, 2)}
     records = []
     for i, example in enumerate(examples):
@@ -394,6 +397,7 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
             "output": greedy[i],
         }
         record |= {"prediction": extract_number(greedy[i]), "correct": bool(right_alone["greedy"][i])}
+        record["kinds"] = kinds_of(name, record)
         record |= {"right_samples": int(right[i].sum()), "majority": majority(numbers[i])}
         for label, score in scores.items():
             record[label] = drawn[i][best_of(score[i])]
@@ -436,7 +440,7 @@ def tell(entry: dict) -> list[str]:
         points = ", ".join(f"{100 * g['right']['value']:.1f} at {g['samples']:.1f}" for g in gates)
         lines.append(f"{label}, sampling until sure: {points} samples")
     wrong = sum(entry["errors"].values())
-    parts = ", ".join(f"{KINDS_OF_ERROR[k]} {v}" for k, v in entry["errors"].items() if v)
+    parts = ", ".join(f"{KINDS[k]} {v}" for k, v in entry["errors"].items() if v)
     lines.append(f"{wrong} greedy answers are wrong: {parts or 'none'}")
     lines.append(
         f"{entry['items']:,} items; {n} samples each took {entry['sampling_seconds']:.1f} s; "

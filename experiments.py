@@ -14,9 +14,9 @@ over the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `streams`, what
 becomes of a text longer than the context, with and without attention sinks; `scaling`, five sizes at three
-budgets of FLOPs, and what they predict for larger ones; `shapes`, what larger models and batches cost;
-`transfer`, a task learnt from nothing, by a pretrained model, or told in a prompt. Everything goes to
-out/experiments/CORPUS/experiments.json, and a table to the terminal.
+budgets of FLOPs, what they predict for larger ones, and one more run to see whether it comes; `shapes`, what
+larger models and batches cost; `transfer`, a task learnt from nothing, by a pretrained model, or told in a
+prompt. Everything goes to out/experiments/CORPUS/experiments.json, and a table to the terminal.
 """
 
 import json
@@ -78,6 +78,8 @@ FAMILIES = {
 }
 SIZES = ((2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
 BUDGETS = (0.25e12, 0.5e12, 1e12)  # FLOPs of a training run
+CHECK = 4e12  # of one more, at the size that the fit calls best: is its word good?
+LARGER = (*SIZES, (7, 208), (8, 256))  # among which the best is looked for
 SHAPES = {f"shape-{n}x{d}": (n, d, 4) for n, d in ((4, 256), (8, 512), (12, 768))}  # layers, width, rows
 SHAPES |= {f"rows-{rows}": (4, 128, rows) for rows in (1, 4, 16, 64, 256)}
 SETTINGS = {"train.py": TrainConfig, "finetune.py": FinetuneConfig}
@@ -147,12 +149,12 @@ def transfer_runs(cfg: ExperimentConfig) -> list[Run]:
     """
     home, found = home_of(cfg), []
     seeds, short = range(1, (1 if cfg.quick else cfg.seeds) + 1), 40 if cfg.quick else 1
-    bases = {"pretrained": [f"--max_steps={400 // short}", f"--warmup_steps={40 // short}"]}
+    bases = {"pretrained": [f"--max_steps={240 // short}", f"--warmup_steps={24 // short}"]}
     bases["scratch"] = ["--max_steps=1", "--warmup_steps=0", "--learning_rate=0", "--min_lr=0"]
     for seed in seeds:
         for base, flags in bases.items():
             flags = [f"--corpus={cfg.corpus}:0.5,numbers:0.5", *flags, "--eval_every=0", "--save_every=0"]
-            flags += ["--eval_tokens=20000", "--sample_tokens=0", f"--device={cfg.device}"]
+            flags += ["--final_eval_tokens=20000", "--sample_tokens=0", f"--device={cfg.device}"]
             found.append(run_of(home, f"transfer-{base}", "../cpu.py", flags, seed, cfg))
     for run in found.copy():
         for task in cfg.tasks.split(","):
@@ -619,6 +621,27 @@ def scaling(runs: list[Run]) -> dict:
     return found
 
 
+def scaling_check(cfg: ExperimentConfig, laws: dict) -> dict:
+    """What the laws say of CHECK FLOPs, said before it is tried; then the run, and what came."""
+    said = predict(laws, CHECK)
+    inner = {}
+    for shape in LARGER:
+        c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
+        inner[shape] = count_parameters(model_config(c))["total"] - c.vocab_size * c.d_model
+    shape = min(inner, key=lambda s: abs(math.log(inner[s] / said["parameters"])))
+    print(
+        f"{CHECK:.0e} FLOPs: the fit says a loss of {said['loss']:.4f}; now {shape[0]} layers of {shape[1]}"
+    )
+    flags = [f"--corpus={cfg.corpus}", f"--device={cfg.device}", *size_flags(*shape, CHECK)]
+    run = run_of(home_of(cfg), "scaling-check", "baseline.py", flags, 1, cfg)
+    failed = train_all([run], 1)
+    if failed:
+        return {"flops": CHECK, "said": said, "failed": failed[str(run.folder)]}
+    figures = read_run(run.folder)
+    came = {"parameters": inner[shape], "tokens": figures["tokens"], "loss": figures["val_loss"]}
+    return {"flops": CHECK, "layers": shape[0], "width": shape[1], "said": said, "came": came}
+
+
 # -----------------------------------------------------------------------------
 # Shapes and batches: what they cost
 
@@ -740,6 +763,8 @@ def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
             print(f"measured {family}: {name}", flush=True)
     if "scaling" in families:
         found["scaling"] = scaling(runs)
+        if found["scaling"]["laws"] and not cfg.quick:
+            found["scaling"]["check"] = scaling_check(cfg, found["scaling"]["laws"])
     if "shapes" in families:
         found["shapes"] = costs(device)
     if "transfer" in families:

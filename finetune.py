@@ -633,9 +633,10 @@ def ask(
 ) -> tuple[list, dict]:  # fmt: skip
     """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
 
-    Classes are compared by the log-likelihood of their names. `calibrate` subtracts what the model says of an
-    empty text, N/A, which takes away its liking for one of the names (Zhao et al., 2021). Answers are
-    generated greedily, the sums in them by a `calculator` if wanted.
+    Classes are compared by the log-likelihood of their names; "sure" has the probability of each winner.
+    `calibrate` subtracts what the model says of an empty text, N/A, which takes away its liking for one of
+    the names (Zhao et al., 2021). Answers are generated greedily, the sums in them by a `calculator` if
+    wanted.
     """
     task = find_task(name)
     if model.kind == "head" and (tuned := task_of(model.name)) and TASKS[tuned].labels != task.labels:
@@ -655,6 +656,8 @@ def ask(
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
+    odds = np.exp(scores - scores.max(-1, keepdims=True))
+    about["sure"] = (odds.max(-1) / odds.sum(-1)).tolist()
     return scores.argmax(-1).tolist(), about
 
 
@@ -1011,6 +1014,7 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
     validation = subsample(validation, cfg.max_eval_examples, cfg.seed)
     outputs, about = ask(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
+    about.pop("sure", None)  # of every item; eval.py keeps it
     records, metrics = judge(cfg.task, validation, outputs)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))

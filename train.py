@@ -101,7 +101,8 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
     order: Literal["shuffled", "random"] = "shuffled"  # windows once an epoch, or at random offsets
     stride: int = 0  # tokens from one window to the next; 0: context_length, every token once an epoch
-    eval_tokens: int = 0  # validation tokens read while training; 0: all, as at the end
+    eval_tokens: int = 0  # validation tokens read while training; 0: all
+    final_eval_tokens: int = 0  # the same, at the end
     sample_prompt: str = ""  # what samples continue; nothing: the start of a document
     sample_tokens: int = 200  # length of a sample; 0: none
     plan: bool = False  # print memory, FLOPs and time, and stop
@@ -114,8 +115,8 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 # What may differ when a run is resumed, because it does not change the numbers that training produces.
 FREE_TO_CHANGE = """
     out tokens device compile gradient_checkpointing batch_size grad_accum_steps log_every eval_every
-    eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis baseline overwrite plan vram
-    card list bench
+    eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis baseline
+    overwrite plan vram card list bench
 """.split()  # (batch_size times grad_accum_steps is checked apart)
 
 
@@ -480,7 +481,7 @@ class Trainer:
 
     def forward(self, *tensors):
         """The stage's loss; falls back from the compiled to the eager model if compiling fails."""
-        if not self.compiled:
+        if self.compiled is None:
             return self.loss(self.net, *tensors)
         try:
             result = self.loss(self.compiled, *tensors)
@@ -584,8 +585,9 @@ class Trainer:
         self.run = {
             "status": "running",
             "stage": Path(sys.argv[0]).stem,
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": settings,
+            "changed": [f.name for f in fields(cfg) if f.name in settings and settings[f.name] != f.default],
             "results": self.run.get("results") if self.step else None,
             **self.about,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -1029,7 +1031,8 @@ def pretrain(cfg: TrainConfig) -> dict:
     windows = Windows(train, T, batch, cfg.seed, cfg.order, cfg.stride)
 
     def evaluate(model, final):
-        n = len(val) if final or not cfg.eval_tokens else min(len(val), cfg.eval_tokens + 1)
+        wanted = cfg.final_eval_tokens if final else cfg.eval_tokens
+        n = min(len(val), wanted + 1) if wanted else len(val)
         return evaluate_lm(model, val[:n], T, cfg.batch_size, val_about["bytes"] * n / len(val))
 
     def sample(model):

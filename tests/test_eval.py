@@ -336,26 +336,6 @@ def test_votes_and_choices_on_samples_made_by_hand():
     assert gate([0.9], 0.5) == (0, 1)
 
 
-@pytest.mark.parametrize("output, kind", [
-    ("3*4=<<3*4=13>>13\n13+2=<<13+2=15>>15\n#### 15", "slip"),
-    ("4*3=<<4*3=12>>12\n12+2=<<12+2=14>>14\n#### 15", "answer"),
-    ("3+4=<<3+4=7>>7\n7+2=<<7+2=9>>9\n#### 9", "operation"),
-    ("3*5=<<3*5=15>>15\n15+2=<<15+2=17>>17\n#### 17", "plan"),
-    ("3*4=<<3*4=12>>12\n#### 12", "plan"),
-    ("I do not know.", "none"),
-])  # fmt: skip
-def test_what_is_wrong_with_a_wrong_solution(output, kind):
-    from data import kind_of_error
-
-    assert kind_of_error(output, "3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n#### 14") == kind
-
-
-def test_a_difference_the_other_way_round_is_another_operation():
-    from data import kind_of_error
-
-    assert kind_of_error("3-5=<<3-5=-2>>-2\n#### -2", "5-3=<<5-3=2>>2\n#### 2") == "operation"
-
-
 @pytest.mark.parametrize("text, fine", [
     ("3*4=<<3*4=12>>12\n#### 12", True), ("<<3*4=13>>13\n#### 13", False), ("<<3*4=12>>12\n#### 13", False),
     ("#### 12", False), ("<<3*(=12>>\n#### 12", False), ("<<5/2=2.5>>2.5\n#### 2.5", True),

@@ -423,6 +423,16 @@ def test_the_loss_falls_in_either_precision(settings, tmp_path, dtype):
     assert all(w.dtype == torch.float32 for w in weights.values())  # full precision whatever it computed in
 
 
+def test_a_compiled_model_learns_the_same(settings, monkeypatch):
+    """With the compiler's own front end; "eager" leaves out only the generated code, which takes a minute."""
+    compiler, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda net: calls.append(net) or compiler(net, backend="eager"))
+    runs = [train.pretrain(settings(name=f"c{c}", compile=c, max_steps=4)) for c in (False, True)]
+    assert len(calls) == 1
+    losses = [run["results"]["last"]["val_loss"] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_compiler_that_fails_is_done_without_and_says_why(settings, tmp_path, monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError("no C++ compiler found\nand many more lines")
@@ -606,6 +616,9 @@ def test_eval_tokens_limits_all_evaluations_but_the_last(settings, tmp_path, tok
     read = [line["val_tokens"] for line in metrics(tmp_path / "run") if "val_tokens" in line]
     whole = json.loads((tokens / "validation.json").read_text())["tokens"] - 1
     assert read == [100, 100, whole]
+    train.pretrain(settings(name="short", final_eval_tokens=200))
+    read = [line["val_tokens"] for line in metrics(tmp_path / "short") if "val_tokens" in line]
+    assert read == [whole, whole, 200]
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""What kind of mistake an answer is: rules that read it, so that a score comes with its reasons.
+
+A solution is followed step by step beside the true one until they part. Reviews are sorted by what makes
+them hard, right and wrong ones alike, since a kind matters by how often it goes wrong. Summaries are checked
+for three flaws that ROUGE does not see. No model is asked; "other" is an answer, and a text can be of several
+kinds. `eval.py` writes "kinds" into every line of a run's answers/, and `report.py` counts them:
+
+    from errors import kinds_of
+    kinds_of("sst2", {"text": "not bad at all", ...})    # ["negation", "short"]
+"""
+
+import re
+
+from data import BAD, GOOD, TASKS, equations, extract_number, plain_number
+
+KINDS = {
+    # of a wrong solution, at the first step that is not the true one; one kind each
+    "slip": "right equation, wrong result",
+    "operation": "right numbers, wrong operation",
+    "made up": "a number that nobody told: copied wrong or invented",
+    "missed": "a step left out",
+    "distractor": "a number that plays no part",
+    "plan": "another wrong step, or one too many",
+    "answer": "right steps, another final number",
+    "unfinished": "steps, but no final answer",
+    "none": "no number at all",
+    # of a review
+    "negation": "a negation",
+    "contrast": "two halves: but, although, despite",
+    "mixed": "words of praise and of blame",
+    "short": "five words or fewer",
+    # of a summary
+    "copied": "eight words in a row from the conversation",
+    "speaker": "a speaker of the true summary is missing",
+    "too short": "less than half as long as the true one",
+    "too long": "more than twice as long as the true one",
+    "other": "none of these",
+}
+
+
+def kinds_of(name: str, record: dict) -> list[str]:
+    """The kinds of one record of `data.judge` on the task `name`; [] for a solution that is right."""
+    if TASKS[name].labels:
+        return review_kinds(record["text"])
+    if TASKS[name].metric == "exact_match":
+        wrong = not record["correct"]
+        return [solution_kind(record["output"], record["target"], record["text"])] if wrong else []
+    return summary_kinds(record["text"], record["output"], record["target"])
+
+
+# -----------------------------------------------------------------------------
+# Solutions with annotated steps: 3*4=<<3*4=12>>12
+
+
+def operands(expression: str) -> list[str]:
+    return sorted(plain_number(x) for x in re.findall(r"\d[\d.]*|\.\d+", expression))
+
+
+def operators(expression: str) -> str:
+    return re.sub(r"[\d.]+", "", expression)
+
+
+def solution_kind(output: str, target: str, question: str = "") -> str:
+    """What is wrong with a wrong solution, at the first step where it leaves the true one.
+
+    The order decides where several would fit: a number from nowhere, then a step left out (its own next step
+    is what the true solution does later), then a number of the question that the true solution never uses.
+    """
+    if extract_number(output) is None:
+        return "none"
+    said, meant = equations(output), equations(target)
+    told = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
+    needed = {x for expression, _ in meant for x in operands(expression)}
+    own = {extract_number(value) for _, value in meant}  # results of the true solution
+    results = set()  # so far, the same for both
+    for i, ((expression, result), (true, value)) in enumerate(zip(said, meant, strict=False)):
+        used = operands(expression)
+        if used != operands(true):
+            new = set(used) - results
+            if question and not set(used) <= told | needed | results:
+                return "made up"
+            later = [(set(operands(e)) - own, operators(e)) for e, _ in meant[i + 1 :]]
+            if new and (new, operators(expression)) in later:
+                return "missed"
+            return "distractor" if new & told - needed else "plan"
+        order_matters = set(operators(true)) & set("-/")  # 5-3 is not 3-5
+        if operators(expression) != operators(true) or (expression != true and order_matters):
+            return "operation"
+        if extract_number(result) != extract_number(value):
+            return "slip"
+        results.add(extract_number(result))
+    if "####" in target and "####" not in output:
+        return "unfinished"
+    return "missed" if len(said) < len(meant) else "plan" if len(said) > len(meant) else "answer"
+
+
+# -----------------------------------------------------------------------------
+# Reviews: SST-2 and our own
+
+NEGATION = (
+    r"\b(?:not?|never|nothing|nobody|none|neither|nor|without|hardly|barely|cannot)\b|n't\b|anything but"
+)
+CONTRAST = r"\b(?:but|yet|though|although|however|despite|nevertheless|in spite of)\b"
+PRAISE = {*GOOD, *(
+    "good great best better well fine fun enjoyable entertaining beautiful beautifully brilliant excellent "
+    "wonderful delightful engaging intelligent smart witty powerful compelling fascinating fresh original "
+    "hilarious perfect pleasant rewarding rich satisfying sweet tender terrific thoughtful triumph love "
+    "impressive solid strong masterpiece memorable imaginative"
+).split()}  # fmt: skip
+BLAME = {*BAD, *(
+    "bad worst worse poor poorly awful terrible horrible boring bland stupid silly ugly mediocre tedious "
+    "predictable disappointing disappointment unfunny weak waste wasted mess failure fails lame lazy hollow "
+    "empty contrived annoying depressing dreary pretentious ridiculous lacks lacking problem problems tired "
+    "unfortunately sadly trite forgettable"
+).split()}  # fmt: skip
+
+
+def review_kinds(text: str) -> list[str]:
+    """What makes a review hard; ["other"] if nothing does."""
+    text = text.lower()
+    words = set(re.findall(r"[a-z']+", text))
+    found = {
+        "negation": re.search(NEGATION, text),
+        "contrast": re.search(CONTRAST, text),
+        "mixed": words & PRAISE and words & BLAME,
+        "short": len(re.findall(r"[a-z][\w'-]*", text)) <= 5,
+    }
+    return [kind for kind, is_so in found.items() if is_so] or ["other"]
+
+
+# -----------------------------------------------------------------------------
+# Summaries: SAMSum and our own
+
+
+def summary_kinds(dialogue: str, summary: str, reference: str) -> list[str]:
+    """The flaws of a summary; ["other"] if it has none of these."""
+
+    def words(text: str) -> list[str]:
+        return re.findall(r"[\w'-]+", text.lower())
+
+    said, heard, meant = words(summary), f" {' '.join(words(dialogue))} ", words(reference)
+    runs = (" ".join(said[i : i + 8]) for i in range(len(said) - 7))
+    speakers = set(words(" ".join(re.findall(r"^([^:\n]{1,30}):", dialogue, flags=re.M))))
+    found = {
+        "copied": any(f" {run} " in heard for run in runs),
+        "speaker": (speakers & set(meant)) - set(said),
+        "too short": 2 * len(said) < len(meant),
+        "too long": len(said) > 2 * len(meant),
+    }
+    return [kind for kind, is_so in found.items() if is_so] or ["other"]

@@ -1,0 +1,97 @@
+"""The rules that sort mistakes, on cases made by hand."""
+
+import pytest
+
+from data import TASKS, load_task
+from errors import KINDS, kinds_of, review_kinds, solution_kind, summary_kinds
+
+QUESTION = (
+    "Mia has 3 boxes of 4 pens. Tom is 9 years old. Mia buys 2 pens and gives 5 away. How many are left?"
+)
+TRUTH = "3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n14-5=<<14-5=9>>9\n#### 9"
+
+
+@pytest.mark.parametrize("output, kind", [
+    ("3*4=<<3*4=13>>13\n13+2=<<13+2=15>>15\n15-5=<<15-5=10>>10\n#### 10", "slip"),
+    ("4*3=<<4*3=12>>12\n12+2=<<12+2=14>>14\n14-5=<<14-5=9>>9\n#### 8", "answer"),
+    ("3+4=<<3+4=7>>7\n7+2=<<7+2=9>>9\n#### 9", "operation"),
+    ("3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n5-14=<<5-14=-9>>-9\n#### -9", "operation"),  # the other way round
+    ("3*6=<<3*6=18>>18\n18+2=<<18+2=20>>20\n#### 20", "made up"),  # 6 is nowhere
+    ("3*4=<<3*4=12>>12\n12-5=<<12-5=7>>7\n#### 7", "missed"),  # the true third step, too soon
+    ("3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n#### 14", "missed"),  # stops too soon
+    ("3*9=<<3*9=27>>27\n27+2=<<27+2=29>>29\n#### 29", "distractor"),  # Tom's age
+    ("3*4=<<3*4=12>>12\n12+4=<<12+4=16>>16\n16-5=<<16-5=11>>11\n#### 11", "plan"),
+    ("3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n14-5=<<14-5=9>>9\n9-5=<<9-5=4>>4\n#### 4", "plan"),
+    ("3*4=<<3*4=12>>12\n12+2=<<12+2=14", "unfinished"),
+    ("I do not know.", "none"),
+    ("", "none"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_wrong_solution(output, kind):
+    assert solution_kind(output, TRUTH, QUESTION) == kind
+    record = {"text": QUESTION, "target": TRUTH, "output": output, "correct": False}
+    assert kinds_of("gsm8k", record) == [kind] and kind in KINDS
+    assert kinds_of("gsm8k", record | {"correct": True}) == []
+
+
+def test_numbers_that_the_true_solution_uses_are_not_made_up():
+    """ "A week" is 7 in nobody's question."""
+    question, truth = "Ann runs 3 miles a day. How many a week?", "3*7=<<3*7=21>>21\n#### 21"
+    assert solution_kind("3+7=<<3+7=10>>10\n#### 10", truth, question) == "operation"
+    assert solution_kind("7+7=<<7+7=14>>14\n#### 14", truth, question) == "plan"
+    output = "1,000*3=<<1000*3=3000>>3,000\n#### 3,000"
+    assert solution_kind(output, truth, "1,000 and 3 and 7?") == "distractor"
+
+
+@pytest.mark.parametrize("text, kinds", [
+    ("it does n't work", ["negation", "short"]),
+    ("not for a minute is this film anything less than a joy to watch", ["negation"]),
+    ("Although the music is dull , I found the film charming .", ["contrast", "mixed"]),
+    ("the butter scene goes on and on in this nothingness of a film", ["other"]),  # no "but", no "nothing"
+    ("a gripping and clever film from its first minute to its last", ["other"]),
+    ("a dull , clumsy bore", ["short"]),
+])  # fmt: skip
+def test_what_makes_a_review_hard(text, kinds):
+    assert review_kinds(text) == kinds
+    assert kinds_of("sst2", {"text": text, "correct": True}) == kinds
+
+
+CHAT = """Anna: Are you coming to the lake on Monday with the other children?
+Ben: Yes! How about noon?
+Anna: Ok."""
+SUMMARY = "Anna and Ben are going to the lake on Monday at noon."
+
+
+@pytest.mark.parametrize("said, kinds", [
+    ("Ben and Anna meet at the lake on Monday at noon.", ["other"]),
+    ("Anna asks: are you coming to the lake on Monday, Ben?", ["copied"]),
+    ("Anna is going to the lake on Monday at noon.", ["speaker"]),
+    ("Anna and Ben meet.", ["too short"]),
+    ("", ["speaker", "too short"]),
+    ("Anna and Ben " + "go there " * 20, ["too long"]),
+])  # fmt: skip
+def test_flaws_of_a_summary(said, kinds):
+    assert summary_kinds(CHAT, said, SUMMARY) == kinds
+    assert kinds_of("samsum", {"text": CHAT, "target": SUMMARY, "output": said}) == kinds
+
+
+def test_true_answers_have_no_flaws():
+    for example in load_task("arithmetic", "validation")[0][:200]:
+        truth = example.target.strip()
+        assert solution_kind(truth, truth, example.text) == "answer"  # nothing but the final number is left
+    for example in load_task("dialogue", "validation")[0][:200]:
+        flaws = summary_kinds(example.text, example.target, example.target)
+        assert set(flaws) <= {"other", "copied"}
+
+
+def test_half_of_our_reviews_need_more_than_their_words():
+    """That is what `data.sentiment` promises, and the rules find them."""
+    texts = [e.text for e in load_task("sentiment", "test")[0]]
+    hard = sum(bool({"negation", "contrast", "mixed"} & set(review_kinds(t))) for t in texts)
+    assert 0.4 < hard / len(texts) < 0.75
+
+
+def test_every_kind_of_task_has_rules():
+    for name, task in TASKS.items():
+        text = "Ann: 1 pen" if task.metric == "rouge" else "one pen"
+        record = {"text": text, "target": "#### 1", "output": "#### 2", "correct": False}
+        assert set(kinds_of(name, record)) <= set(KINDS) and kinds_of(name, record)
