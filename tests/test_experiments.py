@@ -249,7 +249,7 @@ def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
     gap = entry["seeds"][1]["bits_per_byte"] - base["seeds"][1]["bits_per_byte"]
     assert entry["difference"]["mean"] == pytest.approx(gap) and entry["verdict"] == "one seed: no finding"
     assert entry["command"].startswith("python train.py configs/experiments/kv_heads_1.py ")
-    assert entry["seeds"][1]["steps"] == 25 and entry["seeds"][1]["tokens"] == 25 * 4 * 128
+    assert entry["seeds"][1]["steps"] == 40 and entry["seeds"][1]["tokens"] == 40 * 4 * 128
     cache = {k: v["cache_bytes_per_token"] for k, v in found["measured"]["gqa"].items()}
     assert cache["kv_heads_1"] * 4 == cache["baseline"] == 2 * 4 * 128 * 4  # k and v, layers, width, bytes
     routed = found["measured"]["moe"]["moe_4_top1"]

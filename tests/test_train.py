@@ -493,6 +493,50 @@ def test_every_parameter_is_optimised_once_and_only_matrices_decay(settings, opt
         assert id(model.model["layers"][0].self_attn.q_proj.weight) in hidden
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_our_muon_equals_torchs(monkeypatch):
+    """On the same matrices, tall, wide and square, when torch's is made to work in float32 as ours does."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(1)
+    ours = [torch.randn(shape) for shape in ((8, 8), (8, 20), (20, 8), (8, 8))]
+    theirs, kwargs = [p.clone() for p in ours], dict(lr=1e-2, weight_decay=0.1)
+    pairs = (
+        (ours, train.Muon(ours, **kwargs)),
+        (theirs, torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **kwargs)),
+    )
+    for step in range(5):
+        for parameters, optimizer in pairs:
+            torch.manual_seed(step)
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    assert close(dict(enumerate(ours)), dict(enumerate(theirs)), 1e-5)
+
+
+def test_a_stack_of_experts_moves_as_its_experts_would():
+    torch.manual_seed(1)
+    stack = torch.randn(3, 6, 10)
+    alone = list(stack.clone().unbind())
+    stack.grad = torch.randn_like(stack)
+    for p, grad in zip(alone, stack.grad.clone(), strict=True):
+        p.grad = grad
+    train.Muon([stack]).step()
+    train.Muon(alone).step()
+    assert torch.allclose(stack, torch.stack(alone), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (2, 40, 16)])
+def test_orthogonal_makes_singular_values_about_equal_and_keeps_directions(shape):
+    torch.manual_seed(1)
+    G = torch.randn(shape)
+    U, S, V = torch.linalg.svd(G, full_matrices=False)
+    moved = train.orthogonal(G)
+    values = (U.mT @ moved @ V.mT).diagonal(dim1=-2, dim2=-1)
+    assert S.max() / S.min() > 2 and values.min() > 0.5 and values.max() < 1.3
+    assert torch.allclose(U * values.unsqueeze(-2) @ V, moved, atol=1e-4), "nothing but the values changed"
+    assert torch.equal(train.orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
 def test_muon_trains_and_resumes_with_the_same_bits(settings, tmp_path, monkeypatch):
     train.pretrain(settings(name="whole", optimizer="muon"))
     interrupt_after(5, monkeypatch, settings(optimizer="muon"))
