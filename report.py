@@ -34,7 +34,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from configs import ConfigError, parse_config
-from data import KINDS_OF_ERROR, proportion
+from data import TASKS, proportion
+from errors import KINDS
 
 
 @dataclass
@@ -120,7 +121,7 @@ def read_lines(file: Path) -> list[dict]:
 def run_folders(home: Path) -> list[Path]:
     """Folders that hold a run, in the order in which they were started; the lab's lie deeper."""
     found = [file.parent for file in home.glob("*/run.json")]
-    return sorted(found, key=lambda folder: str(read_json(folder / "run.json").get("started", "")))
+    return sorted(found, key=lambda folder: (str(read_json(folder / "run.json").get("started")), folder.name))
 
 
 # -----------------------------------------------------------------------------
@@ -190,7 +191,7 @@ CURVES = 16  # runs whose curves a page has room for
 
 def training(home: Path) -> list[Block]:
     """What was trained, how fast, and how the loss fell."""
-    rows, drawn = [], deque(maxlen=CURVES)  # long runs are not kept in memory
+    rows, drawn, alike = [], deque(maxlen=CURVES), {}  # long runs are not kept in memory
     for folder in run_folders(home):
         run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
         steps = [x for x in lines if "tokens_per_second" in x]
@@ -205,6 +206,9 @@ def training(home: Path) -> list[Block]:
                      minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", f"{memory:.2f}"])  # fmt: skip
         if steps:
             drawn.append((folder.name, lines))
+            held_out = run.get("data", {}).get("validation", {}).get("fingerprint")
+            some = alike.setdefault((run.get("stage"), run.get("tokenizer"), held_out), deque(maxlen=CURVES))
+            some.append((folder.name, [x for x in lines if "val_loss" in x], thinned(steps, 200)))
     if not rows:
         return [Text("No run folders here: `bash run_all.sh cpu` makes them.")]
     columns = [
@@ -218,7 +222,7 @@ def training(home: Path) -> list[Block]:
         "tokens/s",
         "GiB",
     ]
-    blocks = [curves(name, lines) for name, lines in drawn]
+    blocks = [*beside(alike), *(curves(name, lines) for name, lines in drawn)]
     if len(rows) > CURVES:
         words = (
             f"Curves of the {CURVES} newest of {len(rows)} runs; `python report.py --compare=A,B` draws any."
@@ -227,17 +231,49 @@ def training(home: Path) -> list[Block]:
     return [Table("runs", columns, rows), *blocks]
 
 
-def curves(name: str, lines: list[dict]) -> Figure:
-    """Loss against steps, tokens and minutes; learning rate and size of the gradient below. A picture has
-    room for a thousand points, so a long run's are thinned.
+def thinned(lines: list, most: int = 1000) -> list:
+    """A picture has room for a thousand points."""
+    return lines[:: max(1, len(lines) // most)]
+
+
+def beside(alike: dict) -> list[Block]:
+    """Runs of one stage with the same tokenizer and validation text, overlaid: these losses compare."""
+    return [overlaid(f"curves-together-{stage}", some) for (stage, _, held_out), some in alike.items()
+            if len(some) > 1 and held_out]  # fmt: skip
+
+
+def overlaid(name: str, runs) -> Figure:
+    """Losses of several runs [(name, checks, steps)] against steps, tokens and minutes: validation as lines
+    with points, training thin behind them.
     """
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    for i, (run, checks, steps) in enumerate(runs):
+        at = {x["step"]: x for x in steps}
+        for panel, (key, label, scale) in zip(axes, CLOCKS, strict=True):
+            panel.plot([x.get(key, 0) / scale for x in steps], [x["loss"] for x in steps], color=f"C{i}",
+                       lw=0.8, alpha=0.4)  # fmt: skip
+            nearest = [at[min(at, key=lambda step: abs(step - c["step"]))] for c in checks] if at else []
+            x = [step.get(key, 0) / scale for step in nearest]
+            panel.plot(x, [c["val_loss"] for c in checks], "o-", color=f"C{i}", ms=4, label=run)
+            panel.set_xlabel(label)
+    axes[0].set_ylabel("loss")
+    axes[-1].legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return figure(
+        name, "Validation losses, with points, and training losses, thin, of runs on one text.", fig
+    )
+
+
+CLOCKS = (("step", "step", 1), ("tokens", "tokens read", 1), ("seconds", "minutes", 60))
+
+
+def curves(name: str, lines: list[dict]) -> Figure:
+    """Loss against steps, tokens (and epochs) and minutes; learning rate, gradient and speed below."""
     steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
     at = {x["step"]: x for x in steps}
-    steps = steps[:: max(1, len(steps) // 1000)]
+    steps = thinned(steps)
     fig, axes = plt.subplots(2, 3, figsize=(11, 5.2), height_ratios=[2, 1])
-    for column, (key, label, scale) in enumerate(
-        (("step", "step", 1), ("tokens", "tokens read", 1), ("seconds", "minutes", 60))
-    ):
+    for column, (key, label, scale) in enumerate(CLOCKS):
         x = [line.get(key, 0) / scale for line in steps]
         axes[0, column].plot(x, [line["loss"] for line in steps], color="#4477aa", label="training", lw=1)
         held = [(at[c["step"]].get(key, 0) / scale, c["val_loss"]) for c in checks if c["step"] in at]
@@ -256,6 +292,8 @@ def curves(name: str, lines: list[dict]) -> Figure:
     axes[1, 2].plot(*zip(*speeds, strict=True), color="#888888", lw=1)
     axes[1, 2].set(ylabel="tokens/s", ylim=(0, None))
     axes[0, 0].legend(frameon=False)
+    if epochs := steps[-1].get("epoch"):
+        axes[1, 1].set_xlabel(f"tokens read ({epochs:.2g} epochs)")
     fig.suptitle(name)
     fig.tight_layout()
     return figure(
@@ -371,33 +409,93 @@ def verifiers(home: Path) -> list[Block]:
 
 
 def failures(home: Path) -> list[Block]:
-    """Where greedy answers go wrong, what a verifier mends and breaks, and what a stage did to its parent."""
-    blocks, before = [], {}
+    """What kinds of mistakes a model makes, what a verifier mends and breaks, what a stage did to its parent,
+    and which labels are doubtful.
+    """
+    blocks, before, verdicts = [], {}, {}
     for folder in run_folders(home):
-        for entry in read_json(folder / "results.json").get("results", {}).values():
-            if not isinstance(entry, dict) or not entry.get("errors"):
+        found = read_json(folder / "results.json").get("results", {})
+        # Of a task's evaluations the last: with more examples in the prompt, or with many answers.
+        last = {(e["task"], e["split"]): (key, e) for key, e in found.items()
+                if isinstance(e, dict) and e.get("task") in TASKS}  # fmt: skip
+        for (task, split), (key, entry) in last.items():
+            records = read_lines(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
+            records = [r for r in records if "kinds" in r]
+            if not records:
                 continue
-            task, wrong = f"{entry['task']}-{entry['split']}", sum(entry["errors"].values())
-            rows = [[KINDS_OF_ERROR.get(kind, kind), n, percent(proportion(n, wrong))]
-                    for kind, n in entry["errors"].items() if n]  # fmt: skip
-            blocks.append(
-                Text(f"**{folder.name}**, {task}: {wrong} of {entry['items']:,} greedy answers are wrong.")
-            )
-            blocks.append(
-                Table(f"errors-{folder.name}-{task}", ["kind", "answers", "% of the wrong ones"], rows)
-            )
-            records = read_lines(folder / "answers" / f"{task}-{entry['samples']}-samples.jsonl")
+            name = f"{folder.name}-{task}-{split}"
+            blocks += sorted_mistakes(folder.name, name, task, records, entry)
             for label in entry.get("verifiers", {}):
                 pairs = [(r["text"], r["output"], r["correct"], r[label], r[f"{label} correct"])
                          for r in records if label in r]  # fmt: skip
-                blocks += changed(f"{folder.name}-{task}-{label}", "greedy", label, pairs)
-            before[folder.name, task] = {r["text"]: r for r in records}
+                blocks += changed(f"{name}-{label}", "greedy", label, pairs)
+            before[folder.name, task, split] = {r["text"]: r for r in records if "output" in r}
             parent = Path(str(read_json(folder / "run.json").get("parent"))).name
-            if old := before.get((parent, task)):
+            if (old := before.get((parent, task, split))) and TASKS[task].metric == "exact_match":
                 both = [(old[r["text"]], r) for r in records if r["text"] in old]
                 pairs = [(r["text"], o["output"], o["correct"], r["output"], r["correct"]) for o, r in both]
-                blocks += changed(f"{folder.name}-{task}-{parent}", parent, folder.name, pairs)
-    return blocks or [Text("No errors to sort: `python eval.py ... --samples=16` records them.")]
+                blocks += changed(f"{name}-{parent}", parent, folder.name, pairs)
+            for r in records:
+                if "sure" in r:
+                    verdicts.setdefault((task, split), {}).setdefault(r["text"], []).append((folder.name, r))
+    for (task, split), by_text in verdicts.items():
+        blocks += doubtful(f"{task}-{split}", by_text)
+    return blocks or [Text("No mistakes to sort: `python eval.py RUN --tasks=...` records them.")]
+
+
+def sorted_mistakes(model: str, name: str, task: str, records: list[dict], entry: dict) -> list[Block]:
+    """How many answers are of which kind, with an example of each; what a kind is, errors.py says."""
+    kinds = {k: [r for r in records if k in r["kinds"]] for k in KINDS}
+    kinds = {k: some for k, some in kinds.items() if some}
+    if TASKS[task].metric == "rouge":
+        flawed = sum(r["kinds"] != ["other"] for r in records)
+        words = f"has a flaw that can be counted in {flawed:,} of {len(records):,} summaries."
+        columns = ["flaw", "summaries", "% of all", "ROUGE-L of these"]
+        rouge = {k: 100 * statistics.fmean(r["rougeL"] for r in some) for k, some in kinds.items()}
+        rows = [[KINDS[k], len(some), percent(proportion(len(some), len(records))), f"{rouge[k]:.1f}"]
+                for k, some in kinds.items()]  # fmt: skip
+        shown = {k: some for k, some in kinds.items() if k != "other"}
+    else:
+        wrong = [r for r in records if not r["correct"]]
+        words = f"is wrong on {len(wrong):,} of {len(records):,}."
+        shown = {k: [r for r in some if not r["correct"]] for k, some in kinds.items()}
+        if TASKS[task].labels:
+            columns = ["the review has", "reviews", "wrong", "% wrong"]
+            rows = [[KINDS[k], len(some), len(shown[k]), percent(proportion(len(shown[k]), len(some)))]
+                    for k, some in kinds.items()]  # fmt: skip
+        else:
+            columns = ["first mistake", "answers", "% of the wrong ones"]
+            rows = [[KINDS[k], len(some), percent(proportion(len(some), len(wrong)))]
+                    for k, some in kinds.items()]  # fmt: skip
+    shots = f", {entry['shots']} examples in the prompt" if entry.get("shots") else ""
+    blocks: list[Block] = [Text(f"**{model}**, {task}, {entry['split']}{shots}: {words}")]
+    if rows:
+        blocks.append(Table(f"errors-{name}", columns, rows))
+    examples = []
+    for kind, first in ((k, some[0]) for k, some in shown.items() if some):
+        said = first.get("output", first.get("prediction"))  # a class, where nothing is written
+        examples.append([KINDS[kind], *(shorten(x) for x in (first["text"], said, first["target"]))])
+    if examples:
+        blocks.append(Table(f"examples-{name}", ["kind", "asked", "said", "should be"], examples))
+    return blocks
+
+
+def doubtful(name: str, by_text: dict[str, list[tuple]]) -> list[Block]:
+    """Labels that several models contradict with one voice and a probability above 0.9: look at them."""
+    found = []
+    for text, said in by_text.items():
+        answers = {r["prediction"] for _, r in said}
+        sure = statistics.fmean(r["sure"] for _, r in said)
+        if len(said) > 1 and len(answers) == 1 and not said[0][1]["correct"] and sure > 0.9:
+            models = ", ".join(model for model, _ in said)
+            found.append([shorten(text), said[0][1]["target"], answers.pop(), f"{sure:.2f}", models])
+    found.sort(key=lambda row: row[3], reverse=True)
+    several = max((len(said) for said in by_text.values()), default=0) > 1
+    if not several:
+        return []
+    words = f"**{name}**: {len(found)} labels that all models contradict, surely; some of these are wrong."
+    columns = ["text", "label", "all models say", "mean probability", "models"]
+    return [Text(words), *([Table(f"doubtful-{name}", columns, found[:10])] if found else [])]
 
 
 def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
@@ -577,12 +675,14 @@ def scaling(corpus: str, found: dict) -> list[Block]:
         ]
     rows = [[name, f"{p['flops']:.2e}", count(p["parameters"]), count(p["tokens"]), f"{p['loss']:.3f}"]
             for name, p in told.items()]  # fmt: skip
-    columns = ["profile", "FLOPs", "best parameters", "best tokens", "loss"]
-    return [
-        *blocks,
-        Text("Predicted before the profiles were run:"),
-        Table(f"predicted-{corpus}", columns, rows),
-    ]
+    columns = ["run", "FLOPs", "parameters", "tokens", "loss"]
+    blocks += [Text("Said by the fit before anything of that size was run, in nats a token of this text:")]
+    check = found.get("check", {})
+    if "came" in check:
+        for who, p in (("more FLOPs, said", check["said"]), ("more FLOPs, came", check["came"])):
+            rows.append([who, f"{check['flops']:.2e}", count(p["parameters"]), count(p["tokens"]),
+                         f"{p['loss']:.3f}"])  # fmt: skip
+    return [*blocks, Table(f"predicted-{corpus}", columns, rows)]
 
 
 def shapes(corpus: str, found: dict) -> list[Block]:
@@ -616,7 +716,7 @@ MEASURED = {
 
 def making(home: Path) -> list[Block]:
     """How to make all of it again."""
-    blocks: list[Block] = []
+    blocks, read = [], []
     for folder in run_folders(home):
         run = read_json(folder / "run.json")
         hardware, versions = run.get("hardware", {}), run.get("versions", {})
@@ -624,7 +724,35 @@ def making(home: Path) -> list[Block]:
         machine = f"{hardware.get('device', 'unknown')}, {hardware.get('threads', '?')} threads"
         blocks.append(Text(f"**{folder.name}**, commit {run.get('git')}, {machine}; {', '.join(told)}"))
         blocks.append(Code(str(run.get("command", ""))))
+        settings = run.get("settings", {})
+        if changed := [
+            f"{k}={settings[k]}" for k in run.get("changed", []) if settings.get(k) not in ("", None)
+        ]:
+            blocks.append(Text(f"Settings other than the defaults: {', '.join(changed)}."))
+        read += [[folder.name, *source] for source in sources(run.get("data"))]
+    if read:
+        columns = ["run", "split", "source", "licence", "tokens", "SHA-256"]
+        blocks += [Text("What the runs read:"), Table("data", columns, read)]
     return blocks or [Text("No run folders here.")]
+
+
+def sources(data, split: str = "train") -> list[list]:
+    """[split, source, licence, tokens, fingerprint] of what a run's record names, however it is nested."""
+    if not isinstance(data, dict):
+        return [row for item in data for row in sources(item, split)] if isinstance(data, list) else []
+    rows = []
+    if "source" in data:
+        tokens = data.get("tokens")
+        rows.append(
+            [
+                split,
+                shorten(data["source"], 80),
+                data.get("licence", ""),
+                f"{tokens:,}" if isinstance(tokens, int) else "",
+                str(data.get("fingerprint"))[:12],
+            ]
+        )
+    return rows + [row for key, inner in data.items() for row in sources(inner, key)]
 
 
 SECTIONS = {
@@ -656,19 +784,40 @@ def comparison(folders: list[Path]) -> list[Block]:
         blocks.append(
             Table("settings", ["setting", *names], [[k, *(s.get(k, "") for s in settings)] for k in differ])
         )
-    fig, axes = plt.subplots(figsize=(7, 4))
-    for folder in folders:
-        lines = [x for x in read_lines(folder / "metrics.jsonl") if "val_loss" in x]
-        axes.plot([x["step"] for x in lines], [x["val_loss"] for x in lines], "o-", ms=3, label=folder.name)
-    axes.set(xlabel="step", ylabel="validation loss")
-    axes.legend(frameon=False)
-    blocks.append(figure("comparison", "Validation losses.", fig))
+    lines = {folder: read_lines(folder / "metrics.jsonl") for folder in folders}
+    drawn = [(f.name, [x for x in some if "val_loss" in x], thinned([x for x in some if "loss" in x]))
+             for f, some in lines.items()]  # fmt: skip
+    blocks.append(overlaid("comparison", drawn))
     last = [run.get("results", {}).get("last", {}).get("val_loss") for run in runs.values()]
     rows = [[n, "" if x is None else f"{x:.4f}", "" if None in (x, last[0]) else f"{x - last[0]:+.4f}"]
             for n, x in zip(names, last, strict=True)]  # fmt: skip
     blocks.append(Table("last", ["run", "last validation loss", f"minus {names[0]}"], rows))
-    blocks.append(Text("One run each says nothing of noise; the lab repeats them with several seeds."))
-    return blocks
+    return [*blocks, *noise(runs)]
+
+
+def noise(runs: dict[Path, dict]) -> list[Block]:
+    """Groups of runs that differ in nothing but the seed: mean and spread, and differences between groups in
+    units of their standard error.
+    """
+    groups: dict[str, list] = {}
+    for folder, run in runs.items():
+        same = {k: v for k, v in run.get("settings", {}).items() if k not in ("seed", "name")}
+        loss = run.get("results", {}).get("last", {}).get("val_loss")
+        if loss is not None:
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((folder.name, loss))
+    values = [[loss for _, loss in group] for group in groups.values()]
+    free = sum(len(x) - 1 for x in values)
+    if not free:
+        return [Text("What of a difference is noise, one run each cannot tell: repeat them with --seed=2.")]
+    spread = math.sqrt(sum(statistics.variance(x) * (len(x) - 1) for x in values if len(x) > 1) / free)
+    rows = []
+    for group, x in zip(groups.values(), values, strict=True):
+        gap = statistics.fmean(x) - statistics.fmean(values[0])
+        error = spread * math.sqrt(1 / len(x) + 1 / len(values[0]))
+        told = f"{gap:+.4f}, {abs(gap) / error:.1f} standard errors" if x is not values[0] and error else ""
+        rows.append([", ".join(name for name, _ in group), f"{statistics.fmean(x):.4f}", told])
+    words = f"Runs of equal settings with other seeds differ with a standard deviation of {spread:.4f}."
+    return [Text(words), Table("noise", ["runs", "mean of the last loss", "minus the first"], rows)]
 
 
 # -----------------------------------------------------------------------------
@@ -767,14 +916,17 @@ def log(home: Path) -> str:
 # The paper: a draft from the same blocks, "not run" where something was not
 
 REFERENCES = (
-    "Vaswani et al. (2017). Attention is all you need.",
-    "Su et al. (2021). RoFormer: enhanced transformer with rotary position embedding.",
-    "Touvron et al. (2023). LLaMA: open and efficient foundation language models.",
-    "Rafailov et al. (2023). Direct preference optimization.",
-    "Cobbe et al. (2021). Training verifiers to solve math word problems.",
-    "Wang et al. (2023). Self-consistency improves chain of thought reasoning in language models.",
-    "Xiao et al. (2024). Efficient streaming language models with attention sinks.",
-    "Hoffmann et al. (2022). Training compute-optimal large language models.",
+    "Cobbe et al. (2021). Training verifiers to solve math word problems. arXiv:2110.14168.",
+    "Hoffmann et al. (2022). Training compute-optimal large language models. arXiv:2203.15556.",
+    "Jordan et al. (2024). Muon: an optimizer for hidden layers in neural networks.",
+    "Min et al. (2022). Noisy channel language model prompting for few-shot text classification. ACL.",
+    "Rafailov et al. (2023). Direct preference optimization. NeurIPS.",
+    "Shazeer (2020). GLU variants improve transformer. arXiv:2002.05202.",
+    "Su et al. (2021). RoFormer: enhanced transformer with rotary position embedding. arXiv:2104.09864.",
+    "Touvron et al. (2023). LLaMA: open and efficient foundation language models. arXiv:2302.13971.",
+    "Wang et al. (2023). Self-consistency improves chain of thought reasoning. ICLR.",
+    "Xiao et al. (2024). Efficient streaming language models with attention sinks. ICLR.",
+    "Zhang and Sennrich (2019). Root mean square layer normalization. NeurIPS.",
 )
 
 
@@ -798,10 +950,15 @@ def paper(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
         "Abstract": [Text(abstract(home, trained))],
         "Method": [
             Text(
-                "A Llama-style decoder (RMSNorm, rotary positions, SwiGLU) is pretrained, instruction-tuned "
-                "on answers alone, aligned with DPO on pairs of its own answers, and verified by a "
-                "channel: the same model trained backwards, so that an answer is scored by log p(answer | "
-                "problem) + lambda log p(problem | answer)."
+                "A decoder in the manner of LLaMA (Touvron et al., 2023), with RMSNorm (Zhang and "
+                "Sennrich, 2019), rotary positions (Su et al., 2021) and SwiGLU (Shazeer, 2020), is "
+                "pretrained, with Muon (Jordan et al., 2024) where a config says so, instruction-tuned on "
+                "answers alone, and aligned by DPO (Rafailov et al., 2023) on pairs of its own answers. "
+                "Of many answers one is chosen by a vote (Wang et al., 2023) or by a verifier (Cobbe et "
+                "al., 2021). Ours is a noisy channel (Min et al., 2022): the same model trained "
+                "backwards, so that an answer is scored by log p(answer | problem) + lambda log p(problem "
+                "| answer). Texts longer than the context are read with the first tokens kept (Xiao et "
+                "al., 2024); sizes are compared at equal FLOPs (Hoffmann et al., 2022)."
             ),
             Text(" ".join(about) or "Pretraining: not run."),
         ],
@@ -871,7 +1028,9 @@ def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
             continue
         out += ["", rf"\section*{{{tex(heading)}}}"]
         for block in blocks:
-            if isinstance(block, Text | Code):
+            if heading == "References":
+                out += ["", r"\noindent\hangindent=1em " + tex(block.words)]
+            elif isinstance(block, Text | Code):
                 out += ["", tex(block.words), ""]
             elif isinstance(block, Table):
                 rows = [block.columns, *block.rows]

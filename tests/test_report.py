@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import report
+from errors import KINDS
 from report import SECTIONS, Figure, Table, as_html, as_markdown, comparison, observations, write
 
 ROOT = Path(report.__file__).parent
@@ -106,36 +107,37 @@ def test_stages_and_curves_are_the_evaluations(tmp_path):
     assert (tmp_path / "report" / "figures" / "choosing-dpo-arithmetic.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def evaluated(folder: Path, task: str, split: str, records: list[dict], **more) -> None:
+    """As if eval.py had been there."""
+    entry = {"task": task, "split": split, "shots": 0, "items": len(records), "metrics": {}} | more
+    name = f"{task} {split} " + (f"{entry['samples']} samples" if "samples" in more else "0-shot")
+    (folder / "results.json").write_text(json.dumps({"results": {name: entry}}))
+    (folder / "answers").mkdir()
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "answers" / f"{name.replace(' ', '-')}.jsonl").write_text(text)
+
+
 def test_failures_are_counted_and_shown(tmp_path):
     def folder_of(name: str, right: list[bool], **more) -> None:
+        records = []
+        for i, ok in enumerate(right):
+            record = {"text": f"p{i}", "target": "t", "output": f"{name} {i}", "correct": ok}
+            record |= {"verifier": f"v {i}", "verifier correct": i == 0, "kinds": [] if ok else ["plan"]}
+            records.append(record)
+        verifiers = {"verifier": "out/verifier"}
         folder = make_run(tmp_path / name, [line(10)], **more)
-        entry = {"task": "arithmetic", "split": "test", "samples": 2, "items": 3, "metrics": {}, "curves": {}}
-        entry |= {
-            "errors": {"slip": 0, "plan": right.count(False)},
-            "verifiers": {"verifier": "out/verifier"},
-        }
-        (folder / "results.json").write_text(json.dumps({"results": {"x": entry}}))
-        (folder / "answers").mkdir()
-        rows = [
-            {
-                "text": f"p{i}",
-                "output": f"{name} {i}",
-                "correct": ok,
-                "verifier": f"v {i}",
-                "verifier correct": i == 0,
-            }
-            for i, ok in enumerate(right)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "answers" / "arithmetic-test-2-samples.jsonl").write_text(text)
+        evaluated(folder, "arithmetic", "test", records, samples=2, curves={}, verifiers=verifiers)
 
     folder_of("sft", [False, False, True])
     folder_of("dpo", [False, True, False], parent="out/sft", started="2026-01-02")
     blocks = report.failures(tmp_path)
     assert shown(blocks, "errors-sft-arithmetic-test") == [
-        {"kind": "wrong plan", "answers": 2, "% of the wrong ones": "100.0 [34.2, 100.0]"}
+        {"first mistake": KINDS["plan"], "answers": 2, "% of the wrong ones": "100.0 [34.2, 100.0]"}
     ]
+    (example,) = shown(blocks, "examples-sft-arithmetic-test")
+    assert example == {"kind": KINDS["plan"], "asked": "p0", "said": "sft 0", "should be": "t"}
     words = [b.words for b in blocks if isinstance(b, report.Text)]
+    assert "**sft**, arithmetic, test: is wrong on 2 of 3." in words
     assert any(
         w.startswith("dpo is right where sft is wrong on 1 of 3 problems, wrong where sft is right on 1")
         for w in words
@@ -147,6 +149,67 @@ def test_failures_are_counted_and_shown(tmp_path):
     ]
     rows = shown(blocks, "changed-dpo-arithmetic-test-verifier")
     assert [(r[""], r["problem"]) for r in rows] == [("mended", "p0"), ("broken", "p1")]
+
+
+def test_reviews_are_sorted_by_what_makes_them_hard_and_doubtful_labels_are_named(tmp_path):
+    def reviews(name: str, said: list[str], sure: float) -> None:
+        records = [
+            {"text": f"r{i}", "target": "good", "prediction": p, "correct": p == "good", "sure": sure,
+             "kinds": ["negation", "short"] if i == 0 else ["other"]}
+            for i, p in enumerate(said)
+        ]  # fmt: skip
+        evaluated(make_run(tmp_path / name, [line(10)]), "sst2", "validation", records)
+
+    reviews("a", ["bad", "bad", "good"], 0.99)
+    reviews("b", ["bad", "good", "good"], 0.95)
+    blocks = report.failures(tmp_path)
+    rows = shown(blocks, "errors-a-sst2-validation")
+    assert [(r["the review has"], r["reviews"], r["wrong"]) for r in rows] == [
+        (KINDS["negation"], 1, 1), (KINDS["short"], 1, 1), (KINDS["other"], 2, 1)
+    ]  # fmt: skip
+    (row,) = shown(blocks, "doubtful-sst2-validation")
+    assert (row["text"], row["label"], row["all models say"]) == ("r0", "good", "bad")
+    assert row["mean probability"] == "0.97" and row["models"] == "a, b"
+
+
+def test_flaws_of_summaries_are_counted(tmp_path):
+    records = [
+        {"text": "d", "target": "t", "output": f"s{i}", "rougeL": i / 10, "kinds": kinds}
+        for i, kinds in enumerate((["copied"], ["copied", "speaker"], ["other"]))
+    ]
+    evaluated(make_run(tmp_path / "a", [line(10)]), "samsum", "test", records)
+    blocks = report.failures(tmp_path)
+    assert blocks[0].words == "**a**, samsum, test: has a flaw that can be counted in 2 of 3 summaries."
+    rows = {r["flaw"]: (r["summaries"], r["ROUGE-L of these"]) for r in shown(blocks, "errors-a-samsum-test")}
+    assert rows == {KINDS["copied"]: (2, "5.0"), KINDS["speaker"]: (1, "10.0"), KINDS["other"]: (1, "20.0")}
+    assert len(shown(blocks, "examples-a-samsum-test")) == 2
+
+
+def test_runs_on_one_text_are_overlaid(tmp_path):
+    data = {"validation": {"fingerprint": "f"}}
+    for name, more in {"a": {}, "b": {}, "c": {"tokenizer": "another"}}.items():
+        make_run(tmp_path / name, [line(10), {"step": 10, "val_loss": 4.0}], data=data, **more)
+    names = [b.name for b in report.training(tmp_path) if isinstance(b, Figure)]
+    assert names == ["curves-together-train", "curves-a", "curves-b", "curves-c"]
+
+
+def test_making_names_settings_and_data(tmp_path):
+    about = {"source": "stories", "licence": "MIT", "fingerprint": "0123456789abcdef", "tokens": 1234}
+    data = [{"corpus": about, "weight": 1}, {"source": "sums", "fingerprint": "f"}]
+    settings = {"seed": 1, "learning_rate": 0.003, "corpus": ""}
+    make_run(tmp_path / "a", [line(10)], settings=settings, changed=["learning_rate", "corpus"], data=data)
+    blocks = report.making(tmp_path)
+    assert any(
+        getattr(b, "words", "") == "Settings other than the defaults: learning_rate=0.003." for b in blocks
+    )
+    first, second = shown(blocks, "data")
+    assert (first["run"], first["source"], first["licence"], first["tokens"]) == (
+        "a",
+        "stories",
+        "MIT",
+        "1,234",
+    )
+    assert first["SHA-256"] == "0123456789ab" and second["source"] == "sums"
 
 
 def test_attention_is_drawn(tmp_path):
@@ -280,13 +343,27 @@ def test_the_paper_says_what_was_not_run(tmp_path):
 
 def test_comparison_shows_what_differs(tmp_path):
     a = make_run(tmp_path / "a", [line(10), {"step": 10, "val_loss": 4.0}])
-    b = make_run(tmp_path / "b", [line(10), {"step": 10, "val_loss": 4.5}], settings={"seed": 2},
+    b = make_run(tmp_path / "b", [line(10), {"step": 10, "val_loss": 4.5}], settings={"seed": 1, "lr": 2},
                  results={"last": {"step": 10, "val_loss": 3.5}})  # fmt: skip
     blocks = comparison([a, b])
-    assert shown(blocks, "settings") == [{"setting": "seed", "a": 1, "b": 2}]
+    assert shown(blocks, "settings") == [{"setting": "lr", "a": "", "b": 2}]
     assert shown(blocks, "last")[1]["minus a"] == "+0.2500"
+    assert "repeat them with --seed=2" in blocks[-1].words
     with pytest.raises(report.ConfigError, match="nowhere"):
         comparison([a, tmp_path / "nowhere"])
+
+
+def test_comparison_tells_noise_by_runs_that_differ_in_their_seed(tmp_path):
+    def run(name: str, loss: float, **settings) -> Path:
+        last = {"step": 10, "val_loss": loss}
+        return make_run(tmp_path / name, [line(10)], settings=settings, results={"last": last})
+
+    folders = [run("a1", 3.0, seed=1, lr=1), run("a2", 3.2, seed=2, lr=1), run("b", 3.5, seed=1, lr=2)]
+    blocks = comparison(folders)
+    assert blocks[-2].words.endswith("a standard deviation of 0.1414.")  # 0.2 / sqrt(2)
+    rows = shown(blocks, "noise")
+    assert rows[0] == {"runs": "a1, a2", "mean of the last loss": "3.1000", "minus the first": ""}
+    assert rows[1]["minus the first"] == "+0.4000, 2.3 standard errors"  # 0.4 / (0.1414 sqrt(1 + 1/2))
 
 
 def test_it_needs_no_torch_and_says_where_the_page_is(tmp_path):
