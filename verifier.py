@@ -22,6 +22,9 @@ split is looked at once, at the end. It reads a generator and writes a run folde
 well it verifies, beside the generator's own log-probability and the channel alone.
 """
 
+import hashlib
+import io
+import json
 import math
 import re
 import zlib
@@ -60,7 +63,7 @@ from finetune import (
     weights_hash,
     write_run,
 )
-from model import ModernDecoderLM
+from model import ModernDecoderLM, write_atomically
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
 from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json
 
@@ -162,17 +165,35 @@ class Verifier:
 
     def parts(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
         """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
-        answer), or the head's logit. Answers that were given before are not computed again.
+        answer), or the head's logit. They are kept in the verifier's folder, in judged/, and read from there
+        when the same answers are judged again.
         """
         pairs = list(zip(problems, answers, strict=True))
         index = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        file = self.kept(list(index)) if len(index) > 1 else None
+        if file and file.exists():
+            return np.load(file)[[index[pair] for pair in pairs]]
         forwards = [forward_row(self.generator, *pair) for pair in index]
         own = self.generator.log_likelihoods(forwards, progress)
         if self.kind == "head":
             added = self.core.values(forwards)
         else:
             added = self.core.log_likelihoods([backward_row(self.core, *pair) for pair in index], progress)
-        return np.stack([own, added], axis=1)[[index[pair] for pair in pairs]]
+        parts = np.stack([own, added], axis=1)
+        if file:
+            file.parent.mkdir(exist_ok=True)
+            buffer = io.BytesIO()
+            np.save(buffer, parts)
+            write_atomically(file, lambda path: path.write_bytes(buffer.getvalue()))
+        return parts[[index[pair] for pair in pairs]]
+
+    def kept(self, pairs: list[tuple[str, str]]) -> Path | None:
+        """Where the parts of these pairs are kept; None if the weights are not in folders of this disk."""
+        who = [weights_hash(self.generator.name), weights_hash(self.name)]
+        if None in who:
+            return None
+        what = hashlib.sha256(json.dumps([who, pairs]).encode()).hexdigest()[:12]
+        return Path(self.name) / "judged" / f"{what}.npy"
 
 
 def read_core(kind: str, folder: Path, device: str) -> "TextModel | HeadModel":

@@ -62,6 +62,25 @@ def test_a_verifier_scores_alone_as_in_a_batch(trained, kind):
 
 
 @pytest.mark.parametrize("kind", ["channel", "head"])
+def test_what_was_judged_is_not_judged_again(trained, kind, monkeypatch):
+    verifier = Verifier.load(trained(kind), "cpu")
+    examples = load_task("arithmetic", "test")[0][10:14]
+    problems, answers = (
+        [e.text for e in examples] * 2,
+        [e.target.strip() for e in examples] + ["1", "2", "3", ""],
+    )
+    first = verifier.judge(problems, answers)
+    again = Verifier.load(trained(kind), "cpu")
+    monkeypatch.setattr(again.generator, "log_likelihoods", None)
+    np.testing.assert_array_equal(first, again.judge(problems, answers))
+    with pytest.raises(TypeError):
+        again.judge(problems, answers[::-1])  # other pairs
+    again.generator.name = trained("head" if kind == "channel" else "channel")  # another generator's weights
+    with pytest.raises(TypeError):
+        again.judge(problems, answers)
+
+
+@pytest.mark.parametrize("kind", ["channel", "head"])
 def test_the_record_says_how_well_it_verifies_beside_its_parts(trained, kind):
     run = read_json(Path(trained(kind)) / "run.json")
     found = run["verification"]
