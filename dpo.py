@@ -349,6 +349,10 @@ def one_round(cfg: DPOConfig) -> dict:
         found = {"val_loss": sum(losses) / len(val_pairs), "reward_margin": float(margins.mean())}
         found |= {"reward_accuracy": float((margins > 0).mean())}
         found |= {"chosen": float(now[:, 0].mean()), "rejected": float(now[:, 1].mean())}
+        if final and trainer.rank == 0:
+            wrong = sorted((m, i) for i, m in enumerate(margins.tolist()) if m <= 0)
+            worst = [val_pairs[i] for _, i in wrong]
+            write_pairs(model, folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
         if held and final:
             core.eval()
             _, metrics = judge(cfg.data, held, ask(model, cfg.data, held)[0])
@@ -384,21 +388,22 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
-    write_pairs(model, folder, pairs)
+    write_pairs(model, folder / "pairs.jsonl", pairs)
     return trainer.run_all_steps()
 
 
-def write_pairs(model: TextModel, folder: Path, pairs: list[Pair]) -> None:
-    """pairs.jsonl: what is learnt from, to be read."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_pairs(model: TextModel, file: Path, pairs: list[Pair], **columns: list) -> None:
+    """Pairs as JSON lines, to be read: those it learns from, and held-out ones moved the wrong way."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     decode = model.decode
     rows = [
         {"prompt": decode(p.prompt), "chosen": decode(p.chosen)}
         | ({"rejected": decode(p.rejected)} if p.rejected else {})
-        for p in pairs
+        | {name: values[i] for name, values in columns.items()}
+        for i, p in enumerate(pairs)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / "pairs.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
 
 
 def main() -> None:

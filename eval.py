@@ -337,10 +337,10 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
         majority(a for a, ok in zip(some[:k], oks[:k], strict=True) if ok) or majority(some[:k])
         for some, oks in zip(numbers, fine, strict=True)
     ]
-    gates, scores = {}, {}
+    gates, scores, sure = {}, {}, {}
     for label, verifier in verifiers.items():
         score, p = (x.reshape(len(examples), n) for x in verifier.judge(problems, flat, f"{label} judges"))
-        scores[label] = score
+        scores[label], sure[label] = score, p
         ways[f"{label}, best"] = lambda k, s=score: [
             some[best_of(r[:k])] for some, r in zip(numbers, s, strict=True)
         ]
@@ -402,6 +402,7 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
         for label, score in scores.items():
             record[label] = drawn[i][best_of(score[i])]
             record[f"{label} correct"] = bool(last[f"{label}, best"][i])
+            record[f"{label} sure"] = round(float(sure[label][i][best_of(score[i])]), 4)
         records.append(record)
     return Result(entry, records)
 

@@ -202,7 +202,9 @@ def training(home: Path) -> list[Block]:
         state = run.get("status", "unreadable")
         # DPO and a verifier's head count what they compare, not its tokens.
         unit = " pairs" if run.get("stage") == "dpo" else " answers" if run.get("verifier") == "head" else ""
-        rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss,
+        read = 0 if unit or not steps else steps[-1].get("tokens", 0)
+        spent = [count(read), f"{6 * run.get('parameters', 0) * read:.1e}"] if read else ["", ""]
+        rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss, *spent,
                      minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", f"{memory:.2f}"])  # fmt: skip
         if steps:
             drawn.append((folder.name, lines))
@@ -218,11 +220,15 @@ def training(home: Path) -> list[Block]:
         "state",
         "last validation loss",
         "best",
+        "tokens",
+        "FLOPs, 6 N tokens",
         "minutes",
         "tokens/s",
         "GiB",
     ]
-    blocks = [*beside(alike), *(curves(name, lines) for name, lines in drawn)]
+    blocks = [*beside(alike)]
+    for name, lines in drawn:
+        blocks += [curves(name, lines), *preferences(name, lines)]
     if len(rows) > CURVES:
         words = (
             f"Curves of the {CURVES} newest of {len(rows)} runs; `python report.py --compare=A,B` draws any."
@@ -299,6 +305,28 @@ def curves(name: str, lines: list[dict]) -> Figure:
     return figure(
         f"curves-{name}", f"{name}: how the loss fell; below, what the optimizer and the clock did.", fig
     )
+
+
+def preferences(name: str, lines: list[dict]) -> list[Block]:
+    """Of a run that learns from pairs: accuracy and margin of the reward, log-probabilities of both sides."""
+    checks = [x for x in lines if "reward_margin" in x]
+    if not checks:
+        return []
+    fig, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+    x = [c["step"] for c in checks]
+    axes[0].plot(x, [100 * c["reward_accuracy"] for c in checks], "o-", ms=4, color="#228833")
+    axes[0].set(xlabel="step", ylabel="% of pairs moved the right way")
+    axes[1].plot(x, [c["reward_margin"] for c in checks], "o-", ms=4, color="#aa3377")
+    axes[1].set(xlabel="step", ylabel="margin of the reward, nats")
+    for side in ("chosen", "rejected"):
+        axes[2].plot(x, [c[side] for c in checks], "o-", ms=4, label=side)
+    axes[2].set(xlabel="step", ylabel="log p of an answer, nats")
+    axes[2].legend(frameon=False)
+    fig.tight_layout()
+    caption = (
+        f"{name}: held-out pairs. If both sides fall together, the model unlearns instead of preferring."
+    )
+    return [figure(f"preferences-{name}", caption, fig)]
 
 
 def samples(home: Path) -> list[Block]:
@@ -414,6 +442,7 @@ def failures(home: Path) -> list[Block]:
     """
     blocks, before, verdicts = [], {}, {}
     for folder in run_folders(home):
+        blocks += violations(folder)
         found = read_json(folder / "results.json").get("results", {})
         # Of a task's evaluations the last: with more examples in the prompt, or with many answers.
         last = {(e["task"], e["split"]): (key, e) for key, e in found.items()
@@ -426,8 +455,8 @@ def failures(home: Path) -> list[Block]:
             name = f"{folder.name}-{task}-{split}"
             blocks += sorted_mistakes(folder.name, name, task, records, entry)
             for label in entry.get("verifiers", {}):
-                pairs = [(r["text"], r["output"], r["correct"], r[label], r[f"{label} correct"])
-                         for r in records if label in r]  # fmt: skip
+                keys = ("text", "output", "correct", label, f"{label} correct", f"{label} sure")
+                pairs = [tuple(r.get(k) for k in keys) for r in records if label in r]
                 blocks += changed(f"{name}-{label}", "greedy", label, pairs)
             before[folder.name, task, split] = {r["text"]: r for r in records if "output" in r}
             parent = Path(str(read_json(folder / "run.json").get("parent"))).name
@@ -499,16 +528,34 @@ def doubtful(name: str, by_text: dict[str, list[tuple]]) -> list[Block]:
 
 
 def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
-    """Of (problem, a's answer, right?, b's answer, right?): how many b mended and broke, three of each."""
+    """Of (problem, a's answer, right?, b's answer, right?, its probability?): how many b mended and broke;
+    three of each, of the broken those that b was surest of.
+    """
     mended = [p for p in pairs if p[4] and not p[2]]
     broken = [p for p in pairs if p[2] and not p[4]]
     if not (mended or broken):
         return []
-    rows = [[what, *(shorten(p[i], 400) for i in (0, 1, 3))]
+    sure = len(pairs[0]) > 5 and pairs[0][5] is not None
+    if sure:
+        broken.sort(key=lambda p: -p[5])
+    rows = [[what, *(shorten(p[i], 400) for i in (0, 1, 3)), *([f"{p[5]:.2f}"] if sure else [])]
             for what, some in (("mended", mended), ("broken", broken)) for p in some[:3]]  # fmt: skip
     words = f"{b} is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, "
-    words += f"wrong where {a} is right on {len(broken)}. The first three of each:"
-    return [Text(words), Table(f"changed-{name}", ["", "problem", a, b], rows)]
+    words += f"wrong where {a} is right on {len(broken)}. Three of each:"
+    columns = ["", "problem", a, b, *(["it says"] if sure else [])]
+    return [Text(words), Table(f"changed-{name}", columns, rows)]
+
+
+def violations(folder: Path) -> list[Block]:
+    """Held-out pairs that a model which learnt preferences moved the wrong way, the worst first."""
+    found = read_lines(folder / "violations.jsonl")
+    of = read_json(folder / "run.json").get("data", {}).get("validation", {}).get("pairs")
+    if not found or not of:
+        return []
+    rows = [[f"{x['margin']:.1f}", *(shorten(x[key], 400) for key in ("prompt", "chosen", "rejected"))]
+            for x in found[:3]]  # fmt: skip
+    words = f"**{folder.name}** moved {len(found)} of {of} held-out pairs the wrong way; the three worst:"
+    return [Text(words), Table(f"violations-{folder.name}", ["margin", "prompt", "chosen", "rejected"], rows)]
 
 
 SEEN = {  # score of a head: what its map shows

@@ -217,6 +217,11 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
     assert kept < 152
     run = script.dpo(settings(data=str(file), first_difference=False, max_steps=20, nll=1.0))
     assert run["data"]["train"]["pairs"] > 100
+    folder = Path(run["settings"]["out"]) / run["settings"]["name"]
+    wrong = [json.loads(x) for x in (folder / "violations.jsonl").read_text().splitlines()]
+    last, pairs = run["results"]["last"], run["data"]["validation"]["pairs"]
+    assert len(wrong) == round((1 - last["reward_accuracy"]) * pairs)
+    assert [x["margin"] for x in wrong] == sorted(x["margin"] for x in wrong if x["margin"] <= 0)
     with pytest.raises(DataError, match="chosen"):
         preference_of({"prompt": "a"}, "file")
 

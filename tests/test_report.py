@@ -185,6 +185,29 @@ def test_flaws_of_summaries_are_counted(tmp_path):
     assert len(shown(blocks, "examples-a-samsum-test")) == 2
 
 
+def test_what_a_verifier_breaks_comes_with_its_probability_the_surest_first(tmp_path):
+    pairs = [
+        ("p0", "a", True, "b", False, 0.5),
+        ("p1", "a", True, "b", False, 0.9),
+        ("p2", "a", False, "b", True, 0.7),
+    ]
+    rows = shown(report.changed("x", "greedy", "verifier", pairs), "changed-x")
+    assert [(r["problem"], r["it says"]) for r in rows] == [("p2", "0.70"), ("p1", "0.90"), ("p0", "0.50")]
+
+
+def test_preferences_are_drawn_and_violations_shown(tmp_path):
+    check = {"val_loss": 1.0, "reward_margin": 0.5, "reward_accuracy": 0.75, "chosen": -3.0, "rejected": -4.0}
+    data = {"validation": {"pairs": 4}}
+    folder = make_run(tmp_path / "dpo", [line(10), {"step": 10, **check}], stage="dpo", data=data)
+    row = {"prompt": "q", "chosen": "right", "rejected": "wrong", "margin": -2.0}
+    (folder / "violations.jsonl").write_text(json.dumps(row) + "\n")
+    assert "preferences-dpo" in [b.name for b in report.training(tmp_path) if isinstance(b, Figure)]
+    blocks = report.failures(tmp_path)
+    assert blocks[0].words == "**dpo** moved 1 of 4 held-out pairs the wrong way; the three worst:"
+    (found,) = shown(blocks, "violations-dpo")
+    assert found == {"margin": "-2.0", "prompt": "q", "chosen": "right", "rejected": "wrong"}
+
+
 def test_runs_on_one_text_are_overlaid(tmp_path):
     data = {"validation": {"fingerprint": "f"}}
     for name, more in {"a": {}, "b": {}, "c": {"tokenizer": "another"}}.items():
