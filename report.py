@@ -32,6 +32,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from configs import ConfigError, parse_config
 from data import TASKS, proportion
@@ -81,6 +82,9 @@ Block = Text | Code | Table | Figure
 def figure(name: str, caption: str, fig) -> Figure:
     """A drawn figure; it is closed."""
     for axes in fig.axes:
+        if "tokens" in axes.get_xlabel():
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
         if not axes.images and axes.get_label() != "<colorbar>":
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
@@ -286,6 +290,7 @@ def curves(name: str, lines: list[dict]) -> Figure:
         if held:
             axes[0, column].plot(*zip(*held, strict=True), "o-", color="#ee6677", label="validation", ms=4)
         axes[0, column].set(ylabel="loss" if column == 0 else "")
+        axes[0, column].set_xlabel(label)
         axes[1, column].set_xlabel(label)
     x = [line["step"] for line in steps]
     axes[1, 0].plot(x, [line.get("learning_rate", 0) for line in steps], color="#228833")
@@ -315,7 +320,7 @@ def preferences(name: str, lines: list[dict]) -> list[Block]:
     fig, axes = plt.subplots(1, 3, figsize=(11, 2.8))
     x = [c["step"] for c in checks]
     axes[0].plot(x, [100 * c["reward_accuracy"] for c in checks], "o-", ms=4, color="#228833")
-    axes[0].set(xlabel="step", ylabel="% of pairs moved the right way")
+    axes[0].set(xlabel="step", ylabel="% of pairs right")
     axes[1].plot(x, [c["reward_margin"] for c in checks], "o-", ms=4, color="#aa3377")
     axes[1].set(xlabel="step", ylabel="margin of the reward, nats")
     for side in ("chosen", "rejected"):
@@ -1130,7 +1135,12 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bot
 thead th { background: var(--soft) }
 figure { margin: 1.2rem 0 }
 img { max-width: 100%; background: white; border-radius: 4px }
-figcaption { font-size: .86rem; opacity: .8 }
+figcaption { font-size: .86rem; opacity: .8; position: sticky; left: 0 }
+@media (max-width: 45rem) {  /* a phone scrolls what is wide, and keeps the names of rows in sight */
+  figure { overflow-x: auto }
+  img { max-width: 42rem }
+  td:first-child, th:first-child { position: sticky; left: 0; max-width: 8rem }
+  td:first-child { background: var(--paper) } }
 small { white-space: nowrap; opacity: .8 }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .82rem }
 """

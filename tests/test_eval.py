@@ -16,6 +16,7 @@ import transformers
 
 import eval as evaluation
 from data import TASKS, load_task, storyworld
+from errors import review_kinds
 from eval import EvalConfig, Result, compare, contamination, evaluate, evaluate_text, ngrams, trained_on
 from finetune import FinetuneConfig, TextModel, finetune, load_model
 from model import ModelConfig, ModernDecoderLM
@@ -187,6 +188,9 @@ def test_results_of_other_tasks_stay_and_every_answer_is_written(base, monkeypat
     wrong = read_jsonl(Path(base) / "answers" / "sentiment-test-0-shot-wrong.jsonl")
     assert len(answers) == 30 and wrong == [a for a in answers if not a["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(1 - len(wrong) / 30)
+    assert all(
+        a["kinds"] == review_kinds(a["text"]) and 0.5 <= a["sure"] <= 1 for a in answers
+    )  # of two classes
 
 
 def test_a_limit_takes_items_by_seed_says_so_and_widens_the_interval(base, monkeypatch, capsys):
@@ -450,6 +454,8 @@ def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, mon
     gates = {g["threshold"]: g for g in result.entry["gating"]["oracle"]}
     assert gates[0.5]["right"]["value"] == 0.75 and gates[0.5]["samples"] == (1 + 4 + 4 + 1) / 4
     assert gates[1.01]["samples"] == 4 and sum(result.entry["errors"].values()) == 2
+    assert [len(r["kinds"]) for r in result.records] == [0, 1, 1, 0]  # of the greedy answers
+    assert [r["oracle sure"] for r in result.records] == [0.9, 0.9, 0.1, 0.9]
 
 
 # -----------------------------------------------------------------------------
