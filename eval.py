@@ -262,7 +262,7 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
         for record, sure in zip(records, notes.pop("sure", [None] * len(records)), strict=True):
             record["kinds"] = kinds_of(name, record)
             if sure is not None:
-                record["sure"] = round(sure, 4)
+                record["sure"] = round(sure, 3)
         if task.labels:
             entry["calibrated"] = cfg.calibrate
             entry["majority_class"] = max(

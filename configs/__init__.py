@@ -199,6 +199,7 @@ def kind_name(kind, short: bool = False) -> str:
     return ("|" if short else " or ").join(parts)
 
 
+@functools.cache  # reading source takes a quarter of a second, and the lab parses hundreds of command lines
 def field_comments(Config) -> dict[str, str]:
     """The comment behind each field of a dataclass and of those that it extends."""
     comments = {}

@@ -24,4 +24,5 @@ min_lr = 2e-4
 warmup_steps = 40
 eval_every = 200
 eval_tokens = 100_000
+final_eval_tokens = 100_000
 save_every = 100
