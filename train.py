@@ -3,7 +3,7 @@
     python train.py configs/cpu.py                       # a story teller in minutes, on any laptop
     python train.py configs/max3060.py --plan --vram=12  # what a run costs, before it costs anything
     python train.py configs/speedrun.py                  # the real thing; run it again and it resumes
-    torchrun --nproc_per_node=2 train.py configs/cpu.py  # two cards, or two CPU processes
+    torchrun --nproc_per_node=2 train.py configs/cpu.py  # two cards, or two CPU processes; --parallel=fsdp
     python train.py --list                               # all runs and their checkpoints
 
 It reads the token files that tokenizer.py wrote and writes a run folder, out/NAME:
@@ -21,10 +21,12 @@ processes, so how a batch is cut never changes the result.
 """
 
 import contextlib
+import copy
 import datetime
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -103,6 +105,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
     stride: int = 0  # tokens from one window to the next; 0: context_length, every token once an epoch
     eval_tokens: int = 0  # validation tokens read while training; 0: all
     final_eval_tokens: int = 0  # the same, at the end
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: each has the model, or a shard of it
     sample_prompt: str = ""  # what samples continue; nothing: the start of a document
     sample_tokens: int = 200  # length of a sample; 0: none
     plan: bool = False  # print memory, FLOPs and time, and stop
@@ -114,7 +117,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
 # What may differ when a run is resumed, because it does not change the numbers that training produces.
 FREE_TO_CHANGE = """
-    out tokens device compile gradient_checkpointing batch_size grad_accum_steps log_every eval_every
+    out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every eval_every
     eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis baseline
     overwrite plan vram card list bench
 """.split()  # (batch_size times grad_accum_steps is checked apart)
@@ -241,13 +244,14 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 m = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                ahead = p.grad.lerp(m, momentum)  # Nesterov: where the momentum will have carried us
+                ahead = whole(p.grad.lerp(m, momentum))  # Nesterov: where the momentum will have carried us
                 by_shape.setdefault(p.shape[-2:], []).append((p, ahead))
             for shape, some in by_shape.items():  # matrices of one shape go together; experts are a stack
                 ahead = torch.cat([a.reshape(-1, *shape) for _, a in some])
                 sizes, scale = [p.numel() // shape.numel() for p, _ in some], 0.2 * max(shape) ** 0.5
                 for (p, _), move in zip(some, orthogonal(ahead).split(sizes), strict=True):
-                    p.mul_(1 - lr * group["weight_decay"]).add_(move.view_as(p), alpha=-lr * scale)
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(part_like(p, move.view(p.shape)), alpha=-lr * scale)
 
 
 def orthogonal(G: Tensor) -> Tensor:
@@ -415,6 +419,7 @@ class Trainer:
         tokens_per_row: int = 0,
         epoch: Callable[[int], float] | None = None,
         about: dict | None = None,
+        parallel: str = "ddp",
     ):
         least = {"max_steps": 1, "batch_size": 1, "grad_accum_steps": 1, "log_every": 1, "seed": 0}
         for setting, lowest in least.items():
@@ -426,6 +431,7 @@ class Trainer:
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = parallel == "fsdp" and self.world > 1
         self.folder = Path(cfg.out) / cfg.name
         self.batch = cfg.batch_size * cfg.grad_accum_steps * self.world  # rows of one optimizer step
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
@@ -472,7 +478,7 @@ class Trainer:
         nominal = self.batch * max(1, self.tokens_per_row)
         if count not in (0, nominal):
             torch._foreach_mul_([p.grad for p in params], nominal / count)
-        norm = float(nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf))
+        norm = float(whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)))
         if math.isfinite(total) and math.isfinite(norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -502,11 +508,13 @@ class Trainer:
             count = min(self.micro_batch, mine - i)
             tensors = self.to_device(self.rows(step, self.rank * mine + i, count))
             last = i + count == mine
-            ddp_waits = self.world > 1 and not last  # gradients cross the wire once a step
+            if self.sharded:
+                self.net.set_requires_gradient_sync(last)  # gradients cross the wire once a step
+            ddp_waits = self.world > 1 and not self.sharded and not last
             with self.net.no_sync() if ddp_waits else contextlib.nullcontext():
                 with self.autocast():
                     loss, n = self.forward(*tensors)
-                # Times world, because DistributedDataParallel averages over processes and we want the sum.
+                # Times world, because gradients are averaged over processes and we want the sum.
                 self.scaler.scale(loss * (self.world / nominal)).backward()
             totals[0] += loss.detach()
             totals[1] += n
@@ -606,12 +614,12 @@ class Trainer:
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.barrier()
+        if self.sharded:
+            self.shard()
         self.resume()
         self.barrier()
-        for p in self.model.parameters():  # the same start everywhere
-            if self.world > 1:
-                dist.broadcast(p.data, 0)
-        self.net = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
+        copies = self.world > 1 and not self.sharded  # which begin with the first process' weights
+        self.net = nn.parallel.DistributedDataParallel(self.model) if copies else self.model
         self.compiled, self.compile_works, self.stop_agreed, self.bad_in_a_row = None, False, False, 0
         self.model.train()  # what from_pretrained gives is in evaluation mode
         wanted = cfg.compile if cfg.compile != "auto" else self.device.type == "cuda"
@@ -640,6 +648,37 @@ class Trainer:
         }
         self.write_run()
         self.wandb, self.opened = self.open_wandb(), True
+
+    def shard(self) -> None:
+        """FSDP2: of every parameter, gradient and optimizer state each process holds a part, and gathers a
+        layer's weights while it computes the layer. The first one keeps a copy in main memory, to write and
+        to sample from.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        for p in self.model.parameters():  # the same start everywhere
+            dist.broadcast(p.data, 0)
+        self.copy = copy.deepcopy(self.model).cpu().eval() if self.rank == 0 else None
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for layer in self.model.model["layers"]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        self.optimizers = make_optimizers(self.model, self.cfg)
+
+    def plain(self) -> nn.Module:
+        """The model with all its weights. Of a sharded one the first process' copy, for which all have to
+        ask.
+        """
+        if not self.sharded:
+            return self.model
+        copies = self.copy.parameters() if self.copy else itertools.repeat(None)
+        with torch.no_grad():
+            for mine, part in zip(copies, self.model.parameters(), strict=False):
+                found = whole(part)
+                if mine is not None:
+                    mine.copy_(found)
+        return self.copy
 
     def end(self) -> None:
         if self.lock is not None:
@@ -696,9 +735,10 @@ class Trainer:
         self.run["results"] = {"last": {"step": self.step, **found}, "best": self.best}
         self.log({"step": self.step, **found, "eval_seconds": round(time.perf_counter() - begun, 2)})
         self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+        model = self.plain() if self.sample else None
         if self.sample and self.rank == 0:
             with self.autocast():
-                samples = self.sample(self.model)
+                samples = self.sample(model)
             self.append("samples.jsonl", [{"step": self.step, **s} for s in samples])
             if samples:
                 prompt, text = samples[0]["prompt"][-100:], samples[0]["text"][:300]
@@ -709,7 +749,12 @@ class Trainer:
     # ---- checkpoints
 
     def save(self, improved: bool) -> None:
-        """A checkpoint appears whole or not at all; then the run folder's model is linked to the best one."""
+        """A checkpoint appears whole or not at all; then the run folder's model is linked to the best one.
+
+        It is the same whoever wrote it: shards are gathered, so any number of processes can go on from it.
+        """
+        self.plain()
+        state = self.state()
         if self.rank == 0:
             final = self.folder / "checkpoints" / f"step-{self.step}"
             temporary = final.with_name(f".{final.name}.tmp")
@@ -719,7 +764,7 @@ class Trainer:
                 temporary.mkdir(parents=True)
                 self.write_model(temporary)
                 if keep_state:
-                    write_atomically(temporary / "state.pt", self.write_state)
+                    write_atomically(temporary / "state.pt", lambda path: self.write_state(path, state))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
             except (OSError, SafetensorError) as error:
@@ -749,13 +794,13 @@ class Trainer:
             "window": self.window,
             "micro_batch": self.micro_batch,
             "batch": self.batch,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [gathered(optimizer.state_dict()) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
         }
 
-    def write_state(self, path: Path) -> None:
+    def write_state(self, path: Path, state: dict) -> None:
         buffer = io.BytesIO()  # torch.save itself does not pass on what the disk said
-        torch.save(self.state(), buffer)
+        torch.save(state, buffer)
         path.write_bytes(buffer.getbuffer())
 
     def last_checkpoint(self) -> str:
@@ -764,15 +809,22 @@ class Trainer:
         return f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def write_model(self, folder: Path) -> None:
+        model = self.copy if self.sharded else self.model
         if self.tokenizer is None:
-            return self.model.save_pretrained(folder)
+            return model.save_pretrained(folder)
         eot = self.tokenizer.eot_id
-        self.model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
+        model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
         self.tokenizer.save(folder)
 
     def read_model(self, folder: Path) -> None:
         """The inverse of `write_model`, into the model that is there."""
-        self.model.load_state_dict(type(self.model).from_pretrained(folder, self.device).state_dict())
+        if not self.sharded:
+            self.model.load_state_dict(type(self.model).from_pretrained(folder, self.device).state_dict())
+            return
+        saved = ModernDecoderLM.from_pretrained(folder, "cpu")
+        with torch.no_grad():
+            for part, values in zip(self.model.parameters(), saved.parameters(), strict=True):
+                part.copy_(part_like(part, values.to(self.device)))
 
     def publish(self, checkpoint: Path) -> None:
         """Links the checkpoint's model files into the run folder: no second copy on the disk."""
@@ -815,6 +867,9 @@ class Trainer:
                 state = torch.load(checkpoint / "state.pt", map_location=self.device, weights_only=True)
                 self.read_model(checkpoint)
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    params = [p for group in optimizer.param_groups for p in group["params"]]
+                    for i, values in saved["state"].items():
+                        values |= {k: part_like(params[i], v) for k, v in values.items()}
                     optimizer.load_state_dict(saved)
             except Exception as error:  # torn by a copy that was cut off, say: the one before will do
                 why = str(error).splitlines()[0][:100]
@@ -932,6 +987,30 @@ class Trainer:
             dist.barrier()
 
 
+# A parameter of a sharded model is a DTensor: this process holds a part, and full_tensor() gathers the rest.
+
+
+def whole(x):
+    """A tensor, of a sharded one all parts: every process has to ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def gathered(state):
+    """A nest of dicts and lists with whole tensors."""
+    if isinstance(state, dict):
+        return {k: gathered(v) for k, v in state.items()}
+    return [gathered(v) for v in state] if isinstance(state, list) else whole(state)
+
+
+def part_like(p: Tensor, x: Tensor) -> Tensor:
+    """Of a whole tensor the part that belongs to p, if p is sharded."""
+    if not hasattr(p, "full_tensor") or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+
+
 class AlreadyFinished(Exception):
     """The run folder holds a finished run: nothing to do."""
 
@@ -1029,10 +1108,14 @@ def evaluate_lm(model: nn.Module, tokens: np.ndarray, T: int, batch_size: int, n
     """
     device = next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    starts = np.arange(0, len(tokens) - 1, T)[rank::world]
+    starts = np.arange(0, len(tokens) - 1, T)
+    mine = starts[rank::world]
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for i in range(0, len(starts), batch_size):
-        ids, targets = (t.to(device) for t in windows_at(tokens, starts[i : i + batch_size], T))
+    for i in range(0, math.ceil(len(starts) / world), batch_size):
+        some = mine[i : i + batch_size]
+        ids, targets = (t.to(device) for t in windows_at(tokens, some if len(some) else starts[:1], T))
+        if not len(some):  # shards compute together: who has read its part goes along, and counts nothing
+            targets = torch.full_like(targets, -100)
         loss, count = model(ids, targets)
         totals += torch.stack([loss.double(), count.double()])
     if world > 1:
@@ -1096,6 +1179,7 @@ def pretrain(cfg: TrainConfig) -> dict:
         tokens_per_row=T,
         epoch=windows.epoch,
         about=about,
+        parallel=cfg.parallel,
     )
     trainer.say(
         f"{trainer.folder}: {trainer_size(model)} parameters, {len(train):,} tokens of {cfg.corpus}, "
