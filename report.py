@@ -217,26 +217,13 @@ def training(home: Path) -> list[Block]:
             some.append((folder.name, [x for x in lines if "val_loss" in x], thinned(steps, 200)))
     if not rows:
         return [Text("No run folders here: `bash run_all.sh cpu` makes them.")]
-    columns = [
-        "run",
-        "stage",
-        "parameters",
-        "state",
-        "last validation loss",
-        "best",
-        "tokens",
-        "FLOPs, 6 N tokens",
-        "minutes",
-        "tokens/s",
-        "GiB",
-    ]
-    blocks = [*beside(alike)]
+    columns = "run|stage|parameters|state|last validation loss|best|tokens|FLOPs, 6 N tokens".split("|")
+    columns += ["minutes", "tokens/s", "GiB"]
+    blocks = beside(alike)
     for name, lines in drawn:
         blocks += [curves(name, lines), *preferences(name, lines)]
     if len(rows) > CURVES:
-        words = (
-            f"Curves of the {CURVES} newest of {len(rows)} runs; `python report.py --compare=A,B` draws any."
-        )
+        words = f"Curves of the {CURVES} newest of {len(rows)} runs; `report.py --compare=A,B` draws any."
         blocks.insert(0, Text(words))
     return [Table("runs", columns, rows), *blocks]
 

@@ -672,7 +672,7 @@ class Trainer:
         """
         if not self.sharded:
             return self.model
-        copies = self.copy.parameters() if self.copy else itertools.repeat(None)
+        copies = itertools.repeat(None) if self.copy is None else self.copy.parameters()
         with torch.no_grad():
             for mine, part in zip(copies, self.model.parameters(), strict=False):
                 found = whole(part)
