@@ -70,7 +70,7 @@ class TrainerConfig:
     out: str = "out"  # folder that holds everything the project makes
     seed: int = 1  # of the initial weights, the order of the data and dropout
     max_steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # sequences in one forward pass (micro-batch) of one process
+    batch_size: int = 16  # sequences in one forward pass of one process; train.py: auto, as many as fit
     grad_accum_steps: int = 1  # forward passes before an optimizer step
     learning_rate: float = 1e-3  # the highest
     min_lr: float = 1e-4  # the lowest, reached at max_steps
@@ -1245,20 +1245,50 @@ def list_runs(out: str) -> None:
             print(f"    {path}  {size:.0f} MiB  {evaluated.get(step_of(path), '')}")
 
 
-def print_plan(cfg: TrainConfig) -> None:
-    """What a run costs in parameters, memory and time: on the card here, or on --card or one of --vram GB."""
-    c, device, gib = model_config(cfg), pick_device(cfg.device), 2**30
+def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
+    """The model, the card (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory
+    is to be estimated there.
+    """
+    c, device = model_config(cfg), pick_device(cfg.device)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
     here = device.type == "cuda" and not (cfg.vram or cfg.card)
     card = torch.cuda.get_device_name(device) if here else cfg.card or ("RTX 3060" if cfg.vram else "")
-    vram = torch.cuda.get_device_properties(device).total_memory / gib if here else cfg.vram
-    n, flops = count_parameters(c), estimate_flops(c)
+    vram = torch.cuda.get_device_properties(device).total_memory / 2**30 if here else cfg.vram
     on_cpu = not (card or vram)
     options = {
         "gradient_checkpointing": cfg.gradient_checkpointing,
         "bytes_per_activation": 4 if on_cpu or cfg.dtype == "float32" else 2,
         "fused_ffn": bool(cfg.compile) and not on_cpu,
     }
+    return c, card, vram, options
+
+
+def usable(vram: float) -> float:
+    """Of 12 GB 10.0 GiB are planned for: the rest is the driver's, the desktop's or lost between blocks."""
+    return vram * 10 / 12
+
+
+def fit_batch(cfg: TrainConfig) -> None:
+    """--batch_size=auto: the largest micro-batch that the card holds by the plan; the batch stays the same.
+    Without a card the config's own: in main memory larger ones are no faster.
+    """
+    c, _, vram, options = planned_for(cfg)
+    rows = cfg.batch_size * cfg.grad_accum_steps
+    if vram:
+        room = usable(vram) * 2**30
+        fits = [b for b in range(1, rows + 1)
+                if rows % b == 0 and estimate_memory(c, b, **options)["peak"] <= room]  # fmt: skip
+        cfg.batch_size = max(fits, default=1)
+        cfg.grad_accum_steps = rows // cfg.batch_size
+    if not int(os.environ.get("RANK", 0)):
+        print(f"--batch_size=auto: {cfg.batch_size} sequences at a time, {cfg.grad_accum_steps} times a step")
+
+
+def print_plan(cfg: TrainConfig) -> None:
+    """What a run costs in parameters, memory and time: on the card here, or on --card or one of --vram GB."""
+    c, card, vram, options = planned_for(cfg)
+    gib, on_cpu = 2**30, not (card or vram)
+    n, flops = count_parameters(c), estimate_flops(c)
     memory = estimate_memory(c, cfg.batch_size, **options)
     active = f", {n['active'] / 1e6:.1f}M of them active" if c.ffn == "moe" else ""
     print(f"parameters  {n['total'] / 1e6:.1f}M{active}")
@@ -1271,14 +1301,13 @@ def print_plan(cfg: TrainConfig) -> None:
         if kind != "peak":
             print(f"  {kind:17} {size / gib:8.2f} GiB")
     if vram:
-        # Of 12 GB 10.0 GiB are planned for: the rest is the driver's, the desktop's, and lost between blocks.
-        usable = vram * 10 / 12
-        fits = [b for b in range(1, 4097) if estimate_memory(c, b, **options)["peak"] / gib <= usable]
-        verdict = "fits" if memory["peak"] / gib <= usable else "DOES NOT FIT"
+        room = usable(vram)
+        fits = [b for b in range(1, 4097) if estimate_memory(c, b, **options)["peak"] / gib <= room]
+        verdict = "fits" if memory["peak"] / gib <= room else "DOES NOT FIT"
         largest = (
             f"largest micro-batch {fits[-1]}" if fits else "not even one sequence: --gradient_checkpointing?"
         )
-        print(f"verdict     {verdict} into {vram:.0f} GB ({usable:.1f} GiB planned for); {largest}")
+        print(f"verdict     {verdict} into {vram:.0f} GB ({room:.1f} GiB planned for); {largest}")
     step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
     total = step * cfg.max_steps
     print(f"work        {flops / 1e6:.1f} MFLOP a token, {step:,} tokens a step, {cfg.max_steps:,} steps")
@@ -1292,7 +1321,7 @@ def print_plan(cfg: TrainConfig) -> None:
     peak, share = peak_flops(card), 0.45 if c.d_model >= 768 else 0.35  # seen on a 3060, compiled, bfloat16
     if on_cpu:
         # A small model spends half of a CPU step outside matrix products; AMX only makes that share larger.
-        peak, share, card = matmul_flops(torch.float32), 0.5, hardware(device)["device"]
+        peak, share, card = matmul_flops(torch.float32), 0.5, cpu_name()
     if peak:
         rate = peak * share / flops
         print(f"time        {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
@@ -1401,8 +1430,11 @@ def benchmark(cfg: TrainConfig) -> None:
 
 
 def main() -> None:
-    cfg = parse_config(TrainConfig, __doc__)
+    words = [word for word in sys.argv[1:] if word != "--batch_size=auto"]
+    cfg = parse_config(TrainConfig, __doc__, words)
     try:
+        if len(words) < len(sys.argv) - 1:
+            fit_batch(cfg)
         if cfg.list:
             list_runs(cfg.out)
         elif cfg.plan:

@@ -568,6 +568,26 @@ def test_muon_trains_and_resumes_with_the_same_bits(settings, tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["speedrun", "max3060", "max3060_180m", "max3060_489m"])
+def test_configs_for_a_12_gb_card_fit_it_by_the_plan(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"configs/{name}.py", "--plan", "--vram=12"])
+    train.main()
+    assert "verdict     fits into 12 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, wanted", [
+    (["--vram=12"], (16, 8)), (["--vram=6"], (4, 32)), (["--vram=80"], (128, 1)), ([], (16, 8)),
+])  # fmt: skip
+def test_auto_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch(monkeypatch, capsys, more, wanted):
+    words = ["train.py", "configs/max3060.py", "--batch_size=auto", "--plan", "--device=cpu", *more]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(train, "matmul_flops", lambda dtype: 1e11)
+    train.main()
+    out = capsys.readouterr().out
+    assert f"--batch_size=auto: {wanted[0]} sequences at a time, {wanted[1]} times a step" in out
+    assert "131,072 tokens a step" in out and "DOES NOT FIT" not in out
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_the_learning_rate_rises_to_its_maximum_and_falls_to_its_minimum(schedule):
     lr = [get_lr(step, 1e-3, 1e-4, 10, 100, schedule) for step in range(140)]
