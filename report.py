@@ -794,6 +794,44 @@ def sources(data, split: str = "train") -> list[list]:
     return rows + [row for key, inner in data.items() for row in sources(inner, key)]
 
 
+def machine(home: Path) -> list[Block]:
+    """What hardware.py measured."""
+    found = read_json(home / "hardware.json")
+    if not found:
+        return [Text("The machine was not measured: `bash run_all.sh hardware`.")]
+    peaks = ", ".join(f"{x / 1e12:.3g} TFLOP/s in {dtype}" for dtype, x in found.get("matmul", {}).items())
+    threads = found["hardware"]["threads"]
+    blocks: list[Block] = [
+        Text(f"**{found['hardware']['device']}**, {threads} threads; matrix products: {peaks}.")
+    ]
+    if rows := found.get("memory"):
+        cells = [[r["shape"], r["rows"], f"{r['planned'] / 2**30:.2f}",
+                  f"{r['measured'] / 2**30:.2f}" if "measured" in r else r["error"],
+                  f"{100 * (r['planned'] / r['measured'] - 1):+.1f}" if "measured" in r else ""]
+                 for r in rows]  # fmt: skip
+        columns = ["training step of", "rows", "GiB by the plan", "GiB measured", "plan is off by %"]
+        blocks += [Text(f"Memory that a training step asks for, within {found['cap_gib']:g} GiB:")]
+        blocks += [Table("memory", columns, cells)]
+    if rows := found.get("training"):
+        cells = [[r["config"], r["rows"], way, f"{rate:,.0f}", f"{100 * r['share_of_matmul'][way]:.0f}"]
+                 for r in rows for way, rate in r["tokens_per_second"].items()]  # fmt: skip
+        blocks += [Table("steps", ["config", "rows", "step", "tokens/s", "% of matrix products"], cells)]
+        for r in rows:
+            forward, both, all_of_it = (
+                1000 * r["seconds"][k] for k in ("forward", "forward and backward", "eager")
+            )
+            words = f"{r['config']}, eager: forward {forward:.0f} ms, backward {both - forward:.0f} ms, "
+            words += f"clipping and {r['optimizer']} {all_of_it - both:.0f} ms."
+            blocks.append(Text(words))
+    if rows := found.get("decoding"):
+        cells = [[r["task"], who, f"{rate:,.0f}", f"{rate / r['tokens_per_second']['transformers']:.2f}"]
+                 for r in rows for who, rate in r["tokens_per_second"].items()]  # fmt: skip
+        blocks += [Table("decoding", ["decoding", "by", "tokens/s", "times transformers"], cells)]
+    if rate := found.get("data", {}).get("encoded_mb_per_second_and_core"):
+        blocks.append(Text(f"One core tokenises {rate:.1f} MB/s."))
+    return blocks
+
+
 SECTIONS = {
     "What each stage gained": stages,
     "Where the time went": ledger,
@@ -804,6 +842,7 @@ SECTIONS = {
     "Where it fails": failures,
     "What the heads look at": attention,
     "The lab": lab,
+    "The machine": machine,
     "How to make it again": making,
 }
 

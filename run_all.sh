@@ -8,6 +8,7 @@
 #   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune, sft, dpo,
 #                                      verifier or eval
 #   bash run_all.sh experiments        what each part of the model buys (--quick: short, to see it work)
+#   bash run_all.sh hardware           what this machine does: matrix products, memory against the plan, speed
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
@@ -22,7 +23,7 @@ main() {
     local profile=${1:-}
     [ $# -gt 0 ] && shift
     case "$profile" in
-        "" | cpu | speedrun | max3060 | experiments | test) ;;
+        "" | cpu | speedrun | max3060 | experiments | hardware | test) ;;
         -h | --help) usage; exit 0 ;;
         *) echo "run_all.sh: unknown profile '$profile'" >&2; usage >&2; exit 2 ;;
     esac
@@ -34,6 +35,11 @@ main() {
     set_up
     if [ "$profile" = experiments ]; then
         python experiments.py --out="$OUT" "$@"
+        return
+    fi
+    if [ "$profile" = hardware ]; then
+        python hardware.py --out="$OUT" "$@"
+        python report.py --home="$OUT"
         return
     fi
     if [ -z "$profile" ]; then

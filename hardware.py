@@ -1,0 +1,359 @@
+"""What this machine can do, measured: what the plans are held against, and what only a card can show.
+
+    python hardware.py                               # minutes; out/hardware.json and a table
+    python hardware.py --only=memory --cap=11        # one part; on a card, within 11 GiB
+    bash run_all.sh hardware                         # the same, and the report that shows it
+
+`matmul`: what large matrix products reach, in float32 and bfloat16; shares of peak below are of this, not of
+a data sheet. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one
+thing each (a CUDA card only). `training`: the configs' own steps, eager and compiled, where a step's time
+goes, and whether the loader is ever waited for. `decoding`: ours beside transformers' generate, same weights.
+`data`: megabytes tokenised a second and core. Medians; what is compared is interleaved.
+"""
+
+import contextlib
+import copy
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from configs import ConfigError, parse_config
+from data import documents
+from model import (
+    ModelConfig,
+    ModernDecoderLM,
+    estimate_flops,
+    estimate_memory,
+    to_hf_config,
+    to_hf_tensors,
+    write_atomically,
+)
+from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from train import (
+    TrainConfig,
+    Windows,
+    fit_batch,
+    git_commit,
+    hardware,
+    make_optimizers,
+    model_config,
+    pick_device,
+    pick_dtype,
+    read_json,
+    versions,
+)
+
+GIB = 2**30
+
+
+@dataclass
+class HardwareConfig:
+    """What is measured, and within what limit."""
+
+    only: str = ""  # matmul, memory, training, decoding, data, joined by commas; nothing: all
+    configs: str = (
+        ""  # whose steps are timed, the first decodes; default: speedrun,max3060; cpu without a card
+    )
+    compile: bool = True  # compiled contenders, too: half a minute each to start
+    cap: float = 11.0  # GiB that this process may take of a card, as if it had no more
+    rounds: int = 8  # timed repetitions
+    device: str = "auto"
+    out: str = "out"
+
+
+def timed(run: Callable, device: torch.device) -> float:
+    """Seconds that `run()` takes; a card has to have finished."""
+    begun = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def in_turns(contenders: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each; in turns, so that nobody has the slow minute. The first two turns warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 2):
+        for name, run in contenders.items():
+            seconds = timed(run, device)
+            if i > 1:
+                times[name].append(seconds)
+    return {name: statistics.median(x) for name, x in times.items()}
+
+
+def chosen(cfg: HardwareConfig, device: torch.device) -> dict[str, TrainConfig]:
+    """The configs by name; a name is a file of configs/ or a path."""
+    names = cfg.configs or ("speedrun,max3060" if device.type == "cuda" else "cpu")
+    files = {Path(n).stem: n if n.endswith(".py") else f"configs/{n}.py" for n in names.split(",")}
+    return {n: parse_config(TrainConfig, "", [file, f"--device={cfg.device}"]) for n, file in files.items()}
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# -----------------------------------------------------------------------------
+# Parts
+
+
+def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
+    """FLOP/s of a large matrix product by data type; the best of the rounds."""
+    found, cuda = {}, device.type == "cuda"
+    for dtype in (torch.float32, torch.bfloat16):
+        n = 8192 if cuda else 1536 if dtype == torch.float32 else 512  # a CPU may have to emulate bfloat16
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
+        found[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(seconds)
+    return found
+
+
+BASE = dict(
+    vocab_size=32_768, context_length=1024, n_layers=14, d_model=768, n_heads=12, n_kv_heads=4, d_ff=2048
+)
+MEMORY = {  # name: what differs from max3060's model, rows, settings
+    "max3060, 16 rows": ({}, 16, {}),
+    "max3060, 8 rows": ({}, 8, {}),
+    "as many key-value heads as heads": (dict(n_kv_heads=12), 8, {}),
+    "gradient checkpointing": ({}, 16, dict(gradient_checkpointing=True)),
+    "compiled": ({}, 16, dict(compile=True)),
+    "compiled, checkpointing": ({}, 16, dict(compile=True, gradient_checkpointing=True)),
+    "4,096 tokens": (dict(context_length=4096), 4, {}),
+    "GPT-2's parts and vocabulary": (
+        dict(vocab_size=50_304, n_kv_heads=12, d_ff=3072, norm="layer", ffn="gelu", positions="learned"),
+        8, {},
+    ),
+    "4 experts, 2 a token": (dict(ffn="moe", n_experts=4, experts_per_token=2, d_ff=1024), 8, {}),
+    "8 layers of 512, 64 rows of 512": (
+        dict(vocab_size=8192, context_length=512, n_layers=8, d_model=512, n_heads=8, d_ff=1408), 64, {},
+    ),
+    "Muon": ({}, 16, dict(optimizer="muon")),
+}  # fmt: skip
+
+
+def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
+    """Peak bytes of a training step against the plan, which without its overhead (CUDA's context, and what
+    is lost between blocks) should be what the allocator was asked for.
+    """
+    if device.type != "cuda":
+        print("memory: needs a CUDA card, whose allocator counts bytes")
+        return []
+    rows = []
+    for name, (shape, batch, settings) in MEMORY.items():
+        train = replace(TrainConfig(), batch_size=batch, **settings)
+        c = ModelConfig(**(BASE | shape))
+        options = {"gradient_checkpointing": train.gradient_checkpointing, "fused_ffn": train.compile is True}
+        plan = estimate_memory(c, batch, **options)
+        row = {"shape": name, "rows": batch, "planned": plan["peak"] - plan["overhead"], "plan": plan["peak"]}
+        free(device)
+        try:
+            step = Step(c, train, device, train.compile is True)
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+            row["measured"] = torch.cuda.max_memory_allocated()
+            row["reserved"] = torch.cuda.max_memory_reserved()
+        except torch.OutOfMemoryError:
+            row["error"] = f"out of memory within {cfg.cap} GiB"
+        step = None
+        rows.append(row)
+        gap = f"{row['measured'] / row['planned'] - 1:+.1%}" if "measured" in row else row["error"]
+        print(f"memory  {name:34} planned {row['planned'] / GIB:6.2f} GiB, {gap}", flush=True)
+    free(device)
+    return rows
+
+
+class Step:
+    """A training step on one micro-batch of random tokens, as train.py takes it: call it."""
+
+    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool):
+        self.device, self.dtype = device, pick_dtype("auto", device)
+        self.model = ModernDecoderLM(c).to(device).train()
+        self.model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.optimizers = make_optimizers(self.model, cfg)
+        self.net = torch.compile(self.model) if compiled else self.model
+        rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
+        self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def forward(self, batch: tuple | None = None) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            total, count = self.net(*(batch or self.batch))
+        return total / count
+
+    def __call__(self, batch: tuple | None = None) -> None:
+        self.forward(batch).backward()
+        self.update()
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
+    """Steps of the configs: tokens/s eager and compiled, their share of the measured matrix product, and what
+    forward, backward and update take; the same with batches from a token file instead of one that is there.
+    """
+    peak = matmul(cfg, device)[str(pick_dtype("auto", device)).removeprefix("torch.")]
+    rows = []
+    for name, train in chosen(cfg, device).items():
+        if device.type == "cuda":
+            train.vram = min(torch.cuda.get_device_properties(device).total_memory / GIB, cfg.cap * 12 / 11)
+            fit_batch(train)
+        c = model_config(train)
+        tokens, flops = train.batch_size * c.context_length, estimate_flops(c)
+        free(device)
+        eager = Step(c, train, device, compiled=False)
+        parts = {"forward": eager.forward, "forward and backward": lambda s=eager: s.forward().backward()}
+        with tempfile.TemporaryDirectory() as folder:  # a file of the size of an epoch of anything
+            file = np.memmap(f"{folder}/tokens.bin", np.uint16, "w+", shape=20_000_000)
+            file[:] = np.random.default_rng(0).integers(0, c.vocab_size, len(file), dtype=np.uint16)
+            windows, loaded = Windows(file, c.context_length, train.batch_size, 1), iter(range(10**9))
+
+            def from_file(step=eager, windows=windows, loaded=loaded, rows=train.batch_size):
+                batch = windows.rows(next(loaded), 0, rows)
+                if device.type == "cuda":
+                    batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+                step(batch)
+
+            contenders = {"eager": eager, "eager, batches from a file": from_file, **parts}
+            seconds = in_turns(contenders, cfg.rounds, device)
+            del file
+        eager = parts = contenders = None
+        if device.type == "cuda" and cfg.compile:
+            free(device)
+            seconds |= in_turns({"compiled": Step(c, train, device, compiled=True)}, cfg.rounds, device)
+        row = {"config": name, "rows": train.batch_size, "optimizer": train.optimizer, "seconds": seconds}
+        row["tokens_per_second"] = {way: tokens / s for way, s in seconds.items() if "forward" not in way}
+        row["share_of_matmul"] = {w: flops * rate / peak for w, rate in row["tokens_per_second"].items()}
+        if device.type == "cuda":
+            row["peak_memory"] = torch.cuda.max_memory_allocated()
+        rows.append(row)
+        for way, rate in row["tokens_per_second"].items():
+            share = row["share_of_matmul"][way]
+            print(f"training  {name}, {way:28} {rate:10,.0f} tok/s  {share:.0%} of matmul", flush=True)
+    return rows
+
+
+def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
+    """Tokens a second of ours and of transformers' generate, on a card with a static cache that it compiles;
+    same weights. Greedy, one row and many; and many answers to one prompt, as a verifier wants them.
+    """
+    import transformers
+
+    cuda = device.type == "cuda"
+    c = model_config(next(iter(chosen(cfg, device).values())))
+    dtype, rows = (torch.bfloat16, 64) if cuda else (torch.float32, 16)
+    new = min(256 if cuda else 128, c.context_length - 32)
+    ours = ModernDecoderLM(c).to(device, dtype).eval()
+    keys = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys)).eval()
+    theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
+    theirs.to(device, dtype)
+    ours.pack()
+    plain = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
+    plain |= dict(cache_implementation="static") if cuda else {}
+    greedy = transformers.GenerationConfig(do_sample=False, **plain)
+    drawn = transformers.GenerationConfig(do_sample=True, num_return_sequences=rows, top_k=0, **plain)
+    ids = torch.randint(c.vocab_size, (rows, 32), device=device)
+    tasks = {
+        "1 row": (ids[:1], dict(temperature=0.0), greedy),
+        f"{rows} rows": (ids, dict(temperature=0.0), greedy),
+        f"{rows} answers to one prompt": (ids[:1], dict(temperature=1.0, n=rows), drawn),
+    }
+    found = []
+    for name, (prompt, how, config) in tasks.items():
+        total = new * (1 if name == "1 row" else rows)
+
+        def mine(prompt=prompt, how=how, **more):
+            ours.generate(prompt.tolist(), new, **how, **more)
+
+        contenders = {
+            "transformers": lambda p=prompt, g=config: theirs.generate(p, generation_config=copy.copy(g))
+        }
+        contenders["ours"] = mine
+        if cfg.compile:
+            contenders["ours, compiled"] = lambda mine=mine: mine(compile=True)
+        with torch.inference_mode():
+            seconds = in_turns(contenders, max(2, cfg.rounds // 2), device)
+        rates = {who: total / s for who, s in seconds.items()}
+        found.append({"task": name, "new_tokens": new, "tokens_per_second": rates})
+        for who, rate in rates.items():
+            times = rate / rates["transformers"]
+            print(f"decoding  {name:26} {who:16} {rate:10,.0f} tok/s  {times:5.2f}x transformers", flush=True)
+    return found
+
+
+def data(cfg: HardwareConfig, device: torch.device) -> dict:
+    """Megabytes of text that one core encodes a second, and what TinyStories' 2.2 GB take at that rate."""
+    texts = list(islice(documents("storyworld", "train"), 3000))
+    tokenizer = Tokenizer(*train_bpe(texts, 8192, SPECIAL_TOKENS, workers=1), SPECIAL_TOKENS)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+
+    def encode():
+        for text in texts:
+            tokenizer.encode(text)
+
+    seconds = in_turns({"encode": encode}, cfg.rounds, torch.device("cpu"))["encode"]
+    rate = megabytes / seconds
+    print(f"data  {rate:.1f} MB/s a core; TinyStories' 2.2 GB on 12 cores: {2200 / rate / 12 / 60:.1f} min")
+    return {"encoded_mb_per_second_and_core": rate, "sample_mb": megabytes}
+
+
+PARTS = {"matmul": matmul, "memory": memory, "training": training, "decoding": decoding, "data": data}
+
+
+def measure(cfg: HardwareConfig) -> dict:
+    """Runs the parts and adds them to {out}/hardware.json, where parts of other calls stay."""
+    device, wanted = pick_device(cfg.device), [w for w in cfg.only.split(",") if w] or list(PARTS)
+    if unknown := set(wanted) - set(PARTS):
+        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.cap * GIB / total), device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_flush_denormal(True)
+    file = Path(cfg.out) / "hardware.json"
+    about = {"hardware": hardware(device), "versions": versions(), "git": git_commit(), "cap_gib": cfg.cap}
+    print(f"{about['hardware']['device']}, {about['hardware']['threads']} threads")
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(file)
+    if found.get("hardware") != about["hardware"]:  # another machine's figures are not this one's
+        found = {}
+    for part in wanted:
+        found[part] = PARTS[part](cfg, device)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(found | about, indent=1) + "\n"
+        write_atomically(file, lambda path, text=text: path.write_text(text))
+        if part == "matmul":
+            told = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in found[part].items())
+            print(f"matmul  {told}", flush=True)
+    print(file)
+    return found | about
+
+
+def main() -> None:
+    try:
+        measure(parse_config(HardwareConfig, __doc__))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"hardware.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What the machine does: the parts run, and their figures hang together. None of them is held to a speed."""
+
+import json
+
+import pytest
+
+import report
+from configs import ConfigError
+from hardware import HardwareConfig, measure
+from report import Table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Settings for a model that takes no time."""
+    tiny = tmp_path / "tiny.py"
+    shape = dict(n_layers=1, d_model=32, n_heads=2, d_ff=32, vocab_size=64, context_length=48, batch_size=2)
+    tiny.write_text("\n".join(f"{name} = {value}" for name, value in shape.items()))
+    return HardwareConfig(rounds=2, device="cpu", out=str(tmp_path), configs=str(tiny), compile=False)
+
+
+def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path):
+    found = measure(cfg)
+    assert json.loads((tmp_path / "hardware.json").read_text()) == found
+    (row,) = found["training"]
+    assert set(row["seconds"]) == {"eager", "eager, batches from a file", "forward", "forward and backward"}
+    rate = row["tokens_per_second"]["eager"]
+    assert rate == pytest.approx(2 * 48 / row["seconds"]["eager"])
+    assert [r["task"] for r in found["decoding"]] == ["1 row", "16 rows", "16 answers to one prompt"]
+    assert all(set(r["tokens_per_second"]) == {"transformers", "ours"} for r in found["decoding"])
+    assert found["data"]["encoded_mb_per_second_and_core"] > 0 and found["memory"] == []
+    blocks = report.machine(tmp_path)
+    tables = {b.name: [dict(zip(b.columns, row, strict=True)) for row in b.rows]
+              for b in blocks if isinstance(b, Table)}  # fmt: skip
+    assert tables["steps"][0]["tokens/s"] == f"{rate:,.0f}" and len(tables["decoding"]) == 6
+    assert found["hardware"]["device"] in blocks[0].words
+
+
+def test_parts_are_added_and_another_machines_are_not(cfg, tmp_path):
+    cfg.only = "data"
+    measure(cfg)
+    file = tmp_path / "hardware.json"
+    cfg.only = "memory"
+    assert measure(cfg)["data"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hardware": {"device": "another"}}))
+    assert "data" not in measure(cfg)
+    cfg.only = "memory,speed"
+    with pytest.raises(ConfigError, match="speed"):
+        measure(cfg)
+
+
+def test_memory_is_shown_beside_the_plan(tmp_path):
+    rows = [
+        {"shape": "a", "rows": 8, "planned": 2 * 2**30, "plan": 3 * 2**30, "measured": 2.5 * 2**30},
+        {"shape": "b", "rows": 8, "planned": 2**30, "plan": 2**30, "error": "out of memory within 11 GiB"},
+    ]
+    about = {"hardware": {"device": "a card", "threads": 2}, "cap_gib": 11.0}
+    (tmp_path / "hardware.json").write_text(json.dumps(about | {"memory": rows}))
+    (table,) = [b for b in report.machine(tmp_path) if isinstance(b, Table)]
+    assert table.rows[0] == ["a", 8, "2.00", "2.50", "-20.0"]
+    assert table.rows[1][3] == "out of memory within 11 GiB"
