@@ -11,7 +11,8 @@
 #   bash run_all.sh hardware           what this machine does: matrix products, memory against the plan, speed
 #   bash run_all.sh test               set up and run the tests
 #
-# PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made.
+# PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made;
+# SEED=2 OUT=out2 gives every stage that trains another seed.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -133,6 +134,7 @@ test_everything() {
 stage() {
     local name=$1 result=$2 begun=$SECONDS mark status=0
     shift 2
+    case "${SEED:+$2}" in train.py | finetune.py | sft.py | dpo.py | verifier.py) set -- "$@" --seed="$SEED" ;; esac
     local log=$OUT/logs/$name.log
     mark=$({ echo "$*"; cat "$config"; case "${3:-}" in configs/*) cat "$3" ;; esac } | cksum)
     echo

@@ -130,6 +130,18 @@ def test_the_lab_gets_its_flags(project):
     assert lines == ["experiments.py --out=out --quick"]
 
 
+def test_the_machine_is_measured_and_reported(project):
+    assert run_all(project, "hardware", "--only=data").returncode == 0
+    assert calls(project) == ["hardware.py"]
+
+
+def test_another_seed_reaches_every_stage_that_trains(project):
+    assert run_all(project, "cpu").returncode == 0
+    assert run_all(project, "cpu", SEED="2").returncode == 0  # other commands, so nothing counts as done
+    seeded = [line.split()[0] for line in (project / "calls").read_text().splitlines() if "--seed=2" in line]
+    assert seeded == ["train.py", "finetune.py", "sft.py", "dpo.py", "verifier.py"]
+
+
 def test_words_it_does_not_know_are_refused(project):
     assert run_all(project, "gpu").returncode == 2
     unknown = run_all(project, "cpu", "pretrian")
