@@ -2147,7 +2147,11 @@ def calibration(labels, probabilities, bins: int = 10) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the first documents of a corpus, or items of a task.")
+    parser = argparse.ArgumentParser(
+        usage="python %(prog)s [--name=value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--corpus", default="storyworld", help="a name, a path or glob, or a mix")
     parser.add_argument("--task", help=f"{', '.join(TASKS)}: show its items as a model sees them")
     parser.add_argument("--split", default="train", choices=SPLITS)

@@ -18,7 +18,7 @@ the first token where the two part: what they share cancels anyway, and what fol
 unlearning.
 
 It reads an instruction-tuned run and writes out/NAME: the best by validation loss; pairs.jsonl, what it
-learnt from; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
+learnt from; violations.jsonl, held-out pairs that it moved the wrong way; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 import hashlib

@@ -14,9 +14,9 @@ over the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `streams`, what
 becomes of a text longer than the context, with and without attention sinks; `scaling`, five sizes at three
-budgets of FLOPs, what they predict for larger ones, and one more run to see whether it comes; `shapes`, what
-larger models and batches cost; `transfer`, a task learnt from nothing, by a pretrained model, or told in a
-prompt. Everything goes to out/experiments/CORPUS/experiments.json, and a table to the terminal.
+budgets of FLOPs, what they predict for larger ones, and one more run to see whether that comes true;
+`shapes`, what larger models and batches cost; `transfer`, a task learnt from nothing, by a pretrained model,
+or told in a prompt. Everything goes to out/experiments/CORPUS/experiments.json, and a table to the terminal.
 """
 
 import json

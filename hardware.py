@@ -4,11 +4,11 @@
     python hardware.py --only=memory --cap=11        # one part; on a card, within 11 GiB
     bash run_all.sh hardware                         # the same, and the report that shows it
 
-`matmul`: what large matrix products reach, in float32 and bfloat16; shares of peak below are of this, not of
-a data sheet. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one
-thing each (a CUDA card only). `training`: the configs' own steps, eager and compiled, where a step's time
-goes, and whether the loader is ever waited for. `decoding`: ours beside transformers' generate, same weights.
-`data`: megabytes tokenised a second and core. Medians; what is compared is interleaved.
+`matmul`: what large matrix products reach, in float32 and bfloat16; the shares below are of this figure, not
+of a data sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one
+thing each (a CUDA card only). `training`: the configs' own steps, eager and, on a card, compiled, where a
+step's time goes, and whether the loader is ever waited for. `decoding`: ours beside transformers' generate,
+same weights. `data`: megabytes tokenised a second and core. Medians; what is compared is interleaved.
 """
 
 import contextlib
@@ -67,8 +67,8 @@ class HardwareConfig:
     compile: bool = True  # compiled contenders, too: half a minute each to start
     cap: float = 11.0  # GiB that this process may take of a card, as if it had no more
     rounds: int = 8  # timed repetitions
-    device: str = "auto"
-    out: str = "out"
+    device: str = "auto"  # cuda, cpu, ...
+    out: str = "out"  # folder that holds everything the project makes
 
 
 def timed(run: Callable, device: torch.device) -> float:
@@ -169,7 +169,7 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             row["error"] = f"out of memory within {cfg.cap} GiB"
         step = None
         rows.append(row)
-        gap = f"{row['measured'] / row['planned'] - 1:+.1%}" if "measured" in row else row["error"]
+        gap = f"off by {row['planned'] / row['measured'] - 1:+.1%}" if "measured" in row else row["error"]
         print(f"memory  {name:34} planned {row['planned'] / GIB:6.2f} GiB, {gap}", flush=True)
     free(device)
     return rows

@@ -1,13 +1,13 @@
-"""Stage 8: the report. One page that shows what the run folders hold, and proves each step.
+"""Stage 8: the report. One page that shows what the run folders hold, and what made each step.
 
     python report.py                              # all of out/ -> out/report/index.html
     python report.py --home=out --to=report       # to a folder that is kept
-    python report.py --compare=out/a,out/b        # two or more runs beside each other
+    python report.py --compare=out/a,out/b --to=out/compared    # two or more runs beside each other
 
 It reads run folders and JSON, no model and no torch: copied folders on a laptop will do. It writes index.html
 (one file, nothing is fetched), index.md with figures/ for a code host, a CSV beside every table, and
-experiments.md, a log with an entry a run whose observations are computed from its curves, and paper/, a draft
-in Markdown and LaTeX. What is missing gets a sentence that says which command makes it; a run that is still
+experiments.md (a log with an entry a run, its observations computed from its curves) and paper/ (a draft in
+Markdown and LaTeX). What is missing gets a sentence that says which command makes it; a run that is still
 going is shown as far as it got.
 
 A section is a function from the home folder to a list of blocks: Text, Table, Figure or Code. Both pages are
@@ -163,6 +163,7 @@ def stages(home: Path) -> list[Block]:
         return [Text("No table of stages yet: `bash run_all.sh cpu eval` makes it.")]
     rows = pipeline["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict)))
+    said = {"exact_match": "greedy", "calculator": "greedy + calculator", "mean_sample": "one sampled answer"}
     cells = []
     for row in rows:
         line = [Path(row["model"]).name]
@@ -171,8 +172,11 @@ def stages(home: Path) -> list[Block]:
             line.append("" if not x else f"{x['value']:.3f}" if "bits" in column else percent(x))
         cells.append([*line, f"{row.get('minutes', 0):.1f}"])
     return [
-        Text("Percent of problems solved, with 95 % intervals; bits per byte where it says so."),
-        Table("stages", ["model", *columns, "minutes of training"], cells),
+        Text(
+            "Percent of problems solved, of one training run each, with 95 % intervals over the problems; "
+            "bits per byte where it says so."
+        ),
+        Table("stages", ["model", *(said.get(c, c) for c in columns), "minutes of training"], cells),
     ]
 
 
@@ -343,7 +347,7 @@ def samples(home: Path) -> list[Block]:
             for i, item in enumerate(asked[:12])
         ]
         blocks += [Text("The same instructions by stage, the first dozen:")]
-        blocks += [Table("battery", ["asked", "meant", *(Path(m).name for m in models)], rows)]
+        blocks += [Table("battery", ["asked", "expected", *(Path(m).name for m in models)], rows)]
     return blocks or [Text("No samples: training runs write them at each evaluation.")]
 
 
@@ -359,7 +363,7 @@ def choosing(home: Path) -> list[Block]:
         for entry in read_json(folder / "results.json").get("results", {}).values():
             if isinstance(entry, dict) and entry.get("curves"):
                 blocks += chosen(folder.name, entry)
-    return blocks or [Text("Nobody was asked more than once: `python eval.py ... --samples=16` does.")]
+    return blocks or [Text("No model was sampled more than once: `python eval.py RUN --samples=16` does it.")]
 
 
 def chosen(name: str, entry: dict) -> list[Block]:
@@ -394,8 +398,11 @@ def chosen(name: str, entry: dict) -> list[Block]:
             Table(f"differences-{name}-{entry['task']}", ["paired difference", "points [95 %]"], rows)
         )
     for label, gates in entry.get("gating", {}).items():
-        rows = [[g["threshold"], f"{g['samples']:.1f}", percent(g["right"])] for g in gates]
-        blocks.append(Text(f"Sampling until {label} is sure, with {name}:"))
+        rows = [
+            [g["threshold"] if g["threshold"] <= 1 else "never", f"{g['samples']:.1f}", percent(g["right"])]
+            for g in gates
+        ]
+        blocks.append(Text(f"Sampling until the verifier ({label}) is sure, with {name}:"))
         blocks.append(Table(f"gating-{name}-{label}", ["sure from", "answers a problem", "right"], rows))
     return blocks
 
@@ -422,7 +429,7 @@ def verifiers(home: Path) -> list[Block]:
             axes.set(xlabel="probability it says", ylabel="share that is right", title=folder.name)
             error = 100 * found["calibration"]["ece"]
             caption = (
-                f"{folder.name}: reliability; on the line its word is true. Calibration error {error:.1f} %."
+                f"{folder.name}: on the dotted line its probabilities are true; mean error {error:.1f} %."
             )
             blocks.append(figure(f"reliability-{folder.name}", caption, fig))
     return blocks or [Text("No verifier: `python verifier.py configs/verifier.py` trains one.")]
@@ -514,7 +521,8 @@ def doubtful(name: str, by_text: dict[str, list[tuple]]) -> list[Block]:
     several = max((len(said) for said in by_text.values()), default=0) > 1
     if not several:
         return []
-    words = f"**{name}**: {len(found)} labels that all models contradict, surely; some of these are wrong."
+    words = f"**{name}**: {len(found)} labels that all models contradict, with a mean probability above 0.9; "
+    words += "they may be wrong."
     columns = ["text", "label", "all models say", "mean probability", "models"]
     return [Text(words), *([Table(f"doubtful-{name}", columns, found[:10])] if found else [])]
 
@@ -532,7 +540,7 @@ def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
         broken.sort(key=lambda p: -p[5])
     rows = [[what, *(shorten(p[i], 400) for i in (0, 1, 3)), *([f"{p[5]:.2f}"] if sure else [])]
             for what, some in (("mended", mended), ("broken", broken)) for p in some[:3]]  # fmt: skip
-    words = f"{b} is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, "
+    words = f"**{b}** is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, "
     words += f"wrong where {a} is right on {len(broken)}. Three of each:"
     columns = ["", "problem", a, b, *(["it says"] if sure else [])]
     return [Text(words), Table(f"changed-{name}", columns, rows)]
@@ -572,8 +580,9 @@ def attention(home: Path) -> list[Block]:
         axes[0].set_ylabel("layer")
         fig.colorbar(image, ax=axes, fraction=0.02)
         caption = (
-            f"{folder.name}: every head on random tokens told twice; 1: all of its attention, or all even."
+            f"{folder.name}: scores of every head on random tokens that come twice. 1: all of its attention; "
         )
+        caption += "of entropy: spread evenly."
         blocks.append(figure(f"heads-{folder.name}", caption, fig))
         for i, example in enumerate(found["maps"]):
             labels = [token.replace("\n", "⏎").replace(" ", "␣") for token in example["tokens"]]
@@ -603,7 +612,7 @@ def lab(home: Path) -> list[Block]:
             continue
         seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
         words = f"**{found['corpus']}**, {seeds}, {minutes(found['seconds'])} minutes"
-        blocks.append(Text(words + (": a quick run, which finds nothing." if found.get("quick") else ".")))
+        blocks.append(Text(words + (": a quick run, no findings." if found.get("quick") else ".")))
         rows = []
         for name, e in entries.items():
             d = e.get("difference", {})
@@ -718,7 +727,7 @@ def scaling(corpus: str, found: dict) -> list[Block]:
     blocks += [Text("Said by the fit before anything of that size was run, in nats a token of this text:")]
     check = found.get("check", {})
     if "came" in check:
-        for who, p in (("more FLOPs, said", check["said"]), ("more FLOPs, came", check["came"])):
+        for who, p in (("one more run, predicted", check["said"]), ("one more run, measured", check["came"])):
             rows.append([who, f"{check['flops']:.2e}", count(p["parameters"]), count(p["tokens"]),
                          f"{p['loss']:.3f}"])  # fmt: skip
     return [*blocks, Table(f"predicted-{corpus}", columns, rows)]
@@ -799,11 +808,9 @@ def machine(home: Path) -> list[Block]:
     found = read_json(home / "hardware.json")
     if not found:
         return [Text("The machine was not measured: `bash run_all.sh hardware`.")]
-    peaks = ", ".join(f"{x / 1e12:.3g} TFLOP/s in {dtype}" for dtype, x in found.get("matmul", {}).items())
-    threads = found["hardware"]["threads"]
-    blocks: list[Block] = [
-        Text(f"**{found['hardware']['device']}**, {threads} threads; matrix products: {peaks}.")
-    ]
+    peaks = [f"{x / 1e12:.3g} TFLOP/s in {dtype}" for dtype, x in found.get("matmul", {}).items()]
+    words = f"**{found['hardware']['device']}**, {found['hardware']['threads']} threads"
+    blocks: list[Block] = [Text(words + (f"; matrix products reach {', '.join(peaks)}." if peaks else "."))]
     if rows := found.get("memory"):
         cells = [[r["shape"], r["rows"], f"{r['planned'] / 2**30:.2f}",
                   f"{r['measured'] / 2**30:.2f}" if "measured" in r else r["error"],
@@ -918,7 +925,7 @@ def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
     if len(curve) >= 3:
         lowest = min(curve, key=lambda p: p[1])
         since, before = [p for p in curve if p[0] <= 0.8 * curve[-1][0] or p is curve[0]][-1]
-        margin = 0.01 * abs(lowest[1])
+        margin = max(0.01 * abs(lowest[1]), 0.001)
         if what == "training":  # of a difference of two means of five, by the differences of neighbours
             noise = statistics.pstdev(jumps[len(jumps) // 2 :]) / math.sqrt(2)
             margin = max(margin, 3 * noise * math.sqrt(2 / 5))
@@ -943,15 +950,14 @@ def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
                 todo.append("Look at the validation loss more often: the training loss is too noisy to tell.")
     if len(checks) >= 1 and len(losses) >= 10:
         gap = checks[-1][1] - smooth(losses)[-1][1]
-        said.append(f"At the end validation was {gap:+.4f} nats from training.")
+        said.append(f"At the end the validation loss was {gap:+.4f} from the training loss.")
     if len(jumps) >= 10:
         usual = statistics.median(abs(j) for j in jumps)
         spikes = [(losses[i + 1][0], j) for i, j in enumerate(jumps) if j > 8 * usual]
         if spikes:
             step, jump = max(spikes, key=lambda x: x[1])
-            said.append(
-                f"{len(spikes)} spikes of the training loss, the largest at step {step:,} ({jump:+.3f})."
-            )
+            several = f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss"
+            said.append(f"{several}, the largest at step {step:,} ({jump:+.3f}).")
             todo.append("A lower learning rate or a longer warmup, if spikes cost something.")
     skipped = max((x.get("skipped", 0) for x in lines), default=0)
     if skipped:
@@ -1067,7 +1073,9 @@ def abstract(home: Path, trained: dict) -> str:
     if trained:
         run = next(iter(trained.values()))
         loss = run.get("results", {}).get("last", {}).get("bits_per_byte")
-        reached = f" and reaches {loss:.3f} bits a byte" if loss is not None else ""
+        reached = (
+            f" and reaches {loss:.3f} bits a byte of its own validation text" if loss is not None else ""
+        )
         said.append(f"The base has {count(run.get('parameters', 0))} parameters{reached}.")
     rows = [row for row in read_json(home / "pipeline.json").get("rows", []) if row.get("exact_match")]
     for row in rows:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole pipeline, from nothing to a trained model. Run it again and it goes on where it was.
+# The whole pipeline: train, fine-tune, align, measure, report. Run it again and it goes on where it was.
 #
 #   bash run_all.sh                    speedrun with a CUDA card, cpu without one
 #   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
 #   bash run_all.sh speedrun           about four hours on an RTX 3060
 #   bash run_all.sh max3060            about a day
-#   bash run_all.sh cpu pretrain       one stage only: tokenizer, pretrain, samples, finetune, sft, dpo,
-#                                      verifier or eval
+#   bash run_all.sh cpu pretrain       some stages only: tokenizer, pretrain, samples, finetune, sft, dpo,
+#                                      verifier, eval
 #   bash run_all.sh experiments        what each part of the model buys (--quick: short, to see it work)
 #   bash run_all.sh hardware           what this machine does: matrix products, memory against the plan, speed
 #   bash run_all.sh test               set up and run the tests
@@ -36,6 +36,7 @@ main() {
     set_up
     if [ "$profile" = experiments ]; then
         python experiments.py --out="$OUT" "$@"
+        python report.py --home="$OUT"
         return
     fi
     if [ "$profile" = hardware ]; then
@@ -155,7 +156,9 @@ stage() {
         exit $status
     fi
     echo "$mark" >"$OUT/stamps/$name"
-    printf '%s\t%s\t%s\n' "$name" $((SECONDS - begun)) "$*" >>"$OUT/ledger.tsv"
+    local word words=() # what has a space was in quotes
+    for word in "$@"; do case "$word" in *\ *) words+=("\"$word\"") ;; *) words+=("$word") ;; esac done
+    printf '%s\t%s\t%s\n' "$name" $((SECONDS - begun)) "${words[*]}" >>"$OUT/ledger.tsv"
 }
 
 main "$@"

@@ -226,8 +226,8 @@ class Muon(torch.optim.Optimizer):
     A gradient's few large singular values drown its many small ones; with all of them about 1, every
     direction moves equally far. 0.2 sqrt(longer side) makes a step as large as AdamW's, so that AdamW's
     learning rates and decay serve (Liu et al., 2025). torch.optim.Muon does the same (a test holds them
-    together), but in bfloat16 everywhere: on a CPU that has to emulate it, its step took 680 ms where ours
-    takes 25, beside a forward and backward pass of 295 (configs/cpu.py).
+    together), but in bfloat16 everywhere: on a CPU without hardware for it (AMD EPYC, two threads,
+    configs/cpu.py) its step took 680 ms where ours takes 25, beside a forward and backward pass of 295.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1):
@@ -1318,7 +1318,10 @@ def print_plan(cfg: TrainConfig) -> None:
         have = open_tokens(tokens_folder(cfg), "train")[1]["tokens"]
         warning = "; WARNING: past 4 epochs, repeated text teaches little" if total > 4 * have else ""
         print(f"            {total / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
-    peak, share = peak_flops(card), 0.45 if c.d_model >= 768 else 0.35  # seen on a 3060, compiled, bfloat16
+    peak, share = (
+        peak_flops(card),
+        0.45 if c.d_model >= 768 else 0.35,
+    )  # published for such cards, compiled, bfloat16
     if on_cpu:
         # A small model spends half of a CPU step outside matrix products; AMX only makes that share larger.
         peak, share, card = matmul_flops(torch.float32), 0.5, cpu_name()

@@ -19,7 +19,7 @@ an answer, where a channel learns from every word.
 
 lambda is chosen, and scores become probabilities (Platt, 1999), on answers to the validation split; the test
 split is looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how
-well it verifies, beside the generator's own log-probability and the channel alone.
+well it verifies, beside the generator's own log-probability and the channel alone; judged/ keeps its verdicts.
 """
 
 import hashlib
@@ -95,8 +95,8 @@ class VerifierConfig(AdaptConfig):
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
     verifier: str = ""  # judge with this one, and stop
-    problem: str = ""  # what is judged
-    answer: str = ""  # what is judged
+    problem: str = ""  # of which --verifier judges
+    answer: str = ""  # this answer
 
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 100.0)

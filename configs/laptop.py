@@ -1,7 +1,7 @@
-"""A base for real tasks from real text on two CPU cores: 5.3M parameters, 8.2M tokens, about half an hour.
+"""A base for real tasks from real text on two CPU cores: 5.3M parameters, 8.2M tokens, about an hour.
 
 Four fifths WikiText-2 and one fifth arithmetic; every digit is a token. About two epochs: more would want
-dropout, and half an hour does not hold more.
+dropout, and an hour does not hold more.
 """
 
 name = "laptop"

@@ -1,6 +1,7 @@
 """A day on an RTX 3060: 113M parameters, 1.1B tokens of FineWeb-Edu.
 
-The day is bound by compute, not by memory: the best loss after 24 hours lies at 70M to 135M parameters.
+The day is bound by compute, not by memory: by the plan, the best loss after 24 hours lies at 70M to 135M
+parameters.
 """
 
 name = "max3060"

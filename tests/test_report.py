@@ -85,7 +85,7 @@ def test_stages_and_curves_are_the_evaluations(tmp_path):
     said = {"out/dpo": [{"asked": "Say <b>", "meant": "<b>", "said": "<script>alert(1)</script>"}]}
     (tmp_path / "pipeline.json").write_text(json.dumps({"rows": rows, "battery": said}))
     (row,) = shown(report.stages(tmp_path), "stages")
-    assert row["exact_match"] == "72.3 [69.4, 75.0]" and row["storyworld, bits/byte"] == "0.236"
+    assert row["greedy"] == "72.3 [69.4, 75.0]" and row["storyworld, bits/byte"] == "0.236"
     folder = make_run(tmp_path / "dpo", [line(10)])
     entry = {"task": "arithmetic", "split": "test", "items": 1000, "metrics": {"exact_match": x},
              "curves": {"majority": {"1": x, "2": x}, "pass": {"1": {"value": 0.7}, "2": {"value": 0.8}}},
@@ -139,7 +139,7 @@ def test_failures_are_counted_and_shown(tmp_path):
     words = [b.words for b in blocks if isinstance(b, report.Text)]
     assert "**sft**, arithmetic, test: is wrong on 2 of 3." in words
     assert any(
-        w.startswith("dpo is right where sft is wrong on 1 of 3 problems, wrong where sft is right on 1")
+        w.startswith("**dpo** is right where sft is wrong on 1 of 3 problems, wrong where sft is right on 1")
         for w in words
     )
     rows = shown(blocks, "changed-dpo-arithmetic-test-sft")
@@ -322,7 +322,7 @@ def test_observations_are_what_the_curves_say():
     spiky = falling.copy()
     spiky[20] += 2
     words, todo = said(spiky)
-    assert "1 spikes of the training loss, the largest at step 200 (+1.900)" in words and "warmup" in todo
+    assert "1 spike of the training loss, the largest at step 200 (+1.900)" in words and "warmup" in todo
     assert said([5.0])[0] == "Too short to say anything."
     assert "3 steps were skipped" in observations([line(1) | {"skipped": 3}])[0][-1]
 
