@@ -18,7 +18,8 @@ the first token where the two part: what they share cancels anyway, and what fol
 unlearning.
 
 It reads an instruction-tuned run and writes out/NAME: the best by validation loss; pairs.jsonl, what it
-learnt from; violations.jsonl, held-out pairs that it moved the wrong way; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
+learnt from; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz. With
+rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 import hashlib
@@ -302,6 +303,7 @@ def one_round(cfg: DPOConfig) -> dict:
         pairs, data = from_collection(model, cfg, "train")
         val_pairs, val_counts = from_collection(model, replace(cfg, method="dpo"), "validation")
         val_pairs, counts = val_pairs[: cfg.eval_examples or None], data
+        val_counts = val_counts | {"pairs": len(val_pairs)}
     if not pairs or (cfg.method in ("dpo", "ipo") and not counts["pairs"]):
         raise TrainError(f"there is no pair to learn from: {counts}")
     if not val_pairs:
@@ -389,6 +391,7 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
     write_pairs(model, folder / "pairs.jsonl", pairs)
+    trainer.made_before = ("pairs.jsonl", "reference.npz")
     return trainer.run_all_steps()
 
 

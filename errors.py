@@ -10,8 +10,19 @@ kinds. `eval.py` writes "kinds" into every line of a run's answers/, and `report
 """
 
 import re
+from fractions import Fraction
 
-from data import BAD, GOOD, TASKS, equations, extract_number, plain_number
+from data import (
+    BAD,
+    GOOD,
+    TASKS,
+    CalculatorError,
+    calculate,
+    decimal_text,
+    equations,
+    extract_number,
+    plain_number,
+)
 
 KINDS = {
     # of a wrong solution, at the first step that is not the true one; one kind each
@@ -22,6 +33,7 @@ KINDS = {
     "distractor": "a number that plays no part",
     "plan": "another wrong step, or one too many",
     "answer": "right steps, another final number",
+    "bare": "a number, but no annotated step",
     "unfinished": "steps, but no final answer",
     "none": "no number at all",
     # of a review
@@ -52,6 +64,17 @@ def kinds_of(name: str, record: dict) -> list[str]:
 # Solutions with annotated steps: 3*4=<<3*4=12>>12
 
 
+WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+WORDS = {word: str(i) for i, word in enumerate(WORDS)} | {
+    "dozen": "12",
+    "twice": "2",
+    "double": "2",
+    "half": "2",
+}
+WORDS |= {"triple": "3", "third": "3", "quarter": "4", "twenty": "20", "thirty": "30", "hundred": "100"}
+UNITS = set("0.01 0.5 1 2 4 7 12 24 30 52 60 100 365 1000".split())  # hours, weeks, cents: nobody tells them
+
+
 def operands(expression: str) -> list[str]:
     return sorted(plain_number(x) for x in re.findall(r"\d[\d.]*|\.\d+", expression))
 
@@ -60,31 +83,53 @@ def operators(expression: str) -> str:
     return re.sub(r"[\d.]+", "", expression)
 
 
+def told_numbers(question: str) -> set[str]:
+    """The numbers that a question gives: in digits, in words, or as shares of 100."""
+    told = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
+    told |= {number for word, number in WORDS.items() if re.search(rf"\b{word}s?\b", question.lower())}
+    for percent in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent)", question):
+        share = Fraction(percent) / 100
+        told |= {decimal_text(x) for x in (share, 1 - share, 1 + share, 100 * (1 - share), 100 * (1 + share))}
+    return told
+
+
+def value_of(expression: str) -> Fraction | None:
+    try:
+        return calculate(expression)
+    except CalculatorError:
+        return None
+
+
 def solution_kind(output: str, target: str, question: str = "") -> str:
     """What is wrong with a wrong solution, at the first step where it leaves the true one.
 
-    The order decides where several would fit: a number from nowhere, then a step left out (its own next step
-    is what the true solution does later), then a number of the question that the true solution never uses.
+    A step with the true step's value is the same step, however it is written. The order decides where several
+    kinds would fit: a number from nowhere, then a step left out (the next one is what the true solution does
+    later), then a number of the question that the true solution never uses.
     """
     if extract_number(output) is None:
         return "none"
-    said, meant = equations(output), equations(target)
-    told = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
+    said, meant = ([(e.replace(",", ""), r) for e, r in equations(text)] for text in (output, target))
+    if meant and not said:
+        return "bare"
+    told = told_numbers(question)
     needed = {x for expression, _ in meant for x in operands(expression)}
     own = {extract_number(value) for _, value in meant}  # results of the true solution
     results = set()  # so far, the same for both
     for i, ((expression, result), (true, value)) in enumerate(zip(said, meant, strict=False)):
         used = operands(expression)
-        if used != operands(true):
+        same = value_of(expression) is not None and value_of(expression) == value_of(true)
+        if not same and used != operands(true):
             new = set(used) - results
-            if question and not set(used) <= told | needed | results:
+            if question and not set(used) <= told | UNITS | needed | results:
                 return "made up"
             later = [(set(operands(e)) - own, operators(e)) for e, _ in meant[i + 1 :]]
-            if new and (new, operators(expression)) in later:
+            comes_later = extract_number(value) in {extract_number(r) for _, r in said[i + 1 :]}
+            if new and (new, operators(expression)) in later and not comes_later:
                 return "missed"
             return "distractor" if new & told - needed else "plan"
         order_matters = set(operators(true)) & set("-/")  # 5-3 is not 3-5
-        if operators(expression) != operators(true) or (expression != true and order_matters):
+        if not same and (operators(expression) != operators(true) or (expression != true and order_matters)):
             return "operation"
         if extract_number(result) != extract_number(value):
             return "slip"
@@ -136,14 +181,17 @@ def summary_kinds(dialogue: str, summary: str, reference: str) -> list[str]:
     """The flaws of a summary; ["other"] if it has none of these."""
 
     def words(text: str) -> list[str]:
-        return re.findall(r"[\w'-]+", text.lower())
+        return re.findall(r"[\w-]+(?:'(?!s\b)\w+)*", text)
 
-    said, heard, meant = words(summary), f" {' '.join(words(dialogue))} ", words(reference)
+    def names(text: str) -> set[str]:
+        return {word for word in words(text) if word[0].isupper()}
+
+    said, heard, meant = words(summary.lower()), f" {' '.join(words(dialogue.lower()))} ", words(reference)
     runs = (" ".join(said[i : i + 8]) for i in range(len(said) - 7))
-    speakers = set(words(" ".join(re.findall(r"^([^:\n]{1,30}):", dialogue, flags=re.M))))
+    speakers = names(" ".join(re.findall(r"^([^:\n]{1,30}):", dialogue, flags=re.M)))
     found = {
         "copied": any(f" {run} " in heard for run in runs),
-        "speaker": (speakers & set(meant)) - set(said),
+        "speaker": (speakers & names(reference)) - names(summary),
         "too short": 2 * len(said) < len(meant),
         "too long": len(said) > 2 * len(meant),
     }

@@ -218,7 +218,10 @@ def finished(run: Run) -> bool:
     found, kind = read_json(file), SETTINGS[run.script]
     if found["status"] != "finished":
         return False
-    wanted, free = parse_config(kind, "", run.words()), {*FREE_TO_CHANGE, "vocab_size"}
+    wanted, free = (
+        parse_config(kind, "", run.words()),
+        {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens"},
+    )
     if kind is FinetuneConfig:
         free |= {"max_steps", "context_length"}  # worked out by the run
         if "evaluation" not in found or found["parent_hash"] != weights_hash(wanted.model):

@@ -46,9 +46,9 @@ from train import (
     git_commit,
     hardware,
     make_optimizers,
-    model_config,
     pick_device,
     pick_dtype,
+    planned_for,
     read_json,
     versions,
 )
@@ -110,9 +110,9 @@ def free(device: torch.device) -> None:
 
 
 def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large matrix product by data type; the best of the rounds."""
+    """FLOP/s of a large matrix product by data type (float32 on a card: TF32); the best of the rounds."""
     found, cuda = {}, device.type == "cuda"
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in {torch.float32, torch.bfloat16, pick_dtype("auto", device)}:
         n = 8192 if cuda else 1536 if dtype == torch.float32 else 512  # a CPU may have to emulate bfloat16
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
@@ -210,10 +210,11 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     peak = matmul(cfg, device)[str(pick_dtype("auto", device)).removeprefix("torch.")]
     rows = []
     for name, train in chosen(cfg, device).items():
+        train.compile = False  # what runs first has to fit, too
         if device.type == "cuda":
             train.vram = min(torch.cuda.get_device_properties(device).total_memory / GIB, cfg.cap * 12 / 11)
             fit_batch(train)
-        c = model_config(train)
+        c = planned_for(train)[0]
         tokens, flops = train.batch_size * c.context_length, estimate_flops(c)
         free(device)
         eager = Step(c, train, device, compiled=False)
@@ -232,7 +233,7 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             contenders = {"eager": eager, "eager, batches from a file": from_file, **parts}
             seconds = in_turns(contenders, cfg.rounds, device)
             del file
-        eager = parts = contenders = None
+        eager = parts = contenders = from_file = None
         if device.type == "cuda" and cfg.compile:
             free(device)
             seconds |= in_turns({"compiled": Step(c, train, device, compiled=True)}, cfg.rounds, device)
@@ -255,7 +256,10 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     import transformers
 
     cuda = device.type == "cuda"
-    c = model_config(next(iter(chosen(cfg, device).values())))
+    c = planned_for(next(iter(chosen(cfg, device).values())))[0]
+    if to_hf_config(c)["architectures"] != ["LlamaForCausalLM"]:
+        print("decoding: the first of --configs is no Llama, which is what is compared here")
+        return []
     dtype, rows = (torch.bfloat16, 64) if cuda else (torch.float32, 16)
     new = min(256 if cuda else 128, c.context_length - 32)
     ours = ModernDecoderLM(c).to(device, dtype).eval()
@@ -268,7 +272,7 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     plain |= dict(cache_implementation="static") if cuda else {}
     greedy = transformers.GenerationConfig(do_sample=False, **plain)
     drawn = transformers.GenerationConfig(do_sample=True, num_return_sequences=rows, top_k=0, **plain)
-    ids = torch.randint(c.vocab_size, (rows, 32), device=device)
+    ids = torch.randint(1, c.vocab_size, (rows, 32), device=device)  # 0 would count as padding
     tasks = {
         "1 row": (ids[:1], dict(temperature=0.0), greedy),
         f"{rows} rows": (ids, dict(temperature=0.0), greedy),
@@ -322,6 +326,7 @@ def measure(cfg: HardwareConfig) -> dict:
     if unknown := set(wanted) - set(PARTS):
         raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.cap * GIB / total), device)
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -203,7 +203,7 @@ def training(home: Path) -> list[Block]:
     for folder in run_folders(home):
         run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
         steps = [x for x in lines if "tokens_per_second" in x]
-        last, best = (run.get("results", {}).get(key, {}) for key in ("last", "best"))
+        last, best = ((run.get("results") or {}).get(key, {}) for key in ("last", "best"))
         loss = [f"{x['val_loss']:.4f} at {x['step']:,}" if "val_loss" in x else "" for x in (last, best)]
         speed = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
         memory = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
@@ -214,6 +214,7 @@ def training(home: Path) -> list[Block]:
         spent = [count(read), f"{6 * run.get('parameters', 0) * read:.1e}"] if read else ["", ""]
         rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss, *spent,
                      minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", f"{memory:.2f}"])  # fmt: skip
+        steps = [x for x in steps if "loss" in x]  # a step whose loss was not finite has none
         if steps:
             drawn.append((folder.name, lines))
             held_out = run.get("data", {}).get("validation", {}).get("fingerprint")
@@ -239,8 +240,8 @@ def thinned(lines: list, most: int = 1000) -> list:
 
 def beside(alike: dict) -> list[Block]:
     """Runs of one stage with the same tokenizer and validation text, overlaid: these losses compare."""
-    return [overlaid(f"curves-together-{stage}", some) for (stage, _, held_out), some in alike.items()
-            if len(some) > 1 and held_out]  # fmt: skip
+    several = [(stage, some) for (stage, _, held_out), some in alike.items() if len(some) > 1 and held_out]
+    return [overlaid(f"curves-together-{i}-{stage}", some) for i, (stage, some) in enumerate(several, 1)]
 
 
 def overlaid(name: str, runs) -> Figure:
@@ -253,9 +254,9 @@ def overlaid(name: str, runs) -> Figure:
         for panel, (key, label, scale) in zip(axes, CLOCKS, strict=True):
             panel.plot([x.get(key, 0) / scale for x in steps], [x["loss"] for x in steps], color=f"C{i}",
                        lw=0.8, alpha=0.4)  # fmt: skip
-            nearest = [at[min(at, key=lambda step: abs(step - c["step"]))] for c in checks] if at else []
-            x = [step.get(key, 0) / scale for step in nearest]
-            panel.plot(x, [c["val_loss"] for c in checks], "o-", color=f"C{i}", ms=4, label=run)
+            nearest = [at[min(at, key=lambda step: abs(step - c["step"]))] for c in checks if at]
+            x, y = [step.get(key, 0) / scale for step in nearest], [c["val_loss"] for c in checks if at]
+            panel.plot(x, y, "o-", color=f"C{i}", ms=4, label=run)
             panel.set_xlabel(label)
     axes[0].set_ylabel("loss")
     axes[-1].legend(frameon=False, fontsize=8)
@@ -443,14 +444,13 @@ def failures(home: Path) -> list[Block]:
     for folder in run_folders(home):
         blocks += violations(folder)
         found = read_json(folder / "results.json").get("results", {})
-        # Of a task's evaluations the last: with more examples in the prompt, or with many answers.
-        last = {(e["task"], e["split"]): (key, e) for key, e in found.items()
-                if isinstance(e, dict) and e.get("task") in TASKS}  # fmt: skip
-        for (task, split), (key, entry) in last.items():
-            records = read_lines(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
-            records = [r for r in records if "kinds" in r]
-            if not records:
-                continue
+        last = {}  # of a task's evaluations: with more examples in the prompt, or with many answers
+        for key, e in found.items():
+            if isinstance(e, dict) and e.get("task") in TASKS:
+                records = read_lines(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
+                if records := [r for r in records if "kinds" in r]:
+                    last[e["task"], e["split"]] = records, e
+        for (task, split), (records, entry) in last.items():
             name = f"{folder.name}-{task}-{split}"
             blocks += sorted_mistakes(folder.name, name, task, records, entry)
             for label in entry.get("verifiers", {}):
@@ -773,10 +773,9 @@ def making(home: Path) -> list[Block]:
         blocks.append(Text(f"**{folder.name}**, commit {run.get('git')}, {machine}; {', '.join(told)}"))
         blocks.append(Code(str(run.get("command", ""))))
         settings = run.get("settings", {})
-        if changed := [
-            f"{k}={settings[k]}" for k in run.get("changed", []) if settings.get(k) not in ("", None)
-        ]:
-            blocks.append(Text(f"Settings other than the defaults: {', '.join(changed)}."))
+        chosen = [f"{k}={settings[k]}" for k in run.get("changed", []) if settings.get(k) not in ("", None)]
+        if chosen:
+            blocks += [Text("Settings other than the defaults:"), Code(" ".join(chosen))]
         read += [[folder.name, *source] for source in sources(run.get("data"))]
     if read:
         columns = ["run", "split", "source", "licence", "tokens", "SHA-256"]
@@ -797,7 +796,7 @@ def sources(data, split: str = "train") -> list[list]:
                 shorten(data["source"], 80),
                 data.get("licence", ""),
                 f"{tokens:,}" if isinstance(tokens, int) else "",
-                str(data.get("fingerprint"))[:12],
+                str(data.get("fingerprint") or "")[:12],
             ]
         )
     return rows + [row for key, inner in data.items() for row in sources(inner, key)]
@@ -863,7 +862,8 @@ def comparison(folders: list[Path]) -> list[Block]:
     settings = [run.get("settings", {}) for run in runs.values()]
     differ = [key for key in dict.fromkeys(k for s in settings for k in s)
               if key != "name" and len({json.dumps(s.get(key)) for s in settings}) > 1]  # fmt: skip
-    names = [folder.name for folder in folders]
+    alike = len({folder.name for folder in folders}) < len(folders)
+    names = [str(folder) if alike else folder.name for folder in folders]
     blocks: list[Block] = [Text("Settings that differ:" if differ else "No setting differs.")]
     if differ:
         blocks.append(
@@ -873,7 +873,7 @@ def comparison(folders: list[Path]) -> list[Block]:
     drawn = [(f.name, [x for x in some if "val_loss" in x], thinned([x for x in some if "loss" in x]))
              for f, some in lines.items()]  # fmt: skip
     blocks.append(overlaid("comparison", drawn))
-    last = [run.get("results", {}).get("last", {}).get("val_loss") for run in runs.values()]
+    last = [(run.get("results") or {}).get("last", {}).get("val_loss") for run in runs.values()]
     rows = [[n, "" if x is None else f"{x:.4f}", "" if None in (x, last[0]) else f"{x - last[0]:+.4f}"]
             for n, x in zip(names, last, strict=True)]  # fmt: skip
     blocks.append(Table("last", ["run", "last validation loss", f"minus {names[0]}"], rows))
@@ -884,13 +884,17 @@ def noise(runs: dict[Path, dict]) -> list[Block]:
     """Groups of runs that differ in nothing but the seed: mean and spread, and differences between groups in
     units of their standard error.
     """
-    groups: dict[str, list] = {}
+    groups: dict[str, dict] = {}  # settings: {seed: (name, loss)}
     for folder, run in runs.items():
-        same = {k: v for k, v in run.get("settings", {}).items() if k not in ("seed", "name")}
-        loss = run.get("results", {}).get("last", {}).get("val_loss")
+        settings = dict(run.get("settings", {}))
+        out = str(settings.pop("out", "")) + "/"  # the same run in another folder is the same run
+        settings = {k: v.removeprefix(out) if isinstance(v, str) else v for k, v in settings.items()}
+        same = json.dumps(settings | {"seed": 0, "name": ""}, sort_keys=True)
+        loss = (run.get("results") or {}).get("last", {}).get("val_loss")
         if loss is not None:
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append((folder.name, loss))
-    values = [[loss for _, loss in group] for group in groups.values()]
+            seed = run.get("settings", {}).get("seed")
+            groups.setdefault(same, {}).setdefault(seed, (str(folder), loss))
+    values = [[loss for _, loss in group.values()] for group in groups.values()]
     free = sum(len(x) - 1 for x in values)
     if not free:
         return [Text("What of a difference is noise, one run each cannot tell: repeat them with --seed=2.")]
@@ -900,7 +904,7 @@ def noise(runs: dict[Path, dict]) -> list[Block]:
         gap = statistics.fmean(x) - statistics.fmean(values[0])
         error = spread * math.sqrt(1 / len(x) + 1 / len(values[0]))
         told = f"{gap:+.4f}, {abs(gap) / error:.1f} standard errors" if x is not values[0] and error else ""
-        rows.append([", ".join(name for name, _ in group), f"{statistics.fmean(x):.4f}", told])
+        rows.append([", ".join(name for name, _ in group.values()), f"{statistics.fmean(x):.4f}", told])
     words = f"Runs of equal settings with other seeds differ with a standard deviation of {spread:.4f}."
     return [Text(words), Table("noise", ["runs", "mean of the last loss", "minus the first"], rows)]
 
@@ -980,7 +984,7 @@ def log(home: Path) -> str:
     out, summary, entries = ["# Experiments", ""], [], []
     for folder in run_folders(home):
         run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
-        settings, best = run.get("settings", {}), run.get("results", {}).get("best", {})
+        settings, best = run.get("settings", {}), (run.get("results") or {}).get("best", {})
         loss = f"{best['val_loss']:.4f}" if "val_loss" in best else ""
         said, todo = observations(lines)
         summary.append([folder.name, run.get("stage", ""), str(run.get("started", ""))[:10], loss, said[0]])
@@ -1072,7 +1076,7 @@ def abstract(home: Path, trained: dict) -> str:
     said = ["We follow a small language model through its whole life on consumer hardware."]
     if trained:
         run = next(iter(trained.values()))
-        loss = run.get("results", {}).get("last", {}).get("bits_per_byte")
+        loss = (run.get("results") or {}).get("last", {}).get("bits_per_byte")
         reached = (
             f" and reaches {loss:.3f} bits a byte of its own validation text" if loss is not None else ""
         )

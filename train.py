@@ -32,13 +32,14 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -404,6 +405,7 @@ class Trainer:
     """
 
     free_to_change = FREE_TO_CHANGE
+    made_before = ()  # files that a stage wrote before it began: --overwrite leaves them
     keeps_best = True  # publish the checkpoint with the lowest validation loss; False: the last one
 
     def __init__(
@@ -459,10 +461,11 @@ class Trainer:
                 total, count = self.accumulate(step)
                 break
             except torch.OutOfMemoryError:
-                if self.micro_batch == 1:
+                if self.micro_batch == 1 or self.world > 1:  # processes cannot halve it each on its own
                     raise TrainError(
-                        "out of memory with one sequence at a time: try --gradient_checkpointing, a shorter "
-                        "--context_length or a smaller model (`python train.py ... --plan` tells beforehand)"
+                        f"out of memory with {self.micro_batch} sequences at a time: try a smaller "
+                        "--batch_size, --gradient_checkpointing, a shorter --context_length or a smaller "
+                        "model (`python train.py ... --plan` tells beforehand)"
                     ) from None
                 self.micro_batch //= 2
                 self.say(
@@ -600,6 +603,8 @@ class Trainer:
     def begin(self) -> None:
         """Opens the run folder: new, resumed, or refused."""
         cfg, folder = self.cfg, self.folder
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # or every process would shard onto the first card
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"')
         torch.set_flush_denormal(True)  # numbers near 1e-40 can slow a CPU down tenfold
@@ -612,7 +617,8 @@ class Trainer:
             self.lock = lock(folder)
             if cfg.overwrite and (folder / "run.json").exists():  # a run, not somebody's home
                 for path in folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    if path.name not in self.made_before:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.barrier()
         if self.sharded:
             self.shard()
@@ -631,9 +637,9 @@ class Trainer:
         self.run = {
             "status": "running",
             "stage": Path(sys.argv[0]).stem,
-            "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": settings,
-            "changed": [f.name for f in fields(cfg) if f.name in settings and settings[f.name] != f.default],
+            "changed": [name for name in settings if chosen_by_hand(cfg, name)],
             "results": self.run.get("results") if self.step else None,
             **self.about,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -794,7 +800,7 @@ class Trainer:
             "window": self.window,
             "micro_batch": self.micro_batch,
             "batch": self.batch,
-            "optimizers": [gathered(optimizer.state_dict()) for optimizer in self.optimizers],
+            "optimizers": [gathered(o.state_dict(), keep=self.rank == 0) for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
         }
 
@@ -864,7 +870,8 @@ class Trainer:
                 self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         for checkpoint in reversed(found):
             try:
-                state = torch.load(checkpoint / "state.pt", map_location=self.device, weights_only=True)
+                where = "cpu" if self.sharded else self.device
+                state = torch.load(checkpoint / "state.pt", map_location=where, weights_only=True)
                 self.read_model(checkpoint)
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -987,6 +994,17 @@ class Trainer:
             dist.barrier()
 
 
+def chosen_by_hand(cfg, name: str) -> bool:
+    """Whether a setting is other than its default, and than what follows from others, as d_ff of d_model."""
+    default = next(f.default for f in fields(cfg) if f.name == name)
+    if getattr(cfg, name) == default:
+        return False
+    try:
+        return getattr(replace(cfg, **{name: default}), name) != getattr(cfg, name)
+    except ValueError:  # the default does not go with the rest
+        return True
+
+
 # A parameter of a sharded model is a DTensor: this process holds a part, and full_tensor() gathers the rest.
 
 
@@ -995,16 +1013,21 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def gathered(state):
-    """A nest of dicts and lists with whole tensors."""
+def gathered(state, keep: bool):
+    """A nest of dicts and lists with whole tensors; what were shards, in main memory and only if `keep`."""
     if isinstance(state, dict):
-        return {k: gathered(v) for k, v in state.items()}
-    return [gathered(v) for v in state] if isinstance(state, list) else whole(state)
+        return {k: gathered(v, keep) for k, v in state.items()}
+    if isinstance(state, list):
+        return [gathered(v, keep) for v in state]
+    if not hasattr(state, "full_tensor"):
+        return state
+    found = state.full_tensor()
+    return found.cpu() if keep else None
 
 
 def part_like(p: Tensor, x: Tensor) -> Tensor:
     """Of a whole tensor the part that belongs to p, if p is sharded."""
-    if not hasattr(p, "full_tensor") or x.shape != p.shape:
+    if not hasattr(p, "full_tensor") or getattr(x, "shape", None) != p.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
 
@@ -1274,6 +1297,8 @@ def fit_batch(cfg: TrainConfig) -> None:
     """
     c, _, vram, options = planned_for(cfg)
     rows = cfg.batch_size * cfg.grad_accum_steps
+    if cfg.card and not vram:
+        raise TrainError(f"--batch_size=auto needs --vram beside --card={cfg.card}")
     if vram:
         room = usable(vram) * 2**30
         fits = [b for b in range(1, rows + 1)

@@ -19,7 +19,8 @@ an answer, where a channel learns from every word.
 
 lambda is chosen, and scores become probabilities (Platt, 1999), on answers to the validation split; the test
 split is looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how
-well it verifies, beside the generator's own log-probability and the channel alone; judged/ keeps its verdicts.
+well it verifies, beside the generator's own log-probability and the channel alone. What was judged is kept in
+judged/.
 """
 
 import hashlib
@@ -192,7 +193,9 @@ class Verifier:
         who = [weights_hash(self.generator.name), weights_hash(self.name)]
         if None in who:
             return None
-        what = hashlib.sha256(json.dumps([who, pairs]).encode()).hexdigest()[:12]
+        core = self.core.text_model if self.kind == "head" else self.core
+        how = [who, self.generator.context_length, core.context_length, pairs]
+        what = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
         return Path(self.name) / "judged" / f"{what}.npy"
 
 

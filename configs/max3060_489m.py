@@ -23,4 +23,4 @@ min_lr = 3e-5
 warmup_steps = 10
 eval_every = 0
 save_every = 0
-eval_tokens = 500_000
+final_eval_tokens = 500_000

@@ -23,6 +23,10 @@ TRUTH = "3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n14-5=<<14-5=9>>9\n#### 9"
     ("3*4=<<3*4=12>>12\n12+4=<<12+4=16>>16\n16-5=<<16-5=11>>11\n#### 11", "plan"),
     ("3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n14-5=<<14-5=9>>9\n9-5=<<9-5=4>>4\n#### 4", "plan"),
     ("3*4=<<3*4=12>>12\n12+2=<<12+2=14", "unfinished"),
+    ("They have 12 pens, so the answer is 12.", "bare"),
+    ("3*4=<<3*4=12>>12\n12-5=<<12-5=7>>7\n12+2=<<12+2=14>>14\n#### 14", "plan"),  # in another order
+    ("4+4+4=<<4+4+4=12>>12\n2+12=<<2+12=14>>14\n14-5=<<14-5=8>>8\n#### 8", "slip"),  # same steps till then
+    ("3*1,004=<<3*1,004=3012>>3012\n#### 3012", "made up"),
     ("I do not know.", "none"),
     ("", "none"),
 ])  # fmt: skip
@@ -40,6 +44,16 @@ def test_numbers_that_the_true_solution_uses_are_not_made_up():
     assert solution_kind("7+7=<<7+7=14>>14\n#### 14", truth, question) == "plan"
     output = "1,000*3=<<1000*3=3000>>3,000\n#### 3,000"
     assert solution_kind(output, truth, "1,000 and 3 and 7?") == "distractor"
+
+
+@pytest.mark.parametrize("question, expression", [
+    ("Ann has twice as many.", "8*2"), ("Ann has half a dozen.", "8*12"), ("Ann runs for 3 hours.", "8*60"),
+    ("Ann gets 20% off.", "8*0.8"), ("Ann gets 20 % off.", "8*0.2"), ("Ann pays 5 percent more.", "8*1.05"),
+])  # fmt: skip
+def test_numbers_can_be_told_in_words_and_shares(question, expression):
+    question, truth = f"There are 8 pens. {question}", "8+3=<<8+3=11>>11\n#### 11"
+    assert solution_kind(f"{expression}=<<{expression}=1>>1\n#### 1", truth, question) != "made up"
+    assert solution_kind("8*13=<<8*13=104>>104\n#### 104", truth, question) == "made up"
 
 
 @pytest.mark.parametrize("text, kinds", [
@@ -66,6 +80,8 @@ SUMMARY = "Anna and Ben are going to the lake on Monday at noon."
     ("Anna asks: are you coming to the lake on Monday, Ben?", ["copied"]),
     ("Anna is going to the lake on Monday at noon.", ["speaker"]),
     ("Anna and Ben meet.", ["too short"]),
+    ("Ben is going to Anna's party at the lake on Monday at noon.", ["other"]),
+    ("Anna will be going to the lake with ben on Monday at noon.", ["speaker"]),
     ("", ["speaker", "too short"]),
     ("Anna and Ben " + "go there " * 20, ["too long"]),
 ])  # fmt: skip

@@ -213,7 +213,7 @@ def test_runs_on_one_text_are_overlaid(tmp_path):
     for name, more in {"a": {}, "b": {}, "c": {"tokenizer": "another"}}.items():
         make_run(tmp_path / name, [line(10), {"step": 10, "val_loss": 4.0}], data=data, **more)
     names = [b.name for b in report.training(tmp_path) if isinstance(b, Figure)]
-    assert names == ["curves-together-train", "curves-a", "curves-b", "curves-c"]
+    assert names == ["curves-together-1-train", "curves-a", "curves-b", "curves-c"]
 
 
 def test_making_names_settings_and_data(tmp_path):
@@ -222,9 +222,7 @@ def test_making_names_settings_and_data(tmp_path):
     settings = {"seed": 1, "learning_rate": 0.003, "corpus": ""}
     make_run(tmp_path / "a", [line(10)], settings=settings, changed=["learning_rate", "corpus"], data=data)
     blocks = report.making(tmp_path)
-    assert any(
-        getattr(b, "words", "") == "Settings other than the defaults: learning_rate=0.003." for b in blocks
-    )
+    assert any(isinstance(b, report.Code) and b.words == "learning_rate=0.003" for b in blocks)
     first, second = shown(blocks, "data")
     assert (first["run"], first["source"], first["licence"], first["tokens"]) == (
         "a",
@@ -376,16 +374,32 @@ def test_comparison_shows_what_differs(tmp_path):
         comparison([a, tmp_path / "nowhere"])
 
 
+def test_a_run_without_results_or_losses_is_shown(tmp_path):
+    """Looked at before its first evaluation, and after a step whose loss was not finite."""
+    data = {"validation": {"fingerprint": "f"}}
+    bad = {k: v for k, v in line(10).items() if k != "loss"}
+    a = make_run(tmp_path / "a", [bad], results=None, data=data)
+    b = make_run(tmp_path / "b", [{"step": 5, "val_loss": 3.0}, bad, line(20)], results=None, data=data)
+    assert report.training(tmp_path) and report.log(tmp_path) and comparison([a, b])
+    assert report.paper(tmp_path, {h: section(tmp_path) for h, section in SECTIONS.items()})
+
+
 def test_comparison_tells_noise_by_runs_that_differ_in_their_seed(tmp_path):
     def run(name: str, loss: float, **settings) -> Path:
         last = {"step": 10, "val_loss": loss}
         return make_run(tmp_path / name, [line(10)], settings=settings, results={"last": last})
 
-    folders = [run("a1", 3.0, seed=1, lr=1), run("a2", 3.2, seed=2, lr=1), run("b", 3.5, seed=1, lr=2)]
+    folders = [run("a1", 3.0, seed=1, lr=1, out="x", model="x/base")]
+    folders += [run("a2", 3.2, seed=2, lr=1, out="y", model="y/base"), run("b", 3.5, seed=1, lr=2)]
+    folders += [run("again", 3.0, seed=1, lr=1, out="z", model="z/base")]  # the first one's twin: no news
     blocks = comparison(folders)
     assert blocks[-2].words.endswith("a standard deviation of 0.1414.")  # 0.2 / sqrt(2)
     rows = shown(blocks, "noise")
-    assert rows[0] == {"runs": "a1, a2", "mean of the last loss": "3.1000", "minus the first": ""}
+    assert rows[0] == {
+        "runs": f"{tmp_path}/a1, {tmp_path}/a2",
+        "mean of the last loss": "3.1000",
+        "minus the first": "",
+    }
     assert rows[1]["minus the first"] == "+0.4000, 2.3 standard errors"  # 0.4 / (0.1414 sqrt(1 + 1/2))
 
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -367,7 +367,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(settings, ca
 
 
 def test_out_of_memory_with_one_row_says_what_to_try(settings):
-    with pytest.raises(TrainError, match="one sequence at a time: try --gradient_checkpointing"):
+    with pytest.raises(TrainError, match="1 sequences at a time: try a smaller --batch_size"):
         trained(settings, starving(0), batch_size=12)
 
 
@@ -566,6 +566,21 @@ def test_muon_trains_and_resumes_with_the_same_bits(settings, tmp_path, monkeypa
     interrupt_after(5, monkeypatch, settings(optimizer="muon"))
     train.pretrain(settings(optimizer="muon"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_run_json_names_the_settings_that_were_chosen(settings):
+    cfg = TrainConfig(d_model=64, n_heads=2, max_steps=7)
+    assert (cfg.n_kv_heads, cfg.head_dim, cfg.d_ff) == (2, 32, 192)  # these follow
+    changed = {f.name for f in fields(cfg) if train.chosen_by_hand(cfg, f.name)}
+    assert changed == {"max_steps", "d_model", "n_heads"}
+    cfg = TrainConfig(d_model=64, n_heads=2, d_ff=200)
+    assert {f.name for f in fields(cfg) if train.chosen_by_hand(cfg, f.name)} == {
+        "d_model",
+        "n_heads",
+        "d_ff",
+    }
+    run = train.pretrain(settings(max_steps=2))
+    assert "max_steps" in run["changed"] and "beta1" not in run["changed"]
 
 
 @pytest.mark.parametrize("name", ["speedrun", "max3060", "max3060_180m", "max3060_489m"])
