@@ -46,6 +46,7 @@ class ReportConfig:
     home: str = "out"  # the folder that holds the runs
     to: str = ""  # where the page goes; default: {home}/report
     compare: str = ""  # run folders, joined by commas: only these, beside each other
+    only: str = ""  # sections, joined by commas, such as training,lab; nothing: all, the log and the paper
 
 
 # -----------------------------------------------------------------------------
@@ -1273,9 +1274,14 @@ def main() -> None:
                 f"there is no folder {home}: bash run_all.sh cpu makes it, or name another by --home"
             )
         else:
-            sections = {heading: section(home) for heading, section in SECTIONS.items()}
+            wanted = {name for name in cfg.only.split(",") if name}
+            if unknown := wanted - {section.__name__ for section in SECTIONS.values()}:
+                known = ", ".join(section.__name__ for section in SECTIONS.values())
+                raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {known}")
+            chosen = {h: s for h, s in SECTIONS.items() if not wanted or s.__name__ in wanted}
+            sections = {heading: section(home) for heading, section in chosen.items()}
         page = write(to, "Modern LLM: report", sections)
-        if not cfg.compare:
+        if not (cfg.compare or cfg.only):
             (to / "experiments.md").write_text(log(home), encoding="utf-8")
             write_paper(to / "paper", "The whole life of a small language model", paper(home, sections))
         print(page)

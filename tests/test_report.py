@@ -410,6 +410,11 @@ def test_it_needs_no_torch_and_says_where_the_page_is(tmp_path):
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert Path(out.stdout.strip()) == tmp_path / "report" / "index.html"
+    words = [sys.executable, "report.py", f"--home={tmp_path}", f"--to={tmp_path}/some"]
+    subprocess.run([*words, "--only=lab,training"], cwd=ROOT, check=True)
+    page = (tmp_path / "some" / "index.md").read_text()
+    assert [x for x in page.splitlines() if x.startswith("## ")] == ["## Training", "## The lab"]
+    assert not (tmp_path / "some" / "paper").exists()
     missing = subprocess.run(
         [sys.executable, "report.py", "--home=nowhere"], cwd=ROOT, capture_output=True, text=True
     )
