@@ -13,7 +13,7 @@ initialisation, so runs of one seed are compared in pairs, and a difference coun
 over the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `streams`, what
-becomes of a text longer than the context, with and without attention sinks; `scaling`, five sizes at three
+becomes of a text longer than the context, with and without attention sinks; `scaling`, seven sizes at three
 budgets of FLOPs, what they predict for larger ones, and one more run to see whether that comes true;
 `shapes`, what larger models and batches cost; `transfer`, a task learnt from nothing, by a pretrained model,
 or told in a prompt. Everything goes to out/experiments/CORPUS/experiments.json, and a table to the terminal.
@@ -76,7 +76,7 @@ FAMILIES = {
     "shapes": [],
     "transfer": [],
 }
-SIZES = ((2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
+SIZES = ((1, 32), (2, 32), (2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
 BUDGETS = (0.25e12, 0.5e12, 1e12)  # FLOPs of a training run
 CHECK = 4e12  # of one more, at the size that the fit calls best: is its word good?
 LARGER = (*SIZES, (7, 208), (8, 256))  # among which the best is looked for
