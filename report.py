@@ -713,7 +713,7 @@ def scaling(corpus: str, found: dict) -> list[Block]:
     axes.set(xlabel="parameters without embeddings", ylabel="validation loss")
     axes.legend(frameon=False)
     caption = (
-        "Five sizes at equal FLOPs; a star is the minimum of a parabola, if it lies within the sizes tried."
+        "Sizes at equal FLOPs; a star is the minimum of a parabola, if it lies within the sizes tried."
     )
     blocks: list[Block] = [figure(f"scaling-{corpus}", caption, fig)]
     told = {name: p for name, p in found.get("predictions", {}).items() if "loss" in p}

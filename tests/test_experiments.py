@@ -82,7 +82,7 @@ def test_only_names_experiments_and_families():
 
     assert names(only="gqa") == ["baseline", "kv_heads_1", "kv_heads_2"]
     assert names(only="qk_norm") == ["baseline", "qk_norm"]
-    assert len([n for n in names(only="scaling") if n.startswith("scaling-")]) == 15
+    assert len([n for n in names(only="scaling") if n.startswith("scaling-")]) == 21
     with pytest.raises(ConfigError, match="qknorm"):
         plan(ExperimentConfig(only="qknorm"))
 
