@@ -712,9 +712,7 @@ def scaling(corpus: str, found: dict) -> list[Block]:
     axes.set_xscale("log")
     axes.set(xlabel="parameters without embeddings", ylabel="validation loss")
     axes.legend(frameon=False)
-    caption = (
-        "Sizes at equal FLOPs; a star is the minimum of a parabola, if it lies within the sizes tried."
-    )
+    caption = "Sizes at equal FLOPs; a star is the minimum of a parabola, if it lies within the sizes tried."
     blocks: list[Block] = [figure(f"scaling-{corpus}", caption, fig)]
     told = {name: p for name, p in found.get("predictions", {}).items() if "loss" in p}
     if not told:

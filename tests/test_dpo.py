@@ -132,13 +132,18 @@ def test_every_method_trains(settings, more):
 
 
 def test_training_widens_the_margin(settings):
+    """Of the pairs that it sees: DPO's loss begins at ln 2, and so few pairs, seen again and again, bring it
+    down.
+    (What they do to a handful of held-out pairs is luck.)
+    """
     run = script.dpo(
-        settings(first_difference=False, nll=0.0, max_steps=20, collapse=0.0, learning_rate=1e-4)
+        settings(
+            first_difference=False, nll=0.0, max_steps=60, eval_every=0, collapse=0.0, learning_rate=3e-4
+        )
     )
-    lines = [
-        x for x in read_jsonl(Path(run["settings"]["out"]) / "run/metrics.jsonl") if "reward_margin" in x
-    ]
-    assert lines[-1]["reward_margin"] > 0.02 and lines[-1]["reward_margin"] > lines[0]["reward_margin"]
+    lines = read_jsonl(Path(run["settings"]["out"]) / "run/metrics.jsonl")
+    losses = [x["loss"] for x in lines if "loss" in x]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-10:]) / 10 < losses[0] - 0.05
 
 
 def test_rounds_are_runs_that_follow_each_other(settings, tmp_path):
