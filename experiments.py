@@ -611,7 +611,8 @@ def scaling(runs: list[Run]) -> dict:
     for run in runs:
         if run.name.startswith("scaling-") and (figures := read_run(run.folder)):
             c = settings_of(run.words())
-            budget = float(run.name.split("-")[1].replace("e", "e+"))
+            rounded = float(run.name.split("-")[1].replace("e", "e+"))
+            budget = min(BUDGETS, key=lambda b: abs(b - rounded))
             inner = count_parameters(model_config(c))["total"] - c.vocab_size * c.d_model
             points.append({"budget": budget, "layers": c.n_layers, "width": c.d_model, "parameters": inner,
                            "tokens": figures["tokens"], "loss": figures["val_loss"]})  # fmt: skip
