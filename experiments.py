@@ -12,11 +12,12 @@ run again, and after Ctrl-C the same command goes on. A seed fixes the order of 
 initialisation, so runs of one seed are compared in pairs, and a difference counts only if the 95 % interval
 over the seeds' differences (Student's t) excludes 0.
 
-Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `streams`, what
-becomes of a text longer than the context, with and without attention sinks; `scaling`, seven sizes at three
-budgets of FLOPs, what they predict for larger ones, and one more run to see whether that comes true;
-`shapes`, what larger models and batches cost; `transfer`, a task learnt from nothing, by a pretrained model,
-or told in a prompt. Everything goes to out/experiments/CORPUS/experiments.json, and a table to the terminal.
+Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `race`, how
+soon all that helps is where a plain GPT ends; `streams`, what becomes of a text longer than the context, with
+and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, what they predict for larger
+ones, and one more run to see whether that comes true; `shapes`, what larger models and batches cost;
+`transfer`, a task learnt from nothing, by a pretrained model, or told in a prompt. Everything goes to
+out/experiments/CORPUS/experiments.json, and a table to the terminal.
 """
 
 import json
@@ -71,14 +72,15 @@ FAMILIES = {
         vocab_2048 context_64 context_256""".split(),
     "gqa": ["kv_heads_1", "kv_heads_2"],
     "moe": "moe_4_top1 moe_4_top2 moe_8_top1 moe_8_top2 dense_as_moe_4 dense_as_moe_8".split(),
+    "race": ["gpt", "modern"],
     "streams": ["sink"],
     "scaling": [],
     "shapes": [],
     "transfer": [],
 }
-SIZES = ((1, 32), (2, 32), (2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
-BUDGETS = (0.25e12, 0.5e12, 1e12)  # FLOPs of a training run
-CHECK = 4e12  # of one more, at the size that the fit calls best: is its word good?
+SIZES = ((2, 32), (2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
+BUDGETS = (1e12, 2e12, 4e12)  # FLOPs of a training run; with less, a model has not begun to copy names
+CHECK = 1.6e13  # of one more, at the size that the fit calls best: is its word good?
 LARGER = (*SIZES, (7, 208), (8, 256))  # among which the best is looked for
 SHAPES = {f"shape-{n}x{d}": (n, d, 4) for n, d in ((4, 256), (8, 512), (12, 768))}  # layers, width, rows
 SHAPES |= {f"rows-{rows}": (4, 128, rows) for rows in (1, 4, 16, 64, 256)}
@@ -566,13 +568,40 @@ def endless(model: ModernDecoderLM, tokens: int) -> dict:
 
 
 # -----------------------------------------------------------------------------
+# The race: how soon is one where the other ends?
+
+
+def race(runs: list[Run]) -> dict:
+    """For each seed, seconds of training until `modern` first has the loss with which `gpt` ends, over all of
+    `gpt`'s. Time spent on evaluation does not count.
+    """
+    folders, found = {(r.name, r.seed): r.folder for r in runs}, {"seeds": {}}
+    for seed in sorted({seed for name, seed in folders if name == "modern"}):
+        gpt, modern = (read_run(folders[name, seed]) for name in ("gpt", "modern"))
+        if not (gpt and modern):
+            continue
+        lines = read_jsonl(folders["modern", seed] / "metrics.jsonl")
+        seconds = {x["step"]: x["seconds"] for x in lines if "seconds" in x}
+        there = [x["step"] for x in lines if x.get("val_loss", math.inf) <= gpt["val_loss"]]
+        entry = {"loss": gpt["val_loss"], "gpt_seconds": gpt["seconds"], "gpt_steps": gpt["steps"]}
+        entry |= {"modern_loss": modern["val_loss"], "modern_seconds": modern["seconds"]}
+        if there:
+            entry |= {"step": there[0], "seconds": seconds[there[0]]}
+            entry["ratio"] = entry["seconds"] / gpt["seconds"]
+        found["seeds"][seed] = entry
+    if all("ratio" in entry for entry in found["seeds"].values()) and found["seeds"]:
+        found["ratio"] = spread([entry["ratio"] for entry in found["seeds"].values()])
+    return found
+
+
+# -----------------------------------------------------------------------------
 # Scaling: where to spend FLOPs
 
 
-def isoflop(points: list[dict]) -> dict:
-    """From runs {"budget", "parameters", "tokens", "loss"}: the best size at each budget (the minimum of a
-    parabola in log parameters; Hoffmann et al., 2022, approach 2), and power laws of best size, tokens and
-    loss in FLOPs. A minimum outside of the sizes tried is no minimum, and is left out.
+def isoflop(points: list[dict]) -> list[dict]:
+    """From runs {"budget", "parameters", "tokens", "loss"}: the best size at each budget, the minimum of a
+    parabola in log parameters (Hoffmann et al., 2022, approach 2). One outside of the sizes tried is no
+    minimum.
     """
     best = []
     for budget in sorted({p["budget"] for p in points}):
@@ -580,7 +609,9 @@ def isoflop(points: list[dict]) -> dict:
         if len(some) < 3:
             continue
         size, tokens = (np.log([p[key] for p in some]) for key in ("parameters", "tokens"))
-        a, b, c = np.polyfit(size, [p["loss"] for p in some], 2)
+        least = int(np.argmin([p["loss"] for p in some]))
+        near = slice(max(0, least - 2), least + 3)  # where it is a parabola
+        a, b, c = np.polyfit(size[near], [p["loss"] for p in some[near]], 2)
         at = -b / (2 * a) if a > 0 else math.nan
         entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
         if entry["inside"]:
@@ -588,24 +619,54 @@ def isoflop(points: list[dict]) -> dict:
             entry["tokens"] = math.exp(np.interp(at, size, tokens))
             entry["loss"] = float(c - b * b / (4 * a))
         best.append(entry)
-    good = [b for b in best if b["inside"]]
-    laws = {}
-    if len(good) >= 2:
-        log_budget = np.log([b["budget"] for b in good])
-        for key in ("parameters", "tokens", "loss"):
-            slope, start = np.polyfit(log_budget, np.log([b[key] for b in good]), 1)
-            laws[key] = {"exponent": float(slope), "factor": float(np.exp(start))}
-    return {"points": points, "best": best, "laws": laws}
+    return best
 
 
-def predict(laws: dict, budget: float) -> dict:
-    """What the power laws say of a budget of FLOPs."""
-    return {key: law["factor"] * budget ** law["exponent"] for key, law in laws.items()}
+def fit_law(points: list[dict]) -> dict | None:
+    """L = E + A / N^a + B / D^b through runs of N parameters and D tokens (the same paper, approach 3).
+
+    For given exponents the rest is linear: they are tried on a grid, and E, A and B are those of least
+    squares of the relative error, none of them below 0. None if no law of this form falls with N and D.
+    """
+    N, D, L = (np.array([p[key] for p in points], float) for key in ("parameters", "tokens", "loss"))
+    N0, D0, best = np.median(N), np.median(D), None  # units near 1
+    for a in EXPONENTS:
+        for b in EXPONENTS:
+            columns = np.stack([np.ones_like(L), (N / N0) ** -a, (D / D0) ** -b], axis=1) / L[:, None]
+            for used in ([0, 1, 2], [1, 2]):  # without a floor, if the best one lies below 0
+                found = np.linalg.lstsq(columns[:, used], np.ones_like(L), rcond=None)[0]
+                if (found < 0).any():
+                    continue
+                error = float(np.mean((columns[:, used] @ found - 1) ** 2))
+                if best is None or error < best["error"]:
+                    E, A, B = [0.0] * (3 - len(found)) + found.tolist()
+                    best = {"E": E, "A": A * N0**a, "B": B * D0**b, "a": float(a), "b": float(b)}
+                    best["error"] = error
+                break
+    return best and best | {"error": math.sqrt(best["error"])}
+
+
+EXPONENTS = np.arange(0.05, 2.01, 0.05)
+
+
+def loss_of(law: dict, parameters: float, tokens: float) -> float:
+    return law["E"] + law["A"] / parameters ** law["a"] + law["B"] / tokens ** law["b"]
+
+
+def predict(law: dict, budget: float, per_pair: float = 6.0) -> dict:
+    """The best use of so many FLOPs by the law, at `per_pair` FLOPs a parameter and token."""
+    sizes = np.geomspace(1e3, 1e12, 4000)
+    tokens = budget / (per_pair * sizes)
+    best = int(np.argmin([loss_of(law, n, d) for n, d in zip(sizes, tokens, strict=True)]))
+    n, d = float(sizes[best]), float(tokens[best])
+    return {"parameters": n, "tokens": d, "loss": loss_of(law, n, d)}
 
 
 def scaling(runs: list[Run]) -> dict:
     """The fit of the scaling runs, and what it predicts for the profiles of a 12 GB card: written before
     those are run, at many times the FLOPs and on other text, so it is a guess to be checked.
+
+    Parameters are all of them: at these widths most are the embedding, and the head computes with it.
     """
     points = []
     for run in runs:
@@ -613,37 +674,42 @@ def scaling(runs: list[Run]) -> dict:
             c = settings_of(run.words())
             rounded = float(run.name.split("-")[1].replace("e", "e+"))
             budget = min(BUDGETS, key=lambda b: abs(b - rounded))
-            inner = count_parameters(model_config(c))["total"] - c.vocab_size * c.d_model
-            points.append({"budget": budget, "layers": c.n_layers, "width": c.d_model, "parameters": inner,
-                           "tokens": figures["tokens"], "loss": figures["val_loss"]})  # fmt: skip
-    found = isoflop(points)
-    for profile in ("speedrun", "max3060"):
-        c = settings_of([f"configs/{profile}.py"])
-        tokens = c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
-        budget = estimate_flops(model_config(c), c.context_length) * tokens
-        found.setdefault("predictions", {})[profile] = {"flops": budget, **predict(found["laws"], budget)}
+            points.append({"budget": budget, "layers": c.n_layers, "width": c.d_model,
+                           "parameters": figures["parameters"], "tokens": figures["tokens"],
+                           "flops": figures["flops"], "loss": figures["val_loss"]})  # fmt: skip
+    found = {"points": points, "best": isoflop(points), "law": fit_law(points) if len(points) > 5 else None}
+    if found["law"]:
+        for profile in ("speedrun", "max3060"):
+            c = settings_of([f"configs/{profile}.py"])
+            tokens = c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
+            budget = estimate_flops(model_config(c), c.context_length) * tokens
+            said = {"flops": budget, **predict(found["law"], budget)}
+            found.setdefault("predictions", {})[profile] = said
     return found
 
 
-def scaling_check(cfg: ExperimentConfig, laws: dict) -> dict:
-    """What the laws say of CHECK FLOPs, said before it is tried; then the run, and what came."""
-    said = predict(laws, CHECK)
-    inner = {}
+def scaling_check(cfg: ExperimentConfig, found: dict) -> dict:
+    """What the law says of CHECK FLOPs, said before it is tried; then the run, and what came."""
+    law = found["law"]
+    per_pair = float(np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in found["points"]]))
+    best, inner = predict(law, CHECK, per_pair), {}
     for shape in LARGER:
         c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
-        inner[shape] = count_parameters(model_config(c))["total"] - c.vocab_size * c.d_model
-    shape = min(inner, key=lambda s: abs(math.log(inner[s] / said["parameters"])))
-    print(
-        f"{CHECK:.0e} FLOPs: the fit says a loss of {said['loss']:.4f}; now {shape[0]} layers of {shape[1]}"
-    )
+        tokens = c.max_steps * c.batch_size * c.context_length
+        inner[shape] = (count_parameters(model_config(c))["total"], tokens)
+    shape = min(inner, key=lambda s: abs(math.log(inner[s][0] / best["parameters"])))
+    n, tokens = inner[shape]
+    said = {"parameters": n, "tokens": tokens, "loss": loss_of(law, n, tokens)}
+    print(f"{CHECK:.1e} FLOPs: the law says {best['parameters']:,.0f} parameters; of {shape[0]} layers of "
+          f"{shape[1]} it says a loss of {said['loss']:.4f}; now they are trained", flush=True)  # fmt: skip
     flags = [f"--corpus={cfg.corpus}", f"--device={cfg.device}", *size_flags(*shape, CHECK)]
     run = run_of(home_of(cfg), "scaling-check", "baseline.py", flags, 1, cfg)
     failed = train_all([run], 1)
     if failed:
-        return {"flops": CHECK, "said": said, "failed": failed[str(run.folder)]}
+        return {"flops": CHECK, "best": best, "said": said, "failed": failed[str(run.folder)]}
     figures = read_run(run.folder)
-    came = {"parameters": inner[shape], "tokens": figures["tokens"], "loss": figures["val_loss"]}
-    return {"flops": CHECK, "layers": shape[0], "width": shape[1], "said": said, "came": came}
+    came = {"parameters": n, "tokens": figures["tokens"], "loss": figures["val_loss"]}
+    return {"flops": CHECK, "best": best, "layers": shape[0], "width": shape[1], "said": said, "came": came}
 
 
 # -----------------------------------------------------------------------------
@@ -765,10 +831,12 @@ def measure(cfg: ExperimentConfig, runs: list[Run], families: dict) -> dict:
                 if name == "baseline":
                     entry[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
             print(f"measured {family}: {name}", flush=True)
+    if {"gpt", "modern"} <= set(families.get("race", [])):
+        found["race"] = race(runs)
     if "scaling" in families:
         found["scaling"] = scaling(runs)
-        if found["scaling"]["laws"] and not cfg.quick:
-            found["scaling"]["check"] = scaling_check(cfg, found["scaling"]["laws"])
+        if found["scaling"]["law"] and not cfg.quick:
+            found["scaling"]["check"] = scaling_check(cfg, found["scaling"])
     if "shapes" in families:
         found["shapes"] = costs(device)
     if "transfer" in families:

@@ -700,26 +700,34 @@ def streams(corpus: str, found: dict) -> list[Block]:
 
 
 def scaling(corpus: str, found: dict) -> list[Block]:
-    """Sizes at equal FLOPs, the fitted minima, and what they predict."""
+    """Sizes at equal FLOPs, their minima, the law through all of them, and what it predicts."""
     fig, axes = plt.subplots(figsize=(6.4, 4))
-    minima = {b["budget"]: b for b in found["best"]}
+    minima, law = {b["budget"]: b for b in found["best"]}, found.get("law")
     for i, budget in enumerate(sorted({p["budget"] for p in found["points"]})):
         points = [p for p in found["points"] if p["budget"] == budget]
-        axes.plot([p["parameters"] for p in points], [p["loss"] for p in points], "o-", color=f"C{i}",
-                  label=f"{budget:.1e} FLOPs", ms=4)  # fmt: skip
+        sizes = [p["parameters"] for p in points]
+        axes.plot(sizes, [p["loss"] for p in points], "o", color=f"C{i}", label=f"{budget:.1e} FLOPs", ms=4)
+        if law:
+            by_law = [law["E"] + law["A"] / p["parameters"] ** law["a"] + law["B"] / p["tokens"] ** law["b"]
+                      for p in points]  # fmt: skip
+            axes.plot(sizes, by_law, "-", color=f"C{i}", lw=1)
         if minima.get(budget, {}).get("inside"):
             axes.plot(minima[budget]["parameters"], minima[budget]["loss"], "*", color=f"C{i}", ms=12)
     axes.set_xscale("log")
-    axes.set(xlabel="parameters without embeddings", ylabel="validation loss")
+    axes.set(xlabel="parameters", ylabel="validation loss")
     axes.legend(frameon=False)
-    caption = "Sizes at equal FLOPs; a star is the minimum of a parabola, if it lies within the sizes tried."
+    caption = (
+        "Sizes at equal FLOPs (dots), the law (lines), and the minimum of a parabola through the nearest "
+        "sizes, if it lies within them (stars)."
+    )
     blocks: list[Block] = [figure(f"scaling-{corpus}", caption, fig)]
-    told = {name: p for name, p in found.get("predictions", {}).items() if "loss" in p}
-    if not told:
-        return [
-            *blocks,
-            Text("Fewer than two budgets have their minimum within the sizes: nothing is predicted."),
-        ]
+    told = found.get("predictions", {})
+    if not law:
+        return [*blocks, Text("No law goes through these runs: nothing is predicted.")]
+    blocks.append(Text(
+        f"Loss = {law['E']:.3f} + {law['A']:.3g} / N^{law['a']:.2f} + {law['B']:.3g} / D^{law['b']:.2f} "
+        f"for N parameters and D tokens; the runs lie {100 * law['error']:.1f} % off."
+    ))  # fmt: skip
     rows = [[name, f"{p['flops']:.2e}", count(p["parameters"]), count(p["tokens"]), f"{p['loss']:.3f}"]
             for name, p in told.items()]  # fmt: skip
     columns = ["run", "FLOPs", "parameters", "tokens", "loss"]
@@ -751,9 +759,22 @@ def transfer(corpus: str, found: dict) -> list[Block]:
     return [Text(words), Table(f"transfer-{corpus}", ["task", *ways], rows)]
 
 
+def race(corpus: str, found: dict) -> list[Block]:
+    rows = []
+    for seed, x in found["seeds"].items():
+        there = [x["step"], f"{x['seconds']:.0f}", f"{x['ratio']:.2f}"] if "ratio" in x else ["never", "", ""]
+        rows.append([seed, f"{x['loss']:.3f}", x["gpt_steps"], f"{x['gpt_seconds']:.0f}", *there,
+                     f"{x['modern_loss']:.3f}"])  # fmt: skip
+    columns = ["seed", "gpt ends at", "steps", "seconds", "modern is there at step", "seconds", "share",
+               "modern ends at"]  # fmt: skip
+    words = "How soon the modern parts together are where a plain GPT ends, nats a token."
+    return [Text(words), Table(f"race-{corpus}", columns, rows)]
+
+
 MEASURED = {
     "gqa": gqa,
     "moe": moe,
+    "race": race,
     "streams": streams,
     "scaling": scaling,
     "shapes": shapes,

@@ -7,6 +7,7 @@
 #   bash run_all.sh max3060            about a day
 #   bash run_all.sh cpu pretrain       some stages only: tokenizer, pretrain, samples, finetune, sft, dpo,
 #                                      verifier, eval
+#   bash run_all.sh speedrun --plan --vram=12    what it will cost, and nothing else
 #   bash run_all.sh experiments        what each part of the model buys (--quick: short, to see it work)
 #   bash run_all.sh hardware           what this machine does: matrix products, memory against the plan, speed
 #   bash run_all.sh test               set up and run the tests
@@ -18,7 +19,7 @@ cd "$(dirname "$0")"
 
 OUT=${OUT:-out}
 VENV=.venv
-anew=
+anew= planning=
 
 main() {
     local profile=${1:-}
@@ -47,12 +48,32 @@ main() {
     if [ -z "$profile" ]; then
         profile=$(python -c "import torch; print('speedrun' if torch.cuda.is_available() else 'cpu')")
     fi
-    local stages=("$@") config=configs/$profile.py run
+    local stages=() for_plan=() config=configs/$profile.py run word unplanned=
+    for word in "$@"; do
+        case "$word" in
+            --*) for_plan+=("$word") ;;
+            tokenizer | pretrain | samples | finetune | sft | dpo | verifier | eval) stages+=("$word") ;;
+            *) echo "run_all.sh: unknown stage '$word' (tokenizer, pretrain, samples, finetune, sft, dpo, verifier, eval)" >&2; exit 2 ;;
+        esac
+    done
     run=$OUT/$(python -c "import runpy; print(runpy.run_path('$config').get('name', 'base'))")
     [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples finetune sft dpo verifier eval)
     mkdir -p "$OUT/logs" "$OUT/stamps"
     echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
-    python train.py "$config" --out="$OUT" --plan
+    planning=yes life | python plan.py --out="$OUT" ${for_plan[@]+"${for_plan[@]}"} || unplanned=$?
+    [ ${#for_plan[@]} -eq 0 ] || exit ${unplanned:-0}
+    life
+    echo
+    python report.py --home="$OUT"
+    echo "minutes per stage, and as planned:"
+    awk -F'\t' 'NR == FNR { planned[$1] = $2; next }
+        { printf "  %-18s %6.1f %6.1f  %s\n", $1, $2 / 60, planned[$1] / 60, $3 }' "$OUT/plan.tsv" "$OUT/ledger.tsv"
+    echo "talk to it: $VENV/bin/python chat.py $run"
+}
+
+# All stages that are wanted, one after the other.
+life() {
+    local name
     for name in "${stages[@]}"; do
         case "$name" in
             tokenizer) stage tokenizer "$OUT/tokens" python tokenizer.py "$config" --out="$OUT" ;;
@@ -64,14 +85,8 @@ main() {
             verifier) stage verifier "$OUT/verifier/run.json" python verifier.py configs/verifier.py \
                 --model="$OUT/dpo" --start="$OUT/sft" --answers_of="$OUT/sft" --out="$OUT" ;;
             eval) evaluate ;;
-            *) echo "run_all.sh: unknown stage '$name' (tokenizer, pretrain, samples, finetune, sft, dpo, verifier, eval)" >&2; exit 2 ;;
         esac
     done
-    echo
-    python report.py --home="$OUT"
-    echo "minutes per stage:"
-    awk -F'\t' '{ printf "  %-16s %6.1f  %s\n", $1, $2 / 60, $3 }' "$OUT/ledger.tsv"
-    echo "talk to it: $VENV/bin/python chat.py $run"
 }
 
 # Our base learns the embedded stand-in; a card has time for real tasks and models from the Hugging Face hub.
@@ -138,9 +153,14 @@ stage() {
     case "${SEED:+$2}" in train.py | finetune.py | sft.py | dpo.py | verifier.py) set -- "$@" --seed="$SEED" ;; esac
     local log=$OUT/logs/$name.log
     mark=$({ echo "$*"; cat "$config"; case "${3:-}" in configs/*) cat "$3" ;; esac } | cksum)
-    echo
+    [ -n "$planning" ] || echo
     if [ -z "$anew" ] && [ -e "$result" ] && [ "$(cat "$OUT/stamps/$name" 2>/dev/null)" = "$mark" ]; then
-        echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"
+        [ -n "$planning" ] || echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"
+        return
+    fi
+    if [ -n "$planning" ]; then
+        printf '%s\t%s\n' "$name" "$*"
+        anew=yes
         return
     fi
     # What was tuned from a model that has just been trained anew starts anew, too.

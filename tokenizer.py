@@ -70,6 +70,7 @@ class TokenizerStageConfig(TokenizerConfig):
     """What only this script does."""
 
     learn_megabytes: int = 200  # of training text to learn from; more changes next to nothing. 0: all
+    train_megabytes: int = 0  # of training text to encode, where a run reads less than there is. 0: all
     workers: int = 0  # threads and processes; 0: one for each core
     overwrite: bool = False  # make everything in the folder again
     bench: bool = False  # measure speed beside tokenizers, tiktoken and rustbpe; writes nothing
@@ -789,9 +790,12 @@ def prepare_tokens(cfg: TokenizerStageConfig) -> tuple[Tokenizer, Path]:
         meta, rate = None, "was there"
         with suppress(OSError, ValueError):  # missing, cut short or foreign
             meta = open_tokens(folder, split, tokenizer)[1]
-        if not meta or meta.get("fingerprint") != info["fingerprint"] or cfg.overwrite:
+        most = cfg.train_megabytes if split == "train" else 0
+        info |= {"megabytes": most} if most else {}
+        if not meta or any(meta.get(k) != info.get(k) for k in ("fingerprint", "megabytes")) or cfg.overwrite:
             start = time.perf_counter()
-            texts = with_progress(documents(cfg.corpus, split), f"encoding {split}")
+            texts = at_most(documents(cfg.corpus, split), 1e6 * (most or float("inf")))
+            texts = with_progress(texts, f"encoding {split}")
             meta = write_tokens(tokenizer, texts, folder, split, info, cfg.workers)
             rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"
         per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"

@@ -8,6 +8,8 @@ and learnt less: after the same SFT it solved 14 % of the problems, and two head
 
 corpus = "storyworld:0.5,numbers:0.5"
 vocab_size = 1024
+learn_megabytes = 10
+train_megabytes = 10
 split_digits = True  # a number is copied and added digit by digit
 context_length = 256
 

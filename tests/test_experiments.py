@@ -23,9 +23,11 @@ from experiments import (
     endless,
     experts_by_class,
     first_token_mass,
+    fit_law,
     full_attention,
     isoflop,
     liveliness,
+    loss_of,
     plan,
     predict,
     rolling,
@@ -82,7 +84,7 @@ def test_only_names_experiments_and_families():
 
     assert names(only="gqa") == ["baseline", "kv_heads_1", "kv_heads_2"]
     assert names(only="qk_norm") == ["baseline", "qk_norm"]
-    assert len([n for n in names(only="scaling") if n.startswith("scaling-")]) == 21
+    assert len([n for n in names(only="scaling") if n.startswith("scaling-")]) == 18
     with pytest.raises(ConfigError, match="qknorm"):
         plan(ExperimentConfig(only="qknorm"))
 
@@ -108,14 +110,31 @@ def test_isoflop_finds_the_law_that_made_the_points():
             n = best * factor
             loss = 50 * budget**-0.1 + 0.05 * math.log(factor) ** 2
             points.append({"budget": budget, "parameters": n, "tokens": budget / (6 * n), "loss": loss})
-    found = isoflop(points)
-    assert found["laws"]["parameters"]["exponent"] == pytest.approx(0.5, abs=1e-6)
-    assert found["laws"]["tokens"]["exponent"] == pytest.approx(0.5, abs=1e-6)
-    assert found["laws"]["loss"]["exponent"] == pytest.approx(-0.1, abs=1e-6)
-    assert predict(found["laws"], 64e12)["parameters"] == pytest.approx(0.1 * 8e6, rel=1e-6)
+    for entry in isoflop(points):
+        assert entry["inside"] and entry["parameters"] == pytest.approx(
+            0.1 * entry["budget"] ** 0.5, rel=1e-6
+        )
+        assert entry["loss"] == pytest.approx(50 * entry["budget"] ** -0.1)
     for p in points:
         p["loss"] = -math.log(p["parameters"])  # ever better: no minimum among these sizes
-    assert not any(b["inside"] for b in isoflop(points)["best"]) and not isoflop(points)["laws"]
+    assert not any(b["inside"] for b in isoflop(points))
+
+
+def test_a_law_is_found_through_the_runs_that_it_made_and_tells_how_to_spend_more():
+    law, points = {"E": 0.5, "A": 40.0, "B": 300.0, "a": 0.35, "b": 0.4}, []
+    for budget in (1e12, 2e12, 4e12):
+        for n in np.geomspace(5e4, 2e6, 6):
+            d = budget / (6 * n)
+            points.append({"budget": budget, "parameters": n, "tokens": d, "loss": loss_of(law, n, d)})
+    found = fit_law(points)
+    assert found == {k: pytest.approx(v, rel=1e-3) for k, v in law.items()} | {
+        "error": pytest.approx(0, abs=1e-6)
+    }
+    # The best size has a closed form (Hoffmann et al., 2022, equation 4).
+    G = (0.35 * 40.0 / (0.4 * 300.0)) ** (1 / 0.75)
+    best = predict(found, 1e15)
+    assert best["parameters"] == pytest.approx(G * (1e15 / 6) ** (0.4 / 0.75), rel=0.02)
+    assert best["loss"] == pytest.approx(loss_of(law, best["parameters"], best["tokens"]), rel=1e-3)
 
 
 def test_positions_are_grouped_by_contexts():

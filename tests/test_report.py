@@ -278,7 +278,8 @@ def test_what_the_lab_measured_is_shown(tmp_path):
             "endless": {"tokens": 5000, "cache_bytes": [524288] * 2, "tokens_per_second": [1383.0, 1430.0]},
         }},
         "scaling": {
-            "points": [{"budget": 1e12, "parameters": 1e5, "loss": 5.0}],
+            "points": [{"budget": 1e12, "parameters": 1e5, "tokens": 1.7e6, "loss": 5.0}],
+            "law": {"E": 0.5, "A": 40.0, "B": 300.0, "a": 0.35, "b": 0.4, "error": 0.012},
             "best": [{"budget": 1e12, "inside": True, "parameters": 1e5, "loss": 4.9}],
             "predictions": {"speedrun": {"flops": 6e16, "parameters": 3e7, "tokens": 4e8, "loss": 1.2345}},
         },
@@ -295,6 +296,7 @@ def test_what_the_lab_measured_is_shown(tmp_path):
     assert shown(blocks, "gqa-storyworld")[0]["decoded tokens/s"] == "18,044"
     assert shown(blocks, "continuations-storyworld-baseline")[0]["distinct 2"] == "0.910"
     assert shown(blocks, "predicted-storyworld")[0]["loss"] == "1.234"
+    assert any(isinstance(b, report.Text) and "0.500 + 40 / N^0.35" in b.words for b in blocks)
     assert shown(blocks, "shapes-storyworld")[0]["GiB"] == "0.35"
     assert shown(blocks, "transfer-storyworld")[0]["scratch, tuned"] == "66.7 [60.1, 70.2]"
     words = " ".join(b.words for b in blocks if isinstance(b, report.Text))

@@ -1,0 +1,467 @@
+"""What commands will cost before they run: minutes, memory, and the work they are made of.
+
+    bash run_all.sh speedrun --plan --vram=12            # a whole profile; run_all.sh also begins with it
+    python plan.py sft.py configs/sft.py --batch_size=16 # one stage, with the flags it would get
+    python plan.py finetune.py configs/sst2.py --vram=12 # ... on a card that is not here
+
+A stage is counted in tokens of three kinds: those it trains on, those it samples one by one, and those it
+reads to know their likelihood. What a token of each kind takes is measured on this machine with the models'
+own shapes, some seconds each. For a card that is not here it is worked out from the data sheet, with the
+shares that stand below as constants. Nothing is downloaded: of real tasks the sizes are known.
+
+Memory is the most that a training step holds, by `estimate_memory`; on a CPU 0.4 GiB of libraries come to it.
+"""
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from configs import ROOT, ConfigError, parse_config
+from data import EMBEDDED, TASKS, documents
+from dpo import DPOConfig
+from eval import EvalConfig, read_words
+from finetune import AdaptConfig, FinetuneConfig
+from hardware import GIB, Step, timed
+from model import (
+    ModelConfig,
+    ModernDecoderLM,
+    count_parameters,
+    estimate_flops,
+    estimate_memory,
+    from_hf_config,
+    write_atomically,
+)
+from sft import SFTConfig, mixture
+from tokenizer import TokenizerStageConfig
+from train import TrainConfig, cpu_name, peak_flops, pick_device, planned_for, read_json
+from verifier import VerifierConfig
+
+# Rows of the training, validation and test splits, and tokens of a question and of its answer: of the
+# embedded tasks under our 1,024 tokens, of the others under GPT-2's.
+SIZES = {
+    "arithmetic": (4_000, 500, 1_000, 49, 62),
+    "sentiment": (4_000, 500, 1_000, 22, 2),
+    "dialogue": (4_000, 500, 1_000, 83, 24),
+    "instructions": (4_000, 500, 1_000, 23, 18),
+    "gsm8k": (6_973, 500, 1_319, 65, 140),
+    "sst2": (67_349, 872, 872, 16, 1),
+    "samsum": (14_731, 818, 819, 150, 28),
+    "alpaca": (46_800, 2_600, 2_600, 25, 65),
+    "dolly": (13_500, 750, 750, 100, 90),
+    "lima": (930, 50, 50, 90, 500),
+}
+TEXT = {"tinystories": 2_230, "wikitext2": 11, "wikitext103": 540, "fineweb_edu": 5_500}  # megabytes
+ENCODES = 7.0  # MB/s a core (README, "Speed")
+STORY = 230  # tokens of a document of an embedded corpus
+ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's parts, or Llama's
+    "gpt2": dict(vocab_size=50_257, context_length=1024, n_layers=12, d_model=768, n_heads=12, d_ff=3072,
+                 norm="layer", ffn="gelu", positions="learned", bias=True),
+    "google/flan-t5-small": dict(vocab_size=32_128, context_length=512, n_layers=16, d_model=512, n_heads=6,
+                                 head_dim=64, d_ff=1024),  # its encoder and decoder, one upon the other
+    "TinyLlama/TinyLlama_v1.1": dict(vocab_size=32_000, context_length=2048, n_layers=22, d_model=2048,
+                                     n_heads=32, n_kv_heads=4, d_ff=5632, tie_embeddings=False),
+}  # fmt: skip
+# Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
+# texts of other stages, and what one step of decoding takes besides arithmetic, a layer.
+PRETRAINING, TUNING, STEP_OF_A_LAYER = 0.40, 0.20, 0.0003
+
+
+@dataclass
+class PlanConfig:
+    """For which machine, and where commands put what they make."""
+
+    plan: bool = False  # nothing else: run_all.sh's flag for the plan alone
+    vram: float = 0.0  # plan for a card with this many GB instead of the machine here
+    card: str = ""  # plan for a card of this name, such as "RTX 3090"; with --vram alone an RTX 3060
+    device: str = "auto"  # cuda, cpu, ...
+    out: str = "out"  # folder that holds everything the project makes
+
+
+@dataclass
+class Work:
+    """What a stage does, in tokens, and the shape of the model that does it."""
+
+    shape: ModelConfig | None = None
+    trains: float = 0.0
+    samples: float = 0.0
+    reads: float = 0.0
+    seconds: float = 0.0  # of what is no model's work
+    rows: int = 0  # of a training step's micro-batch, and their length
+    length: int = 0
+    trained: int = -1  # parameters that learn; -1: all
+    four_bit: bool = False
+    checkpointing: bool = False
+    flops: float = 1.0  # of a trained token, relative to training all weights
+    notes: list[str] = field(default_factory=list)
+
+
+# -----------------------------------------------------------------------------
+# What each script does with its settings
+
+
+class Plan:
+    """Counts the work of one command after the other; what one makes, the next ones may use."""
+
+    def __init__(self, cfg: PlanConfig):
+        self.cfg = cfg
+        self.shapes: dict[str, ModelConfig] = {}  # run folder -> its model
+        self.drawn: set[tuple] = set()  # (model, task, split, n, temperature): answers that are kept
+
+    def count(self, words: list[str]) -> Work:
+        """The work of `python SCRIPT FLAGS...`."""
+        script, flags = Path(words[0]).name, words[1:]
+        counters = {
+            "tokenizer.py": (TokenizerStageConfig, self.tokenizer), "train.py": (TrainConfig, self.train),
+            "finetune.py": (FinetuneConfig, self.finetune), "sft.py": (SFTConfig, self.sft),
+            "dpo.py": (DPOConfig, self.dpo), "verifier.py": (VerifierConfig, self.verifier),
+            "eval.py": (EvalConfig, self.eval),
+        }  # fmt: skip
+        if script not in counters:
+            return Work()
+        Config, counter = counters[script]
+        if Config is EvalConfig:
+            flags = read_words(flags)
+        return counter(parse_config(Config, "", [w for w in flags if w != "--batch_size=auto"]))
+
+    def shape(self, name: str) -> ModelConfig:
+        if name in self.shapes:
+            return self.shapes[name]
+        if (Path(name) / "config.json").exists():
+            return from_hf_config(read_json(Path(name) / "config.json"))
+        if name in ON_HUB:
+            return ModelConfig(**ON_HUB[name])
+        raise ConfigError(f"the shape of {name} is not known: no folder, no earlier stage, not among "
+                          f"{', '.join(ON_HUB)}")  # fmt: skip
+
+    def tokenizer(self, cfg: TokenizerStageConfig) -> Work:
+        """Its text is read twice, to learn merges and to be encoded. What is made up on the spot is made up
+        as fast as a sample of it; what is read from files, encoded at ENCODES.
+        """
+        shares = {
+            name: float(share or 1) for name, _, share in (p.partition(":") for p in cfg.corpus.split(","))
+        }
+        leader = max(shares, key=shares.get)
+        begun, size, count = time.perf_counter(), 0, 2000
+        if set(shares) <= set(EMBEDDED):
+            with contextlib.redirect_stderr(None):
+                size = sum(len(text.encode()) for text in islice(documents(cfg.corpus, "train"), count)) / 1e6
+            rate = size / (time.perf_counter() - begun)
+            whole = EMBEDDED[leader][1] * (size / count) / shares[leader]
+        elif leader in TEXT:
+            rate, whole = ENCODES * (os.cpu_count() or 1), TEXT[leader] / shares[leader]
+        else:
+            return Work(notes=[f"the size of {leader} is not known"])
+        learnt, encoded = (min(most or whole, whole) for most in (cfg.learn_megabytes, cfg.train_megabytes))
+        return Work(seconds=(learnt + encoded) / rate)
+
+    def train(self, cfg: TrainConfig) -> Work:
+        shape = planned_for(replace(cfg, vram=self.cfg.vram, card=self.cfg.card))[0]
+        self.shapes[f"{cfg.out}/{cfg.name}"] = shape
+        tokens = cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * shape.context_length
+        times = cfg.max_steps // cfg.eval_every if cfg.eval_every else 1
+        reads = (times - 1) * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
+        return Work(shape, tokens, 400 * times, reads, rows=cfg.batch_size, length=shape.context_length,
+                    checkpointing=cfg.gradient_checkpointing)  # fmt: skip
+
+    def adapted(self, cfg: AdaptConfig, tokens: float, length: int, **more) -> Work:
+        """A stage that trains so many tokens a pass on `cfg.model`."""
+        shape = self.shape(cfg.model)
+        self.shapes[f"{cfg.out}/{cfg.name}"] = shape
+        trained, flops = -1, 1.0
+        if cfg.lora_r:
+            wide = shape.head_dim * (2 * shape.n_heads + 2 * shape.n_kv_heads) + 4 * shape.d_model
+            trained = shape.n_layers * cfg.lora_r * (wide + 3 * (shape.d_model + shape.d_ff))
+            flops = 4 / 6  # the frozen weights want no gradient
+        all_tokens = tokens * cfg.epochs
+        return Work(shape, all_tokens, rows=cfg.batch_size, length=length, trained=trained, flops=flops,
+                    four_bit=cfg.load_in_4bit, checkpointing=cfg.gradient_checkpointing, **more)  # fmt: skip
+
+    def finetune(self, cfg: FinetuneConfig) -> Work:
+        rows, held, _, asked, said = SIZES[cfg.task]
+        rows = cfg.max_train_examples or rows
+        work = self.adapted(cfg, rows * (asked + said), 3 * (asked + said))
+        times = rows * cfg.epochs / (cfg.batch_size * cfg.grad_accum_steps * max(1, cfg.eval_every))
+        watched = min(held, cfg.eval_examples or held)
+        labels = max(1, len(TASKS[cfg.task].labels)) if cfg.method == "lm" else 1
+        work.reads = (times * watched + held) * (asked + said) * labels
+        if not TASKS[cfg.task].labels:
+            work.samples = held * said
+        self.shapes[f"{cfg.out}/{cfg.name}"] = work.shape
+        return work
+
+    def sft(self, cfg: SFTConfig) -> Work:
+        tokens = held = 0
+        for source, count, _ in mixture(cfg.data):
+            rows, validation, _, asked, said = SIZES.get(source, (4_000, 300, 300, STORY - 4, 4))
+            tokens += min(filter(None, (count, cfg.max_train_examples, rows))) * (asked + said + 4)
+            held += min(cfg.eval_examples or validation, validation) * (asked + said + 4)
+        length = cfg.context_length or min(1024, self.shape(cfg.model).context_length)
+        work = self.adapted(cfg, tokens, length)
+        work.reads = held * max(1, tokens * cfg.epochs / (cfg.batch_size * length * max(1, cfg.eval_every)))
+        return work
+
+    def draw(self, model: str, task: str, split: str, rows: int, n: int, temperature: float) -> float:
+        """Tokens of n answers to so many problems; none if they have been drawn before."""
+        key = (model, task, split, rows, n, temperature)
+        if key in self.drawn:
+            return 0.0
+        self.drawn.add(key)
+        return rows * (n if temperature else 1) * SIZES[task][4]
+
+    def dpo(self, cfg: DPOConfig) -> Work:
+        if cfg.data not in SIZES:
+            return self.adapted(cfg, 2 * 40_000 * 200, 512, notes=[f"{cfg.data}: 40,000 pairs of 200 tokens"])
+        asked, said = SIZES[cfg.data][3:]
+        both = not cfg.first_difference and cfg.method in ("dpo", "ipo")
+        rows = 0.85 * cfg.problems  # some problems have no right answer
+        work = self.adapted(cfg, rows * (asked + said) * (1 + both), 2 * (asked + said))
+        work.samples = self.draw(cfg.model, cfg.data, "train", cfg.problems, cfg.n, cfg.temperature)
+        work.samples += self.draw(cfg.model, cfg.data, "held", cfg.eval_examples, cfg.n, cfg.temperature)
+        work.samples += self.draw(cfg.model, cfg.data, "held", cfg.eval_examples, 1, 0.0)
+        checks = rows * cfg.epochs / (cfg.batch_size * max(1, cfg.eval_every)) + 1
+        work.reads = (rows * (1 + both) + checks * 4 * 0.4 * cfg.eval_examples) * (asked + said)
+        return work
+
+    def verifier(self, cfg: VerifierConfig) -> Work:
+        asked, said = SIZES[cfg.task][3:]
+        answers = cfg.problems * cfg.n
+        if cfg.kind == "head":
+            work = self.adapted(cfg, answers * (asked + said), 2 * (asked + said))
+        else:  # right answers that differ, and two in three of them with a wrong one beside it
+            told = cfg.gold + 0.45 * answers * (1 + 0.6 * bool(cfg.contrast))
+            work = self.adapted(replace(cfg, model=cfg.start), told * (asked + said), 2 * (asked + said))
+        teacher = cfg.answers_of or cfg.model
+        work.samples = self.draw(teacher, cfg.task, "train", cfg.problems, cfg.n, cfg.temperature)
+        tests = cfg.test_problems or SIZES[cfg.task][2]
+        validation = cfg.validation_problems or SIZES[cfg.task][1]
+        for split, rows in (("validation", validation), ("test", tests)):
+            work.samples += self.draw(cfg.model, cfg.task, split, rows, cfg.held_n, cfg.held_temperature)
+            self.drawn.add((cfg.name, cfg.model, split, rows, cfg.held_n))
+        # Answers that differ, under the generator and under the channel.
+        work.reads = 2 * 0.6 * (tests + validation) * cfg.held_n * (asked + said)
+        return work
+
+    def eval(self, cfg: EvalConfig) -> Work:
+        total = Work(notes=[])
+        if cfg.attention:
+            return total
+        for name in cfg.models.split(","):
+            total.shape = shape = self.shape(name)
+            taught = Path(name).name not in ("base",) and name not in ON_HUB
+            for task in cfg.tasks.split(","):
+                for shots in cfg.shots.split(",") if task in TASKS else ["0"]:
+                    self.measured(cfg, total, shape, name, task, int(shots), taught)
+            total.samples += min(cfg.battery, 1000) * 8
+        return total
+
+    def measured(self, cfg, total: Work, shape, name: str, task: str, shots: int, taught: bool) -> None:
+        """Adds one model's work on one task with so many examples in the prompt."""
+        if task not in TASKS:
+            total.reads += 2 * (1_000 * STORY if task in ("storyworld", "numbers") else 300_000)
+            return
+        _, held, test, asked, said = SIZES[task]
+        rows = min(cfg.limit or 10**9, test if TASKS[task].test == "test" else held)
+        told = asked + said + shots * (asked + said)
+        if TASKS[task].labels:
+            total.reads += rows * min(told, shape.context_length) * len(TASKS[task].labels)
+        elif cfg.samples and taught and TASKS[task].metric == "exact_match":
+            total.samples += (
+                self.draw(name, task, "test", rows, cfg.samples, cfg.temperature) + 2 * rows * said
+            )
+            for verifier in filter(None, cfg.verifier.split(",")):
+                kept = (Path(verifier).name, name, "test", rows, cfg.samples) in self.drawn
+                total.reads += 0 if kept else 2 * 0.6 * rows * cfg.samples * (asked + said)
+        else:  # a base goes on until it has no room: it was never taught to end
+            total.samples += rows * (said if taught else TASKS[task].max_new_tokens)
+            total.reads += rows * min(told, shape.context_length)
+
+
+# -----------------------------------------------------------------------------
+# What a token takes: measured here, or worked out for a card that is elsewhere
+
+
+class Here:
+    """Seconds of a token on this machine, measured in the shape at hand and remembered."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.known = device, {}
+        # On a CPU, answers are sampled and read by one process for each thread.
+        self.processes = torch.get_num_threads() if device.type == "cpu" else 1
+
+    def start(self) -> float:
+        """Seconds until a script has loaded its libraries."""
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import verifier, transformers"], cwd=ROOT, check=True)
+        return time.perf_counter() - begun
+
+    def training(self, work: Work) -> float:
+        rows = max(1, min(work.rows, 4096 // work.length)) if self.device.type == "cpu" else work.rows
+        c = replace(work.shape, context_length=min(work.length, work.shape.context_length))
+        return self.remembered(("training", c, rows), lambda: self.step(c, rows))
+
+    def step(self, c: ModelConfig, rows: int) -> float:
+        step = Step(c, TrainConfig(batch_size=rows), self.device, compiled=False)
+        step()
+        return min(timed(step, self.device) for _ in range(3)) / (rows * c.context_length)
+
+    def sampling(self, work: Work) -> float:
+        model, new = self.model(work.shape), 48
+        prompts, n = [[1] * 64] * 16, 16 if self.device.type == "cpu" else 64
+        draw = lambda: model.generate(prompts, new, temperature=1.0, n=n, seed=1)  # noqa: E731
+        return self.remembered(("sampling", work.shape), lambda: self.alone(draw) / (16 * n * new))
+
+    def reading(self, work: Work) -> float:
+        ids = torch.ones(32, 128, dtype=torch.long, device=self.device)
+
+        @torch.inference_mode()
+        def read():
+            self.model(work.shape)(ids).float().log_softmax(-1)
+
+        return self.remembered(("reading", work.shape), lambda: self.alone(read) / ids.numel())
+
+    def model(self, c: ModelConfig) -> ModernDecoderLM:
+        return self.remembered(("model", c), lambda: ModernDecoderLM(c).to(self.device).eval())
+
+    def alone(self, run: Callable) -> float:
+        """Seconds of `run` in one thread of its own, shared out among the processes that would do it."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // self.processes))
+        run()
+        seconds = min(timed(run, self.device) for _ in range(2))
+        torch.set_num_threads(threads)
+        return seconds / self.processes
+
+    def remembered(self, key: tuple, measure: Callable):
+        key = tuple(str(part) for part in key)
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+
+class Elsewhere:
+    """The same of a card by its data sheet; OTHER: see the constants above."""
+
+    def __init__(self, card: str):
+        self.peak = peak_flops(card)
+        if not self.peak:
+            raise ConfigError(f"--card={card}: its peak rate is not known")
+
+    def start(self) -> float:
+        return 6.0
+
+    def training(self, work: Work) -> float:
+        share = PRETRAINING if work.trained < 0 and work.length >= 512 else TUNING
+        return estimate_flops(work.shape, work.length) / (share * self.peak)
+
+    def sampling(self, work: Work) -> float:
+        rows = 512  # finished ones make room for others
+        return STEP_OF_A_LAYER * work.shape.n_layers / rows + self.reading(work)
+
+    def reading(self, work: Work) -> float:
+        return estimate_flops(work.shape, 256) / 3 / (TUNING * self.peak)
+
+
+def memory(work: Work, on_cpu: bool) -> float:
+    """GiB at most: of a training step, or of the weights and the answers that are sampled."""
+    if work.shape is None:
+        return 0.0
+    libraries, total = 0.4 if on_cpu else 0.0, count_parameters(work.shape)["total"]
+    if not work.trains:
+        return libraries + (4 * total) / GIB + (0.3 if on_cpu else 1.5)
+    parts = estimate_memory(
+        work.shape, work.rows, work.length, gradient_checkpointing=work.checkpointing,
+        bytes_per_activation=4 if on_cpu else 2,
+    )  # fmt: skip
+    if work.trained >= 0:  # frozen weights have no gradients and no moments
+        embedding = work.shape.vocab_size * work.shape.d_model
+        frozen = 4 * embedding + 0.6 * (total - embedding) if work.four_bit else 4 * total
+        parts |= {"weights": frozen + 4 * work.trained, "gradients": 4 * work.trained}
+        parts["optimizer"] = 8 * work.trained
+        parts["peak"] = sum(size for kind, size in parts.items() if kind != "peak")
+    return libraries + parts["peak"] / GIB
+
+
+# -----------------------------------------------------------------------------
+# The plan
+
+
+def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[dict]:
+    """A row for each command (name, words behind `python`): seconds, GiB and tokens by kind."""
+    elsewhere = bool(cfg.vram or cfg.card)
+    device = torch.device("cpu") if elsewhere else pick_device(cfg.device)
+    rates = Elsewhere(cfg.card or "RTX 3060") if elsewhere else Here(device)
+    plan, rows, start = Plan(cfg), [], rates.start()
+    for name, words in commands:
+        work = plan.count(words)
+        row = {"stage": name, "seconds": start + work.seconds, "notes": work.notes}
+        for kind, rate in (("trains", rates.training), ("samples", rates.sampling), ("reads", rates.reading)):
+            row[kind] = getattr(work, kind)
+            if row[kind]:
+                row["seconds"] += row[kind] * rate(work) * (work.flops if kind == "trains" else 1)
+        rows.append(row | {"gib": memory(work, device.type == "cpu" and not elsewhere)})
+    return rows
+
+
+def table(rows: list[dict]) -> list[str]:
+    def tokens(n: float) -> str:
+        return f"{n / 1e6:,.2f}M" if n else ""
+
+    lines = [f"{'':18}{'minutes':>8}{'GiB':>7}{'trains on':>12}{'samples':>10}{'reads':>10} tokens"]
+    for row in rows:
+        counts = f"{tokens(row['trains']):>12}{tokens(row['samples']):>10}{tokens(row['reads']):>10}"
+        notes = "; ".join(row["notes"])
+        lines.append(
+            f"{row['stage']:18}{row['seconds'] / 60:8.1f}{row['gib']:7.1f}{counts}  {notes}".rstrip()
+        )
+    total, most = sum(row["seconds"] for row in rows), max(row["gib"] for row in rows)
+    return [*lines, f"{'all':18}{total / 60:8.1f}{most:7.1f}"]
+
+
+def keep(rows: list[dict], out: str) -> None:
+    """{out}/plan.tsv: stage, seconds, GiB; run_all.sh and the report hold what happened against it."""
+    file = Path(out) / "plan.tsv"
+    lines = file.read_text().splitlines() if file.exists() else []
+    kept = {line.split("\t")[0]: line for line in lines}
+    kept |= {row["stage"]: f"{row['stage']}\t{row['seconds']:.1f}\t{row['gib']:.2f}" for row in rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda path: path.write_text("\n".join(kept.values()) + "\n"))
+
+
+def main() -> None:
+    words, commands = sys.argv[1:], []
+    script = next((i for i, word in enumerate(words) if (ROOT / word).is_file() and "/" not in word), None)
+    if script is not None:  # `plan.py sft.py ...`: what is left of it is one command's, but for the card
+        mine = [w for w in words if w.split("=")[0] in ("--vram", "--card")]
+        commands = [(Path(words[script]).stem, [w for w in words[script:] if w not in mine])]
+        words = [*words[:script], *mine]
+    cfg = parse_config(PlanConfig, __doc__, words)
+    try:
+        if not commands:  # from run_all.sh: a name and a command a line
+            lines = (line.rstrip("\n").split("\t") for line in sys.stdin)
+            commands = [(name, shlex.split(command)[1:]) for name, command in lines]
+        if not commands:
+            return print("the plan: nothing is left to do")
+        begun = time.perf_counter()
+        rows = estimate(commands, cfg)
+        where = f"for {cfg.card or 'RTX 3060'}, by its data sheet" if cfg.vram or cfg.card else (
+            f"for {cpu_name()}, measured in {time.perf_counter() - begun:.0f} s")  # fmt: skip
+        print("\n".join([f"the plan, {where}:", *table(rows)]))
+        if cfg.vram and max(row["gib"] for row in rows) > cfg.vram * 10 / 12:
+            print(f"WARNING: more than the {cfg.vram * 10 / 12:.1f} GiB that a {cfg.vram:.0f} GB card leaves")
+        if script is None and not (cfg.vram or cfg.card):
+            keep(rows, cfg.out)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"plan.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
