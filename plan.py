@@ -167,9 +167,9 @@ class Plan:
         shape = planned_for(replace(cfg, vram=self.cfg.vram, card=self.cfg.card))[0]
         self.shapes[f"{cfg.out}/{cfg.name}"] = shape
         tokens = cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * shape.context_length
-        times = cfg.max_steps // cfg.eval_every if cfg.eval_every else 1
-        reads = (times - 1) * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
-        return Work(shape, tokens, 400 * times, reads, rows=cfg.batch_size, length=shape.context_length,
+        before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
+        reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
+        return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size, length=shape.context_length,
                     checkpointing=cfg.gradient_checkpointing)  # fmt: skip
 
     def adapted(self, cfg: AdaptConfig, tokens: float, length: int, **more) -> Work:

@@ -66,7 +66,8 @@ main() {
     echo
     python report.py --home="$OUT"
     echo "minutes per stage, and as planned:"
-    awk -F'\t' 'NR == FNR { planned[$1] = $2; next }
+    touch "$OUT/plan.tsv"
+    awk -F'\t' 'FILENAME == ARGV[1] { planned[$1] = $2; next }
         { printf "  %-18s %6.1f %6.1f  %s\n", $1, $2 / 60, planned[$1] / 60, $3 }' "$OUT/plan.tsv" "$OUT/ledger.tsv"
     echo "talk to it: $VENV/bin/python chat.py $run"
 }
@@ -109,7 +110,7 @@ tune() {
 # of ours in one table: base, SFT, DPO, and what choosing among many answers adds.
 evaluate() {
     local eval=(python eval.py --out="$OUT") embedded=sentiment,dialogue,arithmetic,storyworld
-    stage eval-base "$run/results.json" "${eval[@]}" "$run" --tasks=$embedded --shots=0,4 --limit=500
+    stage eval-base "$run/results.json" "${eval[@]}" "$run" --tasks=$embedded --shots=0,4 --limit=500 --stride=256
     if [ "$profile" = cpu ]; then
         stage eval-sentiment "$OUT/sentiment/results.json" "${eval[@]}" "$run" "$OUT/sentiment" --tasks=sentiment
     else
@@ -118,7 +119,7 @@ evaluate() {
         stage eval-gsm8k "$OUT/gsm8k/results.json" "${eval[@]}" gpt2 "$OUT/gsm8k" --tasks=gsm8k
     fi
     stage eval-life "$OUT/pipeline.json" "${eval[@]}" "$run" "$OUT/sft" "$OUT/dpo" --tasks=arithmetic,storyworld \
-        --samples=16 --verifier="$OUT/verifier" --battery=200
+        --samples=16 --verifier="$OUT/verifier" --battery=200 --stride=256
     stage eval-attention "$run/attention.json" "${eval[@]}" "$run" --attention
 }
 

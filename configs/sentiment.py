@@ -10,7 +10,7 @@ model = "out/base"
 method = "head"
 lora_r = 16
 
-epochs = 3.0
+epochs = 2.0
 batch_size = 32
 learning_rate = 2e-3  # a base of 0.9M bears ten times what GPT-2 does; 5e-3 learns nothing
 warmup_steps = 40

@@ -7,14 +7,15 @@ model = "out/dpo"
 answers_of = "out/sft"
 start = "out/sft"
 task = "arithmetic"
-gold = 2500  # those that SFT has seen
+gold = 3000  # those that SFT has seen
 first_problem = 4000
 problems = 6000  # these, and their answers, are those of DPO
 n = 4
 held_n = 16
 
-epochs = 2.0
+epochs = 1.0
 batch_size = 16
+optimizer = "muon"  # once with Muon is about as good as twice with AdamW, in half the time
 learning_rate = 2e-3
 warmup_steps = 40
 eval_every = 200

@@ -63,7 +63,7 @@ def test_lora_trains_fewer_parameters_and_quantised_weights_take_less():
     pairs = 2 * (c.d_model + c.d_model) + 2 * (c.d_model + 256) + 3 * (c.d_model + c.d_ff)
     assert lora.trained == 22 * 16 * pairs and lora.flops == pytest.approx(2 / 3)
     sizes = [memory(work, on_cpu=False) for work in (full, lora, four)]
-    assert sizes[0] > 16 > sizes[1] > sizes[2]
+    assert sizes[0] > 20 > sizes[1] > sizes[2]
     assert sizes[1] - sizes[2] > 3  # 1.1 billion weights of 4 bytes or of half a byte
 
 
@@ -94,7 +94,7 @@ def test_seconds_here_are_tokens_times_measured_rates(monkeypatch):
         monkeypatch.setattr(Here, name, lambda self, work=None, rate=rate: rate)
     commands = [("pretrain", BASE.split()), ("sft", "sft.py configs/sft.py".split())]
     rows = estimate(commands, PlanConfig())
-    assert rows[0]["seconds"] == pytest.approx(3 + 51_200e-3 + 100_000e-5)
+    assert rows[0]["seconds"] == pytest.approx(3 + 51_200e-3 + 400e-4 + 100_000e-5)
     lines = table(rows)
     assert lines[1].startswith("pretrain") and "0.05M" in lines[1]
     assert float(lines[-1].split()[1]) == pytest.approx(sum(r["seconds"] for r in rows) / 60, abs=0.06)

@@ -30,7 +30,7 @@ def project(tmp_path: Path) -> Path:
     python.write_text(
         "#!/usr/bin/env bash\n"
         '[ "$1" = -c ] && { echo stand_in; exit; }\n'
-        '[ "${*: -1}" = --plan ] && exit\n'
+        '[ "$1" = plan.py ] && { cat >planned; echo "the plan"; exit; }\n'
         'echo "$*" >>calls\n'
         '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
         "mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier\n"
@@ -84,6 +84,20 @@ def test_a_stage_whose_result_was_deleted_runs_again(project):
     (project / "out" / "stand_in" / "model.safetensors").unlink()
     assert run_all(project, "cpu").returncode == 0
     assert calls(project) == EVERYTHING[1:]  # and what follows from it
+
+
+def test_the_plan_comes_first_and_holds_the_commands_that_are_left(project):
+    only = run_all(project, "cpu", "--plan", "--vram=12")
+    assert only.returncode == 0 and "the plan" in only.stdout and calls(project) == []
+    lines = [line.split("\t") for line in (project / "planned").read_text().splitlines()]
+    assert [command.split()[1] for _, command in lines] == EVERYTHING and lines[0][0] == "tokenizer"
+    done = run_all(project, "cpu")
+    ran = (project / "calls").read_text().splitlines()
+    ran = [line.removesuffix(" --overwrite") for line in ran if not line.startswith(("-m", "report.py"))]
+    assert [command.removeprefix("python ") for _, command in lines] == ran
+    assert done.stdout.index("the plan") < done.stdout.index("== tokenizer")
+    assert run_all(project, "cpu").returncode == 0
+    assert (project / "planned").read_text() == ""
 
 
 def test_one_stage_may_be_named(project):
