@@ -72,7 +72,7 @@ ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's 
 }  # fmt: skip
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
 # texts of other stages, and what one step of decoding takes besides arithmetic, a layer.
-PRETRAINING, TUNING, STEP_OF_A_LAYER = 0.40, 0.20, 0.0003
+PRETRAINING, TUNING, STEP_OF_A_LAYER = 0.40, 0.12, 0.0003
 
 
 @dataclass
@@ -169,8 +169,8 @@ class Plan:
         tokens = cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * shape.context_length
         before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
         reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
-        return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size, length=shape.context_length,
-                    checkpointing=cfg.gradient_checkpointing)  # fmt: skip
+        return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size,
+                    length=shape.context_length, checkpointing=cfg.gradient_checkpointing)  # fmt: skip
 
     def adapted(self, cfg: AdaptConfig, tokens: float, length: int, **more) -> Work:
         """A stage that trains so many tokens a pass on `cfg.model`."""
@@ -236,8 +236,8 @@ class Plan:
         answers = cfg.problems * cfg.n
         if cfg.kind == "head":
             work = self.adapted(cfg, answers * (asked + said), 2 * (asked + said))
-        else:  # right answers that differ, and two in three of them with a wrong one beside it
-            told = cfg.gold + 0.45 * answers * (1 + 0.6 * bool(cfg.contrast))
+        else:  # a quarter of the answers are right and differ; half of these have a wrong one beside them
+            told = cfg.gold + (0.26 + 0.13 * bool(cfg.contrast)) * answers
             work = self.adapted(replace(cfg, model=cfg.start), told * (asked + said), 2 * (asked + said))
         teacher = cfg.answers_of or cfg.model
         work.samples = self.draw(teacher, cfg.task, "train", cfg.problems, cfg.n, cfg.temperature)
@@ -413,15 +413,14 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[dic
 
 def table(rows: list[dict]) -> list[str]:
     def tokens(n: float) -> str:
-        return f"{n / 1e6:,.2f}M" if n else ""
+        return f"{n / 1e6:,.2f}M" if n >= 5000 else ""
 
     lines = [f"{'':18}{'minutes':>8}{'GiB':>7}{'trains on':>12}{'samples':>10}{'reads':>10} tokens"]
     for row in rows:
         counts = f"{tokens(row['trains']):>12}{tokens(row['samples']):>10}{tokens(row['reads']):>10}"
         notes = "; ".join(row["notes"])
-        lines.append(
-            f"{row['stage']:18}{row['seconds'] / 60:8.1f}{row['gib']:7.1f}{counts}  {notes}".rstrip()
-        )
+        size = f"{row['gib']:.1f}" if row["gib"] else ""
+        lines.append(f"{row['stage']:18}{row['seconds'] / 60:8.1f}{size:>7}{counts}  {notes}".rstrip())
     total, most = sum(row["seconds"] for row in rows), max(row["gib"] for row in rows)
     return [*lines, f"{'all':18}{total / 60:8.1f}{most:7.1f}"]
 

@@ -182,17 +182,23 @@ def stages(home: Path) -> list[Block]:
 
 
 def ledger(home: Path) -> list[Block]:
-    """Where the time went."""
-    try:
-        lines = [x.split("\t") for x in (home / "ledger.tsv").read_text().splitlines()]
-    except OSError:
+    """Where the time went, beside what the plan had said."""
+
+    def lines(name: str) -> list[list[str]]:
+        try:
+            found = [x.split("\t") for x in (home / name).read_text().splitlines()]
+        except OSError:
+            return []
+        return [x for x in found if len(x) == 3]
+
+    took, planned = lines("ledger.tsv"), {x[0]: float(x[1]) for x in lines("plan.tsv")}
+    if not took:
         return [Text("No time ledger: `bash run_all.sh` keeps one.")]
-    rows = [
-        [name, minutes(float(seconds)), command]
-        for name, seconds, command in (x for x in lines if len(x) == 3)
-    ]
-    total = sum(float(x[1]) for x in lines if len(x) == 3)
-    return [Table("ledger", ["stage", "minutes", "command"], [*rows, ["all", minutes(total), ""]])]
+    rows = [[name, minutes(float(s)), minutes(planned[name]) if name in planned else "", command]
+            for name, s, command in took]  # fmt: skip
+    said = minutes(sum(planned.get(x[0], 0.0) for x in took)) if planned else ""
+    rows.append(["all", minutes(sum(float(x[1]) for x in took)), said, ""])
+    return [Table("ledger", ["stage", "minutes", "planned", "command"], rows)]
 
 
 CURVES = 16  # runs whose curves a page has room for

@@ -72,10 +72,19 @@ def test_broken_files_break_nothing(what, tmp_path):
     folder = make_run(tmp_path / "base", [line(10)])
     for name in ("run.json", "metrics.jsonl", "samples.jsonl", "results.json"):
         (folder / name).write_text(what)
-    for name in ("pipeline.json", "ledger.tsv"):
+    for name in ("pipeline.json", "ledger.tsv", "plan.tsv"):
         (tmp_path / name).write_text(what)
     for section in SECTIONS.values():
         assert section(tmp_path)
+
+
+def test_the_ledger_stands_beside_the_plan(tmp_path):
+    (tmp_path / "ledger.tsv").write_text("sft\t120\tpython sft.py\ndpo\t60\tpython dpo.py\ntorn")
+    (row, *_) = shown(report.ledger(tmp_path), "ledger")
+    assert row["minutes"] == "2.0" and row["planned"] == ""
+    (tmp_path / "plan.tsv").write_text("sft\t90.0\t0.50\ndpo\t45.0\t0.60\nlater\t999\t1\n")
+    first, _, last = shown(report.ledger(tmp_path), "ledger")
+    assert (first["planned"], last["minutes"], last["planned"]) == ("1.5", "3.0", "2.2")
 
 
 def test_stages_and_curves_are_the_evaluations(tmp_path):
