@@ -114,7 +114,9 @@ class Plan:
     def __init__(self, cfg: PlanConfig):
         self.cfg = cfg
         self.shapes: dict[str, ModelConfig] = {}  # run folder -> its model
-        self.drawn: set[tuple] = set()  # (model, task, split, n, temperature): answers that are kept
+        self.bases = {*ON_HUB}  # models that were taught no task
+        self.drawn: set[tuple] = set()  # (model, task, split, rows, n, temperature): answers that are kept
+        self.judged: set[tuple] = set()  # (verifier, model, split, rows, n): what was said of them
 
     def count(self, words: list[str]) -> Work:
         """The work of `python SCRIPT FLAGS...`."""
@@ -146,9 +148,8 @@ class Plan:
         """Its text is read twice, to learn merges and to be encoded. What is made up on the spot is made up
         as fast as a sample of it; what is read from files, encoded at ENCODES.
         """
-        shares = {
-            name: float(share or 1) for name, _, share in (p.partition(":") for p in cfg.corpus.split(","))
-        }
+        parts = [part.partition(":") for part in cfg.corpus.split(",")]
+        shares = {name: float(share or 1) for name, _, share in parts}
         leader = max(shares, key=shares.get)
         begun, size, count = time.perf_counter(), 0, 2000
         if set(shares) <= set(EMBEDDED):
@@ -166,6 +167,7 @@ class Plan:
     def train(self, cfg: TrainConfig) -> Work:
         shape = planned_for(replace(cfg, vram=self.cfg.vram, card=self.cfg.card))[0]
         self.shapes[f"{cfg.out}/{cfg.name}"] = shape
+        self.bases.add(f"{cfg.out}/{cfg.name}")
         tokens = cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * shape.context_length
         before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
         reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
@@ -195,7 +197,6 @@ class Plan:
         work.reads = (times * watched + held) * (asked + said) * labels
         if not TASKS[cfg.task].labels:
             work.samples = held * said
-        self.shapes[f"{cfg.out}/{cfg.name}"] = work.shape
         return work
 
     def sft(self, cfg: SFTConfig) -> Work:
@@ -245,18 +246,19 @@ class Plan:
         validation = cfg.validation_problems or SIZES[cfg.task][1]
         for split, rows in (("validation", validation), ("test", tests)):
             work.samples += self.draw(cfg.model, cfg.task, split, rows, cfg.held_n, cfg.held_temperature)
-            self.drawn.add((cfg.name, cfg.model, split, rows, cfg.held_n))
+            self.judged.add((f"{cfg.out}/{cfg.name}", cfg.model, split, rows, cfg.held_n))
         # Answers that differ, under the generator and under the channel.
         work.reads = 2 * 0.6 * (tests + validation) * cfg.held_n * (asked + said)
         return work
 
     def eval(self, cfg: EvalConfig) -> Work:
-        total = Work(notes=[])
+        total = Work()
         if cfg.attention:
             return total
         for name in cfg.models.split(","):
             total.shape = shape = self.shape(name)
-            taught = Path(name).name not in ("base",) and name not in ON_HUB
+            run = Path(name) / "run.json"
+            taught = read_json(run).get("stage") != "train" if run.exists() else name not in self.bases
             for task in cfg.tasks.split(","):
                 for shots in cfg.shots.split(",") if task in TASKS else ["0"]:
                     self.measured(cfg, total, shape, name, task, int(shots), taught)
@@ -274,11 +276,10 @@ class Plan:
         if TASKS[task].labels:
             total.reads += rows * min(told, shape.context_length) * len(TASKS[task].labels)
         elif cfg.samples and taught and TASKS[task].metric == "exact_match":
-            total.samples += (
-                self.draw(name, task, "test", rows, cfg.samples, cfg.temperature) + 2 * rows * said
-            )
+            total.samples += self.draw(name, task, "test", rows, cfg.samples, cfg.temperature)
+            total.samples += 2 * rows * said  # greedily, without a calculator and with one
             for verifier in filter(None, cfg.verifier.split(",")):
-                kept = (Path(verifier).name, name, "test", rows, cfg.samples) in self.drawn
+                kept = (verifier, name, "test", rows, cfg.samples) in self.judged
                 total.reads += 0 if kept else 2 * 0.6 * rows * cfg.samples * (asked + said)
         else:  # a base goes on until it has no room: it was never taught to end
             total.samples += rows * (said if taught else TASKS[task].max_new_tokens)
