@@ -183,15 +183,10 @@ def stages(home: Path) -> list[Block]:
 
 def ledger(home: Path) -> list[Block]:
     """Where the time went, beside what the plan had said."""
-
-    def lines(name: str) -> list[list[str]]:
-        try:
-            found = [x.split("\t") for x in (home / name).read_text().splitlines()]
-        except OSError:
-            return []
-        return [x for x in found if len(x) == 3]
-
-    took, planned = lines("ledger.tsv"), {x[0]: float(x[1]) for x in lines("plan.tsv")}
+    took, planned = (
+        columns_of(home / "ledger.tsv"),
+        {x[0]: float(x[1]) for x in columns_of(home / "plan.tsv")},
+    )
     if not took:
         return [Text("No time ledger: `bash run_all.sh` keeps one.")]
     rows = [[name, minutes(float(s)), minutes(planned[name]) if name in planned else "", command]
@@ -201,12 +196,22 @@ def ledger(home: Path) -> list[Block]:
     return [Table("ledger", ["stage", "minutes", "planned", "command"], rows)]
 
 
+def columns_of(file: Path) -> list[list[str]]:
+    """The lines of run_all.sh's ledger or of the plan: a stage and two columns more."""
+    try:
+        lines = [x.split("\t") for x in file.read_text().splitlines()]
+    except OSError:
+        return []
+    return [x for x in lines if len(x) == 3]
+
+
 CURVES = 16  # runs whose curves a page has room for
 
 
 def training(home: Path) -> list[Block]:
     """What was trained, how fast, and how the loss fell."""
     rows, drawn, alike = [], deque(maxlen=CURVES), {}  # long runs are not kept in memory
+    planned = {x[0].removeprefix("finetune-"): float(x[2]) for x in columns_of(home / "plan.tsv")}
     for folder in run_folders(home):
         run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
         steps = [x for x in lines if "tokens_per_second" in x]
@@ -214,13 +219,15 @@ def training(home: Path) -> list[Block]:
         loss = [f"{x['val_loss']:.4f} at {x['step']:,}" if "val_loss" in x else "" for x in (last, best)]
         speed = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
         memory = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
+        size = planned.get("pretrain" if run.get("stage") == "train" else folder.name)
+        held = f"{memory:.2f}" + (f" ({size:.2f})" if size else "")
         state = run.get("status", "unreadable")
         # DPO and a verifier's head count what they compare, not its tokens.
         unit = " pairs" if run.get("stage") == "dpo" else " answers" if run.get("verifier") == "head" else ""
         read = 0 if unit or not steps else steps[-1].get("tokens", 0)
         spent = [count(read), f"{6 * run.get('parameters', 0) * read:.1e}"] if read else ["", ""]
         rows.append([folder.name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss, *spent,
-                     minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", f"{memory:.2f}"])  # fmt: skip
+                     minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", held])  # fmt: skip
         steps = [x for x in steps if "loss" in x]  # a step whose loss was not finite has none
         if steps:
             drawn.append((folder.name, lines))
@@ -230,7 +237,7 @@ def training(home: Path) -> list[Block]:
     if not rows:
         return [Text("No run folders here: `bash run_all.sh cpu` makes them.")]
     columns = "run|stage|parameters|state|last validation loss|best|tokens|FLOPs, 6 N tokens".split("|")
-    columns += ["minutes", "tokens/s", "GiB"]
+    columns += ["minutes", "tokens/s", "GiB (planned)" if planned else "GiB"]
     blocks = beside(alike)
     for name, lines in drawn:
         blocks += [curves(name, lines), *preferences(name, lines)]

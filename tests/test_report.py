@@ -78,6 +78,13 @@ def test_broken_files_break_nothing(what, tmp_path):
         assert section(tmp_path)
 
 
+def test_memory_stands_beside_the_plan(tmp_path):
+    make_run(tmp_path / "base", [line(10) | {"peak_memory_gib": 0.6}], stage="train")
+    assert shown(report.training(tmp_path), "runs")[0]["GiB"] == "0.60"
+    (tmp_path / "plan.tsv").write_text("pretrain\t90.0\t0.62\n")
+    assert shown(report.training(tmp_path), "runs")[0]["GiB (planned)"] == "0.60 (0.62)"
+
+
 def test_the_ledger_stands_beside_the_plan(tmp_path):
     (tmp_path / "ledger.tsv").write_text("sft\t120\tpython sft.py\ndpo\t60\tpython dpo.py\ntorn")
     (row, *_) = shown(report.ledger(tmp_path), "ledger")
