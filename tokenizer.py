@@ -70,7 +70,7 @@ class TokenizerStageConfig(TokenizerConfig):
     """What only this script does."""
 
     learn_megabytes: int = 200  # of training text to learn from; more changes next to nothing. 0: all
-    train_megabytes: int = 0  # of training text to encode, where a run reads less than there is. 0: all
+    train_megabytes: float = 0.0  # of training text to encode, where a run reads less than there is. 0: all
     workers: int = 0  # threads and processes; 0: one for each core
     overwrite: bool = False  # make everything in the folder again
     bench: bool = False  # measure speed beside tokenizers, tiktoken and rustbpe; writes nothing

@@ -656,6 +656,20 @@ def test_the_command_does_everything_once_and_refuses_to_change_it(notes):
     assert reused.returncode == 0 and "320 tokens" in reused.stdout
 
 
+def test_less_training_text_may_be_encoded_and_another_amount_is_encoded_anew(notes):
+    args = ["--corpus=note*.txt", "--vocab_size=300", "--tokens=tokens"]
+
+    def sizes() -> list[int]:
+        return [T.read_json(notes / "tokens" / f"{s}.json")["bytes"] for s in ("train", "validation")]
+
+    command(*args, cwd=notes)
+    whole = sizes()
+    assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 2
+    assert 10_000 <= sizes()[0] < 15_000 < whole[0] and sizes()[1] == whole[1]
+    assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 3
+    assert command(*args, cwd=notes).returncode == 0 and sizes() == whole
+
+
 def test_what_a_user_can_cause_ends_in_a_message(notes):
     (notes / "file").write_text("in the way")
     for words, message in {
