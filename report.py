@@ -1196,7 +1196,7 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfdfb; --line: #d8d8d2; --soft: #f1f1ec }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e0; --paper: #17181a; --line: #3a3c40; --soft: #212327 } }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 74rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
 .wide { overflow-x: auto }
