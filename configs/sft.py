@@ -1,10 +1,10 @@
-"""Instruction tuning of the embedded base: 3,000 solved word problems, some conversations of other kinds, and
+"""Instruction tuning of the embedded base: 2,750 solved word problems, some conversations of other kinds, and
 a few stories, so that it does not forget how to tell them.
 """
 
 name = "sft"
 model = "out/base"
-data = "arithmetic@3000,instructions@600,storyworld@300"
+data = "arithmetic@2750,instructions@600,storyworld@300"
 
 epochs = 4.0
 batch_size = 8
