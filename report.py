@@ -744,13 +744,15 @@ def scaling(corpus: str, found: dict) -> list[Block]:
     rows = [[name, f"{p['flops']:.2e}", count(p["parameters"]), count(p["tokens"]), f"{p['loss']:.3f}"]
             for name, p in told.items()]  # fmt: skip
     columns = ["run", "FLOPs", "parameters", "tokens", "loss"]
-    blocks += [Text("Said by the fit before anything of that size was run, in nats a token of this text:")]
     check = found.get("check", {})
     if "came" in check:
         for who, p in (("one more run, predicted", check["said"]), ("one more run, measured", check["came"])):
             rows.append([who, f"{check['flops']:.2e}", count(p["parameters"]), count(p["tokens"]),
                          f"{p['loss']:.3f}"])  # fmt: skip
-    return [*blocks, Table(f"predicted-{corpus}", columns, rows)]
+    if not rows:
+        return blocks
+    words = "Said by a fit before anything of that size was run, in nats a token of this text:"
+    return [*blocks, Text(words), Table(f"predicted-{corpus}", columns, rows)]
 
 
 def shapes(corpus: str, found: dict) -> list[Block]:
