@@ -139,6 +139,8 @@ class Plan:
             return self.shapes[name]
         if (Path(name) / "config.json").exists():
             return from_hf_config(read_json(Path(name) / "config.json"))
+        if (Path(name) / "run.json").exists():  # an adapter: the model it corrects
+            return self.shape(read_json(Path(name) / "run.json").get("parent") or "nothing")
         if name in ON_HUB:
             return ModelConfig(**ON_HUB[name])
         raise ConfigError(f"the shape of {name} is not known: no folder, no earlier stage, not among "

@@ -40,6 +40,11 @@ def test_a_stage_has_the_shape_of_what_an_earlier_one_makes():
         counted("sft.py configs/sft.py --model=out/nowhere")
 
 
+def test_an_adapter_has_the_shape_of_what_it_corrects(tmp_path):
+    (tmp_path / "run.json").write_text('{"parent": "gpt2", "stage": "finetune"}')
+    assert Plan(PlanConfig()).shape(str(tmp_path)).d_model == 768
+
+
 def test_answers_that_are_kept_are_drawn_once():
     _, _, dpo, rft, verifier, again = counted(
         BASE, "sft.py configs/sft.py", "dpo.py configs/dpo.py",
