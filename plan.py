@@ -351,7 +351,7 @@ class Here:
 
 
 class Elsewhere:
-    """The same of a card by its data sheet; OTHER: see the constants above."""
+    """The same of a card by its data sheet, with the shares that stand above as constants."""
 
     def __init__(self, card: str):
         self.peak = peak_flops(card)
