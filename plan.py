@@ -239,8 +239,9 @@ class Plan:
         answers = cfg.problems * cfg.n
         if cfg.kind == "head":
             work = self.adapted(cfg, answers * (asked + said), 2 * (asked + said))
-        else:  # a quarter of the answers are right and differ; half of these have a wrong one beside them
-            told = cfg.gold + (0.26 + 0.13 * bool(cfg.contrast)) * answers
+        else:  # a third of the answers are right and differ; a third of these have a wrong one beside them
+            right, paired = (0.12 * cfg.repeats,) * 2 if cfg.repeats and cfg.contrast else (0.32, 0.12)
+            told = cfg.gold + (right + paired * bool(cfg.contrast)) * answers
             work = self.adapted(replace(cfg, model=cfg.start), told * (asked + said), 2 * (asked + said))
         teacher = cfg.answers_of or cfg.model
         work.samples = self.draw(teacher, cfg.task, "train", cfg.problems, cfg.n, cfg.temperature)

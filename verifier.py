@@ -92,6 +92,7 @@ class VerifierConfig(AdaptConfig):
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
     contrast: float = 1.0  # weight of the comparison of right and wrong answers to one problem
+    repeats: int = 0  # channel: a right answer with wrong ones beside it so often, no others; 0: all once
     group: int = 4  # head: answers to one problem that are seen together
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
@@ -366,6 +367,13 @@ def wrong_answers(samples: Samples) -> dict[str, list[str]]:
     return found
 
 
+def contrasted(right: list[tuple], wrong: dict[str, list[str]], repeats: int) -> list[tuple]:
+    """Those of the right answers that have a wrong one beside them, `repeats` times; all of them once if that
+    is 0, or if there are none.
+    """
+    return [pair for pair in right if wrong.get(pair[0])] * repeats or right
+
+
 def judged(
     model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int
 ) -> Samples:
@@ -515,15 +523,16 @@ def train_channel(
     Where the generator also gave wrong answers, one is drawn at each step, and the problem has to be likelier
     after the right one: a logistic loss on the difference, weighted by `contrast`. A language model alone
     learns from what is right; it would never see that "sells 4 stamps" is no way to tell of 4 nuts that were
-    sold.
+    sold. Two thirds of the right answers have no wrong one beside them: with `repeats` the time goes to the
+    others, each beside another wrong one every time, and the language is learnt from true solutions.
     """
     channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
     if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
         raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
-    told = [(e.text, e.target.strip()) for e in gold] + right_answers(learnt)
-    rows = [backward_row(channel, *pair) for pair in told]
     wrong = wrong_answers(learnt) if cfg.contrast else {}
+    told = [(e.text, e.target.strip()) for e in gold] + contrasted(right_answers(learnt), wrong, cfg.repeats)
+    rows = [backward_row(channel, *pair) for pair in told]
     rivals = [[backward_row(channel, problem, a) for a in wrong.get(problem, ())] for problem, _ in told]
     val_told = [(e.text, e.target.strip()) for e in held.examples if e.target] or right_answers(held)
     val_rows = [backward_row(channel, p, a) for p, a in val_told]

@@ -10,7 +10,7 @@ n = 4  # answers; the verifier learns from the same ones
 
 beta = 0.5
 nll = 30.0
-epochs = 1.0
+epochs = 1.25
 batch_size = 32
 learning_rate = 4e-4
 warmup_steps = 20

@@ -19,6 +19,7 @@ from verifier import (
     backward_row,
     channel_loss,
     combined,
+    contrasted,
     fit,
     forward_row,
     logistic,
@@ -109,6 +110,9 @@ def test_a_right_answer_has_to_score_above_a_wrong_one(tuned):
     )
     assert right_answers(samples) == [(problem, good)]
     assert wrong_answers(samples) == {problem: [bad, "#### 2"]}
+    right, wrong = [("a", "1"), ("a", "2"), ("b", "3")], {"a": ["4"], "b": []}
+    assert contrasted(right, wrong, 2) == 2 * [("a", "1"), ("a", "2")]
+    assert contrasted(right, wrong, 0) == contrasted(right, {}, 2) == right
     rows = [backward_row(model, problem, a) for a in (good, bad)]
     told = model.log_likelihoods(rows)
     loss, tokens = channel_loss(model.model, *collate(rows, "causal", model.pad), torch.tensor([0]), 2.0)
