@@ -600,8 +600,9 @@ def race(runs: list[Run]) -> dict:
 
 def isoflop(points: list[dict]) -> list[dict]:
     """From runs {"budget", "parameters", "tokens", "loss"}: the best size at each budget, the minimum of a
-    parabola in log parameters (Hoffmann et al., 2022, approach 2). One outside of the sizes tried is no
-    minimum.
+    parabola in log parameters (Hoffmann et al., 2022, approach 2) through the three sizes around the least
+    loss: further away lie models that have not left the plateau of their first steps. A minimum outside of
+    the sizes tried is none.
     """
     best = []
     for budget in sorted({p["budget"] for p in points}):
@@ -610,7 +611,7 @@ def isoflop(points: list[dict]) -> list[dict]:
             continue
         size, tokens = (np.log([p[key] for p in some]) for key in ("parameters", "tokens"))
         least = int(np.argmin([p["loss"] for p in some]))
-        near = slice(max(0, least - 2), least + 3)  # where it is a parabola
+        near = slice(max(0, least - 1), least + 2) if 0 < least < len(some) - 1 else slice(None)
         a, b, c = np.polyfit(size[near], [p["loss"] for p in some[near]], 2)
         at = -b / (2 * a) if a > 0 else math.nan
         entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
@@ -620,6 +621,16 @@ def isoflop(points: list[dict]) -> list[dict]:
             entry["loss"] = float(c - b * b / (4 * a))
         best.append(entry)
     return best
+
+
+def fit_sizes(best: list[dict]) -> dict | None:
+    """N = coefficient x C^exponent, how the best size grows with FLOPs, through three minima or more."""
+    inside = [b for b in best if b["inside"]]
+    if len(inside) < 3:
+        return None
+    budgets, sizes = (np.log([b[key] for b in inside]) for key in ("budget", "parameters"))
+    exponent, start = np.polyfit(budgets, sizes, 1)
+    return {"coefficient": math.exp(start), "exponent": float(exponent)}
 
 
 def fit_law(points: list[dict]) -> dict | None:
@@ -678,21 +689,32 @@ def scaling(runs: list[Run]) -> dict:
                            "parameters": figures["parameters"], "tokens": figures["tokens"],
                            "flops": figures["flops"], "loss": figures["val_loss"]})  # fmt: skip
     found = {"points": points, "best": isoflop(points), "law": fit_law(points) if len(points) > 5 else None}
-    if found["law"] and found["law"]["error"] < 0.1:  # one that misses its own runs says nothing of others
-        for profile in ("speedrun", "max3060"):
-            c = settings_of([f"configs/{profile}.py"])
-            tokens = c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
-            budget = estimate_flops(model_config(c), c.context_length) * tokens
-            said = {"flops": budget, **predict(found["law"], budget)}
-            found.setdefault("predictions", {})[profile] = said
+    found["sizes"], trusted = fit_sizes(found["best"]), found["law"] and found["law"]["error"] < 0.1
+    for profile in ("speedrun", "max3060"):
+        c = settings_of([f"configs/{profile}.py"])
+        tokens = c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
+        budget = estimate_flops(model_config(c), c.context_length) * tokens
+        said = predict(found["law"], budget) if trusted else {}  # a law that misses its own runs says nothing
+        if found["sizes"]:
+            n = best_size(found["sizes"], budget)
+            said |= {"parameters": n, "tokens": budget / (6 * n)}
+        if said:
+            has = {"parameters": count_parameters(model_config(c))["total"], "tokens": tokens}
+            found.setdefault("predictions", {})[profile] = {"flops": budget, **said, "has": has}
     return found
 
 
+def best_size(sizes: dict, budget: float) -> float:
+    return sizes["coefficient"] * budget ** sizes["exponent"]
+
+
 def scaling_check(cfg: ExperimentConfig, found: dict) -> dict:
-    """What the law says of CHECK FLOPs, said before it is tried; then the run, and what came."""
+    """What the fits say of CHECK FLOPs, said before it is tried; then the run, and what came."""
     law = found["law"]
     per_pair = float(np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in found["points"]]))
     best, inner = predict(law, CHECK, per_pair), {}
+    if found["sizes"]:
+        best["parameters"] = best_size(found["sizes"], CHECK)
     for shape in LARGER:
         c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
         tokens = c.max_steps * c.batch_size * c.context_length
@@ -700,7 +722,7 @@ def scaling_check(cfg: ExperimentConfig, found: dict) -> dict:
     shape = min(inner, key=lambda s: abs(math.log(inner[s][0] / best["parameters"])))
     n, tokens = inner[shape]
     said = {"parameters": n, "tokens": tokens, "loss": loss_of(law, n, tokens)}
-    print(f"{CHECK:.1e} FLOPs: the law says {best['parameters']:,.0f} parameters; of {shape[0]} layers of "
+    print(f"{CHECK:.1e} FLOPs: the fit says {best['parameters']:,.0f} parameters; of {shape[0]} layers of "
           f"{shape[1]} it says a loss of {said['loss']:.4f}; now they are trained", flush=True)  # fmt: skip
     flags = [f"--corpus={cfg.corpus}", f"--device={cfg.device}", *size_flags(*shape, CHECK)]
     run = run_of(home_of(cfg), "scaling-check", "baseline.py", flags, 1, cfg)

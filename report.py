@@ -730,19 +730,29 @@ def scaling(corpus: str, found: dict) -> list[Block]:
     axes.set(xlabel="parameters", ylabel="validation loss")
     axes.legend(frameon=False)
     caption = (
-        "Sizes at equal FLOPs (dots), the law (lines), and the minimum of a parabola through the nearest "
-        "sizes, if it lies within them (stars)."
+        "Sizes at equal FLOPs (dots), the law (lines), and the minimum of a parabola through three sizes, if "
+        "it lies within them (stars)."
     )
     blocks: list[Block] = [figure(f"scaling-{corpus}", caption, fig)]
-    told = found.get("predictions", {})
+    told, sizes = found.get("predictions", {}), found.get("sizes")
+    if sizes:
+        blocks.append(Text(f"The best size grows with FLOPs C as C^{sizes['exponent']:.2f}."))
     if not law:
-        return [*blocks, Text("No law goes through these runs: nothing is predicted.")]
+        return [*blocks, Text("No law of loss goes through these runs.")]
     blocks.append(Text(
         f"Loss = {law['E']:.3f} + {law['A']:.3g} / N^{law['a']:.2f} + {law['B']:.3g} / D^{law['b']:.2f} "
         f"for N parameters and D tokens; the runs lie {100 * law['error']:.1f} % off."
     ))  # fmt: skip
-    rows = [[name, f"{p['flops']:.2e}", count(p["parameters"]), count(p["tokens"]), f"{p['loss']:.3f}"]
-            for name, p in told.items()]  # fmt: skip
+    rows = []
+    for name, p in told.items():
+        loss = f"{p['loss']:.3f}" if "loss" in p else "nothing: the law misses its own runs"
+        rows.append(
+            [f"{name}, predicted best", f"{p['flops']:.2e}", count(p["parameters"]), count(p["tokens"]), loss]
+        )
+        if "has" in p:
+            rows.append(
+                [f"{name}, as configured", f"{p['flops']:.2e}", *(count(v) for v in p["has"].values()), ""]
+            )
     columns = ["run", "FLOPs", "parameters", "tokens", "loss"]
     check = found.get("check", {})
     if "came" in check:

@@ -24,6 +24,7 @@ from experiments import (
     experts_by_class,
     first_token_mass,
     fit_law,
+    fit_sizes,
     full_attention,
     isoflop,
     liveliness,
@@ -115,6 +116,10 @@ def test_isoflop_finds_the_law_that_made_the_points():
             0.1 * entry["budget"] ** 0.5, rel=1e-6
         )
         assert entry["loss"] == pytest.approx(50 * entry["budget"] ** -0.1)
+    assert fit_sizes(isoflop(points)) == {"coefficient": pytest.approx(0.1), "exponent": pytest.approx(0.5)}
+    assert fit_sizes(isoflop(points)[:2]) is None  # any two lie on a line
+    far = [p | {"loss": p["loss"] + 5 * (p["parameters"] > 0.3 * p["budget"] ** 0.5)} for p in points]
+    assert isoflop(far) == isoflop(points)  # a model that has not begun to learn bends nothing
     for p in points:
         p["loss"] = -math.log(p["parameters"])  # ever better: no minimum among these sizes
     assert not any(b["inside"] for b in isoflop(points))
