@@ -726,8 +726,9 @@ def scaling(corpus: str, found: dict) -> list[Block]:
             axes.plot(sizes, by_law, "-", color=f"C{i}", lw=1)
         if minima.get(budget, {}).get("inside"):
             axes.plot(minima[budget]["parameters"], minima[budget]["loss"], "*", color=f"C{i}", ms=12)
-    axes.set_xscale("log")
-    axes.set(xlabel="parameters", ylabel="validation loss")
+    axes.set(xlabel="parameters", ylabel="validation loss", xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(frameon=False)
     caption = (
         "Sizes at equal FLOPs (dots), the law (lines), and the minimum of a parabola through three sizes, if "
