@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -29,7 +30,7 @@ from configs import ROOT, ConfigError, parse_config
 from data import EMBEDDED, TASKS, documents
 from dpo import DPOConfig
 from eval import EvalConfig, read_words
-from finetune import AdaptConfig, FinetuneConfig
+from finetune import AdaptConfig, FinetuneConfig, on_all_cores
 from hardware import GIB, Step, timed
 from model import (
     ModelConfig,
@@ -315,34 +316,34 @@ class Here:
     def step(self, c: ModelConfig, rows: int) -> float:
         step = Step(c, TrainConfig(batch_size=rows), self.device, compiled=False)
         step()
-        return min(timed(step, self.device) for _ in range(3)) / (rows * c.context_length)
+        return fmean(timed(step, self.device) for _ in range(5)) / (rows * c.context_length)
 
     def sampling(self, work: Work) -> float:
         model, new = self.model(work.shape), 48
         prompts, n = [[1] * 64] * 16, 16 if self.device.type == "cpu" else 64
         draw = lambda: model.generate(prompts, new, temperature=1.0, n=n, seed=1)  # noqa: E731
-        return self.remembered(("sampling", work.shape), lambda: self.alone(draw) / (16 * n * new))
+        return self.remembered(("sampling", work.shape), lambda: self.shared(draw) / (16 * n * new))
 
     def reading(self, work: Work) -> float:
-        ids = torch.ones(32, 128, dtype=torch.long, device=self.device)
+        ids, times = torch.ones(32, 128, dtype=torch.long, device=self.device), 8
 
         @torch.inference_mode()
         def read():
-            self.model(work.shape)(ids).float().log_softmax(-1)
+            for _ in range(times):
+                self.model(work.shape)(ids).float().log_softmax(-1)
 
-        return self.remembered(("reading", work.shape), lambda: self.alone(read) / ids.numel())
+        return self.remembered(("reading", work.shape), lambda: self.shared(read) / (times * ids.numel()))
 
     def model(self, c: ModelConfig) -> ModernDecoderLM:
         return self.remembered(("model", c), lambda: ModernDecoderLM(c).to(self.device).eval())
 
-    def alone(self, run: Callable) -> float:
-        """Seconds of `run` in one thread of its own, shared out among the processes that would do it."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // self.processes))
+    def shared(self, run: Callable) -> float:
+        """Seconds of `run`, done twice by each of the processes that would do it, side by side: together they
+        are slower than one of them alone.
+        """
         run()
-        seconds = min(timed(run, self.device) for _ in range(2))
-        torch.set_num_threads(threads)
-        return seconds / self.processes
+        each = lambda _: timed(run, self.device)  # noqa: E731
+        return fmean(on_all_cores(each, range(2 * self.processes), self.device)) / self.processes
 
     def remembered(self, key: tuple, measure: Callable):
         key = tuple(str(part) for part in key)
