@@ -697,7 +697,8 @@ def scaling(runs: list[Run]) -> dict:
         said = predict(found["law"], budget) if trusted else {}  # a law that misses its own runs says nothing
         if found["sizes"]:
             n = best_size(found["sizes"], budget)
-            said |= {"parameters": n, "tokens": budget / (6 * n)}
+            said = {"parameters": n, "tokens": budget / (6 * n)}
+            said |= {"loss": loss_of(found["law"], **said)} if trusted else {}
         if said:
             has = {"parameters": count_parameters(model_config(c))["total"], "tokens": tokens}
             found.setdefault("predictions", {})[profile] = {"flops": budget, **said, "has": has}
@@ -714,7 +715,8 @@ def scaling_check(cfg: ExperimentConfig, found: dict) -> dict:
     per_pair = float(np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in found["points"]]))
     best, inner = predict(law, CHECK, per_pair), {}
     if found["sizes"]:
-        best["parameters"] = best_size(found["sizes"], CHECK)
+        n = best_size(found["sizes"], CHECK)
+        best = {"parameters": n, "tokens": CHECK / (per_pair * n)}
     for shape in LARGER:
         c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
         tokens = c.max_steps * c.batch_size * c.context_length

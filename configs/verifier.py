@@ -12,7 +12,7 @@ first_problem = 4000
 problems = 6000  # these, and their answers, are those of DPO
 n = 4
 held_n = 16
-repeats = 3  # as good as all answers twice, in 0.7 of the time
+repeats = 3  # about as good as all answers twice (one seed), in 0.7 of the time
 
 epochs = 1.0
 batch_size = 16
