@@ -162,6 +162,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.
     return (w @ v, w) if weights else w @ v
 
 
+def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: Tensor, k: Tensor, v: Tensor):
+    """One new token a row, q (B, H, 1, D) -> (B, H, 1, D), where B / P rows each continue one of P prompts.
+
+    The rows of a prompt look at the same keys, prompt_k (P, K, S, D), so these are read once for all of them
+    (as in Hydragen; Juravsky et al., 2024); each also looks at its own, k (B, K, T, D), under one softmax.
+    mask (P, 1, 1, S), True = attend, leaves out the padding of short prompts.
+    """
+    (B, H, _, D), (P, K, S, _) = q.shape, prompt_k.shape
+    n, G = B // P, H // K  # rows a prompt, query heads a key-value head
+
+    def per_prompt(x: Tensor) -> Tensor:  # (B, K, G, ...) -> (P, K, n G, ...)
+        return x.view(P, n, K, G, -1).transpose(1, 2).reshape(P, K, n * G, -1)
+
+    def per_row(x: Tensor) -> Tensor:
+        return x.view(P, K, n, G, -1).transpose(1, 2).reshape(B, K, G, -1)
+
+    q = q.reshape(B, K, G, D) / math.sqrt(D)
+    told = (per_prompt(q) @ prompt_k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
+    scores = torch.cat([per_row(told), q @ k.transpose(-1, -2)], dim=-1)  # (B, K, G, S + T)
+    w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    y = per_row(per_prompt(w[..., :S]) @ prompt_v) + w[..., S:] @ v
+    return y.reshape(B, H, 1, D)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T` without ever holding all logits.
 
@@ -310,6 +334,8 @@ class Attention(nn.Module):
             k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
             sinks = self.sinks.unsqueeze(1) if c.n_sinks else None
             y, w = attention(q, k, v, mask, sinks, dropout, weights=True)
+        elif cache is not None and cache.prompts is not None:
+            y = attention_after_prompt(q, *cache.prompts[self.layer], cache.prompt_mask, k, v)
         elif T == 1 and c.n_heads != c.n_kv_heads:
             # One new token: a group's query heads become "queries" of their key head, and no key is repeated.
             q = q.view(B, c.n_kv_heads, -1, c.head_dim)
@@ -649,7 +675,13 @@ class ModernDecoderLM(nn.Module):
         cache = KVCache(c, len(prompts), slots, keep if rolling else None, self.device, self.dtype)
         logits = self.prefill(prompts, cache)  # (B, V)
         if n > 1:  # n samples from one prefill
-            cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
+            # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast; a card, which
+            # waits for launches and not for memory, would launch more.
+            plain = compile or rolling or c.sliding_window or c.n_sinks or self.device.type != "cpu"
+            if plain:
+                cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
+            else:
+                cache = cache.fork(n, max_new_tokens)
             logits = logits.repeat_interleave(n, dim=0)
 
         seeds = [seed + r for r in range(rows)] if isinstance(seed, int) else seed
@@ -700,6 +732,8 @@ class ModernDecoderLM(nn.Module):
                 if len(done) == rows or i == max_new_tokens - 1:
                     break
                 left = [j for j, r in enumerate(alive) if r not in done]
+                if cache.prompts is not None and len(left) <= len(alive) * 3 // 4:
+                    left = as_many_of_each(left, [r // n for r in alive])
                 if not compile and len(left) <= len(alive) // 2:  # go on with the unfinished rows alone
                     alive, index = [alive[j] for j in left], torch.tensor(left, device=self.device)
                     cache.select(index)
@@ -732,6 +766,17 @@ class ModernDecoderLM(nn.Module):
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
         return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+
+
+def as_many_of_each(left: list[int], prompt_of: list[int]) -> list[int]:
+    """Rows, as many of each prompt: those in `left`, filled up with others of the same prompts."""
+    rows: dict[int, list[int]] = {prompt_of[j]: [] for j in left}
+    wanted = set(left)
+    for j in [*left, *(j for j in range(len(prompt_of)) if j not in wanted)]:
+        if prompt_of[j] in rows:
+            rows[prompt_of[j]].append(j)
+    most = max(sum(j in wanted for j in some) for some in rows.values())
+    return [j for some in rows.values() for j in some[:most]]
 
 
 def sample(
@@ -794,6 +839,7 @@ class KVCache:
         self.config, self.slots, self.keep, self.device = config, slots, keep, device
         self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row has seen
         self.lengths = [0] * rows  # the same, known without asking the device
+        self.prompts = None  # of a fork: a layer's keys and values of what its rows share
         if keep is not None and not 0 <= keep < slots:
             raise ValueError(f"keep={keep} tokens of slots={slots}: a window must remain")
         if keep is not None and config.positions == "learned":
@@ -840,6 +886,8 @@ class KVCache:
             where = torch.where(
                 slot < self.keep, slot, self.keep + (slot - self.keep - overflow) % ring
             )  # (B, S)
+        if self.prompts is not None:
+            self.positions = self.positions + self.after.unsqueeze(1)
         if self.keep is not None and c.positions == "rope":
             self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)
         if not empty and (not even or T > 1 or c.sliding_window):
@@ -857,8 +905,24 @@ class KVCache:
             values[rows, :, self.write] = v.transpose(1, 2).to(values.dtype)
         return (k, v) if self.empty else (keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read))
 
+    def fork(self, n: int, slots: int) -> "KVCache":
+        """An empty cache with n rows for each row here, which they all go on from: what was read so far is
+        stored once and read once for all of them (`attention_after_prompt`).
+        """
+        new = KVCache(self.config, n * len(self.lengths), slots, None, self.device, self.k[0].dtype)
+        read = [[t.narrow(2, 0, self.read) for t in layers] for layers in (self.k, self.v)]
+        new.prompts = list(zip(*read, strict=True))
+        slot = torch.arange(self.read, device=self.device)
+        new.prompt_mask = (slot < self.length.unsqueeze(1)).view(-1, 1, 1, self.read)
+        new.after = self.length.repeat_interleave(n)  # the position of each row's first token
+        return new
+
     def select(self, rows: Tensor) -> None:
-        """Keeps, repeats or reorders rows: rows (B') of indices."""
+        """Keeps, repeats or reorders rows: rows (B') of indices; of a fork, as many rows of each prompt."""
+        if self.prompts is not None:
+            prompt = torch.unique_consecutive(rows // (len(self.lengths) // len(self.prompt_mask)))
+            self.prompts = [(k[prompt], v[prompt]) for k, v in self.prompts]
+            self.prompt_mask, self.after = self.prompt_mask[prompt], self.after[rows]
         self.k, self.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
         self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
 

@@ -26,6 +26,7 @@ from model import (
     RMSNorm,
     SwiGLU,
     apply_rope,
+    as_many_of_each,
     attention,
     attention_mask,
     count_parameters,
@@ -939,6 +940,32 @@ def test_selected_rows_go_on_as_they_would_have():
     assert close(feed(ours, cache, ids[order, 6:], [1] * 4), full[order, 6:], 2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gqa", "learned", "qwen3"])
+def test_rows_that_share_a_prompt_see_what_they_would_see_alone(name):
+    """Prompts of 5 and 3 tokens, two rows each; then, of the second prompt first, one of each."""
+    ours, ids = make(**VARIANTS[name]), tokens(4, 9)
+    ids[1, :5], ids[3, :3] = ids[0, :5], ids[2, :3]
+    with torch.no_grad():
+        full = ours(ids)
+    cache = KVCache(ours.config, 2, 5)
+    feed(ours, cache, ids[[0, 2], :5], [5], torch.tensor([5, 3]))
+    fork = cache.fork(2, 4)
+    begins = torch.tensor([5, 5, 3, 3])
+    for t in range(4):
+        rows, at = torch.arange(len(ids)), begins + t
+        logits = feed(ours, fork, ids[rows, at].unsqueeze(1), [1])[:, 0]
+        assert close(logits, full[rows, at], 2e-5)
+        if t == 1:
+            order = torch.tensor([3, 0])
+            fork.select(order)
+            ids, full, begins = ids[order], full[order], begins[order]
+
+
+def test_as_many_rows_of_each_prompt_go_on():
+    assert as_many_of_each([1, 4, 5], [0, 0, 1, 1, 2, 2]) == [1, 0, 4, 5]
+    assert as_many_of_each([2], [0, 0, 1]) == [2]
+
+
 def test_a_full_cache_and_impossible_ones_are_refused():
     ours, ids = make(), tokens(1, 6)
     cache = KVCache(ours.config, 1, 5)
@@ -1169,6 +1196,15 @@ def test_seeds_must_be_one_a_row():
 def until(text: list[int], stops) -> list[int]:
     """`text` up to and with its first stop token."""
     return text[: next((i + 1 for i, t in enumerate(text) if t in stops), len(text))]
+
+
+def test_rows_of_a_prompt_that_end_at_different_times_leave_the_others_as_they_were():
+    ours = make(n_kv_heads=2)
+    free = ours.generate(PROMPTS, 24, n=8, seed=3)
+    stops = {text[t] for t, text in zip((2, 5, 9, 14), free[::9], strict=False)}
+    stopped = ours.generate(PROMPTS, 24, n=8, seed=3, stop_tokens=stops)
+    assert stopped == [until(text, stops) for text in free]
+    assert len({len(text) for text in stopped}) > 8
 
 
 @pytest.mark.parametrize("window", [0, 6])
