@@ -700,14 +700,14 @@ def number(rng: random.Random, low: int, high: int) -> int:
 
 
 def arithmetic_problem(rng: random.Random, steps: int | None = None, traps: int | None = None) -> dict:
-    """A word problem, {"question", "answer"}, in GSM8K's format; every number is from 1 to 40.
+    """A word problem, {"question", "answer"}, annotated as GSM8K's are; every number is from 1 to 40.
 
     It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
-    somebody, more or fewer, together. Three in four carry one or two sentences with a number that plays no
-    part, or would if something else were asked. `steps`: 1 to 4.
+    somebody, more or fewer, together. One or two sentences (`traps`) have a number that plays no part, or
+    would if something else were asked. `steps`: 1 to 4.
     """
     steps = steps or pick(rng, (1, 2, 2, 3, 3, 4))
-    traps = pick(rng, (0, 1, 1, 2)) if traps is None else traps
+    traps = pick(rng, (1, 2)) if traps is None else traps
     while True:
         problem = _attempt(rng, steps, traps)
         if problem:
@@ -726,7 +726,7 @@ def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
 
     def work(kind: str, a: int, sign: str, b: int) -> int:
         result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        slots["sum"] = f"{a}{sign}{b}=<<{a}{sign}{b}={result}>>{result}"
+        slots["sum"] = f"<<{a}{sign}{b}={result}>>{result}"
         worked.append(fill(rng, parse(STEPS[kind][1]), slots))
         return result
 
@@ -750,10 +750,11 @@ def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         last = ["times", "more", "fewer", "together"] if left == 1 else ["buy boxes"]  # of others at the end
         kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
     question = QUESTIONS.get(kind, QUESTIONS[""])
-    possible = TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"
+    possible = list(parse(TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"))
     for _ in range(traps):
         slots.update(m=str(number(rng, 2, 24)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
-        told.insert(number(rng, 1, len(told)), fill(rng, parse(possible), slots))
+        trap = fill(rng, [possible.pop(number(rng, 0, len(possible) - 1))], slots)  # nobody has two ages
+        told.insert(number(rng, 1, len(told)), trap)
     question = fill(rng, parse(question), slots)
     return {"question": " ".join([*told, question]), "answer": "\n".join([*worked, f"#### {total}"])}
 
@@ -815,7 +816,7 @@ def _equation(rng: random.Random, annotated: bool = False) -> str:
         a = number(rng, 2, LIMIT - 1)
         b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    return f"{a}{sign}{b}=" + (f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{result}")
+    return f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{a}{sign}{b}={result}"
 
 
 # -----------------------------------------------------------------------------
@@ -952,7 +953,7 @@ WISHES = {  # what is asked, and what is said; {x} and {y} are drawn, {z} follow
     "backwards": ("(Write|Say) these words backwards: {x}.", "{z}"),
     "count": ("Count from {x} to {y}.", "{z}"),
     "larger": ("Which is larger, {x} or {y}?|(Name|Tell me) the larger of {x} and {y}.", "{z} is larger."),
-    "sum": ("What is {x} plus {y}?|Add {x} and {y}.", "{x}+{y}=<<{x}+{y}={z}>>{z}"),
+    "sum": ("What is {x} plus {y}?|Add {x} and {y}.", "<<{x}+{y}={z}>>{z}"),
     "after": ("Which day comes after {x}?|What day is it the day after {x}?", "{z} comes after {x}."),
     "greet": ("Say hello to {x}.|Greet {x}.", "Hello, {x}!"),
     "first": ("What is the first letter of {x}?|Which letter does {x} begin with?", "{X} begins with {z}."),

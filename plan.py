@@ -49,7 +49,7 @@ from verifier import VerifierConfig
 # Rows of the training, validation and test splits, and tokens of a question and of its answer: of the
 # embedded tasks under our 1,024 tokens, of the others under GPT-2's.
 SIZES = {
-    "arithmetic": (4_000, 500, 1_000, 49, 62),
+    "arithmetic": (4_000, 500, 1_000, 51, 51),
     "sentiment": (4_000, 500, 1_000, 22, 2),
     "dialogue": (4_000, 500, 1_000, 83, 24),
     "instructions": (4_000, 500, 1_000, 23, 18),

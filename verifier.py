@@ -4,7 +4,7 @@
     python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
     python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k --solutions=FILE.jsonl
     python verifier.py --verifier=out/verifier --problem="Anna has 3 nuts. She buys 4 more nuts. How many nuts
-        does she have now?" --answer="She has 3+4=<<3+4=7>>7 nuts. #### 7"
+        does she have now?" --answer="She has <<3+4=7>>7 nuts. #### 7"
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 

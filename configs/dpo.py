@@ -5,14 +5,14 @@ it also has a wrong one, DPO at the first token where the two part.
 name = "dpo"
 model = "out/sft"
 data = "arithmetic"
-problems = 6000
+problems = 5000
 n = 4  # answers; the verifier learns from the same ones
 
 beta = 0.5
 nll = 30.0
 epochs = 1.25
-batch_size = 32
-learning_rate = 4e-4
-warmup_steps = 20
-eval_every = 50
-save_every = 50
+batch_size = 16
+learning_rate = 3e-4
+warmup_steps = 40
+eval_every = 150
+save_every = 150

@@ -52,8 +52,8 @@ def test_answers_that_are_kept_are_drawn_once():
         "eval.py out/dpo --tasks=arithmetic --samples=16 --verifier=out/verifier",
     )  # fmt: skip
     said = script.SIZES["arithmetic"][4]
-    assert dpo.samples == said * (6000 * 4 + 300 * 4 + 300) and rft.samples == 0
-    assert verifier.samples == said * 1500 * 16  # what it learns from is DPO's
+    assert dpo.samples == said * (5000 * 4 + 300 * 4 + 300) and rft.samples == 0
+    assert verifier.samples == said * 1250 * 16  # what it learns from is DPO's
     assert again.samples == 2 * said * 1000 and again.reads == 0  # greedy answers; the rest was judged
 
 
