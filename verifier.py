@@ -458,23 +458,26 @@ def train_verifier(cfg: VerifierConfig) -> dict:
 def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> dict:
     """lambda, sharpness, and the logistic regression of right on score and length.
 
-    The first two give each answer a share of its problem, softmax(sharpness x score), and are chosen for the
-    likelihood of the right ones: it changes smoothly, where how often the best answer is right is decided by
-    a few problems and may choose a lambda that lets the channel overrule the sums.
+    lambda orders the most pairs of a right and a wrong answer to one problem rightly. That changes smoothly,
+    where how often the best answer is right is decided by a few problems; and unlike the likelihood of the
+    right answers, it is not bent by the few wrong ones of which the generator is sure. The sharpness gives
+    each answer a share of its problem, softmax(sharpness x score), to vote with, and is chosen for the
+    likelihood of the right ones.
     """
-    mixed = right.any(1) & ~right.all(1)
-    found = []
-    for weight in (0.0,) if kind == "head" else LAMBDAS:
-        score = combined(kind, parts, weight).reshape(right.shape)
-        best = right[np.arange(len(right)), score.argmax(1)].mean()
-        for sharpness in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
-            share = np.exp(sharpness * (score - score.max(1, keepdims=True)))
-            likelihood = np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
-            found.append((likelihood, weight, sharpness, best))
-    _, weight, sharpness, _ = max(found)
+    weights = (0.0,) if kind == "head" else LAMBDAS
+    scores = {w: combined(kind, parts, w).reshape(right.shape) for w in weights}
+    ordered = {w: auc_within(right, score)["value"] for w, score in scores.items()}
+    weight = max(weights, key=ordered.get)
+    mixed, score = right.any(1) & ~right.all(1), scores[weight]
+
+    def likelihood(sharpness: float) -> float:
+        share = np.exp(sharpness * (score - score.max(1, keepdims=True)))
+        return np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
+
+    sharpness = max((0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), key=likelihood)
     score = combined(kind, parts, weight)
     platt = logistic(np.stack([score, np.ones_like(score), lengths], axis=1), right.ravel())
-    best_of = {str(w): float(best) for _, w, _, best in found}
+    best_of = {str(w): float(right[np.arange(len(right)), s.argmax(1)].mean()) for w, s in scores.items()}
     return {"lambda": weight, "sharpness": sharpness, "platt": platt, "validation": best_of}
 
 
