@@ -8,7 +8,7 @@ name = "sft"
 model = "out/base"
 data = "arithmetic@4000,instructions@600,storyworld@300"
 
-epochs = 2.4
+epochs = 3.0
 batch_size = 4
 learning_rate = 1.2e-3
 warmup_steps = 80
