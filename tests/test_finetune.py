@@ -379,7 +379,7 @@ def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
 @pytest.mark.parametrize("model, task", [("ours", "dialogue"), ("gpt2", "arithmetic"), ("t5", "dialogue")])
 def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_else(settings, model, task):
     text_model = build(settings(model, task=task))
-    examples = load_task(task, "train")[0][:8]
+    examples = sorted(load_task(task, "train")[0][:40], key=lambda e: len(e.text + e.target))[:8]  # these fit
     rows, lost = tokenise(text_model, task, examples)
     assert not any(lost.values()) and len({len(prompt) for prompt, _ in rows}) > 1
     ids, mask, targets = collate(rows, text_model.kind, text_model.pad)
