@@ -475,8 +475,7 @@ def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) ->
         return np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
 
     sharpness = max((0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), key=likelihood)
-    score = combined(kind, parts, weight)
-    platt = logistic(np.stack([score, np.ones_like(score), lengths], axis=1), right.ravel())
+    platt = logistic(np.stack([score.ravel(), np.ones(score.size), lengths], axis=1), right.ravel())
     best_of = {str(w): float(right[np.arange(len(right)), s.argmax(1)].mean()) for w, s in scores.items()}
     return {"lambda": weight, "sharpness": sharpness, "platt": platt, "validation": best_of}
 
