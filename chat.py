@@ -68,14 +68,17 @@ def with_model(words: list[str]) -> list[str]:
 def load(cfg: ChatConfig):
     """The model on its device, and its tokenizer."""
     from model import ModernDecoderLM
-    from train import pick_device
+    from train import pick_device, pick_dtype
 
     folder, device = Path(cfg.model), pick_device(cfg.device)
     if not folder.is_dir() and cfg.model.startswith(("out/", ".", "/")):  # nobody's name on the hub
         raise FileNotFoundError(
             f"there is no {folder}: `python train.py` makes out/base, --list shows all runs"
         )
-    model = ModernDecoderLM.from_pretrained(cfg.model, device).pack()
+    model = ModernDecoderLM.from_pretrained(cfg.model, device)
+    if device.type == "cuda":
+        model.to(pick_dtype("auto", device))
+    model.pack()
     if not folder.is_dir() and model.config.vocab_size != 50257:
         raise ValueError(f"{cfg.model} does not speak GPT-2's vocabulary: download it, and name the folder")
     tokenizer = Tokenizer.load(folder) if folder.is_dir() else Tokenizer.gpt2()

@@ -721,6 +721,7 @@ def main() -> None:
         done: list[tuple[str, list[Result]]] = []
         for name in models:
             model, results = load_model(name, device, cfg.backend, cfg.context_length), []
+            model.dtype = dtype
             size = sum(p.numel() for p in model.model.parameters()) / 1e6
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))

@@ -148,6 +148,7 @@ class TextModel:
         # Turns are marked by special tokens where the model has them, and in words where it has not.
         self.marks = isinstance(tokenizer, Tokenizer) and tokenizer.special_ids.get("<|end|>", known) < known
         self.end = tokenizer.special_id("<|end|>") if chat and self.marks else self.eos  # of an answer
+        self.dtype = pick_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -283,15 +284,9 @@ class TextModel:
             if self.ours:
                 draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in range(n))
                 seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
-                return self.model.generate(
-                    some,
-                    max_new_tokens,
-                    temperature=temperature,
-                    n=n,
-                    seed=seeds,
-                    stop_tokens=stops,
-                    force=force,
-                )
+                how = dict(temperature=temperature, n=n, seed=seeds, stop_tokens=stops, force=force)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    return self.model.generate(some, max_new_tokens, **how)
             return self.transformers_generate(some, max_new_tokens, stops)
 
         batches = list(self.batch_indices([len(p) + max_new_tokens for p in prompts], "", rows // n))

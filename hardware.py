@@ -7,14 +7,16 @@
 `matmul`: what large matrix products reach, in float32 and bfloat16; the shares below are of this figure, not
 of a data sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one
 thing each (a CUDA card only). `training`: the configs' own steps, eager and, on a card, compiled, where a
-step's time goes, and whether the loader is ever waited for. `decoding`: ours beside transformers' generate,
-same weights. `data`: megabytes tokenised a second and core. Medians; what is compared is interleaved.
+step's time goes (there kernel by kernel), and whether the loader is ever waited for. `decoding`: ours beside
+transformers' generate, same weights. `data`: megabytes tokenised a second and core. Medians; what is compared
+is interleaved.
 """
 
 import contextlib
 import copy
 import gc
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -80,15 +82,44 @@ def timed(run: Callable, device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def in_turns(contenders: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each; in turns, so that nobody has the slow minute. The first two turns warm up."""
+def in_turns(
+    contenders: dict[str, Callable], rounds: int, device: torch.device, calls: int = 1
+) -> dict[str, float]:
+    """Median seconds of a call of each, `calls` in a row; in turns, so that nobody has the slow minute. The
+    first two turns warm up.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds + 2):
         for name, run in contenders.items():
-            seconds = timed(run, device)
+            seconds = timed(lambda run=run: [run() for _ in range(calls)], device) / calls
             if i > 1:
                 times[name].append(seconds)
     return {name: statistics.median(x) for name, x in times.items()}
+
+
+KERNELS = {  # what a kernel does, told by its name; the first that fits
+    "attention": r"flash|fmha|attention|cudnn_generated",
+    "matrix products": r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitK",
+    "optimizer": r"multi_tensor_apply|foreach|adam|l2norm|LpNorm",
+    "copies between host and card": r"Memcpy|Memset",
+    "fused by torch.compile": r"^triton",
+}
+
+
+def kernels(step: Callable, steps: int = 3) -> dict[str, float]:
+    """Seconds of a step by what the card did, and how long it did nothing."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        seconds = timed(lambda: [step() for _ in range(steps)], torch.device("cuda")) / steps
+    found: dict[str, float] = {}
+    for event in watched.key_averages():
+        if took := event.self_device_time_total / 1e6 / steps:
+            kind = next((k for k, names in KERNELS.items() if re.search(names, event.key)), "everything else")
+            found[kind] = found.get(kind, 0.0) + took
+    found = dict(sorted(found.items(), key=lambda item: -item[1]))
+    return found | {"nothing": max(0.0, seconds - sum(found.values()))}
 
 
 def chosen(cfg: HardwareConfig, device: torch.device) -> dict[str, TrainConfig]:
@@ -207,45 +238,52 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Steps of the configs: tokens/s eager and compiled, their share of the measured matrix product, and what
     forward, backward and update take; the same with batches from a token file instead of one that is there.
     """
-    peak = matmul(cfg, device)[str(pick_dtype("auto", device)).removeprefix("torch.")]
+    cuda, dtype = device.type == "cuda", pick_dtype("auto", device)
+    peak = matmul(cfg, device)[str(dtype).removeprefix("torch.")]
+    calls = 4 if cuda else 1  # a card is given the next step while it does one
     rows = []
     for name, train in chosen(cfg, device).items():
         train.compile = False  # what runs first has to fit, too
-        if device.type == "cuda":
+        if cuda:
             train.vram = min(torch.cuda.get_device_properties(device).total_memory / GIB, cfg.cap * 12 / 11)
             fit_batch(train)
         c = planned_for(train)[0]
-        tokens, flops = train.batch_size * c.context_length, estimate_flops(c)
-        free(device)
-        eager = Step(c, train, device, compiled=False)
-        parts = {"forward": eager.forward, "forward and backward": lambda s=eager: s.forward().backward()}
+        row = {"config": name, "rows": train.batch_size, "optimizer": train.optimizer, "seconds": {}}
         with tempfile.TemporaryDirectory() as folder:  # a file of the size of an epoch of anything
             file = np.memmap(f"{folder}/tokens.bin", np.uint16, "w+", shape=20_000_000)
             file[:] = np.random.default_rng(0).integers(0, c.vocab_size, len(file), dtype=np.uint16)
-            windows, loaded = Windows(file, c.context_length, train.batch_size, 1), iter(range(10**9))
+            windows, drawn = Windows(file, c.context_length, train.batch_size, 1), iter(range(10**9))
 
-            def from_file(step=eager, windows=windows, loaded=loaded, rows=train.batch_size):
-                batch = windows.rows(next(loaded), 0, rows)
-                if device.type == "cuda":
+            def from_file(step: Step, windows=windows, drawn=drawn, n=train.batch_size):
+                batch = windows.rows(next(drawn), 0, n)
+                if cuda:
                     batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
                 step(batch)
 
-            contenders = {"eager": eager, "eager, batches from a file": from_file, **parts}
-            seconds = in_turns(contenders, cfg.rounds, device)
-            del file
-        eager = parts = contenders = from_file = None
-        if device.type == "cuda" and cfg.compile:
-            free(device)
-            seconds |= in_turns({"compiled": Step(c, train, device, compiled=True)}, cfg.rounds, device)
-        row = {"config": name, "rows": train.batch_size, "optimizer": train.optimizer, "seconds": seconds}
-        row["tokens_per_second"] = {way: tokens / s for way, s in seconds.items() if "forward" not in way}
-        row["share_of_matmul"] = {w: flops * rate / peak for w, rate in row["tokens_per_second"].items()}
-        if device.type == "cuda":
-            row["peak_memory"] = torch.cuda.max_memory_allocated()
+            for way in ("eager", "compiled") if cuda and cfg.compile else ("eager",):
+                free(device)
+                step = Step(c, train, device, compiled=way == "compiled")
+                runs = {way: step, f"{way}, batches from a file": lambda step=step: from_file(step)}
+                if way == "eager":
+                    runs["forward"] = step.forward
+                    runs["forward and backward"] = lambda step=step: step.forward().backward()
+                row["seconds"] |= in_turns(runs, cfg.rounds, device, calls)
+                if cuda:
+                    row.setdefault("peak_memory", {})[way] = torch.cuda.max_memory_allocated()
+                    row.setdefault("kernels", {})[way] = kernels(step)
+                step = runs = None
+        tokens, flops = train.batch_size * c.context_length, estimate_flops(c)
+        took = {way: s for way, s in row["seconds"].items() if "forward" not in way}
+        row["tokens_per_second"] = {way: tokens / s for way, s in took.items()}
+        row["share_of_matmul"] = {way: flops * tokens / s / peak for way, s in took.items()}
         rows.append(row)
         for way, rate in row["tokens_per_second"].items():
             share = row["share_of_matmul"][way]
             print(f"training  {name}, {way:28} {rate:10,.0f} tok/s  {share:.0%} of matmul", flush=True)
+        for way, found in row.get("kernels", {}).items():
+            told = ", ".join(f"{kind} {1000 * s:.1f}" for kind, s in found.items())
+            peak_memory = row["peak_memory"][way] / GIB
+            print(f"training  {name}, {way}: {peak_memory:.2f} GiB; ms of a step: {told}", flush=True)
     return rows
 
 
@@ -329,7 +367,6 @@ def measure(cfg: HardwareConfig) -> dict:
         torch.cuda.set_device(device)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.cap * GIB / total), device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     torch.set_flush_denormal(True)
     file = Path(cfg.out) / "hardware.json"
     about = {"hardware": hardware(device), "versions": versions(), "git": git_commit(), "cap_gib": cfg.cap}

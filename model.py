@@ -646,6 +646,7 @@ class ModernDecoderLM(nn.Module):
         stream: Callable[[int, int], None] | None = None,
         force: Callable[[int, list[int]], Sequence[int]] | None = None,
         compile: bool = False,
+        graph: bool | None = None,
     ) -> list[list[int]]:
         """Continues every prompt `n` times: the new tokens of prompt 0 sample 0, prompt 0 sample 1, ... as
         lists.
@@ -657,11 +658,14 @@ class ModernDecoderLM(nn.Module):
         tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll: all rows end when the
         longest fills the context. `stream(row, token)` is told every new token. `force(row, new_tokens)` may
         return tokens that must come next: that is how a calculator answers. `compile=True` decodes with a
-        compiled step: half a minute to start, then faster.
+        compiled step: half a minute to start, then faster. `graph`, which is on by itself on a card, gives
+        every step the same shapes, so that the card can be told once what to do and then again and again.
         """
         c, rows = self.config, len(prompts) * n
         if not rows or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
+        if max_new_tokens < 1:
+            return [[] for _ in range(rows)]
         longest = max(map(len, prompts))
         slots = keep + window if window else min(longest + max_new_tokens, c.context_length)
         rolling = longest + max_new_tokens > slots
@@ -672,13 +676,17 @@ class ModernDecoderLM(nn.Module):
                 )
             slots, rolling = c.context_length, False
             max_new_tokens = min(max_new_tokens, c.context_length - longest)
+        if graph is None:
+            graph = self.device.type == "cuda"
+        graph = graph and not (rolling or force or c.ffn == "moe")  # an expert's room is asked for each time
+        slots += -slots % 8 if graph else 0  # attention kernels want masks of such widths
+        net = self.cast()
         cache = KVCache(c, len(prompts), slots, keep if rolling else None, self.device, self.dtype)
-        logits = self.prefill(prompts, cache)  # (B, V)
+        logits = net.prefill(prompts, cache)  # (B, V)
         if n > 1:  # n samples from one prefill
             # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast; a card, which
             # waits for launches and not for memory, would launch more.
-            plain = compile or rolling or c.sliding_window or c.n_sinks or self.device.type != "cpu"
-            if plain:
+            if compile or graph or rolling or c.sliding_window or c.n_sinks or self.device.type != "cpu":
                 cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
             else:
                 cache = cache.fork(n, max_new_tokens)
@@ -696,11 +704,24 @@ class ModernDecoderLM(nn.Module):
             for r in range(rows):
                 seen[r, list(prompts[r // n])] = True
         if compile and not hasattr(self, "_compiled_step"):
-            # The cache is allocated once, but a step reads its filled part only, whose length torch makes a
-            # symbol at the second step. A step of fixed shape that masks the rest lost: 428 tok/s against 490
-            # at batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread).
-            self._compiled_step = torch.compile(self.step)
-        step = self._compiled_step if compile else self.step
+            # The cache is allocated once, but on a CPU a step reads its filled part only, whose length torch
+            # makes a symbol at the second step. A step of fixed shape that masks the rest lost: 428 tok/s
+            # against 490 at batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread).
+            self._compiled_step = torch.compile(type(self).step)
+        step = self._compiled_step if compile else type(self).step
+        if graph:
+            cache.fix()
+
+        def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+            return sample(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
+
+        def next_token(token: Tensor, uniform: Tensor) -> Tensor:
+            if seen is not None:
+                seen.scatter_(1, token.unsqueeze(1), True)
+            cache.begin(1)
+            return draw(step(net, token.unsqueeze(1), cache), uniform)
+
+        following = Recorded(next_token) if graph and self.device.type == "cuda" else next_token
 
         result: list[list[int]] = [[] for _ in range(rows)]
         forced: list[list[int]] = [[] for _ in range(rows)]
@@ -708,16 +729,14 @@ class ModernDecoderLM(nn.Module):
         # Asking a GPU for a token stops its queue of work: look every step only if somebody waits for the
         # token.
         look_every = 1 if stream or force or self.device.type == "cpu" else 16
+        token = draw(logits, uniforms[:, 0])
         for i in range(max_new_tokens):
-            token = sample(logits, uniforms[:, i], temperature, top_k, top_p, min_p, repetition_penalty, seen)
             if force:
                 drawn = token.tolist()
                 for j, r in enumerate(alive):
                     forced[r] = forced[r] or (list(force(r, result[r])) if r not in done else [])
                     drawn[j] = forced[r].pop(0) if forced[r] else drawn[j]
                 token = torch.tensor(drawn, device=self.device)
-            if seen is not None:
-                seen.scatter_(1, token.unsqueeze(1), True)
             pending.append(token)
             if len(pending) == look_every or i == max_new_tokens - 1:
                 for r, column in zip(alive, torch.stack(pending, dim=1).tolist(), strict=True):
@@ -739,9 +758,20 @@ class ModernDecoderLM(nn.Module):
                     cache.select(index)
                     token, uniforms = token[index], uniforms[index]
                     seen = seen[index] if seen is not None else None
-            cache.begin(1)
-            logits = step(token.unsqueeze(1), cache)
+            token = following(token, uniforms[:, i + 1])
         return result
+
+    def cast(self) -> "ModernDecoderLM":
+        """Under autocast a copy in its dtype, so that weights are cast once and not for every token (but for
+        the router's, which are few and decide who computes); else the model itself.
+        """
+        if self.head.dtype == self.dtype:
+            return self
+        with torch.device("meta"):
+            twin = ModernDecoderLM(self.config)
+        weights = {k: v if ".gate." in k else v.to(self.dtype) for k, v in self.state_dict().items()}
+        twin.load_state_dict(weights, assign=True)
+        return twin.pack()
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
         """Reads prompts of any lengths into an empty cache; returns the logits after each one's last token,
@@ -766,6 +796,34 @@ class ModernDecoderLM(nn.Module):
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
         return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+
+
+class Recorded:
+    """A function of tensors that does the same to the same shapes again and again, on a card.
+
+    A small model's step is a few hundred kernels of some microseconds each, and Python takes longer to launch
+    one than the card to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
+    what the function keeps in tensors (the cache) has to be changed in place. Other shapes are recorded anew.
+    """
+
+    def __init__(self, run: Callable):
+        self.run, self.shapes, self.calls = run, None, 0
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        shapes = [x.shape for x in given]
+        if shapes != self.shapes:
+            self.shapes, self.calls = shapes, 0
+        self.calls += 1
+        if self.calls < 3:  # libraries choose and load their kernels when they are first called
+            return self.run(*given)
+        if self.calls == 3:
+            self.inputs, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.run(*self.inputs)
+        for mine, x in zip(self.inputs, given, strict=True):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.output.clone()
 
 
 def as_many_of_each(left: list[int], prompt_of: list[int]) -> list[int]:
@@ -840,6 +898,7 @@ class KVCache:
         self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row has seen
         self.lengths = [0] * rows  # the same, known without asking the device
         self.prompts = None  # of a fork: a layer's keys and values of what its rows share
+        self.fixed = False  # see `fix`
         if keep is not None and not 0 <= keep < slots:
             raise ValueError(f"keep={keep} tokens of slots={slots}: a window must remain")
         if keep is not None and config.positions == "learned":
@@ -852,6 +911,8 @@ class KVCache:
         how many slots hold anything; `block`, the first of the slots to write if all rows write the same
         ones, or else `write` (B, T); and `key_rope`, the angles of all keys in a rolling cache.
         """
+        if self.fixed:
+            return self.begin_fixed()
         c, start, empty = self.config, self.length, max(self.lengths) == 0
         counts = torch.full((len(start),), T) if counts is None else counts
         self.length = start + counts.to(self.device)
@@ -892,6 +953,19 @@ class KVCache:
             self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)
         if not empty and (not even or T > 1 or c.sliding_window):
             self.mask = attention_mask(self.positions, where, c.sliding_window).unsqueeze(-3)
+
+    def fix(self) -> None:
+        """From now on one token at a time, by steps that are all alike: they read every slot, of which a mask
+        hides the empty ones, and what changes from step to step is on the device. The caller counts slots.
+        """
+        self.fixed, self.empty, self.read = True, False, self.slots
+        self.block = self.key_rope = None
+        self.slot = torch.arange(self.slots, device=self.device)
+
+    def begin_fixed(self) -> None:
+        self.positions = self.write = self.length.unsqueeze(1).clone()  # (B, 1)
+        self.length.add_(1)
+        self.mask = attention_mask(self.positions, self.slot, self.config.sliding_window).unsqueeze(-3)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""

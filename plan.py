@@ -43,7 +43,7 @@ from model import (
 )
 from sft import SFTConfig, mixture
 from tokenizer import TokenizerStageConfig
-from train import TrainConfig, cpu_name, peak_flops, pick_device, planned_for, read_json
+from train import TrainConfig, cpu_name, peak_flops, pick_device, pick_dtype, planned_for, read_json
 from verifier import VerifierConfig
 
 # Rows of the training, validation and test splits, and tokens of a question and of its answer: of the
@@ -321,7 +321,11 @@ class Here:
     def sampling(self, work: Work) -> float:
         model, new = self.model(work.shape), 48
         prompts, n = [[1] * 64] * 16, 16 if self.device.type == "cpu" else 64
-        draw = lambda: model.generate(prompts, new, temperature=1.0, n=n, seed=1)  # noqa: E731
+
+        def draw():
+            with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=self.device.type == "cuda"):
+                model.generate(prompts, new, temperature=1.0, n=n, seed=1)
+
         return self.remembered(("sampling", work.shape), lambda: self.shared(draw) / (16 * n * new))
 
     def reading(self, work: Work) -> float:

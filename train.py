@@ -341,6 +341,7 @@ def pick_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card")
     if device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is left
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     try:
         return torch.device("cpu" if device == "auto" else device)
@@ -439,6 +440,7 @@ class Trainer:
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
         self.step, self.seconds, self.skipped, self.best = 0, 0.0, 0, None
         self.window, self.last_loss = [0.0, 0], math.nan  # loss sum and count since the last logged line
+        self.logged, self.rate = (0, 0.0), 0.0  # step and seconds of that line, tokens a second until then
         self.said = time.monotonic()  # when a line was last printed
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -449,8 +451,13 @@ class Trainer:
 
     # ---- one step
 
-    def train_step(self, step: int) -> tuple[float, int, float]:
-        """Forward, backward and update on the batch of `step`: (loss sum in nats, targets, gradient norm)."""
+    def train_step(self, step: int) -> Tensor:
+        """Forward, backward and update on the batch of `step`: (4) loss sum in nats, number of targets,
+        whether to stop, norm of the gradient.
+
+        With `ahead` nothing here waits for the card: it has the next step to do while the host reads the
+        result of this one, and a gradient that is not finite is refused by the optimizer's own kernel.
+        """
         cfg = self.cfg
         lr = get_lr(step, *(getattr(cfg, name) for name in LR_SETTINGS))
         for optimizer in self.optimizers:
@@ -458,7 +465,7 @@ class Trainer:
                 group["lr"] = lr
         while True:
             try:
-                total, count = self.accumulate(step)
+                totals = self.accumulate(step)
                 break
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.world > 1:  # processes cannot halve it each on its own
@@ -479,12 +486,30 @@ class Trainer:
         params = [p for p in self.model.parameters() if p.grad is not None]
         # The gradient so far is of sum / nominal count; one multiplication makes it that of the true mean.
         nominal = self.batch * max(1, self.tokens_per_row)
-        if count not in (0, nominal):
+        if self.ahead:
+            torch._foreach_mul_([p.grad for p in params], (nominal / totals[1].clamp(min=1)).float())
+        elif (count := totals[1].item()) not in (0, nominal):
             torch._foreach_mul_([p.grad for p in params], nominal / count)
-        norm = float(whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)))
-        if math.isfinite(total) and math.isfinite(norm):
-            for optimizer in self.optimizers:
+        norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf))
+        finite = totals[0].isfinite() & norm.isfinite()
+        for optimizer in self.optimizers:
+            if self.ahead:
+                optimizer.found_inf = (~finite).float()  # 1: the fused kernel changes nothing
+                optimizer.step()
+            elif finite:
                 self.scaler.step(optimizer)
+        self.scaler.update()
+        self.zero_grad()
+        return torch.cat([totals, norm.double().view(1)])
+
+    def read(self, step: int, result: Tensor) -> None:
+        """Takes in what `train_step` returned."""
+        total, count, stopping, self.norm = result.tolist()
+        self.stop_agreed = stopping > 0
+        if math.isfinite(total):
+            self.window[0] += total
+            self.window[1] += int(count)
+        if math.isfinite(total) and math.isfinite(self.norm):
             self.bad_in_a_row = 0
         # float16's scaler tries too large scales on purpose: a bad gradient alone is no news there.
         elif not (self.scaler.is_enabled() and math.isfinite(total)):
@@ -496,12 +521,11 @@ class Trainer:
                     "five steps in a row gave no finite loss or gradient: try a lower --learning_rate, more "
                     f"--warmup_steps, --dtype=float32 or --qk_norm; {self.last_checkpoint()}"
                 )
-        self.scaler.update()
-        self.zero_grad()
-        return total, count, norm
 
-    def accumulate(self, step: int) -> tuple[float, int]:
-        """Adds up the gradients of this process' rows, piece by piece; (loss sum, count) of all rows."""
+    def accumulate(self, step: int) -> Tensor:
+        """Adds up the gradients of this process' rows, piece by piece; (3) of all rows: loss sum, number of
+        targets, and how many processes were told to stop.
+        """
         mine = self.batch // self.world
         nominal = self.batch * max(1, self.tokens_per_row)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -524,9 +548,7 @@ class Trainer:
         totals[2] = self.stopping is not None
         if self.world > 1:
             dist.all_reduce(totals)
-        total, count, stopping = totals.tolist()
-        self.stop_agreed = stopping > 0
-        return total, int(count)
+        return totals
 
     def forward(self, *tensors):
         """The stage's loss; falls back from the compiled to the eager model if compiling fails."""
@@ -565,23 +587,26 @@ class Trainer:
         try:
             self.begin()
             with self.catch_signals(), self.progress_bar() as bar:
+                unread = []  # steps whose results have not been looked at: on a card at most the last one
                 while self.step < cfg.max_steps:
                     begun = time.perf_counter()
-                    total, count, norm = self.train_step(self.step)
+                    unread.append((self.step, self.train_step(self.step)))
                     self.step += 1
+                    last = self.step == cfg.max_steps
+                    logs, evaluates, saves = (
+                        last or (every and self.step % every == 0)
+                        for every in (cfg.log_every, cfg.eval_every, cfg.save_every)
+                    )
+                    now = logs or evaluates or saves or self.stopping is not None or not self.ahead
+                    while len(unread) > (0 if now else 1):
+                        self.read(*unread.pop(0))
                     took = time.perf_counter() - begun
                     self.seconds += took
-                    if math.isfinite(total):
-                        self.window[0] += total
-                        self.window[1] += count
                     self.show(bar, took)
-                    if self.step % cfg.log_every == 0 or self.step == cfg.max_steps:
-                        self.log_step(norm, took)
-                    improved = False
-                    if self.step == cfg.max_steps or (cfg.eval_every and self.step % cfg.eval_every == 0):
-                        improved = self.evaluate_now(final=self.step == cfg.max_steps)
-                    due = cfg.save_every and (self.step % cfg.save_every == 0 or improved)
-                    if due or self.stop_agreed or self.step == cfg.max_steps:
+                    if logs:
+                        self.log_step()
+                    improved = evaluates and self.evaluate_now(final=last)
+                    if saves or self.stop_agreed or (cfg.save_every and improved):
                         self.save(improved)
                     if self.stop_agreed and self.step < cfg.max_steps:
                         self.write_run(status="interrupted")
@@ -608,7 +633,6 @@ class Trainer:
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"')
         torch.set_flush_denormal(True)  # numbers near 1e-40 can slow a CPU down tenfold
-        torch.backends.cuda.matmul.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.started = True
@@ -627,6 +651,7 @@ class Trainer:
         copies = self.world > 1 and not self.sharded  # which begin with the first process' weights
         self.net = nn.parallel.DistributedDataParallel(self.model) if copies else self.model
         self.compiled, self.compile_works, self.stop_agreed, self.bad_in_a_row = None, False, False, 0
+        self.logged, self.ahead = (self.step, self.seconds), self.can_go_ahead()
         self.model.train()  # what from_pretrained gives is in evaluation mode
         wanted = cfg.compile if cfg.compile != "auto" else self.device.type == "cuda"
         if wanted and self.device.type == "cuda" and not importlib.util.find_spec("triton"):
@@ -654,6 +679,13 @@ class Trainer:
         }
         self.write_run()
         self.wandb, self.opened = self.open_wandb(), True
+
+    def can_go_ahead(self) -> bool:
+        """Whether the host may prepare a step before it has seen the result of the one before: on one card,
+        and where the optimizers can tell by themselves what to refuse.
+        """
+        fused = all(optimizer.defaults.get("fused") for optimizer in self.optimizers)
+        return self.device.type == "cuda" and self.world == 1 and fused and not self.scaler.is_enabled()
 
     def shard(self) -> None:
         """FSDP2: of every parameter, gradient and optimizer state each process holds a part, and gathers a
@@ -694,18 +726,19 @@ class Trainer:
         if self.started:
             dist.destroy_process_group()
 
-    def log_step(self, norm: float, took: float) -> None:
+    def log_step(self) -> None:
         loss = self.window[0] / self.window[1] if self.window[1] else None
         tokens = self.step * self.batch * self.tokens_per_row
-        rate = self.batch * self.tokens_per_row / took
+        took = (self.seconds - self.logged[1]) / (self.step - self.logged[0])  # a step, on average
+        self.logged, self.rate = (self.step, self.seconds), self.batch * self.tokens_per_row / took
         line = {
             "step": self.step,
             "loss": loss,
             "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,
             "tokens": tokens,
             "epoch": round(self.epoch(self.step), 4) if self.epoch else None,
-            "tokens_per_second": round(rate, 1),
+            "tokens_per_second": round(self.rate, 1),
             "step_seconds": round(took, 4),
             "seconds": round(self.seconds, 2),
             "skipped": self.skipped,
@@ -947,7 +980,7 @@ class Trainer:
 
     def show(self, bar, took: float) -> None:
         loss = self.window[0] / self.window[1] if self.window[1] else self.last_loss
-        rate = self.batch * self.tokens_per_row / took
+        rate = self.rate or self.batch * self.tokens_per_row / took
         bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
         bar.update()
         quiet = not sys.stderr.isatty() and self.rank == 0  # in a log file: a line now and then, no bar

@@ -1310,6 +1310,55 @@ def test_compiled_decoding_gives_the_same_tokens(name):
         assert ours.generate(PROMPTS, 10, compile=True, **options) == ours.generate(PROMPTS, 10, **options)
 
 
+@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "qwen3", "sinks"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"seed": 3, "n": 3, "top_p": 0.9},
+        {"seed": 1, "n": 5, "stop_tokens": list(range(0, 61, 4))},
+        {"repetition_penalty": 1.5, "temperature": 0},
+    ],
+)
+def test_steps_of_fixed_shapes_give_the_same_tokens(name, options):
+    ours = make(**VARIANTS.get(name, {"n_sinks": 2}))
+    assert ours.generate(PROMPTS, 7, graph=True, **options) == ours.generate(PROMPTS, 7, **options)
+
+
+def test_what_cannot_have_fixed_shapes_is_generated_without():
+    for ours, options in ((make(), {"window": 4, "keep": 1}), (make(**VARIANTS["mixtral"]), {})):
+        assert ours.generate(PROMPTS, 9, graph=True, **options) == ours.generate(PROMPTS, 9, **options)
+
+
+def test_under_autocast_weights_are_cast_once_and_the_router_not_at_all():
+    for name in ("gqa", "mixtral"):
+        ours = make(**VARIANTS[name])
+        assert ours.cast() is ours
+        with torch.autocast("cpu", torch.bfloat16):
+            twin = ours.cast()
+        for key, p in twin.state_dict().items():
+            assert p.dtype == (torch.float32 if ".gate." in key else torch.bfloat16)
+            assert torch.allclose(p.float(), ours.state_dict()[key], rtol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("name", ["gqa", "mistral", "learned"])
+def test_a_card_decodes_the_same_tokens_recorded_and_not(name):
+    ours = make(**VARIANTS[name]).cuda()
+    assert ours.device.type == "cuda"
+    for options in (
+        {"temperature": 0},
+        {"seed": 3, "n": 8},
+        {"seed": 1, "n": 8, "stop_tokens": [4, 5, 6, 7]},
+    ):
+        plain = ours.generate(PROMPTS, 7, graph=False, **options)
+        assert ours.generate(PROMPTS, 7, **options) == plain
+    assert make(**VARIANTS[name]).generate(PROMPTS, 7, temperature=0) == ours.generate(
+        PROMPTS, 7, temperature=0
+    )
+
+
 def test_golden_tokens():
     """What the model computed when it was right. Weights from a sine depend on no random generator."""
     ours = ModernDecoderLM(tiny(n_kv_heads=2, tie_embeddings=False)).eval()

@@ -401,6 +401,38 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(settings, tmp_path,
     assert run["status"] == "finished"
 
 
+def test_going_ahead_of_the_card_changes_no_result(settings, tmp_path, monkeypatch, capsys):
+    """What one card does, done by this device: results are read a step later, bad steps refused by AdamW."""
+
+    def run(name, **more):
+        model = small_model()
+        cfg = settings(
+            name=name, max_steps=13, batch_size=5, grad_accum_steps=2, log_every=4, eval_every=6, **more
+        )
+        trainer = Trainer(cfg, model, uneven_rows, spoilt({7}), evaluate=lambda *_: {"val_loss": 1.0})
+        trainer.run_all_steps()
+        return model.state_dict(), trainer
+
+    plain, one = run("plain")
+    monkeypatch.setattr(Trainer, "can_go_ahead", lambda self: True)
+    ahead, other = run("ahead")
+    assert (one.ahead, other.ahead) == (False, True) and one.skipped == other.skipped == 1
+    assert same(plain, ahead) and capsys.readouterr().out.count("step 4: loss or gradient is not finite") == 2
+    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "ahead"), strict=True):
+        timed = {k for k in a if "second" in k or "memory" in k}
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+
+
+def test_a_signal_while_going_ahead_loses_no_step(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "can_go_ahead", lambda self: True)
+    train.pretrain(settings(name="whole", dropout=0.1))
+    assert interrupt_after(5, monkeypatch, settings(dropout=0.1)) == 130
+    train.pretrain(settings(dropout=0.1))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.mark.parametrize("gradient_only", [False, True])
 def test_five_bad_steps_in_a_row_stop_and_leave_the_last_checkpoint(
     settings, tmp_path, monkeypatch, gradient_only
