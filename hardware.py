@@ -82,6 +82,11 @@ def timed(run: Callable, device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
+def repeat(run: Callable, times: int) -> None:
+    for _ in range(times):
+        run()  # what it returns, a loss with its graph, may not outlive it
+
+
 def in_turns(
     contenders: dict[str, Callable], rounds: int, device: torch.device, calls: int = 1
 ) -> dict[str, float]:
@@ -91,7 +96,7 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds + 2):
         for name, run in contenders.items():
-            seconds = timed(lambda run=run: [run() for _ in range(calls)], device) / calls
+            seconds = timed(lambda run=run: repeat(run, calls), device) / calls
             if i > 1:
                 times[name].append(seconds)
     return {name: statistics.median(x) for name, x in times.items()}
@@ -112,7 +117,7 @@ def kernels(step: Callable, steps: int = 3) -> dict[str, float]:
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        seconds = timed(lambda: [step() for _ in range(steps)], torch.device("cuda")) / steps
+        seconds = timed(lambda: repeat(step, steps), torch.device("cuda")) / steps
     found: dict[str, float] = {}
     for event in watched.key_averages():
         if took := event.self_device_time_total / 1e6 / steps:
@@ -183,9 +188,10 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         return []
     rows = []
     for name, (shape, batch, settings) in MEMORY.items():
-        train = replace(TrainConfig(), batch_size=batch, **settings)
+        train = replace(TrainConfig(), batch_size=batch, grad_accum_steps=2, **settings)
         c = ModelConfig(**(BASE | shape))
-        options = {"gradient_checkpointing": train.gradient_checkpointing, "fused_ffn": train.compile is True}
+        options = {"gradient_checkpointing": train.gradient_checkpointing, "compiled": train.compile is True}
+        options["muon"] = train.optimizer == "muon"
         plan = estimate_memory(c, batch, **options)
         row = {"shape": name, "rows": batch, "planned": plan["peak"] - plan["overhead"], "plan": plan["peak"]}
         free(device)
@@ -207,10 +213,10 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
 
 
 class Step:
-    """A training step on one micro-batch of random tokens, as train.py takes it: call it."""
+    """A training step on random tokens, as train.py takes it: call it."""
 
     def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool):
-        self.device, self.dtype = device, pick_dtype("auto", device)
+        self.device, self.dtype, self.times = device, pick_dtype("auto", device), cfg.grad_accum_steps
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, cfg)
@@ -223,8 +229,9 @@ class Step:
             total, count = self.net(*(batch or self.batch))
         return total / count
 
-    def __call__(self, batch: tuple | None = None) -> None:
-        self.forward(batch).backward()
+    def __call__(self, batches: Callable[[], tuple] | None = None) -> None:
+        for _ in range(self.times):
+            (self.forward(batches() if batches else None) / self.times).backward()
         self.update()
 
     def update(self) -> None:
@@ -240,7 +247,6 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """
     cuda, dtype = device.type == "cuda", pick_dtype("auto", device)
     peak = matmul(cfg, device)[str(dtype).removeprefix("torch.")]
-    calls = 4 if cuda else 1  # a card is given the next step while it does one
     rows = []
     for name, train in chosen(cfg, device).items():
         train.compile = False  # what runs first has to fit, too
@@ -249,22 +255,21 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             fit_batch(train)
         c = planned_for(train)[0]
         row = {"config": name, "rows": train.batch_size, "optimizer": train.optimizer, "seconds": {}}
+        calls = max(1, 4 // train.grad_accum_steps) if cuda else 1  # it is given the next while it does one
         with tempfile.TemporaryDirectory() as folder:  # a file of the size of an epoch of anything
             file = np.memmap(f"{folder}/tokens.bin", np.uint16, "w+", shape=20_000_000)
             file[:] = np.random.default_rng(0).integers(0, c.vocab_size, len(file), dtype=np.uint16)
             windows, drawn = Windows(file, c.context_length, train.batch_size, 1), iter(range(10**9))
 
-            def from_file(step: Step, windows=windows, drawn=drawn, n=train.batch_size):
-                batch = windows.rows(next(drawn), 0, n)
-                if cuda:
-                    batch = tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-                step(batch)
+            def batch(windows=windows, drawn=drawn, n=train.batch_size):
+                found = windows.rows(next(drawn), 0, n)
+                return tuple(t.pin_memory().to(device, non_blocking=True) for t in found) if cuda else found
 
             for way in ("eager", "compiled") if cuda and cfg.compile else ("eager",):
                 free(device)
                 step = Step(c, train, device, compiled=way == "compiled")
-                runs = {way: step, f"{way}, batches from a file": lambda step=step: from_file(step)}
-                if way == "eager":
+                runs = {way: step, f"{way}, batches from a file": lambda s=step, b=batch: s(b)}
+                if way == "eager" and not cuda:  # a card's kernels tell more, below
                     runs["forward"] = step.forward
                     runs["forward and backward"] = lambda step=step: step.forward().backward()
                 row["seconds"] |= in_turns(runs, cfg.rounds, device, calls)
@@ -272,7 +277,7 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
                     row.setdefault("peak_memory", {})[way] = torch.cuda.max_memory_allocated()
                     row.setdefault("kernels", {})[way] = kernels(step)
                 step = runs = None
-        tokens, flops = train.batch_size * c.context_length, estimate_flops(c)
+        tokens, flops = train.batch_size * train.grad_accum_steps * c.context_length, estimate_flops(c)
         took = {way: s for way, s in row["seconds"].items() if "forward" not in way}
         row["tokens_per_second"] = {way: tokens / s for way, s in took.items()}
         row["share_of_matmul"] = {way: flops * tokens / s / peak for way, s in took.items()}

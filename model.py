@@ -206,20 +206,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i : i + chunk], targets[i : i + chunk]
             asked = (t != -100).unsqueeze(-1)  # (n, 1)
-            index = t.clamp(min=0).unsqueeze(-1)
-            log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (n, V)
-            total = total - (log_p.gather(-1, index) * asked).sum()
-            if (
-                need
-            ):  # d loss / d logits = softmax - one_hot(target); rows that ask for nothing drop out below
-                grad = log_p.exp_()
-                grad = grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype)).to(h.dtype)
+            loss, grad = ChunkedCrossEntropy.of_chunk(h, w, t.clamp(min=0).unsqueeze(-1), asked, need)
+            total = total - loss
+            if need:
                 grad_hidden[i : i + chunk] = (grad @ w) * asked
                 grad_weight += grad.T @ (h * asked)
+            del grad  # or it would lie there beside the next chunk's
         if need:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
         return total
+
+    @staticmethod
+    def of_chunk(h: Tensor, w: Tensor, index: Tensor, asked: Tensor, need: bool):
+        """Sum of log p of the targets `index` (n, 1) where `asked`, and d loss / d logits (n, V) if needed:
+        softmax - one_hot(target), also in the rows that ask for nothing.
+        """
+        log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (n, V)
+        total = (log_p.gather(-1, index) * asked).sum()
+        if not need:
+            return total, None
+        if torch.compiler.is_compiling():  # all of it in one kernel, and nothing in float32 ever stored
+            one_hot = torch.arange(len(w), device=h.device) == index
+            return total, (log_p.exp() - one_hot).to(h.dtype)
+        grad = log_p.exp_()
+        return total, grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype)).to(h.dtype)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -262,15 +273,17 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def together(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """[layer(x) for layer in layers], in one matrix product where `ModernDecoderLM.pack` has put them side by
-    side.
+    """[layer(x) for layer in layers], in one matrix product where that is faster: where `pack` has put their
+    weights side by side, and compiled on a card, whose matrix units narrow products leave idle.
     """
     packed = getattr(layers[0], "packed", None)
     if packed is None:
-        return [layer(x) for layer in layers]
+        if not (x.is_cuda and torch.compiler.is_compiling()):
+            return [layer(x) for layer in layers]
+        packed = torch.cat([layer.weight for layer in layers]).T.to(x.dtype)
     y = x @ packed  # (..., d) @ (d, all outputs)
     if layers[0].bias is not None:
-        y = y + torch.cat([layer.bias for layer in layers])
+        y = y + torch.cat([layer.bias for layer in layers]).to(x.dtype)
     return y.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -339,7 +352,7 @@ class Attention(nn.Module):
         elif T == 1 and c.n_heads != c.n_kv_heads:
             # One new token: a group's query heads become "queries" of their key head, and no key is repeated.
             q = q.view(B, c.n_kv_heads, -1, c.head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, mask).view(B, c.n_heads, 1, c.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, mask).reshape(B, c.n_heads, 1, c.head_dim)
         else:
             causal, grouped = mask is None and T > 1, c.n_heads != c.n_kv_heads
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
@@ -507,8 +520,9 @@ class ModernDecoderLM(nn.Module):
             self.model["norm"] = make_norm(c)
         self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: a third more FLOPs
-        self.loss_chunk = 2048  # tokens whose logits exist at a time, see ChunkedCrossEntropy
+        self.loss_chunk = 4096  # tokens whose logits exist at a time, see ChunkedCrossEntropy
         self.init_weights()
+        self.tabulate()
 
     def init_weights(self):
         """Normal(0, 0.02), as GPT-2. Layers that write into the residual stream start smaller by sqrt(2
@@ -519,6 +533,16 @@ class ModernDecoderLM(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
+
+    def tabulate(self) -> None:
+        """The angles of all positions, (2, T, D). They could be had from the positions in every layer, but
+        fused by a compiler that costs a card more than reading them: 2 % of a step.
+        """
+        c, device = self.config, self.head.device
+        if c.positions != "rope":
+            return
+        table = rope_angles(torch.arange(c.context_length, device=device), c.head_dim, c.rope_theta)
+        self.register_buffer("rope", torch.stack(table), persistent=False)
 
     @property
     def head(self) -> Tensor:
@@ -547,6 +571,8 @@ class ModernDecoderLM(nn.Module):
                 raise ValueError(
                     f"{T} tokens, but learned positions end at context_length={c.context_length}"
                 )
+            if c.positions == "rope" and rope is None and T <= c.context_length == self.rope.shape[1]:
+                rope = self.rope[:, :T].to(self.dtype).unbind()
             positions = torch.arange(T, device=ids.device)
         # Under autocast the residual stream is bfloat16 too: 37 bytes a token and d per layer instead of 47.
         x = self.model["embed_tokens"](ids).to(self.dtype)
@@ -624,7 +650,9 @@ class ModernDecoderLM(nn.Module):
 
     def _apply(self, function, recurse: bool = True):  # what .to(), .half(), .cuda() call
         self.unpack()
-        return super()._apply(function, recurse)
+        super()._apply(function, recurse)
+        self.tabulate()
+        return self
 
     @in_eval_mode
     @torch.inference_mode()
@@ -771,6 +799,7 @@ class ModernDecoderLM(nn.Module):
             twin = ModernDecoderLM(self.config)
         weights = {k: v if ".gate." in k else v.to(self.dtype) for k, v in self.state_dict().items()}
         twin.load_state_dict(weights, assign=True)
+        twin.tabulate()
         return twin.pack()
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
@@ -1261,6 +1290,7 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
             f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
         )
     model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
+    model.tabulate()
     return model.to(device).requires_grad_(True).eval()
 
 
@@ -1336,49 +1366,62 @@ def estimate_memory(
     *,
     gradient_checkpointing: bool = False,
     bytes_per_activation: int = 2,
-    optimizer_bytes: int = 8,
-    fused_ffn: bool = False,
-    loss_chunk: int = 2048,
+    muon: bool = False,
+    compiled: bool = False,
+    loss_chunk: int = 4096,
 ) -> dict[str, int]:
-    """Bytes of one training step by kind, and their `peak`.
+    """Bytes of one training step by kind, and their `peak`; README, "Speed", holds it against a card.
 
-    Activations of a layer and token are 8 d + 4 (H + K) D + c f + 8 + 4 H bytes in bfloat16: the inputs of
-    both norms and what they give; queries, keys, values and outputs; and c = 8 bytes of every hidden unit (6
-    when compiled: SiLU * up is fused). Checkpointing keeps a layer's input alone and one layer's activations
-    at a time. 6 % on top is what the allocator loses; 0.55 GiB are the CUDA context and workspaces. float32
-    activations are taken to be a CPU's: no context, but its RMSNorm keeps x / rms(x) as well.
+    A layer keeps 8 d + 4 (H + K) D + c f + 8 + 4 H bytes a token in bfloat16: the inputs of both norms and
+    what they give; queries, keys, values and outputs; and c = 8 bytes of every hidden unit (6 when compiled:
+    SiLU * up is computed again). Checkpointing keeps a layer's input alone and one layer's activations at a
+    time. `temporary` is the larger of what the loss needs, 8 bytes of every logit of a chunk (4 when
+    compiled), and what the backward pass of a layer does. An expert's room is that of the fullest one: a
+    quarter more than its share is assumed. `workspaces` are cuBLAS's. `overhead` is no tensor: 0.55 GiB of
+    CUDA context, and 6 % that the allocator loses between blocks. float32 activations are taken to be a
+    CPU's, which has neither context nor workspaces, but whose RMSNorm keeps x / rms(x) as well.
     """
     n, d, L = count_parameters(c), c.d_model, c.n_layers
     T = context_length or c.context_length
     N = micro_batch * T
     half = bytes_per_activation == 2
     qk = (c.n_heads + c.n_kv_heads) * c.head_dim  # width of queries and keys, and of values and outputs
-    hidden = {"swiglu": 6 if fused_ffn else 8, "moe": 8}.get(c.ffn, 4) * c.d_ff
+    units, experts = c.d_ff, 1.0
     if c.ffn == "moe":
-        hidden = (hidden + 6 * d) * c.experts_per_token * max(c.capacity_factor, 1)
-    width = (4 if c.norm == "none" else 8) * d + 4 * qk + hidden + 2 * qk * c.qk_norm
+        experts = c.experts_per_token * (c.capacity_factor or 1.25)
+        units = c.d_ff * experts
+    hidden = {"swiglu": 6 if compiled else 8, "moe": 8}.get(c.ffn, 4) * units
+    if c.ffn == "moe":  # the experts' input; what they give; and in float32 what the router reads
+        hidden += 2 * d * experts + 4 * d * c.experts_per_token + 4 * d * half
+    width = {"none": 4, "rms": 8, "layer": 12 if half else 8}[
+        c.norm
+    ] * d  # autocast has LayerNorm read float32
+    width += 4 * qk + hidden + 2 * qk * c.qk_norm
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))
     if c.n_sinks:  # the plain path keeps scores, float32 weights and weights
         layer += 3 * 4 * micro_batch * c.n_heads * T * T
-    matrices = n["attention"] + n["ffn"]
-    copies = 2 * matrices if half else 0  # autocast's bfloat16 weights
+    copies = 2 * (n["attention"] + n["ffn"]) if half else 0  # autocast's bfloat16 weights
+    ends = 3 * bytes_per_activation * N * d  # the last norm's input, what it gives, and the gradient of that
+    loss = (4 if compiled and half else 8) * c.vocab_size * min(loss_chunk, N)
+    backward = int(bytes_per_activation * N * (2 * units + 2 * d))
+    head = (4 + 2 * half) * c.vocab_size * d  # its float32 gradient, and its cast
     if gradient_checkpointing:
-        activations = bytes_per_activation * L * N * d + layer + 2 * copies // L + 2 * N * d
+        activations = bytes_per_activation * L * N * d + ends + (0 if compiled else copies)
+        backward += layer
     else:
-        activations = L * layer + copies
-    logits = (10 + 2 * bytes_per_activation) * c.vocab_size * min(loss_chunk, N)
-    logits += (4 + bytes_per_activation) * c.vocab_size * d  # float32 gradient of the head, and its cast
+        activations = L * layer + ends + copies
     parts = {
         "weights": 4 * n["total"],
         "gradients": 4 * n["total"],
-        "optimizer": optimizer_bytes * n["total"],
+        "optimizer": 8 * n["total"] - (4 * (n["attention"] + n["ffn"]) if muon else 0),
         "activations": activations,
-        "logits": logits,
+        "temporary": max(loss, backward) + head,
+        "workspaces": int(0.06 * 2**30) * half,
     }
-    overhead = int(0.06 * sum(parts.values()) + (0.55 * 2**30 if half else 0))
-    return parts | {"overhead": overhead, "peak": sum(parts.values()) + overhead}
+    overhead = 0.06 * sum(parts.values()) + 0.55 * 2**30 * half
+    return parts | {"overhead": int(overhead), "peak": sum(parts.values()) + int(overhead)}
 
 
 def kv_cache_bytes(c: ModelConfig, tokens: int, rows: int = 1, bytes_per_value: int = 2) -> int:

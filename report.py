@@ -868,7 +868,14 @@ def machine(home: Path) -> list[Block]:
         cells = [[r["config"], r["rows"], way, f"{rate:,.0f}", f"{100 * r['share_of_matmul'][way]:.0f}"]
                  for r in rows for way, rate in r["tokens_per_second"].items()]  # fmt: skip
         blocks += [Table("steps", ["config", "rows", "step", "tokens/s", "% of matrix products"], cells)]
-        for r in rows:
+        if busy := [(r, way, ms) for r in rows for way, ms in r.get("kernels", {}).items()]:
+            kinds = list(dict.fromkeys(kind for _, _, found in busy for kind in found))
+            cells = [[r["config"], way, f"{r['peak_memory'][way] / 2**30:.2f}",
+                      *(f"{1000 * found.get(kind, 0):.1f}" for kind in kinds)]
+                     for r, way, found in busy]  # fmt: skip
+            blocks += [Text("What the card did during a step, in milliseconds:")]
+            blocks += [Table("kernels", ["config", "step", "peak GiB", *kinds], cells)]
+        for r in (r for r in rows if "forward" in r["seconds"]):
             forward, both, all_of_it = (
                 1000 * r["seconds"][k] for k in ("forward", "forward and backward", "eager")
             )

@@ -649,7 +649,8 @@ class Trainer:
         self.resume()
         self.barrier()
         copies = self.world > 1 and not self.sharded  # which begin with the first process' weights
-        self.net = nn.parallel.DistributedDataParallel(self.model) if copies else self.model
+        ddp = nn.parallel.DistributedDataParallel
+        self.net = ddp(self.model, broadcast_buffers=False) if copies else self.model
         self.compiled, self.compile_works, self.stop_agreed, self.bad_in_a_row = None, False, False, 0
         self.logged, self.ahead = (self.step, self.seconds), self.can_go_ahead()
         self.model.train()  # what from_pretrained gives is in evaluation mode
@@ -1263,6 +1264,7 @@ def adopt(model: ModernDecoderLM, cfg: TrainConfig, tokenizer: Tokenizer) -> Non
         raise TrainError(f"{cfg.init_from} has {have.context_length} positions, --context_length is larger")
     if have.positions != "learned":
         have.context_length = cfg.context_length
+        model.tabulate()
     have.dropout = cfg.dropout
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -1314,7 +1316,8 @@ def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
     options = {
         "gradient_checkpointing": cfg.gradient_checkpointing,
         "bytes_per_activation": 4 if on_cpu or cfg.dtype == "float32" else 2,
-        "fused_ffn": bool(cfg.compile) and not on_cpu,
+        "muon": cfg.optimizer == "muon",
+        "compiled": bool(cfg.compile) and not on_cpu,
     }
     return c, card, vram, options
 

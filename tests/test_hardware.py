@@ -51,6 +51,19 @@ def test_parts_are_added_and_another_machines_are_not(cfg, tmp_path):
         measure(cfg)
 
 
+def test_what_a_card_did_is_shown(tmp_path):
+    row = {"config": "tiny", "rows": 2, "optimizer": "adamw", "seconds": {"compiled": 0.1}}
+    row |= {"tokens_per_second": {"compiled": 960.0}, "share_of_matmul": {"compiled": 0.5}}
+    row |= {
+        "kernels": {"compiled": {"attention": 0.02, "nothing": 0.001}},
+        "peak_memory": {"compiled": 2**31},
+    }
+    about = {"hardware": {"device": "a card", "threads": 2}, "cap_gib": 11.0}
+    (tmp_path / "hardware.json").write_text(json.dumps(about | {"training": [row]}))
+    table = next(b for b in report.machine(tmp_path) if isinstance(b, Table) and b.name == "kernels")
+    assert table.rows == [["tiny", "compiled", "2.00", "20.0", "1.0"]]
+
+
 def test_memory_is_shown_beside_the_plan(tmp_path):
     rows = [
         {"shape": "a", "rows": 8, "planned": 2 * 2**30, "plan": 3 * 2**30, "measured": 2.5 * 2**30},

@@ -1359,6 +1359,24 @@ def test_a_card_decodes_the_same_tokens_recorded_and_not(name):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_a_card_computes_the_same_loss_and_gradients_compiled_and_not():
+    ours = make(n_kv_heads=2, n_layers=2).cuda()
+    ids = tokens(4, 12).cuda()
+    targets = ids.roll(-1, 1).masked_fill(ids % 5 == 0, -100)
+    found = []
+    for net in (ours, torch.compile(ours)):
+        ours.zero_grad()
+        loss, count = net(ids, targets)
+        (loss / count).backward()
+        found.append((loss.item(), {k: p.grad.clone() for k, p in ours.named_parameters()}))
+    (plain, before), (compiled, after) = found
+    assert compiled == pytest.approx(plain, rel=1e-3)
+    for name, gradient in before.items():
+        assert (after[name] - gradient).norm() < 3e-3 * gradient.norm(), name
+
+
 def test_golden_tokens():
     """What the model computed when it was right. Weights from a sine depend on no random generator."""
     ours = ModernDecoderLM(tiny(n_kv_heads=2, tie_embeddings=False)).eval()
