@@ -101,6 +101,7 @@ class Work:
     trained: int = -1  # parameters that learn; -1: all
     four_bit: bool = False
     checkpointing: bool = False
+    compiled: bool = False  # where there is a card
     flops: float = 1.0  # of a trained token, relative to training all weights
     notes: list[str] = field(default_factory=list)
 
@@ -174,7 +175,7 @@ class Plan:
         tokens = cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * shape.context_length
         before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
         reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
-        return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size,
+        return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size, compiled=bool(cfg.compile),
                     length=shape.context_length, checkpointing=cfg.gradient_checkpointing)  # fmt: skip
 
     def adapted(self, cfg: AdaptConfig, tokens: float, length: int, **more) -> Work:
@@ -311,10 +312,11 @@ class Here:
     def training(self, work: Work) -> float:
         rows = max(1, min(work.rows, 4096 // work.length)) if self.device.type == "cpu" else work.rows
         c = replace(work.shape, context_length=min(work.length, work.shape.context_length))
-        return self.remembered(("training", c, rows), lambda: self.step(c, rows))
+        compiled = work.compiled and self.device.type == "cuda"
+        return self.remembered(("training", c, rows, compiled), lambda: self.step(c, rows, compiled))
 
-    def step(self, c: ModelConfig, rows: int) -> float:
-        step = Step(c, TrainConfig(batch_size=rows), self.device, compiled=False)
+    def step(self, c: ModelConfig, rows: int, compiled: bool) -> float:
+        step = Step(c, TrainConfig(batch_size=rows), self.device, compiled)
         step()
         return fmean(timed(step, self.device) for _ in range(5)) / (rows * c.context_length)
 
@@ -388,7 +390,7 @@ def memory(work: Work, on_cpu: bool) -> float:
         return libraries + (4 * total) / GIB + (0.3 if on_cpu else 1.5)
     parts = estimate_memory(
         work.shape, work.rows, work.length, gradient_checkpointing=work.checkpointing,
-        bytes_per_activation=4 if on_cpu else 2,
+        bytes_per_activation=4 if on_cpu else 2, compiled=work.compiled and not on_cpu,
     )  # fmt: skip
     if work.trained >= 0:  # frozen weights have no gradients and no moments
         embedding = work.shape.vocab_size * work.shape.d_model

@@ -119,7 +119,7 @@ evaluate() {
             parent=gpt2
             [ $task != samsum ] || parent=google/flan-t5-small
             # Whoever left fine-tuning out, for want of a network say, has no such model.
-            [ -n "$planning" ] || [ -e "$OUT/$task/run.json" ] || continue
+            [ -e "$OUT/$task/run.json" ] || [[ $planning = yes && " ${stages[*]} " = *" finetune "* ]] || continue
             stage eval-$task "$OUT/$task/results.json" "${eval[@]}" $parent "$OUT/$task" --tasks=$task
         done
     fi
