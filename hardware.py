@@ -111,17 +111,20 @@ KERNELS = {  # what a kernel does, told by its name; the first that fits
 }
 
 
-def kernels(step: Callable, steps: int = 3) -> dict[str, float]:
-    """Seconds of a step by what the card did, and how long it did nothing."""
+def kernels(step: Callable, seconds: float, steps: int = 3) -> dict[str, float]:
+    """Seconds of a step by what the card did; and for how much of the `seconds` that it takes, nothing."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        seconds = timed(lambda: repeat(step, steps), torch.device("cuda")) / steps
+        repeat(step, steps)
+        torch.cuda.synchronize()
     found: dict[str, float] = {}
     for event in watched.key_averages():
         if took := event.self_device_time_total / 1e6 / steps:
-            kind = next((k for k, names in KERNELS.items() if re.search(names, event.key)), "everything else")
+            kind = next(
+                (k for k, names in KERNELS.items() if re.search(names, event.key)), "elementwise, rest"
+            )
             found[kind] = found.get(kind, 0.0) + took
     found = dict(sorted(found.items(), key=lambda item: -item[1]))
     return found | {"nothing": max(0.0, seconds - sum(found.values()))}
@@ -219,13 +222,16 @@ class Step:
         self.device, self.dtype, self.times = device, pick_dtype("auto", device), cfg.grad_accum_steps
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.autocast = dict(
+            enabled=self.dtype != torch.float32, cache_enabled=not cfg.gradient_checkpointing
+        )
         self.optimizers = make_optimizers(self.model, cfg)
         self.net = torch.compile(self.model) if compiled else self.model
         rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
         self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def forward(self, batch: tuple | None = None) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.device.type, self.dtype, **self.autocast):
             total, count = self.net(*(batch or self.batch))
         return total / count
 
@@ -275,7 +281,7 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
                 row["seconds"] |= in_turns(runs, cfg.rounds, device, calls)
                 if cuda:
                     row.setdefault("peak_memory", {})[way] = torch.cuda.max_memory_allocated()
-                    row.setdefault("kernels", {})[way] = kernels(step)
+                    row.setdefault("kernels", {})[way] = kernels(step, row["seconds"][way])
                 step = runs = None
         tokens, flops = train.batch_size * train.grad_accum_steps * c.context_length, estimate_flops(c)
         took = {way: s for way, s in row["seconds"].items() if "forward" not in way}

@@ -1372,12 +1372,14 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes of one training step by kind, and their `peak`; README, "Speed", holds it against a card.
 
-    A layer keeps 8 d + 4 (H + K) D + c f + 8 + 4 H bytes a token in bfloat16: the inputs of both norms and
-    what they give; queries, keys, values and outputs; and c = 8 bytes of every hidden unit (6 when compiled:
-    SiLU * up is computed again). Checkpointing keeps a layer's input alone and one layer's activations at a
-    time. `temporary` is the larger of what the loss needs, 8 bytes of every logit of a chunk (4 when
-    compiled), and what the backward pass of a layer does. An expert's room is that of the fullest one: a
-    quarter more than its share is assumed. `workspaces` are cuBLAS's. `overhead` is no tensor: 0.55 GiB of
+    A layer keeps 8 d + 4 (H + K) D + 8 f + 8 + 4 H bytes a token in bfloat16: the inputs of both norms and
+    what they give; queries, keys, values and outputs; gate, SiLU(gate), up and their product. Compiled, it
+    also keeps what the joined projections gave, queries and keys before they were turned. Checkpointing keeps
+    a layer's input alone and one layer's activations at a time; compiled, the backward pass hands over all
+    gradients at its end, while those of earlier micro-batches wait to be added to. `temporary` is the larger
+    of what the loss needs, 8 bytes of every logit of a chunk (4 when compiled), and what the backward pass of
+    a layer does. An expert's room is that of the fullest one: a quarter more than its share is assumed.
+    `workspaces` are cuBLAS's. `overhead` is no tensor: 0.55 GiB of
     CUDA context, and 6 % that the allocator loses between blocks. float32 activations are taken to be a
     CPU's, which has neither context nor workspaces, but whose RMSNorm keeps x / rms(x) as well.
     """
@@ -1390,13 +1392,13 @@ def estimate_memory(
     if c.ffn == "moe":
         experts = c.experts_per_token * (c.capacity_factor or 1.25)
         units = c.d_ff * experts
-    hidden = {"swiglu": 6 if compiled else 8, "moe": 8}.get(c.ffn, 4) * units
+    hidden = (8 if c.ffn in ("swiglu", "moe") else 4) * units
     if c.ffn == "moe":  # the experts' input; what they give; and in float32 what the router reads
         hidden += 2 * d * experts + 4 * d * c.experts_per_token + 4 * d * half
     width = {"none": 4, "rms": 8, "layer": 12 if half else 8}[
         c.norm
     ] * d  # autocast has LayerNorm read float32
-    width += 4 * qk + hidden + 2 * qk * c.qk_norm
+    width += (6 if compiled else 4) * qk + hidden + 2 * qk * c.qk_norm
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))
@@ -1408,7 +1410,8 @@ def estimate_memory(
     backward = int(bytes_per_activation * N * (2 * units + 2 * d))
     head = (4 + 2 * half) * c.vocab_size * d  # its float32 gradient, and its cast
     if gradient_checkpointing:
-        activations = bytes_per_activation * L * N * d + ends + (0 if compiled else copies)
+        activations = bytes_per_activation * L * N * d + ends
+        activations += copies + 4 * n["total"] if compiled else copies // L
         backward += layer
     else:
         activations = L * layer + ends + copies

@@ -568,7 +568,11 @@ class Trainer:
             return self.loss(self.net, *tensors)
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Weights are cast to the dtype of activations where they are used. Autocast would keep what it has
+        cast to the end of the pass, which is what checkpointing wants to avoid.
+        """
+        half, keep = self.dtype != torch.float32, not self.cfg.gradient_checkpointing
+        return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep)
 
     def to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.device.type == "cuda":  # pinned memory lets the copy overlap with the computation
@@ -981,15 +985,16 @@ class Trainer:
 
     def show(self, bar, took: float) -> None:
         loss = self.window[0] / self.window[1] if self.window[1] else self.last_loss
+        told = f"loss {loss:.4f}" if math.isfinite(loss) else ""  # the first result may not have been read
         rate = self.rate or self.batch * self.tokens_per_row / took
-        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+        bar.set_postfix_str(f"{told} {rate:,.0f} tok/s", refresh=False)
         bar.update()
         quiet = not sys.stderr.isatty() and self.rank == 0  # in a log file: a line now and then, no bar
         now = time.monotonic()
         if quiet and (self.step % max(1, self.cfg.max_steps // 20) == 0 or now > self.said + 60):
             self.said = now
             left = (self.cfg.max_steps - self.step) * self.seconds / self.step / 60
-            self.say(f"step {self.step}/{self.cfg.max_steps}  loss {loss:.4f}  {left:.1f} min left")
+            self.say(f"step {self.step}/{self.cfg.max_steps}  {told}  {left:.1f} min left")
 
     def open_wandb(self):
         if not self.cfg.wandb or self.rank > 0:

@@ -15,6 +15,7 @@ n_kv_heads = 4
 d_ff = 3456
 
 gradient_checkpointing = True
+compile = False  # a compiled backward pass holds a second copy of all gradients: 1.8 GiB
 batch_size = 4
 grad_accum_steps = 32
 max_steps = 50
