@@ -145,19 +145,20 @@ def answer(model, tokenizer: Tokenizer, cfg: ChatConfig, text: str, messages: li
 
 
 def benchmark(cfg: ChatConfig) -> None:
-    """Greedy decoding of 256 tokens, ours beside transformers' `generate` on the same weights: interleaved,
-    medians.
+    """Greedy decoding of 256 tokens, ours beside transformers' `generate` on the same weights and, if
+    installed, litgpt's (one row, its own weights): interleaved, medians.
 
     Random weights of a fixed shape (6 layers of width 288, vocabulary 4,096): speed does not depend on what
     they say.
     """
     import copy
+    import importlib.util
 
     import torch
     import transformers
 
     from model import ModelConfig, ModernDecoderLM, to_hf_config, to_hf_tensors
-    from train import hardware, pick_device
+    from train import hardware, litgpt_twin, pick_device
 
     device, T = pick_device(cfg.device), 256
     c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)
@@ -179,6 +180,14 @@ def benchmark(cfg: ChatConfig) -> None:
             "transformers": lambda ids=ids: theirs.generate(ids, generation_config=copy.copy(greedy)),
             "ours": lambda ids=ids: ours.generate(ids.tolist(), T, temperature=0),
         }
+        if batch == 1 and importlib.util.find_spec("litgpt"):
+            from litgpt.generate.base import generate
+
+            twin = litgpt_twin(c).to(device).eval()
+            twin.set_kv_cache(batch_size=1, device=device)
+            runs["litgpt"] = lambda ids=ids, twin=twin: generate(
+                twin, ids[0], 8 + T, temperature=0.0, top_p=0.0
+            )
         if cfg.compile:
             runs["ours, compiled"] = lambda ids=ids: ours.generate(
                 ids.tolist(), T, temperature=0, compile=True

@@ -25,10 +25,13 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
@@ -1133,10 +1136,46 @@ def _registered(name: str, split: str, data_dir: str) -> Source:
     part = next((part for part in ("all", "head", split) if part in edition), None)
     if part is None:
         raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
-    paths = [here(file) or _fetch(name, file, data_dir) for file in edition[part]]
+    paths = [here(file) or os.path.join(data_dir, corpus.folder, file) for file in edition[part]]
+    for i, (file, path) in enumerate(zip(edition[part], paths, strict=True)):
+        if not os.path.exists(path):
+            _begin(path, lambda file=file: _fetch(name, file, data_dir), None if i == 0 else 6.0)
     hold_out = split if part != split else None
     articles = corpus.hub == "Salesforce/wikitext"
     return _from_files(paths, corpus.licence, data_dir, hold_out, torn=part == "head", articles=articles)
+
+
+_coming: dict[str, Future] = {}  # files that are being downloaded, while what is there is being read
+
+
+def _begin(path: str, fetch: Callable, wait: float | None) -> None:
+    """Downloads in the background, but for the first `wait` seconds (None: all of it), in which a network
+    that is missing makes itself known.
+    """
+    if path not in _coming:
+        future = _coming[path] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fetch())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        _coming[path].result(wait)
+    except FutureTimeout:
+        return
+    except BaseException:
+        del _coming[path]  # the next call tries again
+        raise
+
+
+def _arrived(path: str) -> str:
+    """`path`, once it is whole."""
+    if path in _coming:
+        _coming[path].result()
+    return path
 
 
 def _fetch(name: str, file: str, data_dir: str) -> str:
@@ -1161,17 +1200,18 @@ def _from_files(
     for path in paths:
         if not _kind(path):
             raise DataError(f"{path}: cannot read this; .txt, .jsonl and .parquet can be read, also as .gz")
-        if os.path.getsize(path) == 0:
+        if os.path.exists(path) and os.path.getsize(path) == 0:
             raise DataError(f"{path} is empty")
     names = [os.path.relpath(path, root) if root else path for path in paths]
     source = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
     source += f" ({HOLD_OUT[hold_out]})" if hold_out else ""
 
     def read() -> Iterator[str]:
-        docs = (doc for path in paths for doc in read_file(path, articles))
+        docs = (doc for path in paths for doc in read_file(_arrived(path), articles))
         return _hold_out_tail(docs, hold_out, torn) if hold_out else docs
 
-    return Source(read, source, licence, lambda: _sha256(block for path in paths for block in _blocks(path)))
+    blocks = lambda: (block for path in paths for block in _blocks(_arrived(path)))  # noqa: E731
+    return Source(read, source, licence, lambda: _sha256(blocks()))
 
 
 def _mix(text: str, split: str, data_dir: str) -> Source:

@@ -349,10 +349,13 @@ class Attention(nn.Module):
             y, w = attention(q, k, v, mask, sinks, dropout, weights=True)
         elif cache is not None and cache.prompts is not None:
             y = attention_after_prompt(q, *cache.prompts[self.layer], cache.prompt_mask, k, v)
-        elif T == 1 and c.n_heads != c.n_kv_heads:
+        elif T == 1 and cache is not None:
             # One new token: a group's query heads become "queries" of their key head, and no key is repeated.
+            # Compiled for a CPU the plain path is 1.1 times as fast: what surrounds its products is fused.
+            plain = torch.compiler.is_compiling() and x.device.type == "cpu"
+            attend = attention if plain else F.scaled_dot_product_attention
             q = q.view(B, c.n_kv_heads, -1, c.head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, mask).reshape(B, c.n_heads, 1, c.head_dim)
+            y = attend(q, k, v, mask).reshape(B, c.n_heads, 1, c.head_dim)
         else:
             causal, grouped = mask is None and T > 1, c.n_heads != c.n_kv_heads
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
@@ -735,7 +738,9 @@ class ModernDecoderLM(nn.Module):
             # The cache is allocated once, but on a CPU a step reads its filled part only, whose length torch
             # makes a symbol at the second step. A step of fixed shape that masks the rest lost: 428 tok/s
             # against 490 at batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread).
-            self._compiled_step = torch.compile(type(self).step)
+            # cpp_wrapper calls kernels from C++ and not from Python: 1.1 times as fast at batch 1.
+            cpu = {"cpp_wrapper": True, "size_asserts": False} if self.device.type == "cpu" else None
+            self._compiled_step = torch.compile(type(self).step, options=cpu)
         step = self._compiled_step if compile else type(self).step
         if graph:
             cache.fix()

@@ -10,11 +10,13 @@ own shapes, some seconds each. For a card that is not here it is worked out from
 shares that stand below as constants. Nothing is downloaded: of real tasks the sizes are known.
 
 Memory is the most that a training step holds, by `estimate_memory`; on a CPU 0.4 GiB of libraries come to it.
+What will be downloaded and written has to fit on the disk, or there is an error before anything has begun.
 """
 
 import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from statistics import fmean
 import torch
 
 from configs import ROOT, ConfigError, parse_config
-from data import EMBEDDED, TASKS, documents
+from data import CORPORA, EMBEDDED, TASKS, documents
 from dpo import DPOConfig
 from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig, on_all_cores
@@ -96,6 +98,7 @@ class Work:
     samples: float = 0.0
     reads: float = 0.0
     seconds: float = 0.0  # of what is no model's work
+    megabytes: float = 0.0  # that are downloaded or written
     rows: int = 0  # of a training step's micro-batch, and their length
     length: int = 0
     trained: int = -1  # parameters that learn; -1: all
@@ -166,7 +169,8 @@ class Plan:
         else:
             return Work(notes=[f"the size of {leader} is not known"])
         learnt, encoded = (min(most or whole, whole) for most in (cfg.learn_megabytes, cfg.train_megabytes))
-        return Work(seconds=(learnt + encoded) / rate)
+        wanted = sum(TEXT[name] for name in shares if name in TEXT and not is_here(CORPORA[name].folder))
+        return Work(seconds=(learnt + encoded) / rate, megabytes=wanted + 2 * encoded / 3.5)  # uint16 tokens
 
     def train(self, cfg: TrainConfig) -> Work:
         shape = planned_for(replace(cfg, vram=self.cfg.vram, card=self.cfg.card))[0]
@@ -176,7 +180,8 @@ class Plan:
         before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
         reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
         return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size, compiled=bool(cfg.compile),
-                    length=shape.context_length, checkpointing=cfg.gradient_checkpointing)  # fmt: skip
+                    length=shape.context_length, checkpointing=cfg.gradient_checkpointing,
+                    megabytes=checkpoints(count_parameters(shape)["total"], cfg))  # fmt: skip
 
     def adapted(self, cfg: AdaptConfig, tokens: float, length: int, **more) -> Work:
         """A stage that trains so many tokens a pass on `cfg.model`."""
@@ -187,7 +192,10 @@ class Plan:
             wide = shape.head_dim * (2 * shape.n_heads + 2 * shape.n_kv_heads) + 4 * shape.d_model
             trained = shape.n_layers * cfg.lora_r * (wide + 3 * (shape.d_model + shape.d_ff))
             flops = 4 / 6  # the frozen weights want no gradient
-        all_tokens = tokens * cfg.epochs
+        all_tokens, total = tokens * cfg.epochs, count_parameters(shape)["total"]
+        more["megabytes"] = checkpoints(trained if trained >= 0 else total, cfg)
+        if cfg.model in ON_HUB:
+            more["megabytes"] += 4 * total / 1e6
         return Work(shape, all_tokens, rows=cfg.batch_size, length=length, trained=trained, flops=flops,
                     four_bit=cfg.load_in_4bit, checkpointing=cfg.gradient_checkpointing, **more)  # fmt: skip
 
@@ -289,6 +297,17 @@ class Plan:
         else:  # a base goes on until it has no room: it was never taught to end
             total.samples += rows * (said if taught else TASKS[task].max_new_tokens)
             total.reads += rows * min(told, shape.context_length)
+
+
+def is_here(folder: str) -> bool:
+    return (Path(os.environ.get("DATA_DIR") or "data") / folder).exists()
+
+
+def checkpoints(trained: int, cfg: TrainConfig | AdaptConfig) -> float:
+    """Megabytes of a run folder: weights and AdamW's moments of the best checkpoint, those that are kept, and
+    the next one before an old one goes.
+    """
+    return trained * (12 * (2 + cfg.keep_last) if cfg.save_every else 4) / 1e6
 
 
 # -----------------------------------------------------------------------------
@@ -414,6 +433,7 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[dic
     for name, words in commands:
         work = plan.count(words)
         row = {"stage": name, "seconds": start + work.seconds, "notes": work.notes}
+        row["megabytes"] = work.megabytes
         for kind, rate in (("trains", rates.training), ("samples", rates.sampling), ("reads", rates.reading)):
             row[kind] = getattr(work, kind)
             if row[kind]:
@@ -433,7 +453,25 @@ def table(rows: list[dict]) -> list[str]:
         size = f"{row['gib']:.1f}" if row["gib"] else ""
         lines.append(f"{row['stage']:18}{row['seconds'] / 60:8.1f}{size:>7}{counts}  {notes}".rstrip())
     total, most = sum(row["seconds"] for row in rows), max(row["gib"] for row in rows)
-    return [*lines, f"{'all':18}{total / 60:8.1f}{most:7.1f}"]
+    disk = sum(row["megabytes"] for row in rows) / 1000
+    return [*lines, f"{'all':18}{total / 60:8.1f}{most:7.1f}", f"{'disk':18}{disk:8.1f} GB"]
+
+
+def refuse_full_disk(rows: list[dict], out: str) -> None:
+    """What is downloaded goes elsewhere, perhaps, but mostly to the same disk."""
+    folder = Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    wanted, free = sum(row["megabytes"] for row in rows) / 1000, shutil.disk_usage(folder).free / 1e9
+    if wanted > free:
+        raise FullDisk(
+            f"{wanted:.1f} GB will be downloaded and written, and {folder} has {free:.1f} GB free: make "
+            "room, or choose another disk by OUT=/big/disk/out (and DATA_DIR and HF_HOME for downloads)"
+        )
+
+
+class FullDisk(OSError):
+    """There is no room for what would be made."""
 
 
 def keep(rows: list[dict], out: str) -> None:
@@ -469,6 +507,10 @@ def main() -> None:
             print(f"WARNING: more than the {cfg.vram * 10 / 12:.1f} GiB that a {cfg.vram:.0f} GB card leaves")
         if script is None and not (cfg.vram or cfg.card):
             keep(rows, cfg.out)
+            refuse_full_disk(rows, cfg.out)
+    except FullDisk as error:
+        print(f"plan.py: {error}", file=sys.stderr)
+        raise SystemExit(3) from None
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"plan.py: {error}") from None
 

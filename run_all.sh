@@ -62,6 +62,7 @@ main() {
     echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
     planning=yes life | python plan.py --out="$OUT" ${for_plan[@]+"${for_plan[@]}"} || unplanned=$?
     [ ${#for_plan[@]} -eq 0 ] || exit ${unplanned:-0}
+    [ "$unplanned" != 3 ] || exit 3 # the disk is too full
     life
     echo
     python report.py --home="$OUT"

@@ -1414,6 +1414,16 @@ def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:
     return 2 * n**3 / best
 
 
+def litgpt_twin(c: ModelConfig) -> nn.Module:
+    """A Llama of this shape by litgpt, if that is installed: for benchmarks."""
+    from litgpt import GPT, Config
+
+    shape = dict(block_size=c.context_length, n_layer=c.n_layers, n_head=c.n_heads, n_embd=c.d_model)
+    shape |= dict(vocab_size=c.vocab_size, padded_vocab_size=c.vocab_size, intermediate_size=c.d_ff)
+    parts = dict(norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", rotary_percentage=1.0)
+    return GPT(Config(**shape, **parts, parallel_residual=False, bias=False))
+
+
 def benchmark(cfg: TrainConfig) -> None:
     """One optimizer step, ours against transformers' Llama and, if installed, litgpt's: interleaved, medians.
 
@@ -1436,24 +1446,7 @@ def benchmark(cfg: TrainConfig) -> None:
         "transformers": transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
     }
     if importlib.util.find_spec("litgpt"):
-        from litgpt import GPT, Config
-
-        models["litgpt"] = GPT(
-            Config(
-                block_size=256,
-                vocab_size=4096,
-                padded_vocab_size=4096,
-                n_layer=6,
-                n_head=6,
-                n_embd=288,
-                rotary_percentage=1.0,
-                parallel_residual=False,
-                bias=False,
-                norm_class_name="RMSNorm",
-                mlp_class_name="LLaMAMLP",
-                intermediate_size=768,
-            )
-        )
+        models["litgpt"] = litgpt_twin(c)
 
     def stepper(name: str, model: nn.Module, compiled: bool):
         model = model.to(device).train()

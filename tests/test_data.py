@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import math
 import os
@@ -639,6 +640,53 @@ def test_registered_corpus_downloads_and_is_then_found_on_disk(server, tmp_path,
     for _ in range(2):
         assert list(data.documents("tinystories", "validation", str(tmp_path))) == docs
     assert capsys.readouterr().err.count("tinystories/TinyStoriesV2-GPT4-valid.txt") == 2
+
+
+@pytest.fixture
+def two_files(tmp_path, monkeypatch):
+    """A corpus of two files of the hub, of which the second takes its time; sets `.go` and `.error`."""
+    edition = {"all": ("one.txt", "two.txt")}
+    monkeypatch.setitem(data.CORPORA, "pair", data.Corpus("some/pair", "MIT", "pair", (edition,)))
+
+    class Hub:
+        go, error, asked, root = threading.Event(), None, [], str(tmp_path)
+
+    def fetch(url, path, sha256=None):
+        Hub.asked.append(Path(path).name)
+        if path.endswith("two.txt"):
+            Hub.go.wait(20)
+            if Hub.error:
+                raise data.DataError(Hub.error)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("\n<|endoftext|>\n".join(f"{Path(path).stem} {i}" for i in range(100)))
+        return path
+
+    monkeypatch.setattr(data, "HELD_OUT", 10)
+    monkeypatch.setattr(data, "download", fetch)
+    begin = data._begin
+    monkeypatch.setattr(data, "_begin", lambda path, do, wait: begin(path, do, wait and 0.2))
+    return Hub
+
+
+def test_the_second_file_is_downloaded_while_the_first_is_read(two_files):
+    docs = data.documents("pair", "train", two_files.root)
+    first = list(itertools.islice(docs, 5))
+    assert first == [f"one {i}" for i in range(5)] and not two_files.go.is_set()
+    two_files.go.set()
+    found = first + list(docs)
+    assert found == [f"one {i}" for i in range(100)] + [f"two {i}" for i in range(80)]
+    assert two_files.asked == ["one.txt", "two.txt"]  # neither twice
+
+
+def test_a_second_file_that_cannot_be_had_is_told_at_once_or_when_it_is_needed(two_files):
+    two_files.error = "no connection"
+    docs = data.documents("pair", "train", two_files.root)
+    assert next(docs) == "one 0"
+    two_files.go.set()  # now it fails
+    with pytest.raises(data.DataError, match="no connection"):
+        list(docs)
+    with pytest.raises(data.DataError, match="no connection"):
+        data.documents("pair", "train", two_files.root)
 
 
 # -----------------------------------------------------------------------------

@@ -45,6 +45,23 @@ def test_an_adapter_has_the_shape_of_what_it_corrects(tmp_path):
     assert Plan(PlanConfig()).shape(str(tmp_path)).d_model == 768
 
 
+def test_a_disk_that_is_too_small_is_refused_before_anything_begins(tmp_path, monkeypatch, capsys):
+    base, sft = counted(BASE, "sft.py configs/sft.py --keep_last=2 --save_every=100")
+    n = count_parameters(base.shape)["total"]
+    assert (base.megabytes, sft.megabytes) == (pytest.approx(36 * n / 1e6), pytest.approx(48 * n / 1e6))
+    free = type("Usage", (), {"free": 10e9})
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda folder: free)
+    script.refuse_full_disk([{"megabytes": 9_000}], str(tmp_path / "not" / "there"))
+    with pytest.raises(script.FullDisk, match="11.0 GB will be downloaded and written"):
+        script.refuse_full_disk([{"megabytes": 9_000}, {"megabytes": 2_000}], str(tmp_path / "not" / "there"))
+    free.free = 1000
+    monkeypatch.setattr(sys, "argv", ["plan.py", f"--out={tmp_path}"])
+    monkeypatch.setattr(sys, "stdin", ["tokenizer\tpython tokenizer.py configs/cpu.py\n"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 3 and "choose another disk" in capsys.readouterr().err
+
+
 def test_answers_that_are_kept_are_drawn_once():
     _, _, dpo, rft, verifier, again = counted(
         BASE, "sft.py configs/sft.py", "dpo.py configs/dpo.py",
