@@ -351,11 +351,8 @@ class Attention(nn.Module):
             y = attention_after_prompt(q, *cache.prompts[self.layer], cache.prompt_mask, k, v)
         elif T == 1 and cache is not None:
             # One new token: a group's query heads become "queries" of their key head, and no key is repeated.
-            # Compiled for a CPU the plain path is 1.1 times as fast: what surrounds its products is fused.
-            plain = torch.compiler.is_compiling() and x.device.type == "cpu"
-            attend = attention if plain else F.scaled_dot_product_attention
             q = q.view(B, c.n_kv_heads, -1, c.head_dim)
-            y = attend(q, k, v, mask).reshape(B, c.n_heads, 1, c.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, mask).reshape(B, c.n_heads, 1, c.head_dim)
         else:
             causal, grouped = mask is None and T > 1, c.n_heads != c.n_kv_heads
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
@@ -538,8 +535,8 @@ class ModernDecoderLM(nn.Module):
                 nn.init.zeros_(p)
 
     def tabulate(self) -> None:
-        """The angles of all positions, (2, T, D). They could be had from the positions in every layer, but
-        fused by a compiler that costs a card more than reading them: 2 % of a step.
+        """The angles of all positions, (2, T, D): a compiler would not compute them once but put their sines
+        and powers into the kernels of every layer.
         """
         c, device = self.config, self.head.device
         if c.positions != "rope":
@@ -1384,9 +1381,9 @@ def estimate_memory(
     gradients at its end, while those of earlier micro-batches wait to be added to. `temporary` is the larger
     of what the loss needs, 8 bytes of every logit of a chunk (4 when compiled), and what the backward pass of
     a layer does. An expert's room is that of the fullest one: a quarter more than its share is assumed.
-    `workspaces` are cuBLAS's. `overhead` is no tensor: 0.55 GiB of
-    CUDA context, and 6 % that the allocator loses between blocks. float32 activations are taken to be a
-    CPU's, which has neither context nor workspaces, but whose RMSNorm keeps x / rms(x) as well.
+    `workspaces` are cuBLAS's. `overhead` is no tensor: 0.55 GiB of CUDA context, and 6 % that the allocator
+    loses between blocks. float32 activations are taken to be a CPU's, which has neither context nor
+    workspaces, but whose RMSNorm keeps x / rms(x) as well.
     """
     n, d, L = count_parameters(c), c.d_model, c.n_layers
     T = context_length or c.context_length
@@ -1400,10 +1397,8 @@ def estimate_memory(
     hidden = (8 if c.ffn in ("swiglu", "moe") else 4) * units
     if c.ffn == "moe":  # the experts' input; what they give; and in float32 what the router reads
         hidden += 2 * d * experts + 4 * d * c.experts_per_token + 4 * d * half
-    width = {"none": 4, "rms": 8, "layer": 12 if half else 8}[
-        c.norm
-    ] * d  # autocast has LayerNorm read float32
-    width += (6 if compiled else 4) * qk + hidden + 2 * qk * c.qk_norm
+    norms = {"none": 4, "rms": 8, "layer": 12 if half else 8}[c.norm] * d  # autocast: LayerNorm in float32
+    width = norms + (6 if compiled else 4) * qk + hidden + 2 * qk * c.qk_norm
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))

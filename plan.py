@@ -74,8 +74,9 @@ ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's 
                                      n_heads=32, n_kv_heads=4, d_ff=5632, tie_embeddings=False),
 }  # fmt: skip
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
-# texts of other stages, and what one step of decoding takes besides arithmetic, a layer.
-PRETRAINING, TUNING, STEP_OF_A_LAYER = 0.40, 0.12, 0.0003
+# texts of other stages, and what one step of decoding takes besides arithmetic, a layer. (An H100's: 0.31 and
+# 0.40 of its data sheet for speedrun.py and max3060.py, 0.01, 0.0001.)
+PRETRAINING, TUNING, STEP_OF_A_LAYER = 0.40, 0.12, 0.00015
 
 
 @dataclass
