@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from configs import ConfigError, parse_config
 from data import documents
@@ -42,12 +41,12 @@ from model import (
 )
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from train import (
+    Step,
     TrainConfig,
     Windows,
     fit_batch,
     git_commit,
     hardware,
-    make_optimizers,
     pick_device,
     pick_dtype,
     planned_for,
@@ -213,38 +212,6 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         print(f"memory  {name:34} planned {row['planned'] / GIB:6.2f} GiB, {gap}", flush=True)
     free(device)
     return rows
-
-
-class Step:
-    """A training step on random tokens, as train.py takes it: call it."""
-
-    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool):
-        self.device, self.dtype, self.times = device, pick_dtype("auto", device), cfg.grad_accum_steps
-        self.model = ModernDecoderLM(c).to(device).train()
-        self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        self.autocast = dict(
-            enabled=self.dtype != torch.float32, cache_enabled=not cfg.gradient_checkpointing
-        )
-        self.optimizers = make_optimizers(self.model, cfg)
-        self.net = torch.compile(self.model) if compiled else self.model
-        rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
-        self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def forward(self, batch: tuple | None = None) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, **self.autocast):
-            total, count = self.net(*(batch or self.batch))
-        return total / count
-
-    def __call__(self, batches: Callable[[], tuple] | None = None) -> None:
-        for _ in range(self.times):
-            (self.forward(batches() if batches else None) / self.times).backward()
-        self.update()
-
-    def update(self) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
 
 def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:

@@ -33,7 +33,7 @@ from data import CORPORA, EMBEDDED, TASKS, documents
 from dpo import DPOConfig
 from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig, on_all_cores
-from hardware import GIB, Step, timed
+from hardware import GIB, timed
 from model import (
     ModelConfig,
     ModernDecoderLM,
@@ -45,7 +45,7 @@ from model import (
 )
 from sft import SFTConfig, mixture
 from tokenizer import TokenizerStageConfig
-from train import TrainConfig, cpu_name, peak_flops, pick_device, pick_dtype, planned_for, read_json
+from train import Step, TrainConfig, cpu_name, peak_flops, pick_device, pick_dtype, planned_for, read_json
 from verifier import VerifierConfig
 
 # Rows of the training, validation and test splits, and tokens of a question and of its answer: of the

@@ -2,6 +2,7 @@
 
     python train.py configs/cpu.py                       # a story teller in minutes, on any laptop
     python train.py configs/max3060.py --plan --vram=12  # what a run costs, before it costs anything
+    python train.py configs/cpu.py --plan --measure      # ... by some of its own steps, timed here
     python train.py configs/speedrun.py                  # the real thing; run it again and it resumes
     torchrun --nproc_per_node=2 train.py configs/cpu.py  # two cards, or two CPU processes; --parallel=fsdp
     python train.py --list                               # all runs and their checkpoints
@@ -110,6 +111,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
     sample_prompt: str = ""  # what samples continue; nothing: the start of a document
     sample_tokens: int = 200  # length of a sample; 0: none
     plan: bool = False  # print memory, FLOPs and time, and stop
+    measure: bool = False  # with --plan: time some steps here, at most two minutes
     vram: float = 0.0  # plan for a card with this many GB instead of the one here
     card: str = ""  # plan for a card of this name, such as "RTX 3090"
     list: bool = False  # list runs and checkpoints, and stop
@@ -120,7 +122,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 FREE_TO_CHANGE = """
     out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every eval_every
     eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis baseline
-    overwrite plan vram card list bench
+    overwrite plan measure vram card list bench
 """.split()  # (batch_size times grad_accum_steps is checked apart)
 
 
@@ -663,7 +665,8 @@ class Trainer:
             self.say("torch.compile needs triton, which is not installed; going on without")
         elif wanted:
             self.compiled = torch.compile(self.net)
-        settings = {k: v for k, v in asdict(cfg).items() if k not in ("overwrite", "plan", "list", "bench")}
+        asks = ("overwrite", "plan", "measure", "list", "bench")
+        settings = {k: v for k, v in asdict(cfg).items() if k not in asks}
         self.run = {
             "status": "running",
             "stage": Path(sys.argv[0]).stem,
@@ -1248,6 +1251,8 @@ def pretrain(cfg: TrainConfig) -> dict:
         f"{batch * T:,} tokens a step, {batch * T * cfg.max_steps / len(train):.2f} epochs, "
         f"{str(trainer.dtype).removeprefix('torch.')} on {hardware(trainer.device)['device']}"
     )
+    if batch * T * cfg.max_steps > 4 * len(train):
+        trainer.say("past some 4 epochs repeated text teaches little: more text, or fewer --max_steps")
     return trainer.run_all_steps()
 
 
@@ -1397,6 +1402,59 @@ def print_plan(cfg: TrainConfig) -> None:
         print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({card})")
     else:
         print(f"time        n/a: the peak rate of {card or 'this card'} is not known")
+    if cfg.measure:
+        if cfg.vram or cfg.card:
+            raise TrainError("--measure is for the machine here: leave out --vram and --card")
+        rate = measured_rate(cfg, c)
+        print(f"measured    {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s, the median of such steps")
+
+
+class Step:
+    """A step of pretraining on random tokens, for whoever wants to know what it takes: call it."""
+
+    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool):
+        self.device, self.dtype, self.times = device, pick_dtype("auto", device), cfg.grad_accum_steps
+        self.model = ModernDecoderLM(c).to(device).train()
+        self.model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.autocast = dict(
+            enabled=self.dtype != torch.float32, cache_enabled=not cfg.gradient_checkpointing
+        )
+        self.optimizers = make_optimizers(self.model, cfg)
+        self.net = torch.compile(self.model) if compiled else self.model
+        rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
+        self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def forward(self, batch: tuple | None = None) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.dtype, **self.autocast):
+            total, count = self.net(*(batch or self.batch))
+        return total / count
+
+    def __call__(self, batches: Callable[[], tuple] | None = None) -> None:
+        for _ in range(self.times):
+            (self.forward(batches() if batches else None) / self.times).backward()
+        self.update()
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: float = 120) -> float:
+    """Tokens a second of a run's own steps on this machine: the median of so many, or of as many as can be
+    done in so many seconds, behind two that compile and allocate.
+    """
+    device, times = pick_device(cfg.device), []
+    step = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
+    started = time.perf_counter()
+    while len(times) < steps + 2 and (len(times) < 3 or time.perf_counter() - started < seconds):
+        begun = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return cfg.batch_size * cfg.grad_accum_steps * c.context_length / float(np.median(times[2:]))
 
 
 def padded(vocab_size: int) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -1002,6 +1003,18 @@ def test_plan_tells_the_cost_beforehand(tmp_path, monkeypatch, capsys, more):
     if more:
         assert "verdict" in out and "largest micro-batch" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_measured_plan_is_by_steps_of_this_machine(tmp_path, monkeypatch, capsys):
+    shape = ["--n_layers=1", "--d_model=32", "--n_heads=2", "--batch_size=2", "--max_steps=9", "--plan"]
+    argv = ["train.py", "configs/cpu.py", f"--out={tmp_path}", *shape, "--measure"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train.main()
+    rate = float(re.search(r"measured .* ([\d,]+) tokens/s", capsys.readouterr().out)[1].replace(",", ""))
+    assert 100 < rate < 1e8 and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", [*argv, "--vram=12"])
+    with pytest.raises(SystemExit, match="leave out --vram"):
+        train.main()
 
 
 def test_only_cards_whose_peak_is_known_get_one():
