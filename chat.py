@@ -144,7 +144,7 @@ def answer(model, tokenizer: Tokenizer, cfg: ChatConfig, text: str, messages: li
     return said
 
 
-def benchmark(cfg: ChatConfig) -> None:
+def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
     """Greedy decoding of 256 tokens, ours beside transformers' `generate` on the same weights and, if
     installed, litgpt's (one row, its own weights): interleaved, medians.
 
@@ -174,6 +174,7 @@ def benchmark(cfg: ChatConfig) -> None:
         f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32, "
         f"{T} tokens from a prompt of 8"
     )
+    found = {}
     for batch in (1, 16):
         ids = torch.randint(c.vocab_size, (batch, 8), device=device)
         runs = {
@@ -200,10 +201,14 @@ def benchmark(cfg: ChatConfig) -> None:
                     run()
                 if i:  # the first round allocates and compiles
                     times[name].append(time.perf_counter() - begun)
-        base = sorted(times["transformers"])[2]
-        for name, measured in times.items():
-            t = sorted(measured)[2]
-            print(f"batch {batch:2}  {name:16} {batch * T / t:9,.0f} tok/s  {base / t:5.2f}x transformers")
+        rates = found[f"batch {batch}"] = {name: batch * T / sorted(some)[2] for name, some in times.items()}
+        for name, rate in rates.items():
+            times_theirs = rate / rates["transformers"]
+            print(
+                f"batch {batch:2}  {name:16} {rate:9,.0f} tok/s  {times_theirs:5.2f}x transformers",
+                flush=True,
+            )
+    return found
 
 
 if __name__ == "__main__":

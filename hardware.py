@@ -8,8 +8,9 @@
 of a data sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one
 thing each (a CUDA card only). `training`: the configs' own steps, eager and, on a card, compiled, where a
 step's time goes (there kernel by kernel), and whether the loader is ever waited for. `decoding`: ours beside
-transformers' generate, same weights. `data`: megabytes tokenised a second and core. Medians; what is compared
-is interleaved.
+transformers' generate, same weights. `peers`: what `train.py --bench` and `chat.py --bench` measure beside
+transformers and, if installed, litgpt, on one thread of a CPU. `data`: megabytes tokenised a second and core.
+Medians; what is compared is interleaved.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from chat import ChatConfig
+from chat import benchmark as decoding_benchmark
 from configs import ConfigError, parse_config
 from data import documents
 from model import (
@@ -44,6 +47,7 @@ from train import (
     Step,
     TrainConfig,
     Windows,
+    benchmark,
     fit_batch,
     git_commit,
     hardware,
@@ -61,7 +65,7 @@ GIB = 2**30
 class HardwareConfig:
     """What is measured, and within what limit."""
 
-    only: str = ""  # matmul, memory, training, decoding, data, joined by commas; nothing: all
+    only: str = ""  # matmul, memory, training, decoding, peers, data, joined by commas; nothing: all
     configs: str = (
         ""  # whose steps are timed, the first decodes; default: speedrun,max3060; cpu without a card
     )
@@ -333,7 +337,25 @@ def data(cfg: HardwareConfig, device: torch.device) -> dict:
     return {"encoded_mb_per_second_and_core": rate, "sample_mb": megabytes}
 
 
-PARTS = {"matmul": matmul, "memory": memory, "training": training, "decoding": decoding, "data": data}
+def peers(cfg: HardwareConfig, device: torch.device) -> dict:
+    """A training step and decoding in the shape of the benchmarks, on one thread, ours and others'."""
+    if device.type == "cuda":
+        print("peers: on a CPU only; on a card `decoding` compares")
+        return {}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        step = benchmark(TrainConfig(device=cfg.device, compile=cfg.compile))
+        return {
+            "step": step,
+            "decoding": decoding_benchmark(ChatConfig(device=cfg.device, compile=cfg.compile)),
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+PARTS = {"matmul": matmul, "memory": memory, "training": training, "decoding": decoding}
+PARTS |= {"peers": peers, "data": data}
 
 
 def measure(cfg: HardwareConfig) -> dict:

@@ -849,10 +849,14 @@ def sources(data, split: str = "train") -> list[list]:
 
 
 def machine(home: Path) -> list[Block]:
-    """What hardware.py measured."""
-    found = read_json(home / "hardware.json")
-    if not found:
-        return [Text("The machine was not measured: `bash run_all.sh hardware`.")]
+    """What hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
+    files = [home / "hardware.json", *sorted(home.glob("hardware-*.json"))]
+    blocks = [b for i, file in enumerate(f for f in files if f.exists()) for b in one_machine(file, i)]
+    return blocks or [Text("The machine was not measured: `bash run_all.sh hardware`.")]
+
+
+def one_machine(file: Path, number: int) -> list[Block]:
+    found, more = read_json(file), f"-{number + 1}" if number else ""
     peaks = [f"{x / 1e12:.3g} TFLOP/s in {dtype}" for dtype, x in found.get("matmul", {}).items()]
     words = f"**{found['hardware']['device']}**, {found['hardware']['threads']} threads"
     blocks: list[Block] = [Text(words + (f"; matrix products reach {', '.join(peaks)}." if peaks else "."))]
@@ -863,18 +867,20 @@ def machine(home: Path) -> list[Block]:
                  for r in rows]  # fmt: skip
         columns = ["training step of", "rows", "GiB by the plan", "GiB measured", "plan is off by %"]
         blocks += [Text(f"Memory that a training step asks for, within {found['cap_gib']:g} GiB:")]
-        blocks += [Table("memory", columns, cells)]
+        blocks += [Table(f"memory{more}", columns, cells)]
     if rows := found.get("training"):
         cells = [[r["config"], r["rows"], way, f"{rate:,.0f}", f"{100 * r['share_of_matmul'][way]:.0f}"]
                  for r in rows for way, rate in r["tokens_per_second"].items()]  # fmt: skip
-        blocks += [Table("steps", ["config", "rows", "step", "tokens/s", "% of matrix products"], cells)]
+        blocks += [
+            Table(f"steps{more}", ["config", "rows", "step", "tokens/s", "% of matrix products"], cells)
+        ]
         if busy := [(r, way, ms) for r in rows for way, ms in r.get("kernels", {}).items()]:
             kinds = list(dict.fromkeys(kind for _, _, found in busy for kind in found))
             cells = [[r["config"], way, f"{r['peak_memory'][way] / 2**30:.2f}",
                       *(f"{1000 * found.get(kind, 0):.1f}" for kind in kinds)]
                      for r, way, found in busy]  # fmt: skip
             blocks += [Text("What the card did during a step, in milliseconds:")]
-            blocks += [Table("kernels", ["config", "step", "peak GiB", *kinds], cells)]
+            blocks += [Table(f"kernels{more}", ["config", "step", "peak GiB", *kinds], cells)]
         for r in (r for r in rows if "forward" in r["seconds"]):
             forward, both, all_of_it = (
                 1000 * r["seconds"][k] for k in ("forward", "forward and backward", "eager")
@@ -885,7 +891,23 @@ def machine(home: Path) -> list[Block]:
     if rows := found.get("decoding"):
         cells = [[r["task"], who, f"{rate:,.0f}", f"{rate / r['tokens_per_second']['transformers']:.2f}"]
                  for r in rows for who, rate in r["tokens_per_second"].items()]  # fmt: skip
-        blocks += [Table("decoding", ["decoding", "by", "tokens/s", "times transformers"], cells)]
+        blocks += [Table(f"decoding{more}", ["decoding", "by", "tokens/s", "times transformers"], cells)]
+    if peers := found.get("peers"):
+        cells = [["a training step", who, f"{rate:,.0f}", f"{rate / theirs:.2f}"] for rates in
+                 [peers["step"]["tokens_per_second"]] for theirs in [rates["transformers, eager"]]
+                 for who, rate in rates.items()]  # fmt: skip
+        cells += [[f"decoding, {task}", who, f"{rate:,.0f}", f"{rate / rates['transformers']:.2f}"]
+                  for task, rates in peers["decoding"].items() for who, rate in rates.items()]  # fmt: skip
+        words = "Others beside it, in a shape of 6 layers of width 288, float32, on one thread of a CPU: "
+        words += "`OMP_NUM_THREADS=1 python train.py --bench --compile`, `... chat.py --bench --compile`."
+        if shares := peers["step"].get("share_of_matmul"):
+            best = max((s, who) for who, s in shares.items() if who.startswith("ours"))
+            how = best[1].removeprefix("ours, ")
+            words += f" Our step, {how}, runs at {best[0]:.1%} of what large matrix products reach."
+        blocks += [
+            Text(words),
+            Table(f"peers{more}", ["what", "by", "tokens/s", "times transformers"], cells),
+        ]
     if rate := found.get("data", {}).get("encoded_mb_per_second_and_core"):
         blocks.append(Text(f"One core tokenises {rate:.1f} MB/s."))
     return blocks

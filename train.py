@@ -1482,7 +1482,7 @@ def litgpt_twin(c: ModelConfig) -> nn.Module:
     return GPT(Config(**shape, **parts, parallel_residual=False, bias=False))
 
 
-def benchmark(cfg: TrainConfig) -> None:
+def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
     """One optimizer step, ours against transformers' Llama and, if installed, litgpt's: interleaved, medians.
 
     The shape is 6 layers of width 288, context 256, vocabulary 4,096, 16 sequences: forward, loss, backward,
@@ -1541,12 +1541,16 @@ def benchmark(cfg: TrainConfig) -> None:
                 times[name].append(time.perf_counter() - begun)
     tokens, flops = ids[:, 1:].numel(), estimate_flops(c)
     peak = matmul_flops(dtype) if device.type == "cpu" else peak_flops(torch.cuda.get_device_name(device))
-    base = float(np.median(times["transformers, eager"]))
+    rates = {name: tokens / float(np.median(measured)) for name, measured in times.items()}
+    found = {"tokens_per_second": rates}
+    if peak:
+        found["share_of_matmul"] = {name: rate * flops / peak for name, rate in rates.items()}
     print(f"{hardware(device)['device']}, {torch.get_num_threads()} threads, {dtype}")
-    for name, measured in times.items():
-        t = float(np.median(measured))
-        share = f"{tokens / t * flops / peak:6.1%} of matmul peak" if peak else ""
-        print(f"{name:24} {tokens / t:9,.0f} tok/s  {base / t:5.2f}x transformers eager  {share}")
+    for name, rate in rates.items():
+        share = f"{found['share_of_matmul'][name]:6.1%} of matmul peak" if peak else ""
+        times_theirs = rate / rates["transformers, eager"]
+        print(f"{name:24} {rate:9,.0f} tok/s  {times_theirs:5.2f}x transformers eager  {share}", flush=True)
+    return found
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import hardware
 import report
 from configs import ConfigError
 from hardware import HardwareConfig, measure
@@ -22,6 +23,7 @@ def cfg(tmp_path):
 
 
 def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path):
+    cfg.only = "matmul,memory,training,decoding,data"
     found = measure(cfg)
     assert json.loads((tmp_path / "hardware.json").read_text()) == found
     (row,) = found["training"]
@@ -49,6 +51,24 @@ def test_parts_are_added_and_another_machines_are_not(cfg, tmp_path):
     cfg.only = "memory,speed"
     with pytest.raises(ConfigError, match="speed"):
         measure(cfg)
+
+
+def test_peers_stand_side_by_side_and_other_machines_too(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "benchmark", lambda c: {
+        "tokens_per_second": {"transformers, eager": 100.0, "ours, eager": 150.0},
+        "share_of_matmul": {"transformers, eager": 0.4, "ours, eager": 0.6},
+    })  # fmt: skip
+    rates = {"batch 1": {"transformers": 50.0, "ours": 100.0}}
+    monkeypatch.setattr(hardware, "decoding_benchmark", lambda c: rates)
+    cfg.only = "peers"
+    found = measure(cfg)
+    (tmp_path / "hardware-card.json").write_text(
+        json.dumps(found | {"hardware": {"device": "B", "threads": 3}})
+    )
+    tables = [b for b in report.machine(tmp_path) if isinstance(b, Table)]
+    assert [t.name for t in tables] == ["peers", "peers-2"]
+    assert tables[0].rows[1] == ["a training step", "ours, eager", "150", "1.50"]
+    assert tables[0].rows[3] == ["decoding, batch 1", "ours", "100", "2.00"]
 
 
 def test_what_a_card_did_is_shown(tmp_path):
