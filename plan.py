@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -43,10 +44,10 @@ from model import (
     from_hf_config,
     write_atomically,
 )
-from sft import SFTConfig, mixture
+from sft import SFTConfig, answer_loss, mixture
 from tokenizer import TokenizerStageConfig
 from train import Step, TrainConfig, cpu_name, peak_flops, pick_device, pick_dtype, planned_for, read_json
-from verifier import VerifierConfig
+from verifier import VerifierConfig, channel_loss
 
 # Rows of the training, validation and test splits, and tokens of a question and of its answer: of the
 # embedded tasks under our 1,024 tokens, of the others under GPT-2's.
@@ -106,6 +107,8 @@ class Work:
     four_bit: bool = False
     checkpointing: bool = False
     compiled: bool = False  # where there is a card
+    loss: str = "text"  # of every token; of "packed" conversations; of "answers" alone, beside rivals
+    optimizer: str = "adamw"
     flops: float = 1.0  # of a trained token, relative to training all weights
     notes: list[str] = field(default_factory=list)
 
@@ -193,7 +196,9 @@ class Plan:
             wide = shape.head_dim * (2 * shape.n_heads + 2 * shape.n_kv_heads) + 4 * shape.d_model
             trained = shape.n_layers * cfg.lora_r * (wide + 3 * (shape.d_model + shape.d_ff))
             flops = 4 / 6  # the frozen weights want no gradient
+            more["seconds"] = 6.0  # that importing PEFT takes
         all_tokens, total = tokens * cfg.epochs, count_parameters(shape)["total"]
+        more["optimizer"] = cfg.optimizer
         more["megabytes"] = checkpoints(trained if trained >= 0 else total, cfg)
         if cfg.model in ON_HUB:
             more["megabytes"] += 4 * total / 1e6
@@ -219,7 +224,7 @@ class Plan:
             tokens += min(filter(None, (count, cfg.max_train_examples, rows))) * (asked + said + 4)
             held += min(cfg.eval_examples or validation, validation) * (asked + said + 4)
         length = cfg.context_length or min(1024, self.shape(cfg.model).context_length)
-        work = self.adapted(cfg, tokens, length)
+        work = self.adapted(cfg, tokens, length, loss="packed")
         work.reads = held * max(1, tokens * cfg.epochs / (cfg.batch_size * length * max(1, cfg.eval_every)))
         return work
 
@@ -237,7 +242,7 @@ class Plan:
         asked, said = SIZES[cfg.data][3:]
         both = not cfg.first_difference and cfg.method in ("dpo", "ipo")
         rows = 0.85 * cfg.problems  # some problems have no right answer
-        work = self.adapted(cfg, rows * (asked + said) * (1 + both), 2 * (asked + said))
+        work = self.adapted(cfg, rows * (asked + said) * (1 + both), 2 * (asked + said), loss="answers")
         work.samples = self.draw(cfg.model, cfg.data, "train", cfg.problems, cfg.n, cfg.temperature)
         work.samples += self.draw(cfg.model, cfg.data, "held", cfg.eval_examples, cfg.n, cfg.temperature)
         work.samples += self.draw(cfg.model, cfg.data, "held", cfg.eval_examples, 1, 0.0)
@@ -253,7 +258,8 @@ class Plan:
         else:  # a third of the answers are right and differ; a third of these have a wrong one beside them
             right, paired = (0.12 * cfg.repeats,) * 2 if cfg.repeats and cfg.contrast else (0.32, 0.12)
             told = cfg.gold + (right + paired * bool(cfg.contrast)) * answers
-            work = self.adapted(replace(cfg, model=cfg.start), told * (asked + said), 2 * (asked + said))
+            start = replace(cfg, model=cfg.start)
+            work = self.adapted(start, told * (asked + said), 2 * (asked + said), loss="answers")
         teacher = cfg.answers_of or cfg.model
         work.samples = self.draw(teacher, cfg.task, "train", cfg.problems, cfg.n, cfg.temperature)
         tests = cfg.test_problems or SIZES[cfg.task][2]
@@ -332,13 +338,26 @@ class Here:
     def training(self, work: Work) -> float:
         rows = max(1, min(work.rows, 4096 // work.length)) if self.device.type == "cpu" else work.rows
         c = replace(work.shape, context_length=min(work.length, work.shape.context_length))
-        compiled = work.compiled and self.device.type == "cuda"
-        return self.remembered(("training", c, rows, compiled), lambda: self.step(c, rows, compiled))
+        how = (c, rows, work.loss, work.optimizer, work.compiled and self.device.type == "cuda")
+        return self.remembered(("training", *how), lambda: self.step(*how))
 
-    def step(self, c: ModelConfig, rows: int, compiled: bool) -> float:
-        step = Step(c, TrainConfig(batch_size=rows), self.device, compiled)
+    def step(self, c: ModelConfig, rows: int, loss: str, optimizer: str, compiled: bool) -> float:
+        cfg, T = TrainConfig(batch_size=rows, optimizer=optimizer), c.context_length
+        if loss == "answers":  # a row of the plan is an answer and its rival
+            rows, T = 2 * rows, T // 2
+        ids = torch.randint(c.vocab_size, (rows, T), device=self.device)
+        if loss == "packed":  # three conversations a row, of whose tokens half are the assistant's
+            at = torch.arange(T, device=self.device).expand(rows, T)
+            batch = ids, ids.where(at % 2 == 0, -100), at % (T // 3 + 1), at // (T // 3 + 1)
+            step = Step(c, cfg, self.device, compiled, answer_loss, batch)
+        elif loss == "answers":  # the second half of each row
+            right = torch.arange(rows // 2, device=self.device)
+            batch = ids, torch.ones_like(ids), ids[:, T // 2 :], right
+            step = Step(c, cfg, self.device, compiled, partial(channel_loss, contrast=1.0), batch)
+        else:
+            step = Step(c, cfg, self.device, compiled)
         step()
-        return fmean(timed(step, self.device) for _ in range(5)) / (rows * c.context_length)
+        return fmean(timed(step, self.device) for _ in range(5)) / ids.numel()
 
     def sampling(self, work: Work) -> float:
         model, new = self.model(work.shape), 48

@@ -1410,9 +1410,14 @@ def print_plan(cfg: TrainConfig) -> None:
 
 
 class Step:
-    """A step of pretraining on random tokens, for whoever wants to know what it takes: call it."""
+    """A step of training, for whoever wants to know what it takes: call it. Of pretraining on random tokens,
+    if there is no other loss of a model and a batch.
+    """
 
-    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool):
+    def __init__(
+        self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
+        loss: Callable = lambda net, *batch: net(*batch), batch: tuple[Tensor, ...] = (),
+    ):  # fmt: skip
         self.device, self.dtype, self.times = device, pick_dtype("auto", device), cfg.grad_accum_steps
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -1422,11 +1427,12 @@ class Step:
         self.optimizers = make_optimizers(self.model, cfg)
         self.net = torch.compile(self.model) if compiled else self.model
         rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
-        self.batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        self.loss = loss
+        self.batch = batch or (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
     def forward(self, batch: tuple | None = None) -> torch.Tensor:
         with torch.autocast(self.device.type, self.dtype, **self.autocast):
-            total, count = self.net(*(batch or self.batch))
+            total, count = self.loss(self.net, *(batch or self.batch))
         return total / count
 
     def __call__(self, batches: Callable[[], tuple] | None = None) -> None:

@@ -45,6 +45,13 @@ def test_an_adapter_has_the_shape_of_what_it_corrects(tmp_path):
     assert Plan(PlanConfig()).shape(str(tmp_path)).d_model == 768
 
 
+@pytest.mark.parametrize("loss", ["text", "packed", "answers"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_of_every_kind_of_stage_are_measured(loss, optimizer):
+    c = ModelConfig(vocab_size=64, context_length=24, n_layers=1, d_model=16, n_heads=2)
+    assert 1e-7 < Here(torch.device("cpu")).step(c, 3, loss, optimizer, False) < 1
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_begins(tmp_path, monkeypatch, capsys):
     base, sft = counted(BASE, "sft.py configs/sft.py --keep_last=2 --save_every=100")
     n = count_parameters(base.shape)["total"]
