@@ -74,6 +74,9 @@ ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's 
     "TinyLlama/TinyLlama_v1.1": dict(vocab_size=32_000, context_length=2048, n_layers=22, d_model=2048,
                                      n_heads=32, n_kv_heads=4, d_ff=5632, tie_embeddings=False),
 }  # fmt: skip
+# What a run takes beyond its bare steps, as runs on two CPUs and an H100 did: the Trainer and its data; padding
+# where answers are set beside rivals, of another length; and making texts of tokens, judging and keeping them.
+TRAINER, RIVALS, TEXTS = 1.15, 1.4, 1.3
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
 # texts of other stages, and what one step of decoding takes besides arithmetic, a layer. (An H100's: 0.31 and
 # 0.40 of its data sheet for speedrun.py and max3060.py, 0.01, 0.0001.)
@@ -339,7 +342,8 @@ class Here:
         rows = max(1, min(work.rows, 4096 // work.length)) if self.device.type == "cpu" else work.rows
         c = replace(work.shape, context_length=min(work.length, work.shape.context_length))
         how = (c, rows, work.loss, work.optimizer, work.compiled and self.device.type == "cuda")
-        return self.remembered(("training", *how), lambda: self.step(*how))
+        more = TRAINER * (RIVALS if work.loss == "answers" else 1)
+        return more * self.remembered(("training", *how), lambda: self.step(*how))
 
     def step(self, c: ModelConfig, rows: int, loss: str, optimizer: str, compiled: bool) -> float:
         cfg, T = TrainConfig(batch_size=rows, optimizer=optimizer), c.context_length
@@ -367,7 +371,8 @@ class Here:
             with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=self.device.type == "cuda"):
                 model.generate(prompts, new, temperature=1.0, n=n, seed=1)
 
-        return self.remembered(("sampling", work.shape), lambda: self.shared(draw) / (16 * n * new))
+        bare = self.remembered(("sampling", work.shape), lambda: self.shared(draw) / (16 * n * new))
+        return TEXTS * bare
 
     def reading(self, work: Work) -> float:
         ids, times = torch.ones(32, 128, dtype=torch.long, device=self.device), 8
@@ -377,7 +382,8 @@ class Here:
             for _ in range(times):
                 self.model(work.shape)(ids).float().log_softmax(-1)
 
-        return self.remembered(("reading", work.shape), lambda: self.shared(read) / (times * ids.numel()))
+        bare = self.remembered(("reading", work.shape), lambda: self.shared(read) / (times * ids.numel()))
+        return TEXTS * bare
 
     def model(self, c: ModelConfig) -> ModernDecoderLM:
         return self.remembered(("model", c), lambda: ModernDecoderLM(c).to(self.device).eval())
