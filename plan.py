@@ -74,8 +74,8 @@ ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's 
     "TinyLlama/TinyLlama_v1.1": dict(vocab_size=32_000, context_length=2048, n_layers=22, d_model=2048,
                                      n_heads=32, n_kv_heads=4, d_ff=5632, tie_embeddings=False),
 }  # fmt: skip
-# What a run takes beyond its bare steps, as runs on two CPUs and an H100 did: the Trainer and its data; padding
-# where answers are set beside rivals, of another length; and making texts of tokens, judging and keeping them.
+# What a run takes beyond its bare steps, as runs on two CPUs and an H100 did: the Trainer and its data;
+# padding, where answers are set beside rivals of another length; and texts made of tokens, judged and kept.
 TRAINER, RIVALS, TEXTS = 1.15, 1.4, 1.3
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
 # texts of other stages, and what one step of decoding takes besides arithmetic, a layer. (An H100's: 0.31 and
