@@ -76,7 +76,7 @@ ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's 
 }  # fmt: skip
 # What a run takes beyond its bare steps, as runs on two CPUs and an H100 did: the Trainer and its data;
 # padding, where answers are set beside rivals of another length; and texts made of tokens, judged and kept.
-TRAINER, RIVALS, TEXTS = 1.15, 1.4, 1.3
+TRAINER, RIVALS, TEXTS = 1.1, 1.1, 1.3
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
 # texts of other stages, and what one step of decoding takes besides arithmetic, a layer. (An H100's: 0.31 and
 # 0.40 of its data sheet for speedrun.py and max3060.py, 0.01, 0.0001.)
@@ -347,6 +347,8 @@ class Here:
 
     def step(self, c: ModelConfig, rows: int, loss: str, optimizer: str, compiled: bool) -> float:
         cfg, T = TrainConfig(batch_size=rows, optimizer=optimizer), c.context_length
+        if loss != "text" and self.device.type == "cpu":  # see settle_dtype; large models' bfloat16 aside
+            cfg.dtype = "float32"
         if loss == "answers":  # a row of the plan is an answer and its rival
             rows, T = 2 * rows, T // 2
         ids = torch.randint(c.vocab_size, (rows, T), device=self.device)

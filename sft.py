@@ -51,6 +51,7 @@ from finetune import (
     load_model,
     padded,
     refuse_adapter,
+    settle_dtype,
     tokenizer_hash,
     weights_hash,
 )
@@ -183,6 +184,7 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
         raise TrainError("--load_in_4bit and --merge need --lora_r")
     else:
         model.model.unpack()
+        settle_dtype(cfg, model.model, model.device)
         if cfg.dropout >= 0:
             model.model.config.dropout = cfg.dropout
     if model.kind != "causal":

@@ -1418,7 +1418,7 @@ class Step:
         self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
         loss: Callable = lambda net, *batch: net(*batch), batch: tuple[Tensor, ...] = (),
     ):  # fmt: skip
-        self.device, self.dtype, self.times = device, pick_dtype("auto", device), cfg.grad_accum_steps
+        self.device, self.dtype, self.times = device, pick_dtype(cfg.dtype, device), cfg.grad_accum_steps
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.autocast = dict(

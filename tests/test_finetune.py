@@ -693,3 +693,15 @@ def test_help_answers():
     assert done.returncode == 0 and "--lora_r" in done.stdout
     code = "import sys, finetune; assert not {'transformers', 'peft', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(tiny, monkeypatch):
+    monkeypatch.setattr(finetune, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
+    for asked, want in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        cfg = finetune.AdaptConfig(model=tiny["gpt2"], device="cpu", dtype=asked)
+        finetune.build_model(cfg, "causal")
+        assert cfg.dtype == want
+    big = torch.nn.Linear(5000, 5000, device="meta")
+    cfg = finetune.AdaptConfig()
+    finetune.settle_dtype(cfg, big, torch.device("cpu"))
+    assert cfg.dtype == "auto"
