@@ -528,7 +528,9 @@ def train_channel(
     sold. Two thirds of the right answers have no wrong one beside them: with `repeats` the time goes to the
     others, each beside another wrong one every time, and the language is learnt from true solutions.
     """
-    channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
+    start = VerifierConfig(**{**cfg.__dict__, "model": cfg.start})
+    channel = aligned_model(start)
+    cfg.dtype = start.dtype
     if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
         raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
