@@ -744,13 +744,15 @@ def four_bit(device: torch.device) -> dict:
 # Fine-tuning
 
 
-def settle_dtype(cfg: AdaptConfig, model: nn.Module, device: torch.device) -> None:
+def settle_dtype(trainer: Trainer) -> Trainer:
     """auto: float32 for a small model on a CPU, even one that multiplies bfloat16 faster. These stages'
     batches have ever new shapes, and for each one kernels in bfloat16 are made anew: with 0.9M parameters
     float32 was 1.1 (SFT) to 1.6 times (the verifier) as fast, in a third of the memory.
     """
-    if cfg.dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 2e7:
-        cfg.dtype = "float32"
+    small = sum(p.numel() for p in trainer.model.parameters()) < 2e7
+    if trainer.cfg.dtype == "auto" and trainer.device.type == "cpu" and small:
+        trainer.dtype = torch.float32
+    return trainer
 
 
 def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> TextModel:
@@ -776,7 +778,6 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     odd = [m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit" and m.in_features % 64]
     if odd and device.type == "cpu":  # a block of bitsandbytes' 64 weights must not reach across rows there
         raise TrainError(f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {odd[0]}")
-    settle_dtype(cfg, model, device)
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
     text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)
@@ -988,6 +989,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
         epoch=lambda step: step / training_set.batches,
         about=about,
     )
+    settle_dtype(trainer)
     trainer.say(
         f"{trainer.folder}: {cfg.model} ({total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained) on "
         f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {mean_length:.0f} tokens each, "

@@ -184,7 +184,6 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
         raise TrainError("--load_in_4bit and --merge need --lora_r")
     else:
         model.model.unpack()
-        settle_dtype(cfg, model.model, model.device)
         if cfg.dropout >= 0:
             model.model.config.dropout = cfg.dropout
     if model.kind != "causal":
@@ -199,7 +198,7 @@ def trainer_for(cfg: AdaptConfig, model: TextModel, rows: Callable, **kwargs) ->
     else:
         trainer = FineTuner(cfg, model, rows, **kwargs)
     trainer.keeps_best, trainer.free_to_change = True, [*FREE_TO_CHANGE, "eval_examples", "merge"]
-    return trainer
+    return settle_dtype(trainer)
 
 
 def parents(cfg: AdaptConfig, model: TextModel, **data) -> dict:

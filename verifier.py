@@ -59,6 +59,7 @@ from finetune import (
     length,
     load_model,
     sampled,
+    settle_dtype,
     target_logits,
     tokenizer_hash,
     weights_hash,
@@ -528,9 +529,7 @@ def train_channel(
     sold. Two thirds of the right answers have no wrong one beside them: with `repeats` the time goes to the
     others, each beside another wrong one every time, and the language is learnt from true solutions.
     """
-    start = VerifierConfig(**{**cfg.__dict__, "model": cfg.start})
-    channel = aligned_model(start)
-    cfg.dtype = start.dtype
+    channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
     if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
         raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
@@ -650,7 +649,7 @@ def train_head(
         f"{trainer.folder}: a head on {cfg.model}, {learnt.right.size:,} answers, "
         f"{100 * learnt.right.mean():.0f} % right; {cfg.max_steps} steps"
     )
-    return trainer.run_all_steps()
+    return settle_dtype(trainer).run_all_steps()
 
 
 def describe(run: dict) -> list[str]:

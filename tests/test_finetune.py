@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import finetune
+import train
 from data import TASKS, Example, few_shot, load_task
 from finetune import FinetuneConfig, TrainingSet, answer_loss, ask, build, collate, load_model, tokenise
 from model import ModelConfig, ModernDecoderLM, load_tensors
@@ -695,13 +696,13 @@ def test_help_answers():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(tiny, monkeypatch):
-    monkeypatch.setattr(finetune, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
-    for asked, want in (("auto", "float32"), ("bfloat16", "bfloat16")):
-        cfg = finetune.AdaptConfig(model=tiny["gpt2"], device="cpu", dtype=asked)
-        finetune.build_model(cfg, "causal")
-        assert cfg.dtype == want
-    big = torch.nn.Linear(5000, 5000, device="meta")
-    cfg = finetune.AdaptConfig()
-    finetune.settle_dtype(cfg, big, torch.device("cpu"))
-    assert cfg.dtype == "auto"
+def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
+    for dtype, width, want in (
+        ("auto", 8, "float32"),
+        ("bfloat16", 8, "bfloat16"),
+        ("auto", 5000, "bfloat16"),
+    ):
+        cfg = finetune.AdaptConfig(device="cpu", dtype=dtype, max_steps=1, out=str(tmp_path))
+        trainer = train.Trainer(cfg, torch.nn.Linear(width, width), lambda *_: ())
+        assert finetune.settle_dtype(trainer).dtype == getattr(torch, want) and cfg.dtype == dtype
