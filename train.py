@@ -111,7 +111,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
     sample_prompt: str = ""  # what samples continue; nothing: the start of a document
     sample_tokens: int = 200  # length of a sample; 0: none
     plan: bool = False  # print memory, FLOPs and time, and stop
-    measure: bool = False  # with --plan: time some steps here, at most two minutes
+    measure: bool = False  # --plan, and time some steps here, at most two minutes
     vram: float = 0.0  # plan for a card with this many GB instead of the one here
     card: str = ""  # plan for a card of this name, such as "RTX 3090"
     list: bool = False  # list runs and checkpoints, and stop
@@ -1567,7 +1567,7 @@ def main() -> None:
             fit_batch(cfg)
         if cfg.list:
             list_runs(cfg.out)
-        elif cfg.plan:
+        elif cfg.plan or cfg.measure:
             print_plan(cfg)
         elif cfg.bench:
             benchmark(cfg)

@@ -1006,7 +1006,7 @@ def test_plan_tells_the_cost_beforehand(tmp_path, monkeypatch, capsys, more):
 
 
 def test_a_measured_plan_is_by_steps_of_this_machine(tmp_path, monkeypatch, capsys):
-    shape = ["--n_layers=1", "--d_model=32", "--n_heads=2", "--batch_size=2", "--max_steps=9", "--plan"]
+    shape = ["--n_layers=1", "--d_model=32", "--n_heads=2", "--batch_size=2", "--max_steps=9"]
     argv = ["train.py", "configs/cpu.py", f"--out={tmp_path}", *shape, "--measure"]
     monkeypatch.setattr(sys, "argv", argv)
     train.main()
