@@ -663,6 +663,7 @@ ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:box
 beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
 crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
 ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
+THINGS = [*GIRLS, *BOYS, *(word for pair in ITEMS for word in pair)]
 STEPS = {  # what is told, and what the solution says
     "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.", ""),
     "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}."),
@@ -795,19 +796,29 @@ def arithmetic_text(split: str) -> Iterator[str]:
 
 
 def numbers_text(split: str) -> Iterator[str]:
-    """Text with everything that word problems need except how to solve one: problems told, equations solved.
+    """Text with everything that word problems need except how to solve one: problems told, equations solved,
+    and lists told again.
 
-    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Some of
-    what a problem tells is told again, in another order: a model that cannot copy a number from afar is not
-    taught to use it by SFT, and without this, one base in three could not. Half of the equations have the
-    annotated form that solutions use.
+    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Solving
+    begins with looking numbers up, which is the work of induction heads: find where the last words stood
+    before, and say what came next (Olsson et al., 2022). A model comes by them all at once or not at all.
+    Short lists of random things, each told four times, bring that about within 2M tokens; then the parts of
+    problems that are told again are copied as well, and names in stories. Without lists none of our bases
+    could copy, and SFT, which had to teach it, failed with one in four (report/alignment.md). Half of the
+    equations have the annotated form that solutions use.
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
         *told, _ = re.split(r"(?<=[.?]) ", problem["question"])
         again = sorted((sentence for sentence in told if rng.random() < 0.5), key=lambda _: rng.random())
         yield "\n".join([problem["question"], " ".join(again)]).strip()
-        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
+        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(8))
+        yield from (_list(rng), _list(rng))
+
+
+def _list(rng: random.Random) -> str:
+    things = [pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)) for _ in range(8)]
+    return "\n".join([" ".join(things)] * 4)
 
 
 def _equation(rng: random.Random, annotated: bool = False) -> str:

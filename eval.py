@@ -101,9 +101,7 @@ class EvalConfig:
 
     models: str = "out/base"  # models, joined by commas; bare words do as well
     tasks: str = "sentiment,dialogue,arithmetic"  # tasks and corpora, joined by commas
-    shots: str = (
-        "0"  # worked examples before a question; several numbers, joined by commas: one after another
-    )
+    shots: str = "0"  # worked examples before a question; 0,4 measures without and with four of them
     split: str = ""  # train, validation or test; default: the one each task is reported on
     limit: int = 0  # items (or documents) a task, drawn by seed; 0: all
     seed: int = 1  # of the examples in prompts and of --limit

@@ -808,7 +808,7 @@ def build(cfg: FinetuneConfig) -> TextModel:
 def set_dropout(model: nn.Module, p: float) -> None:
     """Dropout of `p` wherever the architecture has it, and for Llama, which has next to none, on embeddings.
 
-    A small model that sees the same phrases again and again soon knows them by heart (README, SST-2).
+    A small model that sees the same phrases again and again soon knows them by heart (report/real-text.md).
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     for layer in layers:

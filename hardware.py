@@ -66,9 +66,7 @@ class HardwareConfig:
     """What is measured, and within what limit."""
 
     only: str = ""  # matmul, memory, training, decoding, peers, data, joined by commas; nothing: all
-    configs: str = (
-        ""  # whose steps are timed, the first decodes; default: speedrun,max3060; cpu without a card
-    )
+    configs: str = ""  # whose steps are timed; the first decodes; nothing: speedrun,max3060, or cpu
     compile: bool = True  # compiled contenders, too: half a minute each to start
     cap: float = 11.0  # GiB that this process may take of a card, as if it had no more
     rounds: int = 8  # timed repetitions

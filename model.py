@@ -288,10 +288,10 @@ def together(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Each group of H / K query heads shares one key-value head (GQA; Ainslie et al.,
-    2023).
+    """Causal self-attention; each group of H / K query heads shares one key-value head.
 
-    Fewer key-value heads cost little quality and shrink the cache that decoding has to read for every token.
+    That is GQA (Ainslie et al., 2023): it costs little quality and shrinks the cache that decoding has to
+    read for every token.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0):
@@ -425,22 +425,18 @@ class MoE(nn.Module):
         load = wants.sum(0)  # (E)
         C = math.ceil(c.capacity_factor * N * k / E) if c.capacity_factor else int(load.max())
         kept = rank < C
-        slot = torch.where(
-            kept, expert.T.reshape(-1) * C + rank, E * C
-        )  # slot E * C is the bin for the dropped
+        slot = torch.where(kept, expert.T.reshape(-1) * C + rank, E * C)  # E * C: the bin for the dropped
 
         token = torch.arange(N, device=x.device).repeat(k)
         buffer = x.new_zeros(E * C + 1, shape[-1]).index_copy(0, slot, x[token])
         b = buffer[:-1].view(E, C, -1)
         w1, w2, w3 = (w.to(x.dtype).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
         b = torch.bmm(F.silu(torch.bmm(b, w1)) * torch.bmm(b, w3), w2)  # (E, C, d)
-        out = torch.cat([b.view(E * C, -1), b.new_zeros(1, shape[-1])])[
-            slot
-        ]  # (k N, d), zeros for the dropped
+        out = torch.cat([b.view(E * C, -1), b.new_zeros(1, shape[-1])])  # the dropped get zeros
+        out = out[slot]  # (k N, d)
         out = (out * p.T.reshape(-1, 1).to(out.dtype)).view(k, N, -1).sum(0)
 
-        # Load balancing (Switch, eq. 4): E * sum over experts of share of choices * mean probability; 1 if
-        # even.
+        # Load balancing (Switch, eq. 4): E * sum over experts of share of choices * mean probability.
         balance = E * (load / (k * N) * probs.mean(0)).sum()
         z = router_logits.logsumexp(-1).square().mean()  # router z-loss (ST-MoE, eq. 5) keeps logits small
         self.stats = {
@@ -559,9 +555,7 @@ class ModernDecoderLM(nn.Module):
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
 
-    def hidden(
-        self, ids: Tensor, positions=None, mask=None, cache: "KVCache | None" = None, rope=None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, positions=None, mask=None, cache=None, rope=None) -> Tensor:
         """ids (B, T) -> what the head reads, (B, T, d). Other arguments as in `Attention.forward`."""
         c, T = self.config, ids.shape[1]
         if cache is not None:
@@ -625,9 +619,7 @@ class ModernDecoderLM(nn.Module):
             if isinstance(m, SwiGLU):
                 groups += [[m.gate_proj, m.up_proj], [m.down_proj]]
             for group in groups:
-                packed = (
-                    torch.cat([layer.weight.data for layer in group]).t().contiguous()
-                )  # (in, all outputs)
+                packed = torch.cat([layer.weight.data for layer in group]).t().contiguous()  # (in, outputs)
                 columns = packed.split([layer.out_features for layer in group], dim=1)
                 for layer, part in zip(group, columns, strict=True):
                     layer.weight.data = part.t()
@@ -756,8 +748,7 @@ class ModernDecoderLM(nn.Module):
         result: list[list[int]] = [[] for _ in range(rows)]
         forced: list[list[int]] = [[] for _ in range(rows)]
         alive, done, pending = list(range(rows)), set(), []
-        # Asking a GPU for a token stops its queue of work: look every step only if somebody waits for the
-        # token.
+        # Asking a GPU for a token stops its queue of work: look every step only if somebody waits for it.
         look_every = 1 if stream or force or self.device.type == "cpu" else 16
         token = draw(logits, uniforms[:, 0])
         for i in range(max_new_tokens):
@@ -965,19 +956,15 @@ class KVCache:
             if even and T == 1:
                 self.block, self.positions = most - 1, slot[-1:]
         else:
-            at, ring = (
-                start.unsqueeze(1) + new,
-                self.slots - self.keep,
-            )  # (B, 1): index in the row's whole text
+            at = start.unsqueeze(1) + new  # (B, 1): index in the row's whole text
+            ring = self.slots - self.keep
             self.write = torch.where(at < self.slots, at, self.keep + (at - self.keep) % ring)
             self.positions = at.clamp(max=self.slots - 1)
             # The slot behind the newest token's is the oldest of a full ring; ages count from there. A row
-            # that reads no token now (counts 0) overwrites just that oldest slot, which its next token takes
-            # anyway.
+            # without a token now (counts 0) overwrites that oldest slot, which its next token takes anyway.
             overflow = (at + 1 - self.slots).clamp(min=0)
-            where = torch.where(
-                slot < self.keep, slot, self.keep + (slot - self.keep - overflow) % ring
-            )  # (B, S)
+            age = (slot - self.keep - overflow) % ring
+            where = torch.where(slot < self.keep, slot, self.keep + age)  # (B, S)
         if self.prompts is not None:
             self.positions = self.positions + self.after.unsqueeze(1)
         if self.keep is not None and c.positions == "rope":
@@ -1372,7 +1359,7 @@ def estimate_memory(
     compiled: bool = False,
     loss_chunk: int = 4096,
 ) -> dict[str, int]:
-    """Bytes of one training step by kind, and their `peak`; README, "Speed", holds it against a card.
+    """Bytes of one training step by kind, and their `peak`; report/speed.md holds it against a card.
 
     A layer keeps 8 d + 4 (H + K) D + 8 f + 8 + 4 H bytes a token in bfloat16: the inputs of both norms and
     what they give; queries, keys, values and outputs; gate, SiLU(gate), up and their product. Compiled, it

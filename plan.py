@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 
@@ -64,7 +64,7 @@ SIZES = {
     "lima": (930, 50, 50, 90, 500),
 }
 TEXT = {"tinystories": 2_230, "wikitext2": 11, "wikitext103": 540, "fineweb_edu": 5_500}  # megabytes
-ENCODES = 7.0  # MB/s a core (README, "Speed")
+ENCODES = 7.0  # MB/s a core (report/speed.md)
 STORY = 230  # tokens of a document of an embedded corpus
 ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's parts, or Llama's
     "gpt2": dict(vocab_size=50_257, context_length=1024, n_layers=12, d_model=768, n_heads=12, d_ff=3072,
@@ -188,6 +188,7 @@ class Plan:
         reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
         return Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size, compiled=bool(cfg.compile),
                     length=shape.context_length, checkpointing=cfg.gradient_checkpointing,
+                    optimizer=cfg.optimizer,
                     megabytes=checkpoints(count_parameters(shape)["total"], cfg))  # fmt: skip
 
     def adapted(self, cfg: AdaptConfig, tokens: float, length: int, **more) -> Work:
@@ -363,7 +364,7 @@ class Here:
         else:
             step = Step(c, cfg, self.device, compiled)
         step()
-        return fmean(timed(step, self.device) for _ in range(5)) / ids.numel()
+        return median(timed(step, self.device) for _ in range(7)) / ids.numel()
 
     def sampling(self, work: Work) -> float:
         model, new = self.model(work.shape), 48

@@ -140,7 +140,8 @@ class PackedSet:
 
 def lay_out(bins: list[list[Row]], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bins of conversations as ids, targets (-100: not asked), positions and numbers of conversations: (B, T)
-    each.
+    each. The numbers are (B, 0) if each conversation has a row of its own: asking a card for their maximum
+    would stop its queue of work.
 
     A conversation's last id predicts nothing and is left out: what follows it belongs to another one.
     """
@@ -151,13 +152,14 @@ def lay_out(bins: list[list[Row]], pad: int) -> tuple[Tensor, Tensor, Tensor, Te
     ]
     positions = [[p for row, _ in some for p in range(len(row) - 1)] for some in bins]
     numbers = [[n for n, (row, _) in enumerate(some) for _ in row[1:]] for some in bins]
-    return padded(ids, pad), padded(targets, -100), padded(positions, 0), padded(numbers, -1)
+    numbers = padded(numbers, -1)[:, : 0 if all(len(some) < 2 for some in bins) else None]
+    return padded(ids, pad), padded(targets, -100), padded(positions, 0), numbers
 
 
 def answer_loss(model: nn.Module, ids: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor):
     """Cross-entropy on what the assistant says, (sum, count); conversations of a row don't see each other."""
     mask = None
-    if numbers.max() > 0:
+    if numbers.shape[1]:
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         mask = ((numbers.unsqueeze(1) == numbers.unsqueeze(2)) & causal).unsqueeze(1)  # (B, 1, T, T)
     if hasattr(getattr(model, "module", model), "loss_chunk"):  # ours

@@ -213,9 +213,7 @@ class AdamW(torch.optim.Optimizer):
                     state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1
                 m, v, t = state["m"], state["v"], state["step"]
-                p.mul_(
-                    1 - lr * group["weight_decay"]
-                )  # decay apart from the gradient: it is not rescaled by v
+                p.mul_(1 - lr * group["weight_decay"])  # apart from the gradient: not rescaled by v
                 m.mul_(beta1).add_(p.grad, alpha=1 - beta1)  # mean of the gradient
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)  # mean of its square
                 # Both begin at 0 and are too small at first; 1 - beta^t is by how much.
@@ -1382,17 +1380,13 @@ def print_plan(cfg: TrainConfig) -> None:
     step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
     total = step * cfg.max_steps
     print(f"work        {flops / 1e6:.1f} MFLOP a token, {step:,} tokens a step, {cfg.max_steps:,} steps")
-    print(
-        f"            {total / 1e6:,.1f}M tokens, {total / n['total']:.1f} a parameter (20: compute-optimal)"
-    )
+    each = total / n["total"]
+    print(f"            {total / 1e6:,.1f}M tokens, {each:.1f} a parameter (20: compute-optimal)")
     with contextlib.suppress(Exception):  # the token files need not be there yet
         have = open_tokens(tokens_folder(cfg), "train")[1]["tokens"]
         warning = "; WARNING: past 4 epochs, repeated text teaches little" if total > 4 * have else ""
         print(f"            {total / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
-    peak, share = (
-        peak_flops(card),
-        0.45 if c.d_model >= 768 else 0.35,
-    )  # published for such cards, compiled, bfloat16
+    peak, share = peak_flops(card), 0.45 if c.d_model >= 768 else 0.35  # published: compiled, bfloat16
     if on_cpu:
         # A small model spends half of a CPU step outside matrix products; AMX only makes that share larger.
         peak, share, card = matmul_flops(torch.float32), 0.5, cpu_name()
@@ -1421,9 +1415,8 @@ class Step:
         self.device, self.dtype, self.times = device, pick_dtype(cfg.dtype, device), cfg.grad_accum_steps
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        self.autocast = dict(
-            enabled=self.dtype != torch.float32, cache_enabled=not cfg.gradient_checkpointing
-        )
+        half = self.dtype != torch.float32
+        self.autocast = dict(enabled=half, cache_enabled=not cfg.gradient_checkpointing)
         self.optimizers = make_optimizers(self.model, cfg)
         self.net = torch.compile(self.model) if compiled else self.model
         rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
@@ -1497,10 +1490,8 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
     """
     import transformers
 
-    device, dtype = (
-        pick_device(cfg.device),
-        pick_dtype("float32" if cfg.dtype == "auto" else cfg.dtype, torch.device("cpu")),
-    )
+    device = pick_device(cfg.device)
+    dtype = pick_dtype("float32" if cfg.dtype == "auto" else cfg.dtype, device)
     torch.set_flush_denormal(True)
     c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=256, vocab_size=4096)
     ids = torch.randint(c.vocab_size, (16, c.context_length), device=device)
@@ -1586,13 +1577,10 @@ def main() -> None:
 def report(cfg: TrainConfig, run: dict) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         best = (run.get("results") or {}).get("best") or {}
-        found = (
-            f", val_loss {best['val_loss']:.4f}, bits per byte {best['bits_per_byte']:.4f}" if best else ""
-        )
+        found = f", val_loss {best['val_loss']:.4f}, {best['bits_per_byte']:.4f} bits a byte" if best else ""
         folder = Path(cfg.out) / cfg.name
-        print(
-            f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{found}; python chat.py {folder}"
-        )
+        minutes = f"{run['seconds'] / 60:.1f} min"
+        print(f"{folder}: {run['step']} steps in {minutes}{found}; python chat.py {folder}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Instruction tuning of the embedded base: 4,000 solved word problems, some conversations of other kinds, and
 a few stories, so that it does not forget how to tell them.
 
-Small batches: as many tokens in batches of 8 rows left it 7 points behind (README, "What was tried").
+Small batches: as many tokens in batches of 8 rows left it 7 points behind (report/alignment.md).
 """
 
 name = "sft"

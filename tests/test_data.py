@@ -271,14 +271,17 @@ def test_arithmetic_text_is_problems_and_true_equations():
 
 
 def test_numbers_are_problems_told_and_not_solved():
-    docs = list(islice(data.documents("numbers", "train"), 400))
+    docs = list(islice(data.documents("numbers", "train"), 800))
     again = 0
-    for told, equations in zip(docs[::2], docs[1::2], strict=True):
+    for told, equations, *lists in zip(*(docs[i::4] for i in range(4)), strict=True):
         question, _, repeated = told.partition("\n")
         assert question.endswith("?") and "#" not in told and "=" not in told
         assert all(sentence in question for sentence in re.split(r"(?<=[.]) ", repeated))
         again += bool(repeated)
-        assert len(equations.split("\n")) == 10
+        assert len(equations.split("\n")) == 8
+        for text in lists:
+            first, *rest = text.split("\n")
+            assert rest == [first] * 3 and len(first.split()) == 8
     assert 100 < again < 200
 
 
