@@ -812,7 +812,7 @@ def numbers_text(split: str) -> Iterator[str]:
         *told, _ = re.split(r"(?<=[.?]) ", problem["question"])
         again = sorted((sentence for sentence in told if rng.random() < 0.5), key=lambda _: rng.random())
         yield "\n".join([problem["question"], " ".join(again)]).strip()
-        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(8))
+        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
         yield from (_list(rng), _list(rng))
 
 

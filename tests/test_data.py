@@ -278,7 +278,7 @@ def test_numbers_are_problems_told_and_not_solved():
         assert question.endswith("?") and "#" not in told and "=" not in told
         assert all(sentence in question for sentence in re.split(r"(?<=[.]) ", repeated))
         again += bool(repeated)
-        assert len(equations.split("\n")) == 8
+        assert len(equations.split("\n")) == 10
         for text in lists:
             first, *rest = text.split("\n")
             assert rest == [first] * 3 and len(first.split()) == 8
