@@ -17,6 +17,7 @@ from torch import Tensor
 import model as model_file
 from model import (
     Attention,
+    AttentionInBlocks,
     Block,
     ChunkedCrossEntropy,
     KVCache,
@@ -33,8 +34,10 @@ from model import (
     cross_entropy,
     estimate_flops,
     estimate_memory,
+    float32_products,
     from_pretrained,
     kv_cache_bytes,
+    one_query,
     rms_norm,
     sample,
     save_pretrained,
@@ -584,6 +587,41 @@ def test_attention_equals_torchs():
     assert (w.masked_select(~mask) == 0).all()
     rows = w.sum(-1)
     assert close(rows, mask.any(-1).expand(2, 3, 5).float(), 1e-6)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("masked", [None, "one for all", "per row"])
+def test_attention_in_blocks_equals_the_plain_path_with_its_gradients(heads, kv_heads, masked):
+    T, shape = 11, {None: None, "one for all": (11, 11), "per row": (2, 1, 11, 11)}[masked]
+    q, k, v = (torch.randn(2, n, T, 8, dtype=torch.double) for n in (heads, kv_heads, kv_heads))
+    mask = torch.rand(shape) < 0.5 if shape else None
+    if mask is not None:
+        mask[..., 4, :] = False  # a query that may see nothing
+    repeated = [t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v)]
+    plain = attention(q, *repeated, torch.ones(T, T).tril().bool() if mask is None else mask)
+    given = [
+        t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v)
+    ]  # as layers do
+    for block in (1, 4, 11, 64):
+        assert close(AttentionInBlocks.apply(*given, mask, block), plain, 1e-6)
+    assert torch.autograd.gradcheck(lambda *qkv: AttentionInBlocks.apply(*qkv, mask, 4), given)
+
+
+def test_one_query_equals_torchs_compiled_or_not():
+    for G, mask in itertools.product((1, 3), (None, torch.tensor([[True, False, True, True]]))):
+        q, k, v = torch.randn(2, 5, G, 8), torch.randn(2, 5, 4, 8), torch.randn(2, 5, 4, 8)
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        assert close(one_query(q, k, v, mask), expected, 1e-6)
+        compiled = torch.compile(one_query, backend="eager")  # the branch that compilers take
+        assert close(compiled(q, k, v, mask), expected, 1e-6)
+
+
+def test_float32_products_are_set_for_a_while():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), float32_products("highest" if before != "highest" else "high"):
+        assert torch.get_float32_matmul_precision() != before
+        1 / 0  # noqa: B018
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_sinks_take_part_of_the_attention_and_none_at_minus_infinity():
