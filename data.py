@@ -809,16 +809,23 @@ def numbers_text(split: str) -> Iterator[str]:
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
-        *told, _ = re.split(r"(?<=[.?]) ", problem["question"])
-        again = sorted((sentence for sentence in told if rng.random() < 0.5), key=lambda _: rng.random())
-        yield "\n".join([problem["question"], " ".join(again)]).strip()
+        yield "\n".join([problem["question"], told_again(rng, problem["question"], 0.5)]).strip()
         yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
-        yield from (_list(rng), _list(rng))
+        yield from ("\n".join([things(rng)] * 4) for _ in range(2))
 
 
-def _list(rng: random.Random) -> str:
-    things = [pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)) for _ in range(8)]
-    return "\n".join([" ".join(things)] * 4)
+def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
+    """Some of a problem's sentences in another order, without what is asked."""
+    *told, _ = re.split(r"(?<=[.?]) ", question)
+    some = [sentence for sentence in told if rng.random() < share]
+    return " ".join(sorted(some, key=lambda _: rng.random()))
+
+
+def things(rng: random.Random) -> str:
+    """A list of eight random things, a quarter of them numbers."""
+    return " ".join(
+        pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)) for _ in range(8)
+    )
 
 
 def _equation(rng: random.Random, annotated: bool = False) -> str:

@@ -51,10 +51,12 @@ line each.
 """
 
 import json
+import random
 import re
 import sys
 import time
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +70,7 @@ from data import (
     EMBEDDED,
     TASKS,
     DataError,
+    arithmetic,
     best_of,
     bits_per_byte,
     bootstrap,
@@ -85,6 +88,8 @@ from data import (
     pass_at,
     perplexity,
     proportion,
+    things,
+    told_again,
     weighted_vote,
 )
 from errors import KINDS, kinds_of, solution_kind
@@ -664,8 +669,32 @@ def head_scores(model: ModernDecoderLM, seed: int = 1, rows: int = 8, length: in
     }
 
 
+def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
+    """Can it look a number up? The share of digits that are the likeliest token where they are told again,
+    given the true ones before: those of `facts`, the sentences of n problems in another order behind the
+    problem, and of `lists`, of eight random things each. A model that guesses numbers gets a quarter or so.
+    """
+    rng = random.Random(seed)
+    questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
+    lists = [things(rng) for _ in range(n)]
+    texts = {"facts": [(q, told_again(rng, q)) for q in questions], "lists": [(told, told) for told in lists]}
+    return {kind: copied_digits(model, pairs) for kind, pairs in texts.items()}
+
+
+def copied_digits(model: TextModel, pairs: list[tuple[str, str]]) -> float:
+    hits = []
+    for before, again in pairs:
+        start = [model.eos, *model.encode(f"{before}\n")]
+        ids = torch.tensor([*start, *model.encode(again)], device=model.device)
+        with torch.inference_mode():
+            likeliest = model.model(ids[None, :-1])[0].argmax(-1).tolist()
+        asked = zip(likeliest[len(start) - 1 :], ids[len(start) :].tolist(), strict=True)
+        hits += [said == true for said, true in asked if model.decode([true]).strip().isdigit()]
+    return sum(hits) / len(hits)
+
+
 def attention(model: TextModel, seed: int) -> dict:
-    """The scores of all heads, and maps over two texts of the head that has most of each."""
+    """The scores of all heads, maps over two texts of the head that has most of each, and what is copied."""
     if not model.ours or model.kind != "causal":
         raise TrainError(f"{model.name}: attention is shown of decoders that model.py computes")
     scores, maps = head_scores(model.model, seed), []
@@ -680,7 +709,7 @@ def attention(model: TextModel, seed: int) -> dict:
         ]  # fmt: skip
         maps.append({"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": heads})
     rounded = {name: [[round(x, 4) for x in row] for row in s.tolist()] for name, s in scores.items()}
-    return {"model": model.name, "scores": rounded, "maps": maps}
+    return {"model": model.name, "scores": rounded, "maps": maps, "copies": copying(model, seed)}
 
 
 def read_words(argv: list[str]) -> list[str]:
@@ -732,6 +761,8 @@ def main() -> None:
                 for head in found["maps"][0]["heads"]:
                     value = found["scores"][head["most"]][head["layer"]][head["head"]]
                     print(f"  most {head['most']}: layer {head['layer']}, head {head['head']}: {value:.3f}")
+                told = ", ".join(f"of {kind} {share:.0%}" for kind, share in found["copies"].items())
+                print(f"  digits copied where they are told again: {told}")
                 continue
             taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
             for task in tasks:

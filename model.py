@@ -167,9 +167,9 @@ class AttentionInBlocks(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v of a whole text on a CPU, 64 queries at a time with the keys up to theirs.
 
     What a block of queries may not see is never computed, but for its own upper triangle, and its scores stay
-    in the cache. The weights are kept for the backward pass: 2.4 MB a layer and row of 1,024 tokens and head
-    in float32. torch's own flash attention, which keeps none, takes 1.2 to 2.9 times as long, forward and
-    backward (256 and 1,024 tokens, float32); 2.5 to 3.7 times in bfloat16.
+    in the cache. The weights are kept for the backward pass: 2.2 MB for a layer, head and row of 1,024 tokens
+    in float32. torch's own flash attention, which keeps none, takes 1.2 to 3.0 times as long forward and
+    backward (256 and 1,024 tokens, float32, two threads), in bfloat16 2.4 to 3.7 times.
     """
 
     @staticmethod
@@ -1460,7 +1460,7 @@ def estimate_memory(
     a layer does. An expert's room is that of the fullest one: a quarter more than its share is assumed.
     `workspaces` are cuBLAS's. `overhead` is no tensor: 0.55 GiB of CUDA context, and 6 % that the allocator
     loses between blocks. float32 activations are taken to be a CPU's, which has neither context nor
-    workspaces, but whose RMSNorm keeps x / rms(x) as well.
+    workspaces, but whose RMSNorm keeps x / rms(x) as well, and attention its weights up to the diagonal.
     """
     n, d, L = count_parameters(c), c.d_model, c.n_layers
     T = context_length or c.context_length
@@ -1479,6 +1479,9 @@ def estimate_memory(
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))
+    if not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks; behind a mask it keeps all weights
+        seen = T if c.sliding_window else (T + 64) // 2
+        layer += 4 * micro_batch * c.n_heads * T * min(T, seen)
     if c.n_sinks:  # the plain path keeps scores, float32 weights and weights
         layer += 3 * 4 * micro_batch * c.n_heads * T * T
     copies = 2 * (n["attention"] + n["ffn"]) if half else 0  # autocast's bfloat16 weights

@@ -598,6 +598,9 @@ def attention(home: Path) -> list[Block]:
         )
         caption += "of entropy: spread evenly."
         blocks.append(figure(f"heads-{folder.name}", caption, fig))
+        if copies := found.get("copies"):
+            told = " and ".join(f"{share:.0%} of those of {kind}" for kind, share in copies.items())
+            blocks.append(Text(f"Told again, {told} are copied (digits; a guess gets a quarter or so)."))
         for i, example in enumerate(found["maps"]):
             labels = [token.replace("\n", "⏎").replace(" ", "␣") for token in example["tokens"]]
             fig, axes = plt.subplots(2, 2, figsize=(11, 10.5))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -484,6 +485,22 @@ def test_heads_are_scored_by_what_they_look_at(monkeypatch):
     for name, head in (("previous", 0), ("first", 1), ("induction", 2), ("entropy", 3)):
         assert scores[name][0, head] == pytest.approx(1, abs=1e-5)
     assert scores["entropy"][0, :3].max() < 1e-6
+
+
+def test_copied_digits_are_counted_where_they_are_told_again():
+    class Echo(torch.nn.Module):  # says what followed the same byte before; else a newline
+        def forward(self, ids):
+            logits, told = torch.zeros(1, ids.shape[1], 300), ids[0].tolist()
+            for t, i in enumerate(told):
+                logits[0, t, told[told.index(i) + 1] if i in told[:t] else 10] = 1
+            return logits
+
+    encode, decode = lambda text: list(text.encode()), lambda ids: chr(ids[0])  # noqa: E731
+    model = SimpleNamespace(model=Echo(), eos=299, device="cpu", encode=encode, decode=decode)
+    assert evaluation.copied_digits(model, [("a1 b2", "a1 b2"), ("a1", "a1")]) == 1
+    assert evaluation.copied_digits(model, [("a1 b2", "b1 a2 x3"), ("a4", "a4")]) == 0.25
+    shares = evaluation.copying(model, seed=1, n=20)
+    assert set(shares) == {"facts", "lists"} and 0 < shares["facts"] < 1 and 0 < shares["lists"] < 1
 
 
 @pytest.mark.parametrize("sinks", [0, 1])

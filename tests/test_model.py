@@ -1476,6 +1476,7 @@ def bytes_saved_for_backward(config: ModelConfig, batch: int) -> int:
         {"head_dim": 64, "n_kv_heads": 2},
         {"norm": "none", "sliding_window": 16},
         {"n_sinks": 2},
+        {"context_length": 300, "n_kv_heads": 2},
     ],
     ids=str,
 )
