@@ -656,7 +656,7 @@ class ModernDecoderLM(nn.Module):
         # 47. A CPU has the room: float32 takes no longer there and ends at 0.671 nats and not 0.676 (cpu.py).
         x = x.to(self.dtype) if x.is_cuda else x
         if c.positions == "rope" and rope is None:  # the same angles serve every layer
-            rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, x.dtype)
+            rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, self.dtype)
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)
         x = F.dropout(x, c.dropout, self.training)
