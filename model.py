@@ -187,14 +187,10 @@ class AttentionInBlocks(torch.autograd.Function):
             scores = (q[..., i:j, :].flatten(2, 3) @ k[:, :, :S].mT).view(B, K, -1, j - i, S)
             if mask is None:
                 scores[..., i:] += future[: j - i, : j - i]
-                w = scores.softmax(-1)
             else:
-                w = (
-                    scores.masked_fill_(~mask[..., i:j, :].unsqueeze(-3), -torch.inf)
-                    .softmax(-1)
-                    .nan_to_num_()
-                )
-            w = w.flatten(2, 3)  # (B, K, queries of the group, S)
+                scores.masked_fill_(~mask[..., i:j, :].unsqueeze(-3), -torch.inf)
+            w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
+            w = w if mask is None else w.nan_to_num_()
             y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
             weights.append(w)
         ctx.save_for_backward(q, k, v, *weights)
