@@ -7,10 +7,11 @@
 `matmul`: what large matrix products reach, in float32 and bfloat16; the shares below are of this figure, not
 of a data sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one
 thing each (a CUDA card only). `training`: the configs' own steps, eager and, on a card, compiled, where a
-step's time goes (there kernel by kernel), and whether the loader is ever waited for. `decoding`: ours beside
-transformers' generate, same weights. `peers`: what `train.py --bench` and `chat.py --bench` measure beside
-transformers and, if installed, litgpt, on one thread of a CPU. `data`: megabytes tokenised a second and core.
-Medians; what is compared is interleaved.
+step's time goes (there kernel by kernel), and whether the loader is ever waited for. `attention`: in blocks,
+as model.py computes it on a CPU, beside torch's. `decoding`: ours beside transformers' generate, same
+weights. `peers`: what `train.py --bench` and `chat.py --bench` measure beside transformers and, if installed,
+litgpt, on one thread of a CPU. `data`: megabytes tokenised a second and core. Medians; what is compared is
+interleaved.
 """
 
 import contextlib
@@ -23,17 +24,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from chat import ChatConfig
 from chat import benchmark as decoding_benchmark
 from configs import ConfigError, parse_config
 from data import documents
 from model import (
+    AttentionInBlocks,
     ModelConfig,
     ModernDecoderLM,
     estimate_flops,
@@ -66,7 +69,7 @@ GIB = 2**30
 class HardwareConfig:
     """What is measured, and within what limit."""
 
-    only: str = ""  # matmul, memory, training, decoding, peers, data, joined by commas; nothing: all
+    only: str = ""  # matmul, memory, training, attention, decoding, peers, data, by commas; nothing: all
     configs: str = ""  # whose steps are timed; the first decodes; nothing: speedrun,max3060, or cpu
     compile: bool = True  # compiled contenders, too: half a minute each to start
     cap: float = 11.0  # GiB that this process may take of a card, as if it had no more
@@ -158,6 +161,10 @@ def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
         found[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(seconds)
+        if dtype == torch.float32 and not cuda and torch.get_float32_matmul_precision() != "highest":
+            with float32_products("highest"):  # without what `prepare_cpu` chose
+                seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
+            found["float32 as torch comes"] = 2 * n**3 / min(seconds)
     return found
 
 
@@ -268,6 +275,35 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     return rows
 
 
+def attention(cfg: HardwareConfig, device: torch.device) -> list[dict]:
+    """Milliseconds of attention, forward and backward, in blocks and by torch, as it comes; a CPU only."""
+    if device.type != "cpu":
+        return []
+    rows, dtypes = [], {torch.float32, pick_dtype("auto", device)}
+    shapes = (16, 4, 2, 256, 32), (16, 6, 6, 256, 48), (4, 8, 4, 1024, 64)
+    for dtype, (B, H, K, T, D) in product(dtypes, shapes):
+        q, k, v = (torch.randn(B, T, n, D, dtype=dtype, requires_grad=True) for n in (H, K, K))
+
+        def qkv(q=q, k=k, v=v):
+            return [t.transpose(1, 2) for t in (q, k, v)]
+
+        def torchs(qkv=qkv, grouped=H != K):
+            with float32_products("highest"):
+                y = F.scaled_dot_product_attention(*qkv(), is_causal=True, enable_gqa=grouped)
+                y.backward(torch.ones_like(y))
+
+        def blocks(qkv=qkv):
+            y = AttentionInBlocks.apply(*qkv())
+            y.backward(torch.ones_like(y))
+
+        took = in_turns({"torch": torchs, "in blocks": blocks}, cfg.rounds, device)
+        shape = f"{B} rows of {T}, {H} heads of {D}, {K} key heads, {str(dtype).removeprefix('torch.')}"
+        rows.append({"shape": shape, "milliseconds": {who: 1000 * s for who, s in took.items()}})
+        told = ", ".join(f"{who} {1000 * s:.1f} ms" for who, s in took.items())
+        print(f"attention  {shape}: {told}, {took['torch'] / took['in blocks']:.1f}x", flush=True)
+    return rows
+
+
 def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Tokens a second of ours and of transformers' generate, on a card with a static cache that it compiles;
     same weights. Greedy, one row and many; and many answers to one prompt, as a verifier wants them.
@@ -355,8 +391,8 @@ def peers(cfg: HardwareConfig, device: torch.device) -> dict:
         torch.set_num_threads(before)
 
 
-PARTS = {"matmul": matmul, "memory": memory, "training": training, "decoding": decoding}
-PARTS |= {"peers": peers, "data": data}
+PARTS = {"matmul": matmul, "memory": memory, "training": training, "attention": attention}
+PARTS |= {"decoding": decoding, "peers": peers, "data": data}
 
 
 def measure(cfg: HardwareConfig) -> dict:

@@ -891,6 +891,11 @@ def one_machine(file: Path, number: int) -> list[Block]:
             words = f"{r['config']}, eager: forward {forward:.0f} ms, backward {both - forward:.0f} ms, "
             words += f"clipping and {r['optimizer']} {all_of_it - both:.0f} ms."
             blocks.append(Text(words))
+    if rows := found.get("attention"):
+        both = [(r["shape"], r["milliseconds"]["torch"], r["milliseconds"]["in blocks"]) for r in rows]
+        cells = [[shape, f"{a:.1f}", f"{b:.1f}", f"{a / b:.1f}"] for shape, a, b in both]
+        blocks += [Text("Attention on a CPU, forward and backward, milliseconds:")]
+        blocks += [Table(f"attention-speed{more}", ["of", "torch", "in blocks", "times torch"], cells)]
     if rows := found.get("decoding"):
         cells = [[r["task"], who, f"{rate:,.0f}", f"{rate / r['tokens_per_second']['transformers']:.2f}"]
                  for r in rows for who, rate in r["tokens_per_second"].items()]  # fmt: skip

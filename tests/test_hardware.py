@@ -23,7 +23,7 @@ def cfg(tmp_path):
 
 
 def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path):
-    cfg.only = "matmul,memory,training,decoding,data"
+    cfg.only = "matmul,memory,training,attention,decoding,data"
     found = measure(cfg)
     assert json.loads((tmp_path / "hardware.json").read_text()) == found
     (row,) = found["training"]
@@ -38,6 +38,7 @@ def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path):
               for b in blocks if isinstance(b, Table)}  # fmt: skip
     assert tables["steps"][0]["tokens/s"] == f"{rate:,.0f}" and len(tables["decoding"]) == 6
     assert found["hardware"]["device"] in blocks[0].words
+    assert len(tables["attention-speed"]) in (3, 6)
 
 
 def test_parts_are_added_and_another_machines_are_not(cfg, tmp_path):
