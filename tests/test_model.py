@@ -37,6 +37,7 @@ from model import (
     float32_products,
     from_pretrained,
     kv_cache_bytes,
+    linear,
     one_query,
     rms_norm,
     sample,
@@ -486,21 +487,25 @@ def test_gqa_with_repeated_key_value_heads_equals_mha():
         assert gqa.generate([[1, 2]], 8, temperature=0) == mha.generate([[1, 2]], 8, temperature=0)
 
 
-def test_bfloat16_autocast_keeps_a_bfloat16_residual_stream_and_nearly_the_loss():
-    ids = tokens(4, 24)
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_card])])
+def test_autocast_keeps_the_residual_stream_in_bfloat16_on_a_card_and_nearly_the_loss(device):
+    ids, kept = tokens(4, 24).to(device), torch.bfloat16 if device == "cuda" else torch.float32
     for changes in ({}, {"norm": "layer"}, {"qk_norm": True, "n_kv_heads": 2}, {"n_sinks": 1}, GPT, MOE):
         torch.manual_seed(0)
-        ours, stream = ModernDecoderLM(tiny(**changes)).train(), []
+        ours, stream = ModernDecoderLM(tiny(**changes)).to(device).train(), []
         with torch.no_grad():
             ours.model["embed_tokens"].weight.mul_(20)
         for block in ours.model["layers"]:
             block.register_forward_hook(lambda _m, _i, out, seen=stream: seen.append(out.dtype))
         exact, n = ours(ids[:, :-1], ids[:, 1:])
         stream.clear()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             rounded, _ = ours(ids[:, :-1], ids[:, 1:])
-            assert ours.hidden(ids).dtype == torch.bfloat16
-        assert set(stream) == {torch.bfloat16} and rounded.dtype == torch.float32
+            assert ours.hidden(ids).dtype == kept
+        assert set(stream) == {kept} and rounded.dtype == torch.float32
         assert abs(rounded.item() / exact.item() - 1) < 0.01, changes
         rounded.backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
@@ -614,6 +619,13 @@ def test_one_query_equals_torchs_compiled_or_not():
         assert close(one_query(q, k, v, mask), expected, 1e-6)
         compiled = torch.compile(one_query, backend="eager")  # the branch that compilers take
         assert close(compiled(q, k, v, mask), expected, 1e-6)
+
+
+def test_one_row_times_weights_equals_torchs_compiled_or_not():
+    weight, compiled = torch.randn(7, 16), torch.compile(linear, backend="eager")
+    for x in (torch.randn(16), torch.randn(1, 16), torch.randn(1, 1, 16), torch.randn(2, 1, 16)):
+        for w in (weight, weight.T.contiguous().T):
+            assert close(compiled(x, w), F.linear(x, w), 1e-5) and compiled(x, w).shape == (*x.shape[:-1], 7)
 
 
 def test_float32_products_are_set_for_a_while():
@@ -1380,7 +1392,7 @@ def test_under_autocast_weights_are_cast_once_and_the_router_not_at_all():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@needs_card
 @pytest.mark.parametrize("name", ["gqa", "mistral", "learned"])
 def test_a_card_decodes_the_same_tokens_recorded_and_not(name):
     ours = make(**VARIANTS[name]).cuda()
@@ -1398,7 +1410,7 @@ def test_a_card_decodes_the_same_tokens_recorded_and_not(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@needs_card
 def test_a_card_computes_the_same_loss_and_gradients_compiled_and_not():
     ours = make(n_kv_heads=2, n_layers=2).cuda()
     ids = tokens(4, 12).cuda()
@@ -1510,6 +1522,7 @@ def test_packing_for_decoding_changes_neither_logits_nor_what_is_saved_and_train
         ours, ids = ModernDecoderLM(tiny(**changes)).eval(), tokens(2, 9)
         before = ours(ids)
         saved = {name: p.clone() for name, p in ours.state_dict().items()}
+        assert ours.pack(transposed=False) is ours and torch.allclose(ours(ids), before, atol=1e-5)
         assert ours.pack() is ours and torch.allclose(ours(ids), before, atol=1e-5)
         ours.save_pretrained(tmp_path)
         assert torch.equal(ModernDecoderLM.from_pretrained(tmp_path)(ids), before)
@@ -1521,6 +1534,7 @@ def test_packing_for_decoding_changes_neither_logits_nor_what_is_saved_and_train
         ours.train()
         assert all(p.is_contiguous() for p in ours.parameters())
         assert all(torch.equal(p, saved[name]) for name, p in ours.state_dict().items())
+        assert len({p.untyped_storage().data_ptr() for p in ours.parameters()}) == len(saved)
         assert torch.equal(ours.eval()(ids), before)
 
 
