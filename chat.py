@@ -157,11 +157,10 @@ def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
     import torch
     import transformers
 
-    from model import ModelConfig, ModernDecoderLM, float32_products, to_hf_config, to_hf_tensors
+    from model import ModelConfig, ModernDecoderLM, to_hf_config, to_hf_tensors
     from train import hardware, litgpt_twin, pick_device
 
     device, T = pick_device(cfg.device), 256
-    ours_by = torch.get_float32_matmul_precision()  # others decode faster by torch's default
     c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)
     ours = ModernDecoderLM(c).to(device)
     keys = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
@@ -199,7 +198,7 @@ def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
         for i in range(6):
             for name, run in runs.items():
                 begun = time.perf_counter()
-                with torch.inference_mode(), float32_products(ours_by if "ours" in name else "highest"):
+                with torch.inference_mode():
                     run()
                 if i:  # the first round allocates and compiles
                     times[name].append(time.perf_counter() - begun)

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, float32_products, from_hf_config, write_atomically
+from model import ModernDecoderLM, from_hf_config, write_atomically
 from tokenizer import EOT, ROLES, Tokenizer, become_worker, map_ahead
 from train import (
     FREE_TO_CHANGE,
@@ -320,11 +320,7 @@ class TextModel:
         was_training = self.model.training
         self.model.eval()
         ids, mask = ids.to(self.device), mask.to(self.device)
-        by = (
-            "highest" if self.device.type == "cpu" else torch.get_float32_matmul_precision()
-        )  # see `one_query`
-        with float32_products(by):
-            new = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+        new = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
         self.model.train(was_training)
         return [row[width if left else 1 :] for row in new.tolist()]
 

@@ -41,6 +41,7 @@ from model import (
     ModernDecoderLM,
     estimate_flops,
     estimate_memory,
+    fastest_products,
     float32_products,
     to_hf_config,
     to_hf_tensors,
@@ -159,12 +160,13 @@ def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
     for dtype in {torch.float32, torch.bfloat16, pick_dtype("auto", device)}:
         n = 8192 if cuda else 1536 if dtype == torch.float32 else 512  # a CPU may have to emulate bfloat16
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
-        found[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(seconds)
-        if dtype == torch.float32 and not cuda and torch.get_float32_matmul_precision() != "highest":
-            with float32_products("highest"):  # without what `prepare_cpu` chose
-                seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
-            found["float32 as torch comes"] = 2 * n**3 / min(seconds)
+        name, default = str(dtype).removeprefix("torch."), torch.get_float32_matmul_precision()
+        ways = {f"{name} as torch comes": default, name: fastest_products(device)}
+        for way, precision in ways.items():
+            if way == name or (dtype == torch.float32 and precision != ways[name]):
+                with float32_products(precision):
+                    seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(cfg.rounds)]
+                found[way] = 2 * n**3 / min(seconds)
     return found
 
 
@@ -255,7 +257,8 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
                 if way == "eager" and not cuda:  # a card's kernels tell more, below
                     runs["forward"] = step.forward
                     runs["forward and backward"] = lambda step=step: step.forward().backward()
-                row["seconds"] |= in_turns(runs, cfg.rounds, device, calls)
+                with float32_products(fastest_products(device)):
+                    row["seconds"] |= in_turns(runs, cfg.rounds, device, calls)
                 if cuda:
                     row.setdefault("peak_memory", {})[way] = torch.cuda.max_memory_allocated()
                     row.setdefault("kernels", {})[way] = kernels(step, row["seconds"][way])
@@ -288,13 +291,13 @@ def attention(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             return [t.transpose(1, 2) for t in (q, k, v)]
 
         def torchs(qkv=qkv, grouped=H != K):
-            with float32_products("highest"):
-                y = F.scaled_dot_product_attention(*qkv(), is_causal=True, enable_gqa=grouped)
-                y.backward(torch.ones_like(y))
+            y = F.scaled_dot_product_attention(*qkv(), is_causal=True, enable_gqa=grouped)
+            y.backward(torch.ones_like(y))
 
         def blocks(qkv=qkv):
-            y = AttentionInBlocks.apply(*qkv())
-            y.backward(torch.ones_like(y))
+            with float32_products(fastest_products(device)):
+                y = AttentionInBlocks.apply(*qkv())
+                y.backward(torch.ones_like(y))
 
         took = in_turns({"torch": torchs, "in blocks": blocks}, cfg.rounds, device)
         shape = f"{B} rows of {T}, {H} heads of {D}, {K} key heads, {str(dtype).removeprefix('torch.')}"
@@ -341,11 +344,9 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         def mine(prompt=prompt, how=how, model=ours, **more):
             model.generate(prompt.tolist(), new, **how, **more)
 
-        def others(prompt=prompt, config=config):  # on a CPU faster by torch's default
-            with float32_products(torch.get_float32_matmul_precision() if cuda else "highest"):
-                theirs.generate(prompt, generation_config=copy.copy(config))
-
-        contenders = {"transformers": others}
+        contenders = {
+            "transformers": lambda p=prompt, g=config: theirs.generate(p, generation_config=copy.copy(g))
+        }
         contenders["ours"] = mine
         if cfg.compile:
             contenders["ours, compiled"] = lambda mine=mine: mine(model=quick, compile=True)

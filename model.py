@@ -225,18 +225,37 @@ def float32_products(precision: str):
         torch.set_float32_matmul_precision(before)
 
 
+def fastest_products(device: torch.device) -> str:
+    """The precision to ask `float32_products` for where products are of the same shapes again and again.
+
+    torch has MKL multiply, which on AMD's processors runs code for AVX2 whatever they have. At "medium" it
+    asks oneDNN: 250 GFLOP/s a core and not 110 (Zen 5), and as exact, since only AMX has anything less to
+    offer. But oneDNN makes a kernel for every new shape, which takes half a millisecond and half a MiB.
+    """
+    return "medium" if device.type == "cpu" and mkl_is_slow() else torch.get_float32_matmul_precision()
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and not amx
+
+
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
-    on_cpu, compiling = q.device.type == "cpu", torch.compiler.is_compiling()
-    if on_cpu and compiling:  # loops over the cache; several queries a key are worth a product of matrices
+    if (
+        q.device.type == "cpu" and torch.compiler.is_compiling()
+    ):  # loops over the cache; several queries a key are worth a product of matrices
         scores = (q * k).sum(-1).unsqueeze(2) if q.shape[2] == 1 else q @ k.mT  # (B, K, G, S)
         scores = scores / math.sqrt(q.shape[-1])
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return (scores.softmax(-1).unsqueeze(-1) * v.unsqueeze(2)).sum(-2)
-    # Small products, of another shape for every token: oneDNN would prepare anew for each.
-    with float32_products("highest") if on_cpu and not compiling else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: Tensor, k: Tensor, v: Tensor):
@@ -833,10 +852,9 @@ class ModernDecoderLM(nn.Module):
         def draw(logits: Tensor, uniform: Tensor) -> Tensor:
             return sample(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
 
-        # Where oneDNN was chosen (`prepare_cpu` in train.py), MKL is the faster one for small products.
-        precision, grouped = torch.get_float32_matmul_precision(), c.n_heads != c.n_kv_heads
-        if self.device.type == "cpu" and (rows * c.d_model < 4096 or (compile and grouped)):
-            precision = "highest"
+        # Products of compiled steps are all alike, but for those of grouped queries with their keys.
+        alike = compile and c.n_heads == c.n_kv_heads and rows * c.d_model >= 4096
+        precision = fastest_products(self.device) if alike else torch.get_float32_matmul_precision()
 
         def next_token(token: Tensor, uniform: Tensor) -> Tensor:
             if seen is not None:

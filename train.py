@@ -60,6 +60,7 @@ from model import (
     count_parameters,
     estimate_flops,
     estimate_memory,
+    fastest_products,
     float32_products,
     to_hf_config,
     write_atomically,
@@ -351,26 +352,19 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise TrainError(f"--device={device} is none that torch knows: cuda, cuda:1, cpu, mps") from None
     if chosen.type == "cpu":
-        prepare_cpu()
+        keep_freed_memory()
     return chosen
 
 
 @functools.cache
-def prepare_cpu() -> None:
-    """Two switches without which some CPUs are slow; no result changes but in its last digits.
-
-    Float32 products: torch asks MKL, which on AMD's processors runs code for AVX2 whatever they have. At
-    "medium" it asks oneDNN, whose products are as exact, since only AMX has anything less to offer: 250
-    GFLOP/s a core and not 110 (Zen 5). Memory: glibc gives large tensors back to the system when they are
-    freed, which clears every page before it lends it out anew, a few gigabytes a second, at each step.
+def keep_freed_memory() -> None:
+    """Of a process on a CPU: glibc gives large tensors back to the system, which clears every page before
+    it lends it out anew, at each step. 1.03 to 1.08 times as fast so.
     """
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
-    if "AMD" in cpu_name() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not amx:
-        torch.set_float32_matmul_precision("medium")
     with contextlib.suppress(OSError, AttributeError):  # not glibc
-        keep_below, never_trim = (-3, 2**30), (-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        for parameter in (keep_below, never_trim):
-            ctypes.CDLL(None).mallopt(*parameter)
+        libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -1276,7 +1270,8 @@ def pretrain(cfg: TrainConfig) -> dict:
     )
     if batch * T * cfg.max_steps > 4 * len(train):
         trainer.say("past some 4 epochs repeated text teaches little: more text, or fewer --max_steps")
-    return trainer.run_all_steps()
+    with float32_products(fastest_products(trainer.device)):
+        return trainer.run_all_steps()
 
 
 def trainer_size(model: nn.Module) -> str:
@@ -1474,7 +1469,8 @@ def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: fl
     started = time.perf_counter()
     while len(times) < steps + 2 and (len(times) < 3 or time.perf_counter() - started < seconds):
         begun = time.perf_counter()
-        step()
+        with float32_products(fastest_products(device)):
+            step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
@@ -1511,7 +1507,7 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
 
     The shape is 6 layers of width 288, context 256, vocabulary 4,096, 16 sequences: forward, loss, backward,
     clip, fused AdamW. OMP_NUM_THREADS=1 measures one thread; --compile adds compiled contenders (a minute
-    each to start). Others as they come, and again with oneDNN's products where `prepare_cpu` chooses them.
+    each to start). Others as they come, and again with `fastest_products` where these are others.
     """
     import transformers
 
@@ -1552,7 +1548,7 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
 
         return step
 
-    ours, steps = torch.get_float32_matmul_precision(), {}
+    ours, steps = fastest_products(device), {}
     for compiled in (False, True) if cfg.compile is True else (False,):
         way = "compiled" if compiled else "eager"
         for name, model in models.items():
@@ -1567,7 +1563,8 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
             if i > 1:  # the first two allocate and compile
                 times[name].append(time.perf_counter() - begun)
     tokens, flops = ids[:, 1:].numel(), estimate_flops(c)
-    peak = matmul_flops(dtype) if device.type == "cpu" else peak_flops(torch.cuda.get_device_name(device))
+    with float32_products(ours):
+        peak = matmul_flops(dtype) if device.type == "cpu" else peak_flops(torch.cuda.get_device_name(device))
     rates = {name: tokens / float(np.median(measured)) for name, measured in times.items()}
     found = {"tokens_per_second": rates}
     if peak:

@@ -34,6 +34,7 @@ from model import (
     cross_entropy,
     estimate_flops,
     estimate_memory,
+    fastest_products,
     float32_products,
     from_pretrained,
     kv_cache_bytes,
@@ -626,6 +627,26 @@ def test_one_row_times_weights_equals_torchs_compiled_or_not():
     for x in (torch.randn(16), torch.randn(1, 16), torch.randn(1, 1, 16), torch.randn(2, 1, 16)):
         for w in (weight, weight.T.contiguous().T):
             assert close(compiled(x, w), F.linear(x, w), 1e-5) and compiled(x, w).shape == (*x.shape[:-1], 7)
+
+
+@pytest.mark.parametrize(
+    "vendor, capability, amx, slow",
+    [("AuthenticAMD", "AVX512", False, True), ("AuthenticAMD", "AVX2", False, False),
+     ("GenuineIntel", "AVX512", False, False), ("AuthenticAMD", "AVX512", True, False)],
+)  # fmt: skip
+def test_mkl_is_slow_on_amd_and_onednn_exact_without_amx(monkeypatch, vendor, capability, amx, slow):
+    monkeypatch.setattr(model_file.Path, "read_text", lambda self: f"vendor_id : {vendor}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert model_file.mkl_is_slow.__wrapped__() is slow
+
+
+def test_the_fastest_products_of_this_cpu_are_those_of_float32():
+    a, b = torch.randn(300, 400), torch.randn(400, 300)
+    exact = a.double() @ b.double()
+    with float32_products(fastest_products(torch.device("cpu"))):
+        assert (a @ b - exact).abs().max() < 2e-4  # bfloat16 would be off by 0.2
+    assert (a.bfloat16().float() @ b.bfloat16().float() - exact).abs().max() > 2e-2
 
 
 def test_float32_products_are_set_for_a_while():

@@ -25,7 +25,7 @@ from torch import nn
 
 import train
 from data import storyworld
-from model import ModelConfig, ModernDecoderLM, float32_products, load_tensors
+from model import ModelConfig, ModernDecoderLM, load_tensors
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens
 from train import AdamW, TrainConfig, Trainer, TrainError, Windows, evaluate_lm, get_batch, get_lr
 
@@ -759,29 +759,6 @@ def test_eval_tokens_limits_all_evaluations_but_the_last(settings, tmp_path, tok
 
 # -----------------------------------------------------------------------------
 # The machine
-
-
-@pytest.mark.parametrize(
-    "name, capability, amx, chosen",
-    [("AMD EPYC", "AVX512", False, "medium"), ("AMD Ryzen", "AVX2", False, "highest"),
-     ("Intel", "AVX512", False, "highest"), ("AMD of tomorrow", "AVX512", True, "highest")],
-)  # fmt: skip
-def test_products_go_to_onednn_where_mkl_is_slow_and_onednn_exact(monkeypatch, name, capability, amx, chosen):
-    monkeypatch.setattr(train, "cpu_name", lambda: name)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    with float32_products("highest"):
-        train.prepare_cpu.__wrapped__()
-        assert torch.get_float32_matmul_precision() == chosen
-
-
-def test_products_of_this_cpu_are_those_of_float32():
-    with float32_products("highest"):
-        train.prepare_cpu.__wrapped__()
-        a, b = torch.randn(300, 400), torch.randn(400, 300)
-        exact = a.double() @ b.double()
-        assert (a @ b - exact).abs().max() < 2e-4  # bfloat16 would be off by 0.2
-        assert (a.bfloat16().float() @ b.bfloat16().float() - exact).abs().max() > 2e-2
 
 
 @pytest.mark.parametrize("able", [None, "_is_amx_tile_supported", "_is_avx512_bf16_supported"])
