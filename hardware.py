@@ -349,7 +349,8 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         }
         contenders["ours"] = mine
         if cfg.compile:
-            contenders["ours, compiled"] = lambda mine=mine: mine(model=quick, compile=True)
+            laid_out = quick if name == "1 row" else ours
+            contenders["ours, compiled"] = lambda mine=mine, model=laid_out: mine(model=model, compile=True)
         with torch.inference_mode():
             seconds = in_turns(contenders, max(2, cfg.rounds // 2), device)
         rates = {who: total / s for who, s in seconds.items()}

@@ -722,7 +722,7 @@ class ModernDecoderLM(nn.Module):
     def pack(self, transposed: bool = True) -> "ModernDecoderLM":
         """Lays the weights out for decoding, where a step is bound by reading them: q, k and v side by side,
         gate and up too, and all of them transposed (1.1x to 1.2x on two cores, batch 1 and 16), but for
-        compiled decoding on a CPU, see `linear`.
+        compiled decoding of one row on a CPU, see `linear`.
 
         Parameters become views of the packed matrices, so nothing is stored twice. Training or moving the
         model forgets the packing again.
