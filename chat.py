@@ -191,7 +191,8 @@ def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
                 twin, ids[0], 8 + T, temperature=0.0, top_p=0.0
             )
         if cfg.compile:
-            runs["ours, compiled"] = lambda ids=ids, model=quick if batch == 1 else ours: model.generate(
+            laid_out = quick if batch == 1 else ours
+            runs["ours, compiled"] = lambda ids=ids, model=laid_out: model.generate(
                 ids.tolist(), T, temperature=0, compile=True
             )
         times: dict[str, list[float]] = {name: [] for name in runs}
