@@ -157,7 +157,7 @@ def free(device: torch.device) -> None:
 def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
     """FLOP/s of a large matrix product by data type (float32 on a card: TF32); the best of the rounds."""
     found, cuda = {}, device.type == "cuda"
-    for dtype in {torch.float32, torch.bfloat16, pick_dtype("auto", device)}:
+    for dtype in dict.fromkeys([torch.float32, torch.bfloat16, pick_dtype("auto", device)]):
         n = 8192 if cuda else 1536 if dtype == torch.float32 else 512  # a CPU may have to emulate bfloat16
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         name, default = str(dtype).removeprefix("torch."), torch.get_float32_matmul_precision()
@@ -282,7 +282,7 @@ def attention(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Milliseconds of attention, forward and backward, in blocks and by torch, as it comes; a CPU only."""
     if device.type != "cpu":
         return []
-    rows, dtypes = [], {torch.float32, pick_dtype("auto", device)}
+    rows, dtypes = [], dict.fromkeys([torch.float32, pick_dtype("auto", device)])
     shapes = (16, 4, 2, 256, 32), (16, 6, 6, 256, 48), (4, 8, 4, 1024, 64)
     for dtype, (B, H, K, T, D) in product(dtypes, shapes):
         q, k, v = (torch.randn(B, T, n, D, dtype=dtype, requires_grad=True) for n in (H, K, K))
