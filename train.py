@@ -1548,12 +1548,12 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
 
         return step
 
-    ours, steps = fastest_products(device), {}
+    default, ours, steps = torch.get_float32_matmul_precision(), fastest_products(device), {}
     for compiled in (False, True) if cfg.compile is True else (False,):
         way = "compiled" if compiled else "eager"
         for name, model in models.items():
-            steps[f"{name}, {way}"] = stepper(name, model, compiled, ours if name == "ours" else "highest")
-            if name != "ours" and ours != "highest":
+            steps[f"{name}, {way}"] = stepper(name, model, compiled, ours if name == "ours" else default)
+            if name != "ours" and ours != default:
                 steps[f"{name}, {way}, oneDNN"] = stepper(name, model, compiled, ours)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(12):
