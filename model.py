@@ -237,6 +237,7 @@ def fastest_products(device: torch.device) -> str:
 
 @functools.cache
 def mkl_is_slow() -> bool:
+    """On AMD's processors with AVX-512; but where there is AMX, oneDNN's "medium" would round to bfloat16."""
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -247,9 +248,8 @@ def mkl_is_slow() -> bool:
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
-    if (
-        q.device.type == "cpu" and torch.compiler.is_compiling()
-    ):  # loops over the cache; several queries a key are worth a product of matrices
+    if q.device.type == "cpu" and torch.compiler.is_compiling():
+        # Loops over the cache and no products of tiny matrices, but for the scores of several queries a key.
         scores = (q * k).sum(-1).unsqueeze(2) if q.shape[2] == 1 else q @ k.mT  # (B, K, G, S)
         scores = scores / math.sqrt(q.shape[-1])
         if mask is not None:
