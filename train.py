@@ -426,6 +426,7 @@ class Trainer:
 
     free_to_change = FREE_TO_CHANGE
     made_before = ()  # files that a stage wrote before it began: --overwrite leaves them
+    alike = False  # every batch has the same shape, see `fastest_products`
     keeps_best = True  # publish the checkpoint with the lowest validation loss; False: the last one
 
     def __init__(
@@ -606,14 +607,15 @@ class Trainer:
 
     def run_all_steps(self) -> dict:
         """Trains to max_steps, resuming if the folder holds a checkpoint; returns run.json's results."""
-        cfg = self.cfg
+        cfg, default = self.cfg, torch.get_float32_matmul_precision()
         try:
             self.begin()
             with self.catch_signals(), self.progress_bar() as bar:
                 unread = []  # steps whose results have not been looked at: on a card at most the last one
                 while self.step < cfg.max_steps:
                     begun = time.perf_counter()
-                    unread.append((self.step, self.train_step(self.step)))
+                    with float32_products(fastest_products(self.device) if self.alike else default):
+                        unread.append((self.step, self.train_step(self.step)))
                     self.step += 1
                     last = self.step == cfg.max_steps
                     logs, evaluates, saves = (
@@ -1270,8 +1272,8 @@ def pretrain(cfg: TrainConfig) -> dict:
     )
     if batch * T * cfg.max_steps > 4 * len(train):
         trainer.say("past some 4 epochs repeated text teaches little: more text, or fewer --max_steps")
-    with float32_products(fastest_products(trainer.device)):
-        return trainer.run_all_steps()
+    trainer.alike = True
+    return trainer.run_all_steps()
 
 
 def trainer_size(model: nn.Module) -> str:

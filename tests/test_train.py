@@ -761,6 +761,27 @@ def test_eval_tokens_limits_all_evaluations_but_the_last(settings, tmp_path, tok
 # The machine
 
 
+def test_only_the_steps_of_pretraining_ask_for_the_fastest_products(settings, monkeypatch):
+    seen = {"step": set(), "elsewhere": set()}
+
+    def spy(name, where):
+        run = getattr(Trainer, name)
+
+        def spied(*args, **more):
+            seen[where].add(torch.get_float32_matmul_precision())
+            return run(*args, **more)
+
+        monkeypatch.setattr(Trainer, name, spied)
+
+    spy("train_step", "step")
+    spy("evaluate_now", "elsewhere")
+    spy("save", "elsewhere")
+    monkeypatch.setattr(train, "fastest_products", lambda device: "high")
+    train.pretrain(settings(max_steps=4))
+    assert seen == {"step": {"high"}, "elsewhere": {"highest"}}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize("able", [None, "_is_amx_tile_supported", "_is_avx512_bf16_supported"])
 def test_auto_takes_bfloat16_where_a_cpu_multiplies_it(monkeypatch, able):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
