@@ -17,7 +17,7 @@ tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --
 the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
 unlearning.
 
-It reads an instruction-tuned run and writes out/NAME: the best by validation loss; pairs.jsonl, what it
+It reads a run, a model of the hub or an adapter, which is trained further, and writes out/NAME: the best by validation loss; pairs.jsonl, what it
 learnt from; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz. With
 rounds, the earlier ones are in out/NAME/round-1, ...
 """
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap
-from finetune import TextModel, TrainingSet, ask, is_chat, padded, sampled, subsample, weights_hash
-from model import write_atomically
-from sft import AdaptConfig, aligned_model, parents, trainer_for, world
+from finetune import TextModel, TrainingSet, ask, padded, sampled, subsample, weights_hash
+from model import ModernDecoderLM, write_atomically
+from sft import AdaptConfig, aligned_model, finish, parents, trainer_for, world
 from train import AlreadyFinished, TrainError
 
 
@@ -61,6 +61,7 @@ class DPOConfig(AdaptConfig):
     temperature: float = 0.8  # of the answers
     seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
     pairs: int = 1  # at most so many a problem
+    max_train_examples: int = 0  # pairs of a data set at most, drawn from all of it by seed; 0: all
     eval_examples: int = 300  # validation problems, or pairs
     collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never
     epochs: float = 2.0  # times through the pairs
@@ -87,7 +88,8 @@ class Pair:
 def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor, others: Tensor | None = None):
     """(B, T) log p of targets, 0 where -100; and of `others` in the same places, from the same pass."""
     core = getattr(model, "module", model)
-    logits = model(ids) if hasattr(core, "loss_chunk") else model(input_ids=ids, use_cache=False).logits
+    ours = isinstance(core, ModernDecoderLM)
+    logits = model(ids) if ours else model(input_ids=ids, use_cache=False).logits
     asked = targets != -100
     log_p = logits[asked].float().log_softmax(-1)  # (asked tokens, V)
 
@@ -187,7 +189,7 @@ def on_policy(
         prompt, _ = model.prompt(task, example.text)
         for j in range(max(1, min(cfg.pairs, len(wrong)))):
             sides = [right[j % len(right)], *wrong[j : j + 1]]
-            pair = Pair(prompt, *([*model.encode(side), model.end] for side in sides))
+            pair = Pair(prompt, *(model.reply_ids(side) for side in sides))
             if length_of(pair) > model.context_length or pair.chosen == pair.rejected:
                 counts["too_long"] += 1
                 continue
@@ -199,13 +201,11 @@ def on_policy(
 def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[Pair], dict]:
     """Pairs of a data set; a conversation that is too long loses its first turns, or is left out."""
     found, about = load_preferences(cfg.data, split)
+    found = subsample(found, cfg.max_train_examples if split == "train" else cfg.eval_examples, cfg.seed)
     pairs, left_out = [], 0
     for preference in found:
         messages = preference.messages
-        chosen, rejected = (
-            [*model.encode(a if model.marks else f" {a}"), model.end]
-            for a in (preference.chosen, preference.rejected)
-        )
+        chosen, rejected = (model.reply_ids(answer) for answer in (preference.chosen, preference.rejected))
         room = model.context_length - max(len(chosen), len(rejected))
         prompt = model.conversation(messages)[0]
         while len(prompt) > room and len(messages) > 2:
@@ -280,10 +280,6 @@ def dpo(cfg: DPOConfig) -> dict:
 
 
 def one_round(cfg: DPOConfig) -> dict:
-    if not is_chat(cfg.model):
-        raise TrainError(
-            f"{cfg.model} was not instruction-tuned, so it does not answer: python sft.py comes first"
-        )
     model = aligned_model(cfg)
     task = TASKS.get(cfg.data)
     if task and task.metric != "exact_match":
@@ -302,8 +298,7 @@ def one_round(cfg: DPOConfig) -> dict:
     else:
         pairs, data = from_collection(model, cfg, "train")
         val_pairs, val_counts = from_collection(model, replace(cfg, method="dpo"), "validation")
-        val_pairs, counts = val_pairs[: cfg.eval_examples or None], data
-        val_counts = val_counts | {"pairs": len(val_pairs)}
+        counts = data
     if not pairs or (cfg.method in ("dpo", "ipo") and not counts["pairs"]):
         raise TrainError(f"there is no pair to learn from: {counts}")
     if not val_pairs:
@@ -392,7 +387,7 @@ def one_round(cfg: DPOConfig) -> dict:
     )
     write_pairs(model, folder / "pairs.jsonl", pairs)
     trainer.made_before = ("pairs.jsonl", "reference.npz")
-    return trainer.run_all_steps()
+    return finish(cfg, trainer.run_all_steps())
 
 
 def write_pairs(model: TextModel, file: Path, pairs: list[Pair], **columns: list) -> None:

@@ -766,7 +766,10 @@ def main() -> None:
                 continue
             taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
             for task in tasks:
-                if cfg.samples and taught and task in TASKS and TASKS[task].metric == "exact_match":
+                checkable = task in TASKS and TASKS[task].metric == "exact_match"
+                if cfg.samples and checkable and not taught:
+                    print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
+                if cfg.samples and taught and checkable:
                     judges = {
                         Path(v).name: Verifier.load(v, cfg.device, model)
                         for v in cfg.verifier.split(",")
