@@ -526,8 +526,25 @@ class Tokenizer:
 
     # Files
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers."""
+    def end_ids(self, chat: bool = False) -> list[int]:
+        """The tokens that end a text; in a chat, <|end|> comes first and ends a turn."""
+        return [self.special_id("<|end|>"), self.eot_id] if chat else [self.eot_id]
+
+    def generation_ids(self, chat: bool = False) -> dict:
+        """What config.json and generation_config.json say: where a text begins, where to stop, how to pad."""
+        ends = self.end_ids(chat)
+        return {
+            "bos_token_id": self.eot_id,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": self.eot_id,
+        }
+
+    def save(self, folder: str | Path, chat: bool = False, context_length: int = 0) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers.
+
+        `chat`: a model that learned conversations. Its `eos_token` is <|end|>, at which TRL and others stop.
+        `context_length`: the model's, in tokens, at which transformers warns or truncates; 0: not known.
+        """
         content = json.loads(TOKENIZER_JSON)
         if self.pattern != GPT2_PATTERN:  # GPT-2's is built into the step "ByteLevel"
             split = {"type": "Split", "pattern": {"Regex": self.pattern}}
@@ -544,6 +561,10 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if EOT in self.special_ids:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
+        if chat:
+            config["eos_token"] = "<|end|>"
+        if context_length:
+            config["model_max_length"] = context_length
         if self.special_ids.keys() >= set(SPECIAL_TOKENS):
             config["chat_template"] = CHAT_TEMPLATE
         write_json(Path(folder) / "tokenizer_config.json", config | {"tokenizer_hash": self.hash})
@@ -568,6 +589,7 @@ class Tokenizer:
                         raise ValueError(f"token {i}, {token!r}, is not what its own merges make")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer that we can read: {error}") from None
+        check_tokenizer(Path(folder), tokenizer.hash)
         return tokenizer
 
     @classmethod
@@ -591,6 +613,30 @@ class Tokenizer:
         merges = [tuple(map(unspell, line.split(" "))) for line in lines[1:]]  # the first line is a version
         tokens = [bytes([b]) for b in byte_letters()] + [a + b for a, b in merges] + [EOT.encode()]
         return cls(dict(enumerate(tokens)), merges, SPECIAL_TOKENS)
+
+
+class ForeignTokenizer(ValueError):
+    """tokenizer.json is not the one that the weights beside it were trained with."""
+
+
+def check_tokenizer(folder: Path, found: str) -> None:
+    """Compares the hash of a run folder's tokenizer with those that run.json and tokenizer_config.json hold.
+
+    Weights read with another vocabulary give nonsense without an error. A folder without run.json is not
+    checked: other programs add tokens to a tokenizer and leave our hash in tokenizer_config.json.
+    """
+    if not (folder / "run.json").exists():
+        return
+    config = folder / "tokenizer_config.json"
+    recorded = {read_json(folder / "run.json").get("tokenizer")}
+    if config.exists():
+        recorded.add(read_json(config).get("tokenizer_hash"))
+    for expected in recorded - {None, found}:
+        raise ForeignTokenizer(
+            f"{folder / 'tokenizer.json'} is not the tokenizer of this run: its hash is {found[:8]}, the "
+            f"weights were trained with {expected[:8]}. Copy tokenizer.json back from {folder}/checkpoints, "
+            "or train the run again"
+        )
 
 
 @cache

@@ -67,7 +67,7 @@ from finetune import (
 )
 from model import ModernDecoderLM, write_atomically
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
-from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json
+from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json, save_model
 
 
 @dataclass
@@ -291,9 +291,7 @@ class HeadTrainer(Trainer):
     def write_model(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        eot = self.tokenizer.eot_id
-        self.model.lm.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
-        self.tokenizer.save(folder)
+        save_model(folder, self.model.lm, self.tokenizer, chat=True)
         save_file(
             {k: v.cpu().contiguous() for k, v in self.model.value.state_dict().items()},
             folder / "value.safetensors",
