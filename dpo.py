@@ -17,9 +17,10 @@ tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --
 the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
 unlearning.
 
-It reads a run, a model of the hub or an adapter, which is trained further, and writes out/NAME: the best by validation loss; pairs.jsonl, what it
-learnt from; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz. With
-rounds, the earlier ones are in out/NAME/round-1, ...
+It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best by
+validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl, right answers
+without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz.
+With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 import hashlib
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap
+from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
 from finetune import TextModel, TrainingSet, ask, padded, sampled, subsample, weights_hash
 from model import ModernDecoderLM, write_atomically
 from sft import AdaptConfig, aligned_model, finish, parents, trainer_for, world
@@ -70,11 +71,17 @@ class DPOConfig(AdaptConfig):
 
 @dataclass
 class Pair:
-    """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt."""
+    """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt.
+
+    `messages` and `answers` are the same as text, for the files that others read: the conversation before the
+    answers, and the better and (if there is one) the worse answer.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int] | None = None
+    messages: tuple[dict, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def first_difference(self) -> int:
         """Index in the answers of the first token that differs; both end in an end token, so there is one."""
@@ -189,7 +196,8 @@ def on_policy(
         prompt, _ = model.prompt(task, example.text)
         for j in range(max(1, min(cfg.pairs, len(wrong)))):
             sides = [right[j % len(right)], *wrong[j : j + 1]]
-            pair = Pair(prompt, *(model.reply_ids(side) for side in sides))
+            ids = [model.reply_ids(side) for side in sides]
+            pair = Pair(prompt, *ids, messages=tuple(talk(example.text)), answers=tuple(sides))
             if length_of(pair) > model.context_length or pair.chosen == pair.rejected:
                 counts["too_long"] += 1
                 continue
@@ -214,8 +222,10 @@ def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[
         if len(prompt) > room or chosen == rejected:
             left_out += 1
             continue
-        only_chosen = cfg.method in ("rft", "sft")
-        pairs.append(Pair(prompt, chosen, None if only_chosen else rejected))
+        texts = (preference.chosen, preference.rejected)
+        if cfg.method in ("rft", "sft"):
+            rejected, texts = None, texts[:1]
+        pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
     return pairs, {"pairs": len(pairs), "too_long": left_out, **about}
 
 
@@ -349,7 +359,7 @@ def one_round(cfg: DPOConfig) -> dict:
         if final and trainer.rank == 0:
             wrong = sorted((m, i) for i, m in enumerate(margins.tolist()) if m <= 0)
             worst = [val_pairs[i] for _, i in wrong]
-            write_pairs(model, folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
+            write_pairs(folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
         if held and final:
             core.eval()
             _, metrics = judge(cfg.data, held, ask(model, cfg.data, held)[0])
@@ -385,21 +395,37 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
-    write_pairs(model, folder / "pairs.jsonl", pairs)
-    trainer.made_before = ("pairs.jsonl", "reference.npz")
+    write_pairs(folder / "pairs.jsonl", pairs)
+    write_answers(folder / "answers.jsonl", pairs)
+    trainer.made_before = ("pairs.jsonl", "answers.jsonl", "reference.npz")
     return finish(cfg, trainer.run_all_steps())
 
 
-def write_pairs(model: TextModel, file: Path, pairs: list[Pair], **columns: list) -> None:
-    """Pairs as JSON lines, to be read: those it learns from, and held-out ones moved the wrong way."""
+def turn(answer: str) -> list[dict]:
+    return [{"role": "assistant", "content": answer}]
+
+
+def write_pairs(file: Path, pairs: list[Pair], **columns: list) -> None:
+    """Pairs as JSON lines of messages, which `--data=FILE` and TRL's DPOTrainer read."""
+    rows = []
+    for i, pair in enumerate(pairs):
+        if pair.rejected is not None:
+            better, worse = pair.answers
+            row = {"prompt": list(pair.messages), "chosen": turn(better), "rejected": turn(worse)}
+            rows.append(row | {name: values[i] for name, values in columns.items()})
+    write_rows(file, rows)
+
+
+def write_answers(file: Path, pairs: list[Pair]) -> None:
+    """Answers without a worse one, in the form of TRL's SFTTrainer, because its DPOTrainer fails on these."""
+    alone = [pair for pair in pairs if pair.rejected is None]
+    file.unlink(missing_ok=True)
+    if alone:
+        write_rows(file, [{"prompt": list(p.messages), "completion": turn(p.answers[0])} for p in alone])
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    decode = model.decode
-    rows = [
-        {"prompt": decode(p.prompt), "chosen": decode(p.chosen)}
-        | ({"rejected": decode(p.rejected)} if p.rejected else {})
-        | {name: values[i] for name, values in columns.items()}
-        for i, p in enumerate(pairs)
-    ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
 

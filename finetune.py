@@ -27,11 +27,12 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -45,11 +46,26 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically
+from model import (
+    ModernDecoderLM,
+    from_hf_config,
+    from_tensors,
+    write_atomically,
+    write_generation_config,
+)
 from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
 from support.hub import HubTokenizer
 from support.hub import generate as hub_generate
-from tokenizer import CHAT_TEMPLATE, EOT, ROLES, SPECIAL_TOKENS, Tokenizer, become_worker, map_ahead
+from tokenizer import (
+    CHAT_TEMPLATE,
+    EOT,
+    ROLES,
+    SPECIAL_TOKENS,
+    ForeignTokenizer,
+    Tokenizer,
+    become_worker,
+    map_ahead,
+)
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -313,18 +329,25 @@ class TextModel:
 
     def save(self, folder: Path) -> None:
         """Writes the model (of PEFT's, the adapter alone) and its tokenizer, with the chat template it learnt."""
-        ends = [self.end, self.eos] if self.chat and self.end != self.eos else self.eos
+        ids = generation_ids(self)
         if self.ours:
-            start = self.bos[0] if self.bos else self.eos
-            self.model.save_pretrained(folder, bos_token_id=start, eos_token_id=ends, pad_token_id=self.pad)
+            self.model.save_pretrained(folder, **ids)
         else:
-            if self.model.generation_config is not None:
-                self.model.generation_config.eos_token_id = ends
-                self.model.generation_config.pad_token_id = self.pad
+            set_ids(self.model, ids)
+            for adapter in getattr(self.model, "peft_config", {}).values():
+                base = adapter.base_model_name_or_path
+                if base and Path(base).is_dir():  # PEFT would write a path that opens from one folder only
+                    adapter.base_model_name_or_path = os.path.abspath(base)
             self.model.save_pretrained(folder)
+            if not (folder / "generation_config.json").exists():  # PEFT writes none
+                write_generation_config(folder, ids)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
-        template = with_generation_marks(self.template) if self.chat else None
-        self.tokenizer.save(folder, chat_template=template)
+        own = self.model.config.context_length if self.ours else hf_context(self.model.config, self.tokenizer)
+        about = {"context_length": own}
+        if self.chat:
+            about["chat_template"] = with_generation_marks(self.template)
+            about["end_token"] = self.tokenizer.decode([self.end])
+        self.tokenizer.save(folder, **about)
 
     def read_weights(self, folder: Path) -> None:
         """The inverse of `save`, into the model that is there."""
@@ -533,6 +556,35 @@ def is_chat(name: str, tokenizer: Tokenizer | HubTokenizer, config: dict) -> boo
     return tokenizer.chat_template is not None
 
 
+def adapter_base(name: str) -> str:
+    """The model that an adapter corrects: a folder, or an id on the hub.
+
+    PEFT writes down the path as it was typed for training. It is looked for as it is, then from the adapter's
+    own folder, then from each folder above that one. Of an absolute path that is gone (the runs were moved
+    together) its last parts are looked for there.
+    """
+    folder = Path(name).absolute()
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    run = folder / "run.json"
+    if not base and run.exists():
+        base = read_json(run).get("parent")
+    if not base:
+        raise TrainError(
+            f"{name}/adapter_config.json names no base model: write its folder or hub id behind "
+            "base_model_name_or_path"
+        )
+    if Path(base).is_dir():
+        return base
+    parts = [part for part in Path(base).parts if part not in ("/", ".")]
+    for parent in (folder, *folder.parents):
+        ends = range(len(parts)) if Path(base).is_absolute() else (0,)
+        for first in ends:
+            found = parent.joinpath(*parts[first:])
+            if (found / "config.json").exists() and found != folder:
+                return str(found)
+    return base
+
+
 def read_config(name: str) -> dict:
     """config.json of a model; of an adapter that of its base."""
     folder = Path(name)
@@ -554,11 +606,50 @@ def read_config(name: str) -> dict:
 
 def kind_of(name: str, config: dict) -> str:
     adapter = Path(name) / "adapter_config.json"
-    if adapter.exists():
-        return {v: k for k, v in LORA_KINDS.items()}[read_json(adapter)["task_type"]]
+    if adapter.exists() and (kind := adapter_kind(read_json(adapter), name)):
+        return kind
     if any("ForSequenceClassification" in a for a in config.get("architectures") or ()):
         return "head"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"
+
+
+def adapter_kind(settings: dict, name: str) -> str | None:
+    """The kind of model that adapter_config.json is for; None if it says none, then the base's kind holds."""
+    task_type = settings.get("task_type")
+    kinds = {theirs: ours for ours, theirs in LORA_KINDS.items()}
+    if task_type and task_type not in kinds:
+        raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
+    if task_type:
+        return kinds[task_type]
+    heads = {"classifier", "score"} & set(settings.get("modules_to_save") or ())
+    return "head" if heads else None
+
+
+SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours
+
+
+def class_name(label: object) -> str:
+    """A class' name without what two checkpoints may write differently."""
+    name = str(label).strip().lower()
+    return SAME_LABEL.get(name, name)
+
+
+def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
+    """For each of a task's labels, which output of a classification head means it.
+
+    A classifier from the hub may number its classes otherwise; its config's id2label has their names. Without
+    names (LABEL_0, LABEL_1, ...) the task's own order is taken. Raises TrainError if the names do not fit.
+    """
+    names = {int(i): class_name(label) for i, label in (id2label or {}).items()}
+    wanted = [class_name(label) for label in labels]
+    nameless = all(name in (f"label_{i}", str(i)) for i, name in names.items())
+    if nameless and len(names) in (0, len(wanted)):
+        return list(range(len(wanted)))
+    index = {name: i for i, name in names.items()}
+    if sorted(names.values()) != sorted(wanted):
+        known = ", ".join(names.values())
+        raise TrainError(f"the classification head knows {known}; the task asks for {', '.join(wanted)}")
+    return [index[label] for label in wanted]
 
 
 @contextlib.contextmanager
@@ -568,6 +659,11 @@ def explained(name: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except pickle.UnpicklingError:  # torch's weights_only has refused to run it
+        raise TrainError(
+            f"{name} cannot be loaded: its weights are a pickle that holds more than tensors and could run "
+            "code. Get them as model.safetensors"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(name).is_dir():
@@ -592,12 +688,15 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
             f"{name} was built with switches for which transformers has no architecture (`architecture` in "
             "model.py says which), so it cannot be tuned here; train.py --init_from and eval.py can use it"
         )
-    if labels:
+    if labels and not knows_labels(config, labels):
         names = dict(enumerate(label.strip() for label in labels))
         kwargs |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
     with explained(name):
         load = getattr(transformers, KINDS[kind]).from_pretrained
         model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None  # ours pad with <|endoftext|>, which has to be trained like any token
     # What a checkpoint lacks, transformers fills with random numbers; only a new head may be that.
     inside = f"{model.base_model_prefix}."
     missing = [k for k in about["missing_keys"] if not labels or (k.startswith(inside) and "pooler" not in k)]
@@ -606,9 +705,10 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
     return model
 
 
-def adapter_base(name: str) -> str:
-    """The model that an adapter corrects."""
-    return read_json(Path(name) / "adapter_config.json")["base_model_name_or_path"]
+def knows_labels(config: dict, labels: Sequence[str]) -> bool:
+    """Whether a checkpoint has a classification head for just these labels, in whatever order."""
+    names = (config.get("id2label") or {}).values()
+    return sorted(map(class_name, names)) == sorted(map(class_name, labels))
 
 
 def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
@@ -618,7 +718,8 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
     tuned_on = record.get("base_hash", record.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(base_name):
         raise TrainError(
-            f"{name} corrects another model than {base_name} now holds: that one was trained anew, so tune it again"
+            f"{name} corrects another model than {base_name} now holds: "
+            "that one was trained anew, so tune it again"
         )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
     base = from_hub(base_name, kind, labels, **kwargs)
@@ -649,11 +750,15 @@ def task_of(name: str) -> str | None:
 
 def load_tokenizer(name: str, ours: bool = True):
     """Our Tokenizer, which is faster, where it can read the folder's; else (or ours=False) transformers'."""
-    if ours and Path(name).is_dir():
-        with contextlib.suppress(ValueError, OSError):  # OSError: there is no tokenizer.json
-            tokenizer = Tokenizer.load(name)
-            if EOT in tokenizer.special_ids:
+    if Path(name).is_dir():
+        try:
+            tokenizer = Tokenizer.load(name)  # also where transformers' is wanted: it checks the hash
+            if ours and EOT in tokenizer.special_ids:
                 return tokenizer
+        except ForeignTokenizer:
+            raise
+        except (ValueError, OSError):  # of another kind, or there is no tokenizer.json
+            pass
     from transformers import AutoTokenizer
 
     with explained(name):
@@ -690,9 +795,12 @@ def ask(
     about["shots_dropped"] = sum(lost == "shots" for _, lost in asked)
     if not task.labels:
         return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), about
+    order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else None
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
+    if order:
+        scores = scores[:, order]
     odds = np.exp(scores - scores.max(-1, keepdims=True))
     about["sure"] = (odds.max(-1) / odds.sum(-1)).tolist()
     return scores.argmax(-1).tolist(), about
@@ -949,8 +1057,9 @@ def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list
     """
     task, rows, lost = TASKS[name], [], {"cut": 0, "left_out": 0}
     answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
+    order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else []
     for example in examples:
-        answer = example.label if model.kind == "head" else [*answer_ids(example.target), model.end]
+        answer = order[example.label] if order else [*answer_ids(example.target), model.end]
         taken = len(answer) if model.kind == "causal" else 0
         if taken > model.context_length - 16:
             lost["left_out"] += 1
@@ -989,6 +1098,32 @@ class FineTuner(Trainer):
 
     def read_model(self, folder: Path) -> None:
         self.text_model.read_weights(folder)
+
+
+def generation_ids(text_model: TextModel) -> dict:
+    """bos, eos and pad of a tuned model for config.json and generation_config.json: where an answer ends, and
+    wherever the model stopped before. A head does not generate; it needs pad to find the end of a text.
+    """
+    ids = {"pad_token_id": text_model.pad}
+    if text_model.kind == "head":
+        return ids
+    before = getattr(text_model.model, "generation_config", None)
+    before = getattr(before, "eos_token_id", None)
+    before = before if isinstance(before, list) else [before]
+    ends = dict.fromkeys([text_model.end, text_model.eos, *before])
+    ends = [i for i in ends if i is not None]
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if text_model.bos:
+        ids["bos_token_id"] = text_model.bos[0]
+    return ids
+
+
+def set_ids(model: nn.Module, ids: dict) -> None:
+    """Puts them where transformers keeps them; its save_pretrained writes both configs."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for key, value in ids.items():
+            if config is not None:
+                setattr(config, key, value)
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
@@ -1103,7 +1238,11 @@ def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
     target, temporary = folder / "merged", folder / ".merged.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model = with_adapter(str(folder), kind_of(str(folder), {}), merge=True)
+    kind = kind_of(str(folder), read_config(str(folder)))
+    model = with_adapter(str(folder), kind, merge=True)
+    ids = folder / "generation_config.json"
+    if ids.exists():  # a chat stops elsewhere than its base
+        set_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
     model.save_pretrained(temporary)
     load_tokenizer(str(folder), ours=False).inner.save_pretrained(temporary)
     run = read_json(folder / "run.json")
@@ -1129,7 +1268,10 @@ def default_name(cfg: FinetuneConfig) -> str:
 
 def shown(model: TextModel, row: tuple, task: Task) -> str:
     prompt, answer = row
-    answer = task.labels[answer].strip() if model.kind == "head" else model.decode(answer)
+    if model.kind == "head":
+        answer = model.model.config.id2label[answer]
+    else:
+        answer = model.decode(answer)
     return f"{model.decode(prompt)[-300:]}[{answer[:200]}]".replace("\n", " / ")
 
 

@@ -1379,7 +1379,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None:
-    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically."""
+    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically.
+
+    The ids in `extra` also go to generation_config.json, from which transformers' `generate` takes them.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -1389,9 +1392,19 @@ def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None
     )
     text = json.dumps(to_hf_config(model.config) | extra, indent=2)
     write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
+    write_generation_config(folder, extra)
     write_atomically(
         folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
+
+
+def write_generation_config(folder: Path, ids: dict) -> None:
+    """generation_config.json: the ids of bos, eos (one or a list) and pad. Without an eos, no file."""
+    known = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: ids[key] for key in known if ids.get(key) is not None}
+    if "eos_token_id" in ids:
+        text = json.dumps(ids, indent=2) + "\n"
+        write_atomically(folder / "generation_config.json", lambda path: path.write_text(text))
 
 
 def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> ModernDecoderLM:
@@ -1456,7 +1469,9 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         if not (folder / shard).exists():
-            raise FileNotFoundError(f"{folder / shard} is missing")
+            pickled = [file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending)]
+            why = f"; {pickled[0]} is a pickle, which can run code: it is never read" if pickled else ""
+            raise FileNotFoundError(f"{folder / shard} is missing{why}")
         try:
             tensors |= load_file(folder / shard)
         except SafetensorError as error:

@@ -547,10 +547,14 @@ class Tokenizer:
 
     # Files
 
-    def save(self, folder: str | Path, chat_template: str | None = None) -> None:
+    def save(
+        self, folder: str | Path, end_token: str = "", context_length: int = 0, chat_template: str | None = None
+    ) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers.
 
-        The chat template is the given one, else the one that was loaded, else ours where its tokens are known.
+        `end_token`: of a model that learned conversations, what ends its turn; TRL and others stop there.
+        `context_length`: the model's, in tokens, at which transformers warns or truncates; 0: not known.
+        `chat_template`: by default the one that was loaded, else ours where its special tokens are there.
         """
         content = json.loads(TOKENIZER_JSON)
         if self.pattern != GPT2_PATTERN:  # GPT-2's is built into the step "ByteLevel"
@@ -568,6 +572,10 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if EOT in self.special_ids:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
+        if end_token:
+            config["eos_token"] = end_token
+        if context_length:
+            config["model_max_length"] = context_length
         ours = CHAT_TEMPLATE if self.special_ids.keys() >= set(SPECIAL_TOKENS) else None
         if template := chat_template or self.chat_template or ours:
             config["chat_template"] = template
@@ -598,6 +606,7 @@ class Tokenizer:
                         raise ValueError(f"token {i}, {token!r}, is not what its own merges make")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer that we can read: {error}") from None
+        check_tokenizer(Path(folder), tokenizer.hash)
         return tokenizer
 
     @classmethod
@@ -621,6 +630,30 @@ class Tokenizer:
         merges = [tuple(map(unspell, line.split(" "))) for line in lines[1:]]  # the first line is a version
         tokens = [bytes([b]) for b in byte_letters()] + [a + b for a, b in merges] + [EOT.encode()]
         return cls(dict(enumerate(tokens)), merges, SPECIAL_TOKENS)
+
+
+class ForeignTokenizer(ValueError):
+    """tokenizer.json is not the one that the weights beside it were trained with."""
+
+
+def check_tokenizer(folder: Path, found: str) -> None:
+    """Compares the hash of a run folder's tokenizer with those that run.json and tokenizer_config.json hold.
+
+    Weights read with another vocabulary give nonsense without an error. A folder without run.json is not
+    checked: other programs add tokens to a tokenizer and leave our hash in tokenizer_config.json.
+    """
+    if not (folder / "run.json").exists():
+        return
+    config = folder / "tokenizer_config.json"
+    recorded = {read_json(folder / "run.json").get("tokenizer")}
+    if config.exists():
+        recorded.add(read_json(config).get("tokenizer_hash"))
+    for expected in recorded - {None, found}:
+        raise ForeignTokenizer(
+            f"{folder / 'tokenizer.json'} is not the tokenizer of this run: its hash is {found[:8]}, the "
+            f"weights were trained with {expected[:8]}. Copy tokenizer.json back from {folder}/checkpoints, "
+            "or train the run again"
+        )
 
 
 @cache

@@ -97,14 +97,18 @@ class HubTokenizer:
         """sha256 of the vocabulary."""
         return hashlib.sha256(json.dumps(sorted(self.inner.get_vocab().items())).encode()).hexdigest()
 
-    def save(self, folder: str | Path, chat_template: str | None = None, end: str = "", **_) -> None:
-        """Writes the tokenizer's files; with a chat template and the token that ends a turn, if given."""
+    def save(
+        self, folder: str | Path, end_token: str = "", context_length: int = 0, chat_template: str | None = None
+    ) -> None:
+        """Writes the tokenizer's files; the arguments are those of tokenizer.Tokenizer.save."""
         if chat_template:
             self.inner.chat_template = chat_template
         if self.inner.pad_token is None:
             self.inner.pad_token = self.inner.eos_token
-        if end:
-            self.inner.eos_token = end
+        if end_token:
+            self.inner.eos_token = end_token
+        if context_length:
+            self.inner.model_max_length = min(self.inner.model_max_length, context_length)
         self.inner.save_pretrained(folder)
 
 
