@@ -514,7 +514,7 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
         core = getattr(model, "module", model)  # out of DistributedDataParallel
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
         said = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said).logits
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said, use_cache=False).logits
     if isinstance(model, ModernDecoderLM):
         return F.linear(model.hidden(ids)[:, -K:], model.head)
     return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # causal: padding needs no mask
@@ -524,11 +524,15 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
 # Loading
 
 
-def load_model(name: str, device: torch.device, backend: str = "auto", context_length: int = 0) -> TextModel:
+def load_model(
+    name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> TextModel:  # fmt: skip
     """A run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, ready to be asked.
 
     backend: "ours" computes with model.py, "transformers" with transformers; "auto" takes ours for what
-    model.py can compute. Raises TrainError, ValueError or OSError that say what is wrong.
+    model.py can compute. dtype: of transformers' weights, and so of all that it computes; ours stay float32
+    and are cast when they are used. Raises TrainError, ValueError or OSError that say what is wrong.
     """
     folder = Path(name)
     config, chat = read_config(name), is_chat(name)
@@ -545,7 +549,9 @@ def load_model(name: str, device: torch.device, backend: str = "auto", context_l
     if backend != "transformers" and not why_not:
         model = ModernDecoderLM.from_pretrained(name, device).pack()
         return TextModel(model, load_tokenizer(name), kind, name, context_length, chat)
-    model = with_adapter(name, kind) if adapter else from_hub(name, kind)
+    if kind == "seq2seq" and dtype == torch.float16:  # T5's activations exceed 65,504
+        dtype = torch.float32
+    model = with_adapter(name, kind, dtype=dtype) if adapter else from_hub(name, kind, dtype=dtype)
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
     return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length, chat)
 
@@ -604,7 +610,7 @@ def explained(name: str):
 
 
 def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
-    """transformers' model in float32; with `labels`, a new head for them."""
+    """transformers' model, in float32 if `dtype` says nothing else; with `labels`, a new head for them."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # a new head is no surprise, nor is a slow tokenizer
@@ -630,8 +636,8 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
     return model
 
 
-def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
-    """Base and adapter of a folder that PEFT saved, in float32."""
+def with_adapter(name: str, kind: str, merge: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Base, in `dtype`, and adapter of a folder that PEFT saved."""
 
     settings = read_json(Path(name) / "adapter_config.json")
     run = Path(name) / "run.json"
@@ -642,11 +648,13 @@ def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
             "that one was trained anew, so tune it again"
         )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
-    base = from_hub(settings["base_model_name_or_path"], kind, labels)
+    base = from_hub(settings["base_model_name_or_path"], kind, labels, dtype=dtype)
     import peft  # behind from_hub, which quiets what it imports
 
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name)
+    if dtype != torch.float32 and not merge:
+        model = model.to(dtype)
     return model.merge_and_unload() if merge else model
 
 
@@ -1078,7 +1086,9 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     """Evaluates what the run folder now holds, as anybody would load it; and merges, if asked."""
     if cfg.merge:
         merge(folder)
-    model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype("auto", device) if device.type == "cuda" else torch.float32
+    model = load_model(str(folder), device, context_length=cfg.context_length, dtype=dtype)
     validation = subsample(validation, cfg.max_eval_examples, cfg.seed)
     outputs, about = ask(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
     about.pop("sure", None)  # of every item; eval.py keeps it
