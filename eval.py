@@ -557,7 +557,7 @@ def battery(models: list[str], cfg: EvalConfig, device: torch.device) -> dict[st
     singles = [c for c in chats if len(c) == 2][: cfg.battery]
     found = {}
     for name in models:
-        model = load_model(name, device, cfg.backend, cfg.context_length)
+        model = load_model(name, device, cfg.backend, cfg.context_length, pick_eval_dtype(cfg, device))
         if model.kind != "causal":
             continue
         prompts = [
@@ -737,17 +737,19 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[str], list[int]]:
     return models, tasks, shots
 
 
+def pick_eval_dtype(cfg: EvalConfig, device: torch.device) -> torch.dtype:
+    return torch.float32 if (cfg.dtype, device.type) == ("auto", "cpu") else pick_dtype(cfg.dtype, device)
+
+
 def main() -> None:
     cfg = parse_config(EvalConfig, __doc__, read_words(sys.argv[1:]))
     try:
         models, tasks, shots = checked(cfg)
         device = pick_device(cfg.device)
-        dtype = (
-            torch.float32 if (cfg.dtype, device.type) == ("auto", "cpu") else pick_dtype(cfg.dtype, device)
-        )
+        dtype = pick_eval_dtype(cfg, device)
         done: list[tuple[str, list[Result]]] = []
         for name in models:
-            model, results = load_model(name, device, cfg.backend, cfg.context_length), []
+            model, results = load_model(name, device, cfg.backend, cfg.context_length, dtype), []
             model.dtype = dtype
             size = sum(p.numel() for p in model.model.parameters()) / 1e6
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")

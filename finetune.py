@@ -46,16 +46,11 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import (
-    ModernDecoderLM,
-    from_hf_config,
-    from_tensors,
-    write_atomically,
-    write_generation_config,
-)
+from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically, write_generation_config
 from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
 from support.hub import HubTokenizer
 from support.hub import generate as hub_generate
+from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
 from tokenizer import (
     CHAT_TEMPLATE,
     EOT,
@@ -258,14 +253,14 @@ class TextModel:
         """(n) sums in nats of log p(answer | prompt), for pairs of ids (prompt, answer)."""
 
         @torch.no_grad()
-        def summed(index: list[int]) -> np.ndarray:
+        def summed(index: list[int]) -> list[float]:
             ids, mask, targets = self.collated([rows[i] for i in index])
             logits = self.target_logits(ids, mask, targets).flatten(0, 1)
             loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
-            return -loss.view_as(targets).double().sum(-1).cpu().numpy()
+            return (-loss.view_as(targets).double().sum(-1)).tolist()
 
         found, batches = np.zeros(len(rows)), list(self.batch_indices([length(row) for row in rows], ""))
-        sums = on_all_cores(summed, batches, self.device, progress)
+        sums = on_all_cores(partial(halving, summed), batches, self.device, progress)
         for index, some in zip(batches, sums, strict=True):
             found[index] = some
         return found
@@ -275,8 +270,13 @@ class TextModel:
         """(n, classes) log-probabilities: the head's, or of each class' name as the continuation."""
         if self.kind == "head":
             found = np.zeros((len(prompts), len(task.labels)))
-            for index, tensors in self.batches([(ids, 0) for ids in prompts], progress):
-                found[index] = self.target_logits(*tensors).float().log_softmax(-1).cpu()
+
+            def scores(index: list[int]) -> list[list[float]]:
+                logits = self.target_logits(*self.collated([(prompts[i], 0) for i in index]))
+                return logits.float().log_softmax(-1).tolist()
+
+            for index in self.batch_indices([len(ids) for ids in prompts], progress):
+                found[index] = halving(scores, index)
             return found
         answers = [self.answer_ids(task, label) for label in task.labels]
         rows = [(prompt, answer) for prompt in prompts for answer in answers]
@@ -292,17 +292,25 @@ class TextModel:
         keeps the first ones. With `calculator`, what follows an open `<<9*3=` is calculated, not generated.
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
-        texts, rows = [""] * (len(prompts) * n), 1024 if self.device.type == "cuda" else 256
-        how = {"temperature": temperature, "n": n, "stop_tokens": stops}
+        texts = [""] * (len(prompts) * n)
+        rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
+        how = {"temperature": temperature, "stop_tokens": stops}
         how["force"] = self.calculator if calculator else None
 
-        def continued(index: list[int]) -> list[list[int]]:
-            draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in range(n))
+        def drawn(index: list[int], samples: list[int]) -> list[list[int]]:
+            draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in samples)
             seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
-            return self.continuations([prompts[i] for i in index], max_new_tokens, seed=seeds, **how)
+            some = [prompts[i] for i in index]
+            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
 
-        batches = list(self.batch_indices([len(p) + max_new_tokens for p in prompts], "", rows // n))
-        for index, new in zip(batches, on_all_cores(continued, batches, self.device, progress), strict=True):
+        def continued(index: list[int]) -> list[list[int]]:
+            if len(index) > 1 or n == 1:
+                return drawn(index, list(range(n)))
+            return halving(partial(drawn, index), list(range(n)), rows(len(prompts[index[0]])))
+
+        batches = list(self.batch_indices([len(p) for p in prompts], "", lambda prompt: rows(prompt) // n))
+        work = partial(halving, continued)
+        for index, new in zip(batches, on_all_cores(work, batches, self.device, progress), strict=True):
             for row, ids in enumerate(new):
                 text = self.decode(ids)
                 texts[index[row // n] * n + row % n] = text.split(stop)[0] if stop else text
@@ -381,16 +389,62 @@ class TextModel:
     def collated(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
-    def batch_indices(self, lengths: list[int], progress: str, most: int = 0) -> Iterator[list[int]]:
-        """Indices from long to short (memory runs out at once or never), in batches of so many tokens, or of
-        `most` rows.
+    def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
+        """A function of the longest prompt's tokens: how many rows go on from there together, n of a prompt.
+        1,024, or 256 on a CPU, which more rows do not speed up; less where keys and values do not fit.
         """
-        budget = 32_768 if self.device.type == "cuda" else 4096  # tokens; more does not speed a CPU up
-        budget = min(budget, 2**28 // self.model.config.vocab_size)  # and 1 GiB of float32 logits at most
+        most, on_cpu = (256, True) if self.device.type == "cpu" else (1024, False)
+        dtype = self.dtype if self.ours else self.weight_dtype
+        available, how = self.room(dtype), dict(size=dtype.itemsize, sampled=sampled, on_cpu=on_cpu)
+
+        def fits(prompt: int) -> int:
+            need = partial(generation_bytes, self.shape, prompt=prompt, new=new, n=n, **how)
+            return rows_that_fit(need, most, available)
+
+        return fits
+
+    def rows_of_likelihoods(self) -> Callable[[int], int]:
+        """A function of the longest row's tokens: how many rows make a batch. 32,768 tokens, or 4,096 on a
+        CPU, which more do not speed up, and 1 GiB of float32 logits at most; less where these do not fit.
+        """
+        budget = 32_768 if self.device.type == "cuda" else 4096
+        budget = min(budget, 2**28 // self.model.config.vocab_size)
+        dtype = self.model.dtype if self.ours else self.weight_dtype
+        available, how = self.room(dtype), dict(size=dtype.itemsize, on_cpu=self.device.type == "cpu")
+
+        def fits(length: int) -> int:
+            need = partial(likelihood_bytes, self.shape, length=length, columns=length, **how)
+            return rows_that_fit(need, min(256, budget // max(1, length)), available)
+
+        return fits
+
+    @cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.model.config, self.kind, self.ours)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def room(self, dtype: torch.dtype) -> int:
+        """Bytes for a batch in `dtype`: a share of what is free, less the copy of the weights that autocast,
+        or `generate`, makes. On a CPU several processes share it (`on_all_cores`).
+        """
+        processes = torch.get_num_threads() if self.device.type == "cpu" and sys.platform == "linux" else 1
+        copied = dtype.itemsize if self.ours and dtype != self.weight_dtype else 0
+        return room(self.device, processes) - copied * sum(p.numel() for p in self.model.parameters())
+
+    def batch_indices(
+        self, lengths: list[int], progress: str, fits: Callable[[int], int] | None = None
+    ) -> Iterator[list[int]]:
+        """Indices from long to short, in batches of fits(length of the first) rows; by default, as many as
+        have room for their logits.
+        """
+        fits = fits or self.rows_of_likelihoods()
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
             while order:
-                size = max(1, most or min(256, budget // max(1, lengths[order[0]])))
+                size = max(1, fits(lengths[order[0]]))
                 index, order = order[:size], order[size:]
                 yield index
                 bar.update(len(index))
@@ -482,7 +536,7 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
         core = getattr(model, "module", model)  # out of DistributedDataParallel
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
         said = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said).logits
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said, use_cache=False).logits
     if isinstance(model, ModernDecoderLM):
         return F.linear(model.hidden(ids)[:, -K:], model.head)
     return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # causal: padding needs no mask
@@ -492,12 +546,16 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
 # Loading
 
 
-def load_model(name: str, device: torch.device, backend: str = "auto", context_length: int = 0) -> TextModel:
+def load_model(
+    name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
+    dtype: torch.dtype | None = None,
+) -> TextModel:  # fmt: skip
     """A run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, ready to be asked.
 
     backend: "ours" computes with model.py, "transformers" with transformers; "auto" takes ours for what
-    model.py can compute, with an adapter merged into its base in memory. Raises TrainError, ValueError or OSError
-    that say what is wrong.
+    model.py can compute, with an adapter merged into its base in memory. dtype: of transformers' weights, and
+    so of all that it computes (by default the fast one of a GPU, float32 on a CPU); ours stay float32 and are
+    cast when they are used. Raises TrainError, ValueError or OSError that say what is wrong.
     """
     config = read_config(name)
     kind, adapter = kind_of(name, config), is_adapter(name)
@@ -505,7 +563,9 @@ def load_model(name: str, device: torch.device, backend: str = "auto", context_l
     if backend == "ours" and why_not:
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
-    dtype = torch.float32 if device.type != "cuda" else inference_dtype(kind, device)
+    dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
+    if (kind, dtype) == ("seq2seq", torch.float16):  # T5's activations exceed 65,504
+        dtype = torch.float32
     if backend != "transformers" and not why_not:
         if adapter:
             merged = with_adapter(name, kind, merge=True)
@@ -530,12 +590,6 @@ def why_not_ours(kind: str, config: dict) -> str:
     except (ValueError, KeyError) as error:
         return str(error)
     return ""
-
-
-def inference_dtype(kind: str, device: torch.device) -> torch.dtype:
-    """Of the weights of a model that is asked, not trained. T5 overflows in float16."""
-    dtype = pick_dtype("auto", device)
-    return torch.float32 if (kind, dtype) == ("seq2seq", torch.float16) else dtype
 
 
 def is_adapter(name: str) -> bool:
@@ -676,7 +730,7 @@ def explained(name: str):
 
 
 def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
-    """transformers' model in float32; with `labels`, a new head for them."""
+    """transformers' model, in float32 if `dtype` says nothing else; with `labels`, a new head for them."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # a new head is no surprise, nor is a slow tokenizer
@@ -730,6 +784,8 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
 
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
+    if not trainable and not merge and (dtype := kwargs.get("dtype")):
+        model = model.to(dtype)
     return model.merge_and_unload() if merge else model
 
 

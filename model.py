@@ -192,7 +192,8 @@ class AttentionInBlocks(torch.autograd.Function):
             w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
             w = w if mask is None else w.nan_to_num_()
             y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
-            weights.append(w)
+            if any(ctx.needs_input_grad):
+                weights.append(w)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.block = block
         return y.view(B, H, T, D)
@@ -1166,9 +1167,12 @@ class KVCache:
         """Keeps, repeats or reorders rows: rows (B') of indices; of a fork, as many rows of each prompt."""
         if self.prompts is not None:
             prompt = torch.unique_consecutive(rows // (len(self.lengths) // len(self.prompt_mask)))
-            self.prompts = [(k[prompt], v[prompt]) for k, v in self.prompts]
+            for layer, (k, v) in enumerate(self.prompts):
+                self.prompts[layer] = (k[prompt], v[prompt])
             self.prompt_mask, self.after = self.prompt_mask[prompt], self.after[rows]
-        self.k, self.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
+        for layer in range(len(self.k)):  # one after the other: old and new keys of one layer exist together
+            self.k[layer] = self.k[layer][rows]
+            self.v[layer] = self.v[layer][rows]
         self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
 
     def nbytes(self) -> int:

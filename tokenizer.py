@@ -548,7 +548,11 @@ class Tokenizer:
     # Files
 
     def save(
-        self, folder: str | Path, end_token: str = "", context_length: int = 0, chat_template: str | None = None
+        self,
+        folder: str | Path,
+        end_token: str = "",
+        context_length: int = 0,
+        chat_template: str | None = None,
     ) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers.
 

@@ -98,7 +98,11 @@ class HubTokenizer:
         return hashlib.sha256(json.dumps(sorted(self.inner.get_vocab().items())).encode()).hexdigest()
 
     def save(
-        self, folder: str | Path, end_token: str = "", context_length: int = 0, chat_template: str | None = None
+        self,
+        folder: str | Path,
+        end_token: str = "",
+        context_length: int = 0,
+        chat_template: str | None = None,
     ) -> None:
         """Writes the tokenizer's files; the arguments are those of tokenizer.Tokenizer.save."""
         if chat_template:
