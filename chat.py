@@ -69,7 +69,7 @@ def with_model(words: list[str]) -> list[str]:
 
 def load(cfg: ChatConfig) -> "TextModel":
     """The model on its device: a run, a folder, a hub id or an adapter."""
-    from finetune import load_model
+    from finetune import TextModel, load_model
     from train import TrainError, pick_device
 
     device = pick_device(cfg.device)
@@ -80,7 +80,7 @@ def load(cfg: ChatConfig) -> "TextModel":
         model.model.to(model.dtype).pack(transposed=not (cfg.compile and device.type == "cpu"))
     elif cfg.window or cfg.compile:
         raise TrainError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
-    return model
+    return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
 
 
 def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:

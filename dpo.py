@@ -53,6 +53,7 @@ class DPOConfig(AdaptConfig):
     method: Literal["dpo", "ipo", "rft", "sft"] = "dpo"  # rft, sft: controls without pairs
     beta: float = 0.5  # how far the policy may leave the reference: a small one, far
     label_smoothing: float = 0.0  # cDPO: the share of pairs that are taken to be the wrong way round
+    mean_log_probs: bool = False  # compare means over an answer's tokens, as TRL's IPO does, and not sums
     nll: float = 10.0  # weight of the log-loss of the chosen answer, in nats a token
     first_difference: bool = True  # compare one token, the first where the answers differ
     rounds: int = 1  # of sampling and training
@@ -150,15 +151,19 @@ def collate_pairs(pairs: list[Pair], pad: int, both: bool) -> tuple[Tensor, ...]
 
 
 def pair_log_probs(
-    model: nn.Module, ids: Tensor, targets: Tensor, bad_ids: Tensor, bad_targets: Tensor, others: Tensor
-):
+    model: nn.Module, ids: Tensor, targets: Tensor, bad_ids: Tensor, bad_targets: Tensor, others: Tensor,
+    mean: bool = False,
+):  # fmt: skip
     """What is compared: (B) log p(chosen), (B) log p(rejected), and (B, T) log p of the chosen tokens.
 
-    Whole answers if the rejected ones are there, else one token at their first difference.
+    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first difference.
     """
     good, other = token_log_probs(model, ids, targets, others.clamp(min=0))
     if bad_ids.shape[1] > 1:
         bad, _ = token_log_probs(model, bad_ids, bad_targets)
+        if mean:
+            n_good, n_bad = ((t != -100).sum(1) for t in (targets, bad_targets))
+            return good.sum(1) / n_good, bad.sum(1) / n_bad, good
         return good.sum(1), bad.sum(1), good
     here = others != -100
     return (good * here).sum(1), (other * here).sum(1), good
@@ -238,9 +243,11 @@ def fingerprint(pairs: list[Pair]) -> str:
 
 
 @torch.no_grad()
-def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None) -> np.ndarray:
+def reference(
+    model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None, mean: bool = False
+) -> np.ndarray:
     """(n, 2) log p(chosen), log p(rejected) under the model as it is now; from `file` if that holds them."""
-    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}"
+    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}" + " mean" * mean
     if file is not None and file.exists():
         with np.load(file) as cache:
             if str(cache["key"]) != key:
@@ -252,7 +259,7 @@ def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None
     model.model.eval()
     for index in model.batch_indices([length_of(p) for p in pairs], "reference"):
         tensors = collate_pairs([pairs[i] for i in index], model.pad, both)
-        good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors))
+        good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors), mean)
         found[index] = torch.stack([good, bad], dim=1).cpu().numpy()
     model.model.train(training)
     if file is not None:
@@ -323,14 +330,16 @@ def one_round(cfg: DPOConfig) -> dict:
     known = (
         np.zeros((len(pairs), 2), np.float32)
         if only_nll
-        else reference(model, pairs, both, folder / "reference.npz")
+        else reference(model, pairs, both, folder / "reference.npz", cfg.mean_log_probs)
     )
     val_known = reference(model, val_pairs, both=True)
     before = val_known.mean(0)
     chosen_tokens = np.mean([len(p.chosen) for p in val_pairs])
 
     def loss(core, ids, targets, bad_ids, bad_targets, others, known):
-        good, bad, tokens = pair_log_probs(core, ids, targets, bad_ids, bad_targets, others)
+        good, bad, tokens = pair_log_probs(
+            core, ids, targets, bad_ids, bad_targets, others, cfg.mean_log_probs
+        )
         paired = (others != -100).any(1) & (not only_nll)
         n_tokens = (targets != -100).sum(1)
         per_pair = preference_loss(good, bad, known, cfg.beta, cfg.method, cfg.label_smoothing)
@@ -343,7 +352,7 @@ def one_round(cfg: DPOConfig) -> dict:
             for i in range(0, len(val_pairs), cfg.batch_size):
                 some = val_pairs[i : i + cfg.batch_size]
                 tensors = collate_pairs(some, model.pad, both)
-                known = val_first[i : i + cfg.batch_size] if not both else val_known[i : i + cfg.batch_size]
+                known = val_first[i : i + cfg.batch_size]
                 total, _ = loss(core, *(t.to(model.device) for t in (*tensors, torch.from_numpy(known))))
                 losses.append(total.item())
         margins = cfg.beta * ((now[:, 0] - now[:, 1]) - (val_known[:, 0] - val_known[:, 1]))
@@ -366,7 +375,7 @@ def one_round(cfg: DPOConfig) -> dict:
             found["exact_match"] = metrics["exact_match"]["value"]
         return found
 
-    val_first = val_known if both else reference(model, val_pairs, both=False)
+    val_first = reference(model, val_pairs, both, mean=cfg.mean_log_probs)
     batch = cfg.batch_size * cfg.grad_accum_steps * world()
     order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch, cfg.seed, "causal", model.pad)
 

@@ -346,7 +346,8 @@ class TextModel:
                 base = adapter.base_model_name_or_path
                 if base and Path(base).is_dir():  # PEFT would write a path that opens from one folder only
                     adapter.base_model_name_or_path = os.path.abspath(base)
-            self.model.save_pretrained(folder)
+            adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+            self.model.save_pretrained(folder, **adapter)  # new tokens are saved apart from the embeddings
             if not (folder / "generation_config.json").exists():  # PEFT writes none
                 write_generation_config(folder, ids)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
@@ -804,7 +805,10 @@ def task_of(name: str) -> str | None:
     return read_json(run).get("settings", {}).get("task") if run.exists() else None
 
 
-def load_tokenizer(name: str, ours: bool = True):
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
     """Our Tokenizer, which is faster, where it can read the folder's; else (or ours=False) transformers'."""
     if Path(name).is_dir():
         try:
@@ -814,7 +818,8 @@ def load_tokenizer(name: str, ours: bool = True):
         except ForeignTokenizer:
             raise
         except (ValueError, OSError):  # of another kind, or there is no tokenizer.json
-            pass
+            if not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
+                raise TrainError(f"{name} holds no tokenizer.json, nor another tokenizer's file") from None
     from transformers import AutoTokenizer
 
     with explained(name):
@@ -923,14 +928,17 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
                 f"--lora_targets={cfg.lora_targets}: no layer is called {target!r}; there are {have}"
             )
     targets = targets or LORA_TARGETS.get(architecture, "all-linear")
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:  # tied: PEFT trains them as one
+        embeddings.pop()
+    where = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in embeddings)]
     settings = peft.LoraConfig(
         task_type=LORA_KINDS[kind],  # for a head, PEFT then trains and saves the new layer, too
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
         lora_dropout=cfg.lora_dropout,
         target_modules=targets,
-        trainable_token_indices={embedding.rpartition(".")[2]: new_tokens} if new_tokens else None,
+        trainable_token_indices=dict.fromkeys(where, new_tokens) if new_tokens else None,
         fan_in_fan_out=architecture == "gpt2",  # its Conv1D stores (in, out) where Linear stores (out, in)
     )
     if cfg.load_in_4bit:

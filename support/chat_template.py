@@ -86,6 +86,10 @@ def pieces(template: str, messages: list[dict], tokens: dict[str, str], special:
         end = end_token.end() if end_token else len(until)
         found += [(text[at : len(prompt)], False), (text[len(prompt) : end], True)]
         at = end
+    if not found and not open_turn:
+        raise TemplateError(
+            "the model's chat template opens an answer with other words than this conversation's answers have"
+        )
     found.append((text[at:], False))
     return [piece for piece in found if piece[0]]
 
