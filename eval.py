@@ -18,10 +18,12 @@ has transformers do it, with the same result.
     gsm8k, arithmetic           a worked solution is generated greedily, its number compared: exact match;
     samsum, dialogue            or a summary: ROUGE-1, -2, -L with stemming (bootstrap), and its length.
     storyworld, wikitext2, ...  any corpus of data.py, or a file: perplexity a token, bits a byte, perplexity
-                                a word. A window of --context_length tokens moves by --stride tokens (half of
-                                it by default) and predicts those that are new: every token once, with at
-                                least the rest of a window before it. Perplexities a token compare only under
-                                one tokenizer, bits a byte always. The interval is a bootstrap over windows.
+                                a word. A document that fits into --context_length tokens is read alone. Over
+                                longer ones, and over running text (WikiText, a .txt without <|endoftext|>), a
+                                window moves by --stride tokens (half of it by default) and predicts those
+                                that are new: every token once, with at least the rest of a window before it.
+                                Perplexities a token compare only under one tokenizer, bits a byte always. The
+                                interval is a bootstrap over documents and windows.
 
 --battery=200 gives every model so many instructions of the embedded collection's test split, counts answers
 that are exactly right and shows some side by side. With it or --samples, a table of all models goes to
@@ -51,6 +53,7 @@ line each.
 """
 
 import json
+import math
 import random
 import re
 import sys
@@ -129,37 +132,58 @@ class EvalConfig:
 # Text: perplexity
 
 
-def evaluate_text(model: TextModel, texts: list[str], stride: int = 0, progress: str = "") -> dict[str, dict]:
-    """Perplexity a token and a word and bits a byte of documents, as metrics with bootstrap intervals.
+def text_rows(
+    model: TextModel, texts: list[str], stride: int, running_text: bool = False
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """Documents as questions to `log_likelihoods`, (known tokens, new tokens), and how many stand alone.
 
-    The documents are joined as in a token file, an end-of-text token before, between and behind them. Each
-    window is a question to `log_likelihoods`: how likely are its new tokens after the ones it knows?
+    A document that fits into the context is read alone, as SFT and lm-eval do: a start token, its own tokens,
+    an end-of-text token. Longer ones, and the pieces of a running text, are joined as in a token file, and a
+    window of the context's length moves over them: how likely are its new tokens after those it knows?
     """
+    T = model.context_length
     start = model.bos[0] if model.bos else model.eos
-    ids = [start] + [i for text in texts for i in (*model.encode(text), model.eos)]
+    alone, joined = [], [start]
+    for text in texts:
+        ids = [*model.encode(text), model.eos]
+        if len(ids) <= T and not running_text:
+            alone.append(([start], ids))
+        else:
+            joined += ids
+    windows, last = [], len(joined) - 1
+    known = 0  # index of the last token that the windows so far have predicted
+    while known < last:
+        end = min(known + stride if known else T, last)
+        windows.append((joined[max(0, end - T) : known + 1], joined[known + 1 : end + 1]))
+        known = end
+    return alone + windows, len(alone)
+
+
+def evaluate_text(
+    model: TextModel, texts: list[str], stride: int = 0, progress: str = "", running_text: bool = False,
+    about: dict | None = None,
+) -> dict[str, dict]:  # fmt: skip
+    """Perplexity a token and a word and bits a byte of documents (see `text_rows`), as metrics with bootstrap
+    intervals over documents and windows. `about` gets the stride and how many documents were read alone.
+    """
     T = model.context_length
     stride = stride or T // 2
     if not 0 < stride <= T:
         raise TrainError(f"--stride={stride} must be from 1 to the context of {T} tokens")
-    ends = [min(T, len(ids) - 1)]  # index of the last token that each window predicts
-    while ends[-1] < len(ids) - 1:
-        ends.append(min(ends[-1] + stride, len(ids) - 1))
-    rows = []
-    for before, end in zip([0, *ends], ends, strict=False):
-        rows.append((ids[max(0, end - T) : before + 1], ids[before + 1 : end + 1]))
+    rows, alone = text_rows(model, texts, stride, running_text)
     nats = -model.log_likelihoods(rows, progress)
     n_bytes = sum(len(text.encode()) for text in texts)
     n_words = sum(len(text.split()) + text.count("\n") for text in texts)  # WikiText counts a line's end
     counts = np.array([len(new) for _, new in rows])
-    windows = np.stack([nats, counts], axis=1)  # resampled together; bytes and words go with the tokens
+    units = np.stack([nats, counts], axis=1)  # resampled together; bytes and words go with the tokens
 
     def per_token(scale: float):
-        return bootstrap(windows, lambda w: w[:, 0].sum() / w[:, 1].sum() * scale, rounds=500)
+        return bootstrap(units, lambda u: u[:, 0].sum() / u[:, 1].sum() * scale, rounds=500)
 
     def exponential(metric: dict) -> dict:
         return {k: perplexity(v, 1) if k != "n" else v for k, v in metric.items()}
 
-    n = len(ids) - 1
+    n = int(counts.sum())
     found = {
         "loss": per_token(1.0),
         "perplexity": exponential(per_token(1.0)),
@@ -168,6 +192,8 @@ def evaluate_text(model: TextModel, texts: list[str], stride: int = 0, progress:
     }
     for metric in found.values():
         metric["n"] = n
+    if about is not None:
+        about |= {"stride": stride, "documents_alone": alone, "documents_in_windows": len(texts) - alone}
     return found
 
 
@@ -276,10 +302,11 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
     else:
         if model.kind != "causal" or shots:
             return Result(entry, [], "perplexity of a text is for decoders, without examples")
-        everything, about = list(documents(name, split)), corpus_info(name, split)
-        texts = subsample(everything, cfg.limit, cfg.seed)
-        metrics, records = evaluate_text(model, texts, cfg.stride, f"{model.name} {name}"), []
-        notes = {"stride": cfg.stride or model.context_length // 2}
+        about = corpus_info(name, split)
+        everything = list(documents(name, split, about=about))
+        texts, notes, records = subsample(everything, cfg.limit, cfg.seed), {}, []
+        running_text = about.get("running_text", False)
+        metrics = evaluate_text(model, texts, cfg.stride, f"{model.name} {name}", running_text, about=notes)
         total = len(everything)
     entry |= {"metrics": metrics, "items": len(texts), "of": total, "seed": cfg.seed, **notes, "data": about}
     entry |= {"context_length": model.context_length, "backend": "ours" if model.ours else "transformers"}
@@ -503,6 +530,11 @@ def describe(entry: dict) -> list[str]:
             else:
                 parts.append(f"{label} {show(metric).split(' (n=')[0]}")
     notes = [f"{entry['items']:,} items"]
+    if "documents_alone" in entry:
+        alone, in_windows = entry["documents_alone"], entry["documents_in_windows"]
+        notes.append(f"documents alone: {alone:,}, in windows: {in_windows:,}")
+    if entry["data"].get("left_out"):
+        notes.append(f"{entry['data']['left_out']:,} rows without text left out")
     if entry["items"] < entry["of"]:
         notes.append(f"a sample of {entry['of']:,}, seed {entry['seed']}")
     if entry.get("majority_class"):
@@ -729,9 +761,16 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[str], list[int]]:
         shots = [int(word) for word in cfg.shots.split(",")]
     except ValueError:
         raise ConfigError(f"--shots={cfg.shots} must be whole numbers, joined by commas: 0,4") from None
+    if min(shots) < 0:
+        raise ConfigError(f"--shots={cfg.shots} must be 0 or more")
+    for name in ("limit", "seed", "samples", "battery", "contamination", "context_length", "stride"):
+        if getattr(cfg, name) < 0:
+            raise ConfigError(f"--{name}={getattr(cfg, name)} must be 0 or more (0: the default)")
+    if not (math.isfinite(cfg.temperature) and cfg.temperature >= 0):
+        raise ConfigError(f"--temperature={cfg.temperature} must be 0 or more")
     for task in tasks:
         known = task in TASKS or task in CORPORA or task in EMBEDDED or Path(task).exists()
-        if not known and not re.search(r"[*:]", task):
+        if not known and not re.search(r"[*?[:]", task):
             names = ", ".join([*TASKS, *(c for c in (*EMBEDDED, *CORPORA) if c not in TASKS)])
             raise ConfigError(f'"{task}" is no task, corpus or file; there are {names}')
     return models, tasks, shots
