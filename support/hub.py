@@ -54,10 +54,10 @@ def why_not(error: Exception, repo: str) -> str:
 
     text = " ".join(str(error).split()) or type(error).__name__
     kinds = {kind.__name__ for kind in type(error).__mro__}
+    if type(error).__name__ == "RepositoryNotFoundError":
+        return f"{repo} is not on the hub, or private (then run `hf auth login`)"
     if "GatedRepoError" in kinds or "gated" in text:
         return f"{repo} is gated: accept its terms on its page, then run `hf auth login`"
-    if "RepositoryNotFoundError" in kinds or "401" in text:
-        return f"{repo} is not on the hub, or private (then run `hf auth login`)"
     if "scripts are no longer supported" in text:
         return f"{repo} comes as a script, which `datasets` does not run any more"
     if "LocalEntryNotFoundError" in kinds or re.search("LocalEntryNotFoundError|[Oo]ffline", text):
