@@ -18,8 +18,8 @@ has transformers do it, with the same result.
     gsm8k, arithmetic           a worked solution is generated greedily, its number compared: exact match;
     samsum, dialogue            or a summary: ROUGE-1, -2, -L with stemming (bootstrap), and its length.
     storyworld, wikitext2, ...  any corpus of data.py, or a file: perplexity a token, bits a byte, perplexity
-                                a word. A document that fits into --context_length tokens is read alone. Over
-                                longer ones, and over running text (WikiText, a .txt without <|endoftext|>), a
+                                a word. Each document is read alone; running text (WikiText, a .txt without
+                                <|endoftext|>) is one document. Over what is longer than --context_length a
                                 window moves by --stride tokens (half of it by default) and predicts those
                                 that are new: every token once, with at least the rest of a window before it.
                                 Perplexities a token compare only under one tokenizer, bits a byte always. The
@@ -59,7 +59,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -132,45 +132,39 @@ class EvalConfig:
 # Text: perplexity
 
 
-def text_rows(
-    model: TextModel, texts: list[str], stride: int, running_text: bool = False
-) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Documents as questions to `log_likelihoods`, (known tokens, new tokens), and how many stand alone.
-
-    A document that fits into the context is read alone, as SFT and lm-eval do: a start token, its own tokens,
-    an end-of-text token. Longer ones, and the pieces of a running text, are joined as in a token file, and a
-    window of the context's length moves over them: how likely are its new tokens after those it knows?
+def windows(ids: list[int], T: int, stride: int) -> list[tuple[list[int], list[int]]]:
+    """Ids as questions to `log_likelihoods`, (known ids, new ids): a window of T ids moves by `stride`, and
+    every id but the first is new once.
     """
-    T = model.context_length
-    start = model.bos[0] if model.bos else model.eos
-    alone, joined = [], [start]
-    for text in texts:
-        ids = [*model.encode(text), model.eos]
-        if len(ids) <= T and not running_text:
-            alone.append(([start], ids))
-        else:
-            joined += ids
-    windows, last = [], len(joined) - 1
-    known = 0  # index of the last token that the windows so far have predicted
+    found, known, last = [], 0, len(ids) - 1  # known: index of the last id that was predicted
     while known < last:
         end = min(known + stride if known else T, last)
-        windows.append((joined[max(0, end - T) : known + 1], joined[known + 1 : end + 1]))
+        found.append((ids[max(0, end - T) : known + 1], ids[known + 1 : end + 1]))
         known = end
-    return alone + windows, len(alone)
+    return found
 
 
 def evaluate_text(
     model: TextModel, texts: list[str], stride: int = 0, progress: str = "", running_text: bool = False,
     about: dict | None = None,
 ) -> dict[str, dict]:  # fmt: skip
-    """Perplexity a token and a word and bits a byte of documents (see `text_rows`), as metrics with bootstrap
-    intervals over documents and windows. `about` gets the stride and how many documents were read alone.
+    """Perplexity a token and a word and bits a byte of documents, as metrics with bootstrap intervals over
+    their windows. `about` gets the stride, and how many documents fit into one window.
+
+    Each document is read by itself, as SFT and lm-eval do: a start token, its own tokens, an end-of-text
+    token. Joined into windows, as pretraining reads them, stories after SFT look 3.5 times as forgotten. Only
+    the pieces of a running text are joined.
     """
     T = model.context_length
     stride = stride or T // 2
     if not 0 < stride <= T:
         raise TrainError(f"--stride={stride} must be from 1 to the context of {T} tokens")
-    rows, alone = text_rows(model, texts, stride, running_text)
+    start = [model.bos[0] if model.bos else model.eos]
+    sequences = [[*model.encode(text), model.eos] for text in texts]
+    alone = 0 if running_text else sum(len(ids) <= T for ids in sequences)
+    if running_text:
+        sequences = [list(chain.from_iterable(sequences))]
+    rows = [window for ids in sequences for window in windows(start + ids, T, stride)]
     nats = -model.log_likelihoods(rows, progress)
     n_bytes = sum(len(text.encode()) for text in texts)
     n_words = sum(len(text.split()) + text.count("\n") for text in texts)  # WikiText counts a line's end

@@ -85,7 +85,7 @@ def test_windows_predict_every_token_once_with_the_context_they_promise(base, st
     tokenizer = Tokenizer.load(base)
     model = Rows(ModernDecoderLM.from_pretrained(base), tokenizer, "causal")
     texts = list(storyworld("test", n_texts))
-    evaluate_text(model, texts, stride)
+    evaluate_text(model, texts, stride, running_text=True)
     ids = [tokenizer.eot_id]
     for text in texts:
         ids += [*tokenizer.encode(text), tokenizer.eot_id]
@@ -104,19 +104,19 @@ def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base):
     texts, stride, T = list(storyworld("test", 2)), 30, 96
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
-    ids = tokenizer("<|endoftext|>" + "".join(t + "<|endoftext|>" for t in texts), return_tensors="pt")[
-        "input_ids"
-    ]
-    nats, known, end = 0.0, 1, 0
-    while known < ids.shape[1]:
-        end = min(T, ids.shape[1] - 1) if known == 1 else min(end + stride, ids.shape[1] - 1)
-        window = ids[:, max(0, end - T) : end + 1]
-        labels = window.clone()
-        labels[:, : -(end + 1 - known)] = -100
-        with torch.no_grad():
-            nats += model(window, labels=labels).loss.item() * (end + 1 - known)
-        known = end + 1
-    tokens = ids.shape[1] - 1
+    nats, tokens = 0.0, 0
+    for text in texts:
+        ids = tokenizer(f"<|endoftext|>{text}<|endoftext|>", return_tensors="pt")["input_ids"]
+        known, end = 1, 0
+        while known < ids.shape[1]:
+            end = min(T, ids.shape[1] - 1) if known == 1 else min(end + stride, ids.shape[1] - 1)
+            window = ids[:, max(0, end - T) : end + 1]
+            labels = window.clone()
+            labels[:, : -(end + 1 - known)] = -100
+            with torch.no_grad():
+                nats += model(window, labels=labels).loss.item() * (end + 1 - known)
+            known = end + 1
+        tokens += ids.shape[1] - 1
     for backend in ("ours", "transformers"):
         found = evaluate_text(load_model(base, CPU, backend), texts, stride)
         assert found["loss"]["value"] == pytest.approx(nats / tokens, rel=1e-4)
@@ -143,20 +143,23 @@ def test_one_window_equals_what_training_reports(base):
     assert ours["bits_per_byte"]["value"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
 
 
-def test_a_document_that_fits_is_scored_alone_and_a_longer_one_in_windows(base):
+def test_every_document_is_scored_by_itself_and_a_long_one_in_windows(base):
     model = Rows(ModernDecoderLM.from_pretrained(base), Tokenizer.load(base), "causal")
-    start, end = model.bos, [model.eos]
-    long, (first, second) = next(storyworld("test", 1)), ("The fox slept.", "It was a long way home.")
+    short = ["The fox slept.", "It was a long way home."]
+    long, longer = storyworld("test", 2)
     about = {}
-    evaluate_text(model, [first, long, second], 48, about=about)
-    assert about == {"stride": 48, "documents_alone": 2, "documents_in_windows": 1}
-    assert model.rows[:2] == [(start, model.encode(text) + end) for text in (first, second)]
-    windows = [prompt + new for prompt, new in model.rows[2:]]
-    assert windows[0] == (start + model.encode(long))[:97] and windows[-1][-1:] == end
+    evaluate_text(model, [short[0], long, longer, short[1]], 48, about=about)
+    assert about == {"stride": 48, "documents_alone": 2, "documents_in_windows": 2}
+    first, *_, last = model.rows
+    assert first == (model.bos, [*model.encode(short[0]), model.eos])
+    assert last == (model.bos, [*model.encode(short[1]), model.eos])
+    starts = [prompt + new for prompt, new in model.rows if prompt == model.bos]
+    assert [ids[:97] for ids in starts[1:3]] == [(model.bos + model.encode(t))[:97] for t in (long, longer)]
+    assert not any(model.eos in new[:-1] or model.eos in prompt[1:] for prompt, new in model.rows)
 
 
 def test_a_document_costs_the_same_whatever_it_is_measured_with(base):
-    model, texts = load_model(base, CPU), ["The fox slept.", "It was a long way home.", "Then it rained."]
+    model, texts = load_model(base, CPU), ["The fox slept.", *storyworld("test", 2), "Then it rained."]
     nats = 0.0
     for text in texts:
         loss = evaluate_text(model, [text])["loss"]
