@@ -404,6 +404,8 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
+    if data.get("left_out"):
+        trainer.say(f"{cfg.data}: {data['left_out']:,} rows without text, or with equal sides, were left out")
     write_pairs(folder / "pairs.jsonl", pairs)
     write_answers(folder / "answers.jsonl", pairs)
     trainer.made_before = ("pairs.jsonl", "answers.jsonl", "reference.npz")

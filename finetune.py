@@ -48,9 +48,10 @@ from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically, write_generation_config
 from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
-from support.hub import HubTokenizer
-from support.hub import generate as hub_generate
+from support.hub_models import HubTokenizer
+from support.hub_models import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
+from support.tables import read_jsonl
 from tokenizer import (
     CHAT_TEMPLATE,
     EOT,
@@ -70,7 +71,6 @@ from train import (
     pick_device,
     pick_dtype,
     read_json,
-    read_jsonl,
     tqdm,
 )
 
@@ -875,6 +875,7 @@ def sampled(
 
     They are kept in the model's folder, in samples/, and read from there when the same model is asked the
     same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
+    So does a file that does not hold these questions in this order: it is only a cache.
     """
     task, folder = find_task(name), Path(model.name)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
@@ -883,9 +884,12 @@ def sampled(
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
     asked = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
     file = folder / "samples" / f"{name}-{split}-{n}x-{asked}.jsonl"
-    if file.exists():
-        return [row["samples"] for row in read_jsonl(file)]
     n = 1 if temperature == 0 else n
+    known = read_jsonl(file)
+    if [row.get("question") for row in known] == [e.text for e in examples]:
+        answers = [row.get("samples") for row in known]
+        if all(isinstance(some, list) and len(some) == n for some in answers):
+            return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )

@@ -97,7 +97,7 @@ def pieces(template: str, messages: list[dict], tokens: dict[str, str], special:
 def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """The ids of a conversation, and which of them the assistant says, the token that ends its turn included.
 
-    `tokenizer`: a `tokenizer.Tokenizer` or a `support.hub.HubTokenizer`. What a message says never becomes a special
+    `tokenizer`: a `tokenizer.Tokenizer` or a `HubTokenizer`. What a message says never becomes a special
     token. Pieces are encoded together as long as no token reaches across their border, as any other program does.
     """
     special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")

@@ -13,8 +13,8 @@ from support.chat_template import (
     with_generation_marks,
     without_generation_marks,
 )
-from support.hub import HubTokenizer
-from support.hub import generate as hub_generate
+from support.hub_models import HubTokenizer
+from support.hub_models import generate as hub_generate
 from tokenizer import CHAT_TEMPLATE, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
