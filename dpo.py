@@ -23,8 +23,10 @@ rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 import hashlib
+import io
 import json
 import math
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -37,9 +39,9 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap
 from finetune import TextModel, TrainingSet, ask, is_chat, padded, sampled, subsample, weights_hash
-from model import write_atomically
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
-from train import AlreadyFinished, TrainError
+from support.files import write_atomically
+from train import AlreadyFinished, TrainError, run_folder
 
 
 @dataclass
@@ -228,16 +230,8 @@ def fingerprint(pairs: list[Pair]) -> str:
 
 
 @torch.no_grad()
-def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None) -> np.ndarray:
-    """(n, 2) log p(chosen), log p(rejected) under the model as it is now; from `file` if that holds them."""
-    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}"
-    if file is not None and file.exists():
-        with np.load(file) as cache:
-            if str(cache["key"]) != key:
-                raise TrainError(
-                    f"{file} holds log-probabilities of another model or of other pairs; --overwrite"
-                )
-            return cache["values"]
+def reference(model: TextModel, pairs: list[Pair], both: bool) -> np.ndarray:
+    """(n, 2) log p(chosen), log p(rejected) under the model as it is now."""
     found, training = np.zeros((len(pairs), 2), np.float32), model.model.training
     model.model.eval()
     for index in model.batch_indices([length_of(p) for p in pairs], "reference"):
@@ -245,15 +239,22 @@ def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None
         good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors))
         found[index] = torch.stack([good, bad], dim=1).cpu().numpy()
     model.model.train(training)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(path: Path) -> None:
-            with open(path, "wb") as out:
-                np.savez(out, key=key, values=found)
-
-        write_atomically(file, write)
     return found
+
+
+def read_reference(file: Path, key: str) -> np.ndarray | None:
+    """What `write_reference` has written for the same key; None if that is not there."""
+    try:
+        with np.load(file) as kept:
+            return kept["values"] if str(kept["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_reference(file: Path, key: str, values: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, key=key, values=values)
+    write_atomically(file, lambda path: path.write_bytes(buffer.getvalue()))
 
 
 # -----------------------------------------------------------------------------
@@ -280,6 +281,7 @@ def dpo(cfg: DPOConfig) -> dict:
 
 
 def one_round(cfg: DPOConfig) -> dict:
+    folder = run_folder(cfg)
     if not is_chat(cfg.model):
         raise TrainError(
             f"{cfg.model} was not instruction-tuned, so it does not answer: python sft.py comes first"
@@ -290,7 +292,7 @@ def one_round(cfg: DPOConfig) -> dict:
         raise TrainError(
             f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
         )
-    held, folder = [], Path(cfg.out) / cfg.name
+    held = []
     if task:
         model.model.eval()
         problems, data = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
@@ -313,13 +315,12 @@ def one_round(cfg: DPOConfig) -> dict:
     weight = 1.0 if only_nll else cfg.nll
     if not only_nll and not cfg.nll:
         pairs = [p for p in pairs if p.rejected is not None]  # without the log-loss the others teach nothing
-    if cfg.overwrite:
-        (folder / "reference.npz").unlink(missing_ok=True)
-    known = (
-        np.zeros((len(pairs), 2), np.float32)
-        if only_nll
-        else reference(model, pairs, both, folder / "reference.npz")
-    )
+    known, key = np.zeros((len(pairs), 2), np.float32), ""
+    if not only_nll:
+        key = f"{weights_hash(cfg.model)} {fingerprint(pairs)} {both}"
+        known = read_reference(folder / "reference.npz", key)
+        if known is None:
+            known = reference(model, pairs, both)
     val_known = reference(model, val_pairs, both=True)
     before = val_known.mean(0)
     chosen_tokens = np.mean([len(p.chosen) for p in val_pairs])
@@ -380,9 +381,16 @@ def one_round(cfg: DPOConfig) -> dict:
         lengths["rejected"] = float(np.mean([len(p.rejected) for p in both_sides]))
         lengths["chosen_longer"] = float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
     about = parents(cfg, model, train=data, pairs=counts, validation=val_counts, lengths=lengths)
+    about |= {"smoke": smoke, "pairs_hash": fingerprint(pairs)}
+
+    def write_files() -> None:
+        write_pairs(model, folder / "pairs.jsonl", pairs)
+        if not only_nll:
+            write_reference(folder / "reference.npz", key, known)
+
     trainer = trainer_for(
         cfg, model, rows, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens * (1 + both),
-        tokens_per_row=1, epoch=lambda step: step / order.batches, about=about | {"smoke": smoke},
+        tokens_per_row=1, epoch=lambda step: step / order.batches, about=about, on_begin=write_files,
     )  # fmt: skip
     where = f"{cfg.n} answers to each of {counts['problems']:,} problems, " if task else ""
     longer = "" if not both_sides else f", {100 * lengths['chosen_longer']:.0f} % of the chosen are longer"
@@ -390,14 +398,11 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
-    write_pairs(model, folder / "pairs.jsonl", pairs)
-    trainer.made_before = ("pairs.jsonl", "reference.npz")
     return trainer.run_all_steps()
 
 
 def write_pairs(model: TextModel, file: Path, pairs: list[Pair], **columns: list) -> None:
     """Pairs as JSON lines, to be read: those it learns from, and held-out ones moved the wrong way."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     decode = model.decode
     rows = [
         {"prompt": decode(p.prompt), "chosen": decode(p.chosen)}

@@ -27,7 +27,6 @@ import logging
 import math
 import multiprocessing
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -45,7 +44,8 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, from_hf_config, write_atomically
+from model import ModernDecoderLM, from_hf_config
+from support.files import write_atomically, write_folder_atomically
 from tokenizer import EOT, ROLES, Tokenizer, become_worker, map_ahead
 from train import (
     FREE_TO_CHANGE,
@@ -57,7 +57,9 @@ from train import (
     pick_dtype,
     read_json,
     read_jsonl,
+    run_folder,
     tqdm,
+    weights_hash,
 )
 
 
@@ -590,15 +592,6 @@ def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
     return model.merge_and_unload() if merge else model
 
 
-def weights_hash(name: str) -> str | None:
-    """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else None
-
-
 def task_of(name: str) -> str | None:
     """The task that a run folder was tuned on."""
     run = Path(name) / "run.json"
@@ -935,6 +928,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     text_model = build(cfg)
     kind = text_model.kind
     cfg.name = cfg.name or default_name(cfg)
+    run_folder(cfg)  # refuses a name that cannot be
     rows, lost = tokenise(text_model, cfg.task, train)
     watched = subsample(validation, cfg.eval_examples, cfg.seed)
     val_rows, val_lost = tokenise(text_model, cfg.task, watched)
@@ -1030,13 +1024,13 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
 
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
-    target, temporary = folder / "merged", folder / ".merged.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     model = with_adapter(str(folder), kind_of(str(folder), {}), merge=True)
-    model.save_pretrained(temporary)
-    load_tokenizer(str(folder), ours=False).save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        load_tokenizer(str(folder), ours=False).save_pretrained(target)
+
+    write_folder_atomically(folder / "merged", write)
 
 
 def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:

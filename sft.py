@@ -55,7 +55,7 @@ from finetune import (
     tokenizer_hash,
     weights_hash,
 )
-from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device
+from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device, run_folder
 
 
 @dataclass
@@ -187,7 +187,7 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
     else:
         model.model.unpack()
         if cfg.dropout >= 0:
-            model.model.config.dropout = cfg.dropout
+            model.model.set_dropout(cfg.dropout)
     if model.kind != "causal":
         raise TrainError(f"{cfg.model} is no decoder: only these hold conversations")
     limit = cfg.context_length or min(1024, model.context_length)
@@ -272,6 +272,7 @@ def marked(model: TextModel, row: Row) -> str:
 
 def sft(cfg: SFTConfig) -> dict:
     """Trains; returns run.json."""
+    run_folder(cfg)  # refuses a name that cannot be, before the work begins
     model = aligned_model(cfg)
     rows, shares, val_rows, data, lost = [], [], [], {}, 0
     for source, count, weight in mixture(cfg.data):

@@ -1135,16 +1135,22 @@ def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, tmp
 # The command line
 
 
-def test_settings_that_cannot_be_are_refused_by_name(settings, monkeypatch):
-    for wrong in (
-        "max_steps=0",
-        "seed=-1",
-        "batch_size=0",
-        "grad_accum_steps=-1",
-        "log_every=0",
-        "device=banana",
-    ):
-        assert f"--{wrong}" in command_line(monkeypatch, settings(), f"--{wrong}")
+NONSENSE = """max_steps=0 seed=-1 batch_size=0 grad_accum_steps=-1 log_every=0 grad_clip=-1.0 min_lr=nan
+    weight_decay=nan rope_theta=0.0 norm_eps=nan learning_rate=inf warmup_steps=-1 decay_fraction=-1.0
+    save_every=-1 eval_tokens=-1 n_kv_heads=-1 d_ff=-1 dropout=nan dropout=1.0 beta2=1.0 head_dim=-2
+    capacity_factor=-1.0 sliding_window=-1 n_sinks=-1 stride=-1 keep_last=-1 sample_tokens=-1""".split()
+
+
+def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(
+    settings, tmp_path, monkeypatch, capsys
+):
+    for wrong in NONSENSE:
+        assert command_line(monkeypatch, settings(), f"--{wrong}") == 2
+        assert f"--{wrong}" in capsys.readouterr().err
+    assert "--device=banana" in command_line(monkeypatch, settings(), "--device=banana")
+    with pytest.raises(ValueError, match="grad_clip"):  # from Python, too
+        train.pretrain(settings(grad_clip=-1.0))
+    assert not list(tmp_path.iterdir())
     assert "no CUDA" in command_line(monkeypatch, settings(), "--device=cuda") or torch.cuda.is_available()
 
 
