@@ -864,10 +864,12 @@ class Trainer:
         return checkpoint_of(self.folder, self.best["step"] if self.best else self.step)
 
     def prune(self) -> None:
-        """Removes all checkpoints but the best and the last `keep_last`."""
-        found = checkpoints(self.folder)
-        readable = [path for path in found if step_of(path) <= self.step]  # those of later steps were damaged
-        keep = [*readable[-max(1, self.cfg.keep_last) :], self.best_checkpoint()]
+        """Removes all checkpoints but the best and, beside it, the last `keep_last`. So there is one to go back
+        to if the newest turns out to be damaged.
+        """
+        found, best = checkpoints(self.folder), self.best_checkpoint()
+        others = [path for path in found if path != best and step_of(path) <= self.step]  # later: damaged
+        keep = [best, *others[-max(1, self.cfg.keep_last) :]]
         for path in found:
             if path not in keep:
                 remove_folder(path)
@@ -1210,6 +1212,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = ("not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
+    words += ("could not create a primitive",)  # oneDNN's
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

@@ -1,5 +1,7 @@
 """Settings: defaults < files < flags, and every mistake is named to the person who made it."""
 
+import dataclasses
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
