@@ -131,7 +131,7 @@ FREE_TO_CHANGE = """
     baseline overwrite plan measure vram card list bench
 """.split()  # (batch_size times grad_accum_steps is checked apart)
 
-# A model that was moved is the same: these paths may differ where the hash of the weights in run.json does not.
+# A model that was moved is still the same: where run.json has the same hash of the weights, paths may differ.
 PATHS_OF_HASH = {"parent_hash": ("parent", "model", "init_from"), "start_hash": ("start",)}
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
@@ -864,8 +864,8 @@ class Trainer:
         return checkpoint_of(self.folder, self.best["step"] if self.best else self.step)
 
     def prune(self) -> None:
-        """Removes all checkpoints but the best and, beside it, the last `keep_last`. So there is one to go back
-        to if the newest turns out to be damaged.
+        """Removes all checkpoints but the best and the last `keep_last` others: if the newest turns out to be
+        damaged, there is one to go back to.
         """
         found, best = checkpoints(self.folder), self.best_checkpoint()
         others = [path for path in found if path != best and step_of(path) <= self.step]  # later: damaged

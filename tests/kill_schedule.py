@@ -28,13 +28,23 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # What differs between two runs of the same command.
-TIMES = {"seconds", "tokens_per_second", "step_seconds", "eval_seconds", "peak_memory_gib", "started", "minutes"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "step_seconds",
+    "eval_seconds",
+    "peak_memory_gib",
+    "started",
+    "minutes",
+}
 
 SHORT = "--device=cpu --dtype=float32 --warmup_steps=1 --log_every=1 --eval_every=3 --save_every=2".split()
 TUNE = [*SHORT, "--max_steps=5", "--batch_size=4"]
 PAIRS = "--problems=24 --n=6".split()
 JUDGED = [*PAIRS, "--held_n=6", "--validation_problems=16", "--test_problems=16", "--gold=20"]
-MODEL = "--n_layers=1 --d_model=64 --n_heads=2 --context_length=160 --batch_size=4 --learning_rate=1e-2".split()
+MODEL = (
+    "--n_layers=1 --d_model=64 --n_heads=2 --context_length=160 --batch_size=4 --learning_rate=1e-2".split()
+)
 
 # stage: (script, flags); {out} is the output folder, where the runs base and sft are already
 STAGES = {
@@ -50,7 +60,9 @@ STAGES["head"] = ("verifier", [*STAGES["channel"][1], "--kind=head"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", default="train", choices=[*STAGES, "all"])
     parser.add_argument("--every", type=int, default=1, help="of the points, every so many")
     parser.add_argument("--only", default="", help="points, joined by commas")
@@ -140,7 +152,14 @@ def make_inputs(folder: Path) -> None:
     log = folder.parent / "log"
     folder.mkdir(parents=True)
     tokens = f"--tokens={folder}/tokens"
-    base = [*MODEL, "--device=cpu", "--max_steps=2", "--warmup_steps=0", "--save_every=0", "--sample_tokens=0"]
+    base = [
+        *MODEL,
+        "--device=cpu",
+        "--max_steps=2",
+        "--warmup_steps=0",
+        "--save_every=0",
+        "--sample_tokens=0",
+    ]
     sft = [f"--model={folder}/base", "--data=arithmetic", "--max_steps=100", "--batch_size=8", "--device=cpu"]
     sft += ["--learning_rate=1e-2", "--warmup_steps=10", "--eval_every=0", "--save_every=0"]
     steps = [
