@@ -1,18 +1,19 @@
-"""Kills a stage at each of its file operations, runs the same command again, and compares what is finished then
-with what a process makes that nobody disturbs. Every file must be the same: weights to the bit, logs and results
-without their times, and no temporary file may be left.
+"""Kills a stage at each of its file operations, runs the same command again, and compares the finished folder
+with that of a run that was not disturbed. Every file must be the same: weights to the bit, logs and results
+without their times; and no temporary file may be left.
 
     python tests/kill_schedule.py --stage=train                    # all points of one stage: minutes
     python tests/kill_schedule.py --stage=all --every=5            # every fifth point of all stages
-    python tests/kill_schedule.py --stage=dpo --only=57,58 --keep  # two points; the folders stay, to be looked at
+    python tests/kill_schedule.py --stage=dpo --only=57,58 --keep  # two points; folders that differ stay
     python tests/kill_schedule.py --stage=sft --more=--save_every=0
 
-A point is a rename, link, removal, new folder or opening of a file for writing somewhere in the output folder.
-Python's audit hooks see them. Each run is a fork of this process, which has already imported torch.
+A point is a rename, link, removal, new folder or opening of a file for writing in the output folder. Python's
+audit hooks see them. Each run is a fork of this process, which has already imported torch.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -28,33 +29,24 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # What differs between two runs of the same command.
-TIMES = {
-    "seconds",
-    "tokens_per_second",
-    "step_seconds",
-    "eval_seconds",
-    "peak_memory_gib",
-    "started",
-    "minutes",
-}
+TIMES = "seconds tokens_per_second step_seconds eval_seconds peak_memory_gib started minutes git".split()
 
 SHORT = "--device=cpu --dtype=float32 --warmup_steps=1 --log_every=1 --eval_every=3 --save_every=2".split()
 TUNE = [*SHORT, "--max_steps=5", "--batch_size=4"]
 PAIRS = "--problems=24 --n=6".split()
+FEW = "--max_train_examples=40 --max_eval_examples=12 --eval_examples=8".split()
 JUDGED = [*PAIRS, "--held_n=6", "--validation_problems=16", "--test_problems=16", "--gold=20"]
-MODEL = (
-    "--n_layers=1 --d_model=64 --n_heads=2 --context_length=160 --batch_size=4 --learning_rate=1e-2".split()
-)
+MODEL = "--n_layers=1 --d_model=64 --n_heads=2 --context_length=160 --batch_size=4".split()
+MODEL += ["--learning_rate=1e-2"]
 
 # stage: (script, flags); {out} is the output folder, where the runs base and sft are already
 STAGES = {
     "train": ("train", [*SHORT, *MODEL, "--max_steps=6", "--tokens={out}/tokens", "--sample_tokens=6"]),
     "sft": ("sft", [*TUNE, "--model={out}/base", "--data=arithmetic@60", "--eval_examples=12"]),
     "dpo": ("dpo", [*TUNE, *PAIRS, "--model={out}/sft", "--eval_examples=16", "--collapse=0"]),
-    "finetune": ("finetune", [*TUNE, "--model={out}/base", "--max_train_examples=40", "--max_eval_examples=12",
-                              "--eval_examples=8"]),
+    "finetune": ("finetune", [*TUNE, *FEW, "--model={out}/base"]),
     "channel": ("verifier", [*TUNE, *JUDGED, "--model={out}/sft", "--start={out}/base"]),
-}  # fmt: skip
+}
 STAGES["lora"] = ("finetune", [*STAGES["finetune"][1], "--lora_r=2", "--merge"])
 STAGES["head"] = ("verifier", [*STAGES["channel"][1], "--kind=head"])
 
@@ -65,6 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--stage", default="train", choices=[*STAGES, "all"])
     parser.add_argument("--every", type=int, default=1, help="of the points, every so many")
+    parser.add_argument("--last", type=int, default=0, help="only the last so many points; 0: all")
     parser.add_argument("--only", default="", help="points, joined by commas")
     parser.add_argument("--more", action="append", default=[], help="one more flag of the stage")
     parser.add_argument("--keep", action="store_true", help="keep the folders that differ")
@@ -72,11 +65,12 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="kill-"))
     bad = 0
     try:
-        import_everything()
-        make_inputs(folder / "inputs")
-        for stage in STAGES if args.stage == "all" else [args.stage]:
+        stages = list(STAGES) if args.stage == "all" else [args.stage]
+        import_before_forking({"sft", *(STAGES[stage][0] for stage in stages)})
+        make_inputs(folder / "inputs", stages)
+        for stage in stages:
             schedule = Schedule(stage, folder, args.more, args.keep)
-            points = list(range(0, len(schedule.points), args.every))
+            points = range(len(schedule.points))[-args.last :][:: args.every]
             if args.only:
                 points = [int(word) for word in args.only.split(",")]
             begun = time.perf_counter()
@@ -132,23 +126,24 @@ class Schedule:
         return differences
 
 
-def import_everything() -> None:
+def import_before_forking(scripts: set[str]) -> None:
     """So that the forks need not. One thread: a fork has only the thread that called it."""
-    import peft  # noqa: F401
     import torch
-    import transformers
 
-    import dpo  # noqa: F401
-    import verifier  # noqa: F401
+    for script in scripts:
+        importlib.import_module(script)
+    if "finetune" in scripts:
+        import peft  # noqa: F401
+        import transformers
 
+        for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM"):
+            getattr(transformers, name)
     torch.set_num_threads(1)
     os.fsync = lambda file: None  # a killed process loses nothing that it has written; only a power cut does
-    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM"):
-        getattr(transformers, name)
 
 
-def make_inputs(folder: Path) -> None:
-    """Token files, a base model and one that is tuned on word problems."""
+def make_inputs(folder: Path, stages: list[str]) -> None:
+    """Token files, a base model and, for stages that need it, one that is tuned on word problems."""
     log = folder.parent / "log"
     folder.mkdir(parents=True)
     tokens = f"--tokens={folder}/tokens"
@@ -162,11 +157,11 @@ def make_inputs(folder: Path) -> None:
     ]
     sft = [f"--model={folder}/base", "--data=arithmetic", "--max_steps=100", "--batch_size=8", "--device=cpu"]
     sft += ["--learning_rate=1e-2", "--warmup_steps=10", "--eval_every=0", "--save_every=0"]
-    steps = [
-        lambda: make_tokens(folder / "tokens"),
-        lambda: call("train", [*base, tokens, f"--out={folder}", "--name=base"]),
-        lambda: call("sft", [*sft, "--eval_examples=8", f"--out={folder}", "--name=sft"]),
-    ]
+    steps = [lambda: make_tokens(folder / "tokens")]
+    if stages != ["train"]:
+        steps.append(lambda: call("train", [*base, tokens, f"--out={folder}", "--name=base"]))
+    if {"dpo", "channel", "head"} & {*stages}:
+        steps.append(lambda: call("sft", [*sft, "--eval_examples=8", f"--out={folder}", "--name=sft"]))
     for step in steps:
         status = in_a_fork(step, log)
         assert status == 0, log.read_text()
@@ -214,9 +209,7 @@ def in_a_fork(function, log: Path) -> int:
 
 
 def call(script: str, flags: list[str], out: Path | None = None, kill_at=None, events: Path | None = None):
-    """`python SCRIPT.py FLAGS`; killed at file operation number `kill_at`, or all of them written to `events`."""
-    import importlib
-
+    """`python SCRIPT.py FLAGS`; killed at file operation number `kill_at`, or all are written to `events`."""
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *flags]
     if out is not None and (kill_at is not None or events):
