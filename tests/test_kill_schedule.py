@@ -1,4 +1,4 @@
-"""tests/kill_schedule.py kills every stage at every file operation; here a few, behind the last checkpoint."""
+"""kill_schedule.py kills every stage at every file operation; here a few, behind the last checkpoint."""
 
 import subprocess
 import sys
