@@ -33,7 +33,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             give_default_mode(file)
         remove_folder(folder)
         os.replace(temporary, folder)

@@ -48,6 +48,7 @@ STAGES = {
     "channel": ("verifier", [*TUNE, *JUDGED, "--model={out}/sft", "--start={out}/base"]),
 }
 STAGES["lora"] = ("finetune", [*STAGES["finetune"][1], "--lora_r=2", "--merge"])
+STAGES["sft_lora"] = ("sft", [*STAGES["sft"][1], "--lora_r=2", "--merge"])
 STAGES["head"] = ("verifier", [*STAGES["channel"][1], "--kind=head"])
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     bad = 0
     try:
         stages = list(STAGES) if args.stage == "all" else [args.stage]
-        import_before_forking({"sft", *(STAGES[stage][0] for stage in stages)})
+        import_before_forking(stages)
         make_inputs(folder / "inputs", stages)
         for stage in stages:
             schedule = Schedule(stage, folder, args.more, args.keep)
@@ -126,13 +127,13 @@ class Schedule:
         return differences
 
 
-def import_before_forking(scripts: set[str]) -> None:
+def import_before_forking(stages: list[str]) -> None:
     """So that the forks need not. One thread: a fork has only the thread that called it."""
     import torch
 
-    for script in scripts:
-        importlib.import_module(script)
-    if "finetune" in scripts:
+    for stage in ["sft", *stages]:
+        importlib.import_module(STAGES[stage][0])
+    if {"finetune", "lora", "sft_lora"} & {*stages}:
         import peft  # noqa: F401
         import transformers
 
