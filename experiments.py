@@ -98,6 +98,7 @@ class ExperimentConfig:
     tasks: str = "sentiment,arithmetic"  # of the family `transfer`
     jobs: int = 0  # runs at a time, each with one thread; 0: one a core, and one on a CUDA card
     device: str = "auto"  # cuda, cpu, ...
+    wandb: str = ""  # also log the runs to this Weights & Biases project
     out: str = "out"  # folder that holds everything the project makes
 
 
@@ -177,6 +178,8 @@ def home_of(cfg: ExperimentConfig) -> Path:
 def run_of(home: Path, name: str, file: str, flags: list[str], seed: int, cfg: ExperimentConfig) -> Run:
     folder = home / f"{name}-s{seed}"
     flags = [*flags, f"--out={cfg.out}", f"--name={folder.relative_to(cfg.out)}"]
+    if cfg.wandb:
+        flags.append(f"--wandb={cfg.wandb}")
     return Run(name, os.path.normpath(FOLDER / file), flags, seed, folder)
 
 

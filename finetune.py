@@ -28,7 +28,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import shutil
 import sys
 import time
 import warnings
@@ -46,8 +45,9 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically, write_generation_config
+from model import ModernDecoderLM, from_hf_config, from_tensors, write_generation_config
 from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
+from support.files import write_atomically, write_folder_atomically
 from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
@@ -71,7 +71,9 @@ from train import (
     pick_device,
     pick_dtype,
     read_json,
+    run_folder,
     tqdm,
+    weights_hash,
 )
 
 
@@ -790,15 +792,6 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
     return model.merge_and_unload() if merge else model
 
 
-def weights_hash(name: str) -> str | None:
-    """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else None
-
-
 def task_of(name: str) -> str | None:
     """The task that a run folder was tuned on."""
     run = Path(name) / "run.json"
@@ -1204,6 +1197,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     text_model = build(cfg)
     kind = text_model.kind
     cfg.name = cfg.name or default_name(cfg)
+    run_folder(cfg)  # refuses a name that cannot be
     rows, lost = tokenise(text_model, cfg.task, train)
     watched = subsample(validation, cfg.eval_examples, cfg.seed)
     val_rows, val_lost = tokenise(text_model, cfg.task, watched)
@@ -1304,21 +1298,21 @@ def origin(name: str) -> dict:
 
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
-    target, temporary = folder / "merged", folder / ".merged.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     kind = kind_of(str(folder), read_config(str(folder)))
     model = with_adapter(str(folder), kind, merge=True)
     ids = folder / "generation_config.json"
     if ids.exists():  # a chat stops elsewhere than its base
         set_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
-    model.save_pretrained(temporary)
-    load_tokenizer(str(folder), ours=False).inner.save_pretrained(temporary)
     run = read_json(folder / "run.json")
     about = {key: run[key] for key in ("chat", "task", "smoke", "seconds", "results") if key in run}
     about |= {"status": "finished", "stage": "merge", "settings": {"task": run.get("task")}}
-    write_run(temporary, origin(str(folder)) | about)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        load_tokenizer(str(folder), ours=False).inner.save_pretrained(target)
+        write_run(target, origin(str(folder)) | about)
+
+    write_folder_atomically(folder / "merged", write)
 
 
 def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:

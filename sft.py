@@ -61,7 +61,7 @@ from finetune import (
 )
 from model import ModernDecoderLM
 from support.chat_template import TemplateError
-from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device
+from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device, run_folder
 
 
 @dataclass
@@ -199,7 +199,7 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
         model = load_model(cfg.model, pick_device(cfg.device))
         model.model.unpack()
         if cfg.dropout >= 0:
-            model.model.config.dropout = cfg.dropout
+            model.model.set_dropout(cfg.dropout)
         if getattr(cfg, "chat_tokens", False):
             model.tokenizer, _ = add_chat_tokens(model.model, model.tokenizer)
     limit = cfg.context_length or min(1024, model.context_length)
@@ -217,10 +217,18 @@ def parents(cfg: AdaptConfig, model: TextModel, **data) -> dict:
     return origin(cfg.model) | {"chat": True, "data": data | {"tokenizer": model.tokenizer.hash}}
 
 
-def finish(cfg: AdaptConfig, run: dict) -> dict:
-    """After the last step: with --merge, base and adapter as one model."""
-    if cfg.merge and int(os.environ.get("RANK", 0)) == 0:
-        merge(Path(cfg.out) / cfg.name)
+def train_and_merge(cfg: AdaptConfig, trainer: Trainer) -> dict:
+    """All steps and then, with --merge, base and adapter as one model. If a process was killed before it had
+    merged, the next one does it.
+    """
+    try:
+        run = trainer.run_all_steps()
+    except AlreadyFinished as finished:
+        if not cfg.merge or (trainer.folder / "merged").exists():
+            raise
+        run = finished.run
+    if cfg.merge and trainer.rank == 0:
+        merge(trainer.folder)
     return run
 
 
@@ -298,6 +306,7 @@ def marked(model: TextModel, row: Row) -> str:
 
 def sft(cfg: SFTConfig) -> dict:
     """Trains; returns run.json."""
+    run_folder(cfg)  # refuses a name that cannot be, before the work begins
     model = aligned_model(cfg)
     rows, shares, val_rows, data, lost = [], [], [], {}, 0
     for source, count, weight in mixture(cfg.data):
@@ -350,7 +359,7 @@ def sft(cfg: SFTConfig) -> dict:
         if parts["train"].get("left_out"):
             trainer.say(f"{source}: {parts['train']['left_out']:,} rows without text were left out")
     trainer.say(f"one of them, what is trained on in brackets: {marked(model, rows[0])}")
-    return finish(cfg, trainer.run_all_steps())
+    return train_and_merge(cfg, trainer)
 
 
 def world() -> int:

@@ -20,6 +20,7 @@ import difflib
 import functools
 import inspect
 import io
+import math
 import sys
 import tokenize
 import types
@@ -75,7 +76,9 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
         for name in kinds:
             if hasattr(flags, name):
                 settings[name] = read_text(getattr(flags, name), kinds[name], f"--{name}")
-        return Config(**{name: settings[name] for name in kinds})
+        chosen = {name: settings[name] for name in kinds}
+        check_numbers(chosen, {field.name: field.default for field in fields(Config)})
+        return Config(**chosen)
     except ValueError as error:  # ConfigError, or what a dataclass' __post_init__ finds inconsistent
         parser.exit(2, f"{parser.prog}: {error}\n")
 
@@ -143,6 +146,37 @@ def nearest(name: str, known) -> str:
     """The end of an error message: what the user may have meant."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
+
+
+# -----------------------------------------------------------------------------
+# Numbers: which of them mean something. Every number of every script is finite and at least 0, and
+
+AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size context_length n_layers
+    d_model n_heads experts_per_token n_experts n held_n rounds pairs seeds group
+    rope_theta""".split()
+AT_MOST_1 = ["decay_fraction", "label_smoothing"]
+BELOW_1 = ["dropout", "lora_dropout", "beta1", "beta2"]
+LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
+
+
+def check_numbers(settings: dict, defaults: dict) -> None:
+    """Raises ConfigError for a number that no run can use. A setting's own default may be outside of these
+    ranges: there it stands for "as the model has it" or "all", as -1 and 0 do in some scripts.
+    """
+    for name, value in settings.items():
+        if type(value) not in (int, float) or value == defaults.get(name):
+            continue
+        least = 1 if name in AT_LEAST_1 else 0
+        if not math.isfinite(value):
+            raise ConfigError(f"--{name}={value} must be a finite number")
+        if value < least:
+            raise ConfigError(f"--{name}={value} must be at least {least}")
+        if name in BELOW_1 and value >= 1:
+            raise ConfigError(f"--{name}={value} must be below 1")
+        if name in AT_MOST_1 and value > 1:
+            raise ConfigError(f"--{name}={value} must be at most 1")
+        if name == "seed" and value > LARGEST_SEED:
+            raise ConfigError(f"--{name}={value} must be at most {LARGEST_SEED}")
 
 
 # -----------------------------------------------------------------------------
