@@ -9,6 +9,8 @@
 Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
 """
 
+from support.terminal import run_script
+
 import codecs
 import sys
 import time
@@ -52,8 +54,11 @@ def main() -> None:
             converse(model, tokenizer, cfg)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from None
-    except (KeyboardInterrupt, EOFError):
+    except EOFError:
         print()
+    except KeyboardInterrupt:
+        print()
+        raise
 
 
 def with_model(words: list[str]) -> list[str]:
@@ -214,4 +219,4 @@ def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

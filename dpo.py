@@ -22,6 +22,8 @@ learnt from; violations.jsonl, held-out pairs that the last step has moved the w
 rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
+from support.terminal import run_script
+
 import hashlib
 import json
 import math
@@ -419,9 +421,7 @@ def main() -> None:
         print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"dpo.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

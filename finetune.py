@@ -18,6 +18,8 @@ was at the end (nothing is chosen by the validation split), run.json with its re
 predictions.jsonl with all it answered. Training, resuming and logging are train.py's Trainer.
 """
 
+from support.terminal import run_script
+
 import bisect
 import contextlib
 import hashlib
@@ -32,7 +34,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -46,7 +47,8 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, write_atomically
-from tokenizer import EOT, ROLES, Tokenizer, become_worker, map_ahead
+from support.processes import become_worker, worker_pool
+from tokenizer import EOT, ROLES, Tokenizer, map_ahead
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -383,7 +385,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
             return
         _work = work
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_work) as pool:
+        with worker_pool(workers, "OMP_NUM_THREADS=1", context, begin_work) as pool:
             for result in map_ahead(pool, call_work, items, ahead=2 * workers):
                 yield result
                 bar.update()
@@ -1099,9 +1101,7 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"finetune.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

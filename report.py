@@ -14,6 +14,8 @@ A section is a function from the home folder to a list of blocks: Text, Table, F
 written from the same blocks, so that they cannot disagree.
 """
 
+from support.terminal import run_script
+
 import base64
 import csv
 import html
@@ -1372,4 +1374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

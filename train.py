@@ -21,6 +21,8 @@ is a (sum, count) pair: gradients are divided by the count of the whole batch, o
 processes, so how a batch is cut never changes the result.
 """
 
+from support.terminal import run_script
+
 import contextlib
 import copy
 import ctypes
@@ -1599,8 +1601,6 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError) as error:  # TrainError and what the other files raise
         raise SystemExit(f"train.py: {error}") from None
-    except KeyboardInterrupt:  # before the first step or after the last
-        raise SystemExit(130) from None
 
 
 def report(cfg: TrainConfig, run: dict) -> None:
@@ -1613,4 +1613,4 @@ def report(cfg: TrainConfig, run: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,8 @@ well it verifies, beside the generator's own log-probability and the channel alo
 judged/.
 """
 
+from support.terminal import run_script
+
 import hashlib
 import io
 import json
@@ -683,9 +685,7 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"verifier.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
