@@ -251,6 +251,12 @@ def log_of(run: Run) -> Path:
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
+def way_to_start(run: Run) -> str:
+    if not (run.folder / "run.json").exists():
+        return "new"
+    return "resume" if found_in(run) else "overwrite"
+
+
 def start(run: Run, overwrite: bool, env: dict[str, str]) -> subprocess.Popen:
     run.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / run.script), *run.words()]
@@ -273,33 +279,28 @@ def last_line(run: Run, status: int) -> str:
 
 
 def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
-    """Trains those that are not finished, `jobs` at a time; {folder: why it failed}. A run that was begun goes
-    on from its checkpoint; if it cannot, it starts anew.
+    """Trains those that are not finished, `jobs` at a time; {folder: why it failed}.
 
-    Ctrl-C reaches the runs, which end as they do by hand, and then this process.
+    A run that was begun goes on from its checkpoint; if it cannot, it starts anew. Ctrl-C reaches the runs,
+    which end as they do by hand, and then this process.
     """
-    waiting, running, failed = [r for r in runs if not finished(r)], {}, {}
+    waiting, running, failed = [(r, way_to_start(r)) for r in runs if not finished(r)], {}, {}
     if waiting:
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished; {jobs} at a time", flush=True)
     todo, env = len(waiting), os.environ | {"END_WITH_PARENT": str(os.getpid())}
     if jobs > 1:
         env["OMP_NUM_THREADS"] = "1"
-    resumed = set()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                there = (run.folder / "run.json").exists()
-                goes_on = there and str(run.folder) not in resumed and found_in(run) is not None
-                if goes_on:
-                    resumed.add(str(run.folder))
-                running[start(run, there and not goes_on, env)] = run, goes_on
+                run, way = waiting.pop(0)
+                running[start(run, way == "overwrite", env)] = run, way
             for process in [p for p in running if p.poll() is not None]:
-                run, went_on = running.pop(process)
+                run, way = running.pop(process)
                 last = last_line(run, process.returncode)
-                if process.returncode > 0 and went_on:
+                if process.returncode > 0 and way == "resume":
                     print(f"{run.name}, seed {run.seed}, cannot go on ({last}); it starts anew", flush=True)
-                    waiting.insert(0, run)
+                    waiting.insert(0, (run, "overwrite"))
                     continue
                 done = todo - len(waiting) - len(running)
                 print(f"[{done}/{todo}] {run.name}, seed {run.seed}: {last}", flush=True)

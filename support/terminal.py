@@ -24,7 +24,7 @@ PIPE_CLOSED = 128 + 13  # the same for SIGPIPE, which Windows does not have
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """main(), in which Ctrl-C is a KeyboardInterrupt: it may save and tidy up before it ends with status 130."""
+    """main(), in which Ctrl-C is a KeyboardInterrupt: it may save and tidy up before the end, status 130."""
     if signal.getsignal(signal.SIGINT) is end_now:  # not if it is ignored, as in a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
