@@ -16,6 +16,8 @@ Reads $DATA_DIR, and writes nothing there but the corpora it downloads. The othe
 PLOTS, and a new task an entry in TASKS.
 """
 
+from support.terminal import run_script
+
 import argparse
 import hashlib
 import json
@@ -2115,4 +2117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,11 +17,13 @@ tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --
 the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
 unlearning.
 
-It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best by
-validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl, right answers
-without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz.
-With rounds, the earlier ones are in out/NAME/round-1, ...
+It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
+model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
+right answers without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong way;
+reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
+
+from support.terminal import run_script
 
 import hashlib
 import io
@@ -159,7 +161,8 @@ def pair_log_probs(
 ):  # fmt: skip
     """What is compared: (B) log p(chosen), (B) log p(rejected), and (B, T) log p of the chosen tokens.
 
-    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first difference.
+    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first
+    difference.
     """
     good, other = token_log_probs(model, ids, targets, others.clamp(min=0))
     if bad_ids.shape[1] > 1:
@@ -455,9 +458,7 @@ def main() -> None:
         print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"dpo.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -52,6 +52,8 @@ one entry for each task, split and number of shots, and answers/: every answer, 
 line each.
 """
 
+from support.terminal import run_script
+
 import json
 import math
 import random
@@ -837,9 +839,7 @@ def main() -> None:
             print("\n".join(pipeline_table(done, answered, cfg)))
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"eval.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

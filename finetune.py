@@ -18,6 +18,8 @@ was at the end (nothing is chosen by the validation split), run.json with its re
 predictions.jsonl with all it answered. Training, resuming and logging are train.py's Trainer.
 """
 
+from support.terminal import run_script
+
 import bisect
 import contextlib
 import hashlib
@@ -32,7 +34,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -51,17 +52,9 @@ from support.files import write_atomically, write_folder_atomically
 from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
+from support.processes import become_worker, worker_pool
 from support.tables import read_jsonl
-from tokenizer import (
-    CHAT_TEMPLATE,
-    EOT,
-    ROLES,
-    SPECIAL_TOKENS,
-    ForeignTokenizer,
-    Tokenizer,
-    become_worker,
-    map_ahead,
-)
+from tokenizer import CHAT_TEMPLATE, EOT, ROLES, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer, map_ahead
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -338,7 +331,7 @@ class TextModel:
     # ---- files
 
     def save(self, folder: Path) -> None:
-        """Writes the model (of PEFT's, the adapter alone) and its tokenizer, with the chat template it learnt."""
+        """Writes the model (of PEFT's, the adapter alone) and its tokenizer with the chat template it learnt."""
         ids = generation_ids(self)
         if self.ours:
             self.model.save_pretrained(folder, **ids)
@@ -480,7 +473,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
             return
         _work = work
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_work) as pool:
+        with worker_pool(workers, "OMP_NUM_THREADS=1", context, begin_work) as pool:
             for result in map_ahead(pool, call_work, items, ahead=2 * workers):
                 yield result
                 bar.update()
@@ -1372,9 +1365,7 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"finetune.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1446,7 +1446,7 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
 def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModernDecoderLM:
     """The model of a checkpoint's tensors, under the names that they have on disk, in evaluation mode.
 
-    Raises ValueError if tensors are missing, too many or of another shape; `source` names the checkpoint there.
+    Raises ValueError, which names the `source`, if tensors are missing, too many or of another shape.
     """
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)

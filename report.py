@@ -14,7 +14,10 @@ A section is a function from the home folder to a list of blocks: Text, Table, F
 written from the same blocks, so that they cannot disagree.
 """
 
+from support.terminal import run_script
+
 import base64
+import contextlib
 import csv
 import html
 import io
@@ -24,7 +27,9 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections import deque
+import sys
+import time
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1330,6 +1335,23 @@ def write(folder: Path, title: str, sections: dict[str, list[Block]]) -> Path:
     return folder / "index.html"
 
 
+def what_was_written(folder: Path, since: float) -> list[str]:
+    """Which files of the folder are newer than `since` (seconds), and which of them git shows as changed."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.stat().st_mtime >= since]
+    kinds = Counter({".png": "figures", ".csv": "tables"}.get(f.suffix, "pages") for f in files)
+    counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    lines = [f"wrote {len(files)} files in {folder}/: {counts}"]
+    git = ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "."]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(git, capture_output=True, text=True, errors="replace", timeout=30, check=True)
+        if changed := found.stdout.splitlines():
+            lines.append(
+                f"{len(changed)} of them are tracked by git and have changed: git diff --stat {folder}"
+            )
+            lines.append(f"to have the committed ones back: git checkout {folder}")
+    return lines
+
+
 def main() -> None:
     cfg = parse_config(ReportConfig, __doc__)
     home = Path(cfg.home)
@@ -1349,14 +1371,16 @@ def main() -> None:
                 raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {known}")
             chosen = {h: s for h, s in SECTIONS.items() if not wanted or s.__name__ in wanted}
             sections = {heading: section(home) for heading, section in chosen.items()}
+        before = time.time() - 1  # a file system's clock may be a little behind
         page = write(to, "Modern LLM: report", sections)
         if not (cfg.compare or cfg.only):
             (to / "experiments.md").write_text(log(home), encoding="utf-8")
             write_paper(to / "paper", "The whole life of a small language model", paper(home, sections))
+        print("\n".join(what_was_written(to, before)), file=sys.stderr)
         print(page)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"report.py: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,8 @@ data.py (`storyworld@300`) is read as in pretraining, every token trained on, so
 It reads a model and writes a run folder, out/NAME, as training does: the best by validation loss.
 """
 
+from support.terminal import run_script
+
 import os
 import re
 from collections.abc import Callable
@@ -380,9 +382,7 @@ def main() -> None:
         print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"sft.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

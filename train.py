@@ -21,6 +21,8 @@ is a (sum, count) pair: gradients are divided by the count of the whole batch, o
 processes, so how a batch is cut never changes the result.
 """
 
+from support.terminal import run_script
+
 import contextlib
 import copy
 import ctypes
@@ -67,7 +69,8 @@ from model import (
     to_hf_config,
 )
 from support.files import remove_folder, write_atomically, write_folder_atomically
-from tokenizer import Tokenizer, TokenizerConfig, open_tokens, tokens_folder
+from support.machine import unusable_gpu
+from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 
 
 @dataclass
@@ -351,7 +354,8 @@ def peak_flops(device_name: str) -> float | None:
 
 def pick_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card")
+        why = unusable_gpu()
+        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card. {why}".strip())
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is left
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1362,6 +1366,9 @@ def model_config(cfg: TrainConfig) -> ModelConfig:
 def pretrain(cfg: TrainConfig) -> dict:
     """Stage 2: a language model from token files; returns run.json."""
     folder = tokens_folder(cfg)
+    for name in ("tokenizer.json", "train.json", "validation.json"):
+        if not (folder / name).exists():
+            raise TrainError(f"there is no {folder / name}: make the tokens with\n  {tokenizer_command(cfg)}")
     tokenizer = Tokenizer.load(folder)
     train, train_about = open_tokens(folder, "train", tokenizer)
     val, val_about = open_tokens(folder, "validation", tokenizer)
@@ -1418,6 +1425,19 @@ def pretrain(cfg: TrainConfig) -> dict:
         trainer.say("past some 4 epochs repeated text teaches little: more text, or fewer --max_steps")
     trainer.alike = True
     return trainer.run_all_steps()
+
+
+def tokenizer_command(cfg: TrainConfig) -> str:
+    """The command that makes the token files of these settings: the same config files, and what differs."""
+    files = []
+    if Path(sys.argv[0]).name == "train.py":  # not a test or a notebook
+        files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
+    from_files, flags = parse_config(TokenizerStageConfig, "", files), []
+    for field in fields(TokenizerConfig):
+        value = getattr(cfg, field.name)
+        if value != getattr(from_files, field.name):
+            flags.append(f"--{field.name}={value}")
+    return shlex.join(["python", "tokenizer.py", *files, *flags])
 
 
 def trainer_size(model: nn.Module) -> str:
@@ -1667,6 +1687,9 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
     if importlib.util.find_spec("litgpt"):
         models["litgpt"] = litgpt_twin(c)
 
+    def say(text: str) -> None:  # not into the table
+        print(text, file=sys.stderr, flush=True)
+
     def stepper(name: str, model: nn.Module, compiled: bool, precision: str):
         model = model.to(device).train()
         optimizer = torch_adamw([{"params": list(model.parameters())}], {"lr": 1e-4})
@@ -1699,8 +1722,12 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
             if name != "ours" and ours != default:
                 steps[f"{name}, {way}, oneDNN"] = stepper(name, model, compiled, ours)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(12):
+    rounds = 12
+    for i in range(rounds):
+        say(f"round {i + 1} of {rounds}")
         for name, step in steps.items():
+            if i == 0:
+                say(f"  {name}: first step" + ", which compiles: a minute" * ("compiled" in name))
             begun = time.perf_counter()
             step()
             if i > 1:  # the first two allocate and compile
@@ -1740,8 +1767,6 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError) as error:  # TrainError and what the other files raise
         raise SystemExit(f"train.py: {error}") from None
-    except KeyboardInterrupt:  # before the first step or after the last
-        raise SystemExit(130) from None
 
 
 def report(cfg: TrainConfig, run: dict) -> None:
@@ -1754,4 +1779,4 @@ def report(cfg: TrainConfig, run: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

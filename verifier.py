@@ -23,6 +23,8 @@ well it verifies, beside the generator's own log-probability and the channel alo
 judged/.
 """
 
+from support.terminal import run_script
+
 import hashlib
 import io
 import json
@@ -223,7 +225,7 @@ def forward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int],
 def backward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids) of the channel: the answer, then the problem.
 
-    A template of somebody else's need not allow that the assistant begins: there the turns change their roles.
+    A template that is not ours need not allow that the assistant begins: there the turns change their roles.
     """
     told = model.reply_ids(problem)[: model.context_length // 2]
     if model.marks:
@@ -693,9 +695,7 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"verifier.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

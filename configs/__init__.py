@@ -9,9 +9,9 @@ default). Several files may follow each other and the later one wins; flags win 
 assigns `baseline = "configs/cpu.py"` starts from that file, so that an experiment states nothing but what it
 changes.
 
-A profile such as `configs/speedrun.py` is read by several scripts. A name that is another script's setting is
-left to that script (a file may compute with it all the same); a name that is nobody's is an error that
-suggests the nearest one.
+A profile such as `configs/speedrun.py` is read by several scripts: tokenizer.py, train.py and plan.py each
+take their own settings from it. Elsewhere a name that is another script's setting is printed and left out (a
+file may compute with it all the same); a name that is nobody's is an error that suggests the nearest one.
 """
 
 import argparse
@@ -21,10 +21,12 @@ import functools
 import inspect
 import io
 import math
+import re
 import sys
 import tokenize
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
@@ -69,10 +71,12 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
     try:
         if unknown:
             name = unknown[0].split("=")[0].lstrip("-")
-            raise ConfigError(f"unknown flag {unknown[0]}{nearest(name, kinds)}")
+            owners = scripts_with([name])[name] if name in settings_of_all_scripts() else []
+            whose = f": {name} is a setting of {', '.join(owners)}" if owners else nearest(name, kinds)
+            raise ConfigError(f"unknown flag {unknown[0]}{whose}")
         settings = {field.name: field.default for field in fields(Config)}
         for file in flags.files:
-            settings = read_file(Path(file), settings, kinds)
+            settings = read_file(Path(file), settings, Config)
         for name in kinds:
             if hasattr(flags, name):
                 settings[name] = read_text(getattr(flags, name), kinds[name], f"--{name}")
@@ -87,18 +91,24 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
 # Config files
 
 
-def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict:
+def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
     """`settings` after the assignments of the config file `path` (and, first, of its `baseline`)."""
     path = path if path.exists() else ROOT / path
+    kinds, foreign = typing.get_type_hints(Config), []
     if path in seen:
         raise ConfigError(f"{path}: baselines go round in a circle")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))  # -sig: Windows' editors mark UTF-8
     except OSError as error:
         have = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[!_]*.py")))
         raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line} is not UTF-8 ({error.reason}): save the file as UTF-8") from None
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except ValueError as error:  # a null byte
+        raise ConfigError(f"{path}: {error}") from None
     for node in tree.body:
         documents = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not (documents or isinstance(node, (ast.Assign, ast.AnnAssign))):
@@ -107,7 +117,7 @@ def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict
         if [getattr(target, "id", "") for target in targets] == ["baseline"]:
             if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
                 raise ConfigError(f"{path}:{node.lineno}: baseline must be a quoted path")
-            settings = read_file(Path(node.value.value), settings, kinds, (*seen, path))
+            settings = read_file(Path(node.value.value), settings, Config, (*seen, path))
     before = settings_of_all_scripts() | settings
     scope = dict(before)
     try:
@@ -122,23 +132,85 @@ def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, kinds)}")
         if name in kinds:
             value = checked(value, kinds[name], f"{path}: {name}")
+        else:
+            foreign.append(name)
         settings = settings | {name: value}
+    if foreign:
+        name_foreign(path, tuple(foreign), Config)
     return settings
+
+
+# -----------------------------------------------------------------------------
+# Whose setting is it?
+
+SHARE_PROFILES = {"tokenizer.py", "train.py", "plan.py"}
+
+
+@functools.cache  # once, however often a program reads the file
+def name_foreign(path: Path, names: tuple[str, ...], Config) -> None:
+    """Prints which of a file's settings this script does not have, and whose they are."""
+    script, by_owners = Path(inspect.getsourcefile(Config)).name, {}
+    for name, owners in scripts_with(names).items():
+        if not (script in SHARE_PROFILES and SHARE_PROFILES & set(owners)):
+            by_owners.setdefault(", ".join(owners), []).append(name)
+    if by_owners:
+        whose = [f"{', '.join(names)} (of {owners})" for owners, names in by_owners.items()]
+        print(
+            f"{path}: not used, since they are other scripts' settings: {'; '.join(whose)}", file=sys.stderr
+        )
+
+
+def scripts_with(names: Collection[str]) -> dict[str, list[str]]:
+    """{setting: the scripts that have it}; if no script parses its class, the file that defines it."""
+    classes, found = config_classes(), {name: [] for name in names}
+    for script in sorted(ROOT.glob("*.py")):
+        text = script.read_text(encoding="utf-8")
+        parsed = re.search(r"^def main\(.*?parse_config\((\w+)", text, re.MULTILINE | re.DOTALL)
+        settings = fields_of(parsed[1], classes) if parsed else {}
+        for name in names:
+            if name in settings:
+                found[name].append(script.name)
+    for name, scripts in found.items():
+        if not scripts:
+            scripts += sorted({c["file"] for c in classes.values() if name in c["fields"]})
+    return found
+
+
+def fields_of(name: str, classes: dict[str, dict]) -> dict:
+    """Fields of a dataclass and of those that it extends."""
+    if name not in classes:
+        return {}
+    found = {}
+    for base in classes[name]["bases"]:
+        found |= fields_of(base, classes)
+    return found | classes[name]["fields"]
 
 
 @functools.cache
 def settings_of_all_scripts() -> dict:
-    """All fields of all `...Config` classes beside this folder and their defaults, found without importing
-    them.
+    """All settings of all scripts and their defaults."""
+    found = {}
+    for about in config_classes().values():
+        found |= about["fields"]
+    return found
+
+
+def config_classes() -> dict[str, dict]:
+    """All `...Config` classes beside this folder, found without importing them: {class: its file, its bases,
+    its own fields and their defaults}.
     """
     found = {}
     for script in sorted(ROOT.glob("*.py")):
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                for field in node.body:
-                    if isinstance(field, ast.AnnAssign):
-                        constant = isinstance(field.value, ast.Constant)
-                        found[field.target.id] = field.value.value if constant else None
+            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+                continue
+            own = {}
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    constant = isinstance(field.value, ast.Constant)
+                    own[field.target.id] = field.value.value if constant else None
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            found[node.name] = {"file": script.name, "bases": bases, "fields": own}
     return found
 
 

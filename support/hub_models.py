@@ -1,7 +1,7 @@
 """Tokenizers and generation by transformers, behind the same methods as ours.
 
-`HubTokenizer` answers as tokenizer.Tokenizer does; `generate` draws from a model of transformers with the arguments
-of ModernDecoderLM.generate. So every stage works on any decoder of the hub.
+`HubTokenizer` answers as tokenizer.Tokenizer does; `generate` draws from a model of transformers with the
+arguments of ModernDecoderLM.generate. So every stage works on any decoder of the hub.
 """
 
 import copy
@@ -49,7 +49,7 @@ class HubTokenizer:
 
     @property
     def bos(self) -> list[int]:
-        """What a text begins with; nothing if that token opens a turn of the chat template, as SmolLM's does."""
+        """What a text begins with; nothing if that token opens a turn of a conversation, as SmolLM's does."""
         token = self.inner.bos_token
         if token is None or token in (self.inner.chat_template or ""):
             return []
@@ -121,7 +121,8 @@ class HubTokenizer:
 def generate(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int, decoder_only: bool,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-    repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0,
+    repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (), n: int = 1,
+    seed: int | Sequence[int] = 0,
     stream: Callable[[int, int], None] | None = None,
     force: Callable[[int, list[int]], Sequence[int]] | None = None,
 ) -> list[list[int]]:  # fmt: skip
@@ -140,7 +141,8 @@ def generate(
         where = slice(width - len(prompt), None) if decoder_only else slice(len(prompt))
         ids[row, where], mask[row, where] = torch.tensor(prompt), 1
     how = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=list(stop_tokens) or None,
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
+        eos_token_id=list(stop_tokens) or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
     seeds = [seed + r for r in range(len(rows))] if isinstance(seed, int) else list(seed)
