@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, write_atomically, write_generation_config
+from support.model_card import write_model_card
 from tokenizer import EOT, ROLES, ForeignTokenizer, Tokenizer, become_worker, map_ahead
 from train import (
     FREE_TO_CHANGE,
@@ -1107,6 +1108,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         "trained_parameters": trained,
         "data": {"train": train_about | {"examples": len(train)} | lost},
     }
+    if kind == "head":
+        about["labels"] = [str(name) for _, name in sorted(text_model.model.config.id2label.items())]
     about["data"]["validation"] = validation_about | {"examples": len(validation)}
     about["data"]["tokenizer"] = tokenizer_hash(text_model.tokenizer)
     trainer = FineTuner(
@@ -1206,6 +1209,7 @@ def shown(model: TextModel, row: tuple, task: Task) -> str:
 def write_run(folder: Path, run: dict) -> None:
     text = json.dumps(run, indent=2) + "\n"
     write_atomically(folder / "run.json", lambda path: path.write_text(text))
+    write_model_card(folder)
 
 
 def report(cfg: FinetuneConfig, run: dict) -> None:

@@ -65,6 +65,7 @@ from model import (
     to_hf_config,
     write_atomically,
 )
+from support.model_card import write_model_card
 from tokenizer import Tokenizer, TokenizerConfig, open_tokens, tokens_folder
 
 
@@ -638,6 +639,7 @@ class Trainer:
                         self.say(f"stopped at step {self.step}; the same command goes on from here")
                         raise SystemExit(128 + (self.stopping or signal.SIGTERM))
             self.write_run(status="finished")
+            self.write_card()
         except (TrainError, OSError) as error:
             if isinstance(error, OSError):
                 why = f"cannot read or write {error.filename or self.folder}: {error.strerror or error}"
@@ -992,6 +994,14 @@ class Trainer:
         if self.rank == 0:
             text = json.dumps(self.run, indent=2) + "\n"
             write_atomically(self.folder / "run.json", lambda path: path.write_text(text))
+
+    def write_card(self) -> None:
+        """README.md for people and for the hub. A full disk does not fail the run for it."""
+        if self.rank == 0:
+            try:
+                write_model_card(self.folder)
+            except OSError as error:
+                self.say(f"the model card was not written: {error}")
 
     def progress_bar(self):
         return tqdm()(
