@@ -6,6 +6,7 @@ A number is shown with its interval; a smoke run shows none.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -275,7 +276,7 @@ def other_programs(folder: Path, run: dict) -> list[str]:
 
 def adapter_usage(folder: Path, run: dict, adapter: dict) -> list[str]:
     """An adapter holds no config of its own: the names of the classes and the padding go to the base."""
-    base = adapter.get("base_model_name_or_path")
+    base, folder = adapter.get("base_model_name_or_path"), os.path.abspath(folder)
     kinds = {"head": "SequenceClassification", "seq2seq": "Seq2SeqLM"}
     cls = "AutoPeftModelFor" + kinds.get(run.get("kind"), "CausalLM")
     lines = ["```python", f"from peft import {cls}", "from transformers import AutoTokenizer", ""]

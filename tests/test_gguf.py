@@ -23,9 +23,9 @@ SHAPES = {
     "gpt2": GPT2,
 }
 TEXTS = [
-    "Once upon a time there was a cat.", "It's we're I'll don't they've", "12345 + 67 = 12,412.50", " a  b   c",
-    "\n\nHello\n\n\nWorld \n x", "naïve café Zürich “quoted” … 😀", "日本語 テキスト", "tab\tand\r\nnewline  ",
-    "a 5 6\n7", "<|user|> is text here", "ﬁ Ⅷ ½ ²³ ٣٤", "  ", "\n",
+    "Once upon a time there was a cat.", "It's we're I'll don't they've", "12345 + 67 = 12,412.50",
+    "\n\nHello\n\n\nWorld \n x", "naïve café Zürich “quoted” … 😀", "日本語 テキスト", " a  b   c",
+    "tab\tand\r\nnewline  ", "a 5 6\n7", "<|user|> is text here", "ﬁ Ⅷ ½ ²³ ٣٤", "  ", "\n",
 ]  # fmt: skip
 
 
