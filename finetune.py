@@ -46,9 +46,22 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, from_hf_config, write_atomically, write_generation_config
+from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically, write_generation_config
+from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
+from support.hub import HubTokenizer
+from support.hub import generate as hub_generate
+from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
 from support.model_card import write_model_card
-from tokenizer import EOT, ROLES, ForeignTokenizer, Tokenizer, become_worker, map_ahead
+from tokenizer import (
+    CHAT_TEMPLATE,
+    EOT,
+    ROLES,
+    SPECIAL_TOKENS,
+    ForeignTokenizer,
+    Tokenizer,
+    become_worker,
+    map_ahead,
+)
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -118,7 +131,7 @@ class TextModel:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer | HubTokenizer,
         kind: str,
         name: str = "",
         context_length: int = 0,
@@ -129,27 +142,27 @@ class TextModel:
         self.ours = isinstance(model, ModernDecoderLM)
         own = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
         self.context_length = min(own, context_length or own)
-        if isinstance(tokenizer, Tokenizer):
-            self.bos, self.eos, self.pad = [tokenizer.eot_id], tokenizer.eot_id, tokenizer.eot_id
-        else:
-            self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            ends = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None]
-            self.eos = ends[0]
-            self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
+        self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head must know where a text ends
             model.config.pad_token_id = self.pad
         self.before, self.behind = self.bos, []  # the special tokens around a prompt
-        if kind != "causal" and not isinstance(tokenizer, Tokenizer):
-            self.before, self.behind = frame(tokenizer, self.bos)
-        known, named = model.config.vocab_size, size_of(tokenizer)
+        if kind != "causal" and isinstance(tokenizer, HubTokenizer):
+            self.before, self.behind = tokenizer.frame()
+        known, named = model.config.vocab_size, tokenizer.vocab_size
         # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
         if named > known and not (self.ours and known == 50257):
             raise TrainError(
                 f"{name} knows {known:,} tokens, its tokenizer {named:,}: they do not fit together"
             )
-        # Turns are marked by special tokens where the model has them, and in words where it has not.
-        self.marks = isinstance(tokenizer, Tokenizer) and tokenizer.special_ids.get("<|end|>", known) < known
-        self.end = tokenizer.special_id("<|end|>") if chat and self.marks else self.eos  # of an answer
+        # Turns are marked as the model's own chat template does, else as ours, or in words if the model lacks
+        # the special tokens of ours.
+        has_marks = tokenizer.special_ids.get("<|end|>", known) < known
+        template = tokenizer.chat_template
+        self.marks = has_marks and (template is None or is_ours(template))
+        if template is None or (is_ours(template) and not has_marks):
+            template = CHAT_TEMPLATE if has_marks else WORDS_TEMPLATE
+        self.template = template
+        self.end = self.reply_ids("a")[-1] if chat else self.eos  # the token that ends an answer
         self.dtype = pick_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
 
     @property
@@ -160,14 +173,10 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens; a text that spells one does not become one."""
-        if isinstance(self.tokenizer, Tokenizer):
-            return self.tokenizer.encode(text, allowed_special=())
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer.encode(text, allowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        if isinstance(self.tokenizer, Tokenizer):
-            return self.tokenizer.decode(ids, skip_special_tokens=True)
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
         """The ids that ask `task` about `text`, at most `room`, and what had to go: "", "shots" or "text".
@@ -179,7 +188,8 @@ class TextModel:
 
         def asked(text: str) -> list[int]:
             if self.chat:
-                return self.conversation([m for s in shown for m in talk(s.text, s.target)] + talk(text))[0]
+                turns = [m for s in shown for m in talk(task.question.replace("{}", s.text), s.target)]
+                return self.conversation(turns + talk(task.question.replace("{}", text)))[0]
             before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
             return self.before + self.encode(before + task.prompt(text)) + self.behind
 
@@ -198,34 +208,36 @@ class TextModel:
     def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and which of them the assistant says, the end of its turns included.
 
-        After a turn of the user's the assistant's is opened. Without special tokens a turn reads
-        "User: ...", a line each, and an end-of-text token ends the assistant's.
+        After a turn of the user's the assistant's is opened.
         """
-        ids, said = ([], []) if self.marks else (list(self.bos), [False] * len(self.bos))
-        if not messages or messages[-1]["role"] != "assistant":
-            messages = [*messages, {"role": "assistant", "content": None}]
         for message in messages:
-            role, text = message["role"], message["content"]
-            if role not in ROLES:
-                raise TrainError(f"unknown role {role!r} in a conversation: use {', '.join(ROLES)}")
-            assistant = role == "assistant"
-            if self.marks:
-                opening = [self.tokenizer.special_id(f"<|{role}|>")]
-                turn = (
-                    [] if text is None else [*self.encode(text.strip()), self.tokenizer.special_id("<|end|>")]
+            if message["role"] not in ROLES:
+                raise TrainError(
+                    f"unknown role {message['role']!r} in a conversation: use {', '.join(ROLES)}"
                 )
-            else:
-                opening = self.encode(f"{role.capitalize()}:")
-                turn = [] if text is None else self.encode(f" {text.strip()}" + "\n" * (not assistant))
-                turn += [self.eos] * (assistant and text is not None)
-            ids += opening + turn
-            said += [False] * len(opening) + [assistant] * len(turn)
+        if not self.marks:
+            return conversation_ids(self.tokenizer, self.template, messages)
+        ids, said, special = [], [], self.tokenizer.special_id
+        for message in messages:
+            turn = [*self.encode(message["content"].strip()), special("<|end|>")]
+            ids += [special(f"<|{message['role']}|>"), *turn]
+            said += [False] + [message["role"] == "assistant"] * len(turn)
+        if not messages or messages[-1]["role"] != "assistant":
+            ids, said = [*ids, special("<|assistant|>")], [*said, False]
         return ids, said
+
+    def reply_ids(self, answer: str) -> list[int]:
+        """The ids of an answer in a conversation, the token that ends it included."""
+        if self.marks:
+            return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
+        ids = reply_ids(self.tokenizer, self.template, answer)
+        ends = (self.eos, *self.tokenizer.special_ids.values())
+        return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
     def answer_ids(self, task: Task, answer: str) -> list[int]:
         """The ids of an answer as they follow the question's last words (SentencePiece cares), endless."""
         if self.chat:
-            return self.encode(answer.strip() if self.marks else f" {answer.strip()}")
+            return self.reply_ids(answer)[:-1]
         if self.kind == "seq2seq":
             return self.encode(answer.strip())
         anchor = task.template.split("{}")[1]
@@ -242,14 +254,14 @@ class TextModel:
         """(n) sums in nats of log p(answer | prompt), for pairs of ids (prompt, answer)."""
 
         @torch.no_grad()
-        def summed(index: list[int]) -> np.ndarray:
+        def summed(index: list[int]) -> list[float]:
             ids, mask, targets = self.collated([rows[i] for i in index])
             logits = self.target_logits(ids, mask, targets).flatten(0, 1)
             loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
-            return -loss.view_as(targets).double().sum(-1).cpu().numpy()
+            return (-loss.view_as(targets).double().sum(-1)).tolist()
 
         found, batches = np.zeros(len(rows)), list(self.batch_indices([length(row) for row in rows], ""))
-        sums = on_all_cores(summed, batches, self.device, progress)
+        sums = on_all_cores(partial(halving, summed), batches, self.device, progress)
         for index, some in zip(batches, sums, strict=True):
             found[index] = some
         return found
@@ -259,8 +271,13 @@ class TextModel:
         """(n, classes) log-probabilities: the head's, or of each class' name as the continuation."""
         if self.kind == "head":
             found = np.zeros((len(prompts), len(task.labels)))
-            for index, tensors in self.batches([(ids, 0) for ids in prompts], progress):
-                found[index] = self.target_logits(*tensors).float().log_softmax(-1).cpu()
+
+            def scores(index: list[int]) -> list[list[float]]:
+                logits = self.target_logits(*self.collated([(prompts[i], 0) for i in index]))
+                return logits.float().log_softmax(-1).tolist()
+
+            for index in self.batch_indices([len(ids) for ids in prompts], progress):
+                found[index] = halving(scores, index)
             return found
         answers = [self.answer_ids(task, label) for label in task.labels]
         rows = [(prompt, answer) for prompt in prompts for answer in answers]
@@ -276,27 +293,39 @@ class TextModel:
         keeps the first ones. With `calculator`, what follows an open `<<9*3=` is calculated, not generated.
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
-        if not self.ours and (n > 1 or temperature or calculator):
-            raise TrainError(f"{self.name}: only models that model.py computes can be sampled here")
-        texts, rows = [""] * (len(prompts) * n), 1024 if self.device.type == "cuda" else 256
-        force = self.calculator if calculator else None
+        texts = [""] * (len(prompts) * n)
+        rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
+        how = {"temperature": temperature, "stop_tokens": stops}
+        how["force"] = self.calculator if calculator else None
+
+        def drawn(index: list[int], samples: list[int]) -> list[list[int]]:
+            draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in samples)
+            seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
+            some = [prompts[i] for i in index]
+            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
 
         def continued(index: list[int]) -> list[list[int]]:
-            some = [prompts[i] for i in index]
-            if self.ours:
-                draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in range(n))
-                seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
-                how = dict(temperature=temperature, n=n, seed=seeds, stop_tokens=stops, force=force)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    return self.model.generate(some, max_new_tokens, **how)
-            return self.transformers_generate(some, max_new_tokens, stops)
+            if len(index) > 1 or n == 1:
+                return drawn(index, list(range(n)))
+            return halving(partial(drawn, index), list(range(n)), rows(len(prompts[index[0]])))
 
-        batches = list(self.batch_indices([len(p) + max_new_tokens for p in prompts], "", rows // n))
-        for index, new in zip(batches, on_all_cores(continued, batches, self.device, progress), strict=True):
+        batches = list(self.batch_indices([len(p) for p in prompts], "", lambda prompt: rows(prompt) // n))
+        work = partial(halving, continued)
+        for index, new in zip(batches, on_all_cores(work, batches, self.device, progress), strict=True):
             for row, ids in enumerate(new):
                 text = self.decode(ids)
                 texts[index[row // n] * n + row % n] = text.split(stop)[0] if stop else text
         return texts
+
+    def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+        """New ids, by the library that computes the model; see ModernDecoderLM.generate for the arguments."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.ours:
+                return self.model.generate(prompts, max_new_tokens, **how)
+            decoder_only = self.kind == "causal"
+            return hub_generate(
+                self.model, prompts, max_new_tokens, pad=self.pad, decoder_only=decoder_only, **how
+            )
 
     def calculator(self, _row: int, new: list[int]) -> list[int]:
         """What must come next: the result, if the new tokens end in an open annotation (see `calculate`)."""
@@ -305,30 +334,49 @@ class TextModel:
         result = calculator_answer(self.decode(new))
         return self.encode(result) if result else []
 
-    @torch.no_grad()
-    def transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list:
-        from transformers import GenerationConfig
+    # ---- files
 
-        width, left = max(map(len, prompts)), self.kind == "causal"
-        ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            where = slice(width - len(prompt), None) if left else slice(len(prompt))
-            ids[row, where], mask[row, where] = torch.tensor(prompt), 1
-        how = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=stops,
-            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
-        )  # fmt: skip
-        was_training = self.model.training
-        self.model.eval()
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        new = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
-        self.model.train(was_training)
-        return [row[width if left else 1 :] for row in new.tolist()]
+    def save(self, folder: Path) -> None:
+        """Writes the model (of PEFT's, the adapter alone) and its tokenizer, with the chat template it learnt."""
+        ids = generation_ids(self)
+        if self.ours:
+            self.model.save_pretrained(folder, **ids)
+        else:
+            set_ids(self.model, ids)
+            for adapter in getattr(self.model, "peft_config", {}).values():
+                base = adapter.base_model_name_or_path
+                if base and Path(base).is_dir():  # PEFT would write a path that opens from one folder only
+                    adapter.base_model_name_or_path = os.path.abspath(base)
+            adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+            self.model.save_pretrained(folder, **adapter)  # new tokens are saved apart from the embeddings
+            if not (folder / "generation_config.json").exists():  # PEFT writes none
+                write_generation_config(folder, ids)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
+        own = self.model.config.context_length if self.ours else hf_context(self.model.config, self.tokenizer)
+        about = {"context_length": own}
+        if self.chat:
+            about["chat_template"] = with_generation_marks(self.template)
+            about["end_token"] = self.tokenizer.decode([self.end])
+        self.tokenizer.save(folder, **about)
+
+    def read_weights(self, folder: Path) -> None:
+        """The inverse of `save`, into the model that is there."""
+        from safetensors.torch import load_file
+
+        if self.ours:
+            weights = ModernDecoderLM.from_pretrained(folder, self.device).state_dict()
+        elif (folder / "adapter_model.safetensors").exists():
+            import peft
+
+            peft.set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+            return
+        else:
+            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+        self.model.load_state_dict(weights)
 
     @cached_property
     def _pieces(self) -> list[str]:
-        return [self.decode([i]) for i in range(size_of(self.tokenizer))]
+        return [self.decode([i]) for i in range(self.tokenizer.vocab_size)]
 
     def tokens_with(self, stop: str) -> list[int]:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
@@ -343,16 +391,62 @@ class TextModel:
     def collated(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
-    def batch_indices(self, lengths: list[int], progress: str, most: int = 0) -> Iterator[list[int]]:
-        """Indices from long to short (memory runs out at once or never), in batches of so many tokens, or of
-        `most` rows.
+    def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
+        """A function of the longest prompt's tokens: how many rows go on from there together, n of a prompt.
+        1,024, or 256 on a CPU, which more rows do not speed up; less where keys and values do not fit.
         """
-        budget = 32_768 if self.device.type == "cuda" else 4096  # tokens; more does not speed a CPU up
-        budget = min(budget, 2**28 // self.model.config.vocab_size)  # and 1 GiB of float32 logits at most
+        most, on_cpu = (256, True) if self.device.type == "cpu" else (1024, False)
+        dtype = self.dtype if self.ours else self.weight_dtype
+        available, how = self.room(dtype), dict(size=dtype.itemsize, sampled=sampled, on_cpu=on_cpu)
+
+        def fits(prompt: int) -> int:
+            need = partial(generation_bytes, self.shape, prompt=prompt, new=new, n=n, **how)
+            return rows_that_fit(need, most, available)
+
+        return fits
+
+    def rows_of_likelihoods(self) -> Callable[[int], int]:
+        """A function of the longest row's tokens: how many rows make a batch. 32,768 tokens, or 4,096 on a
+        CPU, which more do not speed up, and 1 GiB of float32 logits at most; less where these do not fit.
+        """
+        budget = 32_768 if self.device.type == "cuda" else 4096
+        budget = min(budget, 2**28 // self.model.config.vocab_size)
+        dtype = self.model.dtype if self.ours else self.weight_dtype
+        available, how = self.room(dtype), dict(size=dtype.itemsize, on_cpu=self.device.type == "cpu")
+
+        def fits(length: int) -> int:
+            need = partial(likelihood_bytes, self.shape, length=length, columns=length, **how)
+            return rows_that_fit(need, min(256, budget // max(1, length)), available)
+
+        return fits
+
+    @cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.model.config, self.kind, self.ours)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def room(self, dtype: torch.dtype) -> int:
+        """Bytes for a batch in `dtype`: a share of what is free, less the copy of the weights that autocast,
+        or `generate`, makes. On a CPU several processes share it (`on_all_cores`).
+        """
+        processes = torch.get_num_threads() if self.device.type == "cpu" and sys.platform == "linux" else 1
+        copied = dtype.itemsize if self.ours and dtype != self.weight_dtype else 0
+        return room(self.device, processes) - copied * sum(p.numel() for p in self.model.parameters())
+
+    def batch_indices(
+        self, lengths: list[int], progress: str, fits: Callable[[int], int] | None = None
+    ) -> Iterator[list[int]]:
+        """Indices from long to short, in batches of fits(length of the first) rows; by default, as many as
+        have room for their logits.
+        """
+        fits = fits or self.rows_of_likelihoods()
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
             while order:
-                size = max(1, most or min(256, budget // max(1, lengths[order[0]])))
+                size = max(1, fits(lengths[order[0]]))
                 index, order = order[:size], order[size:]
                 yield index
                 bar.update(len(index))
@@ -391,24 +485,12 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
                 bar.update()
 
 
-def frame(tokenizer, bos: list[int]) -> tuple[list[int], list[int]]:
-    """The special tokens that transformers' tokenizer puts before and behind a text: [CLS] and [SEP], say."""
-    whole, plain = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
-    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    before, behind = whole[:at], whole[at + len(plain) :]
-    return (before, behind) if before or behind else (bos, [])
-
-
-def size_of(tokenizer) -> int:
-    return tokenizer.vocab_size if isinstance(tokenizer, Tokenizer) else len(tokenizer)
-
-
 def hf_context(config, tokenizer) -> int:
     """Tokens that a model of transformers can look at."""
     for key in ("n_positions", "max_position_embeddings"):
         if getattr(config, key, None):
             return getattr(config, key)
-    return min(getattr(tokenizer, "model_max_length", 1024), 1024)
+    return min(getattr(tokenizer.inner, "model_max_length", 1024), 1024)
 
 
 def length(row: tuple[list[int], list[int] | int]) -> int:
@@ -456,7 +538,7 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
         core = getattr(model, "module", model)  # out of DistributedDataParallel
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
         said = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said).logits
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said, use_cache=False).logits
     if isinstance(model, ModernDecoderLM):
         return F.linear(model.hidden(ids)[:, -K:], model.head)
     return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # causal: padding needs no mask
@@ -466,36 +548,68 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
 # Loading
 
 
-def load_model(name: str, device: torch.device, backend: str = "auto", context_length: int = 0) -> TextModel:
+def load_model(
+    name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
+    dtype: torch.dtype | None = None,
+) -> TextModel:  # fmt: skip
     """A run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, ready to be asked.
 
     backend: "ours" computes with model.py, "transformers" with transformers; "auto" takes ours for what
-    model.py can compute. Raises TrainError, ValueError or OSError that say what is wrong.
+    model.py can compute, with an adapter merged into its base in memory. dtype: of transformers' weights, and
+    so of all that it computes (by default the fast one of a GPU, float32 on a CPU); ours stay float32 and are
+    cast when they are used. Raises TrainError, ValueError or OSError that say what is wrong.
     """
-    folder = Path(name)
-    config, chat = read_config(name), is_chat(name)
-    adapter = (folder / "adapter_config.json").exists()
-    kind = kind_of(name, config)
-    why_not = "an adapter" if adapter else None if kind == "causal" else kind
-    if not why_not:
-        try:
-            from_hf_config(config)
-        except (ValueError, KeyError) as error:
-            why_not = str(error)
+    config = read_config(name)
+    kind, adapter = kind_of(name, config), is_adapter(name)
+    why_not = why_not_ours(kind, config)
     if backend == "ours" and why_not:
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
-    if backend != "transformers" and not why_not:
-        model = ModernDecoderLM.from_pretrained(name, device).pack()
-        return TextModel(model, load_tokenizer(name), kind, name, context_length, chat)
-    model = with_adapter(name, kind) if adapter else from_hub(name, kind)
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
-    return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length, chat)
+    dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
+    if (kind, dtype) == ("seq2seq", torch.float16):  # T5's activations exceed 65,504
+        dtype = torch.float32
+    if backend != "transformers" and not why_not:
+        if adapter:
+            merged = with_adapter(name, kind, merge=True)
+            model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
+        else:
+            model = ModernDecoderLM.from_pretrained(name)
+        model = model.to(device).pack()
+    elif adapter:
+        model = with_adapter(name, kind, dtype=dtype)
+    else:
+        model = from_hub(name, kind, dtype=dtype)
+    model = model.to(device).eval()
+    return TextModel(model, tokenizer, kind, name, context_length, is_chat(name, tokenizer, config))
 
 
-def is_chat(name: str) -> bool:
-    """Whether a run was instruction-tuned, and so wants to be asked in turns."""
+def why_not_ours(kind: str, config: dict) -> str:
+    """Why model.py does not compute a model; "" if it does."""
+    if kind != "causal":
+        return kind
+    try:
+        from_hf_config(config)
+    except (ValueError, KeyError) as error:
+        return str(error)
+    return ""
+
+
+def is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").exists()
+
+
+def is_chat(name: str, tokenizer: Tokenizer | HubTokenizer, config: dict) -> bool:
+    """Whether a model was instruction-tuned, and so is asked in turns of a conversation.
+
+    The record of a run says so. Of other models it is known by their chat template; our template alone is no
+    proof, since every vocabulary of ours has it, but a config that ends texts with two tokens is.
+    """
     run = Path(name) / "run.json"
-    return run.exists() and bool(read_json(run).get("chat"))
+    if run.exists():
+        return bool(read_json(run).get("chat"))
+    if is_ours(tokenizer.chat_template):
+        return isinstance(config.get("eos_token_id"), list)
+    return tokenizer.chat_template is not None
 
 
 def adapter_base(name: str) -> str:
@@ -530,7 +644,7 @@ def adapter_base(name: str) -> str:
 def read_config(name: str) -> dict:
     """config.json of a model; of an adapter that of its base."""
     folder = Path(name)
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(name):
         return read_config(adapter_base(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -618,7 +732,7 @@ def explained(name: str):
 
 
 def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
-    """transformers' model in float32; with `labels`, a new head for them."""
+    """transformers' model, in float32 if `dtype` says nothing else; with `labels`, a new head for them."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # a new head is no surprise, nor is a slow tokenizer
@@ -653,23 +767,27 @@ def knows_labels(config: dict, labels: Sequence[str]) -> bool:
     return sorted(map(class_name, names)) == sorted(map(class_name, labels))
 
 
-def with_adapter(name: str, kind: str, merge: bool = False) -> nn.Module:
-    """Base and adapter of a folder that PEFT saved, in float32."""
-
-    base_name = adapter_base(name)
-    run = Path(name) / "run.json"
-    tuned_on = read_json(run).get("parent_hash") if run.exists() else None
+def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
+    """Base and adapter of a folder that PEFT saved. `kwargs` are from_hub's."""
+    base_name, run = adapter_base(name), Path(name) / "run.json"
+    record = read_json(run) if run.exists() else {}
+    tuned_on = record.get("base_hash", record.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(base_name):
         raise TrainError(
             f"{name} corrects another model than {base_name} now holds: "
             "that one was trained anew, so tune it again"
         )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
-    base = from_hub(base_name, kind, labels)
+    base = from_hub(base_name, kind, labels, **kwargs)
+    n_tokens = load_tokenizer(name).vocab_size
+    if n_tokens > base.config.vocab_size:  # its turns got tokens of their own
+        base.resize_token_embeddings(n_tokens)
     import peft  # behind from_hub, which quiets what it imports
 
     with explained(name):
-        model = peft.PeftModel.from_pretrained(base, name)
+        model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
+    if not trainable and not merge and (dtype := kwargs.get("dtype")):
+        model = model.to(dtype)
     return model.merge_and_unload() if merge else model
 
 
@@ -688,7 +806,10 @@ def task_of(name: str) -> str | None:
     return read_json(run).get("settings", {}).get("task") if run.exists() else None
 
 
-def load_tokenizer(name: str, ours: bool = True):
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
     """Our Tokenizer, which is faster, where it can read the folder's; else (or ours=False) transformers'."""
     if Path(name).is_dir():
         try:
@@ -698,11 +819,12 @@ def load_tokenizer(name: str, ours: bool = True):
         except ForeignTokenizer:
             raise
         except (ValueError, OSError):  # of another kind, or there is no tokenizer.json
-            pass
+            if not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
+                raise TrainError(f"{name} holds no tokenizer.json, nor another tokenizer's file") from None
     from transformers import AutoTokenizer
 
     with explained(name):
-        return AutoTokenizer.from_pretrained(name)
+        return HubTokenizer(AutoTokenizer.from_pretrained(name))
 
 
 # -----------------------------------------------------------------------------
@@ -789,20 +911,35 @@ LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave t
 LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
 
 
-def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str) -> nn.Module:
-    """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change."""
+def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int] = ()) -> nn.Module:
+    """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change.
+
+    The embeddings of `new_tokens` are trained and saved, too. TrainError for a target that no layer has.
+    """
     import peft
 
     architecture = model.config.model_type
-    targets = (
-        cfg.lora_targets.split(",") if cfg.lora_targets else LORA_TARGETS.get(architecture, "all-linear")
-    )
+    targets = [name.strip() for name in cfg.lora_targets.split(",") if name.strip()]
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            have = ", ".join(sorted(layers))
+            raise TrainError(
+                f"--lora_targets={cfg.lora_targets}: no layer is called {target!r}; there are {have}"
+            )
+    targets = targets or LORA_TARGETS.get(architecture, "all-linear")
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:  # tied: PEFT trains them as one
+        embeddings.pop()
+    where = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in embeddings)]
     settings = peft.LoraConfig(
         task_type=LORA_KINDS[kind],  # for a head, PEFT then trains and saves the new layer, too
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
         lora_dropout=cfg.lora_dropout,
         target_modules=targets,
+        trainable_token_indices=dict.fromkeys(where, new_tokens) if new_tokens else None,
         fan_in_fan_out=architecture == "gpt2",  # its Conv1D stores (in, out) where Linear stores (out, in)
     )
     if cfg.load_in_4bit:
@@ -813,10 +950,15 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str) -> nn.Module:
         model = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise TrainError(f"--lora_targets={cfg.lora_targets}: {str(error).splitlines()[0][:200]}") from None
-    for p in model.parameters():
-        if p.requires_grad:  # a frozen matrix may be bfloat16, what is trained may not
-            p.data = p.data.float()
+    float32_where_trained(model)
     return model
+
+
+def float32_where_trained(model: nn.Module) -> None:
+    """A frozen matrix may be bfloat16; what is trained may not."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
 
 
 def four_bit(device: torch.device) -> dict:
@@ -850,11 +992,15 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     4 bits.
     """
     device = pick_device(cfg.device)
+    if is_adapter(cfg.model):  # goes on with the adapter that is there
+        rank = read_json(Path(cfg.model) / "adapter_config.json")["r"]
+        if cfg.lora_r not in (0, rank):
+            raise TrainError(f"{cfg.model} is an adapter of rank {rank}: --lora_r={rank}, or leave it out")
+        cfg.lora_r = rank
     if cfg.load_in_4bit and not cfg.lora_r:
         raise TrainError("--load_in_4bit freezes the weights: it needs --lora_r, the rank of what is trained")
     if cfg.merge and not cfg.lora_r:
         raise TrainError("--merge joins an adapter with its base; without --lora_r there is none")
-    refuse_adapter(cfg.model)
     if kind == "seq2seq" and pick_dtype(cfg.dtype, device) == torch.float16:  # T5's activations exceed 65,504
         if cfg.dtype == "float16":
             raise TrainError("T5 overflows in float16: --dtype=bfloat16, or float32 on an older card")
@@ -864,23 +1010,40 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     if cfg.lora_r and not kwargs and device.type == "cuda":
         kwargs["dtype"] = pick_dtype(cfg.dtype, device)  # frozen weights need no float32 copy
     tokenizer = load_tokenizer(cfg.model)
-    model = from_hub(cfg.model, kind, labels, **kwargs)
+    if is_adapter(cfg.model):
+        model = with_adapter(cfg.model, kind, trainable=True, **kwargs)
+        float32_where_trained(model)
+    else:
+        model = from_hub(cfg.model, kind, labels, **kwargs)
     odd = [m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit" and m.in_features % 64]
     if odd and device.type == "cpu":  # a block of bitsandbytes' 64 weights must not reach across rows there
         raise TrainError(f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {odd[0]}")
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
-    text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)
+    new_tokens = []
+    if getattr(cfg, "chat_tokens", False):
+        tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
+    chat = is_chat(cfg.model, tokenizer, read_config(cfg.model))
+    text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024, chat)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.lora_r:
-        text_model.model = add_lora(model, cfg, kind)
+    if cfg.lora_r and not is_adapter(cfg.model):
+        text_model.model = add_lora(model, cfg, kind, new_tokens)
     return text_model
 
 
-def refuse_adapter(name: str) -> None:
-    if (Path(name) / "adapter_config.json").exists():
-        raise TrainError(f"{name} is an adapter; tune its base, or make it one model with --merge first")
+def add_chat_tokens(
+    model: nn.Module, tokenizer: Tokenizer | HubTokenizer
+) -> tuple[Tokenizer | HubTokenizer, list[int]]:
+    """Gives a model without them the special tokens of our conversations: its new tokenizer, and their ids.
+
+    Their embeddings begin as the mean of all others.
+    """
+    tokenizer = tokenizer.with_special_tokens(SPECIAL_TOKENS[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.vocab_size > model.config.vocab_size:
+        model.resize_token_embeddings(tokenizer.vocab_size)
+    return tokenizer, [tokenizer.special_ids[token] for token in SPECIAL_TOKENS[1:]]
 
 
 def build(cfg: FinetuneConfig) -> TextModel:
@@ -888,7 +1051,6 @@ def build(cfg: FinetuneConfig) -> TextModel:
     task = find_task(cfg.task)
     if cfg.method == "head" and not task.labels:
         raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
-    refuse_adapter(cfg.model)
     kind = "head" if cfg.method == "head" else kind_of(cfg.model, read_config(cfg.model))
     if kind == "head" and cfg.method != "head":
         raise TrainError(f"{cfg.model} has a classification head: --method=head")
@@ -987,7 +1149,7 @@ def answer_loss(kind: str):
 
 
 class FineTuner(Trainer):
-    """The Trainer for a model of transformers: it saves and reads as these, or PEFT, do."""
+    """The Trainer for a TextModel, whichever library computes it: it saves and reads as that one does."""
 
     free_to_change = [*FREE_TO_CHANGE, "eval_examples", "max_eval_examples", "merge"]
     keeps_best = False  # results are reported on the validation split: it must not choose the checkpoint
@@ -997,34 +1159,10 @@ class FineTuner(Trainer):
         super().__init__(cfg, text_model.model, *args, **kwargs)
 
     def write_model(self, folder: Path) -> None:
-        text_model = self.text_model
-        ids = generation_ids(text_model)
-        set_ids(self.model, ids)
-        if self.cfg.lora_r and Path(self.cfg.model).is_dir():
-            # PEFT would write the path as it was typed, which only opens from the folder of the training.
-            self.model.peft_config["default"].base_model_name_or_path = os.path.abspath(self.cfg.model)
-        self.model.save_pretrained(folder)
-        if not (folder / "generation_config.json").exists():  # PEFT writes none
-            write_generation_config(folder, ids)
-        tokenizer = load_tokenizer(self.cfg.model, ours=False)
-        if text_model.chat:
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(text_model.end)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.model_max_length = min(tokenizer.model_max_length, model_context(text_model))
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
+        self.text_model.save(folder)
 
     def read_model(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        if self.cfg.lora_r:
-            import peft
-
-            peft.set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
-        else:
-            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(weights)
+        self.text_model.read_weights(folder)
 
 
 def generation_ids(text_model: TextModel) -> dict:
@@ -1051,11 +1189,6 @@ def set_ids(model: nn.Module, ids: dict) -> None:
         for key, value in ids.items():
             if config is not None:
                 setattr(config, key, value)
-
-
-def model_context(text_model: TextModel) -> int:
-    """Tokens that the model itself can look at, however many of them this run used."""
-    return hf_context(text_model.model.config, text_model.tokenizer)
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
@@ -1099,9 +1232,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
     sizes = [(p.numel(), p.requires_grad) for p in text_model.model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
     mean_length = float(training_set.lengths.mean())
-    about = {
-        "parent": cfg.model,
-        "parent_hash": weights_hash(cfg.model),
+    about = origin(cfg.model) | {
+        "chat": text_model.chat,
         "task": cfg.task,
         "kind": kind,
         "smoke": smoke,  # a run that was cut short is no result, and no report shows it as one
@@ -1111,7 +1243,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     if kind == "head":
         about["labels"] = [str(name) for _, name in sorted(text_model.model.config.id2label.items())]
     about["data"]["validation"] = validation_about | {"examples": len(validation)}
-    about["data"]["tokenizer"] = tokenizer_hash(text_model.tokenizer)
+    about["data"]["tokenizer"] = text_model.tokenizer.hash
     trainer = FineTuner(
         cfg,
         text_model,
@@ -1163,6 +1295,12 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     return {"evaluation": {"split": "validation", **about, "metrics": metrics}}
 
 
+def origin(name: str) -> dict:
+    """What run.json says of the model that a run started from."""
+    about = {"parent": name, "parent_hash": weights_hash(name)}
+    return about | {"base_hash": weights_hash(adapter_base(name))} if is_adapter(name) else about
+
+
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
     target, temporary = folder / "merged", folder / ".merged.tmp"
@@ -1173,7 +1311,11 @@ def merge(folder: Path) -> None:
     if ids.exists():  # a chat stops elsewhere than its base
         set_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
     model.save_pretrained(temporary)
-    load_tokenizer(str(folder), ours=False).save_pretrained(temporary)
+    load_tokenizer(str(folder), ours=False).inner.save_pretrained(temporary)
+    run = read_json(folder / "run.json")
+    about = {key: run[key] for key in ("chat", "task", "smoke", "seconds", "results") if key in run}
+    about |= {"status": "finished", "stage": "merge", "settings": {"task": run.get("task")}}
+    write_run(temporary, origin(str(folder)) | about)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
 
@@ -1189,12 +1331,6 @@ def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:
 def default_name(cfg: FinetuneConfig) -> str:
     kind = "-qlora" if cfg.load_in_4bit else "-lora" if cfg.lora_r else ""
     return f"{cfg.task}-{Path(cfg.model).name}{'-head' if cfg.method == 'head' else ''}{kind}"
-
-
-def tokenizer_hash(tokenizer) -> str:
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer.hash
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def shown(model: TextModel, row: tuple, task: Task) -> str:

@@ -192,7 +192,8 @@ class AttentionInBlocks(torch.autograd.Function):
             w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
             w = w if mask is None else w.nan_to_num_()
             y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
-            weights.append(w)
+            if any(ctx.needs_input_grad):
+                weights.append(w)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.block = block
         return y.view(B, H, T, D)
@@ -761,6 +762,17 @@ class ModernDecoderLM(nn.Module):
         self.tabulate()
         return self
 
+    @torch.no_grad()
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Room for more tokens, a multiple of 64; the new rows are the mean of the old ones."""
+        rows = 64 * math.ceil(vocab_size / 64)
+        embedding = self.model["embed_tokens"]
+        for matrix in [embedding] if self.config.tie_embeddings else [embedding, self.lm_head]:
+            old = matrix.weight
+            new = old.mean(0).repeat(rows - len(old), 1)
+            matrix.weight = nn.Parameter(torch.cat([old, new]))
+        self.config.vocab_size = rows
+
     @in_eval_mode
     @torch.inference_mode()
     def generate(
@@ -796,6 +808,7 @@ class ModernDecoderLM(nn.Module):
         compiled step: half a minute to start, then faster. `graph`, which is on by itself on a card, gives
         every step the same shapes, so that the card can be told once what to do and then again and again.
         """
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         c, rows = self.config, len(prompts) * n
         if not rows or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
@@ -1021,6 +1034,26 @@ def sample(
     return (index if order is None else order.gather(1, index)).squeeze(1)
 
 
+def check_sampling(
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """ValueError for options that describe no distribution."""
+    allowed = {
+        f"temperature={temperature} must be 0 (greedy) or above": 0 <= temperature < math.inf,
+        f"top_k={top_k} must be 0 (all tokens) or above": top_k >= 0,
+        f"top_p={top_p} must be above 0 and at most 1": 0 < top_p <= 1,
+        f"min_p={min_p} must be from 0 to 1": 0 <= min_p <= 1,
+        f"repetition_penalty={repetition_penalty} must be above 0": 0 < repetition_penalty < math.inf,
+    }
+    for message, is_allowed in allowed.items():
+        if not is_allowed:
+            raise ValueError(message)
+
+
 class KVCache:
     """Keys and values of the tokens so far: two (B, K, S, D) tensors a layer, allocated once.
 
@@ -1134,9 +1167,12 @@ class KVCache:
         """Keeps, repeats or reorders rows: rows (B') of indices; of a fork, as many rows of each prompt."""
         if self.prompts is not None:
             prompt = torch.unique_consecutive(rows // (len(self.lengths) // len(self.prompt_mask)))
-            self.prompts = [(k[prompt], v[prompt]) for k, v in self.prompts]
+            for layer, (k, v) in enumerate(self.prompts):
+                self.prompts[layer] = (k[prompt], v[prompt])
             self.prompt_mask, self.after = self.prompt_mask[prompt], self.after[rows]
-        self.k, self.v = [t[rows] for t in self.k], [t[rows] for t in self.v]
+        for layer in range(len(self.k)):  # one after the other: old and new keys of one layer exist together
+            self.k[layer] = self.k[layer][rows]
+            self.v[layer] = self.v[layer][rows]
         self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
 
     def nbytes(self) -> int:
@@ -1402,19 +1438,27 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
         config = from_hf_config(json.loads((folder / "config.json").read_text()))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or incomplete: {error!r}") from None
+    return from_tensors(config, load_tensors(folder), f"{folder}").to(device)
+
+
+def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModernDecoderLM:
+    """The model of a checkpoint's tensors, under the names that they have on disk, in evaluation mode.
+
+    Raises ValueError if tensors are missing, too many or of another shape; `source` names the checkpoint there.
+    """
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)
-    ours, want = from_hf_tensors(config, load_tensors(folder)), model.state_dict()
+    ours, want = from_hf_tensors(config, tensors), model.state_dict()
     missing, unexpected = sorted(want.keys() - ours.keys()), sorted(ours.keys() - want.keys())
     misshapen = [k for k in want.keys() & ours.keys() if want[k].shape != ours[k].shape]
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"{folder} does not hold the model its config.json describes: missing {missing[:4]}, "
+            f"{source} does not hold the model its config.json describes: missing {missing[:4]}, "
             f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
         )
     model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
     model.tabulate()
-    return model.to(device).requires_grad_(True).eval()
+    return model.requires_grad_(True).eval()
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:

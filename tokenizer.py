@@ -318,7 +318,9 @@ ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (  # Tokenizer.chat in the language that transformers, vLLM and others share
     "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -361,16 +363,35 @@ class Tokenizer:
         if any(i >= j for i, j in pairwise(self._pair_ids.values())):
             raise ValueError("the merges are not in the order of their ids")
         self._words: dict[str, list[int]] = {}  # encode_plain's memory
+        self.chat_template: str | None = None  # the folder's, if it has one
 
     @property
     def eot_id(self) -> int:
         return self.special_id(EOT)
+
+    @property
+    def bos(self) -> list[int]:
+        """What a text begins with."""
+        return [self.eot_id]
+
+    @property
+    def pad_id(self) -> int:
+        return self.eot_id
+
+    @property
+    def template_tokens(self) -> dict[str, str]:
+        """The tokens that a chat template may name."""
+        return {"bos_token": EOT, "eos_token": EOT}
 
     def special_id(self, token: str) -> int:
         if token not in self.special_ids:
             have = ", ".join(self.special_tokens) or "none"
             raise ValueError(f"no special token {token}; there are: {have}")
         return self.special_ids[token]
+
+    def with_special_tokens(self, tokens: Iterable[str]) -> "Tokenizer":
+        """The same vocabulary, and these special tokens behind it."""
+        return Tokenizer(self.vocab, self.merges, [*self.special_tokens, *tokens], self.pattern)
 
     @cached_property
     def hash(self) -> str:
@@ -520,30 +541,24 @@ class Tokenizer:
             if message["role"] not in ROLES:
                 raise ValueError(f"unknown role {message['role']!r}: use {', '.join(ROLES)}")
             ids.append(self.special_id(f"<|{message['role']}|>"))
-            ids += self.encode(message["content"], allowed_special=())
+            ids += self.encode(message["content"].strip(), allowed_special=())
             ids.append(self.special_id("<|end|>"))
         return ids + [self.special_id("<|assistant|>")] if add_generation_prompt else ids
 
     # Files
 
-    def end_ids(self, chat: bool = False) -> list[int]:
-        """The tokens that end a text; in a chat, <|end|> comes first and ends a turn."""
-        return [self.special_id("<|end|>"), self.eot_id] if chat else [self.eot_id]
-
-    def generation_ids(self, chat: bool = False) -> dict:
-        """What config.json and generation_config.json say: where a text begins, where to stop, how to pad."""
-        ends = self.end_ids(chat)
-        return {
-            "bos_token_id": self.eot_id,
-            "eos_token_id": ends if len(ends) > 1 else ends[0],
-            "pad_token_id": self.eot_id,
-        }
-
-    def save(self, folder: str | Path, chat: bool = False, context_length: int = 0) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        end_token: str = "",
+        context_length: int = 0,
+        chat_template: str | None = None,
+    ) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers.
 
-        `chat`: a model that learned conversations. Its `eos_token` is <|end|>, at which TRL and others stop.
+        `end_token`: of a model that learned conversations, what ends its turn; TRL and others stop there.
         `context_length`: the model's, in tokens, at which transformers warns or truncates; 0: not known.
+        `chat_template`: by default the one that was loaded, else ours where its special tokens are there.
         """
         content = json.loads(TOKENIZER_JSON)
         if self.pattern != GPT2_PATTERN:  # GPT-2's is built into the step "ByteLevel"
@@ -561,12 +576,13 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if EOT in self.special_ids:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
-        if chat:
-            config["eos_token"] = "<|end|>"
+        if end_token:
+            config["eos_token"] = end_token
         if context_length:
             config["model_max_length"] = context_length
-        if self.special_ids.keys() >= set(SPECIAL_TOKENS):
-            config["chat_template"] = CHAT_TEMPLATE
+        ours = CHAT_TEMPLATE if self.special_ids.keys() >= set(SPECIAL_TOKENS) else None
+        if template := chat_template or self.chat_template or ours:
+            config["chat_template"] = template
         write_json(Path(folder) / "tokenizer_config.json", config | {"tokenizer_hash": self.hash})
         write_json(Path(folder) / "tokenizer.json", content)
 
@@ -577,13 +593,18 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f'there is no {path}; "python tokenizer.py" makes one')
         content, config = read_json(path), path.with_name("tokenizer_config.json")
+        settings = read_json(config) if config.exists() else {}
+        template = path.with_name("chat_template.jinja")  # where transformers 5 writes it
         try:
             special = {token["content"]: token["id"] for token in content["added_tokens"]}
             vocab = {i: token.encode() for token, i in special.items()}
             vocab |= {i: unspell(t) for t, i in content["model"]["vocab"].items() if t not in special}
             merges = [tuple(map(unspell, _halves(pair))) for pair in content["model"]["merges"]]
             tokenizer = cls(vocab, merges, special, _pattern_of(content))
-            if not config.exists() or read_json(config).get("tokenizer_hash") != tokenizer.hash:
+            tokenizer.chat_template = settings.get("chat_template")
+            if template.exists():
+                tokenizer.chat_template = template.read_text(encoding="utf-8")
+            if settings.get("tokenizer_hash") != tokenizer.hash:
                 for token, i in tokenizer._ranks.items():  # not from `save`: does _core's proof hold?
                     if tokenizer.merge_word(token) != [i]:
                         raise ValueError(f"token {i}, {token!r}, is not what its own merges make")

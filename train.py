@@ -880,7 +880,9 @@ class Trainer:
         model = self.copy if self.sharded else self.model
         if self.tokenizer is None:
             return model.save_pretrained(folder)
-        save_model(folder, model, self.tokenizer, chat=bool(self.about.get("chat")))
+        eot = self.tokenizer.eot_id
+        model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
+        self.tokenizer.save(folder, context_length=model.config.context_length)
 
     def read_model(self, folder: Path) -> None:
         """The inverse of `write_model`, into the model that is there."""
@@ -1101,17 +1103,6 @@ def part_like(p: Tensor, x: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def save_model(folder: Path, model: ModernDecoderLM, tokenizer: Tokenizer, chat: bool = False) -> None:
-    """A model of ours and its tokenizer, with the tokens at which other programs have to stop.
-
-    A `chat` model ends its turn with <|end|>, or with <|endoftext|> if its vocabulary lacks that token.
-    """
-    c = model.config
-    chat = chat and tokenizer.special_ids.get("<|end|>", c.vocab_size) < c.vocab_size
-    model.save_pretrained(folder, **tokenizer.generation_ids(chat))
-    tokenizer.save(folder, chat=chat, context_length=c.context_length)
 
 
 class AlreadyFinished(Exception):

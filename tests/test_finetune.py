@@ -569,6 +569,27 @@ def test_log_likelihoods_do_not_depend_on_the_batch_and_are_sums_of_log_probabil
             assert together[0] == pytest.approx(by_hand, abs=1e-4)
 
 
+def test_transformers_models_answer_in_bfloat16_if_asked_to_and_t5_never_in_float16(
+    checkpoints, settings, tmp_path
+):
+    finetune.finetune(settings("gpt2", method="head", lora_r=2, name="head"))
+    folders = checkpoints | {"head": str(tmp_path / "head")}
+    rows = [([7, 8, 9], [10, 12]), ([7, 8], [5])]
+    for name, dtype in (("gpt2", torch.bfloat16), ("t5", torch.bfloat16), ("t5", torch.float16)):
+        full, half = (
+            load_model(folders[name], torch.device("cpu"), "transformers", dtype=d)
+            for d in (torch.float32, dtype)
+        )
+        assert half.weight_dtype == (torch.float32 if dtype == torch.float16 else dtype)
+        assert np.allclose(full.log_likelihoods(rows), half.log_likelihoods(rows), atol=0.3)
+        assert len(half.generate([[7, 8, 9], [7]], 4, "")) == 2
+    full, half = (
+        load_model(folders["head"], torch.device("cpu"), dtype=d) for d in (torch.float32, torch.bfloat16)
+    )
+    scores = [m.class_scores(TASKS["sentiment"], [[7, 8, 9], [7]]) for m in (full, half)]
+    assert np.allclose(*scores, atol=0.1) and half.weight_dtype == torch.bfloat16
+
+
 def test_classes_are_compared_by_the_likelihood_of_their_names(checkpoints):
     model = load_model(checkpoints["ours"], torch.device("cpu"))
     task, examples = TASKS["sentiment"], load_task("sentiment", "test")[0][:10]

@@ -1,0 +1,355 @@
+"""How many bytes generation and evaluation need, how many are free, and how many rows of a batch fit.
+
+    need = partial(generation_bytes, shape_of(config), prompt=300, new=128)    # rows -> bytes
+    rows = rows_that_fit(need, most=1024, room=room(device))
+    texts = halving(continued, prompts)        # if memory runs out all the same: half as many at a time
+
+Generation holds keys and values of every token of every row; a likelihood batch holds logits, vocabulary
+times 10 bytes a token. Both are counted from the shape of the model, as the largest of the few moments that
+can be the peak. `tests/test_memory.py` compares these sums with the bytes of tensors that are alive while the
+same shapes run. The weights, which are loaded before, are not part of them: see `weight_bytes`.
+"""
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Of the free memory this share is used. CUDA: the allocator loses some 6 % between blocks (report/speed.md),
+# and kernels have workspaces. CPU: other programs want memory too, and Linux kills who takes the last of it.
+SHARE = {"cuda": 0.85, "cpu": 0.6}
+
+
+# -----------------------------------------------------------------------------
+# The shape of a model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the memory of a forward pass depends on. Widths are in elements, not in bytes."""
+
+    kind: str  # "causal", "seq2seq" or "head"
+    ours: bool  # computed by model.py, or by transformers
+    vocab_size: int
+    n_layers: int  # of the decoder
+    encoder_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    ffn_temporaries: int  # tensors of width d_ff that are alive together in a feed-forward layer
+    sinks: bool = False  # attention sinks: model.py then computes attention with all its scores
+
+
+def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
+    """Of a ModelConfig, or of a config of transformers (`ours` is then False).
+
+    An encoder-decoder as a ModelConfig, which plan.py has for FLAN-T5, has half of its layers in each part.
+    """
+    if hasattr(config, "n_kv_heads"):
+        gated = config.ffn in ("swiglu", "moe")
+        if config.ffn == "moe":  # the fullest expert gets a quarter more than its share (estimate_memory)
+            experts = config.experts_per_token * (config.capacity_factor or 1.25)
+        temporaries = 4 if gated or not ours else 2  # gate, up, silu(gate), product; or up, gelu(up)
+        encoder = config.n_layers // 2 if kind == "seq2seq" else 0
+        return Shape(
+            kind=kind,
+            ours=ours,
+            vocab_size=config.vocab_size,
+            n_layers=config.n_layers - encoder,
+            encoder_layers=encoder,
+            d_model=config.d_model,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            d_ff=math.ceil(config.d_ff * experts) if config.ffn == "moe" else config.d_ff,
+            ffn_temporaries=temporaries,
+            sinks=config.n_sinks > 0,
+        )
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    first = lambda *names: next((v for n in names if (v := getattr(config, n, None))), None)  # noqa: E731
+    d_model, heads = first("hidden_size", "d_model"), first("num_attention_heads", "num_heads")
+    layers = first("num_hidden_layers", "num_layers")
+    silu = first("hidden_act", "activation_function") == "silu"
+    return Shape(
+        kind=kind,
+        ours=False,
+        vocab_size=config.vocab_size,
+        n_layers=first("num_decoder_layers") or layers,
+        encoder_layers=layers if kind == "seq2seq" else 0,
+        d_model=d_model,
+        n_heads=heads,
+        n_kv_heads=first("num_key_value_heads") or heads,
+        head_dim=first("head_dim", "d_kv") or d_model // heads,
+        d_ff=first("intermediate_size", "n_inner", "d_ff") or 4 * d_model,
+        ffn_temporaries=3 if silu else 4,  # NewGELUActivation computes its formula step by step
+    )
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Of parameters and buffers, in the dtypes that they have."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# -----------------------------------------------------------------------------
+# What is alive during generation, and during a batch of likelihoods
+
+
+def cache_bytes(s: Shape, rows: int, tokens: int, size: int) -> int:
+    """Keys and values of `rows` sequences of `tokens` tokens, `size` bytes a number."""
+    return 2 * s.n_layers * s.n_kv_heads * s.head_dim * rows * tokens * size
+
+
+def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool = False) -> int:
+    """The most that one layer holds while it reads (rows, length) tokens without gradients.
+
+    model.py: the layer's input, the residual stream after attention, its norm and the feed-forward layer's
+    temporaries; or queries, keys and values before and after RoPE, the output and its transposed copy.
+    transformers' forward also keeps the embeddings of tokens and positions and the output of attention, and
+    makes a mask of (rows, T, T) booleans, which the kernel casts.
+    """
+    N, q, kv = rows * length, s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
+    residual = 4 if s.ours else 6
+    ffn = residual * s.d_model + s.ffn_temporaries * s.d_ff
+    attention = residual * s.d_model + 5 * q + 3 * kv
+    total = N * max(ffn, attention) * size + 16 * N  # the ids, padded, and their positions
+    if s.ours and s.sinks:  # scores, float32 weights, weights
+        total += 3 * 4 * rows * s.n_heads * length**2
+    elif s.ours and on_cpu:  # AttentionInBlocks: the scores of 64 queries, and their softmax
+        total += 2 * size * rows * s.n_heads * min(64, length) * length
+    elif s.kind == "seq2seq":  # T5's position bias under the mask: one number a pair of tokens, head and row
+        total += (1 + size) * rows * length**2 + size * rows * s.n_heads * length**2
+    elif not s.ours:
+        total += (1 + size) * rows * length**2
+    return total
+
+
+def logit_bytes(s: Shape, rows: int, size: int, sampled: bool) -> int:
+    """Of one step's logits: as computed, in float32, and to draw from them the probabilities in float32, in
+    float64 and summed up (`sample` in model.py).
+    """
+    return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else 0))
+
+
+def generation_bytes(
+    s: Shape, rows: int, prompt: int, new: int, n: int = 1, size: int = 2,
+    sampled: bool = False, on_cpu: bool = False,
+) -> int:  # fmt: skip
+    """The peak, beside the weights, of continuing prompts of at most `prompt` tokens by `new` tokens.
+
+    rows: sequences, n of each prompt. size: bytes of an activation (2: bfloat16). The peak is the larger of
+    reading the prompts and of the last steps.
+
+    model.py allocates its cache at once, for prompt + new tokens. n samples of a prompt share its keys on a
+    CPU (KVCache.fork); on a GPU these are repeated. When rows finish, `KVCache.select` copies the others'
+    keys layer by layer, so that old and new ones of one layer exist together. On a GPU a step is recorded as
+    a CUDA graph, whose tensors keep their memory: its logits count twice.
+    transformers' cache grows: every step concatenates old keys and the new one, a layer at a time. All rows
+    read their prompt. Where query heads share keys (GQA), those of a layer are repeated for every head.
+    An encoder-decoder reads the prompt once and keeps its keys and values for every layer of the decoder.
+    """
+    prompts = math.ceil(rows / n) if s.ours else rows
+    reads = activation_bytes(s, prompts, prompt, size, on_cpu) + logit_bytes(s, rows, size, sampled)
+    step = activation_bytes(s, rows, 1, size) + logit_bytes(s, rows, size, sampled)
+    if s.kind == "seq2seq":
+        encoded = rows * prompt * s.d_model * size + cache_bytes(s, rows, prompt, size)
+        own = cache_bytes(s, rows, new, size)
+        return max(reads, encoded + own + own // (2 * s.n_layers) + step)
+    if not s.ours:
+        whole, groups = cache_bytes(s, rows, prompt + new, size), s.n_heads // s.n_kv_heads
+        copies = whole // s.n_layers * (groups if groups > 1 else 0.5)
+        return max(cache_bytes(s, rows, prompt, size) + reads, whole + max(int(copies), step))
+    slots = 8 * math.ceil((prompt + new) / 8)
+    first = cache_bytes(s, prompts, slots, size)  # what the prompts are read into
+    if on_cpu:
+        whole = first + (cache_bytes(s, rows, new, size) if n > 1 else 0)
+        step += 4 * 4 * rows * s.n_heads * slots  # scores, masked, joined and their softmax
+    else:
+        whole = cache_bytes(s, rows, slots, size)
+        step += logit_bytes(s, rows, size, sampled)
+    drawn = 4 * rows * new  # a uniform number for every token
+    return max(first + reads, whole + drawn + max(step, whole // s.n_layers))
+
+
+def likelihood_bytes(
+    s: Shape, rows: int, length: int, columns: int, size: int = 2, on_cpu: bool = False
+) -> int:
+    """The peak, beside the weights, of log-likelihoods of the last `columns` of `length` tokens.
+
+    The logits of these columns exist as computed, in float32 and as log-probabilities in float32. A head has
+    none, but transformers then keeps a cache that nobody reads. An encoder-decoder reads `length` tokens and
+    `columns` are its answer's.
+    """
+    layer = activation_bytes(s, rows, length, size, on_cpu)
+    if s.kind == "head":
+        return layer + cache_bytes(s, rows, length, size)
+    hidden = 2 * rows * length * s.d_model * size
+    logits = rows * columns * s.vocab_size * (size + 4 * (size < 4) + 4)
+    if s.kind == "seq2seq":  # a layer of the decoder has the encoder's keys and values beside its own
+        cross = rows * length * (s.d_model + 2 * s.n_heads * s.head_dim) * size
+        layer = max(layer, cross + activation_bytes(s, rows, columns, size))
+    return max(layer, hidden + logits)
+
+
+# -----------------------------------------------------------------------------
+# What is free
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take on a device; 2 GiB where nothing tells.
+
+    CUDA: what the driver has free and what torch keeps but does not use, within the process' own limit
+    (`torch.cuda.set_per_process_memory_fraction`). CPU: the least of MemAvailable and the limits of the
+    process' control groups, which containers and job schedulers set.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        return max(0, min(free, int(fraction * total) - reserved) + reserved - used)
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    give_freed_memory_back()
+    known = [n for n in (available_bytes(), control_group_bytes()) if n is not None]
+    return max(0, min(known, default=2**31))
+
+
+def room(device: torch.device, processes: int = 1) -> int:
+    """Bytes that a batch may take, if so many processes work on the device at the same time."""
+    return int(free_bytes(device) * SHARE.get(device.type, SHARE["cpu"]) / processes)
+
+
+def available_bytes(file: Path = Path("/proc/meminfo")) -> int | None:
+    """Of main memory: free, or used for nothing but files that can be read again."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", file.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return psutil.virtual_memory().available
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        mac = sys.platform == "darwin"  # it does not tell its free pages: take half of all
+        pages = os.sysconf("SC_PHYS_PAGES") // 2 if mac else os.sysconf("SC_AVPHYS_PAGES")
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def control_group_bytes(
+    mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """What Linux' control groups, version 2 or 1, leave to this process: the least over its group and all
+    groups around it. None where there is no limit.
+    """
+    v2 = ("memory.max", "memory.current", "inactive_file")
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    left = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                names, root = v2, mount
+            elif "memory" in controllers.split(","):
+                names, root = v1, mount / "memory"
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            for group in (folder, *folder.parents):
+                left.append(group_bytes(group, *names))
+                if group == root:
+                    break
+    return min((n for n in left if n is not None), default=None)
+
+
+def group_bytes(group: Path, limit: str, usage: str, files: str) -> int | None:
+    """Limit minus usage of one control group, in which cached files count as free."""
+    with contextlib.suppress(OSError, ValueError):  # no such file here; "max" is no limit
+        most = int((group / limit).read_text())
+        cached = re.search(rf"^{files} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        if most < 2**60:  # version 1 writes a huge number for "no limit"
+            return most - int((group / usage).read_text()) + (int(cached[1]) if cached else 0)
+    return None
+
+
+def give_freed_memory_back() -> None:
+    """glibc keeps what a process has freed (`keep_freed_memory` in train.py asks it to): to the system, too,
+    it is then in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# -----------------------------------------------------------------------------
+# As many rows as fit
+
+
+class DoesNotFit(ValueError):
+    """Memory ran out with one row; the message says what the user can do."""
+
+
+def rows_that_fit(need: Callable[[int], int], most: int, room: int) -> int:
+    """`most`, halved until need(rows) <= room bytes; at least 1.
+
+    Halved, and not the largest number that fits: then a run does not depend on a few megabytes more or less.
+    """
+    rows = max(1, most)
+    while rows > 1 and need(rows) > room:
+        rows //= 2
+    return rows
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch's on a GPU, and what torch, numpy, Python and the
+    system raise on a CPU.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == 12  # ENOMEM
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def free_cached_memory() -> None:
+    """After a batch that failed: its tensors' memory, which torch keeps, can be had in other pieces."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    give_freed_memory_back()
+
+
+def halving(function: Callable[[list], list], items: list, most: int = 0) -> list:
+    """function(items), a list, at most `most` items at a time (0: all of them). When memory runs out, half as
+    many at a time, down to one.
+
+    Raises DoesNotFit if one alone is too much.
+    """
+    results, size = [], most or len(items)
+    while len(items):
+        try:
+            results += function(items[:size])
+            items = items[size:]
+            continue
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise DoesNotFit(
+                    "out of memory with one sequence at a time: use a smaller model, a shorter "
+                    "--context_length or fewer --shots, or close other programs that use this memory"
+                ) from None
+        # Outside the except clause, whose traceback keeps the failed tensors alive.
+        free_cached_memory()
+        size = (min(size, len(items)) + 1) // 2
+    return results
