@@ -19,8 +19,8 @@ unlearning.
 
 It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
 model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
-right answers without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong way;
-reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
+right answers without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong
+way; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 from support.terminal import run_script

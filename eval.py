@@ -101,6 +101,7 @@ from errors import KINDS, kinds_of, solution_kind
 from finetune import TextModel, ask, load_model, sampled, show, subsample, task_of
 from model import ModernDecoderLM, write_atomically
 from sft import mixture
+from support.model_card import write_model_card
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
 
@@ -506,6 +507,7 @@ def write_results(folder: Path, results: list[Result], cfg: EvalConfig, device: 
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             path = folder / "answers" / f"{stem}{ending}.jsonl"
             write_atomically(path, lambda p, lines=lines: p.write_text(lines, encoding="utf-8"))
+    write_model_card(folder)
 
 
 MAIN = {"accuracy": "accuracy", "exact_match": "exact match", "macro_f1": "macro F1", "rouge1": "ROUGE-1"}

@@ -52,6 +52,7 @@ from support.files import write_atomically, write_folder_atomically
 from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
+from support.model_card import write_model_card
 from support.processes import become_worker, worker_pool
 from support.tables import read_jsonl
 from tokenizer import CHAT_TEMPLATE, EOT, ROLES, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer, map_ahead
@@ -331,7 +332,7 @@ class TextModel:
     # ---- files
 
     def save(self, folder: Path) -> None:
-        """Writes the model (of PEFT's, the adapter alone) and its tokenizer with the chat template it learnt."""
+        """Writes the model (of PEFT's, the adapter alone) and its tokenizer with its chat template."""
         ids = generation_ids(self)
         if self.ours:
             self.model.save_pretrained(folder, **ids)
@@ -1230,6 +1231,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         "trained_parameters": trained,
         "data": {"train": train_about | {"examples": len(train)} | lost},
     }
+    if kind == "head":
+        about["labels"] = [str(name) for _, name in sorted(text_model.model.config.id2label.items())]
     about["data"]["validation"] = validation_about | {"examples": len(validation)}
     about["data"]["tokenizer"] = text_model.tokenizer.hash
     trainer = FineTuner(
@@ -1333,6 +1336,7 @@ def shown(model: TextModel, row: tuple, task: Task) -> str:
 def write_run(folder: Path, run: dict) -> None:
     text = json.dumps(run, indent=2) + "\n"
     write_atomically(folder / "run.json", lambda path: path.write_text(text))
+    write_model_card(folder)
 
 
 def report(cfg: FinetuneConfig, run: dict) -> None:

@@ -70,6 +70,7 @@ from model import (
 )
 from support.files import remove_folder, write_atomically, write_folder_atomically
 from support.machine import unusable_gpu
+from support.model_card import write_model_card
 from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 
 
@@ -880,8 +881,10 @@ class Trainer:
 
     def finish(self) -> None:
         """The end of a run. It may be repeated: what a killed process has not done, the next one does."""
+        self.write_run()
         if self.rank == 0:
             self.prune()
+            self.write_card()
         self.write_run(status="finished")
         if self.rank == 0:
             self.tidy()
@@ -1058,6 +1061,13 @@ class Trainer:
         if self.rank == 0:
             text = json.dumps(self.run, indent=2) + "\n"
             write_atomically(self.folder / "run.json", lambda path: path.write_text(text))
+
+    def write_card(self) -> None:
+        """README.md for people and for the hub. A full disk does not fail the run for it."""
+        try:
+            write_model_card(self.folder)
+        except OSError as error:
+            self.say(f"the model card was not written: {error}")
 
     def progress_bar(self):
         return tqdm()(

@@ -1,0 +1,180 @@
+"""GGUF files: what llama.cpp will read, and, where llama-cpp-python is installed, what it then says."""
+
+import numpy as np
+import pytest
+import torch
+
+from model import ModelConfig, ModernDecoderLM, save_pretrained
+from support.gguf import GGUFError, gguf_tensors, interleaved, spaces_before_digits, write_gguf
+from tokenizer import DIGITS_PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
+from train import save_model
+
+gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GPT2 = dict(norm="layer", positions="learned", ffn="gelu", bias=True, n_kv_heads=4)
+SHAPES = {
+    "llama": {},
+    "untied": dict(tie_embeddings=False, rope_theta=50_000.0, head_dim=8),
+    "biased": dict(bias=True),
+    "qwen3": dict(qk_norm=True),
+    "mixtral": dict(ffn="moe", n_experts=4),
+    "mistral": dict(sliding_window=24),
+    "gpt2": GPT2,
+}
+TEXTS = [
+    "Once upon a time there was a cat.", "It's we're I'll don't they've", "12345 + 67 = 12,412.50",
+    "\n\nHello\n\n\nWorld \n x", "naïve café Zürich “quoted” … 😀", "日本語 テキスト", " a  b   c",
+    "tab\tand\r\nnewline  ", "a 5 6\n7", "<|user|> is text here", "ﬁ Ⅷ ½ ²³ ٣٤", "  ", "\n",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory) -> dict:
+    """A folder for each shape, with random weights large enough that no two logits are close."""
+    folder, found = tmp_path_factory.mktemp("gguf"), {}
+    vocabulary = Tokenizer.load(tiny["base"])
+    digits = Tokenizer(vocabulary.vocab, vocabulary.merges, SPECIAL_TOKENS, DIGITS_PATTERN)
+    for name, switches in SHAPES.items():
+        torch.manual_seed(1)
+        shape = dict(vocab_size=448, context_length=64, n_layers=2, d_model=48, n_heads=4, n_kv_heads=2)
+        model = ModernDecoderLM(ModelConfig(**shape | switches))
+        for weight_name, p in model.named_parameters():
+            norm = "norm" in weight_name and weight_name.endswith("weight")
+            torch.nn.init.normal_(p, 1.0 if norm else 0.0, 0.2)
+        found[name] = folder / name
+        tokenizer = vocabulary if name == "gpt2" else digits
+        save_model(found[name], model, tokenizer, chat=name == "untied")
+    return found
+
+
+def fields(file) -> dict:
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_file_holds_every_weight_once_under_llama_cpps_names(runs, name, tmp_path):
+    write_gguf(runs[name], tmp_path / "x.gguf", "F32")
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    model = ModernDecoderLM.from_pretrained(runs[name])
+    architecture = fields(tmp_path / "x.gguf")["general.architecture"]
+    arch = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    known = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[arch]}
+    stored = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    for tensor_name in stored:
+        stem = tensor_name.rpartition(".")[0]
+        layer = tensor_name.split(".")[1] if tensor_name.startswith("blk.") else "0"
+        assert stem.replace(f"blk.{layer}.", "blk.{bid}.") in known, tensor_name
+    expected = gguf_tensors(model)
+    assert stored.keys() == expected.keys()
+    for tensor_name, tensor in expected.items():
+        np.testing.assert_array_equal(stored[tensor_name], tensor.numpy())
+    assert sum(t.size for t in stored.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_settings_and_special_tokens_are_the_runs_own(runs, tmp_path):
+    write_gguf(runs["untied"], tmp_path / "x.gguf")
+    found, tokenizer = fields(tmp_path / "x.gguf"), Tokenizer.load(runs["untied"])
+    assert found["llama.rope.freq_base"] == 50_000 and found["llama.attention.key_length"] == 8
+    assert (found["llama.attention.head_count"], found["llama.attention.head_count_kv"]) == (4, 2)
+    assert found["tokenizer.ggml.pre"] == "smollm"  # every digit alone
+    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.special_id("<|end|>")
+    assert found["tokenizer.ggml.bos_token_id"] == tokenizer.eot_id
+    assert not found["tokenizer.ggml.add_bos_token"] and "<|assistant|>" in found["tokenizer.chat_template"]
+    types = found["tokenizer.ggml.token_type"]
+    assert types[tokenizer.eot_id] == gguf.TokenType.CONTROL and types[447] == gguf.TokenType.UNUSED
+    assert len(found["tokenizer.ggml.tokens"]) == 448 == len(set(found["tokenizer.ggml.tokens"]))
+    assert "stop <|end|>" in (tmp_path / "Modelfile").read_text()
+
+
+def test_a_base_stops_at_the_end_of_a_document_and_begins_with_it(runs, tmp_path):
+    write_gguf(runs["llama"], tmp_path / "x.gguf")
+    found, eot = fields(tmp_path / "x.gguf"), Tokenizer.load(runs["llama"]).eot_id
+    assert found["tokenizer.ggml.eos_token_id"] == eot and found["tokenizer.ggml.add_bos_token"]
+    assert "tokenizer.chat_template" not in found and not (tmp_path / "Modelfile").exists()
+
+
+def test_f16_halves_the_matrices_alone(runs, tmp_path):
+    write_gguf(runs["mixtral"], tmp_path / "x.gguf", "F16")
+    types = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    F16, F32 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
+    assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up_exps.weight"] == F16
+    assert types["blk.0.attn_norm.weight"] == types["blk.0.ffn_gate_inp.weight"] == F32
+
+
+def test_interleaved_rows_are_rotated_alike():
+    """RoPE on halves, and llama.cpp's on neighbours, give the same dot products."""
+    from model import apply_rope
+
+    def neighbours(x, positions, theta=10000.0):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        D = x.shape[-1]
+        angles = positions[:, None] * theta ** (-torch.arange(0, D, 2) / D)
+        turned = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
+        return torch.stack(turned, -1).flatten(-2)
+
+    torch.manual_seed(0)
+    x, positions = torch.randn(5, 16), torch.arange(5)
+    w_q, w_k = torch.randn(2 * 8, 16), torch.randn(2 * 8, 16)
+    scores = []
+    for order, rope in ((lambda w: w, apply_rope), (lambda w: interleaved(w, 2), neighbours)):
+        q, k = ((x @ order(w).T).view(5, 2, 8).transpose(0, 1) for w in (w_q, w_k))
+        scores.append(rope(q, positions) @ rope(k, positions).mT)
+    torch.testing.assert_close(*scores)
+
+
+def test_a_sliding_window_becomes_the_context(runs, tmp_path):
+    lines = write_gguf(runs["mistral"], tmp_path / "x.gguf")
+    assert fields(tmp_path / "x.gguf")["llama.context_length"] == 24
+    assert any("sliding window" in line for line in lines)
+
+
+def test_what_llama_cpp_does_not_compute_is_refused_by_name(tiny, tmp_path):
+    tokenizer = Tokenizer.load(tiny["base"])
+    for switches in (dict(n_sinks=1), dict(norm_position="post"), dict(ffn="gelu")):
+        config = ModelConfig(vocab_size=400, n_layers=1, d_model=32, n_heads=2, **switches)
+        save_pretrained(ModernDecoderLM(config), tmp_path / "odd")
+        tokenizer.save(tmp_path / "odd")
+        with pytest.raises(GGUFError, match=next(iter(switches))):
+            write_gguf(tmp_path / "odd")
+
+
+def test_an_adapter_and_a_foreign_tokenizer_are_refused(tiny, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(GGUFError, match="--merge"):
+        write_gguf(tmp_path)
+    tokenizer = Tokenizer.load(tiny["base"])
+    tokenizer.pattern = r"\p{L}+|[^\p{L}]"
+    ModernDecoderLM.from_pretrained(tiny["base"]).save_pretrained(tmp_path / "other")
+    tokenizer.save(tmp_path / "other")
+    with pytest.raises(GGUFError, match="convert_hf_to_gguf"):
+        write_gguf(tmp_path / "other")
+    assert not list((tmp_path / "other").glob("*gguf*"))
+
+
+def spacious() -> Tokenizer:
+    texts = ["a\n\nb  \n\nx    y\n\n1"] * 50
+    vocabulary = train_bpe(texts, 300, SPECIAL_TOKENS, split_digits=True)
+    return Tokenizer(*vocabulary, SPECIAL_TOKENS, DIGITS_PATTERN)
+
+
+def test_tokens_of_several_spaces_are_told_about(tiny):
+    assert "  " in spaces_before_digits(spacious())
+    assert not spaces_before_digits(Tokenizer.load(tiny["base"]))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_llama_cpp_computes_the_same_logits_and_ids(runs, name, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    write_gguf(runs[name], tmp_path / "x.gguf", "F32")
+    exact = dict(n_ctx=0, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0)  # F32 cache
+    llm = llama_cpp.Llama(str(tmp_path / "x.gguf"), **exact)
+    tokenizer, model = Tokenizer.load(runs[name]), ModernDecoderLM.from_pretrained(runs[name])
+    for text in TEXTS:
+        ids = llm.tokenize(text.encode(), add_bos=False, special=False)
+        assert ids == tokenizer.encode(text, allowed_special=()), text
+    ids = [tokenizer.eot_id, *tokenizer.encode("Anna has 12 apples.")]
+    llm.eval(ids)
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0].numpy()
+    np.testing.assert_allclose(np.array(llm.scores[: len(ids)]), ours, atol=5e-3 if name == "gpt2" else 1e-4)
