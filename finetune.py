@@ -33,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -444,9 +445,15 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
         _work = work
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_work) as pool:
-            for result in map_ahead(pool, call_work, items, ahead=2 * workers):
-                yield result
-                bar.update()
+            try:
+                for result in map_ahead(pool, call_work, items, ahead=2 * workers):
+                    yield result
+                    bar.update()
+            except BrokenProcessPool:
+                raise TrainError(
+                    "a worker process was killed, probably because memory ran out: close other programs, or "
+                    "work in one process (OMP_NUM_THREADS=1)"
+                ) from None
 
 
 def frame(tokenizer, bos: list[int]) -> tuple[list[int], list[int]]:
