@@ -3,20 +3,21 @@
     python chat.py out/base                                   # a prompt, type the beginning of a text
     python chat.py out/base --prompt="Once upon a time" --n=3 --temperature=0.7
     python chat.py out/sft --chat                             # turns of user and assistant
-    python chat.py gpt2 --prompt="The three laws are"         # a Hugging Face model, where there is a network
+    python chat.py gpt2 --prompt="The three laws are"         # a model of the hub; an adapter's folder works, too
     python chat.py --bench                                    # decoding speed beside transformers' generate
 
 Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
 """
 
-import codecs
 import sys
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import parse_config
-from tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # libraries are loaded when they are needed: --help answers at once
+    from finetune import TextModel
 
 
 @dataclass
@@ -45,11 +46,12 @@ def main() -> None:
     try:
         if cfg.bench:
             return benchmark(cfg)
-        model, tokenizer = load(cfg)
+        model = load(cfg)
+        messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
         if cfg.prompt or cfg.start:
-            answer(model, tokenizer, cfg, cfg.prompt, [])
+            answer(model, cfg, cfg.prompt, messages)
         else:
-            converse(model, tokenizer, cfg)
+            converse(model, cfg, messages)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from None
     except (KeyboardInterrupt, EOFError):
@@ -65,79 +67,64 @@ def with_model(words: list[str]) -> list[str]:
     ]
 
 
-def load(cfg: ChatConfig):
-    """The model on its device, and its tokenizer."""
-    from model import ModernDecoderLM
-    from train import pick_device, pick_dtype
+def load(cfg: ChatConfig) -> "TextModel":
+    """The model on its device: a run, a folder, a hub id or an adapter."""
+    from finetune import TextModel, load_model
+    from train import TrainError, pick_device
 
-    folder, device = Path(cfg.model), pick_device(cfg.device)
-    if not folder.is_dir() and cfg.model.startswith(("out/", ".", "/")):  # nobody's name on the hub
-        raise FileNotFoundError(
-            f"there is no {folder}: `python train.py` makes out/base, --list shows all runs"
-        )
-    model = ModernDecoderLM.from_pretrained(cfg.model, device)
-    if device.type == "cuda":
-        model.to(pick_dtype("auto", device))
-    model.pack(transposed=not (cfg.compile and device.type == "cpu"))
-    if not folder.is_dir() and model.config.vocab_size != 50257:
-        raise ValueError(f"{cfg.model} does not speak GPT-2's vocabulary: download it, and name the folder")
-    tokenizer = Tokenizer.load(folder) if folder.is_dir() else Tokenizer.gpt2()
-    if model.config.vocab_size < min(tokenizer.vocab_size, 50257):
-        raise ValueError(
-            f"{cfg.model} knows {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}"
-        )
-    return model, tokenizer
+    device = pick_device(cfg.device)
+    model = load_model(cfg.model, device)
+    if model.kind != "causal":
+        raise TrainError(f"{cfg.model} does not continue texts: it is of kind {model.kind}")
+    if model.ours:
+        model.model.to(model.dtype).pack(transposed=not (cfg.compile and device.type == "cpu"))
+    elif cfg.window or cfg.compile:
+        raise TrainError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
+    return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
 
 
-def converse(model, tokenizer: Tokenizer, cfg: ChatConfig) -> None:
+def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:
     """Asks for texts until an empty line."""
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = sum(p.numel() for p in model.model.parameters()) / 1e6
     print(f"{cfg.model}: {size:.1f}M parameters. An empty line ends.")
-    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     while text := input("you: " if cfg.chat else "> "):
-        said = answer(model, tokenizer, cfg, text, messages)
+        said = answer(model, cfg, text, messages)
         if cfg.chat:
             messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
 
 
-def answer(model, tokenizer: Tokenizer, cfg: ChatConfig, text: str, messages: list[dict]) -> str:
+def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict]) -> str:
     """Streams the model's continuation of `text` (or its turn) to the screen; returns the last sample."""
+    text = text.encode("utf-8", "replace").decode()  # half an emoji in the terminal's input is no text
     if cfg.chat:
-        ids = tokenizer.chat([*messages, {"role": "user", "content": text}])
-        stops = [tokenizer.special_id("<|end|>"), tokenizer.eot_id]
+        ids, _ = model.conversation([*messages, {"role": "user", "content": text}])
     else:
-        ids, stops = [tokenizer.eot_id, *tokenizer.encode(text)], [tokenizer.eot_id]
-    count, said = 0, ""
-    begun = time.perf_counter()
+        ids = [*(model.bos or [model.eos]), *model.encode(text)]
+    how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "min_p": cfg.min_p}
+    how |= {"repetition_penalty": cfg.repetition_penalty, "stop_tokens": [model.end, model.eos]}
+    if model.ours:
+        how |= {"window": cfg.window, "compile": cfg.compile}
+    count, begun = 0, time.perf_counter()
     for i in range(cfg.n):
-        # A character may be spread over several tokens: the decoder holds bytes back until it is whole.
-        decoder, pieces = codecs.getincrementaldecoder("utf-8")("replace"), []
-
-        def show(_row: int, token: int, decoder=decoder, pieces=pieces) -> None:
-            pieces.append("" if token in stops else decoder.decode(tokenizer.token_bytes(token)))
-            print(pieces[-1], end="", flush=True)
-
         print("" if cfg.chat else text, end="", flush=True)
+        new, printed = [], ""
+
+        def show(_row: int, token: int) -> None:
+            nonlocal printed
+            new.append(token)  # noqa: B023
+            so_far = model.decode(new)  # noqa: B023
+            if not so_far.endswith("\ufffd"):  # a character may be spread over several tokens
+                print(so_far[len(printed) :], end="", flush=True)
+                printed = so_far
+
+        seed = time.time_ns() % 2**31 if cfg.seed < 0 else cfg.seed + i
         try:
-            new = model.generate(
-                [ids],
-                cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_k=cfg.top_k,
-                top_p=cfg.top_p,
-                min_p=cfg.min_p,
-                repetition_penalty=cfg.repetition_penalty,
-                stop_tokens=stops,
-                seed=time.time_ns() % 2**31 if cfg.seed < 0 else cfg.seed + i,
-                window=cfg.window,
-                stream=show,
-                compile=cfg.compile,
-            )[0]
+            model.continuations([ids], cfg.max_new_tokens, seed=seed, stream=show, **how)
         except KeyboardInterrupt:
-            new = pieces
             print(" [stopped]", end="")
-        print(decoder.decode(b"", final=True))
-        count, said = count + len(new), "".join(pieces)
+        said = model.decode(new)
+        print(said[len(printed) :])
+        count += len(new)
         if i + 1 < cfg.n:
             print("---")
     print(f"[{count} tokens, {count / (time.perf_counter() - begun):.0f} tokens/s]", file=sys.stderr)

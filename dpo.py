@@ -17,9 +17,10 @@ tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --
 the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
 unlearning.
 
-It reads an instruction-tuned run and writes out/NAME: the best by validation loss; pairs.jsonl, what it
-learnt from; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz. With
-rounds, the earlier ones are in out/NAME/round-1, ...
+It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best by
+validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl, right answers
+without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz.
+With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 import hashlib
@@ -35,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap
-from finetune import TextModel, TrainingSet, ask, is_chat, padded, sampled, subsample, weights_hash
-from model import write_atomically
-from sft import AdaptConfig, aligned_model, parents, trainer_for, world
+from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
+from finetune import TextModel, TrainingSet, ask, padded, sampled, subsample, weights_hash
+from model import ModernDecoderLM, write_atomically
+from sft import AdaptConfig, aligned_model, finish, parents, trainer_for, world
 from train import AlreadyFinished, TrainError
 
 
@@ -52,6 +53,7 @@ class DPOConfig(AdaptConfig):
     method: Literal["dpo", "ipo", "rft", "sft"] = "dpo"  # rft, sft: controls without pairs
     beta: float = 0.5  # how far the policy may leave the reference: a small one, far
     label_smoothing: float = 0.0  # cDPO: the share of pairs that are taken to be the wrong way round
+    mean_log_probs: bool = False  # compare means over an answer's tokens, as TRL's IPO does, and not sums
     nll: float = 10.0  # weight of the log-loss of the chosen answer, in nats a token
     first_difference: bool = True  # compare one token, the first where the answers differ
     rounds: int = 1  # of sampling and training
@@ -61,6 +63,7 @@ class DPOConfig(AdaptConfig):
     temperature: float = 0.8  # of the answers
     seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
     pairs: int = 1  # at most so many a problem
+    max_train_examples: int = 0  # pairs of a data set at most, drawn from all of it by seed; 0: all
     eval_examples: int = 300  # validation problems, or pairs
     collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never
     epochs: float = 2.0  # times through the pairs
@@ -69,11 +72,17 @@ class DPOConfig(AdaptConfig):
 
 @dataclass
 class Pair:
-    """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt."""
+    """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt.
+
+    `messages` and `answers` are the same as text, for the files that others read: the conversation before the
+    answers, and the better and (if there is one) the worse answer.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int] | None = None
+    messages: tuple[dict, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def first_difference(self) -> int:
         """Index in the answers of the first token that differs; both end in an end token, so there is one."""
@@ -87,7 +96,8 @@ class Pair:
 def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor, others: Tensor | None = None):
     """(B, T) log p of targets, 0 where -100; and of `others` in the same places, from the same pass."""
     core = getattr(model, "module", model)
-    logits = model(ids) if hasattr(core, "loss_chunk") else model(input_ids=ids, use_cache=False).logits
+    ours = isinstance(core, ModernDecoderLM)
+    logits = model(ids) if ours else model(input_ids=ids, use_cache=False).logits
     asked = targets != -100
     log_p = logits[asked].float().log_softmax(-1)  # (asked tokens, V)
 
@@ -141,15 +151,19 @@ def collate_pairs(pairs: list[Pair], pad: int, both: bool) -> tuple[Tensor, ...]
 
 
 def pair_log_probs(
-    model: nn.Module, ids: Tensor, targets: Tensor, bad_ids: Tensor, bad_targets: Tensor, others: Tensor
-):
+    model: nn.Module, ids: Tensor, targets: Tensor, bad_ids: Tensor, bad_targets: Tensor, others: Tensor,
+    mean: bool = False,
+):  # fmt: skip
     """What is compared: (B) log p(chosen), (B) log p(rejected), and (B, T) log p of the chosen tokens.
 
-    Whole answers if the rejected ones are there, else one token at their first difference.
+    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first difference.
     """
     good, other = token_log_probs(model, ids, targets, others.clamp(min=0))
     if bad_ids.shape[1] > 1:
         bad, _ = token_log_probs(model, bad_ids, bad_targets)
+        if mean:
+            n_good, n_bad = ((t != -100).sum(1) for t in (targets, bad_targets))
+            return good.sum(1) / n_good, bad.sum(1) / n_bad, good
         return good.sum(1), bad.sum(1), good
     here = others != -100
     return (good * here).sum(1), (other * here).sum(1), good
@@ -187,7 +201,8 @@ def on_policy(
         prompt, _ = model.prompt(task, example.text)
         for j in range(max(1, min(cfg.pairs, len(wrong)))):
             sides = [right[j % len(right)], *wrong[j : j + 1]]
-            pair = Pair(prompt, *([*model.encode(side), model.end] for side in sides))
+            ids = [model.reply_ids(side) for side in sides]
+            pair = Pair(prompt, *ids, messages=tuple(talk(example.text)), answers=tuple(sides))
             if length_of(pair) > model.context_length or pair.chosen == pair.rejected:
                 counts["too_long"] += 1
                 continue
@@ -199,13 +214,11 @@ def on_policy(
 def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[Pair], dict]:
     """Pairs of a data set; a conversation that is too long loses its first turns, or is left out."""
     found, about = load_preferences(cfg.data, split)
+    found = subsample(found, cfg.max_train_examples if split == "train" else cfg.eval_examples, cfg.seed)
     pairs, left_out = [], 0
     for preference in found:
         messages = preference.messages
-        chosen, rejected = (
-            [*model.encode(a if model.marks else f" {a}"), model.end]
-            for a in (preference.chosen, preference.rejected)
-        )
+        chosen, rejected = (model.reply_ids(answer) for answer in (preference.chosen, preference.rejected))
         room = model.context_length - max(len(chosen), len(rejected))
         prompt = model.conversation(messages)[0]
         while len(prompt) > room and len(messages) > 2:
@@ -214,8 +227,10 @@ def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[
         if len(prompt) > room or chosen == rejected:
             left_out += 1
             continue
-        only_chosen = cfg.method in ("rft", "sft")
-        pairs.append(Pair(prompt, chosen, None if only_chosen else rejected))
+        texts = (preference.chosen, preference.rejected)
+        if cfg.method in ("rft", "sft"):
+            rejected, texts = None, texts[:1]
+        pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
     return pairs, {"pairs": len(pairs), "too_long": left_out, **about}
 
 
@@ -228,9 +243,11 @@ def fingerprint(pairs: list[Pair]) -> str:
 
 
 @torch.no_grad()
-def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None) -> np.ndarray:
+def reference(
+    model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None, mean: bool = False
+) -> np.ndarray:
     """(n, 2) log p(chosen), log p(rejected) under the model as it is now; from `file` if that holds them."""
-    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}"
+    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}" + " mean" * mean
     if file is not None and file.exists():
         with np.load(file) as cache:
             if str(cache["key"]) != key:
@@ -242,7 +259,7 @@ def reference(model: TextModel, pairs: list[Pair], both: bool, file: Path | None
     model.model.eval()
     for index in model.batch_indices([length_of(p) for p in pairs], "reference"):
         tensors = collate_pairs([pairs[i] for i in index], model.pad, both)
-        good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors))
+        good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors), mean)
         found[index] = torch.stack([good, bad], dim=1).cpu().numpy()
     model.model.train(training)
     if file is not None:
@@ -280,10 +297,6 @@ def dpo(cfg: DPOConfig) -> dict:
 
 
 def one_round(cfg: DPOConfig) -> dict:
-    if not is_chat(cfg.model):
-        raise TrainError(
-            f"{cfg.model} was not instruction-tuned, so it does not answer: python sft.py comes first"
-        )
     model = aligned_model(cfg)
     task = TASKS.get(cfg.data)
     if task and task.metric != "exact_match":
@@ -302,8 +315,7 @@ def one_round(cfg: DPOConfig) -> dict:
     else:
         pairs, data = from_collection(model, cfg, "train")
         val_pairs, val_counts = from_collection(model, replace(cfg, method="dpo"), "validation")
-        val_pairs, counts = val_pairs[: cfg.eval_examples or None], data
-        val_counts = val_counts | {"pairs": len(val_pairs)}
+        counts = data
     if not pairs or (cfg.method in ("dpo", "ipo") and not counts["pairs"]):
         raise TrainError(f"there is no pair to learn from: {counts}")
     if not val_pairs:
@@ -318,14 +330,16 @@ def one_round(cfg: DPOConfig) -> dict:
     known = (
         np.zeros((len(pairs), 2), np.float32)
         if only_nll
-        else reference(model, pairs, both, folder / "reference.npz")
+        else reference(model, pairs, both, folder / "reference.npz", cfg.mean_log_probs)
     )
     val_known = reference(model, val_pairs, both=True)
     before = val_known.mean(0)
     chosen_tokens = np.mean([len(p.chosen) for p in val_pairs])
 
     def loss(core, ids, targets, bad_ids, bad_targets, others, known):
-        good, bad, tokens = pair_log_probs(core, ids, targets, bad_ids, bad_targets, others)
+        good, bad, tokens = pair_log_probs(
+            core, ids, targets, bad_ids, bad_targets, others, cfg.mean_log_probs
+        )
         paired = (others != -100).any(1) & (not only_nll)
         n_tokens = (targets != -100).sum(1)
         per_pair = preference_loss(good, bad, known, cfg.beta, cfg.method, cfg.label_smoothing)
@@ -338,7 +352,7 @@ def one_round(cfg: DPOConfig) -> dict:
             for i in range(0, len(val_pairs), cfg.batch_size):
                 some = val_pairs[i : i + cfg.batch_size]
                 tensors = collate_pairs(some, model.pad, both)
-                known = val_first[i : i + cfg.batch_size] if not both else val_known[i : i + cfg.batch_size]
+                known = val_first[i : i + cfg.batch_size]
                 total, _ = loss(core, *(t.to(model.device) for t in (*tensors, torch.from_numpy(known))))
                 losses.append(total.item())
         margins = cfg.beta * ((now[:, 0] - now[:, 1]) - (val_known[:, 0] - val_known[:, 1]))
@@ -354,14 +368,14 @@ def one_round(cfg: DPOConfig) -> dict:
         if final and trainer.rank == 0:
             wrong = sorted((m, i) for i, m in enumerate(margins.tolist()) if m <= 0)
             worst = [val_pairs[i] for _, i in wrong]
-            write_pairs(model, folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
+            write_pairs(folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
         if held and final:
             core.eval()
             _, metrics = judge(cfg.data, held, ask(model, cfg.data, held)[0])
             found["exact_match"] = metrics["exact_match"]["value"]
         return found
 
-    val_first = val_known if both else reference(model, val_pairs, both=False)
+    val_first = reference(model, val_pairs, both, mean=cfg.mean_log_probs)
     batch = cfg.batch_size * cfg.grad_accum_steps * world()
     order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch, cfg.seed, "causal", model.pad)
 
@@ -390,21 +404,37 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
-    write_pairs(model, folder / "pairs.jsonl", pairs)
-    trainer.made_before = ("pairs.jsonl", "reference.npz")
-    return trainer.run_all_steps()
+    write_pairs(folder / "pairs.jsonl", pairs)
+    write_answers(folder / "answers.jsonl", pairs)
+    trainer.made_before = ("pairs.jsonl", "answers.jsonl", "reference.npz")
+    return finish(cfg, trainer.run_all_steps())
 
 
-def write_pairs(model: TextModel, file: Path, pairs: list[Pair], **columns: list) -> None:
-    """Pairs as JSON lines, to be read: those it learns from, and held-out ones moved the wrong way."""
+def turn(answer: str) -> list[dict]:
+    return [{"role": "assistant", "content": answer}]
+
+
+def write_pairs(file: Path, pairs: list[Pair], **columns: list) -> None:
+    """Pairs as JSON lines of messages, which `--data=FILE` and TRL's DPOTrainer read."""
+    rows = []
+    for i, pair in enumerate(pairs):
+        if pair.rejected is not None:
+            better, worse = pair.answers
+            row = {"prompt": list(pair.messages), "chosen": turn(better), "rejected": turn(worse)}
+            rows.append(row | {name: values[i] for name, values in columns.items()})
+    write_rows(file, rows)
+
+
+def write_answers(file: Path, pairs: list[Pair]) -> None:
+    """Answers without a worse one, in the form of TRL's SFTTrainer, because its DPOTrainer fails on these."""
+    alone = [pair for pair in pairs if pair.rejected is None]
+    file.unlink(missing_ok=True)
+    if alone:
+        write_rows(file, [{"prompt": list(p.messages), "completion": turn(p.answers[0])} for p in alone])
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    decode = model.decode
-    rows = [
-        {"prompt": decode(p.prompt), "chosen": decode(p.chosen)}
-        | ({"rejected": decode(p.rejected)} if p.rejected else {})
-        | {name: values[i] for name, values in columns.items()}
-        for i, p in enumerate(pairs)
-    ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
 

@@ -576,31 +576,32 @@ def battery(models: list[str], cfg: EvalConfig, device: torch.device) -> dict[st
 
 
 def pipeline_table(done: list[tuple[str, list[Result]]], answered: dict, cfg: EvalConfig) -> list[str]:
-    """The life of a model in one table, a line a stage; also written to {out}/pipeline.json."""
+    """The life of a model in one table, a line a stage and task; also added to {out}/pipeline.json."""
     rows = []
     for name, results in done:
         run = read_json(Path(name) / "run.json") if (Path(name) / "run.json").exists() else {}
-        row: dict = {
-            "model": name,
-            "stage": run.get("stage"),
-            "minutes": round(run.get("seconds", 0) / 60, 2),
-        }
-        for result in results:
-            entry = result.entry
-            if entry.get("samples"):
-                row |= {"task": entry["task"]} | {
-                    k: m for k, m in entry["metrics"].items() if k != "answered"
-                }
-            elif "exact_match" in entry["metrics"]:
-                row |= {"task": entry["task"], "exact_match": entry["metrics"]["exact_match"]}
-            elif "bits_per_byte" in entry["metrics"]:
-                row[f"{entry['task']}, bits/byte"] = entry["metrics"]["bits_per_byte"]
+        row: dict = {"model": name, "stage": run.get("stage")}
+        row["minutes"] = round(run.get("seconds", 0) / 60, 2)
         if name in answered:
             row["instructions"] = share(np.array([r["correct"] for r in answered[name]], float))
-        rows.append(row)
+        tasks: dict[str, dict] = {}
+        for entry in (result.entry for result in results):
+            if entry.get("samples"):
+                chosen = {way: m for way, m in entry["metrics"].items() if way != "answered"}
+                tasks.setdefault(entry["task"], {}).update(chosen)
+            elif "exact_match" in entry["metrics"]:
+                tasks.setdefault(entry["task"], {})["exact_match"] = entry["metrics"]["exact_match"]
+            elif "bits_per_byte" in entry["metrics"]:
+                row[f"{entry['task']}, bits/byte"] = entry["metrics"]["bits_per_byte"]
+        rows += [row | {"task": task} | columns for task, columns in tasks.items()] or [row]
     file = Path(cfg.out) / "pipeline.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"rows": rows, "battery": answered, "samples": cfg.samples}, indent=2) + "\n"
+    before = read_json(file) if file.exists() else {}
+    of = {(row["model"], row.get("task")): row for row in before.get("rows", [])}
+    for row in rows:  # what was measured before stays, unless it was measured again
+        of[row["model"], row.get("task")] = of.get((row["model"], row.get("task")), {}) | row
+    everything = {"rows": list(of.values()), "battery": before.get("battery", {}) | answered}
+    text = json.dumps(everything | {"samples": cfg.samples}, indent=2) + "\n"
     write_atomically(file, lambda path: path.write_text(text))
     columns = list(dict.fromkeys(k for row in rows for k in row if isinstance(row[k], dict)))
     lines = ["", "| model | " + " | ".join(columns) + " | minutes |", "|---" * (len(columns) + 2) + "|"]
@@ -768,7 +769,10 @@ def main() -> None:
                 continue
             taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
             for task in tasks:
-                if cfg.samples and taught and task in TASKS and TASKS[task].metric == "exact_match":
+                checkable = task in TASKS and TASKS[task].metric == "exact_match"
+                if cfg.samples and checkable and not taught:
+                    print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
+                if cfg.samples and taught and checkable:
                     judges = {
                         Path(v).name: Verifier.load(v, cfg.device, model)
                         for v in cfg.verifier.split(",")

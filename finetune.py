@@ -27,11 +27,12 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -46,9 +47,21 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, from_hf_config, write_atomically
+from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically, write_generation_config
+from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
+from support.hub import HubTokenizer
+from support.hub import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
-from tokenizer import EOT, ROLES, Tokenizer, become_worker, map_ahead
+from tokenizer import (
+    CHAT_TEMPLATE,
+    EOT,
+    ROLES,
+    SPECIAL_TOKENS,
+    ForeignTokenizer,
+    Tokenizer,
+    become_worker,
+    map_ahead,
+)
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -118,7 +131,7 @@ class TextModel:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer | HubTokenizer,
         kind: str,
         name: str = "",
         context_length: int = 0,
@@ -129,27 +142,27 @@ class TextModel:
         self.ours = isinstance(model, ModernDecoderLM)
         own = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
         self.context_length = min(own, context_length or own)
-        if isinstance(tokenizer, Tokenizer):
-            self.bos, self.eos, self.pad = [tokenizer.eot_id], tokenizer.eot_id, tokenizer.eot_id
-        else:
-            self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            ends = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None]
-            self.eos = ends[0]
-            self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos
+        self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head must know where a text ends
             model.config.pad_token_id = self.pad
         self.before, self.behind = self.bos, []  # the special tokens around a prompt
-        if kind != "causal" and not isinstance(tokenizer, Tokenizer):
-            self.before, self.behind = frame(tokenizer, self.bos)
-        known, named = model.config.vocab_size, size_of(tokenizer)
+        if kind != "causal" and isinstance(tokenizer, HubTokenizer):
+            self.before, self.behind = tokenizer.frame()
+        known, named = model.config.vocab_size, tokenizer.vocab_size
         # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
         if named > known and not (self.ours and known == 50257):
             raise TrainError(
                 f"{name} knows {known:,} tokens, its tokenizer {named:,}: they do not fit together"
             )
-        # Turns are marked by special tokens where the model has them, and in words where it has not.
-        self.marks = isinstance(tokenizer, Tokenizer) and tokenizer.special_ids.get("<|end|>", known) < known
-        self.end = tokenizer.special_id("<|end|>") if chat and self.marks else self.eos  # of an answer
+        # Turns are marked as the model's own chat template does, else as ours, or in words if the model lacks
+        # the special tokens of ours.
+        has_marks = tokenizer.special_ids.get("<|end|>", known) < known
+        template = tokenizer.chat_template
+        self.marks = has_marks and (template is None or is_ours(template))
+        if template is None or (is_ours(template) and not has_marks):
+            template = CHAT_TEMPLATE if has_marks else WORDS_TEMPLATE
+        self.template = template
+        self.end = self.reply_ids("a")[-1] if chat else self.eos  # the token that ends an answer
         self.dtype = pick_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
 
     @property
@@ -160,14 +173,10 @@ class TextModel:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens; a text that spells one does not become one."""
-        if isinstance(self.tokenizer, Tokenizer):
-            return self.tokenizer.encode(text, allowed_special=())
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer.encode(text, allowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        if isinstance(self.tokenizer, Tokenizer):
-            return self.tokenizer.decode(ids, skip_special_tokens=True)
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
         """The ids that ask `task` about `text`, at most `room`, and what had to go: "", "shots" or "text".
@@ -179,7 +188,8 @@ class TextModel:
 
         def asked(text: str) -> list[int]:
             if self.chat:
-                return self.conversation([m for s in shown for m in talk(s.text, s.target)] + talk(text))[0]
+                turns = [m for s in shown for m in talk(task.question.replace("{}", s.text), s.target)]
+                return self.conversation(turns + talk(task.question.replace("{}", text)))[0]
             before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
             return self.before + self.encode(before + task.prompt(text)) + self.behind
 
@@ -198,34 +208,36 @@ class TextModel:
     def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and which of them the assistant says, the end of its turns included.
 
-        After a turn of the user's the assistant's is opened. Without special tokens a turn reads
-        "User: ...", a line each, and an end-of-text token ends the assistant's.
+        After a turn of the user's the assistant's is opened.
         """
-        ids, said = ([], []) if self.marks else (list(self.bos), [False] * len(self.bos))
-        if not messages or messages[-1]["role"] != "assistant":
-            messages = [*messages, {"role": "assistant", "content": None}]
         for message in messages:
-            role, text = message["role"], message["content"]
-            if role not in ROLES:
-                raise TrainError(f"unknown role {role!r} in a conversation: use {', '.join(ROLES)}")
-            assistant = role == "assistant"
-            if self.marks:
-                opening = [self.tokenizer.special_id(f"<|{role}|>")]
-                turn = (
-                    [] if text is None else [*self.encode(text.strip()), self.tokenizer.special_id("<|end|>")]
+            if message["role"] not in ROLES:
+                raise TrainError(
+                    f"unknown role {message['role']!r} in a conversation: use {', '.join(ROLES)}"
                 )
-            else:
-                opening = self.encode(f"{role.capitalize()}:")
-                turn = [] if text is None else self.encode(f" {text.strip()}" + "\n" * (not assistant))
-                turn += [self.eos] * (assistant and text is not None)
-            ids += opening + turn
-            said += [False] * len(opening) + [assistant] * len(turn)
+        if not self.marks:
+            return conversation_ids(self.tokenizer, self.template, messages)
+        ids, said, special = [], [], self.tokenizer.special_id
+        for message in messages:
+            turn = [*self.encode(message["content"].strip()), special("<|end|>")]
+            ids += [special(f"<|{message['role']}|>"), *turn]
+            said += [False] + [message["role"] == "assistant"] * len(turn)
+        if not messages or messages[-1]["role"] != "assistant":
+            ids, said = [*ids, special("<|assistant|>")], [*said, False]
         return ids, said
+
+    def reply_ids(self, answer: str) -> list[int]:
+        """The ids of an answer in a conversation, the token that ends it included."""
+        if self.marks:
+            return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
+        ids = reply_ids(self.tokenizer, self.template, answer)
+        ends = (self.eos, *self.tokenizer.special_ids.values())
+        return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
     def answer_ids(self, task: Task, answer: str) -> list[int]:
         """The ids of an answer as they follow the question's last words (SentencePiece cares), endless."""
         if self.chat:
-            return self.encode(answer.strip() if self.marks else f" {answer.strip()}")
+            return self.reply_ids(answer)[:-1]
         if self.kind == "seq2seq":
             return self.encode(answer.strip())
         anchor = task.template.split("{}")[1]
@@ -281,22 +293,16 @@ class TextModel:
         keeps the first ones. With `calculator`, what follows an open `<<9*3=` is calculated, not generated.
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
-        if not self.ours and (n > 1 or temperature or calculator):
-            raise TrainError(f"{self.name}: only models that model.py computes can be sampled here")
         texts = [""] * (len(prompts) * n)
-        force = self.calculator if calculator else None
         rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
+        how = {"temperature": temperature, "stop_tokens": stops}
+        how["force"] = self.calculator if calculator else None
 
         def drawn(index: list[int], samples: list[int]) -> list[list[int]]:
+            draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in samples)
+            seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
             some = [prompts[i] for i in index]
-            if self.ours:
-                draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in samples)
-                seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
-                how = dict(temperature=temperature, n=len(samples), seed=seeds)
-                how |= dict(stop_tokens=stops, force=force)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    return self.model.generate(some, max_new_tokens, **how)
-            return self.transformers_generate(some, max_new_tokens, stops)
+            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
 
         def continued(index: list[int]) -> list[list[int]]:
             if len(index) > 1 or n == 1:
@@ -311,6 +317,16 @@ class TextModel:
                 texts[index[row // n] * n + row % n] = text.split(stop)[0] if stop else text
         return texts
 
+    def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+        """New ids, by the library that computes the model; see ModernDecoderLM.generate for the arguments."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.ours:
+                return self.model.generate(prompts, max_new_tokens, **how)
+            decoder_only = self.kind == "causal"
+            return hub_generate(
+                self.model, prompts, max_new_tokens, pad=self.pad, decoder_only=decoder_only, **how
+            )
+
     def calculator(self, _row: int, new: list[int]) -> list[int]:
         """What must come next: the result, if the new tokens end in an open annotation (see `calculate`)."""
         if not new or not self._pieces[new[-1]].endswith("="):
@@ -318,30 +334,49 @@ class TextModel:
         result = calculator_answer(self.decode(new))
         return self.encode(result) if result else []
 
-    @torch.no_grad()
-    def transformers_generate(self, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list:
-        from transformers import GenerationConfig
+    # ---- files
 
-        width, left = max(map(len, prompts)), self.kind == "causal"
-        ids = torch.full((len(prompts), width), self.pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            where = slice(width - len(prompt), None) if left else slice(len(prompt))
-            ids[row, where], mask[row, where] = torch.tensor(prompt), 1
-        how = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=stops,
-            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
-        )  # fmt: skip
-        was_training = self.model.training
-        self.model.eval()
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        new = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
-        self.model.train(was_training)
-        return [row[width if left else 1 :] for row in new.tolist()]
+    def save(self, folder: Path) -> None:
+        """Writes the model (of PEFT's, the adapter alone) and its tokenizer, with the chat template it learnt."""
+        ids = generation_ids(self)
+        if self.ours:
+            self.model.save_pretrained(folder, **ids)
+        else:
+            set_ids(self.model, ids)
+            for adapter in getattr(self.model, "peft_config", {}).values():
+                base = adapter.base_model_name_or_path
+                if base and Path(base).is_dir():  # PEFT would write a path that opens from one folder only
+                    adapter.base_model_name_or_path = os.path.abspath(base)
+            adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+            self.model.save_pretrained(folder, **adapter)  # new tokens are saved apart from the embeddings
+            if not (folder / "generation_config.json").exists():  # PEFT writes none
+                write_generation_config(folder, ids)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
+        own = self.model.config.context_length if self.ours else hf_context(self.model.config, self.tokenizer)
+        about = {"context_length": own}
+        if self.chat:
+            about["chat_template"] = with_generation_marks(self.template)
+            about["end_token"] = self.tokenizer.decode([self.end])
+        self.tokenizer.save(folder, **about)
+
+    def read_weights(self, folder: Path) -> None:
+        """The inverse of `save`, into the model that is there."""
+        from safetensors.torch import load_file
+
+        if self.ours:
+            weights = ModernDecoderLM.from_pretrained(folder, self.device).state_dict()
+        elif (folder / "adapter_model.safetensors").exists():
+            import peft
+
+            peft.set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
+            return
+        else:
+            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+        self.model.load_state_dict(weights)
 
     @cached_property
     def _pieces(self) -> list[str]:
-        return [self.decode([i]) for i in range(size_of(self.tokenizer))]
+        return [self.decode([i]) for i in range(self.tokenizer.vocab_size)]
 
     def tokens_with(self, stop: str) -> list[int]:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
@@ -456,24 +491,12 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
                 ) from None
 
 
-def frame(tokenizer, bos: list[int]) -> tuple[list[int], list[int]]:
-    """The special tokens that transformers' tokenizer puts before and behind a text: [CLS] and [SEP], say."""
-    whole, plain = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (True, False))
-    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    before, behind = whole[:at], whole[at + len(plain) :]
-    return (before, behind) if before or behind else (bos, [])
-
-
-def size_of(tokenizer) -> int:
-    return tokenizer.vocab_size if isinstance(tokenizer, Tokenizer) else len(tokenizer)
-
-
 def hf_context(config, tokenizer) -> int:
     """Tokens that a model of transformers can look at."""
     for key in ("n_positions", "max_position_embeddings"):
         if getattr(config, key, None):
             return getattr(config, key)
-    return min(getattr(tokenizer, "model_max_length", 1024), 1024)
+    return min(getattr(tokenizer.inner, "model_max_length", 1024), 1024)
 
 
 def length(row: tuple[list[int], list[int] | int]) -> int:
@@ -533,48 +556,102 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
 
 def load_model(
     name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> TextModel:  # fmt: skip
     """A run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, ready to be asked.
 
     backend: "ours" computes with model.py, "transformers" with transformers; "auto" takes ours for what
-    model.py can compute. dtype: of transformers' weights, and so of all that it computes; ours stay float32
-    and are cast when they are used. Raises TrainError, ValueError or OSError that say what is wrong.
+    model.py can compute, with an adapter merged into its base in memory. dtype: of transformers' weights, and
+    so of all that it computes (by default the fast one of a GPU, float32 on a CPU); ours stay float32 and are
+    cast when they are used. Raises TrainError, ValueError or OSError that say what is wrong.
     """
-    folder = Path(name)
-    config, chat = read_config(name), is_chat(name)
-    adapter = (folder / "adapter_config.json").exists()
-    kind = kind_of(name, config)
-    why_not = "an adapter" if adapter else None if kind == "causal" else kind
-    if not why_not:
-        try:
-            from_hf_config(config)
-        except (ValueError, KeyError) as error:
-            why_not = str(error)
+    config = read_config(name)
+    kind, adapter = kind_of(name, config), is_adapter(name)
+    why_not = why_not_ours(kind, config)
     if backend == "ours" and why_not:
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
-    if backend != "transformers" and not why_not:
-        model = ModernDecoderLM.from_pretrained(name, device).pack()
-        return TextModel(model, load_tokenizer(name), kind, name, context_length, chat)
-    if kind == "seq2seq" and dtype == torch.float16:  # T5's activations exceed 65,504
-        dtype = torch.float32
-    model = with_adapter(name, kind, dtype=dtype) if adapter else from_hub(name, kind, dtype=dtype)
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
-    return TextModel(model.to(device).eval(), tokenizer, kind, name, context_length, chat)
+    dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
+    if (kind, dtype) == ("seq2seq", torch.float16):  # T5's activations exceed 65,504
+        dtype = torch.float32
+    if backend != "transformers" and not why_not:
+        if adapter:
+            merged = with_adapter(name, kind, merge=True)
+            model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
+        else:
+            model = ModernDecoderLM.from_pretrained(name)
+        model = model.to(device).pack()
+    elif adapter:
+        model = with_adapter(name, kind, dtype=dtype)
+    else:
+        model = from_hub(name, kind, dtype=dtype)
+    model = model.to(device).eval()
+    return TextModel(model, tokenizer, kind, name, context_length, is_chat(name, tokenizer, config))
 
 
-def is_chat(name: str) -> bool:
-    """Whether a run was instruction-tuned, and so wants to be asked in turns."""
+def why_not_ours(kind: str, config: dict) -> str:
+    """Why model.py does not compute a model; "" if it does."""
+    if kind != "causal":
+        return kind
+    try:
+        from_hf_config(config)
+    except (ValueError, KeyError) as error:
+        return str(error)
+    return ""
+
+
+def is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").exists()
+
+
+def is_chat(name: str, tokenizer: Tokenizer | HubTokenizer, config: dict) -> bool:
+    """Whether a model was instruction-tuned, and so is asked in turns of a conversation.
+
+    The record of a run says so. Of other models it is known by their chat template; our template alone is no
+    proof, since every vocabulary of ours has it, but a config that ends texts with two tokens is.
+    """
     run = Path(name) / "run.json"
-    return run.exists() and bool(read_json(run).get("chat"))
+    if run.exists():
+        return bool(read_json(run).get("chat"))
+    if is_ours(tokenizer.chat_template):
+        return isinstance(config.get("eos_token_id"), list)
+    return tokenizer.chat_template is not None
+
+
+def adapter_base(name: str) -> str:
+    """The model that an adapter corrects: a folder, or an id on the hub.
+
+    PEFT writes down the path as it was typed for training. It is looked for as it is, then from the adapter's
+    own folder, then from each folder above that one. Of an absolute path that is gone (the runs were moved
+    together) its last parts are looked for there.
+    """
+    folder = Path(name).absolute()
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    run = folder / "run.json"
+    if not base and run.exists():
+        base = read_json(run).get("parent")
+    if not base:
+        raise TrainError(
+            f"{name}/adapter_config.json names no base model: write its folder or hub id behind "
+            "base_model_name_or_path"
+        )
+    if Path(base).is_dir():
+        return base
+    parts = [part for part in Path(base).parts if part not in ("/", ".")]
+    for parent in (folder, *folder.parents):
+        ends = range(len(parts)) if Path(base).is_absolute() else (0,)
+        for first in ends:
+            found = parent.joinpath(*parts[first:])
+            if (found / "config.json").exists() and found != folder:
+                return str(found)
+    return base
 
 
 def read_config(name: str) -> dict:
     """config.json of a model; of an adapter that of its base."""
     folder = Path(name)
-    if (folder / "adapter_config.json").exists():
-        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-        return read_config(base)
+    if is_adapter(name):
+        return read_config(adapter_base(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise TrainError(
@@ -591,11 +668,50 @@ def read_config(name: str) -> dict:
 
 def kind_of(name: str, config: dict) -> str:
     adapter = Path(name) / "adapter_config.json"
-    if adapter.exists():
-        return {v: k for k, v in LORA_KINDS.items()}[read_json(adapter)["task_type"]]
+    if adapter.exists() and (kind := adapter_kind(read_json(adapter), name)):
+        return kind
     if any("ForSequenceClassification" in a for a in config.get("architectures") or ()):
         return "head"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"
+
+
+def adapter_kind(settings: dict, name: str) -> str | None:
+    """The kind of model that adapter_config.json is for; None if it says none, then the base's kind holds."""
+    task_type = settings.get("task_type")
+    kinds = {theirs: ours for ours, theirs in LORA_KINDS.items()}
+    if task_type and task_type not in kinds:
+        raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
+    if task_type:
+        return kinds[task_type]
+    heads = {"classifier", "score"} & set(settings.get("modules_to_save") or ())
+    return "head" if heads else None
+
+
+SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours
+
+
+def class_name(label: object) -> str:
+    """A class' name without what two checkpoints may write differently."""
+    name = str(label).strip().lower()
+    return SAME_LABEL.get(name, name)
+
+
+def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
+    """For each of a task's labels, which output of a classification head means it.
+
+    A classifier from the hub may number its classes otherwise; its config's id2label has their names. Without
+    names (LABEL_0, LABEL_1, ...) the task's own order is taken. Raises TrainError if the names do not fit.
+    """
+    names = {int(i): class_name(label) for i, label in (id2label or {}).items()}
+    wanted = [class_name(label) for label in labels]
+    nameless = all(name in (f"label_{i}", str(i)) for i, name in names.items())
+    if nameless and len(names) in (0, len(wanted)):
+        return list(range(len(wanted)))
+    index = {name: i for i, name in names.items()}
+    if sorted(names.values()) != sorted(wanted):
+        known = ", ".join(names.values())
+        raise TrainError(f"the classification head knows {known}; the task asks for {', '.join(wanted)}")
+    return [index[label] for label in wanted]
 
 
 @contextlib.contextmanager
@@ -605,6 +721,11 @@ def explained(name: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except pickle.UnpicklingError:  # torch's weights_only has refused to run it
+        raise TrainError(
+            f"{name} cannot be loaded: its weights are a pickle that holds more than tensors and could run "
+            "code. Get them as model.safetensors"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(name).is_dir():
@@ -629,12 +750,15 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
             f"{name} was built with switches for which transformers has no architecture (`architecture` in "
             "model.py says which), so it cannot be tuned here; train.py --init_from and eval.py can use it"
         )
-    if labels:
+    if labels and not knows_labels(config, labels):
         names = dict(enumerate(label.strip() for label in labels))
         kwargs |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
     with explained(name):
         load = getattr(transformers, KINDS[kind]).from_pretrained
         model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None  # ours pad with <|endoftext|>, which has to be trained like any token
     # What a checkpoint lacks, transformers fills with random numbers; only a new head may be that.
     inside = f"{model.base_model_prefix}."
     missing = [k for k in about["missing_keys"] if not labels or (k.startswith(inside) and "pooler" not in k)]
@@ -643,24 +767,32 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
     return model
 
 
-def with_adapter(name: str, kind: str, merge: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Base, in `dtype`, and adapter of a folder that PEFT saved."""
+def knows_labels(config: dict, labels: Sequence[str]) -> bool:
+    """Whether a checkpoint has a classification head for just these labels, in whatever order."""
+    names = (config.get("id2label") or {}).values()
+    return sorted(map(class_name, names)) == sorted(map(class_name, labels))
 
-    settings = read_json(Path(name) / "adapter_config.json")
-    run = Path(name) / "run.json"
-    tuned_on = read_json(run).get("parent_hash") if run.exists() else None
-    if tuned_on and tuned_on != weights_hash(settings["base_model_name_or_path"]):
+
+def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
+    """Base and adapter of a folder that PEFT saved. `kwargs` are from_hub's."""
+    base_name, run = adapter_base(name), Path(name) / "run.json"
+    record = read_json(run) if run.exists() else {}
+    tuned_on = record.get("base_hash", record.get("parent_hash"))
+    if tuned_on and tuned_on != weights_hash(base_name):
         raise TrainError(
-            f"{name} corrects another model than {settings['base_model_name_or_path']} now holds: "
+            f"{name} corrects another model than {base_name} now holds: "
             "that one was trained anew, so tune it again"
         )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
-    base = from_hub(settings["base_model_name_or_path"], kind, labels, dtype=dtype)
+    base = from_hub(base_name, kind, labels, **kwargs)
+    n_tokens = load_tokenizer(name).vocab_size
+    if n_tokens > base.config.vocab_size:  # its turns got tokens of their own
+        base.resize_token_embeddings(n_tokens)
     import peft  # behind from_hub, which quiets what it imports
 
     with explained(name):
-        model = peft.PeftModel.from_pretrained(base, name)
-    if dtype != torch.float32 and not merge:
+        model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
+    if not trainable and not merge and (dtype := kwargs.get("dtype")):
         model = model.to(dtype)
     return model.merge_and_unload() if merge else model
 
@@ -680,17 +812,25 @@ def task_of(name: str) -> str | None:
     return read_json(run).get("settings", {}).get("task") if run.exists() else None
 
 
-def load_tokenizer(name: str, ours: bool = True):
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
     """Our Tokenizer, which is faster, where it can read the folder's; else (or ours=False) transformers'."""
-    if ours and Path(name).is_dir():
-        with contextlib.suppress(ValueError, OSError):  # OSError: there is no tokenizer.json
-            tokenizer = Tokenizer.load(name)
-            if EOT in tokenizer.special_ids:
+    if Path(name).is_dir():
+        try:
+            tokenizer = Tokenizer.load(name)  # also where transformers' is wanted: it checks the hash
+            if ours and EOT in tokenizer.special_ids:
                 return tokenizer
+        except ForeignTokenizer:
+            raise
+        except (ValueError, OSError):  # of another kind, or there is no tokenizer.json
+            if not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
+                raise TrainError(f"{name} holds no tokenizer.json, nor another tokenizer's file") from None
     from transformers import AutoTokenizer
 
     with explained(name):
-        return AutoTokenizer.from_pretrained(name)
+        return HubTokenizer(AutoTokenizer.from_pretrained(name))
 
 
 # -----------------------------------------------------------------------------
@@ -723,9 +863,12 @@ def ask(
     about["shots_dropped"] = sum(lost == "shots" for _, lost in asked)
     if not task.labels:
         return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), about
+    order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else None
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
+    if order:
+        scores = scores[:, order]
     odds = np.exp(scores - scores.max(-1, keepdims=True))
     about["sure"] = (odds.max(-1) / odds.sum(-1)).tolist()
     return scores.argmax(-1).tolist(), about
@@ -774,20 +917,35 @@ LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave t
 LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
 
 
-def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str) -> nn.Module:
-    """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change."""
+def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int] = ()) -> nn.Module:
+    """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change.
+
+    The embeddings of `new_tokens` are trained and saved, too. TrainError for a target that no layer has.
+    """
     import peft
 
     architecture = model.config.model_type
-    targets = (
-        cfg.lora_targets.split(",") if cfg.lora_targets else LORA_TARGETS.get(architecture, "all-linear")
-    )
+    targets = [name.strip() for name in cfg.lora_targets.split(",") if name.strip()]
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            have = ", ".join(sorted(layers))
+            raise TrainError(
+                f"--lora_targets={cfg.lora_targets}: no layer is called {target!r}; there are {have}"
+            )
+    targets = targets or LORA_TARGETS.get(architecture, "all-linear")
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:  # tied: PEFT trains them as one
+        embeddings.pop()
+    where = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in embeddings)]
     settings = peft.LoraConfig(
         task_type=LORA_KINDS[kind],  # for a head, PEFT then trains and saves the new layer, too
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
         lora_dropout=cfg.lora_dropout,
         target_modules=targets,
+        trainable_token_indices=dict.fromkeys(where, new_tokens) if new_tokens else None,
         fan_in_fan_out=architecture == "gpt2",  # its Conv1D stores (in, out) where Linear stores (out, in)
     )
     if cfg.load_in_4bit:
@@ -798,10 +956,15 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str) -> nn.Module:
         model = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise TrainError(f"--lora_targets={cfg.lora_targets}: {str(error).splitlines()[0][:200]}") from None
-    for p in model.parameters():
-        if p.requires_grad:  # a frozen matrix may be bfloat16, what is trained may not
-            p.data = p.data.float()
+    float32_where_trained(model)
     return model
+
+
+def float32_where_trained(model: nn.Module) -> None:
+    """A frozen matrix may be bfloat16; what is trained may not."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
 
 
 def four_bit(device: torch.device) -> dict:
@@ -835,11 +998,15 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     4 bits.
     """
     device = pick_device(cfg.device)
+    if is_adapter(cfg.model):  # goes on with the adapter that is there
+        rank = read_json(Path(cfg.model) / "adapter_config.json")["r"]
+        if cfg.lora_r not in (0, rank):
+            raise TrainError(f"{cfg.model} is an adapter of rank {rank}: --lora_r={rank}, or leave it out")
+        cfg.lora_r = rank
     if cfg.load_in_4bit and not cfg.lora_r:
         raise TrainError("--load_in_4bit freezes the weights: it needs --lora_r, the rank of what is trained")
     if cfg.merge and not cfg.lora_r:
         raise TrainError("--merge joins an adapter with its base; without --lora_r there is none")
-    refuse_adapter(cfg.model)
     if kind == "seq2seq" and pick_dtype(cfg.dtype, device) == torch.float16:  # T5's activations exceed 65,504
         if cfg.dtype == "float16":
             raise TrainError("T5 overflows in float16: --dtype=bfloat16, or float32 on an older card")
@@ -849,23 +1016,40 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     if cfg.lora_r and not kwargs and device.type == "cuda":
         kwargs["dtype"] = pick_dtype(cfg.dtype, device)  # frozen weights need no float32 copy
     tokenizer = load_tokenizer(cfg.model)
-    model = from_hub(cfg.model, kind, labels, **kwargs)
+    if is_adapter(cfg.model):
+        model = with_adapter(cfg.model, kind, trainable=True, **kwargs)
+        float32_where_trained(model)
+    else:
+        model = from_hub(cfg.model, kind, labels, **kwargs)
     odd = [m.in_features for m in model.modules() if type(m).__name__ == "Linear4bit" and m.in_features % 64]
     if odd and device.type == "cpu":  # a block of bitsandbytes' 64 weights must not reach across rows there
         raise TrainError(f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {odd[0]}")
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
-    text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024)
+    new_tokens = []
+    if getattr(cfg, "chat_tokens", False):
+        tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
+    chat = is_chat(cfg.model, tokenizer, read_config(cfg.model))
+    text_model = TextModel(model, tokenizer, kind, cfg.model, cfg.context_length or 1024, chat)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.lora_r:
-        text_model.model = add_lora(model, cfg, kind)
+    if cfg.lora_r and not is_adapter(cfg.model):
+        text_model.model = add_lora(model, cfg, kind, new_tokens)
     return text_model
 
 
-def refuse_adapter(name: str) -> None:
-    if (Path(name) / "adapter_config.json").exists():
-        raise TrainError(f"{name} is an adapter; tune its base, or make it one model with --merge first")
+def add_chat_tokens(
+    model: nn.Module, tokenizer: Tokenizer | HubTokenizer
+) -> tuple[Tokenizer | HubTokenizer, list[int]]:
+    """Gives a model without them the special tokens of our conversations: its new tokenizer, and their ids.
+
+    Their embeddings begin as the mean of all others.
+    """
+    tokenizer = tokenizer.with_special_tokens(SPECIAL_TOKENS[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.vocab_size > model.config.vocab_size:
+        model.resize_token_embeddings(tokenizer.vocab_size)
+    return tokenizer, [tokenizer.special_ids[token] for token in SPECIAL_TOKENS[1:]]
 
 
 def build(cfg: FinetuneConfig) -> TextModel:
@@ -873,7 +1057,6 @@ def build(cfg: FinetuneConfig) -> TextModel:
     task = find_task(cfg.task)
     if cfg.method == "head" and not task.labels:
         raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
-    refuse_adapter(cfg.model)
     kind = "head" if cfg.method == "head" else kind_of(cfg.model, read_config(cfg.model))
     if kind == "head" and cfg.method != "head":
         raise TrainError(f"{cfg.model} has a classification head: --method=head")
@@ -945,8 +1128,9 @@ def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list
     """
     task, rows, lost = TASKS[name], [], {"cut": 0, "left_out": 0}
     answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
+    order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else []
     for example in examples:
-        answer = example.label if model.kind == "head" else [*answer_ids(example.target), model.end]
+        answer = order[example.label] if order else [*answer_ids(example.target), model.end]
         taken = len(answer) if model.kind == "causal" else 0
         if taken > model.context_length - 16:
             lost["left_out"] += 1
@@ -971,7 +1155,7 @@ def answer_loss(kind: str):
 
 
 class FineTuner(Trainer):
-    """The Trainer for a model of transformers: it saves and reads as these, or PEFT, do."""
+    """The Trainer for a TextModel, whichever library computes it: it saves and reads as that one does."""
 
     free_to_change = [*FREE_TO_CHANGE, "eval_examples", "max_eval_examples", "merge"]
     keeps_best = False  # results are reported on the validation split: it must not choose the checkpoint
@@ -981,23 +1165,36 @@ class FineTuner(Trainer):
         super().__init__(cfg, text_model.model, *args, **kwargs)
 
     def write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        tokenizer = load_tokenizer(self.cfg.model, ours=False)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
+        self.text_model.save(folder)
 
     def read_model(self, folder: Path) -> None:
-        from safetensors.torch import load_file
+        self.text_model.read_weights(folder)
 
-        if self.cfg.lora_r:
-            import peft
 
-            peft.set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
-        else:
-            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(weights)
+def generation_ids(text_model: TextModel) -> dict:
+    """bos, eos and pad of a tuned model for config.json and generation_config.json: where an answer ends, and
+    wherever the model stopped before. A head does not generate; it needs pad to find the end of a text.
+    """
+    ids = {"pad_token_id": text_model.pad}
+    if text_model.kind == "head":
+        return ids
+    before = getattr(text_model.model, "generation_config", None)
+    before = getattr(before, "eos_token_id", None)
+    before = before if isinstance(before, list) else [before]
+    ends = dict.fromkeys([text_model.end, text_model.eos, *before])
+    ends = [i for i in ends if i is not None]
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if text_model.bos:
+        ids["bos_token_id"] = text_model.bos[0]
+    return ids
+
+
+def set_ids(model: nn.Module, ids: dict) -> None:
+    """Puts them where transformers keeps them; its save_pretrained writes both configs."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for key, value in ids.items():
+            if config is not None:
+                setattr(config, key, value)
 
 
 def finetune(cfg: FinetuneConfig) -> dict:
@@ -1041,9 +1238,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
     sizes = [(p.numel(), p.requires_grad) for p in text_model.model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
     mean_length = float(training_set.lengths.mean())
-    about = {
-        "parent": cfg.model,
-        "parent_hash": weights_hash(cfg.model),
+    about = origin(cfg.model) | {
+        "chat": text_model.chat,
         "task": cfg.task,
         "kind": kind,
         "smoke": smoke,  # a run that was cut short is no result, and no report shows it as one
@@ -1051,7 +1247,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
         "data": {"train": train_about | {"examples": len(train)} | lost},
     }
     about["data"]["validation"] = validation_about | {"examples": len(validation)}
-    about["data"]["tokenizer"] = tokenizer_hash(text_model.tokenizer)
+    about["data"]["tokenizer"] = text_model.tokenizer.hash
     trainer = FineTuner(
         cfg,
         text_model,
@@ -1093,9 +1289,7 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     """Evaluates what the run folder now holds, as anybody would load it; and merges, if asked."""
     if cfg.merge:
         merge(folder)
-    device = pick_device(cfg.device)
-    dtype = pick_dtype("auto", device) if device.type == "cuda" else torch.float32
-    model = load_model(str(folder), device, context_length=cfg.context_length, dtype=dtype)
+    model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
     validation = subsample(validation, cfg.max_eval_examples, cfg.seed)
     outputs, about = ask(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
     about.pop("sure", None)  # of every item; eval.py keeps it
@@ -1105,13 +1299,27 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     return {"evaluation": {"split": "validation", **about, "metrics": metrics}}
 
 
+def origin(name: str) -> dict:
+    """What run.json says of the model that a run started from."""
+    about = {"parent": name, "parent_hash": weights_hash(name)}
+    return about | {"base_hash": weights_hash(adapter_base(name))} if is_adapter(name) else about
+
+
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
     target, temporary = folder / "merged", folder / ".merged.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model = with_adapter(str(folder), kind_of(str(folder), {}), merge=True)
+    kind = kind_of(str(folder), read_config(str(folder)))
+    model = with_adapter(str(folder), kind, merge=True)
+    ids = folder / "generation_config.json"
+    if ids.exists():  # a chat stops elsewhere than its base
+        set_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
     model.save_pretrained(temporary)
-    load_tokenizer(str(folder), ours=False).save_pretrained(temporary)
+    load_tokenizer(str(folder), ours=False).inner.save_pretrained(temporary)
+    run = read_json(folder / "run.json")
+    about = {key: run[key] for key in ("chat", "task", "smoke", "seconds", "results") if key in run}
+    about |= {"status": "finished", "stage": "merge", "settings": {"task": run.get("task")}}
+    write_run(temporary, origin(str(folder)) | about)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
 
@@ -1129,15 +1337,12 @@ def default_name(cfg: FinetuneConfig) -> str:
     return f"{cfg.task}-{Path(cfg.model).name}{'-head' if cfg.method == 'head' else ''}{kind}"
 
 
-def tokenizer_hash(tokenizer) -> str:
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer.hash
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
 def shown(model: TextModel, row: tuple, task: Task) -> str:
     prompt, answer = row
-    answer = task.labels[answer].strip() if model.kind == "head" else model.decode(answer)
+    if model.kind == "head":
+        answer = model.model.config.id2label[answer]
+    else:
+        answer = model.decode(answer)
     return f"{model.decode(prompt)[-300:]}[{answer[:200]}]".replace("\n", " / ")
 
 

@@ -762,6 +762,17 @@ class ModernDecoderLM(nn.Module):
         self.tabulate()
         return self
 
+    @torch.no_grad()
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Room for more tokens, a multiple of 64; the new rows are the mean of the old ones."""
+        rows = 64 * math.ceil(vocab_size / 64)
+        embedding = self.model["embed_tokens"]
+        for matrix in [embedding] if self.config.tie_embeddings else [embedding, self.lm_head]:
+            old = matrix.weight
+            new = old.mean(0).repeat(rows - len(old), 1)
+            matrix.weight = nn.Parameter(torch.cat([old, new]))
+        self.config.vocab_size = rows
+
     @in_eval_mode
     @torch.inference_mode()
     def generate(
@@ -797,6 +808,7 @@ class ModernDecoderLM(nn.Module):
         compiled step: half a minute to start, then faster. `graph`, which is on by itself on a card, gives
         every step the same shapes, so that the card can be told once what to do and then again and again.
         """
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         c, rows = self.config, len(prompts) * n
         if not rows or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
@@ -1020,6 +1032,26 @@ def sample(
     index = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1]).unsqueeze(1), right=True)
     index = index.clamp(max=p.shape[-1] - 1)
     return (index if order is None else order.gather(1, index)).squeeze(1)
+
+
+def check_sampling(
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """ValueError for options that describe no distribution."""
+    allowed = {
+        f"temperature={temperature} must be 0 (greedy) or above": 0 <= temperature < math.inf,
+        f"top_k={top_k} must be 0 (all tokens) or above": top_k >= 0,
+        f"top_p={top_p} must be above 0 and at most 1": 0 < top_p <= 1,
+        f"min_p={min_p} must be from 0 to 1": 0 <= min_p <= 1,
+        f"repetition_penalty={repetition_penalty} must be above 0": 0 < repetition_penalty < math.inf,
+    }
+    for message, is_allowed in allowed.items():
+        if not is_allowed:
+            raise ValueError(message)
 
 
 class KVCache:
@@ -1351,7 +1383,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None:
-    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically."""
+    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically.
+
+    The ids in `extra` also go to generation_config.json, from which transformers' `generate` takes them.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -1361,9 +1396,19 @@ def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None
     )
     text = json.dumps(to_hf_config(model.config) | extra, indent=2)
     write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
+    write_generation_config(folder, extra)
     write_atomically(
         folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
     )
+
+
+def write_generation_config(folder: Path, ids: dict) -> None:
+    """generation_config.json: the ids of bos, eos (one or a list) and pad. Without an eos, no file."""
+    known = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {key: ids[key] for key in known if ids.get(key) is not None}
+    if "eos_token_id" in ids:
+        text = json.dumps(ids, indent=2) + "\n"
+        write_atomically(folder / "generation_config.json", lambda path: path.write_text(text))
 
 
 def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> ModernDecoderLM:
@@ -1393,19 +1438,27 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
         config = from_hf_config(json.loads((folder / "config.json").read_text()))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or incomplete: {error!r}") from None
+    return from_tensors(config, load_tensors(folder), f"{folder}").to(device)
+
+
+def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModernDecoderLM:
+    """The model of a checkpoint's tensors, under the names that they have on disk, in evaluation mode.
+
+    Raises ValueError if tensors are missing, too many or of another shape; `source` names the checkpoint there.
+    """
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)
-    ours, want = from_hf_tensors(config, load_tensors(folder)), model.state_dict()
+    ours, want = from_hf_tensors(config, tensors), model.state_dict()
     missing, unexpected = sorted(want.keys() - ours.keys()), sorted(ours.keys() - want.keys())
     misshapen = [k for k in want.keys() & ours.keys() if want[k].shape != ours[k].shape]
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"{folder} does not hold the model its config.json describes: missing {missing[:4]}, "
+            f"{source} does not hold the model its config.json describes: missing {missing[:4]}, "
             f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
         )
     model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
     model.tabulate()
-    return model.to(device).requires_grad_(True).eval()
+    return model.requires_grad_(True).eval()
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:
@@ -1420,7 +1473,9 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         if not (folder / shard).exists():
-            raise FileNotFoundError(f"{folder / shard} is missing")
+            pickled = [file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending)]
+            why = f"; {pickled[0]} is a pickle, which can run code: it is never read" if pickled else ""
+            raise FileNotFoundError(f"{folder / shard} is missing{why}")
         try:
             tensors |= load_file(folder / shard)
         except SafetensorError as error:

@@ -165,9 +165,9 @@ def stages(home: Path) -> list[Block]:
     rows = pipeline["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict)))
     said = {"exact_match": "greedy", "calculator": "greedy + calculator", "mean_sample": "one sampled answer"}
-    cells = []
+    cells, several = [], len({row["task"] for row in rows if row.get("task")}) > 1
     for row in rows:
-        line = [Path(row["model"]).name]
+        line = [Path(row["model"]).name + (f", {row['task']}" if several and row.get("task") else "")]
         for column in columns:
             x = row.get(column)
             line.append("" if not x else f"{x['value']:.3f}" if "bits" in column else percent(x))
@@ -351,8 +351,8 @@ def samples(home: Path) -> list[Block]:
             blocks += [Table(f"samples-{folder.name}", ["step", "prompt", "continuation"], rows)]
     answered = read_json(home / "pipeline.json").get("battery", {})
     if answered:
-        models = list(answered)
         asked = next(iter(answered.values()))
+        models = [m for m, said in answered.items() if len(said) == len(asked)]
         rows = [
             [
                 shorten(item["asked"]),
@@ -1165,6 +1165,7 @@ def abstract(home: Path, trained: dict) -> str:
         )
         said.append(f"The base has {count(run.get('parameters', 0))} parameters{reached}.")
     rows = [row for row in read_json(home / "pipeline.json").get("rows", []) if row.get("exact_match")]
+    rows = [row for row in rows if row.get("task") == rows[0].get("task")]
     for row in rows:
         said.append(
             f"{Path(row['model']).name} solves {percent(row['exact_match'])} % of the problems greedily."

@@ -47,14 +47,20 @@ from finetune import (
     AdaptConfig,
     FineTuner,
     TextModel,
+    add_chat_tokens,
     build_model,
+    is_adapter,
+    kind_of,
     load_model,
+    merge,
+    origin,
     padded,
-    refuse_adapter,
+    read_config,
     settle_dtype,
-    tokenizer_hash,
-    weights_hash,
+    why_not_ours,
 )
+from model import ModernDecoderLM
+from support.chat_template import TemplateError
 from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device
 
 
@@ -68,6 +74,7 @@ class SFTConfig(AdaptConfig):
     max_train_examples: int = 0  # for a smoke run: conversations; 0: all
     eval_examples: int = 300  # validation conversations; 0: all
     learning_rate: float = 1e-3  # the highest
+    chat_tokens: bool = False  # a model without a chat template gets special tokens for turns, not words
 
 
 # -----------------------------------------------------------------------------
@@ -162,7 +169,7 @@ def answer_loss(model: nn.Module, ids: Tensor, targets: Tensor, positions: Tenso
     if numbers.shape[1]:
         causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         mask = ((numbers.unsqueeze(1) == numbers.unsqueeze(2)) & causal).unsqueeze(1)  # (B, 1, T, T)
-    if hasattr(getattr(model, "module", model), "loss_chunk"):  # ours
+    if isinstance(getattr(model, "module", model), ModernDecoderLM):
         return model(ids, targets, positions=positions if mask is not None else None, mask=mask)
     if mask is not None:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -177,36 +184,44 @@ def answer_loss(model: nn.Module, ids: Tensor, targets: Tensor, positions: Tenso
 
 
 def aligned_model(cfg: AdaptConfig) -> TextModel:
-    """The decoder that will be trained, as one that is asked in conversations."""
-    refuse_adapter(cfg.model)
-    model = None if cfg.lora_r else load_model(cfg.model, pick_device(cfg.device))
-    if model is None or not model.ours:
-        model = build_model(cfg, "causal")
+    """The decoder that will be trained, as one that is asked in conversations.
+
+    model.py computes it if it can and all weights are trained; else transformers, with LoRA by PEFT.
+    """
+    config = read_config(cfg.model)
+    if (kind := kind_of(cfg.model, config)) != "causal":
+        raise TrainError(f"{cfg.model} is no decoder ({kind}): only these hold conversations")
+    if cfg.lora_r or is_adapter(cfg.model) or why_not_ours(kind, config):
+        model = build_model(cfg, kind)
     elif cfg.load_in_4bit or cfg.merge:
         raise TrainError("--load_in_4bit and --merge need --lora_r")
     else:
+        model = load_model(cfg.model, pick_device(cfg.device))
         model.model.unpack()
         if cfg.dropout >= 0:
             model.model.config.dropout = cfg.dropout
-    if model.kind != "causal":
-        raise TrainError(f"{cfg.model} is no decoder: only these hold conversations")
+        if getattr(cfg, "chat_tokens", False):
+            model.tokenizer, _ = add_chat_tokens(model.model, model.tokenizer)
     limit = cfg.context_length or min(1024, model.context_length)
     return TextModel(model.model, model.tokenizer, "causal", cfg.model, limit, chat=True)
 
 
 def trainer_for(cfg: AdaptConfig, model: TextModel, rows: Callable, **kwargs) -> Trainer:
-    if model.ours:
-        trainer = Trainer(cfg, model.model, rows, tokenizer=model.tokenizer, **kwargs)
-    else:
-        trainer = FineTuner(cfg, model, rows, **kwargs)
+    trainer = FineTuner(cfg, model, rows, tokenizer=model.tokenizer, **kwargs)
     trainer.keeps_best, trainer.free_to_change = True, [*FREE_TO_CHANGE, "eval_examples", "merge"]
     return settle_dtype(trainer)
 
 
 def parents(cfg: AdaptConfig, model: TextModel, **data) -> dict:
     """What run.json says of a stage's origin."""
-    about = {"parent": cfg.model, "parent_hash": weights_hash(cfg.model), "chat": True}
-    return about | {"data": data | {"tokenizer": tokenizer_hash(model.tokenizer)}}
+    return origin(cfg.model) | {"chat": True, "data": data | {"tokenizer": model.tokenizer.hash}}
+
+
+def finish(cfg: AdaptConfig, run: dict) -> dict:
+    """After the last step: with --merge, base and adapter as one model."""
+    if cfg.merge and int(os.environ.get("RANK", 0)) == 0:
+        merge(Path(cfg.out) / cfg.name)
+    return run
 
 
 # -----------------------------------------------------------------------------
@@ -245,22 +260,30 @@ def source_rows(model: TextModel, source: str, split: str, count: int) -> tuple[
 
 def tokenised(model: TextModel, chats: list[list[dict]]) -> tuple[list[Row], int]:
     """Conversations as rows, and how many were too long. A long one loses its last turns, whole ones."""
-    rows, lost = [], 0
+    rows, lost, refused = [], 0, None
     for messages in chats:
-        messages = messages[
-            : max((i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
-        ]
-        row = model.conversation(messages) if messages else ([], [])
-        while messages and len(row[0]) > model.context_length:
+        row = ([], [])
+        while messages := up_to_an_answer(messages):
+            try:
+                row = model.conversation(messages)
+            except TemplateError as error:  # a system turn, say, which the model's template does not know
+                row, refused = ([], []), error
+            if len(row[0]) <= model.context_length:
+                break
             messages = messages[:-1]
-            while messages and messages[-1]["role"] != "assistant":
-                messages = messages[:-1]
-            row = model.conversation(messages) if messages else ([], [])
-        if any(row[1]):
+        if messages and any(row[1]):
             rows.append(row)
         else:
             lost += 1
+    if refused and not rows:
+        raise refused
     return rows, lost
+
+
+def up_to_an_answer(messages: list[dict]) -> list[dict]:
+    """The conversation without the turns behind the assistant's last one."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    return messages[: last + 1]
 
 
 def marked(model: TextModel, row: Row) -> str:
@@ -321,7 +344,7 @@ def sft(cfg: SFTConfig) -> dict:
     if lost:
         trainer.say(f"{lost} conversations were left out: longer than {model.context_length} tokens")
     trainer.say(f"one of them, what is trained on in brackets: {marked(model, rows[0])}")
-    return trainer.run_all_steps()
+    return finish(cfg, trainer.run_all_steps())
 
 
 def world() -> int:

@@ -318,7 +318,9 @@ ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (  # Tokenizer.chat in the language that transformers, vLLM and others share
     "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -361,16 +363,35 @@ class Tokenizer:
         if any(i >= j for i, j in pairwise(self._pair_ids.values())):
             raise ValueError("the merges are not in the order of their ids")
         self._words: dict[str, list[int]] = {}  # encode_plain's memory
+        self.chat_template: str | None = None  # the folder's, if it has one
 
     @property
     def eot_id(self) -> int:
         return self.special_id(EOT)
+
+    @property
+    def bos(self) -> list[int]:
+        """What a text begins with."""
+        return [self.eot_id]
+
+    @property
+    def pad_id(self) -> int:
+        return self.eot_id
+
+    @property
+    def template_tokens(self) -> dict[str, str]:
+        """The tokens that a chat template may name."""
+        return {"bos_token": EOT, "eos_token": EOT}
 
     def special_id(self, token: str) -> int:
         if token not in self.special_ids:
             have = ", ".join(self.special_tokens) or "none"
             raise ValueError(f"no special token {token}; there are: {have}")
         return self.special_ids[token]
+
+    def with_special_tokens(self, tokens: Iterable[str]) -> "Tokenizer":
+        """The same vocabulary, and these special tokens behind it."""
+        return Tokenizer(self.vocab, self.merges, [*self.special_tokens, *tokens], self.pattern)
 
     @cached_property
     def hash(self) -> str:
@@ -520,14 +541,25 @@ class Tokenizer:
             if message["role"] not in ROLES:
                 raise ValueError(f"unknown role {message['role']!r}: use {', '.join(ROLES)}")
             ids.append(self.special_id(f"<|{message['role']}|>"))
-            ids += self.encode(message["content"], allowed_special=())
+            ids += self.encode(message["content"].strip(), allowed_special=())
             ids.append(self.special_id("<|end|>"))
         return ids + [self.special_id("<|assistant|>")] if add_generation_prompt else ids
 
     # Files
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers."""
+    def save(
+        self,
+        folder: str | Path,
+        end_token: str = "",
+        context_length: int = 0,
+        chat_template: str | None = None,
+    ) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` for `load` and for transformers.
+
+        `end_token`: of a model that learned conversations, what ends its turn; TRL and others stop there.
+        `context_length`: the model's, in tokens, at which transformers warns or truncates; 0: not known.
+        `chat_template`: by default the one that was loaded, else ours where its special tokens are there.
+        """
         content = json.loads(TOKENIZER_JSON)
         if self.pattern != GPT2_PATTERN:  # GPT-2's is built into the step "ByteLevel"
             split = {"type": "Split", "pattern": {"Regex": self.pattern}}
@@ -544,8 +576,13 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if EOT in self.special_ids:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
-        if self.special_ids.keys() >= set(SPECIAL_TOKENS):
-            config["chat_template"] = CHAT_TEMPLATE
+        if end_token:
+            config["eos_token"] = end_token
+        if context_length:
+            config["model_max_length"] = context_length
+        ours = CHAT_TEMPLATE if self.special_ids.keys() >= set(SPECIAL_TOKENS) else None
+        if template := chat_template or self.chat_template or ours:
+            config["chat_template"] = template
         write_json(Path(folder) / "tokenizer_config.json", config | {"tokenizer_hash": self.hash})
         write_json(Path(folder) / "tokenizer.json", content)
 
@@ -556,18 +593,24 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f'there is no {path}; "python tokenizer.py" makes one')
         content, config = read_json(path), path.with_name("tokenizer_config.json")
+        settings = read_json(config) if config.exists() else {}
+        template = path.with_name("chat_template.jinja")  # where transformers 5 writes it
         try:
             special = {token["content"]: token["id"] for token in content["added_tokens"]}
             vocab = {i: token.encode() for token, i in special.items()}
             vocab |= {i: unspell(t) for t, i in content["model"]["vocab"].items() if t not in special}
             merges = [tuple(map(unspell, _halves(pair))) for pair in content["model"]["merges"]]
             tokenizer = cls(vocab, merges, special, _pattern_of(content))
-            if not config.exists() or read_json(config).get("tokenizer_hash") != tokenizer.hash:
+            tokenizer.chat_template = settings.get("chat_template")
+            if template.exists():
+                tokenizer.chat_template = template.read_text(encoding="utf-8")
+            if settings.get("tokenizer_hash") != tokenizer.hash:
                 for token, i in tokenizer._ranks.items():  # not from `save`: does _core's proof hold?
                     if tokenizer.merge_word(token) != [i]:
                         raise ValueError(f"token {i}, {token!r}, is not what its own merges make")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a byte-level BPE tokenizer that we can read: {error}") from None
+        check_tokenizer(Path(folder), tokenizer.hash)
         return tokenizer
 
     @classmethod
@@ -591,6 +634,30 @@ class Tokenizer:
         merges = [tuple(map(unspell, line.split(" "))) for line in lines[1:]]  # the first line is a version
         tokens = [bytes([b]) for b in byte_letters()] + [a + b for a, b in merges] + [EOT.encode()]
         return cls(dict(enumerate(tokens)), merges, SPECIAL_TOKENS)
+
+
+class ForeignTokenizer(ValueError):
+    """tokenizer.json is not the one that the weights beside it were trained with."""
+
+
+def check_tokenizer(folder: Path, found: str) -> None:
+    """Compares the hash of a run folder's tokenizer with those that run.json and tokenizer_config.json hold.
+
+    Weights read with another vocabulary give nonsense without an error. A folder without run.json is not
+    checked: other programs add tokens to a tokenizer and leave our hash in tokenizer_config.json.
+    """
+    if not (folder / "run.json").exists():
+        return
+    config = folder / "tokenizer_config.json"
+    recorded = {read_json(folder / "run.json").get("tokenizer")}
+    if config.exists():
+        recorded.add(read_json(config).get("tokenizer_hash"))
+    for expected in recorded - {None, found}:
+        raise ForeignTokenizer(
+            f"{folder / 'tokenizer.json'} is not the tokenizer of this run: its hash is {found[:8]}, the "
+            f"weights were trained with {expected[:8]}. Copy tokenizer.json back from {folder}/checkpoints, "
+            "or train the run again"
+        )
 
 
 @cache

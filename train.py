@@ -879,8 +879,8 @@ class Trainer:
         if self.tokenizer is None:
             return model.save_pretrained(folder)
         eot = self.tokenizer.eot_id
-        model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
-        self.tokenizer.save(folder)
+        model.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
+        self.tokenizer.save(folder, context_length=model.config.context_length)
 
     def read_model(self, folder: Path) -> None:
         """The inverse of `write_model`, into the model that is there."""

@@ -51,8 +51,10 @@ from data import (
     proportion,
     read_rows,
     refuse_overlap,
+    talk,
 )
 from finetune import (
+    FineTuner,
     TextModel,
     TrainingSet,
     collate,
@@ -61,7 +63,6 @@ from finetune import (
     sampled,
     settle_dtype,
     target_logits,
-    tokenizer_hash,
     weights_hash,
     write_run,
 )
@@ -136,7 +137,7 @@ class Verifier:
                 raise TrainError(
                     f"{folder} judges another model than {run['parent']} now holds: train it anew"
                 )
-        if run["data"]["tokenizer"] != tokenizer_hash(generator.tokenizer):
+        if run["data"]["tokenizer"] != generator.tokenizer.hash:
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
         core = read_core(run["verifier"], Path(folder), device)
         return cls(run["verifier"], generator, core, run["combine"], str(folder))
@@ -214,18 +215,21 @@ def combined(kind: str, parts: np.ndarray, weight: float) -> np.ndarray:
 
 def forward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids): the problem, then the answer. A long problem loses its end."""
-    said = [*model.encode(answer if model.marks else f" {answer}"), model.end][: model.context_length // 2]
+    said = model.reply_ids(answer)[: model.context_length // 2]
     return model.prompt(TASKS["arithmetic"], problem, room=model.context_length - len(said))[0], said
 
 
 def backward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of the channel: the answer, then the problem."""
-    told = [*model.encode(problem if model.marks else f" {problem}"), model.end][: model.context_length // 2]
-    given, _ = model.conversation([{"role": "assistant", "content": answer}])
+    """(prompt ids, answer ids) of the channel: the answer, then the problem.
+
+    A template of somebody else's need not allow that the assistant begins: there the turns change their roles.
+    """
+    told = model.reply_ids(problem)[: model.context_length // 2]
     if model.marks:
+        given, _ = model.conversation([{"role": "assistant", "content": answer}])
         given = [*given, model.tokenizer.special_id("<|user|>")]
     else:
-        given = [*given, *model.encode("User:")]
+        given, _ = model.conversation(talk(answer or "-"))
     return given[-(model.context_length - len(told)) :], told
 
 
@@ -236,16 +240,21 @@ def backward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int]
 class ValueModel(nn.Module):
     """A decoder and a linear layer that reads a logit off every token: will this become a right answer?"""
 
-    def __init__(self, lm: ModernDecoderLM):
+    def __init__(self, lm: nn.Module):
         super().__init__()
-        self.lm, self.value = lm, nn.Linear(lm.config.d_model, 1)
+        self.ours = isinstance(lm, ModernDecoderLM)
+        self.lm = lm
+        self.value = nn.Linear(lm.config.d_model if self.ours else lm.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> logits of the next token (B, T, V), values (B, T)."""
-        x = self.lm.hidden(ids)
-        return F.linear(x, self.lm.head), self.value(x).squeeze(-1)
+        if self.ours:
+            x = self.lm.hidden(ids)
+            return F.linear(x, self.lm.head), self.value(x).squeeze(-1)
+        out = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False)
+        return out.logits, self.value(out.hidden_states[-1].float()).squeeze(-1)
 
 
 class HeadModel:
@@ -285,24 +294,26 @@ def value_rows(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tenso
     return ids, last, (at >= first.unsqueeze(1)) & (at <= last.unsqueeze(1))
 
 
-class HeadTrainer(Trainer):
+class HeadTrainer(FineTuner):
     """Saves the decoder as a model, and the linear layer beside it."""
+
+    keeps_best = True
+
+    def __init__(self, cfg: AdaptConfig, text_model: TextModel, net: ValueModel, *args, **kwargs):
+        self.text_model = text_model
+        Trainer.__init__(self, cfg, net, *args, **kwargs)
 
     def write_model(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        eot = self.tokenizer.eot_id
-        self.model.lm.save_pretrained(folder, bos_token_id=eot, eos_token_id=eot)
-        self.tokenizer.save(folder)
-        save_file(
-            {k: v.cpu().contiguous() for k, v in self.model.value.state_dict().items()},
-            folder / "value.safetensors",
-        )
+        super().write_model(folder)
+        value = {k: v.cpu().contiguous() for k, v in self.model.value.state_dict().items()}
+        save_file(value, folder / "value.safetensors")
 
     def read_model(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        self.model.lm.load_state_dict(ModernDecoderLM.from_pretrained(folder, self.device).state_dict())
+        super().read_model(folder)
         self.model.value.load_state_dict(load_file(folder / "value.safetensors"))
 
 
@@ -412,17 +423,15 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     if cfg.task not in TASKS or TASKS[cfg.task].metric != "exact_match":
         raise TrainError(f"answers to {cfg.task} cannot be checked: arithmetic, gsm8k")
     generator = load_model(cfg.model, pick_device(cfg.device))
-    if not generator.chat:
+    if generator.kind != "causal" or not generator.chat:
         raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")
-    if not generator.ours:
-        raise TrainError(f"{cfg.model}: only generators that model.py computes can be verified here")
     if cfg.solutions:
         learnt, held, examined = labelled(cfg.solutions)
         about = {"source": cfg.solutions, "examples": len(learnt.examples)}
     else:
         teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
-        if not (teacher.chat and teacher.ours):
-            raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned run of ours")
+        if not teacher.chat:
+            raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned model")
         problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
         validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
         test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
@@ -530,7 +539,7 @@ def train_channel(
     others, each beside another wrong one every time, and the language is learnt from true solutions.
     """
     channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
-    if tokenizer_hash(channel.tokenizer) != tokenizer_hash(generator.tokenizer):
+    if channel.tokenizer.hash != generator.tokenizer.hash:
         raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
     gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
     wrong = wrong_answers(learnt) if cfg.contrast else {}
@@ -639,7 +648,7 @@ def train_head(
 
     tokens = float(np.mean([length(r) for some in rows for r in some]))
     trainer = HeadTrainer(
-        cfg, net, batch_of, loss=lambda core, *t: head_loss(core, *t, cfg), evaluate=evaluate,
+        cfg, text_model, net, batch_of, loss=lambda core, *t: head_loss(core, *t, cfg), evaluate=evaluate,
         tokenizer=text_model.tokenizer,
         flops_per_row=6 * tokens * sum(p.numel() for p in net.parameters()), tokens_per_row=1,
         epoch=lambda step: step / batches,

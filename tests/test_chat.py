@@ -165,7 +165,7 @@ def test_what_is_missing_or_damaged_is_a_message_and_not_a_traceback(run, tmp_pa
     half = tmp_path / "half"
     ModernDecoderLM(ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=64)).save_pretrained(half)
     for words, message in [
-        (["out/nothing-there"], "there is no out/nothing-there: `python train.py` makes"),
+        (["out/nothing-there"], "there is no folder out/nothing-there"),
         ([str(tmp_path / "empty")], "no config.json"),
         ([str(half)], "tokenizer.json"),
         ([run, "--device=cuda"], "sees no CUDA" if not torch.cuda.is_available() else ""),
@@ -187,5 +187,5 @@ def test_a_missing_run_is_not_looked_for_on_the_network(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(sys, "argv", ["chat.py", "out/nothing-there", "--prompt=x"])
-    with pytest.raises(SystemExit, match="there is no out/nothing-there"):
+    with pytest.raises(SystemExit, match="there is no folder out/nothing-there"):
         chat.main()
