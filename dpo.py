@@ -391,7 +391,7 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
     if data.get("left_out"):
-        trainer.say(f"{cfg.data}: {data['left_out']:,} rows without text, or with equal sides, were left out")
+        trainer.say(f"{cfg.data}: {data['left_out']:,} rows that are no pair of answers were left out")
     write_pairs(model, folder / "pairs.jsonl", pairs)
     trainer.made_before = ("pairs.jsonl", "reference.npz")
     return trainer.run_all_steps()
