@@ -134,8 +134,7 @@ class Verifier:
         """
         run = read_json(Path(folder) / "run.json")
         if "logistic" not in run.get("combine", {}):
-            raise TrainError(f"{folder} holds no finished verifier of this version: python verifier.py makes
-            one")
+            raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
             generator = load_model(run["parent"], pick_device(device))
             if run["parent_hash"] != weights_hash(run["parent"]):
