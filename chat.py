@@ -3,11 +3,13 @@
     python chat.py out/base                                   # a prompt, type the beginning of a text
     python chat.py out/base --prompt="Once upon a time" --n=3 --temperature=0.7
     python chat.py out/sft --chat                             # turns of user and assistant
-    python chat.py gpt2 --prompt="The three laws are"         # a model of the hub; an adapter's folder works, too
+    python chat.py gpt2 --prompt="The three laws are"         # a model of the hub, or an adapter's folder
     python chat.py --bench                                    # decoding speed beside transformers' generate
 
 Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
 """
+
+from support.terminal import run_script
 
 import sys
 import time
@@ -54,8 +56,11 @@ def main() -> None:
             converse(model, cfg, messages)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from None
-    except (KeyboardInterrupt, EOFError):
+    except EOFError:
         print()
+    except KeyboardInterrupt:
+        print()
+        raise
 
 
 def with_model(words: list[str]) -> list[str]:
@@ -201,4 +206,4 @@ def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

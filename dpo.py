@@ -17,15 +17,19 @@ tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --
 the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
 unlearning.
 
-It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best by
-validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl, right answers
-without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong way; reference.npz.
-With rounds, the earlier ones are in out/NAME/round-1, ...
+It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
+model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
+right answers without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong
+way; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
+from support.terminal import run_script
+
 import hashlib
+import io
 import json
 import math
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -38,9 +42,10 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
 from finetune import TextModel, TrainingSet, ask, padded, sampled, subsample, weights_hash
-from model import ModernDecoderLM, write_atomically
-from sft import AdaptConfig, aligned_model, finish, parents, trainer_for, world
-from train import AlreadyFinished, TrainError
+from model import ModernDecoderLM
+from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
+from support.files import write_atomically
+from train import AlreadyFinished, TrainError, run_folder
 
 
 @dataclass
@@ -156,7 +161,8 @@ def pair_log_probs(
 ):  # fmt: skip
     """What is compared: (B) log p(chosen), (B) log p(rejected), and (B, T) log p of the chosen tokens.
 
-    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first difference.
+    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first
+    difference.
     """
     good, other = token_log_probs(model, ids, targets, others.clamp(min=0))
     if bad_ids.shape[1] > 1:
@@ -243,18 +249,8 @@ def fingerprint(pairs: list[Pair]) -> str:
 
 
 @torch.no_grad()
-def reference(
-    model: TextModel, pairs: list[Pair], both: bool, file: Path | None = None, mean: bool = False
-) -> np.ndarray:
-    """(n, 2) log p(chosen), log p(rejected) under the model as it is now; from `file` if that holds them."""
-    key = f"{weights_hash(model.name)} {fingerprint(pairs)} {both}" + " mean" * mean
-    if file is not None and file.exists():
-        with np.load(file) as cache:
-            if str(cache["key"]) != key:
-                raise TrainError(
-                    f"{file} holds log-probabilities of another model or of other pairs; --overwrite"
-                )
-            return cache["values"]
+def reference(model: TextModel, pairs: list[Pair], both: bool, mean: bool = False) -> np.ndarray:
+    """(n, 2) log p(chosen), log p(rejected) under the model as it is now."""
     found, training = np.zeros((len(pairs), 2), np.float32), model.model.training
     model.model.eval()
     for index in model.batch_indices([length_of(p) for p in pairs], "reference"):
@@ -262,15 +258,22 @@ def reference(
         good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors), mean)
         found[index] = torch.stack([good, bad], dim=1).cpu().numpy()
     model.model.train(training)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(path: Path) -> None:
-            with open(path, "wb") as out:
-                np.savez(out, key=key, values=found)
-
-        write_atomically(file, write)
     return found
+
+
+def read_reference(file: Path, key: str) -> np.ndarray | None:
+    """What `write_reference` has written for the same key; None if that is not there."""
+    try:
+        with np.load(file) as kept:
+            return kept["values"] if str(kept["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_reference(file: Path, key: str, values: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, key=key, values=values)
+    write_atomically(file, lambda path: path.write_bytes(buffer.getvalue()))
 
 
 # -----------------------------------------------------------------------------
@@ -297,13 +300,14 @@ def dpo(cfg: DPOConfig) -> dict:
 
 
 def one_round(cfg: DPOConfig) -> dict:
+    folder = run_folder(cfg)
     model = aligned_model(cfg)
     task = TASKS.get(cfg.data)
     if task and task.metric != "exact_match":
         raise TrainError(
             f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
         )
-    held, folder = [], Path(cfg.out) / cfg.name
+    held = []
     if task:
         model.model.eval()
         problems, data = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
@@ -325,13 +329,12 @@ def one_round(cfg: DPOConfig) -> dict:
     weight = 1.0 if only_nll else cfg.nll
     if not only_nll and not cfg.nll:
         pairs = [p for p in pairs if p.rejected is not None]  # without the log-loss the others teach nothing
-    if cfg.overwrite:
-        (folder / "reference.npz").unlink(missing_ok=True)
-    known = (
-        np.zeros((len(pairs), 2), np.float32)
-        if only_nll
-        else reference(model, pairs, both, folder / "reference.npz", cfg.mean_log_probs)
-    )
+    known, key = np.zeros((len(pairs), 2), np.float32), ""
+    if not only_nll:
+        key = f"{weights_hash(cfg.model)} {fingerprint(pairs)} {both}" + " mean" * cfg.mean_log_probs
+        known = read_reference(folder / "reference.npz", key)
+        if known is None:
+            known = reference(model, pairs, both, cfg.mean_log_probs)
     val_known = reference(model, val_pairs, both=True)
     before = val_known.mean(0)
     chosen_tokens = np.mean([len(p.chosen) for p in val_pairs])
@@ -394,9 +397,17 @@ def one_round(cfg: DPOConfig) -> dict:
         lengths["rejected"] = float(np.mean([len(p.rejected) for p in both_sides]))
         lengths["chosen_longer"] = float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
     about = parents(cfg, model, train=data, pairs=counts, validation=val_counts, lengths=lengths)
+    about |= {"smoke": smoke, "pairs_hash": fingerprint(pairs)}
+
+    def write_files() -> None:
+        write_pairs(folder / "pairs.jsonl", pairs)
+        write_answers(folder / "answers.jsonl", pairs)
+        if not only_nll:
+            write_reference(folder / "reference.npz", key, known)
+
     trainer = trainer_for(
         cfg, model, rows, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens * (1 + both),
-        tokens_per_row=1, epoch=lambda step: step / order.batches, about=about | {"smoke": smoke},
+        tokens_per_row=1, epoch=lambda step: step / order.batches, about=about, on_begin=write_files,
     )  # fmt: skip
     where = f"{cfg.n} answers to each of {counts['problems']:,} problems, " if task else ""
     longer = "" if not both_sides else f", {100 * lengths['chosen_longer']:.0f} % of the chosen are longer"
@@ -404,10 +415,9 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
-    write_pairs(folder / "pairs.jsonl", pairs)
-    write_answers(folder / "answers.jsonl", pairs)
-    trainer.made_before = ("pairs.jsonl", "answers.jsonl", "reference.npz")
-    return finish(cfg, trainer.run_all_steps())
+    if data.get("left_out"):
+        trainer.say(f"{cfg.data}: {data['left_out']:,} rows without text, or with equal sides, were left out")
+    return train_and_merge(cfg, trainer)
 
 
 def turn(answer: str) -> list[dict]:
@@ -434,7 +444,6 @@ def write_answers(file: Path, pairs: list[Pair]) -> None:
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
 
@@ -449,9 +458,7 @@ def main() -> None:
         print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"dpo.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,11 +20,14 @@ ones, and one more run to see whether that comes true; `shapes`, what larger mod
 out/experiments/CORPUS/experiments.json, and a table to the terminal.
 """
 
+from support.terminal import run_script
+
 import json
 import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,10 +54,12 @@ from model import (
     kv_cache_bytes,
     write_atomically,
 )
+from support.processes import worker_pool
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 from train import (
     FREE_TO_CHANGE,
     TrainConfig,
+    TrainError,
     git_commit,
     hardware,
     model_config,
@@ -98,6 +103,7 @@ class ExperimentConfig:
     tasks: str = "sentiment,arithmetic"  # of the family `transfer`
     jobs: int = 0  # runs at a time, each with one thread; 0: one a core, and one on a CUDA card
     device: str = "auto"  # cuda, cpu, ...
+    wandb: str = ""  # also log the runs to this Weights & Biases project
     out: str = "out"  # folder that holds everything the project makes
 
 
@@ -177,6 +183,8 @@ def home_of(cfg: ExperimentConfig) -> Path:
 def run_of(home: Path, name: str, file: str, flags: list[str], seed: int, cfg: ExperimentConfig) -> Run:
     folder = home / f"{name}-s{seed}"
     flags = [*flags, f"--out={cfg.out}", f"--name={folder.relative_to(cfg.out)}"]
+    if cfg.wandb:
+        flags.append(f"--wandb={cfg.wandb}")
     return Run(name, os.path.normpath(FOLDER / file), flags, seed, folder)
 
 
@@ -212,57 +220,97 @@ def size_flags(layers: int, width: int, budget: float) -> list[str]:
     ]
 
 
-def finished(run: Run) -> bool:
-    """Whether the run's folder holds what this command would make."""
-    file = run.folder / "run.json"
-    if not file.exists():
-        return False
-    found, kind = read_json(file), SETTINGS[run.script]
-    if found["status"] != "finished":
-        return False
-    wanted, free = (
-        parse_config(kind, "", run.words()),
-        {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens"},
-    )
+def found_in(run: Run) -> dict | None:
+    """run.json of this very run, finished or not; None if there is none, or only that of another run."""
+    file, kind = run.folder / "run.json", SETTINGS[run.script]
+    try:
+        found = read_json(file) if file.exists() else {}
+    except TrainError:  # damaged
+        return None
+    if not found:
+        return None
+    wanted = parse_config(kind, "", run.words())
+    free = {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens"}
     if kind is FinetuneConfig:
         free |= {"max_steps", "context_length"}  # worked out by the run
-        if "evaluation" not in found or found["parent_hash"] != weights_hash(wanted.model):
-            return False
-    same = {f.name for f in fields(kind)} - free
-    return all(found["settings"].get(k) == getattr(wanted, k) for k in same)
+        if found.get("parent_hash") != weights_hash(wanted.model):
+            return None
+    have, same = found.get("settings", {}), {f.name for f in fields(kind)} - free
+    if any(have.get(name) != getattr(wanted, name) for name in same):
+        return None
+    batch = have.get("batch_size", 0) * have.get("grad_accum_steps", 0)
+    return found if batch == wanted.batch_size * wanted.grad_accum_steps else None
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's folder holds what this command would make."""
+    found = found_in(run)
+    done = found is not None and found["status"] == "finished"
+    return done and (run.script != "finetune.py" or "evaluation" in found)
+
+
+def log_of(run: Run) -> Path:
+    """What the run printed: beside its folder, since --overwrite empties that."""
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def way_to_start(run: Run) -> str:
+    if not (run.folder / "run.json").exists():
+        return "new"
+    return "resume" if found_in(run) else "overwrite"
+
+
+def start(run: Run, overwrite: bool, env: dict[str, str]) -> subprocess.Popen:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / run.script), *run.words()]
+    command += ["--overwrite"] if overwrite else []
+    with open(log_of(run), "a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
+        # A session of its own: Ctrl-C in the terminal is passed on once, by us.
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+
+
+def last_line(run: Run, status: int) -> str:
+    """The end of what the run printed: its result, or why it failed."""
+    lines = log_of(run).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if status == -signal.SIGKILL:
+        return "killed (SIGKILL), most likely because the machine ran out of memory: fewer --jobs need less"
+    if status < 0:
+        return f"ended by signal {-status}"
+    return lines[-1]
 
 
 def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
     """Trains those that are not finished, `jobs` at a time; {folder: why it failed}.
 
-    Ctrl-C reaches the runs, which end as they do by hand, and then this process.
+    A run that was begun goes on from its checkpoint; if it cannot, it starts anew. Ctrl-C reaches the runs,
+    which end as they do by hand, and then this process.
     """
-    waiting, running, failed = [r for r in runs if not finished(r)], {}, {}
+    waiting, running, failed = [(r, way_to_start(r)) for r in runs if not finished(r)], {}, {}
     if waiting:
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished; {jobs} at a time", flush=True)
-    todo, env = len(waiting), os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    todo, env = len(waiting), os.environ | {"END_WITH_PARENT": str(os.getpid())}
+    if jobs > 1:
+        env["OMP_NUM_THREADS"] = "1"
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                run.folder.mkdir(parents=True, exist_ok=True)
-                again = ["--overwrite"] if (run.folder / "run.json").exists() else []
-                command = [sys.executable, str(ROOT / run.script), *run.words(), *again]
-                with open(run.folder / "log.txt", "w") as log:
-                    # A session of its own: Ctrl-C in the terminal is passed on once, by us.
-                    process = subprocess.Popen(
-                        command, stdout=log, stderr=log, env=env, start_new_session=True
-                    )
-                running[process] = run
+                run, way = waiting.pop(0)
+                running[start(run, way == "overwrite", env)] = run, way
             for process in [p for p in running if p.poll() is not None]:
-                run = running.pop(process)
-                last = (run.folder / "log.txt").read_text().strip().split("\n")[-1]
+                run, way = running.pop(process)
+                last = last_line(run, process.returncode)
+                if process.returncode > 0 and way == "resume":
+                    print(f"{run.name}, seed {run.seed}, cannot go on ({last}); it starts anew", flush=True)
+                    waiting.insert(0, (run, "overwrite"))
+                    continue
                 done = todo - len(waiting) - len(running)
                 print(f"[{done}/{todo}] {run.name}, seed {run.seed}: {last}", flush=True)
                 if process.returncode:
                     failed[str(run.folder)] = last
             time.sleep(0.1)
-    except KeyboardInterrupt:
+    except BaseException:
         for process in running:
             process.send_signal(signal.SIGINT)
         for process in running:
@@ -274,11 +322,25 @@ def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
 def prepare_tokens(runs: list[Run]) -> None:
     """A tokenizer and token files for each vocabulary, before runs need them side by side."""
     folders = {tokens_folder(settings_of(r.words())): r for r in runs if r.script == "train.py"}
+    env = os.environ | {"END_WITH_PARENT": str(os.getpid())}
     for folder, run in folders.items():
-        if not (folder / "validation.json").exists():
+        if not has_tokens(folder):
             c = settings_of(run.words())
             flags = [f"--{key}={getattr(c, key)}" for key in ("corpus", "vocab_size", "out")]
-            subprocess.run([sys.executable, str(ROOT / "tokenizer.py"), run.config, *flags], check=True)
+            command = [sys.executable, str(ROOT / "tokenizer.py"), run.config, *flags]
+            if status := subprocess.run(command, env=env).returncode:
+                raise ConfigError(f"{folder}: tokenizer.py ended with status {status}; see above")
+
+
+def has_tokens(folder: Path) -> bool:
+    """Whether a run can read them. If not, tokenizer.py makes what is missing."""
+    try:
+        tokenizer = Tokenizer.load(folder)
+        for split in ("train", "validation"):
+            open_tokens(folder, split, tokenizer)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # -----------------------------------------------------------------------------
@@ -772,8 +834,11 @@ def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
 
 def costs(device: torch.device) -> dict:
     """`cost` of every shape, each in a process of its own, whose memory starts at nothing."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {name: pool.apply(cost, (*shape, str(device))) for name, shape in SHAPES.items()}
+    spawn, found = multiprocessing.get_context("spawn"), {}
+    for name, shape in SHAPES.items():
+        with worker_pool(1, "--only of other families", spawn) as pool:
+            found[name] = pool.submit(cost, *shape, str(device)).result()
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -898,10 +963,14 @@ def experiment(cfg: ExperimentConfig) -> dict:
     failed |= train_all([r for r in runs if r.script != "train.py"], jobs)
     compared_with = {"baseline", *(name for family in families.values() for name in family)}
     names = list(dict.fromkeys(r.name for r in runs if r.name in compared_with))
+    measured = measure(cfg, runs, families)
+    check = measured.get("scaling", {}).get("check", {})
+    if "failed" in check:
+        failed["scaling-check"] = check["failed"]
     found = {
         "corpus": cfg.corpus, "quick": cfg.quick, "seeds": 1 if cfg.quick else cfg.seeds, "jobs": jobs,
         "families": families, "experiments": {name: compared(name, runs, failed) for name in names},
-        "measured": measure(cfg, runs, families),
+        "measured": measured, "failed": failed,
         "git": git_commit(), "versions": versions(), "hardware": hardware(pick_device(cfg.device)),
         "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
@@ -915,12 +984,13 @@ def experiment(cfg: ExperimentConfig) -> dict:
 def main() -> None:
     cfg = parse_config(ExperimentConfig, __doc__)
     try:
-        experiment(cfg)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        found = experiment(cfg)
+        if found["failed"]:
+            lines = [f"  {folder}: {why}" for folder, why in found["failed"].items()]
+            raise ConfigError("\n".join(["these runs failed, their output is in FOLDER.log:", *lines]))
+    except (ValueError, OSError) as error:
         raise SystemExit(f"experiments.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,8 @@ was at the end (nothing is chosen by the validation split), run.json with its re
 predictions.jsonl with all it answered. Training, resuming and logging are train.py's Trainer.
 """
 
+from support.terminal import run_script
+
 import bisect
 import contextlib
 import hashlib
@@ -28,12 +30,10 @@ import math
 import multiprocessing
 import os
 import pickle
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -46,22 +46,16 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
-from model import ModernDecoderLM, from_hf_config, from_tensors, write_atomically, write_generation_config
+from model import ModernDecoderLM, from_hf_config, from_tensors, write_generation_config
 from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
-from support.hub import HubTokenizer
-from support.hub import generate as hub_generate
+from support.files import write_atomically, write_folder_atomically
+from support.hub_models import HubTokenizer
+from support.hub_models import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
 from support.model_card import write_model_card
-from tokenizer import (
-    CHAT_TEMPLATE,
-    EOT,
-    ROLES,
-    SPECIAL_TOKENS,
-    ForeignTokenizer,
-    Tokenizer,
-    become_worker,
-    map_ahead,
-)
+from support.processes import become_worker, worker_pool
+from support.tables import read_jsonl
+from tokenizer import CHAT_TEMPLATE, EOT, ROLES, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer, map_ahead
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -71,8 +65,9 @@ from train import (
     pick_device,
     pick_dtype,
     read_json,
-    read_jsonl,
+    run_folder,
     tqdm,
+    weights_hash,
 )
 
 
@@ -337,7 +332,7 @@ class TextModel:
     # ---- files
 
     def save(self, folder: Path) -> None:
-        """Writes the model (of PEFT's, the adapter alone) and its tokenizer, with the chat template it learnt."""
+        """Writes the model (of PEFT's, the adapter alone) and its tokenizer with its chat template."""
         ids = generation_ids(self)
         if self.ours:
             self.model.save_pretrained(folder, **ids)
@@ -479,7 +474,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
             return
         _work = work
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_work) as pool:
+        with worker_pool(workers, "OMP_NUM_THREADS=1", context, begin_work) as pool:
             for result in map_ahead(pool, call_work, items, ahead=2 * workers):
                 yield result
                 bar.update()
@@ -791,15 +786,6 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
     return model.merge_and_unload() if merge else model
 
 
-def weights_hash(name: str) -> str | None:
-    """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else None
-
-
 def task_of(name: str) -> str | None:
     """The task that a run folder was tuned on."""
     run = Path(name) / "run.json"
@@ -876,6 +862,7 @@ def sampled(
 
     They are kept in the model's folder, in samples/, and read from there when the same model is asked the
     same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
+    So does a file that does not hold these questions in this order: it is only a cache.
     """
     task, folder = find_task(name), Path(model.name)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
@@ -884,9 +871,12 @@ def sampled(
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
     asked = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
     file = folder / "samples" / f"{name}-{split}-{n}x-{asked}.jsonl"
-    if file.exists():
-        return [row["samples"] for row in read_jsonl(file)]
     n = 1 if temperature == 0 else n
+    known = read_jsonl(file)
+    if [row.get("question") for row in known] == [e.text for e in examples]:
+        answers = [row.get("samples") for row in known]
+        if all(isinstance(some, list) and len(some) == n for some in answers):
+            return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )
@@ -1201,6 +1191,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     text_model = build(cfg)
     kind = text_model.kind
     cfg.name = cfg.name or default_name(cfg)
+    run_folder(cfg)  # refuses a name that cannot be
     rows, lost = tokenise(text_model, cfg.task, train)
     watched = subsample(validation, cfg.eval_examples, cfg.seed)
     val_rows, val_lost = tokenise(text_model, cfg.task, watched)
@@ -1303,21 +1294,21 @@ def origin(name: str) -> dict:
 
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
-    target, temporary = folder / "merged", folder / ".merged.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     kind = kind_of(str(folder), read_config(str(folder)))
     model = with_adapter(str(folder), kind, merge=True)
     ids = folder / "generation_config.json"
     if ids.exists():  # a chat stops elsewhere than its base
         set_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
-    model.save_pretrained(temporary)
-    load_tokenizer(str(folder), ours=False).inner.save_pretrained(temporary)
     run = read_json(folder / "run.json")
     about = {key: run[key] for key in ("chat", "task", "smoke", "seconds", "results") if key in run}
     about |= {"status": "finished", "stage": "merge", "settings": {"task": run.get("task")}}
-    write_run(temporary, origin(str(folder)) | about)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        load_tokenizer(str(folder), ours=False).inner.save_pretrained(target)
+        write_run(target, origin(str(folder)) | about)
+
+    write_folder_atomically(folder / "merged", write)
 
 
 def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:
@@ -1378,9 +1369,7 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"finetune.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,8 @@ litgpt, on one thread of a CPU. `data`: megabytes tokenised a second and core. M
 interleaved.
 """
 
+from support.terminal import run_script
+
 import contextlib
 import copy
 import gc
@@ -433,9 +435,7 @@ def main() -> None:
         measure(parse_config(HardwareConfig, __doc__))
     except (ValueError, OSError) as error:
         raise SystemExit(f"hardware.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,7 +3,8 @@
 Read it from top to bottom. It starts with the equations as small functions (softmax, cross-entropy, RMSNorm,
 RoPE, attention), builds the layers out of them (attention with grouped queries, SwiGLU, mixture of experts),
 stacks the layers into `ModernDecoderLM`, and ends with the key-value cache, sampling, Hugging Face's file
-format, and the arithmetic of parameters, FLOPs and memory. It needs torch and nothing else of this project.
+format, and the arithmetic of parameters, FLOPs and memory. It needs torch and, to write
+files, support/files.py.
 
     config = ModelConfig(n_layers=6, d_model=288, n_heads=6, vocab_size=4096)
     model = ModernDecoderLM(config)
@@ -21,7 +22,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from support.files import write_atomically
 
 
 @dataclass
@@ -69,6 +71,12 @@ class ModelConfig:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
             if name in ("vocab_size", "context_length", "n_layers", "d_model", "n_heads") and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+            if isinstance(value, int | float) and not 0 <= value < math.inf:  # also false for nan
+                raise ValueError(f"{name}={value} must be a finite number, at least 0")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout} must be below 1: it is the share that is set to 0")
+        if self.rope_theta < 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must be at least 1, usually 10000 or more")
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if not self.head_dim:
             if self.d_model % self.n_heads:
@@ -582,7 +590,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config)  # Llama's name: the norm that comes after attention
         self.mlp = make_ffn(config)
-        self.p = config.dropout
+        self.config = config
 
     def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None) -> Tensor:
         """x (B, T, d) -> (B, T, d); the other arguments are `Attention.forward`'s."""
@@ -593,7 +601,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p) if self.p and self.training else x
+        return F.dropout(x, self.config.dropout) if self.config.dropout and self.training else x
 
 
 # -----------------------------------------------------------------------------
@@ -652,6 +660,12 @@ class ModernDecoderLM(nn.Module):
             return
         table = rope_angles(torch.arange(c.context_length, device=device), c.head_dim, c.rope_theta)
         self.register_buffer("rope", torch.stack(table), persistent=False)
+
+    def set_dropout(self, p: float) -> None:
+        """The dropout of a model that was loaded, everywhere: all layers read it from this one config."""
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout={p} must be at least 0 and below 1: it is the share that is set to 0")
+        self.config.dropout = p
 
     @property
     def head(self) -> Tensor:
@@ -1370,18 +1384,6 @@ def from_hf_tensors(c: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tens
     return theirs
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` makes a temporary file that takes the place of `path` only when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None:
     """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically.
 
@@ -1444,7 +1446,7 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
 def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModernDecoderLM:
     """The model of a checkpoint's tensors, under the names that they have on disk, in evaluation mode.
 
-    Raises ValueError if tensors are missing, too many or of another shape; `source` names the checkpoint there.
+    Raises ValueError, which names the `source`, if tensors are missing, too many or of another shape.
     """
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)

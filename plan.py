@@ -13,6 +13,8 @@ Memory is the most that a training step holds, by `estimate_memory`; on a CPU 0.
 What will be downloaded and written has to fit on the disk, or there is an error before anything has begun.
 """
 
+from support.terminal import run_script
+
 import contextlib
 import os
 import shlex
@@ -551,4 +553,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

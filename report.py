@@ -14,7 +14,10 @@ A section is a function from the home folder to a list of blocks: Text, Table, F
 written from the same blocks, so that they cannot disagree.
 """
 
+from support.terminal import run_script
+
 import base64
+import contextlib
 import csv
 import html
 import io
@@ -24,7 +27,9 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections import deque
+import sys
+import time
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +42,7 @@ from matplotlib.ticker import MaxNLocator
 from configs import ConfigError, parse_config
 from data import TASKS, proportion
 from errors import KINDS
+from support.tables import read_jsonl
 
 
 @dataclass
@@ -106,21 +112,6 @@ def read_json(file: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSON-lines file; what cannot be read, such as a last line cut off, is left out."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [x for x in found if isinstance(x, dict)]
 
 
 def run_folders(home: Path) -> list[Path]:
@@ -213,7 +204,7 @@ def training(home: Path) -> list[Block]:
     rows, drawn, alike = [], deque(maxlen=CURVES), {}  # long runs are not kept in memory
     planned = {x[0].removeprefix("finetune-"): float(x[2]) for x in columns_of(home / "plan.tsv")}
     for folder in run_folders(home):
-        run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+        run, lines = read_json(folder / "run.json"), read_jsonl(folder / "metrics.jsonl")
         steps = [x for x in lines if "tokens_per_second" in x]
         last, best = ((run.get("results") or {}).get(key, {}) for key in ("last", "best"))
         loss = [f"{x['val_loss']:.4f} at {x['step']:,}" if "val_loss" in x else "" for x in (last, best)]
@@ -344,7 +335,7 @@ def samples(home: Path) -> list[Block]:
     """What it says: the same prompts by checkpoint, and by stage."""
     blocks: list[Block] = []
     for folder in run_folders(home):
-        lines = [x for x in read_lines(folder / "samples.jsonl") if "text" in x]
+        lines = [x for x in read_jsonl(folder / "samples.jsonl") if "text" in x]
         if lines:
             rows = [[x.get("step", ""), shorten(x.get("prompt", "")), shorten(x["text"])] for x in lines]
             blocks += [Text(f"**{folder.name}** while it was trained:")]
@@ -461,7 +452,7 @@ def failures(home: Path) -> list[Block]:
         last = {}  # of a task's evaluations: with more examples in the prompt, or with many answers
         for key, e in found.items():
             if isinstance(e, dict) and e.get("task") in TASKS:
-                records = read_lines(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
+                records = read_jsonl(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
                 if records := [r for r in records if "kinds" in r]:
                     last[e["task"], e["split"]] = records, e
         for (task, split), (records, entry) in last.items():
@@ -562,7 +553,7 @@ def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
 
 def violations(folder: Path) -> list[Block]:
     """Held-out pairs that a model which learnt preferences moved the wrong way, the worst first."""
-    found = read_lines(folder / "violations.jsonl")
+    found = read_jsonl(folder / "violations.jsonl")
     of = read_json(folder / "run.json").get("data", {}).get("validation", {}).get("pairs")
     if not found or not of:
         return []
@@ -952,7 +943,7 @@ def comparison(folders: list[Path]) -> list[Block]:
         blocks.append(
             Table("settings", ["setting", *names], [[k, *(s.get(k, "") for s in settings)] for k in differ])
         )
-    lines = {folder: read_lines(folder / "metrics.jsonl") for folder in folders}
+    lines = {folder: read_jsonl(folder / "metrics.jsonl") for folder in folders}
     drawn = [(f.name, [x for x in some if "val_loss" in x], thinned([x for x in some if "loss" in x]))
              for f, some in lines.items()]  # fmt: skip
     blocks.append(overlaid("comparison", drawn))
@@ -1066,7 +1057,7 @@ def log(home: Path) -> str:
     """
     out, summary, entries = ["# Experiments", ""], [], []
     for folder in run_folders(home):
-        run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+        run, lines = read_json(folder / "run.json"), read_jsonl(folder / "metrics.jsonl")
         settings, best = run.get("settings", {}), (run.get("results") or {}).get("best", {})
         loss = f"{best['val_loss']:.4f}" if "val_loss" in best else ""
         said, todo = observations(lines)
@@ -1344,6 +1335,23 @@ def write(folder: Path, title: str, sections: dict[str, list[Block]]) -> Path:
     return folder / "index.html"
 
 
+def what_was_written(folder: Path, since: float) -> list[str]:
+    """Which files of the folder are newer than `since` (seconds), and which of them git shows as changed."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.stat().st_mtime >= since]
+    kinds = Counter({".png": "figures", ".csv": "tables"}.get(f.suffix, "pages") for f in files)
+    counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    lines = [f"wrote {len(files)} files in {folder}/: {counts}"]
+    git = ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "."]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(git, capture_output=True, text=True, errors="replace", timeout=30, check=True)
+        if changed := found.stdout.splitlines():
+            lines.append(
+                f"{len(changed)} of them are tracked by git and have changed: git diff --stat {folder}"
+            )
+            lines.append(f"to have the committed ones back: git checkout {folder}")
+    return lines
+
+
 def main() -> None:
     cfg = parse_config(ReportConfig, __doc__)
     home = Path(cfg.home)
@@ -1363,14 +1371,16 @@ def main() -> None:
                 raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {known}")
             chosen = {h: s for h, s in SECTIONS.items() if not wanted or s.__name__ in wanted}
             sections = {heading: section(home) for heading, section in chosen.items()}
+        before = time.time() - 1  # a file system's clock may be a little behind
         page = write(to, "Modern LLM: report", sections)
         if not (cfg.compare or cfg.only):
             (to / "experiments.md").write_text(log(home), encoding="utf-8")
             write_paper(to / "paper", "The whole life of a small language model", paper(home, sections))
+        print("\n".join(what_was_written(to, before)), file=sys.stderr)
         print(page)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"report.py: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

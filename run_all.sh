@@ -19,7 +19,7 @@ cd "$(dirname "$0")"
 
 OUT=${OUT:-out}
 VENV=.venv
-anew= planning=
+planning= planned=
 
 main() {
     local profile=${1:-}
@@ -46,7 +46,7 @@ main() {
         return
     fi
     if [ -z "$profile" ]; then
-        profile=$(python -c "import torch; print('speedrun' if torch.cuda.is_available() else 'cpu')")
+        profile=$(python -m support.machine) || exit $?
     fi
     local stages=() for_plan=() config=configs/$profile.py run word unplanned=
     for word in "$@"; do
@@ -146,6 +146,7 @@ set_up() {
         echo "$stamp" >>"$VENV/installed"
     fi
     export PATH="$PWD/$VENV/bin:$PATH" PYTHONUNBUFFERED=1
+    export END_WITH_PARENT=$$ # so that even kill -9 of this script leaves no training behind
 }
 
 test_everything() {
@@ -153,27 +154,46 @@ test_everything() {
     python -m pytest -q "$@"
 }
 
+# The stage whose result NAME reads: once that has begun again, what NAME made before is out of date.
+stage_before() {
+    case "$1" in
+        tokenizer) ;;
+        pretrain) echo tokenizer ;;
+        dpo) echo sft ;;
+        verifier) echo dpo ;;
+        eval-life) echo verifier ;;
+        eval-sentiment | eval-sst2 | eval-samsum | eval-gsm8k) echo "finetune-${1#eval-}" ;;
+        *) echo pretrain ;;
+    esac
+}
+
 # stage NAME RESULT COMMAND...: runs the command unless it has run with these configs and its RESULT is there.
 stage() {
-    local name=$1 result=$2 begun=$SECONDS mark status=0
+    local name=$1 result=$2 begun=$SECONDS mark status=0 stamp=$OUT/stamps/$1 run_json=${2%/*}/run.json
+    local before begun_before
+    before=$(stage_before "$name")
+    begun_before=$OUT/stamps/$before.begun
     shift 2
     case "${SEED:+$2}" in train.py | finetune.py | sft.py | dpo.py | verifier.py) set -- "$@" --seed="$SEED" ;; esac
     local log=$OUT/logs/$name.log
     mark=$({ echo "$*"; cat "$config"; case "${3:-}" in configs/*) cat "$3" ;; esac } | cksum)
     [ -n "$planning" ] || echo
-    if [ -z "$anew" ] && [ -e "$result" ] && [ "$(cat "$OUT/stamps/$name" 2>/dev/null)" = "$mark" ]; then
-        [ -n "$planning" ] || echo "== $name: done before (its output: $log; to repeat it: rm $OUT/stamps/$name)"
+    if [ -e "$result" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$mark" ] && [ ! "$begun_before" -nt "$stamp" ] &&
+        [[ " $planned" != *" $before "* ]]; then
+        [ -n "$planning" ] || echo "== $name: done before (its output: $log; to repeat it: rm $stamp)"
         return
     fi
     if [ -n "$planning" ]; then
         printf '%s\t%s\n' "$name" "$*"
-        anew=yes
+        planned+="$name "
         return
     fi
-    # What was tuned from a model that has just been trained anew starts anew, too.
-    case "$anew $2" in yes\ finetune.py | yes\ sft.py | yes\ dpo.py | yes\ verifier.py) set -- "$@" --overwrite ;; esac
+    # What was tuned from a model that has been trained anew since then starts anew, too.
+    case $2 in finetune.py | sft.py | dpo.py | verifier.py)
+        [ ! -e "$run_json" ] || [ ! "$begun_before" -nt "$run_json" ] || set -- "$@" --overwrite ;;
+    esac
     echo "== $name: $*"
-    anew=yes # whatever follows from this stage is out of date
+    rm -f "$stamp" && touch "$stamp.begun" # also if we are killed, what follows from this stage is out of date
     # A terminal keeps its progress bar; without one, what would go there goes to the log.
     if [ -t 2 ]; then "$@" | tee -i "$log" || status=$?; else "$@" 2>&1 | tee -i "$log" || status=$?; fi
     if [ $status -ne 0 ]; then
@@ -182,7 +202,7 @@ stage() {
         echo "run_all.sh: to go on from there: bash run_all.sh $profile" >&2
         exit $status
     fi
-    echo "$mark" >"$OUT/stamps/$name"
+    echo "$mark" >"$stamp"
     local word words=() # what has a space was in quotes
     for word in "$@"; do case "$word" in *\ *) words+=("\"$word\"") ;; *) words+=("$word") ;; esac done
     printf '%s\t%s\t%s\n' "$name" $((SECONDS - begun)) "${words[*]}" >>"$OUT/ledger.tsv"

@@ -19,6 +19,8 @@ data.py (`storyworld@300`) is read as in pretraining, every token trained on, so
 It reads a model and writes a run folder, out/NAME, as training does: the best by validation loss.
 """
 
+from support.terminal import run_script
+
 import os
 import re
 from collections.abc import Callable
@@ -61,7 +63,7 @@ from finetune import (
 )
 from model import ModernDecoderLM
 from support.chat_template import TemplateError
-from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device
+from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device, run_folder
 
 
 @dataclass
@@ -199,7 +201,7 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
         model = load_model(cfg.model, pick_device(cfg.device))
         model.model.unpack()
         if cfg.dropout >= 0:
-            model.model.config.dropout = cfg.dropout
+            model.model.set_dropout(cfg.dropout)
         if getattr(cfg, "chat_tokens", False):
             model.tokenizer, _ = add_chat_tokens(model.model, model.tokenizer)
     limit = cfg.context_length or min(1024, model.context_length)
@@ -217,10 +219,18 @@ def parents(cfg: AdaptConfig, model: TextModel, **data) -> dict:
     return origin(cfg.model) | {"chat": True, "data": data | {"tokenizer": model.tokenizer.hash}}
 
 
-def finish(cfg: AdaptConfig, run: dict) -> dict:
-    """After the last step: with --merge, base and adapter as one model."""
-    if cfg.merge and int(os.environ.get("RANK", 0)) == 0:
-        merge(Path(cfg.out) / cfg.name)
+def train_and_merge(cfg: AdaptConfig, trainer: Trainer) -> dict:
+    """All steps and then, with --merge, base and adapter as one model. If a process was killed before it had
+    merged, the next one does it.
+    """
+    try:
+        run = trainer.run_all_steps()
+    except AlreadyFinished as finished:
+        if not cfg.merge or (trainer.folder / "merged").exists():
+            raise
+        run = finished.run
+    if cfg.merge and trainer.rank == 0:
+        merge(trainer.folder)
     return run
 
 
@@ -234,7 +244,9 @@ def mixture(text: str) -> list[tuple[str, int, float]]:
     """
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, count, weight = re.fullmatch(r"(.+?)(?:@(\d+))?(?::(\d*\.?\d+))?", part).groups()
+        name, count, weight = re.fullmatch(r"(.+?)(?:@(-?\d+))?(?::(\d*\.?\d+))?", part).groups()
+        if count and int(count) < 0:
+            raise TrainError(f"--data={text}: the number after @ must be 0 (all) or more")
         found.append((name, int(count or 0), float(weight or 0)))
     weights = [weight for _, _, weight in found]
     if not found or (any(weights) and not all(weights)):
@@ -247,10 +259,11 @@ def source_rows(model: TextModel, source: str, split: str, count: int) -> tuple[
     left out; and the source, for a run's record.
     """
     if source in (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys():
-        texts = islice(documents(source, split), count or None)
+        about = corpus_info(source, split)
+        texts = islice(documents(source, split, about=about), count or None)
         whole = ([model.eos, *model.encode(text), model.eos] for text in texts)
         rows = [(ids[: model.context_length], [True] * min(len(ids), model.context_length)) for ids in whole]
-        return rows, 0, corpus_info(source, split)
+        return rows, 0, about
     chats, about = load_conversations(source, split)
     if source in TASKS and split == "train":
         test = (e.text for e in load_task(source, "test")[0])
@@ -295,6 +308,7 @@ def marked(model: TextModel, row: Row) -> str:
 
 def sft(cfg: SFTConfig) -> dict:
     """Trains; returns run.json."""
+    run_folder(cfg)  # refuses a name that cannot be, before the work begins
     model = aligned_model(cfg)
     rows, shares, val_rows, data, lost = [], [], [], {}, 0
     for source, count, weight in mixture(cfg.data):
@@ -343,8 +357,11 @@ def sft(cfg: SFTConfig) -> dict:
     )
     if lost:
         trainer.say(f"{lost} conversations were left out: longer than {model.context_length} tokens")
+    for source, parts in data.items():
+        if parts["train"].get("left_out"):
+            trainer.say(f"{source}: {parts['train']['left_out']:,} rows without text were left out")
     trainer.say(f"one of them, what is trained on in brackets: {marked(model, rows[0])}")
-    return finish(cfg, trainer.run_all_steps())
+    return train_and_merge(cfg, trainer)
 
 
 def world() -> int:
@@ -365,9 +382,7 @@ def main() -> None:
         print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"sft.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

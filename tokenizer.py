@@ -15,20 +15,20 @@ which `transformers.AutoTokenizer` loads too, and a `.bin` and a `.json` for eac
 is not made again.
 """
 
+from support.terminal import run_script
+
 import gzip
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -37,6 +37,8 @@ from pathlib import Path
 
 from configs import parse_config
 from data import DataError, corpus_info, documents
+from support.processes import alone_in, without_interrupts, worker_pool
+from support.tables import valid
 
 # <|endoftext|> stands between documents, and serves transformers as bos, eos and pad. The others make a chat:
 # <|user|>Hello!<|end|><|assistant|>Hi.<|end|>
@@ -117,11 +119,6 @@ def last_seam(text: str, special_tokens: tuple[str, ...] = ()) -> int:
     return cut
 
 
-def valid(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates, which JSON can hold ("\\ud800") and UTF-8 cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def count_words(pattern: str, special_tokens: tuple[str, ...], texts: list[str]) -> Counter:
     """How often each word, that is each piece that `pattern` cuts, occurs between special tokens.
 
@@ -153,18 +150,10 @@ def count_all_words(texts: Iterable[str], pattern: str, special_tokens: tuple[st
         for batch in chain(head, batches):
             words.update(count(batch))
         return words
-    with ProcessPoolExecutor(workers, initializer=become_worker) as pool:
+    with worker_pool(workers, remedy="--workers=1") as pool:
         for part in map_ahead(pool, count, chain(head, batches), ahead=2 * workers):
             words.update(part)
     return words
-
-
-def become_worker() -> None:
-    """Leave Ctrl-C to the parent; and when the parent is gone, even by kill -9, go too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -185,7 +174,8 @@ def map_ahead(pool, function, items: Iterable, ahead: int) -> Iterator:
     waiting = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            with without_interrupts():
+                waiting.append(pool.submit(function, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -287,7 +277,7 @@ def learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, byte
         tokens.append(tokens[ord(a)] + tokens[ord(b)])
         turned.append(turned[ord(a)][:-1] + turned[ord(b)])
         born = defaultdict(list)  # new pair -> words, as often as it occurs in each
-        for i in where.pop(pair):
+        for i in dict.fromkeys(where.pop(pair)):  # each word once, however often it has the pair
             pieces = spelled[i].split(pair)
             spelled[i] = new.join(pieces)
             n = frequency[i]
@@ -844,6 +834,11 @@ def open_tokens(folder: str | Path, split: str, tokenizer: "Tokenizer | str | No
 def prepare_tokens(cfg: TokenizerStageConfig) -> tuple[Tokenizer, Path]:
     """The tokenizer and the folder of these settings, after making what is not there yet."""
     folder = tokens_folder(cfg)
+    with alone_in(folder):
+        return make_tokens(cfg, folder), folder
+
+
+def make_tokens(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
     tokenizer = prepare_tokenizer(cfg, folder)
     print(f"{folder}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens)} of them special")
     for split in ("train", "validation", "test"):
@@ -861,13 +856,13 @@ def prepare_tokens(cfg: TokenizerStageConfig) -> tuple[Tokenizer, Path]:
         info |= {"megabytes": most} if most else {}
         if not meta or any(meta.get(k) != info.get(k) for k in ("fingerprint", "megabytes")) or cfg.overwrite:
             start = time.perf_counter()
-            texts = at_most(documents(cfg.corpus, split), 1e6 * (most or float("inf")))
+            texts = at_most(documents(cfg.corpus, split, about=info), 1e6 * (most or float("inf")))
             texts = with_progress(texts, f"encoding {split}")
             meta = write_tokens(tokenizer, texts, folder, split, info, cfg.workers)
             rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"
         per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"
         print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}; {rate}")
-    return tokenizer, folder
+    return tokenizer
 
 
 def prepare_tokenizer(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
@@ -1015,10 +1010,10 @@ def main() -> None:
         bench(cfg) if cfg.bench else prepare_tokens(cfg)
     except KeyboardInterrupt:
         print("interrupted; nothing is half-written, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        raise
     except (DataError, OSError, ValueError) as error:
         sys.exit(f"tokenizer.py: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,11 +21,14 @@ is a (sum, count) pair: gradients are divided by the count of the whole batch, o
 processes, so how a batch is cut never changes the result.
 """
 
+from support.terminal import run_script
+
 import contextlib
 import copy
 import ctypes
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -41,6 +44,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -52,7 +56,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from configs import parse_config
+from configs import check_numbers, parse_config
 from data import bits_per_byte, perplexity
 from model import (
     ModelConfig,
@@ -63,10 +67,11 @@ from model import (
     fastest_products,
     float32_products,
     to_hf_config,
-    write_atomically,
 )
+from support.files import remove_folder, write_atomically, write_folder_atomically
+from support.machine import unusable_gpu
 from support.model_card import write_model_card
-from tokenizer import Tokenizer, TokenizerConfig, open_tokens, tokens_folder
+from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 
 
 @dataclass
@@ -125,10 +130,16 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
 # What may differ when a run is resumed, because it does not change the numbers that training produces.
 FREE_TO_CHANGE = """
-    out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every eval_every
-    eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis baseline
-    overwrite plan measure vram card list bench
+    name out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every
+    eval_every eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis
+    baseline overwrite plan measure vram card list bench
 """.split()  # (batch_size times grad_accum_steps is checked apart)
+
+# A model that was moved is still the same: where run.json has the same hash of the weights, paths may differ.
+PATHS_OF_HASH = {"parent_hash": ("parent", "model", "init_from"), "start_hash": ("start",)}
+
+# Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
+SUBFOLDERS = ("checkpoints", "merged", "samples", "judged")
 
 
 class TrainError(ValueError):
@@ -344,7 +355,8 @@ def peak_flops(device_name: str) -> float | None:
 
 def pick_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card")
+        why = unusable_gpu()
+        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card. {why}".strip())
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is left
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -422,11 +434,11 @@ class Trainer:
         evaluate(model, final)    {"val_loss": ..., ...}, or None
         sample(model)             [{"prompt": ..., "text": ...}, ...], or None
         about                     what run.json should say of data and parent
+        on_begin()                writes the stage's own files, once the folder is known to be this run's
     and, where its model is not one of ours, methods `write_model` and `read_model` of its own.
     """
 
     free_to_change = FREE_TO_CHANGE
-    made_before = ()  # files that a stage wrote before it began: --overwrite leaves them
     alike = False  # every batch has the same shape, see `fastest_products`
     keeps_best = True  # publish the checkpoint with the lowest validation loss; False: the last one
 
@@ -444,22 +456,23 @@ class Trainer:
         epoch: Callable[[int], float] | None = None,
         about: dict | None = None,
         parallel: str = "ddp",
+        on_begin: Callable[[], None] = lambda: None,
     ):
-        least = {"max_steps": 1, "batch_size": 1, "grad_accum_steps": 1, "log_every": 1, "seed": 0}
-        for setting, lowest in least.items():
-            if getattr(cfg, setting) < lowest:
-                raise TrainError(f"--{setting}={getattr(cfg, setting)} must be at least {lowest}")
+        defaults = {f.name: f.default for f in fields(cfg)}
+        defaults["max_steps"] = None  # 0, "as many as the epochs have", was replaced by their number
+        check_numbers(asdict(cfg), defaults)
         self.cfg, self.rows, self.loss, self.evaluate, self.sample = cfg, rows, loss, evaluate, sample
-        self.tokenizer, self.epoch, self.about = tokenizer, epoch, about or {}
+        self.tokenizer, self.epoch, self.about, self.on_begin = tokenizer, epoch, about or {}, on_begin
         self.flops_per_row, self.tokens_per_row = flops_per_row, tokens_per_row
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.sharded = parallel == "fsdp" and self.world > 1
-        self.folder = Path(cfg.out) / cfg.name
+        self.folder = run_folder(cfg)
         self.batch = cfg.batch_size * cfg.grad_accum_steps * self.world  # rows of one optimizer step
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
-        self.step, self.seconds, self.skipped, self.best = 0, 0.0, 0, None
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.best, self.last = None, None  # evaluations: the one with the lowest loss, and the newest
         self.window, self.last_loss = [0.0, 0], math.nan  # loss sum and count since the last logged line
         self.logged, self.rate = (0, 0.0), 0.0  # step and seconds of that line, tokens a second until then
         self.said = time.monotonic()  # when a line was last printed
@@ -488,7 +501,9 @@ class Trainer:
             try:
                 totals = self.accumulate(step)
                 break
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.micro_batch == 1 or self.world > 1:  # processes cannot halve it each on its own
                     raise TrainError(
                         f"out of memory with {self.micro_batch} sequences at a time: try a smaller "
@@ -579,12 +594,10 @@ class Trainer:
             result = self.loss(self.compiled, *tensors)
             self.compile_works = True
             return result
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if self.compile_works:
+            if self.compile_works or is_out_of_memory(error):
                 raise
-            self.say(f"torch.compile failed, going on without: {str(error).strip().splitlines()[0][:120]}")
+            self.say(f"torch.compile failed, going on without: {first_line(error)}")
             self.compiled = None
             return self.loss(self.net, *tensors)
 
@@ -633,17 +646,21 @@ class Trainer:
                         self.log_step()
                     improved = evaluates and self.evaluate_now(final=last)
                     if saves or self.stop_agreed or (cfg.save_every and improved):
-                        self.save(improved)
+                        self.save()
                     if self.stop_agreed and self.step < cfg.max_steps:
                         self.write_run(status="interrupted")
                         self.say(f"stopped at step {self.step}; the same command goes on from here")
                         raise SystemExit(128 + (self.stopping or signal.SIGTERM))
-            self.write_run(status="finished")
-            self.write_card()
-        except (TrainError, OSError) as error:
-            if isinstance(error, OSError):
+            self.finish()
+        except (TrainError, OSError, RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                why = f"out of memory: {first_line(error)}"
+                error = TrainError(f"{why}; try a smaller --batch_size, --context_length or model")
+            elif isinstance(error, OSError):
                 why = f"cannot read or write {error.filename or self.folder}: {error.strerror or error}"
                 error = TrainError(f"{why}; the same command goes on when that is mended")
+            elif not isinstance(error, TrainError):
+                raise
             with contextlib.suppress(OSError):
                 if self.opened:
                     self.write_run(status="failed", error=str(error))
@@ -666,10 +683,8 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self.lock = lock(folder)
-            if cfg.overwrite and (folder / "run.json").exists():  # a run, not somebody's home
-                for path in folder.iterdir():
-                    if path.name not in self.made_before:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if cfg.overwrite:
+                remove_run(folder)
         self.barrier()
         if self.sharded:
             self.shard()
@@ -688,26 +703,32 @@ class Trainer:
             self.compiled = torch.compile(self.net)
         asks = ("overwrite", "plan", "measure", "list", "bench")
         settings = {k: v for k, v in asdict(cfg).items() if k not in asks}
+        before = self.run
         self.run = {
             "status": "running",
             "stage": Path(sys.argv[0]).stem,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": settings,
             "changed": [name for name in settings if chosen_by_hand(cfg, name)],
-            "results": self.run.get("results") if self.step else None,
+            "results": {"last": self.last, "best": self.best} if self.best else None,
             **self.about,
             "dtype": str(self.dtype).removeprefix("torch."),
             "processes": self.world,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "tokenizer": self.tokenizer.hash if self.tokenizer else None,
-            "started": self.run.get("started")
+            "started": before.get("started")
             or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "git": git_commit(),
             "versions": versions(),
             "hardware": hardware(self.device),
         }
+        if "wandb" in before:
+            self.run["wandb"] = before["wandb"]
+        if self.rank == 0:
+            self.on_begin()
         self.write_run()
-        self.wandb, self.opened = self.open_wandb(), True
+        self.opened = True
+        self.wandb = self.open_wandb()
 
     def can_go_ahead(self) -> bool:
         """Whether the host may prepare a step before it has seen the result of the one before: on one card,
@@ -798,9 +819,10 @@ class Trainer:
         self.model.train()
         lowest = self.best is None or found["val_loss"] < self.best["val_loss"]
         improved = lowest or not self.keeps_best
+        self.last = {"step": self.step, **found}
         if improved:
-            self.best = {"step": self.step, **found}
-        self.run["results"] = {"last": {"step": self.step, **found}, "best": self.best}
+            self.best = self.last
+        self.run["results"] = {"last": self.last, "best": self.best}
         self.log({"step": self.step, **found, "eval_seconds": round(time.perf_counter() - begun, 2)})
         self.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
         model = self.plain() if self.sample else None
@@ -816,7 +838,7 @@ class Trainer:
 
     # ---- checkpoints
 
-    def save(self, improved: bool) -> None:
+    def save(self) -> None:
         """A checkpoint appears whole or not at all; then the run folder's model is linked to the best one.
 
         It is the same whoever wrote it: shards are gathered, so any number of processes can go on from it.
@@ -824,45 +846,73 @@ class Trainer:
         self.plain()
         state = self.state()
         if self.rank == 0:
-            final = self.folder / "checkpoints" / f"step-{self.step}"
-            temporary = final.with_name(f".{final.name}.tmp")
-            keep_state = self.cfg.save_every or self.step < self.cfg.max_steps  # a stopped run can go on
+            final = checkpoint_of(self.folder, self.step)
+
+            def write(folder: Path) -> None:
+                self.write_model(folder)
+                write_atomically(folder / "state.pt", lambda path: self.write_state(path, state))
+
             try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                self.write_model(temporary)
-                if keep_state:
-                    write_atomically(temporary / "state.pt", lambda path: self.write_state(path, state))
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(temporary, final)
+                write_folder_atomically(final, write)
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(temporary, ignore_errors=True)
-                why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                why = getattr(error, "strerror", None) or first_line(error)
                 raise TrainError(f"cannot save {final}: {why}; {self.last_checkpoint()}") from None
-            published = any((self.folder / f).exists() for f in ("config.json", "adapter_config.json"))
-            if improved or self.best is None or not (keep_state and published):
+            best = self.best_checkpoint()
+            if best == final or not best.exists():
                 self.publish(final)
-            whole = [path for path in checkpoints(self.folder) if step_of(path) <= self.step]
-            keep = whole[-max(1, self.cfg.keep_last) :]
-            for old in checkpoints(self.folder):  # torn ones of later steps, too
-                if old not in keep and not (self.best and old.name == f"step-{self.best['step']}"):
-                    shutil.rmtree(old)
-            if not keep_state:  # --save_every=0: the model stays, its checkpoint goes
-                shutil.rmtree(self.folder / "checkpoints")
+            self.prune()
             self.write_run()
         self.barrier()
 
+    def best_checkpoint(self) -> Path:
+        """Where the checkpoint of the best evaluation is, if there is one; else the one of this step."""
+        return checkpoint_of(self.folder, self.best["step"] if self.best else self.step)
+
+    def prune(self) -> None:
+        """Removes all checkpoints but the best and the last `keep_last` others: if the newest turns out to be
+        damaged, there is one to go back to.
+        """
+        found, best = checkpoints(self.folder), self.best_checkpoint()
+        others = [path for path in found if path != best and step_of(path) <= self.step]  # later: damaged
+        keep = [best, *others[-max(1, self.cfg.keep_last) :]]
+        for path in found:
+            if path not in keep:
+                remove_folder(path)
+
+    def finish(self) -> None:
+        """The end of a run. It may be repeated: what a killed process has not done, the next one does."""
+        self.write_run()
+        if self.rank == 0:
+            self.prune()
+            self.write_card()
+        self.write_run(status="finished")
+        if self.rank == 0:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Removes what killed processes left, and the checkpoints of a finished run with --save_every=0."""
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.run.get("status") == "finished" and not self.run["settings"]["save_every"]:
+            for path in checkpoints(self.folder):
+                remove_folder(path)
+            with contextlib.suppress(OSError):  # not there, or something else is in it
+                (self.folder / "checkpoints").rmdir()
+
     def state(self) -> dict:
         """What an exact resume needs beside the weights: tensors and numbers, so no code to unpickle."""
+        over = self.step == self.cfg.max_steps and not self.cfg.save_every  # no step is left that needs them
+        optimizers = [] if over else self.optimizers
         return {
             "step": self.step,
             "seconds": self.seconds,
             "skipped": self.skipped,
             "best": self.best,
+            "last": self.last,
             "window": self.window,
             "micro_batch": self.micro_batch,
             "batch": self.batch,
-            "optimizers": [gathered(o.state_dict(), keep=self.rank == 0) for o in self.optimizers],
+            "optimizers": [gathered(o.state_dict(), keep=self.rank == 0) for o in optimizers],
             "scaler": self.scaler.state_dict(),
         }
 
@@ -901,77 +951,92 @@ class Trainer:
                 write_atomically(self.folder / file.name, lambda path, file=file: link_or_copy(file, path))
 
     def resume(self) -> None:
-        """Continues the newest checkpoint that is whole, after making sure that it is this run's."""
-        run_file, cfg = self.folder / "run.json", self.cfg
+        """Goes on from the newest checkpoint that can be read, after making sure that it is this run's."""
         found = checkpoints(self.folder)
-        if run_file.exists():
-            self.run = read_json(run_file)
+        if (self.folder / "run.json").exists():
+            self.run = read_json(self.folder / "run.json")
             finished = self.run.get("status") == "finished"
-            before, now = self.run.get("settings", {}), asdict(cfg)
-            changed = [
-                k for k, v in now.items() if k in before and before[k] != v and k not in self.free_to_change
-            ]
-            begun = found or finished
-            if begun and changed:
-                what = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in changed)
-                raise TrainError(
-                    f"{self.folder} was begun with other settings ({what}). Take them back to resume, choose "
-                    f"another --name, or start anew with --overwrite"
-                )
-            about = self.about | {"tokenizer": self.tokenizer and self.tokenizer.hash}
-            other = [f"{k}: {self.run[k]} -> {v}" for k, v in about.items() if self.run.get(k, v) != v]
-            if begun and other:
-                raise TrainError(
-                    f"{self.folder} was begun on other data ({', '.join(other)}); --overwrite starts anew"
-                )
+            if found or finished:
+                self.refuse_another_run()
             if finished:
+                if self.rank == 0:
+                    self.tidy()
                 raise AlreadyFinished(self.run)
             # Another machine may prefer another dtype, but this run has its own.
-            if found and cfg.dtype == "auto":
+            if found and self.cfg.dtype == "auto":
                 self.dtype = getattr(torch, self.run.get("dtype", "float32"))
                 self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        for checkpoint in reversed(found):
-            try:
-                where = "cpu" if self.sharded else self.device
-                state = torch.load(checkpoint / "state.pt", map_location=where, weights_only=True)
-                self.read_model(checkpoint)
-                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                    params = [p for group in optimizer.param_groups for p in group["params"]]
-                    for i, values in saved["state"].items():
-                        values |= {k: part_like(params[i], v) for k, v in values.items()}
-                    optimizer.load_state_dict(saved)
-            except Exception as error:  # torn by a copy that was cut off, say: the one before will do
-                why = str(error).splitlines()[0][:100]
-                self.say(f"cannot read {checkpoint} ({why}); trying the one before")
-                continue
-            if state["batch"] != self.batch:
-                raise TrainError(
-                    f"{self.folder} was begun with {state['batch']} sequences a step, now they would be "
-                    f"{self.batch}: --batch_size times --grad_accum_steps times processes must stay the same"
-                )
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
-            self.best, self.window = state["best"], state["window"]
-            self.micro_batch = min(self.micro_batch, state["micro_batch"])
-            if self.best:
-                self.run["results"] = {"best": self.best}
-                best = checkpoint.with_name(f"step-{self.best['step']}")
-                if self.rank == 0 and best.exists():  # a crash may have come between saving and publishing
-                    self.publish(best)
-            self.say(f"{self.folder}: resuming at step {self.step} of {cfg.max_steps}")
-            break
-        else:
-            if found:
-                raise TrainError(
-                    f"none of the checkpoints in {self.folder} can be read; --overwrite starts anew"
-                )
-        if self.rank == 0:  # lines from after the checkpoint will be written again
+        if found and not any(self.load(checkpoint) for checkpoint in reversed(found)):
+            raise TrainError(f"none of the checkpoints in {self.folder} can be read; --overwrite starts anew")
+        if self.step:
+            self.say(f"{self.folder}: resuming at step {self.step} of {self.cfg.max_steps}")
+        if self.rank == 0:
+            if self.step:  # a crash may have come between saving and publishing
+                best, last = self.best_checkpoint(), checkpoint_of(self.folder, self.step)
+                self.publish(best if best.exists() else last)
             for name in ("metrics.jsonl", "samples.jsonl"):
-                lines = [line for line in read_jsonl(self.folder / name) if line["step"] <= self.step]
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                write_atomically(self.folder / name, lambda path, text=text: path.write_text(text))
-            for rest in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+                self.cut_log(self.folder / name)
+            self.tidy()
+
+    def refuse_another_run(self) -> None:
+        """Raises TrainError if the run in this folder was begun with other settings or on other data."""
+        before, now = self.run.get("settings", {}), asdict(self.cfg)
+        about = self.about | {"tokenizer": self.tokenizer and self.tokenizer.hash}
+        free = {*self.free_to_change}
+        for name, paths in PATHS_OF_HASH.items():
+            if about.get(name) and about[name] == self.run.get(name):
+                free |= {*paths}
+        changed = [k for k, v in now.items() if k not in free and before.get(k, v) != v]
+        if changed:
+            what = ", ".join(f"{k}: {before[k]!r} -> {now[k]!r}" for k in changed)
+            raise TrainError(
+                f"{self.folder} was begun with other settings ({what}). Take them back to resume, choose "
+                f"another --name, or start anew with --overwrite"
+            )
+        other = [f"{k}: {self.run[k]} -> {v}" for k, v in about.items()
+                 if k not in free and self.run.get(k, v) != v]  # fmt: skip
+        if other:
+            raise TrainError(
+                f"{self.folder} was begun on other data ({', '.join(other)}); --overwrite starts anew"
+            )
+
+    def load(self, checkpoint: Path) -> bool:
+        """Takes over weights, optimizer and counters of a checkpoint; False if it cannot be read."""
+        try:
+            where = "cpu" if self.sharded else self.device
+            state = torch.load(checkpoint / "state.pt", map_location=where, weights_only=True)
+            self.read_model(checkpoint)
+            if state["optimizers"] or state["step"] < self.cfg.max_steps:
+                self.load_optimizers(state["optimizers"])
+        except Exception as error:  # torn by a copy that was cut off, say: the one before will do
+            self.say(f"cannot read {checkpoint} ({first_line(error)}); trying the one before")
+            return False
+        if state["batch"] != self.batch:
+            raise TrainError(
+                f"{self.folder} was begun with {state['batch']} sequences a step, now they would be "
+                f"{self.batch}: --batch_size times --grad_accum_steps times processes must stay the same"
+            )
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
+        self.best, self.last = state["best"], state.get("last", state["best"])
+        self.window = state["window"]
+        self.micro_batch = min(self.micro_batch, state["micro_batch"])
+        return True
+
+    def load_optimizers(self, states: list[dict]) -> None:
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in saved["state"].items():
+                values |= {k: part_like(params[i], v) for k, v in values.items()}
+            optimizer.load_state_dict(saved)
+
+    def cut_log(self, file: Path) -> None:
+        """Keeps the lines up to the checkpoint: those of later steps will be written again."""
+        lines, damaged = read_log(file)
+        if damaged:
+            self.say(f"{file}: {damaged} damaged lines are left out")
+        text = "".join(json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= self.step)
+        write_atomically(file, lambda path: path.write_text(text))
 
     # ---- talking
 
@@ -999,11 +1064,10 @@ class Trainer:
 
     def write_card(self) -> None:
         """README.md for people and for the hub. A full disk does not fail the run for it."""
-        if self.rank == 0:
-            try:
-                write_model_card(self.folder)
-            except OSError as error:
-                self.say(f"the model card was not written: {error}")
+        try:
+            write_model_card(self.folder)
+        except OSError as error:
+            self.say(f"the model card was not written: {error}")
 
     def progress_bar(self):
         return tqdm()(
@@ -1029,13 +1093,25 @@ class Trainer:
             self.say(f"step {self.step}/{self.cfg.max_steps}  {told}  {left:.1f} min left")
 
     def open_wandb(self):
+        """One run of Weights & Biases for all processes that resume this one: run.json has its id, which is
+        written before the run is made there, and its address.
+        """
         if not self.cfg.wandb or self.rank > 0:
             return None
         import wandb
 
-        return wandb.init(
-            project=self.cfg.wandb, name=self.cfg.name, config=self.run["settings"], resume="allow"
+        about = self.run.setdefault("wandb", {"id": uuid.uuid4().hex[:8]})
+        self.write_run()
+        run = wandb.init(
+            project=self.cfg.wandb,
+            name=self.cfg.name,
+            config=self.run["settings"],
+            id=about["id"],
+            resume="allow",  # goes on with the run of this id, or makes it
         )
+        about["url"] = run.url  # None if wandb is offline
+        self.write_run()
+        return run
 
     @contextlib.contextmanager
     def catch_signals(self):
@@ -1123,10 +1199,52 @@ def tqdm():
     return tqdm
 
 
+def run_folder(cfg: TrainerConfig) -> Path:
+    """{out}/{name}. Refuses a name that leads to `out` itself or out of it: --overwrite deletes."""
+    name = Path(cfg.name)
+    if not name.parts or name.is_absolute() or ".." in name.parts or not cfg.name.strip():
+        raise TrainError(
+            f"--name={cfg.name!r} must be the name of a folder in --out={cfg.out}, such as base or tests/base"
+        )
+    return Path(cfg.out) / name
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what a run has written, and nothing from a folder that holds no run."""
+    if not (folder / "run.json").exists():
+        return
+    for path in folder.iterdir():
+        if path.name in SUBFOLDERS or (path.is_dir() and path.suffix == ".tmp"):
+            shutil.rmtree(path)
+        elif not path.is_dir() and path.name != "run.json":
+            path.unlink()
+    (folder / "run.json").unlink()  # the last: who is killed before finds it and goes on
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU's or the CPU's memory was too small. On a CPU torch raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
+    words += ("could not create a primitive",)  # oneDNN's
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in a line; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Checkpoints of a run, oldest first. Copies with other names, such as "step-4 (copy)", are none."""
     found = (folder / "checkpoints").glob("step-*")
-    return sorted(found, key=step_of)
+    exact = [path for path in found if re.fullmatch(r"step-[1-9]\d*", path.name) and path.is_dir()]
+    return sorted(exact, key=step_of)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -1145,12 +1263,31 @@ def read_json(path: Path) -> dict:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The whole lines of a log; a last line that a crash cut off is left out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    return lines
+    """The lines of a log that can be read."""
+    return read_log(path)[0]
+
+
+def read_log(path: Path) -> tuple[list[dict], int]:
+    """The lines of a log that can be read, and how many could not. A last line that a crash cut off is not
+    counted.
+    """
+    lines, damaged = [], 0
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return [], 0
+    *whole, cut_off = text.split("\n")  # not splitlines(): JSON may hold other line separators
+    for line in [*whole, cut_off]:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            damaged += bool(line.strip()) and line is not cut_off
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step", 0), int):
+            lines.append(found)
+        else:
+            damaged += 1
+    return lines, damaged
 
 
 def lock(folder: Path) -> int | None:
@@ -1173,6 +1310,15 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
+
+
+def weights_hash(name: str) -> str | None:
+    """sha256 of a folder's weights; None for a model from the hub."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 def peak_resident_bytes() -> int:
@@ -1230,6 +1376,9 @@ def model_config(cfg: TrainConfig) -> ModelConfig:
 def pretrain(cfg: TrainConfig) -> dict:
     """Stage 2: a language model from token files; returns run.json."""
     folder = tokens_folder(cfg)
+    for name in ("tokenizer.json", "train.json", "validation.json"):
+        if not (folder / name).exists():
+            raise TrainError(f"there is no {folder / name}: make the tokens with\n  {tokenizer_command(cfg)}")
     tokenizer = Tokenizer.load(folder)
     train, train_about = open_tokens(folder, "train", tokenizer)
     val, val_about = open_tokens(folder, "validation", tokenizer)
@@ -1260,8 +1409,10 @@ def pretrain(cfg: TrainConfig) -> dict:
 
     flops = estimate_flops(model.config, T)
     about = {"data": {k: train_about.get(k) for k in ("source", "licence", "fingerprint", "tokens", "bytes")}}
+    about["data"] |= {k: train_about[k] for k in ("left_out",) if k in train_about}  # rows without text
     about["data"]["validation"] = {k: val_about.get(k) for k in ("source", "fingerprint", "tokens", "bytes")}
     about["parent"] = cfg.init_from or None
+    about["parent_hash"] = weights_hash(cfg.init_from) if cfg.init_from else None
     trainer = Trainer(
         cfg,
         model,
@@ -1286,6 +1437,19 @@ def pretrain(cfg: TrainConfig) -> dict:
     return trainer.run_all_steps()
 
 
+def tokenizer_command(cfg: TrainConfig) -> str:
+    """The command that makes the token files of these settings: the same config files, and what differs."""
+    files = []
+    if Path(sys.argv[0]).name == "train.py":  # not a test or a notebook
+        files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
+    from_files, flags = parse_config(TokenizerStageConfig, "", files), []
+    for field in fields(TokenizerConfig):
+        value = getattr(cfg, field.name)
+        if value != getattr(from_files, field.name):
+            flags.append(f"--{field.name}={value}")
+    return shlex.join(["python", "tokenizer.py", *files, *flags])
+
+
 def trainer_size(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"
 
@@ -1305,10 +1469,7 @@ def adopt(model: ModernDecoderLM, cfg: TrainConfig, tokenizer: Tokenizer) -> Non
     if have.positions != "learned":
         have.context_length = cfg.context_length
         model.tabulate()
-    have.dropout = cfg.dropout
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = cfg.dropout
+    model.set_dropout(cfg.dropout)
     for field in fields(ModelConfig):
         if field.name != "context_length":
             setattr(cfg, field.name, getattr(have, field.name))
@@ -1536,6 +1697,9 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
     if importlib.util.find_spec("litgpt"):
         models["litgpt"] = litgpt_twin(c)
 
+    def say(text: str) -> None:  # not into the table
+        print(text, file=sys.stderr, flush=True)
+
     def stepper(name: str, model: nn.Module, compiled: bool, precision: str):
         model = model.to(device).train()
         optimizer = torch_adamw([{"params": list(model.parameters())}], {"lr": 1e-4})
@@ -1568,8 +1732,12 @@ def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
             if name != "ours" and ours != default:
                 steps[f"{name}, {way}, oneDNN"] = stepper(name, model, compiled, ours)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(12):
+    rounds = 12
+    for i in range(rounds):
+        say(f"round {i + 1} of {rounds}")
         for name, step in steps.items():
+            if i == 0:
+                say(f"  {name}: first step" + ", which compiles: a minute" * ("compiled" in name))
             begun = time.perf_counter()
             step()
             if i > 1:  # the first two allocate and compile
@@ -1609,8 +1777,6 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError) as error:  # TrainError and what the other files raise
         raise SystemExit(f"train.py: {error}") from None
-    except KeyboardInterrupt:  # before the first step or after the last
-        raise SystemExit(130) from None
 
 
 def report(cfg: TrainConfig, run: dict) -> None:
@@ -1623,4 +1789,4 @@ def report(cfg: TrainConfig, run: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,8 @@ well it verifies, beside the generator's own log-probability and the channel alo
 judged/.
 """
 
+from support.terminal import run_script
+
 import hashlib
 import io
 import json
@@ -66,9 +68,10 @@ from finetune import (
     weights_hash,
     write_run,
 )
-from model import ModernDecoderLM, write_atomically
+from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
-from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json
+from support.files import write_atomically
+from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json, run_folder
 
 
 @dataclass
@@ -222,7 +225,7 @@ def forward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int],
 def backward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids) of the channel: the answer, then the problem.
 
-    A template of somebody else's need not allow that the assistant begins: there the turns change their roles.
+    A template that is not ours need not allow that the assistant begins: there the turns change their roles.
     """
     told = model.reply_ids(problem)[: model.context_length // 2]
     if model.marks:
@@ -308,7 +311,7 @@ class HeadTrainer(FineTuner):
 
         super().write_model(folder)
         value = {k: v.cpu().contiguous() for k, v in self.model.value.state_dict().items()}
-        save_file(value, folder / "value.safetensors")
+        write_atomically(folder / "value.safetensors", lambda path: save_file(value, path))
 
     def read_model(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -420,6 +423,7 @@ def labelled(file: str) -> list[Samples]:
 
 def train_verifier(cfg: VerifierConfig) -> dict:
     """Trains, fits lambda and probabilities on validation, reports on test; returns run.json."""
+    folder = run_folder(cfg)
     if cfg.task not in TASKS or TASKS[cfg.task].metric != "exact_match":
         raise TrainError(f"answers to {cfg.task} cannot be checked: arithmetic, gsm8k")
     generator = load_model(cfg.model, pick_device(cfg.device))
@@ -448,7 +452,6 @@ def train_verifier(cfg: VerifierConfig) -> dict:
             "there is nothing to tell apart"
         )
     train = train_head if cfg.kind == "head" else train_channel
-    folder = Path(cfg.out) / cfg.name
     try:
         run = train(cfg, generator, learnt, held, about)
     except AlreadyFinished as finished:
@@ -569,7 +572,7 @@ def train_channel(
         evaluate=evaluate, flops_per_row=6 * parameters * tokens,
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / order.batches,
         about=parents(cfg, generator, train=about | {"answers": len(rows), "gold": len(gold)})
-        | {"verifier": "channel", "smoke": smoke},
+        | {"verifier": "channel", "start_hash": weights_hash(cfg.start), "smoke": smoke},
     )  # fmt: skip
     trainer.free_to_change += ["verifier", "problem", "answer"]
     trainer.keeps_best = False  # val_loss says how well it tells stories; what counts is the order of answers
@@ -692,9 +695,7 @@ def main() -> None:
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"verifier.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,9 +9,9 @@ default). Several files may follow each other and the later one wins; flags win 
 assigns `baseline = "configs/cpu.py"` starts from that file, so that an experiment states nothing but what it
 changes.
 
-A profile such as `configs/speedrun.py` is read by several scripts. A name that is another script's setting is
-left to that script (a file may compute with it all the same); a name that is nobody's is an error that
-suggests the nearest one.
+A profile such as `configs/speedrun.py` is read by several scripts: tokenizer.py, train.py and plan.py each
+take their own settings from it. Elsewhere a name that is another script's setting is printed and left out (a
+file may compute with it all the same); a name that is nobody's is an error that suggests the nearest one.
 """
 
 import argparse
@@ -20,10 +20,13 @@ import difflib
 import functools
 import inspect
 import io
+import math
+import re
 import sys
 import tokenize
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
@@ -68,14 +71,18 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
     try:
         if unknown:
             name = unknown[0].split("=")[0].lstrip("-")
-            raise ConfigError(f"unknown flag {unknown[0]}{nearest(name, kinds)}")
+            owners = scripts_with([name])[name] if name in settings_of_all_scripts() else []
+            whose = f": {name} is a setting of {', '.join(owners)}" if owners else nearest(name, kinds)
+            raise ConfigError(f"unknown flag {unknown[0]}{whose}")
         settings = {field.name: field.default for field in fields(Config)}
         for file in flags.files:
-            settings = read_file(Path(file), settings, kinds)
+            settings = read_file(Path(file), settings, Config)
         for name in kinds:
             if hasattr(flags, name):
                 settings[name] = read_text(getattr(flags, name), kinds[name], f"--{name}")
-        return Config(**{name: settings[name] for name in kinds})
+        chosen = {name: settings[name] for name in kinds}
+        check_numbers(chosen, {field.name: field.default for field in fields(Config)})
+        return Config(**chosen)
     except ValueError as error:  # ConfigError, or what a dataclass' __post_init__ finds inconsistent
         parser.exit(2, f"{parser.prog}: {error}\n")
 
@@ -84,18 +91,24 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
 # Config files
 
 
-def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict:
+def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
     """`settings` after the assignments of the config file `path` (and, first, of its `baseline`)."""
     path = path if path.exists() else ROOT / path
+    kinds, foreign = typing.get_type_hints(Config), []
     if path in seen:
         raise ConfigError(f"{path}: baselines go round in a circle")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))  # -sig: Windows' editors mark UTF-8
     except OSError as error:
         have = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[!_]*.py")))
         raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line} is not UTF-8 ({error.reason}): save the file as UTF-8") from None
     except SyntaxError as error:
         raise ConfigError(f"{path}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except ValueError as error:  # a null byte
+        raise ConfigError(f"{path}: {error}") from None
     for node in tree.body:
         documents = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not (documents or isinstance(node, (ast.Assign, ast.AnnAssign))):
@@ -104,7 +117,7 @@ def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict
         if [getattr(target, "id", "") for target in targets] == ["baseline"]:
             if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
                 raise ConfigError(f"{path}:{node.lineno}: baseline must be a quoted path")
-            settings = read_file(Path(node.value.value), settings, kinds, (*seen, path))
+            settings = read_file(Path(node.value.value), settings, Config, (*seen, path))
     before = settings_of_all_scripts() | settings
     scope = dict(before)
     try:
@@ -119,23 +132,85 @@ def read_file(path: Path, settings: dict, kinds: dict, seen: tuple = ()) -> dict
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, kinds)}")
         if name in kinds:
             value = checked(value, kinds[name], f"{path}: {name}")
+        else:
+            foreign.append(name)
         settings = settings | {name: value}
+    if foreign:
+        name_foreign(path, tuple(foreign), Config)
     return settings
+
+
+# -----------------------------------------------------------------------------
+# Whose setting is it?
+
+SHARE_PROFILES = {"tokenizer.py", "train.py", "plan.py"}
+
+
+@functools.cache  # once, however often a program reads the file
+def name_foreign(path: Path, names: tuple[str, ...], Config) -> None:
+    """Prints which of a file's settings this script does not have, and whose they are."""
+    script, by_owners = Path(inspect.getsourcefile(Config)).name, {}
+    for name, owners in scripts_with(names).items():
+        if not (script in SHARE_PROFILES and SHARE_PROFILES & set(owners)):
+            by_owners.setdefault(", ".join(owners), []).append(name)
+    if by_owners:
+        whose = [f"{', '.join(names)} (of {owners})" for owners, names in by_owners.items()]
+        print(
+            f"{path}: not used, since they are other scripts' settings: {'; '.join(whose)}", file=sys.stderr
+        )
+
+
+def scripts_with(names: Collection[str]) -> dict[str, list[str]]:
+    """{setting: the scripts that have it}; if no script parses its class, the file that defines it."""
+    classes, found = config_classes(), {name: [] for name in names}
+    for script in sorted(ROOT.glob("*.py")):
+        text = script.read_text(encoding="utf-8")
+        parsed = re.search(r"^def main\(.*?parse_config\((\w+)", text, re.MULTILINE | re.DOTALL)
+        settings = fields_of(parsed[1], classes) if parsed else {}
+        for name in names:
+            if name in settings:
+                found[name].append(script.name)
+    for name, scripts in found.items():
+        if not scripts:
+            scripts += sorted({c["file"] for c in classes.values() if name in c["fields"]})
+    return found
+
+
+def fields_of(name: str, classes: dict[str, dict]) -> dict:
+    """Fields of a dataclass and of those that it extends."""
+    if name not in classes:
+        return {}
+    found = {}
+    for base in classes[name]["bases"]:
+        found |= fields_of(base, classes)
+    return found | classes[name]["fields"]
 
 
 @functools.cache
 def settings_of_all_scripts() -> dict:
-    """All fields of all `...Config` classes beside this folder and their defaults, found without importing
-    them.
+    """All settings of all scripts and their defaults."""
+    found = {}
+    for about in config_classes().values():
+        found |= about["fields"]
+    return found
+
+
+def config_classes() -> dict[str, dict]:
+    """All `...Config` classes beside this folder, found without importing them: {class: its file, its bases,
+    its own fields and their defaults}.
     """
     found = {}
     for script in sorted(ROOT.glob("*.py")):
         for node in ast.parse(script.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                for field in node.body:
-                    if isinstance(field, ast.AnnAssign):
-                        constant = isinstance(field.value, ast.Constant)
-                        found[field.target.id] = field.value.value if constant else None
+            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+                continue
+            own = {}
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    constant = isinstance(field.value, ast.Constant)
+                    own[field.target.id] = field.value.value if constant else None
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            found[node.name] = {"file": script.name, "bases": bases, "fields": own}
     return found
 
 
@@ -143,6 +218,37 @@ def nearest(name: str, known) -> str:
     """The end of an error message: what the user may have meant."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
+
+
+# -----------------------------------------------------------------------------
+# Numbers: which of them mean something. Every number of every script is finite and at least 0, and
+
+AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size context_length n_layers
+    d_model n_heads experts_per_token n_experts n held_n rounds pairs seeds group
+    rope_theta""".split()
+AT_MOST_1 = ["decay_fraction", "label_smoothing"]
+BELOW_1 = ["dropout", "lora_dropout", "beta1", "beta2"]
+LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
+
+
+def check_numbers(settings: dict, defaults: dict) -> None:
+    """Raises ConfigError for a number that no run can use. A setting's own default may be outside of these
+    ranges: there it stands for "as the model has it" or "all", as -1 and 0 do in some scripts.
+    """
+    for name, value in settings.items():
+        if type(value) not in (int, float) or value == defaults.get(name):
+            continue
+        least = 1 if name in AT_LEAST_1 else 0
+        if not math.isfinite(value):
+            raise ConfigError(f"--{name}={value} must be a finite number")
+        if value < least:
+            raise ConfigError(f"--{name}={value} must be at least {least}")
+        if name in BELOW_1 and value >= 1:
+            raise ConfigError(f"--{name}={value} must be below 1")
+        if name in AT_MOST_1 and value > 1:
+            raise ConfigError(f"--{name}={value} must be at most 1")
+        if name == "seed" and value > LARGEST_SEED:
+            raise ConfigError(f"--{name}={value} must be at most {LARGEST_SEED}")
 
 
 # -----------------------------------------------------------------------------

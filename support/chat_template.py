@@ -1,8 +1,9 @@
 """Conversations as token ids, by the chat template that a tokenizer carries.
 
-A chat template is a small Jinja program that transformers, vLLM, TRL and llama.cpp all render in the same way. Here
-one rendering serves training, evaluation and chat: `conversation_ids` gives the ids of a conversation and marks those
-that the assistant says. What a model is trained on is therefore exactly what it is asked later.
+A chat template is a small Jinja program that transformers, vLLM, TRL and llama.cpp all render in the same
+way. Here one rendering serves training, evaluation and chat: `conversation_ids` gives the ids of a
+conversation and marks those that the assistant says. So what a model is trained on is exactly what it is
+asked later.
 """
 
 import re
@@ -67,10 +68,10 @@ def render(template: str, messages: list[dict], tokens: dict[str, str], add_gene
 def pieces(template: str, messages: list[dict], tokens: dict[str, str], special: re.Pattern) -> list[tuple]:
     """The rendered conversation, cut into [(text, whether the assistant says it)].
 
-    An answer is what follows the prompt that `messages` before it render to, up to and including the special token
-    that ends it. A turn that the template renders in another way once others follow (some drop an earlier answer's
-    reasoning) is not counted as the assistant's, since nobody would ever generate it like that. Behind a last turn
-    that is not the assistant's stands the prompt for the next answer.
+    An answer is what follows the prompt that the messages before it render to, up to and including the
+    special token that ends it. A turn that the template renders in another way once others follow (some
+    drop an earlier answer's reasoning) is not counted as the assistant's, since nobody would ever generate
+    it like that. Behind a last turn that is not the assistant's stands the prompt for the next answer.
     """
     open_turn = not messages or messages[-1]["role"] != "assistant"
     text = render(template, messages, tokens, add_generation_prompt=open_turn)
@@ -97,8 +98,9 @@ def pieces(template: str, messages: list[dict], tokens: dict[str, str], special:
 def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """The ids of a conversation, and which of them the assistant says, the token that ends its turn included.
 
-    `tokenizer`: a `tokenizer.Tokenizer` or a `support.hub.HubTokenizer`. What a message says never becomes a special
-    token. Pieces are encoded together as long as no token reaches across their border, as any other program does.
+    `tokenizer`: a `tokenizer.Tokenizer` or a `HubTokenizer`. What a message says never becomes a special
+    token. Pieces are encoded together, as any other program does, as long as no token reaches across their
+    border.
     """
     special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
     safe = [message | {"content": guarded(message["content"], special)} for message in messages]

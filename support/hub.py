@@ -1,208 +1,66 @@
-"""Tokenizers and generation by transformers, behind the same methods as ours.
+"""Data sets on Hugging Face's hub: a file, or a table's rows, from the hub's cache or downloaded.
 
-`HubTokenizer` answers as tokenizer.Tokenizer does; `generate` draws from a model of transformers with the arguments
-of ModernDecoderLM.generate. So every stage works on any decoder of the hub.
+HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the token of `hf auth login` are honoured: huggingface_hub and
+`datasets` do the work. What cannot be had is a DataError that gives the reason in one line.
 """
 
-import copy
-import hashlib
-import json
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
+import re
 
-import torch
-from torch import Tensor
-
-from model import check_sampling, sample
+from support.tables import DataError
 
 
-class HubTokenizer:
-    """A tokenizer of transformers with the methods of tokenizer.Tokenizer."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def encode(self, text: str, allowed_special: str | Collection[str] = ()) -> list[int]:
-        """The ids of a text. Only with allowed_special="all" does what spells a special token become one."""
-        whole = allowed_special == "all"
-        how = {"add_special_tokens": False, "verbose": False, "split_special_tokens": not whole}
-        return self.inner(text, **how)["input_ids"]
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        return self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.inner)
-
-    @cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        added = (token.content for token in self.inner.added_tokens_decoder.values() if token.special)
-        return tuple(dict.fromkeys([*self.inner.all_special_tokens, *added]))
-
-    @property
-    def template_tokens(self) -> dict[str, str]:
-        """The tokens that a chat template may name."""
-        return self.inner.special_tokens_map
-
-    @property
-    def bos(self) -> list[int]:
-        """What a text begins with; nothing if that token opens a turn of the chat template, as SmolLM's does."""
-        token = self.inner.bos_token
-        if token is None or token in (self.inner.chat_template or ""):
-            return []
-        return [self.inner.bos_token_id]
-
-    @property
-    def eot_id(self) -> int:
-        """The token that ends a text, or for an encoder separates two."""
-        ends = [i for i in (self.inner.eos_token_id, self.inner.sep_token_id) if i is not None]
-        return ends[0]
-
-    @property
-    def pad_id(self) -> int:
-        return self.eot_id if self.inner.pad_token_id is None else self.inner.pad_token_id
-
-    @property
-    def chat_template(self) -> str | None:
-        return self.inner.chat_template
-
-    @chat_template.setter
-    def chat_template(self, template: str) -> None:
-        self.inner.chat_template = template
-
-    @cached_property
-    def special_ids(self) -> dict[str, int]:
-        return {token: self.inner.convert_tokens_to_ids(token) for token in self.special_tokens}
-
-    def special_id(self, token: str) -> int:
-        return self.special_ids[token]
-
-    def frame(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and behind a text: [CLS] and [SEP], say."""
-        with_frame, alone = (self.inner("a", add_special_tokens=s)["input_ids"] for s in (True, False))
-        at = next(i for i in range(len(with_frame)) if with_frame[i : i + len(alone)] == alone)
-        before, behind = with_frame[:at], with_frame[at + len(alone) :]
-        return (before, behind) if before or behind else (self.bos, [])
-
-    def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
-        """The same vocabulary, and these special tokens behind it."""
-        inner = copy.deepcopy(self.inner)
-        inner.add_special_tokens({"additional_special_tokens": list(tokens)})
-        return HubTokenizer(inner)
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 of the vocabulary."""
-        return hashlib.sha256(json.dumps(sorted(self.inner.get_vocab().items())).encode()).hexdigest()
-
-    def save(
-        self,
-        folder: str | Path,
-        end_token: str = "",
-        context_length: int = 0,
-        chat_template: str | None = None,
-    ) -> None:
-        """Writes the tokenizer's files; the arguments are those of tokenizer.Tokenizer.save."""
-        if chat_template:
-            self.inner.chat_template = chat_template
-        if self.inner.pad_token is None:
-            self.inner.pad_token = self.inner.eos_token
-        if end_token:
-            self.inner.eos_token = end_token
-        if context_length:
-            self.inner.model_max_length = min(self.inner.model_max_length, context_length)
-        self.inner.save_pretrained(folder)
-
-
-@torch.no_grad()
-def generate(
-    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int, decoder_only: bool,
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-    repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0,
-    stream: Callable[[int, int], None] | None = None,
-    force: Callable[[int, list[int]], Sequence[int]] | None = None,
-) -> list[list[int]]:  # fmt: skip
-    """What ModernDecoderLM.generate does, computed by a model of transformers; see there for the arguments.
-
-    transformers decodes greedily what `Draw` leaves of the logits: the one token that was drawn or forced.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    rows = [prompt for prompt in prompts for _ in range(n)]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(rows):
-        where = slice(width - len(prompt), None) if decoder_only else slice(len(prompt))
-        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
-    how = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=list(stop_tokens) or None,
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-    )  # fmt: skip
-    seeds = [seed + r for r in range(len(rows))] if isinstance(seed, int) else list(seed)
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    filters["repetition_penalty"] = repetition_penalty
-    start = width if decoder_only else 1
-    draw = Draw(rows, start, seeds, max_new_tokens, filters, set(stop_tokens), stream, force)
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+def hub_file(repo: str, file: str) -> str:
+    """The path of a data set's file in the hub's cache; it is downloaded if it is not there."""
     try:
-        found = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how,
-            logits_processor=LogitsProcessorList([draw]),
-        )  # fmt: skip
-    finally:
-        model.train(was_training)
-    return [cut_behind_stop(row, stop_tokens) for row in found[:, start:].tolist()]
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(repo, file, repo_type="dataset")
+    except Exception as error:  # some ten kinds: network, disk, rights
+        raise DataError(why_not(error, repo)) from None
 
 
-def cut_behind_stop(ids: list[int], stop_tokens: Sequence[int]) -> list[int]:
-    """A row up to its first stop token, which stays: transformers pads what has ended."""
-    ends = [i for i, token in enumerate(ids) if token in stop_tokens]
-    return ids[: ends[0] + 1] if ends else ids
+def hub_rows(repo: str, config: str = "", split: str = "train") -> list[dict]:
+    """The rows of one split of a data set.
 
-
-class Draw:
-    """Chooses every row's next token; a logits processor of transformers.
-
-    Each row has a random stream of its own, the same as in ModernDecoderLM.generate.
+    `datasets` finds its own cache without a network, but not the hub's, where `hf download` puts files.
     """
+    try:
+        from datasets import load_dataset
 
-    def __init__(
-        self, prompts, start: int, seeds, max_new_tokens: int, filters: dict, stops: set, stream, force
-    ):
-        self.start, self.filters, self.stops, self.stream, self.force = start, filters, stops, stream, force
-        streams = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        self.uniforms = torch.stack(streams)  # (rows, max_new_tokens)
-        self.prompts, self.queues, self.ended = prompts, [[] for _ in prompts], [False] * len(prompts)
+        names = [config] if config else []
+        try:
+            return list(load_dataset(repo, *names, split=split))
+        except Exception:
+            folder = _cached_snapshot(repo)
+            if not folder:
+                raise
+            return list(load_dataset(folder, *names, split=split))
+    except Exception as error:
+        raise DataError(why_not(error, repo)) from None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
-        step = input_ids.shape[1] - self.start
-        uniform, seen = self.uniforms[:, step].to(scores.device), None
-        if self.filters["repetition_penalty"] != 1.0:
-            seen = torch.zeros_like(scores, dtype=torch.bool)
-            for row, prompt in enumerate(self.prompts):
-                seen[row, list(prompt)] = True
-            seen.scatter_(1, input_ids[:, self.start :], True)
-        token = sample(scores, uniform, **self.filters, seen=seen)
-        if self.force or self.stream:
-            token = self.spoken(token.tolist(), input_ids[:, self.start :].tolist()).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
-    def spoken(self, drawn: list[int], new: list[list[int]]) -> Tensor:
-        """The drawn tokens, or those that `force` wants instead; rows that go on are reported to `stream`."""
-        for row in range(len(drawn)):
-            if self.ended[row]:
-                continue
-            if self.force and not self.queues[row]:
-                self.queues[row] = list(self.force(row, new[row]))
-            if self.queues[row]:
-                drawn[row] = self.queues[row].pop(0)
-            if self.stream:
-                self.stream(row, drawn[row])
-            self.ended[row] = drawn[row] in self.stops
-        return torch.tensor(drawn)
+def _cached_snapshot(repo: str) -> str | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo, repo_type="dataset", local_files_only=True)
+    except Exception:
+        return None
+
+
+def why_not(error: Exception, repo: str) -> str:
+    """The reason of a failed download, in one line that says what to do where that is known."""
+    from huggingface_hub import constants
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if type(error).__name__ == "RepositoryNotFoundError":
+        return f"{repo} is not on the hub, or private (then run `hf auth login`)"
+    if "GatedRepoError" in kinds or "gated" in text:
+        return f"{repo} is gated: accept its terms on its page, then run `hf auth login`"
+    if "scripts are no longer supported" in text:
+        return f"{repo} comes as a script, which `datasets` does not run any more"
+    if "LocalEntryNotFoundError" in kinds or re.search("LocalEntryNotFoundError|[Oo]ffline", text):
+        offline = "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
+        return offline if constants.HF_HUB_OFFLINE else "no connection"
+    return text[:150]

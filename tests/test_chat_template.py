@@ -13,8 +13,8 @@ from support.chat_template import (
     with_generation_marks,
     without_generation_marks,
 )
-from support.hub import HubTokenizer
-from support.hub import generate as hub_generate
+from support.hub_models import HubTokenizer
+from support.hub_models import generate as hub_generate
 from tokenizer import CHAT_TEMPLATE, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,8 +167,8 @@ def test_a_model_without_chat_tokens_can_be_given_them(tiny, tmp_path, kind, lor
     from sft import sft
 
     plain = Tokenizer.load(tiny["gpt2"])
-    without = Tokenizer({i: b for i, b in plain.vocab.items() if i <= plain.eot_id}, plain.merges, ["<|endoftext|>"],
-                        plain.pattern)  # fmt: skip
+    few = {i: token for i, token in plain.vocab.items() if i <= plain.eot_id}
+    without = Tokenizer(few, plain.merges, ["<|endoftext|>"], plain.pattern)
     size = {"vocab_size": without.vocab_size}
     if kind == "gpt2":
         config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=96, **size)

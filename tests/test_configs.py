@@ -1,5 +1,7 @@
 """Settings: defaults < files < flags, and every mistake is named to the person who made it."""
 
+import dataclasses
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,8 +32,12 @@ class RunConfig(SizeConfig):
     norm: Literal["rms", "layer"] = "rms"  # normalisation
     prompt: str = "Once"  # text to continue, "%s" and all
     experts: Literal[1, 2] = 2  # experts a token
+    decay_fraction: float = 0.2  # share of the steps
+    beta1: float = 0.9  # memory of the gradient
+    dropout: float = -1.0  # -1: the model's own
     hypothesis: str = ""  # what an experiment expects
     baseline: str = ""  # the config it is compared with
+    shift: int = -3  # its own default may be a number that no other value may be
     note: str = (
         "wrapped"  # a comment inside parentheses, where a formatter puts it if the line would be too long
     )
@@ -115,12 +121,11 @@ def test_a_later_file_computes_from_an_earlier_one(root):
         (["--compile=False"], "compile", False),
         (["--compile=auto"], "compile", "auto"),
         (["--batch_size", "3"], "batch_size", 3),
-        (["--batch_size=-3"], "batch_size", -3),
-        (["--batch_size", "-3"], "batch_size", -3),
+        (["--shift=-3"], "shift", -3),
         (["--batch_size=65_536"], "batch_size", 65536),
-        (["--learning_rate=-0.5"], "learning_rate", -0.5),
-        (["--learning_rate", "-0.5"], "learning_rate", -0.5),
-        (["--learning_rate=-1e-3"], "learning_rate", -1e-3),
+        (["--shift", "-3"], "shift", -3),
+        (["--learning_rate", "0.5"], "learning_rate", 0.5),
+        (["--learning_rate=1e-3"], "learning_rate", 1e-3),
         (["--learning_rate=2"], "learning_rate", 2.0),
         (["--prompt=a=b=c"], "prompt", "a=b=c"),
         (["--prompt=5"], "prompt", "5"),
@@ -286,3 +291,23 @@ def test_reading_a_config_imports_no_torch():
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("[!_]*.py")), ids=lambda p: p.name)
 def test_every_config_of_the_project_reads_and_makes_a_valid_model(path):
     parse_config(ModelConfig, argv=[str(path)])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    """batch_size=0 batch_size=-3 learning_rate=-1e-3 learning_rate=nan learning_rate=inf learning_rate=-inf
+    d_ff=-1 shift=-2 decay_fraction=1.5 beta1=1 dropout=nan""".split(),
+)
+def test_numbers_that_mean_nothing_are_refused_by_name(root, capsys, wrong):
+    assert f"--{wrong.split('=')[0]}=" in refusal(capsys, f"--{wrong}")
+    name, value = wrong.split("=")
+    file = root("configs/a.py", f"{name} = {value}" if "n" not in value else f"{name} = float('{value}')")
+    assert f"{name}=" in refusal(capsys, file)
+
+
+def test_the_numbers_of_every_script_are_in_range_by_default():
+    for script in ("train", "tokenizer", "finetune", "sft", "dpo", "verifier", "eval", "experiments"):
+        for name, Config in vars(importlib.import_module(script)).items():
+            if name.endswith("Config") and dataclasses.is_dataclass(Config):
+                values = {f.name: f.default for f in dataclasses.fields(Config)}
+                configs.check_numbers(values, {"max_steps": 0, "dropout": -1.0, "context_length": 0})

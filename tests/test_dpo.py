@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import dpo as script
+import train
 from data import DataError, load_preferences, load_task, preference_of, talk
 from dpo import (
     DPOConfig,
@@ -159,15 +161,47 @@ def test_a_collapse_stops_the_run_and_says_why(settings):
         script.dpo(settings(first_difference=False, nll=0, learning_rate=0.05, max_steps=30, collapse=0.2))
 
 
-def test_a_reference_cache_of_another_model_is_refused(settings, tmp_path, tuned):
-    script.dpo(settings())
+@pytest.mark.parametrize("rubbish", [b"", b"PK\x03\x04 cut off", None])
+def test_a_reference_cache_that_is_damaged_or_of_another_model_is_made_anew(settings, tmp_path, rubbish):
+    script.dpo(settings(max_steps=1))
     file = tmp_path / "run/reference.npz"
-    with np.load(file) as cache:
-        values = cache["values"]
-    np.savez(file, key="another", values=values)
-    model = load_model(tuned, torch.device("cpu"))
-    with pytest.raises(TrainError, match="another model"):
-        reference(model, [Pair([1], [2], [3])], True, file)
+    right = file.read_bytes()
+    if rubbish is None:
+        np.savez(file, key="another", values=np.zeros((3, 2), np.float32))
+    else:
+        file.write_bytes(rubbish)
+    (tmp_path / "run/run.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    script.dpo(settings(max_steps=1))
+    assert file.read_bytes() == right
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["finished", "interrupted", "in use"])
+def test_a_refused_command_changes_nothing_on_disk(settings, tmp_path, kind):
+    run = script.dpo(settings(max_steps=2))
+    if kind != "finished":
+        (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": "interrupted"}))
+    lock = train.lock(tmp_path / "run") if kind == "in use" else None
+    method, why = ("dpo", "another process") if lock else ("rft", "other settings")
+    for name in ("pairs.jsonl", "reference.npz"):
+        (tmp_path / "run" / name).write_text("this stays")
+    before = everything_in(tmp_path)
+    with pytest.raises(TrainError, match=why):
+        script.dpo(settings(max_steps=2, method=method))
+    assert everything_in(tmp_path) == before
+    if lock:
+        os.close(lock)
+
+
+def test_overwriting_the_last_round_leaves_the_first(settings, tmp_path):
+    more = dict(rounds=2, max_steps=1, problems=100, eval_examples=200)
+    script.dpo(settings(**more))
+    script.dpo(settings(**more, overwrite=True))
+    assert (tmp_path / "run/round-1/model.safetensors").exists()
 
 
 def test_resuming_gives_the_same_bits(settings, tmp_path):
@@ -227,8 +261,9 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
     last, pairs = run["results"]["last"], run["data"]["validation"]["pairs"]
     assert len(wrong) == round((1 - last["reward_accuracy"]) * pairs)
     assert [x["margin"] for x in wrong] == sorted(x["margin"] for x in wrong if x["margin"] <= 0)
-    with pytest.raises(DataError, match="chosen"):
-        preference_of({"prompt": "a"}, "file")
+    file.write_text(json.dumps({"prompt": "a", "better": "b"}))
+    with pytest.raises(DataError, match="no row has prompt, chosen.*columns are prompt, better"):
+        load_preferences(str(file), "train")
 
 
 @pytest.mark.parametrize("more, why", [

@@ -94,6 +94,12 @@ def test_only_names_experiments_and_families():
 # statistics
 
 
+def test_wandb_reaches_all_runs():
+    for run in plan(ExperimentConfig(seeds=1, wandb="project")):
+        assert "--wandb=project" in run.words()
+    assert not any("wandb" in word for run in plan(ExperimentConfig(seeds=1)) for word in run.words())
+
+
 def test_a_difference_counts_if_its_interval_excludes_zero():
     d = spread([0.1, 0.2, 0.3])
     assert d["mean"] == pytest.approx(0.2) and d["sd"] == pytest.approx(0.1)

@@ -429,6 +429,36 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(changes):
         assert p.grad is not None and torch.allclose(p.grad, q.grad, atol=1e-6), name
 
 
+@pytest.mark.parametrize("shape", [{}, {"norm_position": "post"}, {"n_sinks": 1}, {"positions": "learned"}])
+def test_a_loaded_model_drops_out_wherever_a_new_one_does(tmp_path, shape):
+    calm = make(**shape, dropout=0.0)
+    calm.save_pretrained(tmp_path)
+    fresh = make(**shape, dropout=0.3)
+    fresh.load_state_dict(calm.state_dict())
+    loaded = ModernDecoderLM.from_pretrained(tmp_path)
+    loaded.set_dropout(0.3)
+    ids = torch.arange(8).unsqueeze(0)
+    found = []
+    for model in (fresh, loaded, calm):
+        torch.manual_seed(0)
+        found.append(model.train()(ids))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+    assert torch.equal(loaded.eval()(ids), calm.eval()(ids))
+    loaded.set_dropout(0.0)
+    assert torch.equal(loaded.train()(ids), calm.eval()(ids))
+    for p in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="dropout"):
+            loaded.set_dropout(p)
+
+
+@pytest.mark.parametrize("wrong", ["rope_theta=0", "norm_eps=nan", "dropout=1", "n_kv_heads=-1", "d_ff=-1"])
+def test_a_config_with_a_number_that_means_nothing_is_refused_by_name(wrong):
+    name, value = wrong.split("=")
+    with pytest.raises(ValueError, match=f"{name}="):
+        ModelConfig(**{name: float(value) if value == "nan" else int(value)})
+
+
 def test_gradient_checkpointing_repeats_the_dropout_of_the_forward_pass():
     ids, grads = tokens(2, 12), []
     for recompute in (False, True):

@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,19 @@ def project(tmp_path: Path) -> Path:
     python.write_text(
         "#!/usr/bin/env bash\n"
         '[ "$1" = -c ] && { echo stand_in; exit; }\n'
+        '[ "$2" = support.machine ] && { . ./machine; exit; }\n'
         '[ "$1" = plan.py ] && { cat >planned; echo "the plan"; exit; }\n'
         'echo "$*" >>calls\n'
         '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
         "mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier\n"
-        "touch stand_in/model.safetensors sentiment/run.json sft/model.safetensors dpo/model.safetensors\n"
-        "touch verifier/run.json stand_in/{results,attention}.json sentiment/results.json pipeline.json\n"
+        'case "$1 $*" in\n'
+        "train*) touch stand_in/model.safetensors ;;\n"
+        "finetune*) touch sentiment/run.json ;;\n"
+        "sft*) touch sft/model.safetensors sft/run.json ;;\n"
+        '"dpo.py "*) [ -z "${HANG:-}" ] || exec sleep 30; touch dpo/model.safetensors dpo/run.json ;;\n'
+        "verifier*) touch verifier/run.json ;;\n"
+        "eval*) touch stand_in/{results,attention}.json sentiment/results.json pipeline.json ;;\n"
+        "esac\n"
     )
     python.chmod(0o755)
     return tmp_path
@@ -63,7 +72,7 @@ def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
     assert calls(project) == EVERYTHING
     (project / "configs" / "sentiment.py").write_text("seed = 2\n")
     assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == EVERYTHING[3:]
+    assert calls(project) == ["finetune.py", "eval.py"]  # what sft.py makes does not depend on it
 
 
 def test_what_follows_from_a_model_trained_anew_starts_anew(project):
@@ -76,6 +85,67 @@ def test_what_follows_from_a_model_trained_anew_starts_anew(project):
     calls(project)
     again = run_all(project, "cpu")
     assert again.returncode == 0 and calls(project) == []
+
+
+def killed_in_dpo(project: Path) -> None:
+    """SFT has been trained anew, and everything is killed while the new DPO samples its pairs."""
+    (project / "out" / "sft" / "model.safetensors").unlink()
+    env = os.environ | {"HANG": "yes"}
+    run = subprocess.Popen(["bash", "run_all.sh", "cpu"], cwd=project, env=env, start_new_session=True)
+    try:
+        while "dpo.py" not in calls_so_far(project):
+            assert run.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+
+
+def calls_so_far(project: Path) -> list[str]:
+    file = project / "calls"
+    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_stage_that_was_killed_is_not_done_and_still_starts_anew(project):
+    run_all(project, "cpu")
+    calls(project)
+    killed_in_dpo(project)
+    calls(project)
+    assert run_all(project, "cpu").returncode == 0
+    lines = (project / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("--overwrite")] == ["dpo.py", "verifier.py"]
+    assert calls(project) == ["dpo.py", "verifier.py", "eval.py"]
+    assert run_all(project, "cpu").returncode == 0 and calls(project) == []
+
+
+def test_a_stage_that_began_anew_and_was_killed_goes_on(project):
+    run_all(project, "cpu")
+    calls(project)
+    killed_in_dpo(project)
+    (project / "out" / "dpo" / "run.json").touch()  # the new run had begun
+    calls(project)
+    assert run_all(project, "cpu").returncode == 0
+    lines = (project / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("--overwrite")] == ["verifier.py"]
+
+
+def test_a_single_stage_makes_what_follows_from_it_out_of_date(project):
+    run_all(project, "cpu")
+    (project / "out" / "sft" / "model.safetensors").unlink()
+    run_all(project, "cpu", "sft")
+    calls(project)
+    assert run_all(project, "cpu").returncode == 0
+    assert calls(project) == ["dpo.py", "verifier.py", "eval.py"]
+
+
+def test_without_a_profile_the_machine_is_asked(project):
+    machine = project / "machine"
+    machine.write_text("echo cpu\n")
+    assert run_all(project).returncode == 0 and calls(project) == EVERYTHING
+    machine.write_text("echo 'a GPU that torch cannot use' >&2; exit 1\n")
+    refused = run_all(project)
+    assert refused.returncode == 1 and "a GPU that torch cannot use" in refused.stderr
+    assert calls(project) == []
 
 
 def test_a_stage_whose_result_was_deleted_runs_again(project):

@@ -14,7 +14,7 @@ import torch
 import sft as script
 from data import DataError, corpus_info, documents, load_conversations, talk
 from finetune import TextModel, is_chat, load_model
-from model import load_tensors
+from model import ModernDecoderLM, load_tensors
 from sft import (
     PackedSet,
     SFTConfig,
@@ -269,3 +269,13 @@ def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):
 def test_what_cannot_be_done_is_said(settings, settings_, why):
     with pytest.raises((TrainError, DataError), match=why):
         script.sft(settings(**settings_))
+
+
+def test_dropout_reaches_every_place_of_a_model_that_is_tuned(settings, tiny):
+    ids, outputs = torch.arange(8).unsqueeze(0), []
+    fresh = ModernDecoderLM(replace(ModernDecoderLM.from_pretrained(tiny["base"]).config, dropout=0.4))
+    fresh.load_state_dict(load_tensors(Path(tiny["base"])), strict=False)
+    for model in (fresh, script.aligned_model(settings(dropout=0.4)).model):
+        torch.manual_seed(0)
+        outputs.append(model.train()(ids))
+    assert torch.equal(*outputs)

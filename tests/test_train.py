@@ -321,11 +321,11 @@ def uneven_rows(step: int, first: int, count: int):
     return tuple(torch.from_numpy(x[first : first + count].copy()) for x in (ids[:, :-1], targets))
 
 
-def trained(settings, loss=lambda model, *rows: model(*rows), **more) -> dict:
+def trained(settings, loss=lambda model, *rows: model(*rows), evaluate=None, **more) -> dict:
     """Weights after a few steps on uneven rows, 12 a step."""
     model = small_model()
     cfg = settings(name=f"run{random.random()}", save_every=0, max_steps=6, learning_rate=1e-2, **more)
-    Trainer(cfg, model, uneven_rows, loss, tokens_per_row=16).run_all_steps()
+    Trainer(cfg, model, uneven_rows, loss, evaluate, tokens_per_row=16).run_all_steps()
     return model.state_dict()
 
 
@@ -347,13 +347,16 @@ def test_gradient_checkpointing_changes_nothing(settings):
     )
 
 
-def starving(room: int):
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+
+def starving(room: int, error: Exception = OUT_OF_MEMORY):
     """A loss that runs out of memory with more than `room` rows at a time."""
 
     def loss(model, ids, targets):
         result = model(ids, targets)
         if len(ids) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+            raise error
         return result
 
     return loss
@@ -365,6 +368,29 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(settings, ca
         capsys.readouterr()
         assert close(plenty, trained(settings, starving(3), batch_size=batch_size))
         assert capsys.readouterr().out.count("out of memory") == halvings
+
+
+ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [ALLOCATOR, MemoryError(), RuntimeError("could not create a primitive")])
+def test_a_cpu_that_runs_out_of_memory_halves_the_micro_batch_too(settings, capsys, error):
+    plenty = trained(settings, batch_size=4)
+    assert close(plenty, trained(settings, starving(3, error), batch_size=4))
+    assert "micro-batch 2" in capsys.readouterr().out
+    with pytest.raises(TrainError, match="out of memory"):  # outside of a step
+        trained(
+            settings,
+            batch_size=4,
+            evaluate=lambda model, final: starving(0, error)(model, *uneven_rows(0, 0, 1)),
+        )
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(settings):
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("not enough memory")):
+        assert not train.is_out_of_memory(error)
+        with pytest.raises(type(error), match=str(error)):
+            trained(settings, starving(3, error), batch_size=4)
 
 
 def test_out_of_memory_with_one_row_says_what_to_try(settings):
@@ -827,7 +853,7 @@ def test_after_a_torn_checkpoint_new_ones_are_kept(settings, tmp_path, monkeypat
     interrupt_after(9, monkeypatch, settings(**cfg | dict(keep_last=2)))
     tear(tmp_path / "run/checkpoints/step-10/state.pt")
     interrupt_after(8, monkeypatch, settings(**cfg))  # resumes at 8, ends at 9: before the torn one
-    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["step-9"]
+    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["step-8", "step-9"]
     assert same(load_tensors(tmp_path / "run"), load_tensors(tmp_path / "run/checkpoints/step-9"))
 
 
@@ -909,6 +935,89 @@ def test_overwrite_removes_nothing_but_runs(settings, tmp_path, monkeypatch):
     (tmp_path / "thesis" / "chapter.tex").write_text("42")
     command_line(monkeypatch, settings(name="thesis"), "--overwrite")
     assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/../b", "../run", "/tmp/run", "./"])
+def test_a_name_that_leads_out_of_the_output_folder_is_refused(settings, tmp_path, monkeypatch, name):
+    train.pretrain(settings(max_steps=1))
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], ["--overwrite"]):
+        assert f"--name={name!r}" in command_line(monkeypatch, settings(), f"--name={name}", *more)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_leaves_runs_in_subfolders(settings, tmp_path, monkeypatch):
+    train.pretrain(settings(max_steps=1, name="run/round-1"))
+    train.pretrain(settings(max_steps=1))
+    assert command_line(monkeypatch, settings(max_steps=1), "--overwrite") == 0
+    assert (tmp_path / "run/round-1/model.safetensors").exists()
+
+
+def test_a_kill_within_overwrite_is_followed_by_the_rest_of_it(settings, tmp_path, monkeypatch):
+    """Without run.json the next --overwrite would not take what is left for a run: it goes last."""
+    train.pretrain(settings(max_steps=4))
+    order = []
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: order.append(path.name))
+    train.remove_run(tmp_path / "run")
+    assert order[-1] == "run.json" and len(order) > 3
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_renamed_run_goes_on(settings, tmp_path, monkeypatch):
+    whole = settings(name="whole")
+    train.pretrain(whole)
+    interrupt_after(6, monkeypatch, settings(name="before"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    train.pretrain(settings(name="after"))
+    assert same(load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "after"))
+
+
+def test_a_run_goes_on_whose_parent_was_renamed(settings, tmp_path, monkeypatch):
+    train.pretrain(settings(name="parent", max_steps=2))
+    interrupt_after(6, monkeypatch, settings(init_from=str(tmp_path / "parent")))
+    (tmp_path / "parent").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    train.pretrain(settings(init_from=str(tmp_path / "moved")))
+    train.pretrain(settings(name="other", max_steps=3))
+    message = command_line(monkeypatch, settings(name="copy", init_from=str(tmp_path / "other")))
+    assert "init_from" in message or "parent_hash" in message
+
+
+def test_a_copy_among_the_checkpoints_is_left_alone(settings, tmp_path, monkeypatch):
+    interrupt_after(6, monkeypatch, settings())
+    checkpoints = tmp_path / "run/checkpoints"
+    for name in ("step-4 (copy)", "step-4.bak", "step-004", "step-x"):
+        shutil.copytree(checkpoints / "step-4", checkpoints / name)
+    (checkpoints / "step-77").touch()  # a file
+    train.pretrain(settings(save_every=0))
+    assert command_line(monkeypatch, settings(), "--list") == 0
+    assert {path.name for path in checkpoints.iterdir()} == {
+        "step-4 (copy)", "step-4.bak", "step-004", "step-x", "step-77",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rubbish", [b"\n", b"\xff\xfe{\n", b"[1, 2]\n", b'{"step": "four"}\n', b"null\n"])
+def test_a_damaged_line_of_a_log_takes_no_other_with_it(settings, tmp_path, monkeypatch, capsys, rubbish):
+    train.pretrain(settings(name="whole"))
+    interrupt_after(6, monkeypatch, settings())
+    file = tmp_path / "run/metrics.jsonl"
+    first, rest = file.read_bytes().split(b"\n", 1)
+    file.write_bytes(first + b"\n" + rubbish + rest + b'{"step": 5, "lo\xe2')
+    capsys.readouterr()
+    train.pretrain(settings())
+    assert ("1 damaged lines" in capsys.readouterr().out) == bool(rubbish.strip())
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_have_the_mode_that_the_umask_asks_for(settings, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        train.pretrain(settings(max_steps=4))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask} and len(files) > 8
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -1088,6 +1197,60 @@ def test_wandb_that_is_not_installed_is_a_clear_message_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+FAKE_WANDB = """
+import json, pathlib
+log = pathlib.Path(__file__).with_name("calls.jsonl")
+def note(**call):
+    with open(log, "a") as file: file.write(json.dumps(call) + "\\n")
+class Run:
+    def __init__(self, id): self.url = f"https://wandb.test/{id}"
+    def log(self, line, step): note(step=step)
+    def finish(self): note(finished=True)
+def init(id=None, **more):
+    note(id=id, resume=more.get("resume"), project=more["project"])
+    return Run(id)
+"""
+
+
+@pytest.fixture
+def wandb_calls(tmp_path, monkeypatch):
+    """A wandb that writes down how it is called; the function reads that."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    (site / "wandb.py").write_text(FAKE_WANDB)
+    (site / "calls.jsonl").touch()
+    return lambda: [json.loads(line) for line in (site / "calls.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_is_one_run_of_wandb(settings, tmp_path, monkeypatch, wandb_calls):
+    for step in (2, 6):  # before the first checkpoint, and behind it
+        interrupt_after(step, monkeypatch, settings(wandb="project"))
+    about = train.pretrain(settings(wandb="project"))["wandb"]
+    assert about == train.read_json(tmp_path / "run/run.json")["wandb"]
+    begun = [call for call in wandb_calls() if "id" in call]
+    assert begun == 3 * [{"id": about["id"], "resume": "allow", "project": "project"}]
+    assert about["url"] == f"https://wandb.test/{about['id']}"
+    anew = train.pretrain(settings(wandb="project", overwrite=True))
+    assert anew["wandb"]["id"] != about["id"]
+
+
+def test_the_id_of_a_wandb_run_is_written_before_the_run_is_made(
+    settings, tmp_path, monkeypatch, wandb_calls
+):
+    import wandb
+
+    def dies(**more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(wandb, "init", dies)
+        train.pretrain(settings(wandb="project"))
+    known = train.read_json(tmp_path / "run/run.json")["wandb"]["id"]
+    assert train.pretrain(settings(wandb="project"))["wandb"]["id"] == known
+
+
 def test_init_from_starts_from_another_runs_weights(settings, tmp_path, monkeypatch):
     train.pretrain(settings(name="parent", max_steps=20, learning_rate=1e-2))
     parent = str(tmp_path / "parent")
@@ -1135,16 +1298,22 @@ def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, tmp
 # The command line
 
 
-def test_settings_that_cannot_be_are_refused_by_name(settings, monkeypatch):
-    for wrong in (
-        "max_steps=0",
-        "seed=-1",
-        "batch_size=0",
-        "grad_accum_steps=-1",
-        "log_every=0",
-        "device=banana",
-    ):
-        assert f"--{wrong}" in command_line(monkeypatch, settings(), f"--{wrong}")
+NONSENSE = """max_steps=0 seed=-1 batch_size=0 grad_accum_steps=-1 log_every=0 grad_clip=-1.0 min_lr=nan
+    weight_decay=nan rope_theta=0.0 norm_eps=nan learning_rate=inf warmup_steps=-1 decay_fraction=-1.0
+    save_every=-1 eval_tokens=-1 n_kv_heads=-1 d_ff=-1 dropout=nan dropout=1.0 beta2=1.0 head_dim=-2
+    capacity_factor=-1.0 sliding_window=-1 n_sinks=-1 stride=-1 keep_last=-1 sample_tokens=-1""".split()
+
+
+def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(
+    settings, tmp_path, monkeypatch, capsys
+):
+    for wrong in NONSENSE:
+        assert command_line(monkeypatch, settings(), f"--{wrong}") == 2
+        assert f"--{wrong}" in capsys.readouterr().err
+    assert "--device=banana" in command_line(monkeypatch, settings(), "--device=banana")
+    with pytest.raises(ValueError, match="grad_clip"):  # from Python, too
+        train.pretrain(settings(grad_clip=-1.0))
+    assert not list(tmp_path.iterdir())
     assert "no CUDA" in command_line(monkeypatch, settings(), "--device=cuda") or torch.cuda.is_available()
 
 

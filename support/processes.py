@@ -1,0 +1,93 @@
+"""Worker processes that end with their parent, and say so when they die themselves."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class WorkerDied(ValueError):
+    """A worker process ended before its work was done; the message says how, and what to do."""
+
+
+@contextmanager
+def worker_pool(
+    workers: int, remedy: str, context=None, initializer: Callable[[], None] | None = None
+) -> Iterator[ProcessPoolExecutor]:
+    """A ProcessPoolExecutor. Whatever leaves the `with` block, Ctrl-C too, does not wait for running work.
+
+    `remedy` is the flag that starts fewer processes, for the message of WorkerDied.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=initializer or become_worker)
+    processes = []
+    try:
+        yield pool
+    except BrokenProcessPool:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown()  # after this, the exit codes are known
+        raise WorkerDied(f"{cause_of_death(processes)}; the same command with {remedy} needs less") from None
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cause_of_death(processes: list) -> str:
+    """Of the worker that died first: the pool ends the others with SIGTERM."""
+    codes = [process.exitcode for process in processes if process.exitcode not in (None, 0, -signal.SIGTERM)]
+    code = codes[0] if codes else None
+    if code == -signal.SIGKILL:
+        return "a worker process was killed (SIGKILL), most likely because the machine ran out of memory"
+    if code is not None and code < 0:
+        return f"a worker process was ended by signal {-code}"
+    return "a worker process ended before its work was done" + (f" (status {code})" if code else "")
+
+
+def become_worker() -> None:
+    """Leaves Ctrl-C to the parent; and when the parent is gone, even by kill -9, goes too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits meanwhile. A process started here never gets it, also before it is a worker."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process works in `folder` within this block; a process that dies gives it back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: waiting for another process that works in it", flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,311 @@
+"""Kills a stage at each of its file operations, runs the same command again, and compares the finished folder
+with that of a run that was not disturbed. Every file must be the same: weights to the bit, logs and results
+without their times; and no temporary file may be left.
+
+    python tests/kill_schedule.py --stage=train                    # all points of one stage: minutes
+    python tests/kill_schedule.py --stage=all --every=5            # every fifth point of all stages
+    python tests/kill_schedule.py --stage=dpo --only=57,58 --keep  # two points; folders that differ stay
+    python tests/kill_schedule.py --stage=sft --more=--save_every=0
+
+A point is a rename, link, removal, new folder or opening of a file for writing in the output folder. Python's
+audit hooks see them. Each run is a fork of this process, which has already imported torch.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# What differs between two runs of the same command.
+TIMES = "seconds tokens_per_second step_seconds eval_seconds peak_memory_gib started minutes git".split()
+
+SHORT = "--device=cpu --dtype=float32 --warmup_steps=1 --log_every=1 --eval_every=3 --save_every=2".split()
+TUNE = [*SHORT, "--max_steps=5", "--batch_size=4"]
+PAIRS = "--problems=24 --n=6".split()
+FEW = "--max_train_examples=40 --max_eval_examples=12 --eval_examples=8".split()
+JUDGED = [*PAIRS, "--held_n=6", "--validation_problems=16", "--test_problems=16", "--gold=20"]
+MODEL = "--n_layers=1 --d_model=64 --n_heads=2 --context_length=160 --batch_size=4".split()
+MODEL += ["--learning_rate=1e-2"]
+
+# stage: (script, flags); {out} is the output folder, where the runs base and sft are already
+STAGES = {
+    "train": ("train", [*SHORT, *MODEL, "--max_steps=6", "--tokens={out}/tokens", "--sample_tokens=6"]),
+    "sft": ("sft", [*TUNE, "--model={out}/base", "--data=arithmetic@60", "--eval_examples=12"]),
+    "dpo": ("dpo", [*TUNE, *PAIRS, "--model={out}/sft", "--eval_examples=16", "--collapse=0"]),
+    "finetune": ("finetune", [*TUNE, *FEW, "--model={out}/base"]),
+    "channel": ("verifier", [*TUNE, *JUDGED, "--model={out}/sft", "--start={out}/base"]),
+}
+STAGES["lora"] = ("finetune", [*STAGES["finetune"][1], "--lora_r=2", "--merge"])
+STAGES["sft_lora"] = ("sft", [*STAGES["sft"][1], "--lora_r=2", "--merge"])
+STAGES["head"] = ("verifier", [*STAGES["channel"][1], "--kind=head"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", default="train", choices=[*STAGES, "all"])
+    parser.add_argument("--every", type=int, default=1, help="of the points, every so many")
+    parser.add_argument("--last", type=int, default=0, help="only the last so many points; 0: all")
+    parser.add_argument("--only", default="", help="points, joined by commas")
+    parser.add_argument("--more", action="append", default=[], help="one more flag of the stage")
+    parser.add_argument("--keep", action="store_true", help="keep the folders that differ")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kill-"))
+    bad = 0
+    try:
+        stages = list(STAGES) if args.stage == "all" else [args.stage]
+        import_before_forking(stages)
+        make_inputs(folder / "inputs", stages)
+        for stage in stages:
+            schedule = Schedule(stage, folder, args.more, args.keep)
+            points = range(len(schedule.points))[-args.last :][:: args.every]
+            if args.only:
+                points = [int(word) for word in args.only.split(",")]
+            begun = time.perf_counter()
+            for i in points:
+                differences = schedule.killed_at(i)
+                bad += bool(differences)
+                for line in differences:
+                    print(f"{stage} {i} {schedule.points[i]}: {line}", flush=True)
+            took = time.perf_counter() - begun
+            print(f"{stage}: {len(points)} of {len(schedule.points)} points in {took:.0f} s", flush=True)
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder)
+    print(f"{bad} points differ" if bad else "all the same")
+    raise SystemExit(bool(bad))
+
+
+class Schedule:
+    """One stage: the points at which it can be killed, and what it makes if it is not."""
+
+    def __init__(self, stage: str, folder: Path, more: list[str] = (), keep: bool = False):
+        self.script, self.folder, self.keep = STAGES[stage][0], folder, keep
+        self.out = folder / "out"  # the same path for all runs: run.json holds it
+        self.flags = [flag.format(out=self.out) for flag in STAGES[stage][1]]
+        self.flags += [f"--out={self.out}", "--name=run", *more]
+        self.fresh()
+        events = folder / "events"
+        status = self.run(events=events)
+        assert status == 0, (folder / "log").read_text()
+        self.points = events.read_text().splitlines()
+        self.undisturbed = snapshot(self.out)
+
+    def fresh(self) -> None:
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.copytree(self.folder / "inputs", self.out)
+
+    def run(self, **hook) -> int:
+        return in_a_fork(lambda: call(self.script, self.flags, self.out, **hook), self.folder / "log")
+
+    def killed_at(self, point: int) -> list[str]:
+        """Differences between what is there after a kill and the same command, and what should be."""
+        self.fresh()
+        status = self.run(kill_at=point)
+        if status != -signal.SIGKILL:
+            return [f"the process was not killed: status {status}"]
+        status = self.run()
+        if status != 0:
+            return [f"the same command ended with {status}: {(self.folder / 'log').read_text()[-300:]}"]
+        differences = compare(self.undisturbed, snapshot(self.out))
+        if differences and self.keep:
+            shutil.copytree(self.out, self.folder / f"{self.script}-{point}")
+            differences.append(f"see {self.folder / f'{self.script}-{point}'}")
+        return differences
+
+
+def import_before_forking(stages: list[str]) -> None:
+    """So that the forks need not. One thread: a fork has only the thread that called it."""
+    import torch
+
+    for stage in ["sft", *stages]:
+        importlib.import_module(STAGES[stage][0])
+    if {"finetune", "lora", "sft_lora"} & {*stages}:
+        import peft  # noqa: F401
+        import transformers
+
+        for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM"):
+            getattr(transformers, name)
+    torch.set_num_threads(1)
+    os.fsync = lambda file: None  # a killed process loses nothing that it has written; only a power cut does
+
+
+def make_inputs(folder: Path, stages: list[str]) -> None:
+    """Token files, a base model and, for stages that need it, one that is tuned on word problems."""
+    log = folder.parent / "log"
+    folder.mkdir(parents=True)
+    tokens = f"--tokens={folder}/tokens"
+    base = [
+        *MODEL,
+        "--device=cpu",
+        "--max_steps=2",
+        "--warmup_steps=0",
+        "--save_every=0",
+        "--sample_tokens=0",
+    ]
+    sft = [f"--model={folder}/base", "--data=arithmetic", "--max_steps=100", "--batch_size=8", "--device=cpu"]
+    sft += ["--learning_rate=1e-2", "--warmup_steps=10", "--eval_every=0", "--save_every=0"]
+    steps = [lambda: make_tokens(folder / "tokens")]
+    if stages != ["train"]:
+        steps.append(lambda: call("train", [*base, tokens, f"--out={folder}", "--name=base"]))
+    if {"dpo", "channel", "head"} & {*stages}:
+        steps.append(lambda: call("sft", [*sft, "--eval_examples=8", f"--out={folder}", "--name=sft"]))
+    for step in steps:
+        status = in_a_fork(step, log)
+        assert status == 0, log.read_text()
+
+
+def make_tokens(folder: Path) -> None:
+    from data import load_conversations, storyworld
+    from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens
+
+    chats = load_conversations("arithmetic", "train")[0][:200]
+    texts = [message["content"] for chat in chats for message in chat]
+    tokenizer = Tokenizer(*train_bpe(texts, 400, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS)
+    tokenizer.save(folder)
+    for split, count in (("train", 20), ("validation", 2)):
+        info = {"source": "kill_schedule.py", "licence": "none", "fingerprint": split}
+        write_tokens(tokenizer, storyworld(split, count), folder, split, info)
+
+
+# -----------------------------------------------------------------------------
+# A run in a fork, and the hook that kills it
+
+
+def in_a_fork(function, log: Path) -> int:
+    """The exit status of a fork that calls `function`; minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            function()
+            status = 0
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def call(script: str, flags: list[str], out: Path | None = None, kill_at=None, events: Path | None = None):
+    """`python SCRIPT.py FLAGS`; killed at file operation number `kill_at`, or all are written to `events`."""
+    module = importlib.import_module(script)
+    sys.argv = [f"{script}.py", *flags]
+    if out is not None and (kill_at is not None or events):
+        watch(out, kill_at, events)
+    module.main()
+
+
+def watch(out: Path, kill_at: int | None, events: Path | None) -> None:
+    count, file = 0, open(events, "w") if events else None
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal count
+        path = changed_path(event, args)
+        if path is None or not path.startswith(f"{out}/"):
+            return
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        if file:
+            file.write(f"{event} {path.removeprefix(f'{out}/')}\n")
+            file.flush()
+
+    sys.addaudithook(hook)
+
+
+def changed_path(event: str, args: tuple) -> str | None:
+    """The path that a file operation is about to change; None if it is another event."""
+    if event == "open":
+        path, mode, flags = args
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        return os.fsdecode(path) if writes and isinstance(path, str | bytes | os.PathLike) else None
+    if event in ("os.rename", "os.link"):
+        return os.path.abspath(os.fsdecode(args[1]))
+    if event in ("os.remove", "os.mkdir", "os.rmdir"):
+        path, folder = os.fsdecode(args[0]), args[-1]
+        if folder != -1:  # relative to an open folder, as shutil.rmtree does it
+            path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+        return os.path.abspath(path)
+    return None
+
+
+# -----------------------------------------------------------------------------
+# Comparing
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """{path: what is in it, without times} of all files."""
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}
+
+
+def content(path: Path):
+    if path.is_dir():
+        return "folder"
+    if path.suffix == ".json":
+        return without_times(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [without_times(json.loads(line)) for line in path.read_text().split("\n") if line]
+    if path.suffix == ".pt":
+        import torch
+
+        return without_times(torch.load(path, weights_only=True))
+    return path.read_bytes()
+
+
+def without_times(x):
+    """JSON or a checkpoint's state as plain values that == compares: no times, tensors as bytes."""
+    if isinstance(x, dict):
+        return {str(k): without_times(v) for k, v in x.items() if k not in TIMES}
+    if isinstance(x, list | tuple):
+        return [without_times(v) for v in x]
+    return x.numpy().tobytes() if hasattr(x, "numpy") else x
+
+
+def compare(wanted: dict, found: dict) -> list[str]:
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    lines = [f"missing {path}" for path in missing] + [f"left behind {path}" for path in extra]
+    for path in sorted(wanted.keys() & found.keys()):
+        if wanted[path] != found[path]:
+            lines.append(f"{path} differs{first_difference(wanted[path], found[path])}")
+    return lines
+
+
+def first_difference(a, b) -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            if a.get(key) != b.get(key):
+                return f" at {key}" + first_difference(a.get(key), b.get(key))
+    if isinstance(a, list) and isinstance(b, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=False)):
+            if x != y:
+                return f" at {i}" + first_difference(x, y)
+    with contextlib.suppress(TypeError):
+        return f": {len(a)} and {len(b)} long, {str(a)[:80]} and {str(b)[:80]}"
+    return f": {a} and {b}"
+
+
+if __name__ == "__main__":
+    main()
