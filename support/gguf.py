@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model import LLAMA, ModelConfig, ModernDecoderLM, architecture, write_atomically
+from support.chat_template import without_generation_marks
 from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer, spell
 
 # transformers' name of an architecture -> llama.cpp's. Its "llama" also computes Mixtral's experts.
@@ -34,6 +35,7 @@ PARAMETER stop <|end|>
 PARAMETER stop <|endoftext|>
 PARAMETER num_ctx {context}
 """
+OUR_TURN = "'<|' + message['role'] + '|>'"  # in tokenizer.CHAT_TEMPLATE
 GO_TEMPLATE = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
 
 
@@ -164,8 +166,11 @@ def add_settings(writer, c: ModelConfig, name: str, dtype: str) -> None:
         writer.add_expert_used_count(c.experts_per_token)
 
 
-def add_vocabulary(writer, tokenizer: Tokenizer, rows: int, chat: bool, template: str) -> None:
-    """Tokens, merges, special tokens; `rows` of the embedding that no token uses are filled up."""
+def add_vocabulary(writer, tokenizer: Tokenizer, rows: int, end: int, template: str) -> None:
+    """Tokens, merges, special tokens; `rows` of the embedding that no token uses are filled up.
+
+    `end`: the id at which generation stops. `template`: of a chat model, how its conversations are written.
+    """
     import gguf
 
     if tokenizer.pattern not in PRE_TOKENIZERS:
@@ -191,16 +196,14 @@ def add_vocabulary(writer, tokenizer: Tokenizer, rows: int, chat: bool, template
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    eot, end = tokenizer.eot_id, tokenizer.special_ids.get("<|end|>")
-    writer.add_bos_token_id(eot)
-    writer.add_eos_token_id(end if chat else eot)
-    writer.add_pad_token_id(eot)
-    if chat:
-        writer.add_eot_token_id(end)  # end of a turn
-    # Every document of pretraining begins with <|endoftext|>; a conversation begins with <|user|>.
-    writer.add_add_bos_token(not chat)
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(tokenizer.eot_id)
+    # Every document of pretraining begins with <|endoftext|>; a chat template says how a conversation does.
+    writer.add_add_bos_token(not template)
     writer.add_add_space_prefix(False)
-    if chat:
+    if template:
+        writer.add_eot_token_id(end)  # end of a turn
         writer.add_chat_template(template)
 
 
@@ -224,6 +227,25 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def chat_template(folder: Path) -> str:
+    """The template of a chat run, without the marks that only transformers' Jinja knows; "" of other runs."""
+    run, config = read_json(folder / "run.json"), read_json(folder / "tokenizer_config.json")
+    if not run.get("chat") and config.get("eos_token") in (EOT, None):
+        return ""
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    return without_generation_marks(template or "")
+
+
+def end_id(folder: Path, tokenizer: Tokenizer, rows: int, template: str) -> int:
+    """The id that ends an answer. Older runs name <|endoftext|> although their template has <|end|>."""
+    name = read_json(folder / "tokenizer_config.json").get("eos_token", EOT)
+    if "<|end|>" in template:
+        name = "<|end|>"
+    found = tokenizer.special_ids.get(name, tokenizer.eot_id)
+    return found if template and found < rows else tokenizer.eot_id
+
+
 def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") -> list[str]:
     """Converts a folder; returns lines that say what was written and what to know about it."""
     try:
@@ -237,18 +259,15 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     model, tokenizer = ModernDecoderLM.from_pretrained(folder), Tokenizer.load(folder)
     c = model.config
     refuse_unknown(c)
-    settings, run = read_json(folder / "tokenizer_config.json"), read_json(folder / "run.json")
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text() if template_file.exists() else settings.get("chat_template")
-    end = tokenizer.special_ids.get("<|end|>", c.vocab_size)
-    chat = bool(run.get("chat") or settings.get("eos_token") == "<|end|>") and end < c.vocab_size
     if EOT not in tokenizer.special_ids:
         raise GGUFError(f"{folder}: the tokenizer has no {EOT}, with which texts begin and end")
+    template = chat_template(folder)
+    end = end_id(folder, tokenizer, c.vocab_size, template)
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, ARCHITECTURES[architecture(c)])
         add_settings(writer, c, folder.resolve().name, dtype)
-        add_vocabulary(writer, tokenizer, c.vocab_size, chat and bool(template), template or "")
+        add_vocabulary(writer, tokenizer, c.vocab_size, end, template)
         for name, tensor in gguf_tensors(model).items():
             writer.add_tensor(name, stored_as(name, tensor, dtype).contiguous().numpy())
         writer.write_header_to_file()
@@ -259,7 +278,7 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, write)
     lines = [f"{file}: {file.stat().st_size / 2**20:.1f} MiB, {dtype}, {ARCHITECTURES[architecture(c)]}"]
-    if chat:
+    if OUR_TURN in template:
         modelfile = file.with_name("Modelfile")
         text = MODELFILE.format(file=file.name, context=usable_context(c), template=GO_TEMPLATE)
         write_atomically(modelfile, lambda path: path.write_text(text))
