@@ -296,10 +296,12 @@ class Plan:
         if not TASKS[cfg.task].labels:
             work.samples = held * said
         kind = "head" if cfg.method == "head" else self.kinds.get(cfg.model, ("causal", True))[0]
-        self.kinds[name := f"{cfg.out}/{cfg.name}"] = (kind, kind == "causal" and not cfg.lora_r)
+        self.kinds[name := f"{cfg.out}/{cfg.name}"] = (kind, kind == "causal")
         # The trained model and its optimizer are still there when its copy in the folder is evaluated.
-        trained = work.trained if work.trained >= 0 else count_parameters(work.shape)["total"]
-        beside = 16 * trained + 4 * (count_parameters(work.shape)["total"] - trained)
+        total = count_parameters(work.shape)["total"]
+        trained = total if work.trained < 0 else work.trained
+        frozen = 0.6 if cfg.load_in_4bit else 2  # bytes a weight
+        beside = 16 * trained + frozen * (total - trained)
         work.asks = [self.asked(name, cfg.task, context=cfg.context_length, beside=beside)]
         return work
 
@@ -369,6 +371,8 @@ class Plan:
             return total
         for name in cfg.models.split(","):
             total.shape = shape = self.shape(name)
+            if cfg.backend == "transformers":
+                self.kinds[name] = (self.kinds.get(name, ("causal", True))[0], False)
             run = Path(name) / "run.json"
             taught = read_json(run).get("stage") != "train" if run.exists() else name not in self.bases
             for task in cfg.tasks.split(","):

@@ -144,9 +144,11 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
 
 def logit_bytes(s: Shape, rows: int, size: int, sampled: bool) -> int:
     """Of one step's logits: as computed, in float32, and to draw from them the probabilities in float32, in
-    float64 and summed up (`sample` in model.py).
+    float64 and summed up (`sample` in model.py). For transformers the chosen token becomes logits again,
+    twice, in support/hub.py.
     """
-    return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else 0))
+    chosen = 0 if s.ours else 8
+    return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else chosen))
 
 
 def generation_bytes(

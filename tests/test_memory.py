@@ -143,9 +143,10 @@ def filled(
 
 
 def drawn(logits: torch.Tensor, rows: int, sampled: bool) -> torch.Tensor:
-    """As transformers' generate does: a copy in float32."""
+    """As transformers' generate does, a copy in float32; and a token of it as support/hub.py chooses it."""
     scores = logits[:, -1].to(copy=True, dtype=torch.float32)
-    return sample(scores, torch.empty(rows, device="meta"), float(sampled))
+    token = sample(scores, torch.empty(rows, device="meta"), float(sampled))
+    return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
 
 @torch.no_grad()
@@ -212,8 +213,9 @@ STAGES = {
     "eval-gsm8k": "eval.py gpt2 out/gsm8k --tasks=gsm8k",
     "README's 4 shots": "eval.py gpt2 --tasks=gsm8k --shots=0,4",
     "gsm8k sampled": "eval.py out/gsm8k --tasks=gsm8k --samples=16",
-    "GPT-2, LoRA": "finetune.py configs/gsm8k.py --lora_r=16 --name=lora",
-    "TinyLlama, LoRA": "finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 --lora_r=8 --name=t",
+    "by transformers": "eval.py gpt2 out/sst2 --tasks=gsm8k,sst2 --backend=transformers",
+    "TinyLlama": "eval.py TinyLlama/TinyLlama_v1.1 --tasks=gsm8k --backend=transformers",
+    "QLoRA": "finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 --lora_r=8 --load_in_4bit",
     "eval-life": "eval.py out/base out/sft out/dpo --tasks=arithmetic,storyworld --samples=16 --battery=200",
 }
 SPACE = 10.0 * GIB  # what a 12 GB GPU gives
