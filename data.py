@@ -11,13 +11,12 @@ tasks are read from $DATA_DIR (default `data/`), or downloaded.
     python data.py --corpus=tinystories:0.9,arithmetic:0.1       # a mix; the shares are shares of bytes
     python data.py --task=gsm8k --split=test                     # questions as a model sees them, [answers]
 
-Reads $DATA_DIR, and writes nothing there but the corpora it downloads. The other files import `documents` and
-`corpus_info`, `load_task`, `judge`, `calculate` and the metrics; a new story plot is a paragraph of text in
-PLOTS, and a new task an entry in TASKS.
+Reads $DATA_DIR, and what is not there from Hugging Face's hub, through its cache in $HF_HOME. The other files
+import `documents` and `corpus_info`, `load_task`, `judge`, `calculate` and the metrics; a new story plot is a
+paragraph of text in PLOTS, and a new task an entry in TASKS.
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import math
@@ -25,26 +24,22 @@ import os
 import random
 import re
 import sys
-import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, partial
-from glob import glob
+from functools import cache
+from glob import escape, glob
 from itertools import count, islice
+
+from support.formats import first_question, messages_of, pair_of, talk
+from support.hub import hub_file, hub_rows
+from support.tables import TABLE, DataError, columns_of, read_rows, shortened, text_lines, text_of
 
 SPLITS = ("train", "validation", "test")
 SEED = 1  # of both generators: another seed is another corpus
 END_OF_TEXT = "<|endoftext|>"
-
-
-class DataError(Exception):
-    """Something about the data that the person at the keyboard can put right; the message says how."""
 
 
 # -----------------------------------------------------------------------------
@@ -1092,28 +1087,41 @@ EMBEDDED = {  # name -> its documents, how many in train, how many in validation
 class Source:
     """One split of a corpus, found: how to read it, and what a run writes down about it."""
 
-    read: Callable[[], Iterator[str]]
+    read: Callable[[dict], Iterator[str]]  # counts the rows without text in the dict that it is given
     source: str
     licence: str
     fingerprint: Callable[[], str]
     size: int | None = None  # documents to take from a generator, which would never end
+    running_text: Callable[[], bool] = lambda: False  # its documents are pieces of longer texts
 
 
-def documents(corpus: str, split: str, data_dir: str | None = None) -> Iterator[str]:
+def documents(
+    corpus: str, split: str, data_dir: str | None = None, about: dict | None = None
+) -> Iterator[str]:
     """The documents of one split, one at a time. Raises DataError at once if there is no such thing.
 
     `corpus` is a name (`storyworld`, `arithmetic`, or one of CORPORA), a path, folder or glob of your own
-    .txt, .jsonl or .parquet files (also .gz), or a mix, "tinystories:0.9,arithmetic:0.1".
+    .txt, .jsonl or .parquet files (also .gz), or a mix, "tinystories:0.9,arithmetic:0.1". Rows without text
+    are left out; while reading, they are counted in `about`["left_out"].
     """
     found = _find(corpus, split, data_dir)
     print(f"data: {corpus}, {split}: {found.source}", file=sys.stderr)
-    return islice(found.read(), found.size)
+    return _reported(found, corpus, split, {} if about is None else about)
 
 
-def corpus_info(corpus: str, split: str, data_dir: str | None = None) -> dict[str, str]:
-    """What `documents` reads, for a run's record: {"source", "licence", "fingerprint" (of the content)}."""
+def _reported(found: Source, corpus: str, split: str, about: dict) -> Iterator[str]:
+    yield from islice(found.read(about), found.size)
+    if about.get("left_out"):
+        print(f"data: {corpus}, {split}: {about['left_out']:,} rows without text left out", file=sys.stderr)
+
+
+def corpus_info(corpus: str, split: str, data_dir: str | None = None) -> dict:
+    """What `documents` reads, for a run's record: {"source", "licence", "fingerprint" (of the content)}, and
+    "running_text": True if its documents are pieces of longer texts.
+    """
     found = _find(corpus, split, data_dir)
-    return {"source": found.source, "licence": found.licence, "fingerprint": found.fingerprint()}
+    about = {"source": found.source, "licence": found.licence, "fingerprint": found.fingerprint()}
+    return about | ({"running_text": True} if found.running_text() else {})
 
 
 def _find(corpus: str, split: str, data_dir: str | None) -> Source:
@@ -1122,26 +1130,36 @@ def _find(corpus: str, split: str, data_dir: str | None) -> Source:
         raise DataError(f'there is no split "{split}"; the splits are {", ".join(SPLITS)}')
     if corpus in EMBEDDED:
         make, n_train, n_other = EMBEDDED[corpus]
-        sample = partial(make, split)
         # The fingerprint is of what it says: a change to the grammar shows, a change to a comment does not.
-        fingerprint = lambda: _sha256(doc.encode() for doc in islice(sample(), 300))  # noqa: E731
+        fingerprint = lambda: _sha256(doc.encode() for doc in islice(make(split), 300))  # noqa: E731
         size = n_train if split == "train" else n_other
-        return Source(sample, f"generated by data.py, seed {SEED}", "MIT", fingerprint, size)
+        return Source(
+            lambda about: make(split), f"generated by data.py, seed {SEED}", "MIT", fingerprint, size
+        )
     if corpus in CORPORA:
         return _registered(corpus, split, data_dir)
-    if re.fullmatch(r"[^:,]+:\d*\.?\d+(,[^:,]+:\d*\.?\d+)*", corpus):
+    is_mix = re.fullmatch(r"[^:,]+:\d*\.?\d+(,[^:,]+:\d*\.?\d+)*", corpus)
+    if is_mix and not os.path.exists(corpus):
         return _mix(corpus, split, data_dir)
-    folder = os.path.isdir(corpus)
-    paths = sorted(glob(os.path.join(corpus, "**") if folder else corpus, recursive=True))
-    paths = [path for path in paths if os.path.isfile(path) and (_kind(path) or not folder)]
+    paths = _own_files(corpus)
     if not paths:
         names = ", ".join([*EMBEDDED, *CORPORA])
         raise DataError(f'"{corpus}" is neither a file nor the name of a corpus; those are {names}')
-    return _from_files(paths, "yours", hold_out=split)
+    return _from_files(paths, paths, "yours", hold_out=split)
+
+
+def _own_files(corpus: str) -> list[str]:
+    """The files of a path, a folder or a glob. What exists is no glob, though its name have [ ] or *."""
+    if os.path.isfile(corpus):
+        return [corpus]
+    if os.path.isdir(corpus):
+        found = sorted(glob(os.path.join(escape(corpus), "**"), recursive=True))
+        return [path for path in found if os.path.isfile(path) and _kind(path)]
+    return [path for path in sorted(glob(corpus, recursive=True)) if os.path.isfile(path)]
 
 
 def _registered(name: str, split: str, data_dir: str) -> Source:
-    """The first edition of which any file is here; failing that, the hub's, downloaded."""
+    """The first edition of which any file is in $DATA_DIR; failing that, the hub's."""
     corpus = CORPORA[name]
 
     def here(file: str) -> str | None:
@@ -1154,82 +1172,55 @@ def _registered(name: str, split: str, data_dir: str) -> Source:
     part = next((part for part in ("all", "head", split) if part in edition), None)
     if part is None:
         raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
-    paths = [here(file) or os.path.join(data_dir, corpus.folder, file) for file in edition[part]]
-    for i, (file, path) in enumerate(zip(edition[part], paths, strict=True)):
-        if not os.path.exists(path):
-            _begin(path, lambda file=file: _fetch(name, file, data_dir), None if i == 0 else 6.0)
+    paths, names = [], []
+    for file in edition[part]:
+        path = here(file)
+        names.append(os.path.relpath(path, data_dir) if path else f"{corpus.hub} on Hugging Face, {file}")
+        paths.append(path or _from_hub(name, file, edition is corpus.editions[0], data_dir))
     hold_out = split if part != split else None
     articles = corpus.hub == "Salesforce/wikitext"
-    return _from_files(paths, corpus.licence, data_dir, hold_out, torn=part == "head", articles=articles)
+    return _from_files(paths, names, corpus.licence, hold_out, torn=part == "head", articles=articles)
 
 
-_coming: dict[str, Future] = {}  # files that are being downloaded, while what is there is being read
-
-
-def _begin(path: str, fetch: Callable, wait: float | None) -> None:
-    """Downloads in the background, but for the first `wait` seconds (None: all of it), in which a network
-    that is missing makes itself known.
-    """
-    if path not in _coming:
-        future = _coming[path] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(fetch())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-    try:
-        _coming[path].result(wait)
-    except FutureTimeout:
-        return
-    except BaseException:
-        del _coming[path]  # the next call tries again
-        raise
-
-
-def _arrived(path: str) -> str:
-    """`path`, once it is whole."""
-    if path in _coming:
-        _coming[path].result()
-    return path
-
-
-def _fetch(name: str, file: str, data_dir: str) -> str:
+def _from_hub(name: str, file: str, on_hub: bool, data_dir: str) -> str:
     corpus = CORPORA[name]
-    path = os.path.join(data_dir, corpus.folder, file)
     try:
-        if not any(file in files for files in corpus.editions[0].values()):
-            raise DataError("this edition of it cannot be downloaded")
-        return download(f"https://huggingface.co/datasets/{corpus.hub}/resolve/main/{file}", path)
+        if not on_hub:
+            raise DataError("this edition of it is not on the hub")
+        return hub_file(corpus.hub, file)
     except DataError as error:
+        path = os.path.join(data_dir, corpus.folder, file)
         raise DataError(
-            f"{name} is not on this disk and could not be fetched: {error}\n"
-            f"Get online ({corpus.hub} on Hugging Face), or put the file at {path} (or .gz), "
-            f"or use the embedded corpus, which needs neither: storyworld"
+            f"{name} could not be fetched: {error}. Get online for {file} of {corpus.hub} on Hugging Face, "
+            f"or put it at {path} (or .gz), or use the embedded corpus, which needs neither: storyworld"
         ) from None
 
 
 def _from_files(
-    paths: list[str], licence: str, root: str = "", hold_out: str | None = None, torn=False, articles=False
+    paths: list[str], names: list[str], licence: str, hold_out: str | None = None, torn=False, articles=False
 ) -> Source:
-    """`hold_out`: these files have no splits, so this one is cut from their tail."""
+    """`names` are what is shown of `paths`. `hold_out`: these files have no splits, so this one is cut from
+    their tail.
+    """
     for path in paths:
         if not _kind(path):
             raise DataError(f"{path}: cannot read this; .txt, .jsonl and .parquet can be read, also as .gz")
-        if os.path.exists(path) and os.path.getsize(path) == 0:
+        if os.path.getsize(path) == 0:
             raise DataError(f"{path} is empty")
-    names = [os.path.relpath(path, root) if root else path for path in paths]
     source = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
     source += f" ({HOLD_OUT[hold_out]})" if hold_out else ""
 
-    def read() -> Iterator[str]:
-        docs = (doc for path in paths for doc in read_file(_arrived(path), articles))
+    def read(about: dict) -> Iterator[str]:
+        docs = (doc for path in paths for doc in read_file(path, articles, about))
         return _hold_out_tail(docs, hold_out, torn) if hold_out else docs
 
-    blocks = lambda: (block for path in paths for block in _blocks(_arrived(path)))  # noqa: E731
-    return Source(read, source, licence, lambda: _sha256(blocks()))
+    def fingerprint() -> str:
+        return _sha256(block for path in paths for block in _blocks(path))
+
+    def running_text() -> bool:
+        return articles or all(not TABLE.search(path) and not _has_marks(path) for path in paths)
+
+    return Source(read, source, licence, fingerprint, running_text=running_text)
 
 
 def _mix(text: str, split: str, data_dir: str) -> Source:
@@ -1244,8 +1235,10 @@ def _mix(text: str, split: str, data_dir: str) -> Source:
     found = {name: _find(name, split, data_dir) for name in shares}
     leader = max(shares, key=shares.get) if all(source.size for source in found.values()) else None
 
-    def read() -> Iterator[str]:
-        readers = {name: islice(s.read(), s.size if name == leader else None) for name, s in found.items()}
+    def read(about: dict) -> Iterator[str]:
+        readers = {}
+        for name, source in found.items():
+            readers[name] = islice(source.read(about), source.size if name == leader else None)
         progress = dict.fromkeys(shares, 0.0)  # bytes so far / share
         while True:
             name = min(progress, key=progress.get)  # the one that is furthest behind
@@ -1279,17 +1272,21 @@ def _kind(path: str) -> str:
     return match[1] if match else ""
 
 
-def read_file(path: str, articles: bool = False) -> Iterator[str]:
+def read_file(path: str, articles: bool = False, about: dict | None = None) -> Iterator[str]:
     """The documents of a file: rows of .jsonl and .parquet (field "text"); of .txt what stands between
-    <|endoftext|> marks, or else passages of about PASSAGE characters. `articles`: it is WikiText."""
-    rows = {"parquet": _parquet_rows, "jsonl": _jsonl_rows}.get(_kind(path), _lines)(path)
+    <|endoftext|> marks, or else passages of about PASSAGE characters. `articles`: it is WikiText. Rows
+    without text are counted in `about`["left_out"].
+    """
+    about = {} if about is None else about
     if articles:  # kept to the byte: its perplexity is compared with other people's
-        yield from _articles(row or " \n" for row in rows)  # on the hub a blank line is an empty row
+        yield from _articles(_wikitext_lines(path))
         return
-    if rows.__name__ == "_lines":
-        marked = any(END_OF_TEXT in line for line in islice(_lines(path), 10_000))
-        rows = _between_marks(rows) if marked else _passages(rows)
-    docs = filter(None, map(str.strip, rows))
+    if TABLE.search(path):
+        yield from _texts(path, about)
+        return
+    lines = text_lines(path)
+    docs = _between_marks(lines) if _has_marks(path) else _passages(lines)
+    docs = filter(None, map(str.strip, docs))
     first = next(docs, None)
     if first is None:
         raise DataError(f"{path} holds no text")
@@ -1297,23 +1294,39 @@ def read_file(path: str, articles: bool = False) -> Iterator[str]:
     yield from docs
 
 
-def _lines(path: str) -> Iterator[str]:
-    """Lines, each ending in a plain newline whatever it ended in. A problem is told with its line number."""
-    number = 0
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(
-            f"{path}, line {number}: not UTF-8 text (byte 0x{byte:02x}); if it is Latin-1, convert it with\n"
-            f"iconv -f latin1 -t utf-8 OLD > NEW"
-        ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: a damaged gzip file, after line {number} ({error}); get it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+def _texts(path: str, about: dict) -> Iterator[str]:
+    rows, empty, found = 0, [], False
+    for row in read_rows(path, ("text",)):
+        rows += 1
+        text = text_of(row.get("text"), f'{path}, row {rows}, "text"')
+        if text is not None:
+            found = True
+            yield text
+            continue
+        about["left_out"] = about.get("left_out", 0) + 1
+        if len(empty) < 100:
+            empty.append(row)
+    if not rows:
+        raise DataError(f"{path} holds no text")
+    if not found:
+        raise nothing_to_read(path, empty, 'a "text"')
+
+
+def nothing_to_read(source: str, rows: list[dict], what: str) -> DataError:
+    """The error for a data set in which no row has its text."""
+    return DataError(
+        f"{source}: no row has {what}; the columns are {columns_of(rows)} (row 1: {shortened(rows[0])})"
+    )
+
+
+def _wikitext_lines(path: str) -> Iterator[str]:
+    if not TABLE.search(path):
+        return text_lines(path)
+    return (row.get("text") or " \n" for row in read_rows(path))  # on the hub a blank line is an empty row
+
+
+def _has_marks(path: str) -> bool:
+    return any(END_OF_TEXT in line for line in islice(text_lines(path), 10_000))
 
 
 def _between_marks(lines: Iterable[str]) -> Iterator[str]:
@@ -1350,28 +1363,6 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def _jsonl_rows(path: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            if line.strip():
-                yield json.loads(line)["text"].replace("\r\n", "\n")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            found = line.strip()[:60]
-            raise DataError(f'{path}, line {number}: should be {{"text": "..."}} but is {found}') from None
-
-
-def _parquet_rows(path: str) -> Iterator[str]:
-    try:
-        from pyarrow.parquet import ParquetFile
-
-        for batch in ParquetFile(path).iter_batches(1024, columns=["text"]):
-            yield from (text or "" for text in batch.column("text").to_pylist())
-    except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow, which does not load here: {error}") from None
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are among them
-        raise DataError(f'{path}: not a parquet file with a column "text" ({error})') from None
-
-
 def _hold_out_tail(docs: Iterable[str], split: str, torn: bool) -> Iterator[str]:
     """The last 5 % of the documents, at most HELD_OUT, is validation, as many before it test, the rest train.
 
@@ -1403,75 +1394,6 @@ def _sha256(blocks: Iterable[bytes]) -> str:
     for block in blocks:
         digest.update(block)
     return digest.hexdigest()
-
-
-# -----------------------------------------------------------------------------
-# downloads: resumed where they stopped, checked, and only then given their name
-
-TRIES, CONNECT_SECONDS, READ_SECONDS = 3, 4, 30
-
-
-def download(url: str, path: str, sha256: str | None = None) -> str:
-    """Fetch `url` into `path`; what was interrupted goes on where it stopped, in `path`.part. Returns `path`.
-
-    The content must have `sha256`, or else the one that Hugging Face announces. After TRIES failures in a row
-    without a new byte it gives up with a DataError, which without a network takes seconds.
-    """
-    import requests
-
-    if os.path.exists(path):
-        return path
-    part, failures = path + ".part", 0
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        while True:
-            have = os.path.getsize(part) if os.path.exists(part) else 0
-            try:
-                expected = _receive(url, part, have)
-                break
-            except requests.RequestException as error:
-                status = error.response.status_code if error.response is not None else 0
-                grown = os.path.exists(part) and os.path.getsize(part) > have
-                failures = 1 if grown else failures + 1
-                if failures >= TRIES or (400 <= status < 500 and status not in (408, 429)):
-                    offline = "resolve" in str(error) or "unreachable" in str(error)
-                    raise DataError("no connection" if offline else f"{url}: {str(error)[:200]}") from None
-                time.sleep(0.5 * 2**failures)
-        expected = sha256 or expected
-        if expected and _sha256(_blocks(part)) != expected:
-            os.remove(part)
-            raise DataError(f"{url}: not the file that was expected (its sha256 is another); thrown away")
-        os.replace(part, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}); set DATA_DIR to another folder") from None
-    return path
-
-
-def _receive(url: str, part: str, have: int) -> str | None:
-    """Add what `part`, of `have` bytes, is missing. Returns the sha256 that the hub announces, if it does."""
-    import requests
-    from tqdm import tqdm
-
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as reply:
-        if reply.status_code == 416 and reply.headers.get("Content-Range") != f"bytes */{have}":
-            os.remove(part)  # it is longer than the file: it was a part of another one
-            raise requests.ConnectionError("the part on disk was of another file")
-        if reply.status_code != 416:  # 416: there is nothing after `have`, all is here
-            reply.raise_for_status()
-            have = have if reply.status_code == 206 else 0  # 200: no ranges, so it is sent from the start
-            size = have + int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else None
-            name = os.path.basename(part).removesuffix(".part")
-            bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name, disable=None)
-            with open(part, "ab" if have else "wb") as file, bar:
-                for block in reply.iter_content(1 << 16):  # what a break can lose
-                    bar.update(file.write(block))
-                file.flush()
-                os.fsync(file.fileno())
-            if size is not None and os.path.getsize(part) != size:
-                raise requests.ConnectionError("the connection broke off")
-        tags = [step.headers.get("X-Linked-ETag", "").strip('"') for step in [*reply.history, reply]]
-        return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), None)
 
 
 # -----------------------------------------------------------------------------
@@ -1568,20 +1490,36 @@ def load_task(
         last = first + (count or GENERATED[split])
         rows = list(islice(task.generator(split, last), first, None))
         source = f"generated by data.py, seed {SEED}" + (f", from row {first + 1:,} on" if first else "")
+        numbered = list(enumerate(rows, first + 1))
     else:
         held = task.hold_out and split != "test"
         rows, source = _task_rows(name, "train" if held else split, data_dir)
+        numbered = list(enumerate(rows, 1))
         if held:
-            rows = rows[: -task.hold_out] if split == "train" else rows[-task.hold_out :]
+            numbered = numbered[: -task.hold_out] if split == "train" else numbered[-task.hold_out :]
             source += f" (its last {task.hold_out} rows are validation)"
-        rows = rows[first : first + count] if count else rows[first:]
-    examples = [e for i, row in enumerate(rows) if (e := _example(name, task, row, f"{source}, row {i + 1}"))]
-    if not examples:
+        numbered = numbered[first : first + count] if count else numbered[first:]
+    if not numbered:
         raise DataError(f"{name}, {split}: {source} holds no examples")
-    if len(examples) < len(rows):
-        source += f" ({len(rows) - len(examples)} without text left out)"
+    examples = []
+    for number, row in numbered:
+        example = _example(name, task, row, f"{source}, row {number}")
+        if example:
+            examples.append(example)
+    if not examples:
+        columns = " and ".join(f'"{column}"' for column in task.columns)
+        raise nothing_to_read(f"{name}, {split}: {source}{_hint(name, task)}", rows, f"text in {columns}")
+    about = {"source": source, "licence": task.licence}
+    _note_left_out(about, len(numbered) - len(examples))
     fingerprint = _sha256(f"{task.prompt(e.text)}\0{e.target}\0".encode() for e in examples)
-    return examples, {"source": source, "licence": task.licence, "fingerprint": fingerprint}
+    return examples, about | {"fingerprint": fingerprint}
+
+
+def _note_left_out(about: dict, n: int, what: str = "without text") -> None:
+    """Writes into a run's record, and into what is printed of the source, how many rows were left out."""
+    if n:
+        about["left_out"] = about.get("left_out", 0) + n
+        about["source"] += f" ({n:,} {what} left out)"
 
 
 def find_task(name: str) -> Task:
@@ -1590,20 +1528,20 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def _hint(name: str, task: Task) -> str:
+    return f"; results on {name} are reported on its {task.test} split"
+
+
 def _example(name: str, task: Task, row: dict, where: str) -> Example | None:
-    """A row as an Example; None if it has no text, as one row of SAMSum."""
-    hint = f"; results on {name} are reported on its {task.test} split"
-    missing = [column for column in task.columns if row.get(column) is None]
-    if missing:
-        have = ", ".join(map(str, row))
-        raise DataError(f'{where}: no column "{missing[0]}"; there are {have}{hint}')
-    text, answer = (str(row[column]).replace("\r\n", "\n").strip() for column in task.columns)
-    if not text or not answer:
+    """A row as an Example; None if it lacks its text or its answer, as one row of SAMSum."""
+    text, answer = (text_of(row.get(column), f'{where}, "{column}"') for column in task.columns)
+    if text is None or answer is None:
         return None
     if not task.labels:
         return Example(text, f" {answer}")
     if answer not in map(str, range(len(task.labels))):  # -1: the hub's way to hide a test split's labels
-        raise DataError(f"{where}: label {answer!r} is not one of 0 to {len(task.labels) - 1}{hint}")
+        last = len(task.labels) - 1
+        raise DataError(f"{where}: label {answer!r} is not one of 0 to {last}{_hint(name, task)}")
     return Example(text, task.labels[int(answer)], int(answer))
 
 
@@ -1611,57 +1549,31 @@ def _task_rows(name: str, split: str, data_dir: str) -> tuple[list[dict], str]:
     """The raw rows of one split, and where they are from."""
     task = TASKS[name]
     names = task.files[split]
-    for stem in names:
-        for suffix in (".jsonl", ".tsv", ".json", ".parquet"):
-            for path in (os.path.join(data_dir, stem + suffix + gz) for gz in ("", ".gz")):
-                if os.path.exists(path):
-                    return list(read_rows(path)), os.path.relpath(path, data_dir)
+    path = _first_file(data_dir, names)
+    if path:
+        return list(read_rows(path)), os.path.relpath(path, data_dir)
+    repo, *config = task.hub
     try:
-        from datasets import load_dataset
-
-        rows = load_dataset(*task.hub, split=split)
-        return list(rows), f"{task.hub[0]} on Hugging Face, {split}"
-    except Exception as error:  # datasets raises some ten kinds, depending on what of the network is missing
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        return hub_rows(repo, *config, split=split), f"{repo} on Hugging Face, {split}"
+    except DataError as error:
         stand_in = next(n for n, t in TASKS.items() if t.generator and t.metric == task.metric)
         raise DataError(
-            f"{name} is not on this disk and could not be fetched: {why}\n"
-            f"Get online ({task.hub[0]} on Hugging Face), or put its {split} split at "
-            f"{os.path.join(data_dir, names[0])}.jsonl (or .tsv, .parquet, also .gz) with the columns "
-            f"{' and '.join(task.columns)}, or use the embedded task, which needs neither: {stand_in}"
+            f"{name} is not on this disk and could not be fetched: {error}. Get online ({repo} on Hugging "
+            f"Face), or put its {split} split at {os.path.join(data_dir, names[0])}.jsonl (or .csv, .tsv, "
+            f".parquet, also .gz) with the columns {' and '.join(task.columns)}, or use the embedded task, "
+            f"which needs neither: {stand_in}"
         ) from None
 
 
-def read_rows(path: str) -> Iterator[dict]:
-    """The rows of a .jsonl, .json (an array), .tsv (a header, no quoting) or .parquet file, plain or .gz."""
-    kind = re.search(r"\.(jsonl|json|tsv|parquet)(\.gz)?$", path)
-    if not kind:
-        raise DataError(
-            f"{path}: cannot read this; .jsonl, .json, .tsv and .parquet can be read, also as .gz"
-        )
-    try:
-        if kind[1] == "parquet":
-            from pyarrow.parquet import read_table
-
-            yield from read_table(path).to_pylist()
-        elif kind[1] == "json":
-            yield from json.loads("".join(_lines(path)))
-        elif kind[1] == "tsv":  # a quotation mark in a review is a quotation mark, not csv's quoting
-            lines = (line.rstrip("\n").split("\t") for line in _lines(path))
-            header = next(lines, [])
-            for number, cells in enumerate(lines, 2):
-                if len(cells) != len(header):
-                    raise DataError(f"{path}, line {number}: {len(cells)} cells under {len(header)} headings")
-                yield dict(zip(header, cells, strict=True))
-        else:
-            for number, line in enumerate(_lines(path), 1):
-                try:
-                    if line.strip():
-                        yield json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+def _first_file(data_dir: str, stems: Iterable[str]) -> str | None:
+    """The first of these files in $DATA_DIR, in any of the kinds that `read_rows` reads."""
+    for stem in stems:
+        for kind in (".jsonl", ".tsv", ".json", ".csv", ".parquet"):
+            for gz in ("", ".gz"):
+                path = os.path.join(data_dir, stem + kind + gz)
+                if os.path.exists(path):
+                    return path
+    return None
 
 
 def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str | None = None) -> list[Example]:
@@ -1696,15 +1608,25 @@ class Collection:
     """A data set of conversations or preferences: where it is, on the hub and in $DATA_DIR."""
 
     hub: str
-    files: tuple[str, ...]  # the first that is there is read, and split by what is asked first
+    files: tuple[str, ...]  # the first that is there is read, and split by the first question
     licence: str
     hub_split: str = "train"
+    hub_file: str = ""  # of a repository that `datasets` cannot read: the file with the rows
+    note: str = ""  # what one has to know to get it
 
 
 COLLECTIONS = {
     "alpaca": Collection("tatsu-lab/alpaca", ("alpaca/train", "instruct/alpaca_5000"), "CC BY-NC 4.0"),
     "dolly": Collection("databricks/databricks-dolly-15k", ("dolly/train",), "CC BY-SA 3.0"),
-    "lima": Collection("GAIR/lima", ("lima/train", "instruct/lima"), "CC BY-NC-SA"),
+    "lima": Collection(
+        "GAIR/lima",
+        ("lima/train", "instruct/lima"),
+        "CC BY-NC-SA",
+        hub_file="train.jsonl",
+        note="GAIR/lima is gated and comes as a script, which `datasets` does not run any more: its file "
+        "train.jsonl can be had by who has accepted the terms on its page and run `hf auth login`; dolly and "
+        "alpaca need neither",
+    ),
     "hh-rlhf": Collection("Anthropic/hh-rlhf", ("hh-rlhf/train", "hh-rlhf/helpful-base/test"), "MIT"),
     "ultrafeedback": Collection(
         "HuggingFaceH4/ultrafeedback_binarized", ("ultrafeedback/train",), "MIT", hub_split="train_prefs"
@@ -1716,7 +1638,7 @@ def load_conversations(name: str, split: str, data_dir: str | None = None) -> tu
     """Conversations of one split, [[{"role", "content"}, ...], ...], and their source, for a run's record.
 
     `name`: the embedded `instructions`, a task (its questions and answers are turns), alpaca, dolly, lima, or
-    a file. What is not split by its makers is split by the first thing that the user says: 90, 5, 5 %.
+    a file. What is not split by its makers is split by the first question that the user asks: 90, 5, 5 %.
     """
     if name in TASKS:
         examples, about = load_task(name, split, data_dir)
@@ -1725,115 +1647,76 @@ def load_conversations(name: str, split: str, data_dir: str | None = None) -> tu
         chats = [row["messages"] for row in instructions(split, GENERATED[split])]
         about = {"source": f"generated by data.py, seed {SEED}", "licence": "MIT"}
     else:
-        rows, about = _collection(name, split, data_dir)
-        chats = [messages for row in rows if (messages := messages_of(row, about["source"]))]
-    if not chats:
-        raise DataError(f"{name}, {split}: {about['source']} holds no conversations")
+        chats, about = _collection(name, split, data_dir, messages_of, "a question and an answer")
     return chats, about | {"fingerprint": _sha256(json.dumps(c).encode() for c in chats)}
 
 
 def load_preferences(name: str, split: str, data_dir: str | None = None) -> tuple[list[Preference], dict]:
     """Preferences of one split and their source: hh-rlhf, ultrafeedback, or a file of pairs."""
-    rows, about = _collection(name, split, data_dir)
-    pairs = [preference_of(row, about["source"]) for row in rows]
-    kept = [p for p in pairs if p.messages and p.chosen and p.rejected and p.chosen != p.rejected]
-    if len(kept) < len(pairs):
-        about["source"] += f" ({len(pairs) - len(kept)} pairs with an empty or identical side left out)"
+    pairs, about = _collection(name, split, data_dir, preference_of, "a question and two answers to it")
+    kept = [p for p in pairs if p.chosen != p.rejected]
+    _note_left_out(about, len(pairs) - len(kept), "pairs with identical sides")
     if not kept:
         raise DataError(f"{name}, {split}: {about['source']} holds no pairs")
     texts = (json.dumps([p.messages, p.chosen, p.rejected]).encode() for p in kept)
     return kept, about | {"fingerprint": _sha256(texts)}
 
 
-def talk(question: str, answer: str = "") -> list[dict]:
-    turns = [{"role": "user", "content": question}]
-    return turns + [{"role": "assistant", "content": answer}] * bool(answer)
+def preference_of(row: dict, where: str = "") -> Preference | None:
+    """A row as a Preference; None if it lacks a side, or if its sides answer different questions."""
+    messages, chosen, rejected = pair_of(row, where)
+    return Preference(messages, chosen, rejected) if messages else None
 
 
-def _collection(name: str, split: str, data_dir: str | None) -> tuple[list[dict], dict]:
-    data_dir, found = data_dir or os.environ.get("DATA_DIR") or "data", COLLECTIONS.get(name)
-    endings = [f"{kind}{gz}" for kind in (".jsonl", ".json", ".parquet") for gz in ("", ".gz")]
-    paths = [os.path.join(data_dir, file + end) for file in (found.files if found else ()) for end in endings]
-    path = name if not found else next(filter(os.path.exists, paths), "")
-    licence = found.licence if found else "yours"
-    if path and not os.path.exists(path):
-        known = ", ".join(["instructions", *COLLECTIONS, *TASKS])
-        raise DataError(f'"{name}" is neither a file nor a collection; those are {known}')
+def _collection(name: str, split: str, data_dir: str | None, parse: Callable, what: str) -> tuple[list, dict]:
+    """One split of the rows that `parse` makes something of. Rows with one first question share a split."""
+    rows, source, licence = _collection_rows(name, data_dir or os.environ.get("DATA_DIR") or "data")
+    if not rows:
+        raise DataError(f"{name}: {source} holds no rows")
+    items, in_split = 0, []
+    for number, row in enumerate(rows, 1):
+        item = parse(row, f"{source}, row {number}")
+        if not item:
+            continue
+        items += 1
+        if split_of(first_question(getattr(item, "messages", item))) == split:
+            in_split.append(item)
+    if not items:
+        raise nothing_to_read(source, rows, what)
+    if not in_split:
+        raise DataError(
+            f"{source}: none of its {items:,} rows falls into the {split} split. Rows with the same first "
+            "question stay together; of different questions one in 20 is validation and one in 20 is test: "
+            "there are too few"
+        )
+    about = {"source": f"{source}, split by the first question", "licence": licence}
+    _note_left_out(about, len(rows) - items, f"without {what}")
+    return in_split, about
+
+
+def _collection_rows(name: str, data_dir: str) -> tuple[list[dict], str, str]:
+    """The rows of a collection or of a file, where they are from, and their licence."""
+    found = COLLECTIONS.get(name)
+    if found is None:
+        if not os.path.isfile(name):
+            known = ", ".join(["instructions", *COLLECTIONS, *TASKS])
+            raise DataError(f'"{name}" is neither a file nor a collection; those are {known}')
+        return list(read_rows(name)), name, "yours"
+    path = _first_file(data_dir, found.files)
     if path:
-        rows, source = list(read_rows(path)), os.path.relpath(path, data_dir) if found else path
-    else:
-        try:
-            from datasets import load_dataset
-
-            rows, source = (
-                list(load_dataset(found.hub, split=found.hub_split)),
-                f"{found.hub} on Hugging Face",
-            )
-        except Exception as error:  # as in _task_rows
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-            raise DataError(
-                f"{name} is not on this disk and could not be fetched: {why}\n"
-                f"Get online ({found.hub} on Hugging Face), or put it at "
-                f"{os.path.join(data_dir, found.files[0])}.jsonl; the embedded collections need neither: "
-                "instructions, arithmetic"
-            ) from None
-    rows = [row for row in rows if split_of(_first_words(row)) == split]
-    return rows, {"source": f"{source}, split by what is asked first", "licence": licence}
-
-
-def _first_words(row: dict) -> str:
-    """What the user says first: rows that share it must share their split."""
-    for key in ("prompt", "instruction", "question"):
-        if isinstance(row.get(key), str):
-            return row[key]
-    text = row.get("chosen")
-    if isinstance(text, str):
-        return text.split("Assistant:")[0]
-    return json.dumps((row.get("messages") or row.get("conversations") or text or [""])[:1])
-
-
-NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-
-
-def messages_of(row: dict, where: str = "") -> list[dict]:
-    """A row of any of the usual forms as messages; [] if nobody says anything in it."""
-    turns = row.get("messages") or row.get("conversations")
-    if turns and isinstance(turns[0], str):  # LIMA on the hub: by turns
-        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    if turns:
-        roles = [t.get("role") or t["from"] for t in turns]
-        texts = [t.get("content") or t.get("value") or "" for t in turns]
-        pairs = zip(roles, texts, strict=True)
-        turns = [{"role": NAMES.get(role, role), "content": text} for role, text in pairs]
-        return turns if all(t["content"].strip() for t in turns) else []
-    asked = next((row[k] for k in ("instruction", "prompt", "question") if row.get(k)), None)
-    more = next((row[k] for k in ("input", "context") if row.get(k)), "")
-    said = next((row[k] for k in ("output", "response", "completion", "answer") if k in row), None)
-    if said is None and (found := row.get("instances")):  # self-instruct's seed tasks
-        more, said = found[0].get("input", ""), found[0].get("output")
-    if asked is None or said is None:
-        raise DataError(f"{where}: no messages, nor instruction and output, among {', '.join(row)}")
-    return talk(f"{asked}\n\n{more}".strip(), str(said).strip()) if str(said).strip() else []
-
-
-def preference_of(row: dict, where: str = "") -> Preference:
-    """A row as a Preference: hh-rlhf's transcripts, ultrafeedback's messages, or prompt and two answers."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is None or rejected is None:
-        raise DataError(f"{where}: a pair needs the columns chosen and rejected, not {', '.join(row)}")
-    if isinstance(chosen, str) and chosen.lstrip().startswith("Human:"):
-        turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + chosen.strip())[1:]
-        roles = (NAMES.get(name.lower(), "assistant") for name in turns[::2])
-        told = [{"role": r, "content": t.strip()} for r, t in zip(roles, turns[1::2], strict=True)]
-        return Preference(told[:-1], told[-1]["content"], rejected.rpartition("\n\nAssistant:")[2].strip())
-    if isinstance(chosen, list):
-        before = [{"role": m["role"], "content": m["content"]} for m in chosen[:-1]]
-        return Preference(before, chosen[-1]["content"].strip(), rejected[-1]["content"].strip())
-    if isinstance(chosen, dict):
-        chosen, rejected = (side.get("value") or side.get("content") or "" for side in (chosen, rejected))
-    asked = messages_of({k: v for k, v in row.items() if k != "answer"} | {"output": "?"})
-    asked = asked[:-1] if asked and asked[-1]["content"] == "?" else asked
-    return Preference(asked, chosen.strip(), rejected.strip())
+        return list(read_rows(path)), os.path.relpath(path, data_dir), found.licence
+    try:
+        if found.hub_file:
+            rows = list(read_rows(hub_file(found.hub, found.hub_file)))
+        else:
+            rows = hub_rows(found.hub, split=found.hub_split)
+        return rows, f"{found.hub} on Hugging Face", found.licence
+    except DataError as error:
+        raise DataError(
+            f"{name} is not on this disk and could not be fetched: {error}. {found.note or 'Get online'} "
+            f"({found.hub} on Hugging Face). Or put it at {os.path.join(data_dir, found.files[0])}.jsonl; "
+            "the embedded collections need neither: instructions, arithmetic"
+        ) from None
 
 
 def refuse_overlap(train: Iterable[str], test: Iterable[str], what: str) -> None:

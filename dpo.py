@@ -390,6 +390,8 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
+    if data.get("left_out"):
+        trainer.say(f"{cfg.data}: {data['left_out']:,} rows that are no pair of answers were left out")
     write_pairs(model, folder / "pairs.jsonl", pairs)
     trainer.made_before = ("pairs.jsonl", "reference.npz")
     return trainer.run_all_steps()

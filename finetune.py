@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, write_atomically
+from support.tables import read_jsonl, valid
 from tokenizer import EOT, ROLES, Tokenizer, become_worker, map_ahead
 from train import (
     FREE_TO_CHANGE,
@@ -56,7 +57,6 @@ from train import (
     pick_device,
     pick_dtype,
     read_json,
-    read_jsonl,
     tqdm,
 )
 
@@ -160,7 +160,7 @@ class TextModel:
         """The ids of a text, without special tokens; a text that spells one does not become one."""
         if isinstance(self.tokenizer, Tokenizer):
             return self.tokenizer.encode(text, allowed_special=())
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(valid(text), add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Iterable[int]) -> str:
         if isinstance(self.tokenizer, Tokenizer):
@@ -664,6 +664,7 @@ def sampled(
 
     They are kept in the model's folder, in samples/, and read from there when the same model is asked the
     same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
+    So does a file that does not hold these questions in this order: it is only a cache.
     """
     task, folder = find_task(name), Path(model.name)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
@@ -672,9 +673,12 @@ def sampled(
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
     asked = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
     file = folder / "samples" / f"{name}-{split}-{n}x-{asked}.jsonl"
-    if file.exists():
-        return [row["samples"] for row in read_jsonl(file)]
     n = 1 if temperature == 0 else n
+    known = read_jsonl(file)
+    if [row.get("question") for row in known] == [e.text for e in examples]:
+        answers = [row.get("samples") for row in known]
+        if all(isinstance(some, list) and len(some) == n for some in answers):
+            return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )

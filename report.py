@@ -37,6 +37,7 @@ from matplotlib.ticker import MaxNLocator
 from configs import ConfigError, parse_config
 from data import TASKS, proportion
 from errors import KINDS
+from support.tables import read_jsonl
 
 
 @dataclass
@@ -106,21 +107,6 @@ def read_json(file: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSON-lines file; what cannot be read, such as a last line cut off, is left out."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [x for x in found if isinstance(x, dict)]
 
 
 def run_folders(home: Path) -> list[Path]:
@@ -213,7 +199,7 @@ def training(home: Path) -> list[Block]:
     rows, drawn, alike = [], deque(maxlen=CURVES), {}  # long runs are not kept in memory
     planned = {x[0].removeprefix("finetune-"): float(x[2]) for x in columns_of(home / "plan.tsv")}
     for folder in run_folders(home):
-        run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+        run, lines = read_json(folder / "run.json"), read_jsonl(folder / "metrics.jsonl")
         steps = [x for x in lines if "tokens_per_second" in x]
         last, best = ((run.get("results") or {}).get(key, {}) for key in ("last", "best"))
         loss = [f"{x['val_loss']:.4f} at {x['step']:,}" if "val_loss" in x else "" for x in (last, best)]
@@ -344,7 +330,7 @@ def samples(home: Path) -> list[Block]:
     """What it says: the same prompts by checkpoint, and by stage."""
     blocks: list[Block] = []
     for folder in run_folders(home):
-        lines = [x for x in read_lines(folder / "samples.jsonl") if "text" in x]
+        lines = [x for x in read_jsonl(folder / "samples.jsonl") if "text" in x]
         if lines:
             rows = [[x.get("step", ""), shorten(x.get("prompt", "")), shorten(x["text"])] for x in lines]
             blocks += [Text(f"**{folder.name}** while it was trained:")]
@@ -461,7 +447,7 @@ def failures(home: Path) -> list[Block]:
         last = {}  # of a task's evaluations: with more examples in the prompt, or with many answers
         for key, e in found.items():
             if isinstance(e, dict) and e.get("task") in TASKS:
-                records = read_lines(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
+                records = read_jsonl(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
                 if records := [r for r in records if "kinds" in r]:
                     last[e["task"], e["split"]] = records, e
         for (task, split), (records, entry) in last.items():
@@ -562,7 +548,7 @@ def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
 
 def violations(folder: Path) -> list[Block]:
     """Held-out pairs that a model which learnt preferences moved the wrong way, the worst first."""
-    found = read_lines(folder / "violations.jsonl")
+    found = read_jsonl(folder / "violations.jsonl")
     of = read_json(folder / "run.json").get("data", {}).get("validation", {}).get("pairs")
     if not found or not of:
         return []
@@ -952,7 +938,7 @@ def comparison(folders: list[Path]) -> list[Block]:
         blocks.append(
             Table("settings", ["setting", *names], [[k, *(s.get(k, "") for s in settings)] for k in differ])
         )
-    lines = {folder: read_lines(folder / "metrics.jsonl") for folder in folders}
+    lines = {folder: read_jsonl(folder / "metrics.jsonl") for folder in folders}
     drawn = [(f.name, [x for x in some if "val_loss" in x], thinned([x for x in some if "loss" in x]))
              for f, some in lines.items()]  # fmt: skip
     blocks.append(overlaid("comparison", drawn))
@@ -1066,7 +1052,7 @@ def log(home: Path) -> str:
     """
     out, summary, entries = ["# Experiments", ""], [], []
     for folder in run_folders(home):
-        run, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+        run, lines = read_json(folder / "run.json"), read_jsonl(folder / "metrics.jsonl")
         settings, best = run.get("settings", {}), (run.get("results") or {}).get("best", {})
         loss = f"{best['val_loss']:.4f}" if "val_loss" in best else ""
         said, todo = observations(lines)

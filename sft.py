@@ -219,7 +219,9 @@ def mixture(text: str) -> list[tuple[str, int, float]]:
     """
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, count, weight = re.fullmatch(r"(.+?)(?:@(\d+))?(?::(\d*\.?\d+))?", part).groups()
+        name, count, weight = re.fullmatch(r"(.+?)(?:@(-?\d+))?(?::(\d*\.?\d+))?", part).groups()
+        if count and int(count) < 0:
+            raise TrainError(f"--data={text}: the number after @ must be 0 (all) or more")
         found.append((name, int(count or 0), float(weight or 0)))
     weights = [weight for _, _, weight in found]
     if not found or (any(weights) and not all(weights)):
@@ -232,10 +234,11 @@ def source_rows(model: TextModel, source: str, split: str, count: int) -> tuple[
     left out; and the source, for a run's record.
     """
     if source in (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys():
-        texts = islice(documents(source, split), count or None)
+        about = corpus_info(source, split)
+        texts = islice(documents(source, split, about=about), count or None)
         whole = ([model.eos, *model.encode(text), model.eos] for text in texts)
         rows = [(ids[: model.context_length], [True] * min(len(ids), model.context_length)) for ids in whole]
-        return rows, 0, corpus_info(source, split)
+        return rows, 0, about
     chats, about = load_conversations(source, split)
     if source in TASKS and split == "train":
         test = (e.text for e in load_task(source, "test")[0])
@@ -320,6 +323,9 @@ def sft(cfg: SFTConfig) -> dict:
     )
     if lost:
         trainer.say(f"{lost} conversations were left out: longer than {model.context_length} tokens")
+    for source, parts in data.items():
+        if parts["train"].get("left_out"):
+            trainer.say(f"{source}: {parts['train']['left_out']:,} rows without text were left out")
     trainer.say(f"one of them, what is trained on in brackets: {marked(model, rows[0])}")
     return trainer.run_all_steps()
 

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from configs import parse_config
 from data import DataError, corpus_info, documents
+from support.tables import valid
 
 # <|endoftext|> stands between documents, and serves transformers as bos, eos and pad. The others make a chat:
 # <|user|>Hello!<|end|><|assistant|>Hi.<|end|>
@@ -115,11 +116,6 @@ def last_seam(text: str, special_tokens: tuple[str, ...] = ()) -> int:
         if token.start() - 1 <= cut < token.end():
             return token.start()
     return cut
-
-
-def valid(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates, which JSON can hold ("\\ud800") and UTF-8 cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def count_words(pattern: str, special_tokens: tuple[str, ...], texts: list[str]) -> Counter:
@@ -287,7 +283,7 @@ def learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, byte
         tokens.append(tokens[ord(a)] + tokens[ord(b)])
         turned.append(turned[ord(a)][:-1] + turned[ord(b)])
         born = defaultdict(list)  # new pair -> words, as often as it occurs in each
-        for i in where.pop(pair):
+        for i in dict.fromkeys(where.pop(pair)):  # each word once, however often it has the pair
             pieces = spelled[i].split(pair)
             spelled[i] = new.join(pieces)
             n = frequency[i]
@@ -794,7 +790,7 @@ def prepare_tokens(cfg: TokenizerStageConfig) -> tuple[Tokenizer, Path]:
         info |= {"megabytes": most} if most else {}
         if not meta or any(meta.get(k) != info.get(k) for k in ("fingerprint", "megabytes")) or cfg.overwrite:
             start = time.perf_counter()
-            texts = at_most(documents(cfg.corpus, split), 1e6 * (most or float("inf")))
+            texts = at_most(documents(cfg.corpus, split, about=info), 1e6 * (most or float("inf")))
             texts = with_progress(texts, f"encoding {split}")
             meta = write_tokens(tokenizer, texts, folder, split, info, cfg.workers)
             rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"

@@ -1250,6 +1250,7 @@ def pretrain(cfg: TrainConfig) -> dict:
 
     flops = estimate_flops(model.config, T)
     about = {"data": {k: train_about.get(k) for k in ("source", "licence", "fingerprint", "tokens", "bytes")}}
+    about["data"] |= {k: train_about[k] for k in ("left_out",) if k in train_about}  # rows without text
     about["data"]["validation"] = {k: val_about.get(k) for k in ("source", "fingerprint", "tokens", "bytes")}
     about["parent"] = cfg.init_from or None
     trainer = Trainer(

@@ -1,9 +1,7 @@
-"""Stories that are grammatical, problems that add up, splits that don't touch, downloads that survive."""
+"""Stories that are grammatical, problems that add up, splits that don't touch, faults that are named."""
 
 import gzip
 import hashlib
-import http.server
-import itertools
 import json
 import math
 import os
@@ -11,7 +9,6 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from fractions import Fraction
@@ -47,14 +44,11 @@ def problems():
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    import requests
+def offline(monkeypatch, tmp_path):
+    from huggingface_hub import constants
 
-    def get(*args, **kwargs):
-        raise requests.ConnectionError("Failed to resolve 'huggingface.co'")
-
-    monkeypatch.setattr(requests, "get", get)
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 # -----------------------------------------------------------------------------
@@ -340,9 +334,10 @@ def test_wikitext2_articles_joined_are_the_file(monkeypatch):
 def test_without_network_and_file_the_error_says_what_to_do(name, tmp_path, offline):
     with pytest.raises(data.DataError) as error:
         data.documents(name, "train", str(tmp_path))
-    for part in (data.CORPORA[name].hub, str(tmp_path), ".gz", "storyworld", "no connection"):
+    file = next(iter(data.CORPORA[name].editions[0].values()))[0]
+    for part in (data.CORPORA[name].hub, file, str(tmp_path), ".gz", "storyworld", "HF_HUB_OFFLINE"):
         assert part in str(error.value)
-    assert not list(tmp_path.rglob("*.part"))
+    assert "\n" not in str(error.value)
 
 
 def test_no_edition_is_mixed_with_another(tmp_path, offline):
@@ -445,7 +440,7 @@ def test_parquet_is_read_by_its_text_column(tmp_path):
     write_table(pyarrow.table({"text": docs, "id": list(range(60))}), tmp_path / "a.parquet")
     assert everything(str(tmp_path / "a.parquet")) == docs
     write_table(pyarrow.table({"body": docs}), tmp_path / "b.parquet")
-    with pytest.raises(data.DataError, match='column "text"'):
+    with pytest.raises(data.DataError, match='no row has a "text"; the columns are body'):
         everything(str(tmp_path / "b.parquet"))
     with pytest.raises(data.DataError, match="not a parquet file"):
         everything(own(tmp_path, "c.parquet", "hello"))
@@ -459,6 +454,53 @@ def test_globs_and_folders_read_all_files_in_order(tmp_path):
     docs = [f"file {i} document {j}" for i in range(3) for j in range(20)]
     assert everything(str(tmp_path / "deep" / "*.txt")) == docs == everything(str(tmp_path))
     assert list(data.documents(str(tmp_path), "validation")) == docs[-3:]
+
+
+def test_a_path_with_brackets_that_exists_is_no_pattern(tmp_path):
+    docs = [f"document {i}" for i in range(60)]
+    text = "\n<|endoftext|>\n".join(docs)
+    file = own(tmp_path, "old [1999]/notes[1].txt", text)
+    own(tmp_path, "old 1/notes1.txt", "another\n" + text)
+    assert everything(file) == docs == everything(str(tmp_path / "old [1999]"))
+    mixed = list(data.documents(f"{file}:0.5,storyworld:0.5", "train"))
+    assert "document 1" in mixed
+    with pytest.raises(data.DataError, match="neither a file"):
+        data.documents(str(tmp_path / "old [2000]"), "train")
+
+
+def test_half_an_emoji_is_replaced_where_text_enters(tmp_path):
+    lines = [f'{{"text": "Goat {i} \\ud83d \\ud83d\\ude00"}}' for i in range(60)]
+    file = own(tmp_path, "a.jsonl", "\n".join(lines))
+    assert everything(file) == [f"Goat {i} \ufffd \U0001f600" for i in range(60)]
+    assert list(data.documents(f"{file}:1,storyworld:1", "train"))[0].encode()
+    rows = '[{"question": "a\\uDC00", "answer": {"b\\ud800": ["c\\ud800"]}}]'
+    file = own(tmp_path, "a.json", rows)
+    assert list(data.read_rows(file)) == [{"question": "a\ufffd", "answer": {"b\ufffd": ["c\ufffd"]}}]
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
+    from pyarrow.parquet import write_table
+
+    docs = [f"document {i}" for i in range(60)]
+    none = ['{"text": null}', '{"text": NaN}', '{"text": ""}', '{"text": " \\n"}', '{"body": "b"}']
+    file = own(tmp_path, "a.jsonl", "\n".join([json.dumps({"text": doc}) for doc in docs] + none))
+    about = data.corpus_info(file, "train")
+    train = list(data.documents(file, "train", about=about))
+    assert train == docs[: len(train)] and about["left_out"] == 5
+    assert "5 rows without text left out" in capsys.readouterr().err
+    write_table(pyarrow.table({"text": [*docs, None, " "]}), tmp_path / "b.parquet")
+    about = {}
+    assert len(list(data.documents(str(tmp_path / "b.parquet"), "train", about=about))) == len(train)
+    assert about == {"left_out": 2}
+
+
+def test_text_without_marks_is_a_running_text(tmp_path):
+    novel = own(tmp_path, "novel.txt", "\n\n".join("word " * 150 for _ in range(200)))
+    stories = own(tmp_path, "stories.txt", "<|endoftext|>".join(f"story {i}" for i in range(60)))
+    assert data.corpus_info(novel, "test")["running_text"]
+    assert "running_text" not in data.corpus_info(stories, "test")
+    assert "running_text" not in data.corpus_info("storyworld", "test")
 
 
 def test_text_without_marks_becomes_passages_and_loses_nothing(tmp_path):
@@ -485,8 +527,10 @@ def test_long_corpora_hold_out_a_bounded_tail(tmp_path, monkeypatch):
         ("short.txt", "One line.", "too little text"),
         ("latin.txt", "good\nna\xefve\n".encode("latin-1"), "line 2: not UTF-8.*0xef"),
         ("torn.jsonl", '{"text": "a"}\n{"text": ', "line 2"),
-        ("other.jsonl", '{"body": "a"}', 'line 1.*"body"'),
-        ("number.jsonl", '{"text": 3}', "line 1"),
+        ("other.jsonl", '{"body": "a"}', 'no row has a "text"; the columns are body'),
+        ("blank.jsonl", '{"text": " "}\n{"text": null}', 'no row has a "text"; the columns are text'),
+        ("object.jsonl", '{"text": {"a": 1}}', "row 1.*should be text"),
+        ("list.jsonl", '{"text": "a"}\n["a"]', "row 2: should be an object"),
         ("page.html", "<p>", "cannot read"),
     ],
 )
@@ -516,180 +560,6 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert first == fingerprint()
     own(tmp_path, "a.txt", "x\n" * 8_999 + "y\n")
     assert fingerprint() != first
-
-
-# -----------------------------------------------------------------------------
-# downloads, from a server on this machine that can break off
-
-
-@pytest.fixture
-def server():
-    content = random.Random(1).randbytes(900_000)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            me = self.server
-            me.asked.append(self.headers.get("Range"))
-            if me.status != 200:
-                self.send_response(me.status)
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and me.ranges else 0
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            if me.announce:
-                self.send_header("X-Linked-ETag", f'"{me.announce}"')
-            self.end_headers()
-            cut = me.cuts.pop(0) if me.cuts else len(content)
-            self.wfile.write(content[start : start + cut])
-            self.close_connection = True
-
-        def log_message(self, *args):
-            pass
-
-    me = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    me.content, me.asked, me.cuts, me.ranges, me.status, me.announce = content, [], [], True, 200, None
-    me.url = f"http://127.0.0.1:{me.server_port}/file"
-    threading.Thread(target=me.serve_forever, daemon=True).start()
-    yield me
-    me.shutdown()
-    me.server_close()
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def test_download_resumes_where_it_broke_off(server, tmp_path):
-    server.cuts = [300_000, 140_000, 70_000, 70_000, 70_000]  # more than TRIES, but each brought something
-    path = data.download(server.url, str(tmp_path / "new" / "file"))
-    assert Path(path).read_bytes() == server.content
-    assert server.asked[:3] == [None, f"bytes={4 << 16}-", f"bytes={6 << 16}-"]
-    assert os.listdir(tmp_path / "new") == ["file"]
-    assert None not in server.asked[1:]
-    asked = len(server.asked)
-    assert data.download(server.url, path) == path and len(server.asked) == asked  # here: nothing to ask
-
-
-def test_download_goes_on_after_the_program_was_killed(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(server.content[:120_000])
-    data.download(server.url, str(tmp_path / "file"))
-    assert server.asked == ["bytes=120000-"] and (tmp_path / "file").read_bytes() == server.content
-
-
-def test_download_of_a_complete_part_only_renames_it(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(server.content)
-    data.download(server.url, str(tmp_path / "file"), hashlib.sha256(server.content).hexdigest())
-    assert (tmp_path / "file").read_bytes() == server.content
-
-
-def test_download_starts_again_where_it_cannot_resume(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(b"x" * 1_000_000)  # longer than the file
-    data.download(server.url, str(tmp_path / "file"))
-    assert (tmp_path / "file").read_bytes() == server.content
-    server.ranges = False
-    (tmp_path / "two.part").write_bytes(server.content[:1_000])
-    data.download(server.url, str(tmp_path / "two"))
-    assert (tmp_path / "two").read_bytes() == server.content
-
-
-@pytest.mark.parametrize("how", ["given", "announced"])
-def test_download_with_a_wrong_checksum_is_refused(server, tmp_path, how):
-    server.announce = "0" * 64 if how == "announced" else None
-    with pytest.raises(data.DataError, match="sha256"):
-        data.download(server.url, str(tmp_path / "file"), "1" * 64 if how == "given" else None)
-    assert os.listdir(tmp_path) == []
-
-
-def test_download_of_what_is_not_there_fails_at_once_and_a_busy_server_after_a_few_tries(server, tmp_path):
-    server.status = 404
-    with pytest.raises(data.DataError, match="404"):
-        data.download(server.url, str(tmp_path / "file"))
-    assert len(server.asked) == 1
-    server.status = 503
-    with pytest.raises(data.DataError, match="503"):
-        data.download(server.url, str(tmp_path / "file"))
-    assert len(server.asked) == 1 + data.TRIES
-
-
-def test_download_into_an_impossible_folder_says_so(server, tmp_path):
-    (tmp_path / "folder").write_text("a file, not a folder")
-    with pytest.raises(data.DataError, match="DATA_DIR"):
-        data.download(server.url, str(tmp_path / "folder" / "file"))
-
-
-def test_registered_corpus_downloads_and_is_then_found_on_disk(server, tmp_path, monkeypatch, capsys):
-    docs = [f"story {i}" for i in range(50)]
-    content = "\n<|endoftext|>\n".join(docs).encode()
-
-    def fetch(url, path, sha256=None):
-        assert url == (
-            "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"
-        )
-        Path(path).parent.mkdir(parents=True)
-        Path(path).write_bytes(content)
-        return path
-
-    monkeypatch.setattr(data, "download", fetch)
-    for _ in range(2):
-        assert list(data.documents("tinystories", "validation", str(tmp_path))) == docs
-    assert capsys.readouterr().err.count("tinystories/TinyStoriesV2-GPT4-valid.txt") == 2
-
-
-@pytest.fixture
-def two_files(tmp_path, monkeypatch):
-    """A corpus of two files of the hub, of which the second takes its time; sets `.go` and `.error`."""
-    edition = {"all": ("one.txt", "two.txt")}
-    monkeypatch.setitem(data.CORPORA, "pair", data.Corpus("some/pair", "MIT", "pair", (edition,)))
-
-    class Hub:
-        go, error, asked, root = threading.Event(), None, [], str(tmp_path)
-
-    def fetch(url, path, sha256=None):
-        Hub.asked.append(Path(path).name)
-        if path.endswith("two.txt"):
-            Hub.go.wait(20)
-            if Hub.error:
-                raise data.DataError(Hub.error)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("\n<|endoftext|>\n".join(f"{Path(path).stem} {i}" for i in range(100)))
-        return path
-
-    monkeypatch.setattr(data, "HELD_OUT", 10)
-    monkeypatch.setattr(data, "download", fetch)
-    begin = data._begin
-    monkeypatch.setattr(data, "_begin", lambda path, do, wait: begin(path, do, wait and 0.2))
-    return Hub
-
-
-def test_the_second_file_is_downloaded_while_the_first_is_read(two_files):
-    docs = data.documents("pair", "train", two_files.root)
-    first = list(itertools.islice(docs, 5))
-    assert first == [f"one {i}" for i in range(5)] and not two_files.go.is_set()
-    two_files.go.set()
-    found = first + list(docs)
-    assert found == [f"one {i}" for i in range(100)] + [f"two {i}" for i in range(80)]
-    assert two_files.asked == ["one.txt", "two.txt"]  # neither twice
-
-
-def test_a_second_file_that_cannot_be_had_is_told_at_once_or_when_it_is_needed(two_files):
-    two_files.error = "no connection"
-    docs = data.documents("pair", "train", two_files.root)
-    assert next(docs) == "one 0"
-    two_files.go.set()  # now it fails
-    with pytest.raises(data.DataError, match="no connection"):
-        list(docs)
-    with pytest.raises(data.DataError, match="no connection"):
-        data.documents("pair", "train", two_files.root)
 
 
 # -----------------------------------------------------------------------------
@@ -768,7 +638,7 @@ def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented():
 
 def test_samsum_loses_its_carriage_returns_and_the_chat_that_is_empty():
     train, about = data.load_task("samsum", "train", shared("samsum"))
-    assert len(train) == 14_731 and "1 without text" in about["source"]
+    assert len(train) == 14_731 and about["left_out"] == 1 and "1 without text" in about["source"]
     assert not any("\r" in e.text or "\r" in e.target for e in train)
 
 
@@ -803,7 +673,7 @@ def write_sst2(folder: Path, lines: str, name="dev.tsv") -> str:
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ("sentence\tgood\na film\t1\n", 'row 1: no column "label"; there are sentence, good'),
+        ("sentence\tgood\na film\t1\n", '"sentence" and "label"; the columns are sentence, good'),
         ("sentence\tlabel\na film\t2\n", "label '2' is not one of 0 to 1"),
         ("sentence\tlabel\na film\n", "line 2: 1 cells under 2 headings"),
         ("sentence\tlabel\n", "holds no examples"),
@@ -812,6 +682,22 @@ def write_sst2(folder: Path, lines: str, name="dev.tsv") -> str:
 def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, lines, message):
     with pytest.raises(data.DataError, match=re.escape(message)):
         data.load_task("sst2", "validation", write_sst2(tmp_path, lines))
+
+
+def test_rows_of_a_task_without_text_are_left_out_and_counted(tmp_path):
+    nothing = [None, math.nan, "", " \r\n"]
+    rows = [{"dialogue": "A: hi\r\nB: yo", "summary": "They greet."}, {"dialogue": "A: no summary"}]
+    rows += [{"dialogue": value, "summary": "s"} for value in nothing]
+    rows += [{"dialogue": "A: x", "summary": value} for value in nothing]
+    own(tmp_path, "samsum/test.jsonl", "\n".join(map(json.dumps, rows)))
+    examples, about = data.load_task("samsum", "test", str(tmp_path))
+    assert examples == [data.Example("A: hi\nB: yo", " They greet.")]
+    assert about["left_out"] == 9 and "9 without text left out" in about["source"]
+    own(tmp_path, "samsum/train.jsonl", "\n".join(map(json.dumps, rows[1:])))
+    with pytest.raises(
+        data.DataError, match='no row has text in "dialogue" and "summary"; the columns are dia'
+    ):
+        data.load_task("samsum", "train", str(tmp_path))
 
 
 def test_all_kinds_of_files_give_the_same_task(tmp_path):
@@ -823,6 +709,7 @@ def test_all_kinds_of_files_give_the_same_task(tmp_path):
         "dev.tsv": 'sentence\tlabel\na "film" \t1\nno\t0\n',
         "dev.jsonl": "\n".join(map(json.dumps, rows)),
         "dev.json": json.dumps(rows),
+        "dev.csv": 'label,sentence\n1,"a ""film"" "\n0,no\n',
     }
     found = []
     for i, (name, text) in enumerate(contents.items()):

@@ -227,8 +227,11 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
     last, pairs = run["results"]["last"], run["data"]["validation"]["pairs"]
     assert len(wrong) == round((1 - last["reward_accuracy"]) * pairs)
     assert [x["margin"] for x in wrong] == sorted(x["margin"] for x in wrong if x["margin"] <= 0)
-    with pytest.raises(DataError, match="chosen"):
-        preference_of({"prompt": "a"}, "file")
+    file.write_text(json.dumps({"prompt": "a", "better": "b"}))
+    with pytest.raises(
+        DataError, match="no row has a question and two answers to it; the columns"
+    ):
+        load_preferences(str(file), "train")
 
 
 @pytest.mark.parametrize("more, why", [

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +85,7 @@ def test_windows_predict_every_token_once_with_the_context_they_promise(base, st
     tokenizer = Tokenizer.load(base)
     model = Rows(ModernDecoderLM.from_pretrained(base), tokenizer, "causal")
     texts = list(storyworld("test", n_texts))
-    evaluate_text(model, texts, stride)
+    evaluate_text(model, texts, stride, running_text=True)
     ids = [tokenizer.eot_id]
     for text in texts:
         ids += [*tokenizer.encode(text), tokenizer.eot_id]
@@ -102,19 +104,19 @@ def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base):
     texts, stride, T = list(storyworld("test", 2)), 30, 96
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
-    ids = tokenizer("<|endoftext|>" + "".join(t + "<|endoftext|>" for t in texts), return_tensors="pt")[
-        "input_ids"
-    ]
-    nats, known, end = 0.0, 1, 0
-    while known < ids.shape[1]:
-        end = min(T, ids.shape[1] - 1) if known == 1 else min(end + stride, ids.shape[1] - 1)
-        window = ids[:, max(0, end - T) : end + 1]
-        labels = window.clone()
-        labels[:, : -(end + 1 - known)] = -100
-        with torch.no_grad():
-            nats += model(window, labels=labels).loss.item() * (end + 1 - known)
-        known = end + 1
-    tokens = ids.shape[1] - 1
+    nats, tokens = 0.0, 0
+    for text in texts:
+        ids = tokenizer(f"<|endoftext|>{text}<|endoftext|>", return_tensors="pt")["input_ids"]
+        known, end = 1, 0
+        while known < ids.shape[1]:
+            end = min(T, ids.shape[1] - 1) if known == 1 else min(end + stride, ids.shape[1] - 1)
+            window = ids[:, max(0, end - T) : end + 1]
+            labels = window.clone()
+            labels[:, : -(end + 1 - known)] = -100
+            with torch.no_grad():
+                nats += model(window, labels=labels).loss.item() * (end + 1 - known)
+            known = end + 1
+        tokens += ids.shape[1] - 1
     for backend in ("ours", "transformers"):
         found = evaluate_text(load_model(base, CPU, backend), texts, stride)
         assert found["loss"]["value"] == pytest.approx(nats / tokens, rel=1e-4)
@@ -139,6 +141,47 @@ def test_one_window_equals_what_training_reports(base):
     ours = evaluate_text(load_model(base, CPU), [text], 96)
     assert ours["loss"]["value"] == pytest.approx(theirs["val_loss"], rel=1e-5)
     assert ours["bits_per_byte"]["value"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+
+
+def test_every_document_is_scored_by_itself_and_a_long_one_in_windows(base):
+    model = Rows(ModernDecoderLM.from_pretrained(base), Tokenizer.load(base), "causal")
+    short = ["The fox slept.", "It was a long way home."]
+    long, longer = storyworld("test", 2)
+    about = {}
+    evaluate_text(model, [short[0], long, longer, short[1]], 48, about=about)
+    assert about == {"stride": 48, "documents_alone": 2, "documents_in_windows": 2}
+    first, *_, last = model.rows
+    assert first == (model.bos, [*model.encode(short[0]), model.eos])
+    assert last == (model.bos, [*model.encode(short[1]), model.eos])
+    starts = [prompt + new for prompt, new in model.rows if prompt == model.bos]
+    assert [ids[:97] for ids in starts[1:3]] == [(model.bos + model.encode(t))[:97] for t in (long, longer)]
+    assert not any(model.eos in new[:-1] or model.eos in prompt[1:] for prompt, new in model.rows)
+
+
+def test_a_document_costs_the_same_whatever_it_is_measured_with(base):
+    model, texts = load_model(base, CPU), ["The fox slept.", *storyworld("test", 2), "Then it rained."]
+    nats = 0.0
+    for text in texts:
+        loss = evaluate_text(model, [text])["loss"]
+        nats += loss["value"] * loss["n"]
+    together = evaluate_text(model, texts)["loss"]
+    assert together["value"] * together["n"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_pieces_of_a_running_text_are_joined(base):
+    model = Rows(ModernDecoderLM.from_pretrained(base), Tokenizer.load(base), "causal")
+    about = {}
+    evaluate_text(model, ["The fox slept.", "Then it rained."], running_text=True, about=about)
+    assert len(model.rows) == 1 and about["documents_in_windows"] == 2 and about["documents_alone"] == 0
+
+
+def test_a_file_is_measured_and_its_rows_without_text_are_counted(base, tmp_path, monkeypatch, capsys):
+    rows = [{"text": f"The goat {i} ate a pear. \ud83d"} for i in range(60)] + [{"text": None}, {"text": " "}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    model = shutil.copytree(base, tmp_path / "base")
+    code, printed = command_line(monkeypatch, capsys, str(model), f"--tasks={file}")
+    assert code == 0 and "documents alone: 3, in windows: 0" in printed and "2 rows without text" in printed
 
 
 # -----------------------------------------------------------------------------
@@ -309,6 +352,13 @@ def test_what_a_run_was_trained_on_is_followed_to_its_first_parent(base, tuned, 
         (["out/nowhere"], "there is no folder out/nowhere"),
         (["--stride=97", "--tasks=storyworld", "--limit=2"], "--stride=97 must be from 1 to"),
         (["--split=dev"], 'no split "dev"'),
+        (["--limit=-1"], "--limit=-1 must be 0 or more"),
+        (["--shots=0,-1"], "--shots=0,-1 must be 0 or more"),
+        (["--samples=-1"], "--samples=-1 must be 0 or more"),
+        (["--battery=-5"], "--battery=-5 must be 0 or more"),
+        (["--contamination=-8"], "--contamination=-8 must be 0 or more"),
+        (["--seed=-1"], "--seed=-1 must be 0 or more"),
+        (["--temperature=nan"], "--temperature=nan must be 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(base, monkeypatch, capsys, words, message):
@@ -367,6 +417,26 @@ def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypat
     assert sampled(model, "arithmetic", "test", examples, 4, seed=3) == four
     with pytest.raises(pytest.fail.Exception):
         sampled(model, "arithmetic", "test", examples[:3], 4, seed=3)
+
+
+@pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
+def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path, damage):
+    from finetune import sampled
+
+    shutil.copytree(tiny["base"], tmp_path / "base", ignore=shutil.ignore_patterns("samples"))
+    model = load_model(str(tmp_path / "base"), CPU)
+    examples = load_task("arithmetic", "test")[0][:3]
+    # str.splitlines() would cut this row in two
+    examples[1] = replace(examples[1], text=examples[1].text + "\u2028How many\x85?")
+    first = sampled(model, "arithmetic", "test", examples, 2)
+    (file,) = (tmp_path / "base" / "samples").iterdir()
+    complete = file.read_bytes()
+    lines = complete.split(b"\n")[:-1]
+    damaged = {"a row is missing": lines[:2], "another order": lines[::-1], "not UTF-8": [b"\xff"]}
+    damaged["fewer samples"] = [json.dumps(json.loads(x) | {"samples": ["1"]}).encode() for x in lines]
+    file.write_bytes(b"\n".join(damaged[damage]))
+    assert sampled(model, "arithmetic", "test", examples, 2) == first
+    assert file.read_bytes() == complete
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

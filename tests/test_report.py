@@ -61,7 +61,7 @@ def test_a_run_that_is_still_going_is_shown_as_far_as_it_got(tmp_path):
     folder = make_run(tmp_path / "base", [line(10), line(20)], status="running", results={})
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "lo')
-    assert [x["step"] for x in report.read_lines(folder / "metrics.jsonl")] == [10, 20]
+    assert [x["step"] for x in report.read_jsonl(folder / "metrics.jsonl")] == [10, 20]
     blocks = report.training(tmp_path)
     (row,) = shown(blocks, "runs")
     assert row["state"] == "running" and row["best"] == "" and isinstance(blocks[-1], Figure)

@@ -144,6 +144,14 @@ def test_merges_agree_with_the_tokenizers_library_up_to_ties():
     assert sum(set(ours[:k]) == set(merges[:k]) for k in range(400)) > 300
 
 
+def test_one_long_word_takes_a_time_that_grows_with_its_length_alone():
+    random.seed(1)
+    for word in ("a" * 200_000, "".join(random.choices("ACGT", k=200_000))):
+        begun = time.process_time()
+        T.learn_merges({word: 1}, 40)
+        assert time.process_time() - begun < 2  # it was quadratic: 20,000 letters took longer
+
+
 def test_special_tokens_are_not_learnt_from_merged_or_split():
     text = f"low low{EOT}lower<|end|>end " * 50
     vocab, merges = train_bpe([text], 300, SPECIAL_TOKENS)

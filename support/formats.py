@@ -1,0 +1,150 @@
+"""Rows of instruction and preference data sets, in the forms that are in use, as messages.
+
+A message is {"role": "system", "user" or "assistant", "content": text}. A row without its text gives [], and
+is left out; a row whose form is not known is a DataError.
+
+    {"messages": [{"role": "user", "content": "Hi"}, ...]}        OpenAI, TRL; content may be a list of parts
+    {"conversations": [{"from": "human", "value": "Hi"}, ...]}    ShareGPT
+    {"conversations": ["Hi", "Hello!"]}                           LIMA: user and assistant in turn
+    {"instruction": ..., "input": ..., "output": ...}             Alpaca
+    {"prompt": text or messages, "completion": text or messages}  TRL
+    {"prompt": ..., "chosen": ..., "rejected": ...}               TRL: sides are texts or messages
+    {"chosen": "\\n\\nHuman: ...", "rejected": ...}                 hh-rlhf: transcripts
+"""
+
+import re
+
+from support.tables import DataError, shortened, text_of
+
+ROLES = {"system": "system", "developer": "system"}
+ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def talk(question: str, answer: str = "") -> list[dict]:
+    turns = [{"role": "user", "content": question}]
+    return turns + [{"role": "assistant", "content": answer}] * bool(answer)
+
+
+def first_question(messages: list[dict]) -> str:
+    """What the user asks first. Rows that share it must share their split; a system prompt may be in all."""
+    questions = [m["content"] for m in messages if m["role"] == "user"]
+    return questions[0] if questions else messages[0]["content"]
+
+
+def content_text(content, where: str) -> str | None:
+    """The text of a message: a string, or a list of parts of which every one must be text."""
+    if not isinstance(content, list):
+        return text_of(content, where)
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            part = {"text": part}
+        if not isinstance(part, dict):
+            raise DataError(f"{where}: a part of a message should be text, but is {shortened(part)}")
+        kind = part.get("type", "text")
+        if kind not in TEXT_PARTS:
+            raise DataError(f"{where}: a message has a part of type {kind!r}: only text can be learnt")
+        texts.append(text_of(part.get("text"), where) or "")
+    return text_of("\n".join(texts), where)
+
+
+def as_messages(turns, where: str) -> list[dict]:
+    """Turns as messages; [] if one of them has no text."""
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: should be a list of messages, but is {shortened(turns)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        if isinstance(turn, str):
+            turn = {"role": ("user", "assistant")[number % 2], "content": turn}
+        role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+        if not isinstance(role, str):
+            raise DataError(f'{where}: a message needs "role" and "content", but is {shortened(turn)}')
+        if role.lower() not in ROLES:
+            raise DataError(f"{where}: unknown role {role!r}: use system, user, assistant")
+        content = content_text(turn.get("content", turn.get("value")), where)
+        if content is None:
+            return []
+        messages.append({"role": ROLES[role.lower()], "content": content})
+    return messages
+
+
+def first_of(row: dict, names: tuple[str, ...]):
+    """The first of these columns that is there and not empty."""
+    for name in names:
+        if row.get(name) not in (None, "", []):
+            return row[name]
+    return None
+
+
+def question_of(row: dict, where: str) -> list[dict]:
+    """What is asked: messages, of which the last is the user's."""
+    asked = first_of(row, ("instruction", "prompt", "question"))
+    if isinstance(asked, list):
+        return as_messages(asked, where)
+    asked, more = text_of(asked, where), text_of(first_of(row, ("input", "context")), where)
+    if asked is None:
+        return []
+    return talk(f"{asked}\n\n{more}" if more else asked)
+
+
+def messages_of(row: dict, where: str = "") -> list[dict]:
+    """A row as a conversation; [] if it has no text, or nothing that the assistant says."""
+    turns = first_of(row, ("messages", "conversations", "conversation"))
+    if turns is not None:
+        messages = as_messages(turns, where)
+        return messages if any(m["role"] == "assistant" for m in messages) else []
+    answer = first_of(row, ("output", "response", "completion", "answer"))
+    instances = row.get("instances")  # self-instruct's seed tasks
+    if answer is None and isinstance(instances, list) and instances and isinstance(instances[0], dict):
+        row = row | {"input": instances[0].get("input")}
+        answer = instances[0].get("output")
+    asked, answer = question_of(row, where), as_answer(answer, where)
+    return asked + answer if asked and answer else []
+
+
+def pair_of(row: dict, where: str = "") -> tuple[list[dict], str, str]:
+    """A row as (messages, chosen answer, rejected answer); ([], "", "") if it lacks one of them, or if the
+    two answers do not answer the same messages.
+    """
+    asked = question_of(row, where)
+    turns = first_of(row, ("messages", "conversations", "conversation"))
+    if not asked and turns is not None:
+        asked = as_messages(turns, where)
+    if asked and asked[-1]["role"] != "user":
+        asked = []
+    sides = []
+    for name in ("chosen", "rejected"):
+        side = as_answer(row.get(name), where)
+        if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
+            side = _transcript(side[0]["content"])
+        if side and (not asked or side[0]["role"] != "assistant"):
+            before, answer = side[:-1], side[-1:]  # the whole conversation
+        else:
+            before, answer = asked, side
+        if not before or len(answer) != 1 or answer[0]["role"] != "assistant":
+            return [], "", ""
+        sides.append((before, answer[0]["content"]))
+    (messages, chosen), (others, rejected) = sides
+    return (messages, chosen, rejected) if messages == others else ([], "", "")
+
+
+def as_answer(value, where: str) -> list[dict]:
+    """A cell that holds an answer, or messages that end in one, as messages; [] if it has no text."""
+    if isinstance(value, dict):
+        return as_messages([{"role": "assistant"} | value], where)
+    if isinstance(value, list):
+        return as_messages(value, where)
+    text = text_of(value, where)
+    return [] if text is None else [{"role": "assistant", "content": text}]
+
+
+def _transcript(text: str) -> list[dict]:
+    """hh-rlhf: turns that begin with "Human:" and "Assistant:" after an empty line."""
+    messages = []
+    pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)[1:]
+    for name, said in zip(pieces[::2], pieces[1::2], strict=True):
+        role = "user" if name == "Human" else "assistant"
+        messages.append({"role": role, "content": said.strip()})
+    return messages

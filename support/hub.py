@@ -1,0 +1,66 @@
+"""Data sets on Hugging Face's hub: a file, or a table's rows, from the hub's cache or downloaded.
+
+HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the token of `hf auth login` are honoured: huggingface_hub and
+`datasets` do the work. What cannot be had is a DataError that gives the reason in one line.
+"""
+
+import re
+
+from support.tables import DataError
+
+
+def hub_file(repo: str, file: str) -> str:
+    """The path of a data set's file in the hub's cache; it is downloaded if it is not there."""
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(repo, file, repo_type="dataset")
+    except Exception as error:  # some ten kinds: network, disk, rights
+        raise DataError(why_not(error, repo)) from None
+
+
+def hub_rows(repo: str, config: str = "", split: str = "train") -> list[dict]:
+    """The rows of one split of a data set.
+
+    `datasets` finds its own cache without a network, but not the hub's, where `hf download` puts files.
+    """
+    try:
+        from datasets import load_dataset
+
+        names = [config] if config else []
+        try:
+            return list(load_dataset(repo, *names, split=split))
+        except Exception:
+            folder = _cached_snapshot(repo)
+            if not folder:
+                raise
+            return list(load_dataset(folder, *names, split=split))
+    except Exception as error:
+        raise DataError(why_not(error, repo)) from None
+
+
+def _cached_snapshot(repo: str) -> str | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo, repo_type="dataset", local_files_only=True)
+    except Exception:
+        return None
+
+
+def why_not(error: Exception, repo: str) -> str:
+    """The reason of a failed download, in one line that says what to do where that is known."""
+    from huggingface_hub import constants
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if type(error).__name__ == "RepositoryNotFoundError":
+        return f"{repo} is not on the hub, or private (then run `hf auth login`)"
+    if "GatedRepoError" in kinds or "gated" in text:
+        return f"{repo} is gated: accept its terms on its page, then run `hf auth login`"
+    if "scripts are no longer supported" in text:
+        return f"{repo} comes as a script, which `datasets` does not run any more"
+    if "LocalEntryNotFoundError" in kinds or re.search("LocalEntryNotFoundError|[Oo]ffline", text):
+        offline = "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
+        return offline if constants.HF_HUB_OFFLINE else "no connection"
+    return text[:150]
