@@ -65,8 +65,7 @@ PLAN = """for _shape in ON_HUB.values():
 def copy_project(folder: Path) -> Path:
     """A copy of the project in which everything is small, and `python` is the one that runs this."""
     project = folder / "project"
-    leave_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "data", "report", "tests")
-    shutil.copytree(ROOT, project, ignore=leave_out)
+    shutil.copytree(ROOT, project, ignore=left_out)
     for name, settings in SMALLER.items():
         with open(project / f"configs/{name}.py", "a", encoding="utf-8") as config:
             config.write(f"\n# for the rehearsal\n{settings.strip()}\n")
@@ -90,6 +89,12 @@ def copy_project(folder: Path) -> Path:
     )
     (project / ".venv/installed").write_text(f" {checksum.stdout}")  # run_all.sh has nothing to install
     return project
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What is not copied: hidden files, and at the top what is not needed to run the stages."""
+    top = {"out", "data", "report", "tests"} if Path(folder) == ROOT else set()
+    return {name for name in names if name in top or name.startswith((".", "__pycache__"))}
 
 
 def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
@@ -138,6 +143,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", help="default: all; see run_all.sh")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/rehearsal"), help="is emptied first")
     args = parser.parse_args()
+    if args.folder.exists() and not (args.folder / "hub").is_dir():
+        sys.exit(f"{args.folder} is no folder of an earlier rehearsal: name another by --folder")
     shutil.rmtree(args.folder, ignore_errors=True)
     project = copy_project(args.folder)
     wrong = []
@@ -146,7 +153,8 @@ def main() -> None:
         env |= {"DATA_DIR": str(args.folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
         for profile in [args.profile] if args.profile else ["speedrun", "max3060"]:
             wrong += rehearse(project, env, profile, args.stages)
-    sys.exit("\n".join(wrong))
+    if wrong:
+        sys.exit("\n".join(["", "the rehearsal found:", *wrong]))
 
 
 if __name__ == "__main__":
