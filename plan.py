@@ -96,6 +96,9 @@ LONGEST = 3  # the longest question of a task has so many times its mean tokens
 # What a run takes beyond its bare steps, as runs on two CPUs and an H100 did: the Trainer and its data;
 # padding, where answers are set beside rivals of another length; and texts made of tokens, judged and kept.
 TRAINER, RIVALS, TEXTS = 1.1, 1.1, 1.3
+# A measurement on a CPU computes at most so many FLOPs at a time, and no more than so many seconds: GPT-2's
+# steps as the configs have them took minutes each.
+CPU_FLOPS, CPU_SECONDS = 3e10, 2.0
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
 # texts of other stages, and what one step of decoding takes besides arithmetic, a layer. (An H100's: 0.31 and
 # 0.40 of its data sheet for speedrun.py and max3060.py, 0.01, 0.0001.)
@@ -435,8 +438,12 @@ class Here:
         return time.perf_counter() - begun
 
     def training(self, work: Work) -> float:
-        rows = max(1, min(work.rows, 4096 // work.length)) if self.device.type == "cpu" else work.rows
-        c = replace(work.shape, context_length=min(work.length, work.shape.context_length))
+        rows, length = work.rows, min(work.length, work.shape.context_length)
+        if self.device.type == "cpu":
+            tokens = min(4096, self.affordable(work.shape, 6))
+            length = min(length, max(64, tokens))
+            rows = max(1, min(rows, tokens // length))
+        c = replace(work.shape, context_length=length)
         how = (c, rows, work.loss, work.optimizer, work.compiled and self.device.type == "cuda")
         more = TRAINER * (RIVALS if work.loss == "answers" else 1)
         return more * self.remembered(("training", *how), lambda: self.step(*how))
@@ -463,11 +470,19 @@ class Here:
             fastest_products(self.device) if alike else torch.get_float32_matmul_precision()
         ):
             step()
-            return median(timed(step, self.device) for _ in range(7)) / ids.numel()
+            times = [timed(step, self.device)]
+            while len(times) < 7 and (self.device.type != "cpu" or sum(times) < CPU_SECONDS):
+                times.append(timed(step, self.device))
+            return median(times) / ids.numel()
 
     def sampling(self, work: Work) -> float:
         model, new = self.model(work.shape), 48
-        prompts, n = [[1] * 64] * 16, 16 if self.device.type == "cpu" else 64
+        asked, n = 64, 64
+        if self.device.type == "cpu":
+            tokens = self.affordable(work.shape, 2) // 16  # for each of 16 prompts
+            new = max(8, min(new, tokens // 2))
+            asked, n = min(asked, max(8, tokens - new)), max(1, min(16, tokens // new))
+        prompts = [[1] * asked] * 16
 
         def draw():
             with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=self.device.type == "cuda"):
@@ -477,7 +492,11 @@ class Here:
         return TEXTS * bare
 
     def reading(self, work: Work) -> float:
-        ids, times = torch.ones(32, 128, dtype=torch.long, device=self.device), 8
+        rows, times = 32, 8
+        if self.device.type == "cpu":
+            rows = max(1, min(rows, self.affordable(work.shape, 2) // (times * 128)))
+            times = max(1, min(times, self.affordable(work.shape, 2) // (rows * 128)))
+        ids = torch.ones(rows, 128, dtype=torch.long, device=self.device)
 
         @torch.inference_mode()
         def read():
@@ -486,6 +505,10 @@ class Here:
 
         bare = self.remembered(("reading", work.shape), lambda: self.shared(read) / (times * ids.numel()))
         return TEXTS * bare
+
+    def affordable(self, c: ModelConfig, flops: int) -> int:
+        """Tokens of CPU_FLOPS, at so many FLOPs a parameter: 6 in training, 2 in reading and sampling."""
+        return int(CPU_FLOPS / (flops * count_parameters(c)["total"]))
 
     def model(self, c: ModelConfig) -> ModernDecoderLM:
         return self.remembered(("model", c), lambda: ModernDecoderLM(c).to(self.device).eval())
