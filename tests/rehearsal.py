@@ -5,7 +5,7 @@
     bash run_all.sh rehearse                        # the first, after setting up .venv
 
 It copies the project into a folder, writes smaller numbers into the copy, serves the models and data sets of
-the Hugging Face hub from this computer (tests/local_hub.py) and runs `bash run_all.sh PROFILE` there twice.
+the hub from this computer (tests/local_hub.py) and runs `bash run_all.sh PROFILE` there twice.
 The second time every stage has to say that it is done. What it makes stays in /tmp/rehearsal, to be looked at.
 """
 

@@ -267,7 +267,7 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
 
 
 @pytest.mark.parametrize("more, why", [
-    ({"model": "base"}, "not instruction-tuned"), ({"data": "sst2"}, "cannot be checked"),
+    ({"model": "base"}, "no pair to learn from"), ({"data": "sst2"}, "cannot be checked"),
     ({"rounds": 0}, "rounds"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(settings, tiny, more, why):
