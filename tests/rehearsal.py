@@ -6,7 +6,7 @@
 
 It copies the project into a folder, writes smaller numbers into the copy, serves the models and data sets of
 the hub from this computer (tests/local_hub.py) and runs `bash run_all.sh PROFILE` there twice.
-The second time every stage has to say that it is done. What it makes stays in /tmp/rehearsal, to be looked at.
+The second time every stage has to say that it is done. All that it makes stays in /tmp/rehearsal.
 """
 
 import argparse
