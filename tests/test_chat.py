@@ -166,7 +166,7 @@ def test_what_is_missing_or_damaged_is_a_message_and_not_a_traceback(run, tmp_pa
     ModernDecoderLM(ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=64)).save_pretrained(half)
     for words, message in [
         (["out/nothing-there"], "there is no folder out/nothing-there"),
-        ([str(tmp_path / "empty")], "no config.json"),
+        ([str(tmp_path / "empty")], "holds neither config.json"),
         ([str(half)], "tokenizer.json"),
         ([run, "--device=cuda"], "sees no CUDA" if not torch.cuda.is_available() else ""),
         ([run, "--device=banana"], "--device=banana"),

@@ -423,7 +423,7 @@ def test_each_architecture_gets_the_special_tokens_it_expects(settings):
         ids, _ = text_model.prompt(TASKS["sentiment"], "A fresh film.")
         plain = text_model.encode("A fresh film.\nIt was")
         at = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
-        names = finetune.load_tokenizer(text_model.name, ours=False).convert_ids_to_tokens(ids)
+        names = finetune.load_tokenizer(text_model.name, ours=False).inner.convert_ids_to_tokens(ids)
         ends[name, method] = names[:at], names[at + len(plain) :]
     eot = (["<|endoftext|>"], [])
     assert ends["ours", "lm"] == ends["gpt2", "lm"] == ends["gpt2", "head"] == eot
@@ -459,7 +459,7 @@ def test_our_tokenizer_stands_in_for_the_librarys_where_it_can(checkpoints, text
         fast, theirs = (finetune.load_tokenizer(checkpoints[name], ours) for ours in (True, False))
         assert isinstance(fast, Tokenizer) and not isinstance(theirs, Tokenizer)
         for t in text[::50]:
-            assert fast.encode(t, ()) == theirs(t, add_special_tokens=False)["input_ids"]
+            assert fast.encode(t, ()) == theirs.encode(t) == theirs.inner.encode(t, add_special_tokens=False)
     assert not isinstance(finetune.load_tokenizer(checkpoints["t5"]), Tokenizer)
 
 
@@ -659,9 +659,25 @@ def test_a_run_that_transformers_cannot_compute_is_refused_by_name(
                load_task("sentiment", "test")[0][:4])[0]  # fmt: skip
 
 
-def test_an_adapter_is_no_base_and_a_head_answers_its_own_task_only(settings, tmp_path, monkeypatch):
+def test_an_adapter_is_trained_further(settings, tmp_path, monkeypatch, checkpoints):
     finetune.finetune(settings(lora_r=2, name="adapter"))
-    assert "is an adapter" in command_line(monkeypatch, settings(str(tmp_path / "adapter")))
+    adapter = str(tmp_path / "adapter")
+    run = finetune.finetune(settings(adapter, name="further"))
+    assert run["parent"] == adapter and run["base_hash"] == finetune.weights_hash(checkpoints["ours"])
+    before, after = (load_tensors_of_adapter(tmp_path / name) for name in ("adapter", "further"))
+    assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
+    load_model(str(tmp_path / "further"), torch.device("cpu"))
+    assert "of rank 2" in command_line(monkeypatch, settings(adapter, lora_r=4))
+    assert "kind causal" in command_line(monkeypatch, settings(adapter, method="head"))
+
+
+def load_tensors_of_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_head_answers_its_own_task_only(settings, tmp_path, monkeypatch):
     finetune.finetune(settings(method="head", name="head"))
     model = load_model(str(tmp_path / "head"), torch.device("cpu"))
     assert ask(model, "sentiment", load_task("sentiment", "test")[0][:4])[0]
