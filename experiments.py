@@ -362,6 +362,7 @@ def read_run(folder: Path) -> dict | None:
         "active_parameters": count_parameters(config)["active"],
         "tokens": tokens,
         "flops": estimate_flops(config, config.context_length) * tokens,
+        "train_loss": float(np.mean([x["loss"] for x in lines if "loss" in x][-5:])),
         "val_loss": last["val_loss"],
         "bits_per_byte": last["bits_per_byte"],
         "best_val_loss": best["val_loss"],
@@ -396,6 +397,9 @@ def verdict(difference: dict) -> str:
     return "better" if difference["high"] < 0 else "no difference found"
 
 
+SPREADS = ("train_loss", "val_loss", "bits_per_byte", "tokens_per_second", "peak_memory_gib", "seconds")
+
+
 def compared(name: str, runs: list[Run], failed: dict[str, str]) -> dict:
     """One experiment: its figures over the seeds, and what it is to the baseline, in bits a byte."""
     mine = {r.seed: read_run(r.folder) for r in runs if r.name == name}
@@ -408,7 +412,7 @@ def compared(name: str, runs: list[Run], failed: dict[str, str]) -> dict:
         r.seed: failed[str(r.folder)] for r in runs if r.name == name and str(r.folder) in failed
     }
     if entry["seeds"]:
-        for key in ("val_loss", "bits_per_byte", "tokens_per_second", "peak_memory_gib", "seconds"):
+        for key in SPREADS:
             entry[key] = spread([figures[key] for figures in entry["seeds"].values()])
         pairs = [(mine[s], base[s]) for s in mine if mine[s] and base.get(s)]
         if name != "baseline" and pairs:

@@ -1,0 +1,307 @@
+"""A page made of blocks, written as HTML, Markdown, LaTeX and CSV.
+
+A section of a page is a list of blocks: Text, Code, Table or Figure. Every form of a page is written from the
+same blocks, so the forms cannot disagree. Needs matplotlib, no torch.
+"""
+
+import base64
+import csv
+import html
+import io
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+
+@dataclass
+class Text:
+    """A paragraph; **bold**, `code` and [text](address) are understood."""
+
+    words: str
+
+
+@dataclass
+class Code:
+    words: str
+
+
+@dataclass
+class Table:
+    name: str  # of the CSV file
+    columns: list[str]
+    rows: list[list]
+    caption: str = ""  # in the paper; default: the name
+
+
+@dataclass
+class Figure:
+    name: str  # of the PNG file
+    caption: str
+    png: bytes
+
+
+Block = Text | Code | Table | Figure
+
+
+def figure(name: str, caption: str, fig) -> Figure:
+    """A drawn figure; it is closed."""
+    for axes in fig.axes:
+        if "tokens" in axes.get_xlabel():
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
+        if not axes.images and axes.get_label() != "<colorbar>":
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+    file = io.BytesIO()
+    fig.savefig(file, format="png", dpi=80, bbox_inches="tight")
+    plt.close(fig)
+    return Figure(name, caption, file.getvalue())
+
+
+# -----------------------------------------------------------------------------
+# Numbers and texts in a cell
+
+
+def percent(x: dict | None) -> str:
+    """72.3 [69.4, 75.0] of {"value": 0.723, ...}."""
+    if not x or x.get("value") is None:
+        return ""
+    interval = f" [{100 * x['low']:.1f}, {100 * x['high']:.1f}]" if x.get("low") is not None else ""
+    return f"{100 * x['value']:.1f}{interval}"
+
+
+def signed(x: dict | None, scale: float = 100, digits: int = 1) -> str:
+    """+1.2 [-0.3, +2.7], a difference: {"value" or "mean", "low", "high"} times `scale`."""
+    if not x:
+        return ""
+    text = f"{scale * x.get('value', x.get('mean')):+.{digits}f}"
+    if "low" in x:
+        text += f" [{scale * x['low']:+.{digits}f}, {scale * x['high']:+.{digits}f}]"
+    return text
+
+
+def count(n: float) -> str:
+    """0.87M, 3.3M, 512."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return f"{n:.3g}"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
+
+
+def shorten(text: str, most: int = 240) -> str:
+    text = " ⏎ ".join(str(text).strip().split("\n"))
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def thinned(lines: list, most: int = 1000) -> list:
+    """A picture has room for a thousand points."""
+    return lines[:: max(1, len(lines) // most)]
+
+
+# -----------------------------------------------------------------------------
+# HTML
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfdfb; --line: #d8d8d2; --soft: #f1f1ec }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e0; --paper: #17181a; --line: #3a3c40; --soft: #212327 } }
+body { margin: 0 auto; max-width: 74rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
+  min-width: 3.5rem; max-width: 28rem; overflow-wrap: break-word }
+thead th { background: var(--soft) }
+summary { cursor: pointer; margin: .6rem 0 }
+figure { margin: 1.2rem 0 }
+img { max-width: 100%; background: white; border-radius: 4px }
+figcaption { font-size: .86rem; opacity: .8; position: sticky; left: 0 }
+@media (max-width: 45rem) {  /* a phone scrolls what is wide, and keeps the names of rows in sight */
+  figure { overflow-x: auto }
+  img { max-width: 42rem }
+  td { max-width: 14rem }
+  td:first-child, th:first-child { position: sticky; left: 0; max-width: 8rem }
+  td:first-child { background: var(--paper) } }
+small { white-space: nowrap; opacity: .8 }
+pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .82rem }
+"""
+LONG = 30  # rows from which on a table is folded
+LINK = re.compile(r"\[([^][]+)\]\(((?:https?://|figures/|[\w-]+\.(?:html|md)\b)[^()\s\"'<>]*)\)")
+
+
+def html_text(text: str) -> str:
+    """A paragraph's words as HTML; everything else in them stays text."""
+    parts = html.escape(text).split("**")
+    parts = [f"<b>{p}</b>" if i % 2 and i < len(parts) - 1 else p for i, p in enumerate(parts)]
+    codes = LINK.sub(r"<a href='\2'>\1</a>", "".join(parts)).split("`")
+    return "".join(f"<code>{c}</code>" if i % 2 else c for i, c in enumerate(codes))
+
+
+def html_table(table: Table) -> list[str]:
+    def cell(x) -> str:
+        """An interval stands below its figure, so that tables stay narrow."""
+        return re.sub(r"^(\S+) (\[[^][]+\])$", r"\1<br><small>\2</small>", html.escape(str(x)))
+
+    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in table.columns)
+    out = [f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>"]
+    for row in table.rows:
+        out.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
+    out.append("</tbody></table></div>")
+    if len(table.rows) > LONG:
+        return [f"<details><summary>{len(table.rows)} rows</summary>", *out, "</details>"]
+    return out
+
+
+def as_html(title: str, sections: dict[str, list[Block]]) -> str:
+    """The page; whatever a model wrote stays text."""
+    out = ["<!doctype html><html lang=en><meta charset=utf-8>"]
+    out.append("<meta name=viewport content='width=device-width, initial-scale=1'>")
+    out.append(f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+    for heading, blocks in sections.items():
+        out.append(f"<h2>{html.escape(heading)}</h2>")
+        for block in blocks:
+            if isinstance(block, Text):
+                out.append(f"<p>{html_text(block.words)}</p>")
+            elif isinstance(block, Code):
+                out.append(f"<pre>{html.escape(block.words)}</pre>")
+            elif isinstance(block, Table):
+                out += html_table(block)
+            else:
+                data, caption = base64.b64encode(block.png).decode(), html.escape(block.caption, quote=True)
+                out.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'>")
+                out.append(f"<figcaption>{caption}</figcaption></figure>")
+    return "\n".join(out) + "\n"
+
+
+# -----------------------------------------------------------------------------
+# Markdown and CSV
+
+
+def as_markdown(title: str, sections: dict[str, list[Block]]) -> str:
+    def cell(x) -> str:
+        return html.escape(str(x), quote=False).replace("|", "\\|").replace("\n", " ")
+
+    out = [f"# {title}", ""]
+    for heading, blocks in sections.items():
+        out += [f"## {heading}", ""]
+        for block in blocks:
+            if isinstance(block, Text):
+                out += [block.words, ""]
+            elif isinstance(block, Code):
+                out += ["```", block.words, "```", ""]
+            elif isinstance(block, Table):
+                lines = [block.columns, ["---"] * len(block.columns), *block.rows]
+                out += ["| " + " | ".join(cell(c) for c in line) + " |" for line in lines] + [""]
+            else:
+                caption = cell(block.caption)
+                out += [f"![{caption}](figures/{block.name}.png)", "", f"*{caption}*", ""]
+    return "\n".join(out)
+
+
+def write(folder: Path, title: str, sections: dict[str, list[Block]], name: str = "index") -> Path:
+    """NAME.html, NAME.md, the figures and the CSV files; returns the path of the HTML page."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for block in (b for blocks in sections.values() for b in blocks):
+        if isinstance(block, Figure):
+            (folder / "figures" / f"{block.name}.png").write_bytes(block.png)
+        elif isinstance(block, Table):
+            with open(folder / f"{block.name}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([block.columns, *block.rows])
+    (folder / f"{name}.md").write_text(as_markdown(title, sections), encoding="utf-8")
+    (folder / f"{name}.html").write_text(as_html(title, sections), encoding="utf-8")
+    return folder / f"{name}.html"
+
+
+# -----------------------------------------------------------------------------
+# LaTeX: an article close to ACL's style. Only packages and fonts of texlive-latex-base, so no Times
+
+PREAMBLE = r"""
+\documentclass[11pt,a4paper,twocolumn]{article}
+\usepackage[utf8]{inputenc}
+\usepackage{graphicx}
+\usepackage{longtable}
+\usepackage[margin=2.5cm]{geometry}
+\setlength\columnsep{0.6cm}
+\setlength\tabcolsep{4pt}
+\setlength\LTcapwidth{\textwidth}
+\sloppy
+\makeatletter
+\renewcommand\section{\@startsection{section}{1}{\z@}{-2ex plus -.5ex minus -.2ex}{1.5ex plus .3ex
+  minus .2ex}{\large\bfseries\raggedright}}
+\renewenvironment{abstract}{\centerline{\large\bfseries Abstract}\begin{list}{}{\setlength\leftmargin{.6cm}
+  \setlength\rightmargin{.6cm}}\item\small\ignorespaces}{\end{list}}
+\makeatother
+""".strip()
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "⏎": "/", "␣": " "}
+SPECIAL |= {"…": r"\dots{}", "±": r"$\pm$", "×": r"$\times$"} | {c: "\\" + c for c in "&%$#_{}"}
+
+
+def latex_text(text) -> str:
+    """Words with LaTeX's special characters escaped; bold and code lose their marks, a link its address."""
+    text = LINK.sub(r"\1", str(text)).replace("**", "").replace("`", "")
+    known = "".join(c if c in SPECIAL or c.isascii() or c.isalpha() and ord(c) < 256 else "?" for c in text)
+    return "".join(SPECIAL.get(c, c) for c in known)
+
+
+def latex_table(table: Table) -> list[str]:
+    """A float in one column or across both, or a long table over pages."""
+    caption = rf"\caption{{{latex_text(table.caption or table.name)}}}"
+    widest = [
+        max(len(str(row[i])) for row in [table.columns, *table.rows]) for i in range(len(table.columns))
+    ]
+    layout = "".join("p{5cm}" if w > 40 else "l" for w in widest)
+    head, *lines = [" & ".join(map(latex_text, row)) + r" \\" for row in [table.columns, *table.rows]]
+    if len(table.rows) > LONG:
+        out = [r"\clearpage\onecolumn\scriptsize", rf"\begin{{longtable}}{{{layout}}}", caption + r" \\"]
+        return [*out, r"\hline", head, r"\hline\endhead", *lines, r"\hline", r"\end{longtable}"]
+    kind = "table*" if sum(widest) > 60 else "table"
+    out = [rf"\begin{{{kind}}}[t]\centering\small"]
+    out += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+    out += [rf"\begin{{tabular}}{{{layout}}}", r"\hline", head, r"\hline", *lines, r"\hline"]
+    return [*out, r"\end{tabular}}", caption, rf"\end{{{kind}}}"]
+
+
+def latex_figure(block: Figure) -> list[str]:
+    width, height = struct.unpack(">II", block.png[16:24])  # of a PNG's header
+    kind = "figure*" if width > 2 * height else "figure"
+    picture = rf"\includegraphics[width=\linewidth]{{../figures/{block.name}.png}}"
+    return [rf"\begin{{{kind}}}[t]\centering", picture, rf"\caption{{{latex_text(block.caption)}}}",
+            rf"\end{{{kind}}}"]  # fmt: skip
+
+
+def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
+    """The article. The section "Abstract" is its abstract; "References" are not numbered."""
+    out = [PREAMBLE, rf"\title{{\Large\bfseries {latex_text(title)}}}", r"\author{}", r"\date{}"]
+    out += [r"\begin{document}", r"\maketitle"]
+    for heading, blocks in sections.items():
+        if heading == "Abstract":
+            words = [latex_text(b.words) for b in blocks if isinstance(b, Text)]
+            out += [r"\begin{abstract}", *words, r"\end{abstract}"]
+            continue
+        out += ["", rf"\section{'*' * (heading == 'References')}{{{latex_text(heading)}}}"]
+        for block in blocks:
+            if heading == "References":
+                out += ["", r"\noindent\hangindent=1em " + latex_text(block.words)]
+            elif isinstance(block, Text | Code):
+                out += ["", latex_text(block.words), ""]
+            elif isinstance(block, Table):
+                out += latex_table(block)
+            else:
+                out += latex_figure(block)
+    return "\n".join([*out, r"\end{document}"]) + "\n"
