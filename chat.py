@@ -4,6 +4,7 @@
     python chat.py out/base --prompt="Once upon a time" --n=3 --temperature=0.7
     python chat.py out/sft --chat                             # turns of user and assistant
     python chat.py gpt2 --prompt="The three laws are"         # a model of the hub, or an adapter's folder
+    python chat.py out/base --checkpoints --prompt="One day"  # what each kept checkpoint makes of it
     python chat.py --bench                                    # decoding speed beside transformers' generate
 
 Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
@@ -11,9 +12,11 @@ Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty
 
 from support.terminal import run_script
 
+import json
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import parse_config
@@ -40,6 +43,7 @@ class ChatConfig:
     seed: int = -1  # of the samples; -1: another one every time
     device: str = "auto"  # cuda, cpu, ...
     compile: bool = False  # compile the decoding step: a minute to start, then faster
+    checkpoints: bool = False  # ask every kept checkpoint of the run; the report shows generations.jsonl
     bench: bool = False  # measure decoding speed and stop
 
 
@@ -48,6 +52,8 @@ def main() -> None:
     try:
         if cfg.bench:
             return benchmark(cfg)
+        if cfg.checkpoints:
+            return ask_checkpoints(cfg)
         model = load(cfg)
         messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
         if cfg.prompt or cfg.start:
@@ -86,6 +92,33 @@ def load(cfg: ChatConfig) -> "TextModel":
     elif cfg.window or cfg.compile:
         raise TrainError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
     return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
+
+
+def ask_checkpoints(cfg: ChatConfig) -> None:
+    """The same prompts, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
+    from model import write_atomically
+    from support.tables import read_jsonl
+    from train import TrainError, checkpoints, step_of
+
+    found = checkpoints(Path(cfg.model))
+    if not found:
+        raise TrainError(
+            f"{cfg.model} holds no checkpoints: train with --save_every=N (steps from one to the next) "
+            "and --keep_last=N (how many are kept)"
+        )
+    seed = cfg.seed if cfg.seed >= 0 else 1
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    file = Path(cfg.model) / "generations.jsonl"
+    prompts = [cfg.prompt] if cfg.prompt or cfg.start else iter(lambda: input("> "), "")
+    for prompt in prompts:
+        lines = [line for line in read_jsonl(file) if line.get("prompt") != prompt]
+        for path in found:
+            print(f"step {step_of(path):,}:")
+            asked = replace(cfg, model=str(path), seed=seed)
+            text = answer(load(asked), asked, prompt, messages)
+            lines.append({"step": step_of(path), "prompt": prompt, "text": text})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(file, lambda path, text=text: path.write_text(text))
 
 
 def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:

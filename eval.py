@@ -43,8 +43,16 @@ differences. Also: sampling on until the verifier is sure, greedy answers whose 
 in, and what is wrong with the wrong ones. A base, which was taught no task, is asked greedily only.
 
 --attention asks no task: it scores every head on random tokens told twice (does it look at the token before,
-at the first one, at what followed the same token last time?) and writes the maps of the foremost to
-attention.json, which report.py draws.
+at the first one, at what followed the same token last time?) and writes maps to attention.json, which
+report.py draws: of the foremost heads, or by --layer and --head of any, over two texts or --text. It takes
+encoders too, and those of encoder-decoders:
+
+    python eval.py bert-base-uncased --attention --text="The cat sat on the mat" --layer=3
+    python eval.py out/base --attention --text="Lucy had a red ball." --layer=2 --head=1
+
+--streams asks no task either: it reads texts sixteen times as long as the context (of the corpus in --tasks,
+by default the model's own) under full attention, stretched RoPE, and a rolling cache with and without the
+first tokens, the attention sinks; the results go to streams.json and into the report.
 
 It prints a table and, where several models answered the same items, the paired differences to the first one
 and to the one before. Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json,
@@ -56,18 +64,16 @@ from support.terminal import run_script
 
 import json
 import math
-import random
 import re
 import sys
 import time
 from dataclasses import dataclass, fields
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from configs import ConfigError, parse_config
 from data import (
@@ -75,7 +81,6 @@ from data import (
     EMBEDDED,
     TASKS,
     DataError,
-    arithmetic,
     best_of,
     bits_per_byte,
     bootstrap,
@@ -93,15 +98,28 @@ from data import (
     pass_at,
     perplexity,
     proportion,
-    things,
-    told_again,
     weighted_vote,
 )
 from errors import KINDS, kinds_of, solution_kind
-from finetune import TextModel, ask, load_model, sampled, show, subsample, task_of
-from model import ModernDecoderLM, write_atomically
+from finetune import (
+    TextModel,
+    ask,
+    explained,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    read_config,
+    sampled,
+    show,
+    subsample,
+    task_of,
+)
+from model import write_atomically
 from sft import mixture
+from support.attention import attention, foremost
+from support.long_context import STREAM, endless, streams
 from support.model_card import write_model_card
+from support.results import METRICS
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
 
@@ -123,6 +141,10 @@ class EvalConfig:
     samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
     temperature: float = 1.0  # of these samples
     attention: bool = False  # what the heads look at, instead of tasks
+    text: str = ""  # attention: the text whose maps are made; nothing: two of ours
+    layer: int = -1  # attention: maps of this layer, from 0; -1: of the foremost heads, or with --head of all
+    head: int = -1  # attention: maps of this head, from 0; -1: of the foremost heads, or with --layer of all
+    streams: bool = False  # texts longer than the context, instead of tasks
     battery: int = 0  # so many held-out instructions are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
@@ -510,15 +532,10 @@ def write_results(folder: Path, results: list[Result], cfg: EvalConfig, device: 
     write_model_card(folder)
 
 
-MAIN = {"accuracy": "accuracy", "exact_match": "exact match", "macro_f1": "macro F1", "rouge1": "ROUGE-1"}
-MAIN |= {"rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
-MAIN |= {"word_perplexity": "word perplexity", "answered": "gave a number", "words": "words"}
-
-
 def describe(entry: dict) -> list[str]:
     """The lines of a table for one entry: metrics, then what one has to know about them."""
     parts = []
-    for name, label in MAIN.items():
+    for name, label in METRICS.items():
         if name in entry["metrics"]:
             metric = entry["metrics"][name]
             if "perplexity" in name or "byte" in name:
@@ -651,96 +668,83 @@ def pipeline_table(done: list[tuple[str, list[Result]]], answered: dict, cfg: Ev
 
 
 # -----------------------------------------------------------------------------
-# Attention: what the heads look at
-
-LOOKED_AT = (
-    "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
-    "Anna has 3 nuts. She buys 4 more nuts. How many nuts does Anna have now?",
-)
+# Attention, and texts longer than the context
 
 
-def attention_weights(model: ModernDecoderLM, ids: Tensor) -> Tensor:
-    """(layers, B, heads, T, T): the weights of every head on the tokens ids (B, T). Of a model with learned
-    sinks, the rows sum to less than 1.
-    """
-    found = []
+def show_attention(name: str, cfg: EvalConfig, device: torch.device) -> None:
+    """Scores of all heads and maps of some, to attention.json in the model's folder."""
+    model = load_for_attention(name, cfg, device)
+    folder = results_folder(name, cfg.out)
+    file = folder / "attention.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = attention(model, cfg.seed, cfg.text, cfg.layer, cfg.head)
+    before = read_json(file) if cfg.text and file.exists() else {}
+    if before.get("scores") == found["scores"]:  # the same weights: what is known of them stays
+        found["maps"] = with_maps(before["maps"], found["maps"])
+        found |= {"copies": before["copies"]} if "copies" in before else {}
+    write_atomically(file, lambda path: path.write_text(json.dumps(found) + "\n"))
+    for score, (layer, head) in foremost(found["scores"]).items():
+        print(f"  most {score}: layer {layer}, head {head}: {found['scores'][score][layer][head]:.3f}")
+    if copies := found.get("copies"):
+        shares = ", ".join(f"of {kind} {share:.0%}" for kind, share in copies.items())
+        print(f"  digits copied where they are told again: {shares}")
+    print(f"  {len(found['maps'])} maps in {file}; python report.py draws them")
 
-    def watch(layer, args, kwargs, _) -> None:
-        x = args[0] if args else kwargs["x"]
-        found.append(type(layer).forward(layer, x, weights=True)[1][..., : ids.shape[1]].float().cpu())
 
-    hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
-    with torch.no_grad():
-        model(ids)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found)
+def with_maps(before: list[dict], new: list[dict]) -> list[dict]:
+    """Maps of attention.json, the newest last; a text and its heads once."""
+
+    def of(example: dict) -> tuple:
+        return example["tokens"], [(head["layer"], head["head"]) for head in example["heads"]]
+
+    return [old for old in before if of(old) not in map(of, new)] + new
 
 
-def head_scores(model: ModernDecoderLM, seed: int = 1, rows: int = 8, length: int = 0) -> dict[str, Tensor]:
-    """{score: (layers, heads)} on random tokens, told twice, so that nothing but their order can be used.
+def load_for_attention(name: str, cfg: EvalConfig, device: torch.device) -> TextModel:
+    """A model whose attention can be read: also an encoder without a head, such as BERT."""
+    architecture = "".join(read_config(name).get("architectures") or ())
+    if is_adapter(name) or not re.search("MaskedLM|PreTraining|(?<!LMHead)Model$", architecture):
+        return load_model(name, device, cfg.backend, cfg.context_length, pick_eval_dtype(cfg, device))
+    import transformers
 
-    previous: weight on the token before. first: weight on the first token, where heads look that have nothing
-    to look for. induction: in the second telling, weight on the token that followed the same token the first
-    time (Olsson et al., 2022). entropy: of the weights, over the most that so many tokens allow.
-    """
-    length = length or min(32, model.config.context_length // 2)
-    generator = torch.Generator().manual_seed(seed)
-    once = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
-    each = attention_weights(model, torch.cat([once, once], dim=1).to(model.device))
-    w = each.mean(1)  # over the rows
-    t = torch.arange(1, 2 * length)
-    second = torch.arange(length, 2 * length)
-    entropy = -(each.clamp(min=1e-12).log() * each).sum(-1)[..., 1:] / torch.log(t + 1.0)
-    return {
-        "previous": w[..., t, t - 1].mean(-1),
-        "first": w[..., t, 0].mean(-1),
-        "induction": w[..., second, second - length + 1].mean(-1),
-        "entropy": entropy.mean((1, -1)),
+    transformers.logging.set_verbosity_error()  # an encoder needs none of the weights of its head
+    with explained(name):
+        encoder = transformers.AutoModel.from_pretrained(name, attn_implementation="eager")
+    return TextModel(encoder.to(device).eval(), load_tokenizer(name), "head", name)
+
+
+def show_streams(name: str, tasks: list[str], cfg: EvalConfig, device: torch.device) -> None:
+    """Perplexity and continuations beyond the context, to streams.json in the model's folder."""
+    model = load_model(name, device, "ours", cfg.context_length)
+    run = Path(name) / "run.json"
+    corpus = (read_json(run).get("settings", {}).get("corpus") if run.exists() else None) or "storyworld"
+    corpus = next((task for task in tasks if task not in TASKS), re.split("[:,]", corpus)[0])
+    split, T, wanted = cfg.split or "test", model.context_length, cfg.limit or 4
+    ids: list[int] = []
+    for text in documents(corpus, split):
+        ids += [model.eos, *model.encode(text)]
+        if len(ids) > wanted * (STREAM * T + 1):
+            break
+    rows = min(wanted, len(ids) // (STREAM * T + 1))
+    if not rows:
+        raise TrainError(f"{corpus}, {split} has {len(ids):,} tokens, a stream {STREAM} contexts of {T}: "
+                         "take another corpus by --tasks, or a shorter --context_length")  # fmt: skip
+    stream = torch.tensor(ids[: rows * (STREAM * T + 1)], device=device).view(rows, -1)
+    found = {
+        "model": name,
+        "source": f"{rows} streams of {STREAM} contexts of {T} tokens of {corpus}, {split}",
     }
-
-
-def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
-    """Can it look a number up? The share of digits that are the likeliest token where they are told again,
-    given the true ones before: those of `facts`, the sentences of n problems in another order behind the
-    problem, and of `lists`, of eight random things each. A model that guesses numbers gets a quarter or so.
-    """
-    rng = random.Random(seed)
-    questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
-    lists = [things(rng) for _ in range(n)]
-    texts = {"facts": [(q, told_again(rng, q)) for q in questions], "lists": [(told, told) for told in lists]}
-    return {kind: copied_digits(model, pairs) for kind, pairs in texts.items()}
-
-
-def copied_digits(model: TextModel, pairs: list[tuple[str, str]]) -> float:
-    hits = []
-    for before, again in pairs:
-        start = [model.eos, *model.encode(f"{before}\n")]
-        ids = torch.tensor([*start, *model.encode(again)], device=model.device)
-        with torch.inference_mode():
-            likeliest = model.model(ids[None, :-1])[0].argmax(-1).tolist()
-        asked = zip(likeliest[len(start) - 1 :], ids[len(start) :].tolist(), strict=True)
-        hits += [said == true for said, true in asked if model.decode([true]).strip().isdigit()]
-    return sum(hits) / len(hits)
-
-
-def attention(model: TextModel, seed: int) -> dict:
-    """The scores of all heads, maps over two texts of the head that has most of each, and what is copied."""
-    if not model.ours or model.kind != "causal":
-        raise TrainError(f"{model.name}: attention is shown of decoders that model.py computes")
-    scores, maps = head_scores(model.model, seed), []
-    tops = {name: divmod(int(s.argmax()), s.shape[1]) for name, s in scores.items()}
-    for text in LOOKED_AT:
-        ids = model.encode(text)
-        weights = attention_weights(model.model, torch.tensor([ids], device=model.model.device))[:, 0]
-        heads = [
-            {"most": name, "layer": layer, "head": head,
-             "weights": [[round(x, 3) for x in row] for row in weights[layer, head].tolist()]}
-            for name, (layer, head) in tops.items()
-        ]  # fmt: skip
-        maps.append({"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": heads})
-    rounded = {name: [[round(x, 4) for x in row] for row in s.tolist()] for name, s in scores.items()}
-    return {"model": model.name, "scores": rounded, "maps": maps, "copies": copying(model, seed)}
+    found |= streams(model.model, stream, model.tokenizer, model.model, T)
+    found["endless"] = endless(model.model, 5_000, T)
+    folder = results_folder(name, cfg.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1) + "\n"
+    write_atomically(folder / "streams.json", lambda path: path.write_text(text))
+    print(f"  {found['source']}; perplexity by position, in contexts:")
+    for way, values in found["perplexity"].items():
+        print(f"    {way:24}" + "  ".join(f"{at} {value:.2f}" for at, value in values.items()))
+    shares = ", ".join(f"{x:.0%}" for x in found["attention to the first token"])
+    print(f"  attention to the first token, by layer: {shares}\n  {folder}/streams.json; report.py draws it")
 
 
 def read_words(argv: list[str]) -> list[str]:
@@ -786,24 +790,20 @@ def main() -> None:
         device = pick_device(cfg.device)
         dtype = pick_eval_dtype(cfg, device)
         done: list[tuple[str, list[Result]]] = []
+        if cfg.attention or cfg.streams:
+            for name in models:
+                print(f"{name}:")
+                if cfg.attention:
+                    show_attention(name, cfg, device)
+                if cfg.streams:
+                    show_streams(name, tasks, cfg, device)
+            return
         for name in models:
             model, results = load_model(name, device, cfg.backend, cfg.context_length, dtype), []
             model.dtype = dtype
             size = sum(p.numel() for p in model.model.parameters()) / 1e6
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
-            if cfg.attention:
-                found = attention(model, cfg.seed)
-                folder = results_folder(name, cfg.out)
-                folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(found) + "\n"
-                write_atomically(folder / "attention.json", lambda path, text=text: path.write_text(text))
-                for head in found["maps"][0]["heads"]:
-                    value = found["scores"][head["most"]][head["layer"]][head["head"]]
-                    print(f"  most {head['most']}: layer {head['layer']}, head {head['head']}: {value:.3f}")
-                told = ", ".join(f"of {kind} {share:.0%}" for kind, share in found["copies"].items())
-                print(f"  digits copied where they are told again: {told}")
-                continue
             taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
             for task in tasks:
                 checkable = task in TASKS and TASKS[task].metric == "exact_match"

@@ -44,7 +44,6 @@ from configs import ROOT, ConfigError, parse_config
 from data import few_shot, judge, load_task
 from finetune import FinetuneConfig, ask, load_model, subsample, weights_hash
 from model import (
-    KVCache,
     ModelConfig,
     ModernDecoderLM,
     MoE,
@@ -54,6 +53,7 @@ from model import (
     kv_cache_bytes,
     write_atomically,
 )
+from support.long_context import STREAM, endless, streams
 from support.processes import worker_pool
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 from train import (
@@ -488,149 +488,6 @@ def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) 
     for hook in hooks:
         hook.remove()
     return found
-
-
-# -----------------------------------------------------------------------------
-# Streams: texts longer than the context
-
-STREAM = 16  # contexts long
-KEPT = (0, 1, 4)  # first tokens that a rolling cache keeps
-
-
-@torch.no_grad()
-def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", factor: float = 1.0) -> Tensor:
-    """(B, T - 1) losses in nats of ids (B, T) when every token sees all before it, however many; `stretch` as
-    in `stretched_rope`.
-    """
-    rope = stretched_rope(model.config, ids.shape[1] - 1, stretch, factor, ids.device) if stretch else None
-    logits = F.linear(model.hidden(ids[:, :-1], rope=rope), model.head)
-    return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-
-
-def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=None) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (T, D): RoPE fitted without training to texts `factor` times the context.
-
-    "linear" divides positions by the factor (Chen et al., 2023). "ntk" raises the base, so that the slowest
-    wave is stretched by the factor and the fastest stays. "yarn" (Peng et al., 2023) stretches waves that
-    turn less than once in a context, leaves those that turn 32 times and more, mixes in between, and sharpens
-    attention, which has more tokens to spread over.
-    """
-    d, theta, sharper = c.head_dim, c.rope_theta, 1.0
-    if stretch == "ntk":
-        theta *= factor ** (d / (d - 2))
-    frequencies = theta ** (-torch.arange(0, d, 2, device=device).float() / d)
-    if stretch == "linear":
-        frequencies = frequencies / factor
-    if stretch == "yarn":
-        # Hugging Face's ramp over the dimensions, between those that turn 32 times in a context and once.
-        first, last = (d * math.log(c.context_length / (2 * math.pi * n), theta) / 2 for n in (32, 1))
-        first, last = max(math.floor(first), 0), min(math.ceil(last), d - 1)
-        ramp = ((torch.arange(d // 2, device=device) - first) / max(last - first, 0.001)).clamp(0, 1)
-        frequencies = frequencies / factor * ramp + frequencies * (1 - ramp)
-        sharper = 0.1 * math.log(factor) + 1
-    angles = torch.arange(T, device=device).float().unsqueeze(-1) * frequencies
-    cos, sin = angles.cos() * sharper, angles.sin() * sharper
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-@torch.no_grad()
-def rolling(model: ModernDecoderLM, ids: Tensor, keep: int) -> Tensor:
-    """(B, T - 1) losses in nats, token by token, with a cache of one context that keeps the first `keep`
-    tokens and the newest (StreamingLLM).
-    """
-    cache = KVCache(model.config, len(ids), model.config.context_length, keep, ids.device)
-    logits, losses = model.prefill(ids[:, :1].tolist(), cache), []
-    for t in range(1, ids.shape[1]):
-        losses.append(F.cross_entropy(logits.float(), ids[:, t], reduction="none"))
-        cache.begin(1)
-        logits = model.step(ids[:, t : t + 1], cache)
-    return torch.stack(losses, dim=1)
-
-
-def by_position(losses: Tensor, T: int) -> dict[str, float]:
-    """Perplexity within the context, and beyond: {"0-1": ..., "1-2": ..., "2-4": ...}, in contexts of T."""
-    edges = [0, *(2**i for i in range(int(math.log2(losses.shape[1] // T + 1)) + 1))]
-    pairs = zip(edges, edges[1:], strict=False)
-    return {f"{a}-{b}": math.exp(losses[:, a * T : b * T].mean().item()) for a, b in pairs}
-
-
-@torch.no_grad()
-def first_token_mass(model: ModernDecoderLM, ids: Tensor, first: int = 1) -> list[float]:
-    """How much of its attention each layer gives to the first tokens: the mean over heads and over queries of
-    the second half. Of a model with learned sinks, what is left for tokens is less than 1.
-    """
-    found = []
-
-    def watch(layer, args, kwargs, _) -> None:
-        x = args[0] if args else kwargs["x"]
-        _, weights = type(layer).forward(layer, x, weights=True)
-        found.append(float(weights[..., x.shape[1] // 2 :, :first].sum(-1).mean()))
-
-    hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
-    model(ids)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
-    """What can be said of a long continuation without a judge: distinct pairs of words, the share of four
-    words in a row that were there before, whether it ends in a loop, and how many of the prompt's content
-    words (five letters and more) its last quarter still has.
-    """
-    words = re.findall(r"\w+", text.lower())
-    pairs, fours = ([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in (2, 4))
-    tail = words[-window:]
-    loops = any(tail[i:] == tail[:-i] for i in range(1, window // 2)) if len(tail) == window else False
-    topic = {w for w in re.findall(r"\w+", prompt.lower()) if len(w) > 4}
-    last = set(words[-len(words) // 4 :])
-    return {
-        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
-        "repeated_4": 1 - len(set(fours)) / max(1, len(fours)),
-        "loops": float(loops),
-        "topic": len(topic & last) / max(1, len(topic)),
-    }
-
-
-def streams(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer, judge: ModernDecoderLM) -> dict:
-    """Perplexities and continuations beyond the context, by what the model may look at. ids (B, 16 T)."""
-    T = model.config.context_length
-    found = {"perplexity": {"full": by_position(full_attention(model, ids), T)}}
-    for keep in KEPT:
-        found["perplexity"][f"window, first {keep} kept"] = by_position(rolling(model, ids, keep), T)
-    if model.config.positions == "rope":
-        short = ids[:, : 4 * T + 1]
-        for stretch in ("", "linear", "ntk", "yarn"):
-            losses = full_attention(model, short, stretch, 4.0)
-            found.setdefault("stretched to 4 contexts", {})[stretch or "plain"] = by_position(losses, T)
-    found["attention to the first token"] = first_token_mass(model, ids[:, :T])
-    prompts, found["continuations"] = ids[:, : T // 4].tolist(), {}
-    for keep in KEPT:
-        new = model.generate(prompts, 4 * T, temperature=0.8, seed=1, window=T - keep, keep=keep)
-        texts = [tokenizer.decode(row) for row in new]
-        rows = [liveliness(t, tokenizer.decode(p)) for t, p in zip(texts, prompts, strict=True)]
-        said = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-        losses = full_attention(judge, torch.tensor([row[-T - 1 :] for row in new]))
-        said |= {"perplexity_of_the_end": math.exp(losses.mean().item()), "example": texts[0][-300:]}
-        found["continuations"][f"window, first {keep} kept"] = said
-    return found
-
-
-@torch.no_grad()
-def endless(model: ModernDecoderLM, tokens: int) -> dict:
-    """A stream of so many tokens through a rolling cache of one context: its bytes, and the speed of each
-    tenth.
-    """
-    cache = KVCache(model.config, 1, model.config.context_length, 4, model.device)
-    logits, sizes, rates = model.prefill([[0]], cache), [cache.nbytes()], []
-    for _ in range(10):
-        begun = time.perf_counter()
-        for _ in range(tokens // 10):
-            cache.begin(1)
-            logits = model.step(logits.argmax(-1, keepdim=True), cache)
-        rates.append(round(tokens // 10 / (time.perf_counter() - begun), 1))
-        sizes.append(cache.nbytes())
-    return {"tokens": tokens, "cache_bytes": sizes, "tokens_per_second": rates}
 
 
 # -----------------------------------------------------------------------------

@@ -787,8 +787,9 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
 
 
 def task_of(name: str) -> str | None:
-    """The task that a run folder was tuned on."""
-    run = Path(name) / "run.json"
+    """The task that a run folder, or one of its checkpoints, was tuned on."""
+    folder = Path(name)
+    run = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
     return read_json(run).get("settings", {}).get("task") if run.exists() else None
 
 

@@ -55,6 +55,7 @@ from support.pages import (
 )
 from support.results import (
     METRICS,
+    SMOKE,
     Comparison,
     Measurement,
     measurements,
@@ -150,7 +151,9 @@ def compared(c: Comparison) -> list:
         if m is None or metric not in m.entry["metrics"]:
             return ""
         value = value_of(metric, m.entry["metrics"][metric])
-        return f"{value} ({m.notes})" if m.notes else value
+        notes = [SMOKE] if m.smoke else []
+        notes += [f"{m.entry['items']} items"] if m.entry.get("items") != first.entry.get("items") else []
+        return f"{value} ({', '.join(notes)})" if notes else value
 
     model = f"{c.tuned.model}, {c.tuned.way}" if c.tuned else first.model
     task = first.entry["task"] + (f", {first.entry['split']}" if first.entry.get("split") else "")

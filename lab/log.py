@@ -107,12 +107,12 @@ def train_loss_of(lines: list[dict]) -> float | None:
 def findings(home: Path) -> list[Block]:
     """What the tables show, in sentences, and what to do about it."""
     found, advice = [], []
-    for file in sorted(home.glob("experiments/*/experiments.json")):
-        for sentences, some in ((found, lab_findings), (advice, lab_advice)):
-            sentences += some(read_json(file))
     rows = side_by_side(measurements(home))
     found += task_findings(rows) + sampling_findings(home)
     advice += task_advice(rows)
+    for file in sorted(home.glob("experiments/*/experiments.json")):
+        found += lab_findings(read_json(file))
+        advice += lab_advice(read_json(file))
     if not found:
         return [
             Text("No findings yet: a finding is a difference whose 95 % interval excludes 0, of whole runs.")

@@ -25,6 +25,8 @@ METRICS = {  # name in results.json: name in a table
     "bits_per_byte": "bits/byte",
     "word_perplexity": "word perplexity",
     "answered": "gave a number",
+    "calculator": "exact match, calculator",
+    "mean_sample": "exact match, one sample",
     "words": "words",
 }
 HEADLINES = ("accuracy", "exact_match", "rougeL", "bits_per_byte")  # of each task the one that is compared
