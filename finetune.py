@@ -599,12 +599,18 @@ def is_chat(name: str, tokenizer: Tokenizer | HubTokenizer, config: dict) -> boo
     The record of a run says so. Of other models it is known by their chat template; our template alone is no
     proof, since every vocabulary of ours has it, but a config that ends texts with two tokens is.
     """
-    run = Path(name) / "run.json"
+    run = record_of(name)
     if run.exists():
         return bool(read_json(run).get("chat"))
     if is_ours(tokenizer.chat_template):
         return isinstance(config.get("eos_token_id"), list)
     return tokenizer.chat_template is not None
+
+
+def record_of(name: str) -> Path:
+    """run.json of a run folder, or of the run that a checkpoint belongs to."""
+    folder = Path(name)
+    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
 
 
 def adapter_base(name: str) -> str:
@@ -788,8 +794,7 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
 
 def task_of(name: str) -> str | None:
     """The task that a run folder, or one of its checkpoints, was tuned on."""
-    folder = Path(name)
-    run = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
+    run = record_of(name)
     return read_json(run).get("settings", {}).get("task") if run.exists() else None
 
 

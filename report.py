@@ -139,7 +139,7 @@ def results(home: Path) -> list[Block]:
     rows.sort(key=lambda row: (row[0] or "", row[1] or ""))
     columns = ["task", "split", "model", "way", "metric", "value [95 %]", "items", "note"]
     blocks.append(Text("Every number that was measured, shares in percent:"))
-    return [*blocks, Table("results", columns, rows, "Every result.")]
+    return [*blocks, Table("results", columns, rows, "Every result.", folded=len(rows) > 20)]
 
 
 def compared(c: Comparison) -> list:
@@ -158,7 +158,11 @@ def compared(c: Comparison) -> list:
     model = f"{c.tuned.model}, {c.tuned.way}" if c.tuned else first.model
     task = first.entry["task"] + (f", {first.entry['split']}" if first.entry.get("split") else "")
     after = c.tuned if c.tuned is not c.scratch else None
-    differences = [signed(c.minus(other)) for other in (c.base, c.prompted, c.scratch)]
+    differences = []
+    for other in (c.base, c.prompted, c.scratch):
+        d = c.minus(other)
+        n = f" ({d['n']} items)" if d and d.get("n") != first.entry.get("items") else ""
+        differences.append(signed(d) + n)
     return [task, model, METRICS[metric], first.entry.get("items", ""), cell(c.base), cell(c.prompted),
             cell(after), cell(c.scratch), *differences]  # fmt: skip
 
@@ -226,7 +230,7 @@ def training(home: Path) -> list[Block]:
     if len(rows) > CURVES:
         words = f"Curves of the {CURVES} newest of {len(rows)} runs; `report.py --compare=A,B` draws any."
         blocks.insert(0, Text(words))
-    return [Table("runs", columns, rows), *blocks]
+    return [Table("runs", columns, rows, "What was trained."), *blocks]
 
 
 def beside(alike: dict) -> list[Block]:
@@ -419,7 +423,12 @@ def chosen(folder: str, name: str, entry: dict) -> list[Block]:
     blocks: list[Block] = [figure(f"choosing-{folder}-{entry['task']}", caption, fig)]
     if rows:
         blocks.append(
-            Table(f"differences-{folder}-{entry['task']}", ["paired difference", "points [95 %]"], rows)
+            Table(
+                f"differences-{folder}-{entry['task']}",
+                ["paired difference", "points [95 %]"],
+                rows,
+                f"{name}: paired differences between ways to choose an answer.",
+            )
         )
     for label, gates in entry.get("gating", {}).items():
         rows = [
@@ -519,7 +528,9 @@ def sorted_mistakes(model: str, name: str, task: str, records: list[dict], entry
     shots = f", {entry['shots']} examples in the prompt" if entry.get("shots") else ""
     blocks: list[Block] = [Text(f"**{model}**, {task}, {entry['split']}{shots}: {words}")]
     if rows:
-        blocks.append(Table(f"errors-{name}", columns, rows))
+        blocks.append(
+            Table(f"errors-{name}", columns, rows, f"Mistakes of {model}, {task}, {entry['split']}.")
+        )
     examples = []
     for kind, first in ((k, some[0]) for k, some in shown.items() if some):
         said = first.get("output", first.get("prediction"))  # a class, where nothing is written

@@ -110,18 +110,24 @@ def findings(home: Path) -> list[Block]:
     rows = side_by_side(measurements(home))
     found += task_findings(rows) + sampling_findings(home)
     advice += task_advice(rows)
-    for file in sorted(home.glob("experiments/*/experiments.json")):
-        found += lab_findings(read_json(file))
-        advice += lab_advice(read_json(file))
-    if not found:
+    files = sorted(home.glob("experiments/*/experiments.json"))
+    of_lab = [row for file in files for row in lab_findings(read_json(file))]
+    if not found and not of_lab:
         return [
             Text("No findings yet: a finding is a difference whose 95 % interval excludes 0, of whole runs.")
         ]
     blocks: list[Block] = [Text("**Key findings**, differences whose 95 % interval excludes 0:")]
     blocks += [Text(sentence) for sentence in found]
+    if of_lab:
+        words = (
+            "The lab, over its seeds: bits/byte minus the baseline's, and speed as a share of the baseline's."
+        )
+        columns = ["family", "lowest bits/byte", "better", "worse", "no difference found", "recommendation"]
+        blocks += [Text(words), Table("findings", columns, of_lab, "Families of ablations: findings.")]
     if advice:
         blocks += [Text("**Recommendations**"), *(Text(sentence) for sentence in advice)]
-    return blocks
+    links = "[a page](experiments.html), [Markdown](experiments.md)"
+    return [*blocks, Text(f"The log of all runs and experiments: {links}.")]
 
 
 def by_family(found: dict) -> dict[str, dict[str, dict]]:
@@ -135,7 +141,7 @@ def by_family(found: dict) -> dict[str, dict[str, dict]]:
             for name in names
             if "low" in experiments.get(name, {}).get("difference", {})
         }
-        if entries:
+        if entries and "tokens_per_second" in experiments.get("baseline", {}):
             families[family] = entries
     return families
 
@@ -146,23 +152,23 @@ def clear(difference: dict) -> bool:
 
 
 def listed(entries: dict[str, dict]) -> str:
-    return ", ".join(f"{name} {signed(e['difference'], 1, 4)}" for name, e in entries.items())
+    means = {name: {"mean": e["difference"]["mean"]} for name, e in entries.items()}
+    return ", ".join(f"{name} {signed(mean, 1, 4)}" for name, mean in means.items())
 
 
-def lab_findings(found: dict) -> list[str]:
-    sentences = []
+def lab_findings(found: dict) -> list[list]:
+    """A row for each family: its lowest, what is better and worse than the baseline, and what to do."""
+    rows = []
     for family, entries in by_family(found).items():
         entries = dict(sorted(entries.items(), key=lambda item: item[1]["difference"]["mean"]))
         better = {n: e for n, e in entries.items() if e["difference"]["high"] < 0}
         worse = {n: e for n, e in entries.items() if e["difference"]["low"] > 0}
-        unclear = [n for n in entries if n not in better and n not in worse]
-        words = f"**{found['corpus']}, {family}** ({found['seeds']} seeds, bits/byte minus the baseline's). "
+        unclear = ", ".join(n for n in entries if n not in better and n not in worse)
         best = next(iter(entries))
-        words += f"Lowest: {best}, {entries[best]['bits_per_byte']['mean']:.4f} bits/byte"
-        words += ". " if best in better else ", but its interval includes 0. "
-        words += f"Better: {listed(better) or 'none'}. Worse: {listed(worse) or 'none'}. "
-        sentences.append(words + f"No difference found: {', '.join(unclear) or 'none'}.")
-    return sentences
+        lowest = f"{best}, {entries[best]['bits_per_byte']['mean']:.4f}"
+        rows.append([f"{found['corpus']}, {family}", lowest, listed(better), listed(worse), unclear,
+                     lab_advice(found, better, worse, entries)])  # fmt: skip
+    return rows
 
 
 def speed_ratio(found: dict, entry: dict) -> float:
@@ -170,27 +176,17 @@ def speed_ratio(found: dict, entry: dict) -> float:
     return entry["tokens_per_second"]["mean"] / baseline
 
 
-def lab_advice(found: dict) -> list[str]:
-    """What to adopt, what costs nothing, what to leave; a family's best first."""
-    sentences = []
-    if "tokens_per_second" not in (found.get("experiments") or {}).get("baseline", {}):
-        return []
-    for family, entries in by_family(found).items():
-        better = [(e["difference"]["mean"], n) for n, e in entries.items() if e["difference"]["high"] < 0]
-        worse = [n for n, e in entries.items() if e["difference"]["low"] > 0]
-        words = []
-        for _, name in sorted(better):
-            ratio = speed_ratio(found, entries[name])
-            words.append(f"use `{name}` ({ratio:.2f} times the baseline's tokens/s)")
-        for name, e in entries.items():
-            if not clear(e["difference"]) and speed_ratio(found, e) >= FASTER:
-                words.append(f"`{name}` is {speed_ratio(found, e):.2f} times as fast, and no loss was found")
-        if worse:
-            words.append(f"leave out {', '.join(f'`{name}`' for name in worse)}")
-        if not better:
-            words.append("keep the baseline unless speed or memory decides")
-        sentences.append(f"**{found['corpus']}, {family}**: {'; '.join(words)}.")
-    return sentences
+def lab_advice(found: dict, better: dict, worse: dict, entries: dict) -> str:
+    """What to adopt, the best first, what costs nothing and is faster, and what to leave."""
+    words = [f"use {name} at {speed_ratio(found, e):.2f} times the speed" for name, e in better.items()]
+    for name, e in entries.items():
+        if name not in worse and name not in better and speed_ratio(found, e) >= FASTER:
+            words.append(
+                f"{name} costs no loss that was found, at {speed_ratio(found, e):.2f} times the speed"
+            )
+    if not better:
+        words.append("keep the baseline unless speed or memory decides")
+    return "; ".join(words + [f"leave out {', '.join(worse)}"] * bool(worse))
 
 
 def task_findings(rows: list[Comparison]) -> list[str]:
@@ -214,7 +210,7 @@ def task_findings(rows: list[Comparison]) -> list[str]:
 
 
 def task_advice(rows: list[Comparison]) -> list[str]:
-    """On each task, the best of base, prompt and training."""
+    """On each task, the best of base, prompt and training, of those that answered the most items."""
     best: dict[tuple, list] = {}
     for c in rows:
         for m in (c.tuned, c.base, c.prompted):
@@ -223,6 +219,8 @@ def task_advice(rows: list[Comparison]) -> list[str]:
                 best.setdefault(m.where, []).append((m.entry["metrics"][metric]["value"], m))
     sentences = []
     for (task, split), scored in best.items():
+        most = max(m.entry.get("items", 0) for _, m in scored)
+        scored = [(value, m) for value, m in scored if m.entry.get("items", 0) == most]
         if len({m.model for _, m in scored}) > 1:
             _, m = max(scored, key=lambda pair: pair[0])
             value = value_of(m.headline, m.entry["metrics"][m.headline])

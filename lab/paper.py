@@ -91,7 +91,10 @@ def paper(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
         "What each stage gained": made["What each stage gained"],
         "Choosing among many answers": choosing(home, made["Choosing among many answers"]),
         "Attention": heads(home, made["What the heads look at"]),
-        "Ablations": first_blocks(made["The lab"], 1, 1),
+        "Ablations": [
+            *([tables["findings"]] if "findings" in tables else []),
+            *first_blocks(made["The lab"], 1, 1),
+        ],
         "Errors": first_blocks(made["Where it fails"], 1, 0),
         "Limitations": [paragraph(LIMITATIONS)],
         "Reproducibility": [

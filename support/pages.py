@@ -10,7 +10,7 @@ import html
 import io
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -41,6 +41,7 @@ class Table:
     columns: list[str]
     rows: list[list]
     caption: str = ""  # in the paper; default: the name
+    folded: bool = False  # on the HTML page
 
 
 @dataclass
@@ -123,7 +124,7 @@ body { margin: 0 auto; max-width: 74rem; padding: 1rem; background: var(--paper)
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
+table { border-collapse: separate; border-spacing: 0; font-size: .86rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
   min-width: 3.5rem; max-width: 28rem; overflow-wrap: break-word }
 thead th { background: var(--soft) }
@@ -140,7 +141,6 @@ figcaption { font-size: .86rem; opacity: .8; position: sticky; left: 0 }
 small { white-space: nowrap; opacity: .8 }
 pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .82rem }
 """
-LONG = 30  # rows from which on a table is folded
 LINK = re.compile(r"\[([^][]+)\]\(((?:https?://|figures/|[\w-]+\.(?:html|md)\b)[^()\s\"'<>]*)\)")
 
 
@@ -155,14 +155,15 @@ def html_text(text: str) -> str:
 def html_table(table: Table) -> list[str]:
     def cell(x) -> str:
         """An interval stands below its figure, so that tables stay narrow."""
-        return re.sub(r"^(\S+) (\[[^][]+\])$", r"\1<br><small>\2</small>", html.escape(str(x)))
+        interval = r"^(\S+) (\[[^][]+\])(?: (\([^()]+\)))?$"
+        return re.sub(interval, r"\1<br><small>\2</small> \3", html.escape(str(x)))
 
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in table.columns)
     out = [f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>"]
     for row in table.rows:
         out.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
     out.append("</tbody></table></div>")
-    if len(table.rows) > LONG:
+    if table.folded:
         return [f"<details><summary>{len(table.rows)} rows</summary>", *out, "</details>"]
     return out
 
@@ -234,7 +235,7 @@ PREAMBLE = r"""
 \documentclass[11pt,a4paper,twocolumn]{article}
 \usepackage[utf8]{inputenc}
 \usepackage{graphicx}
-\usepackage{longtable}
+\usepackage{array,longtable}
 \usepackage[margin=2.5cm]{geometry}
 \setlength\columnsep{0.6cm}
 \setlength\tabcolsep{4pt}
@@ -247,6 +248,7 @@ PREAMBLE = r"""
   \setlength\rightmargin{.6cm}}\item\small\ignorespaces}{\end{list}}
 \makeatother
 """.strip()
+LONG = 30  # rows from which on a table goes to the end of the paper, over pages
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "⏎": "/", "␣": " "}
 SPECIAL |= {"…": r"\dots{}", "±": r"$\pm$", "×": r"$\times$"} | {c: "\\" + c for c in "&%$#_{}"}
@@ -259,22 +261,50 @@ def latex_text(text) -> str:
     return "".join(SPECIAL.get(c, c) for c in known)
 
 
+def latex_columns(table: Table, total: float, character: float) -> tuple[str, bool]:
+    """Column types that fill at most `total` cm, and whether every column got the width it would like.
+
+    Columns that want less than an equal share get it; the others share what is left, and break their lines.
+    """
+    wants, words = [], []
+    for i in range(len(table.columns)):
+        cells = [str(row[i]) for row in [table.columns, *table.rows]]
+        wants.append(character * max(len(cell) for cell in cells))
+        words.append(character * max(len(word) for cell in cells for word in cell.split() or [""]))
+    left, widths = total - 0.3 * len(wants), {}
+    for n, i in enumerate(sorted(range(len(wants)), key=lambda i: wants[i])):
+        share = max(words[i], left / (len(wants) - n))
+        widths[i] = min(wants[i], share)
+        left -= widths[i]
+    fits = all(widths[i] == want for i, want in enumerate(wants))
+    kinds = []
+    for i, want in enumerate(wants):
+        kinds.append("l" if widths[i] == want else rf">{{\raggedright\arraybackslash}}p{{{widths[i]:.2f}cm}}")
+    return "".join(kinds), fits
+
+
+def without_empty_columns(table: Table) -> Table:
+    kept = [i for i in range(len(table.columns)) if any(str(row[i]) for row in table.rows)]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
+
+
 def latex_table(table: Table) -> list[str]:
     """A float in one column or across both, or a long table over pages."""
+    table = without_empty_columns(table)
     caption = rf"\caption{{{latex_text(table.caption or table.name)}}}"
-    widest = [
-        max(len(str(row[i])) for row in [table.columns, *table.rows]) for i in range(len(table.columns))
-    ]
-    layout = "".join("p{5cm}" if w > 40 else "l" for w in widest)
     head, *lines = [" & ".join(map(latex_text, row)) + r" \\" for row in [table.columns, *table.rows]]
     if len(table.rows) > LONG:
-        out = [r"\clearpage\onecolumn\scriptsize", rf"\begin{{longtable}}{{{layout}}}", caption + r" \\"]
+        layout, _ = latex_columns(table, 16, 0.14)
+        out = [r"\scriptsize", rf"\begin{{longtable}}{{{layout}}}", caption + r" \\"]
         return [*out, r"\hline", head, r"\hline\endhead", *lines, r"\hline", r"\end{longtable}"]
-    kind = "table*" if sum(widest) > 60 else "table"
-    out = [rf"\begin{{{kind}}}[t]\centering\small"]
-    out += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
+    layout, narrow = latex_columns(table, 7.7, 0.18)
+    if not narrow:
+        layout, _ = latex_columns(table, 16, 0.15)
+    kind, size = ("table", "footnotesize") if narrow else ("table*", "scriptsize")
+    out = [rf"\begin{{{kind}}}[t]\centering\{size}"]
     out += [rf"\begin{{tabular}}{{{layout}}}", r"\hline", head, r"\hline", *lines, r"\hline"]
-    return [*out, r"\end{tabular}}", caption, rf"\end{{{kind}}}"]
+    return [*out, r"\end{tabular}", caption, rf"\end{{{kind}}}"]
 
 
 def latex_figure(block: Figure) -> list[str]:
@@ -289,6 +319,7 @@ def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
     """The article. The section "Abstract" is its abstract; "References" are not numbered."""
     out = [PREAMBLE, rf"\title{{\Large\bfseries {latex_text(title)}}}", r"\author{}", r"\date{}"]
     out += [r"\begin{document}", r"\maketitle"]
+    late = []  # tables that are too long for a column
     for heading, blocks in sections.items():
         if heading == "Abstract":
             words = [latex_text(b.words) for b in blocks if isinstance(b, Text)]
@@ -300,8 +331,12 @@ def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
                 out += ["", r"\noindent\hangindent=1em " + latex_text(block.words)]
             elif isinstance(block, Text | Code):
                 out += ["", latex_text(block.words), ""]
+            elif isinstance(block, Table) and len(block.rows) > LONG:
+                late += latex_table(block)
+                out += ["", "The table is at the end.", ""]
             elif isinstance(block, Table):
                 out += latex_table(block)
             else:
                 out += latex_figure(block)
+    out += [r"\clearpage\onecolumn", *late] if late else []
     return "\n".join([*out, r"\end{document}"]) + "\n"
