@@ -713,6 +713,9 @@ def load_for_attention(name: str, cfg: EvalConfig, device: torch.device) -> Text
     return TextModel(encoder.to(device).eval(), load_tokenizer(name), "head", name)
 
 
+ENDLESS = 5_000  # tokens that are streamed through a rolling cache
+
+
 def show_streams(name: str, tasks: list[str], cfg: EvalConfig, device: torch.device) -> None:
     """Perplexity and continuations beyond the context, to streams.json in the model's folder."""
     model = load_model(name, device, "ours", cfg.context_length)
@@ -735,7 +738,7 @@ def show_streams(name: str, tasks: list[str], cfg: EvalConfig, device: torch.dev
         "source": f"{rows} streams of {STREAM} contexts of {T} tokens of {corpus}, {split}",
     }
     found |= streams(model.model, stream, model.tokenizer, model.model, T)
-    found["endless"] = endless(model.model, 5_000, T)
+    found["endless"] = endless(model.model, ENDLESS, T)
     folder = results_folder(name, cfg.out)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1) + "\n"

@@ -132,10 +132,9 @@ def results(home: Path) -> list[Block]:
     rows = []
     for m in found:
         for name, metric in m.entry["metrics"].items():
-            if isinstance(metric, dict) and metric.get("value") is not None:
-                n = metric.get("n", m.entry.get("items", ""))
-                value = value_of(name, metric)
-                rows.append([*m.where, m.model, m.way, METRICS.get(name, name), value, n, m.notes])
+            n = metric.get("n", m.entry.get("items", ""))
+            value = value_of(name, metric)
+            rows.append([*m.where, m.model, m.way, METRICS.get(name, name), value, n, m.notes])
     rows.sort(key=lambda row: (row[0] or "", row[1] or ""))
     columns = ["task", "split", "model", "way", "metric", "value [95 %]", "items", "note"]
     blocks.append(Text("Every number that was measured, shares in percent:"))

@@ -158,16 +158,22 @@ def measurements(home: Path) -> list[Measurement]:
         seen.add(folder.resolve())
         entries = read_json(folder / "results.json").get("results")
         for key, entry in (entries if isinstance(entries, dict) else {}).items():
-            if isinstance(entry, dict) and isinstance(entry.get("metrics"), dict):
+            if has_metrics(entry):
                 file = folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
                 found.append(measurement(folder, home, entry, file))
         run = read_json(folder / "run.json")
         own = run.get("evaluation")
-        if isinstance(own, dict) and isinstance(own.get("metrics"), dict):
-            items = next((m["n"] for m in own["metrics"].values() if "n" in m), 0)
+        if has_metrics(own):
+            items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
             entry = {"task": run.get("task"), "shots": 0, "items": items} | own
             found.append(measurement(folder, home, entry, folder / "predictions.jsonl"))
     return found
+
+
+def has_metrics(entry) -> bool:
+    """Whether an entry is one: {"metrics": {name: {"value": ...}}, ...}."""
+    metrics = entry.get("metrics") if isinstance(entry, dict) else None
+    return isinstance(metrics, dict) and all(isinstance(m, dict) and "value" in m for m in metrics.values())
 
 
 def measurement(folder: Path, home: Path, entry: dict, file: Path) -> Measurement:

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import eval as evaluation
+import support.attention as attending
 from data import TASKS, load_task, storyworld
 from errors import review_kinds
 from eval import EvalConfig, Result, compare, contamination, evaluate, evaluate_text, ngrams, trained_on
@@ -542,10 +543,10 @@ def test_heads_are_scored_by_what_they_look_at(monkeypatch):
     pattern[2, t, (t - 3).clamp(min=0)] = 1  # four tokens told twice: what followed last time lies three back
     pattern[3] = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
     monkeypatch.setattr(
-        evaluation, "attention_weights", lambda model, ids: pattern[None, None].expand(1, 2, 4, T, T)
+        attending, "attention_weights", lambda model, ids: pattern[None, None].expand(1, 2, 4, T, T)
     )
     config = ModelConfig(vocab_size=20, context_length=16, n_layers=1, d_model=16, n_heads=4, d_ff=16)
-    scores = evaluation.head_scores(ModernDecoderLM(config), rows=2, length=4)
+    scores = attending.head_scores(ModernDecoderLM(config), rows=2, length=4)
     assert [int(scores[name].argmax()) for name in ("previous", "first", "induction", "entropy")] == [
         0,
         1,
@@ -567,9 +568,9 @@ def test_copied_digits_are_counted_where_they_are_told_again():
 
     encode, decode = lambda text: list(text.encode()), lambda ids: chr(ids[0])  # noqa: E731
     model = SimpleNamespace(model=Echo(), eos=299, device="cpu", encode=encode, decode=decode)
-    assert evaluation.copied_digits(model, [("a1 b2", "a1 b2"), ("a1", "a1")]) == 1
-    assert evaluation.copied_digits(model, [("a1 b2", "b1 a2 x3"), ("a4", "a4")]) == 0.25
-    shares = evaluation.copying(model, seed=1, n=20)
+    assert attending.copied_digits(model, [("a1 b2", "a1 b2"), ("a1", "a1")]) == 1
+    assert attending.copied_digits(model, [("a1 b2", "b1 a2 x3"), ("a4", "a4")]) == 0.25
+    shares = attending.copying(model, seed=1, n=20)
     assert set(shares) == {"facts", "lists"} and 0 < shares["facts"] < 1 and 0 < shares["lists"] < 1
 
 
@@ -580,7 +581,7 @@ def test_attention_weights_are_shares_of_what_may_be_seen(sinks):
         vocab_size=20, context_length=16, n_layers=2, d_model=16, n_heads=2, d_ff=16, n_sinks=sinks
     )
     model = ModernDecoderLM(config).eval()
-    w = evaluation.attention_weights(model, torch.randint(20, (3, 9)))
+    w = attending.attention_weights(model, torch.randint(20, (3, 9)))
     assert w.shape == (2, 3, 2, 9, 9) and (w.triu(1) == 0).all()
     total = w.sum(-1)
     assert (total < 1).all() if sinks else torch.allclose(total, torch.ones_like(total), atol=1e-5)

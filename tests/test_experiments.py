@@ -18,27 +18,29 @@ from experiments import (
     FAMILIES,
     FOLDER,
     ExperimentConfig,
-    by_position,
     compared,
-    endless,
     experts_by_class,
-    first_token_mass,
     fit_law,
     fit_sizes,
-    full_attention,
     isoflop,
-    liveliness,
     loss_of,
     plan,
     predict,
-    rolling,
     settings_of,
     spread,
-    stretched_rope,
     token_class,
     verdict,
 )
 from model import ModelConfig, ModernDecoderLM, count_parameters, estimate_memory
+from support.long_context import (
+    by_position,
+    endless,
+    first_token_mass,
+    full_attention,
+    liveliness,
+    rolling,
+    stretched_rope,
+)
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from train import model_config
 
