@@ -1,4 +1,4 @@
-"""Attention analysis: the weights are those of transformers for every kind of model; flags choose the heads."""
+"""Attention analysis: the weights are those of transformers for every kind of model."""
 
 import json
 import os

@@ -1,5 +1,6 @@
 """Chat: what is on the screen is what the model said, and nothing a user types ends in a traceback."""
 
+import json
 import os
 import re
 import subprocess
@@ -189,3 +190,25 @@ def test_a_missing_run_is_not_looked_for_on_the_network(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["chat.py", "out/nothing-there", "--prompt=x"])
     with pytest.raises(SystemExit, match="there is no folder out/nothing-there"):
         chat.main()
+
+
+def test_all_checkpoints_are_asked_the_same(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    for step, scale in ((5, 1.0), (10, -1.0)):
+        model = ModernDecoderLM.from_pretrained(run)
+        with torch.no_grad():
+            model.model["layers"][0].self_attn.o_proj.weight.mul_(30 * scale)
+        model.save_pretrained(folder / "checkpoints" / f"step-{step}")
+        Tokenizer.load(run).save(folder / "checkpoints" / f"step-{step}")
+    words = [str(folder), "--checkpoints", "--max_new_tokens=8", "--temperature=0", "--device=cpu"]
+    for prompt in ("the cat", "the mat", "the cat"):
+        out, _ = said(monkeypatch, capsys, *words, f"--prompt={prompt}")
+        assert re.findall(r"^step (\d+):$", out, re.M) == ["5", "10"]
+    lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    asked = [(line["prompt"], line["step"]) for line in lines]
+    assert asked == [("the mat", 5), ("the mat", 10), ("the cat", 5), ("the cat", 10)]
+    for line in lines:
+        checkpoint = folder / "checkpoints" / f"step-{line['step']}"
+        assert line["text"] == greedy(str(checkpoint), line["prompt"], 8)
+    with pytest.raises(SystemExit, match="holds no checkpoints: train with --save_every=N"):
+        said(monkeypatch, capsys, run, "--checkpoints", "--prompt=x")

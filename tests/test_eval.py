@@ -59,6 +59,19 @@ def tuned(base) -> str:
     return str(Path(base).parent / "head")
 
 
+def test_a_checkpoint_of_an_adapter_is_measured_as_its_run_is(tuned, monkeypatch, capsys):
+    """Its folder holds no record: what it was tuned on, and that it is no chat model, the run's says."""
+    shutil.copytree(
+        tuned, Path(tuned) / "checkpoints" / "step-9", ignore=lambda *_: ["checkpoints", "run.json"]
+    )
+    checkpoint = f"{tuned}/checkpoints/step-9"
+    command_line(monkeypatch, capsys, tuned, checkpoint, "--tasks=sentiment", "--limit=40")
+    one, other = (read_json(Path(f) / "results.json")["results"]["sentiment test 0-shot"]["metrics"]
+                  for f in (tuned, checkpoint))  # fmt: skip
+    assert one == other
+    shutil.rmtree(Path(tuned) / "checkpoints" / "step-9")
+
+
 def command_line(monkeypatch, capsys, *words: str) -> tuple[int | str, str]:
     """Runs eval.py's main in this process; its exit code or last message, and what it printed."""
     monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", *words])
