@@ -416,7 +416,7 @@ def one_round(cfg: DPOConfig) -> dict:
         f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
     )
     if data.get("left_out"):
-        trainer.say(f"{cfg.data}: {data['left_out']:,} rows without text, or with equal sides, were left out")
+        trainer.say(f"{cfg.data}: {data['left_out']:,} rows that are no pair of answers were left out")
     return train_and_merge(cfg, trainer)
 
 

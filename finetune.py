@@ -314,7 +314,9 @@ class TextModel:
 
     def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
         """New ids, by the library that computes the model; see ModernDecoderLM.generate for the arguments."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        overflows = self.kind == "seq2seq" and self.dtype == torch.float16  # T5's activations exceed 65,504
+        half = self.dtype != torch.float32 and not overflows
+        with torch.autocast(self.device.type, self.dtype, enabled=half):
             if self.ours:
                 return self.model.generate(prompts, max_new_tokens, **how)
             decoder_only = self.kind == "causal"
@@ -569,12 +571,10 @@ def load_model(
             model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
         else:
             model = ModernDecoderLM.from_pretrained(name)
-        model = model.to(device).pack()
-    elif adapter:
-        model = with_adapter(name, kind, dtype=dtype)
+        model = model.to(device).pack()  # to be moved again would undo the packing
     else:
-        model = from_hub(name, kind, dtype=dtype)
-    model = model.to(device).eval()
+        load = with_adapter if adapter else from_hub
+        model = load(name, kind, dtype=dtype).to(device).eval()
     return TextModel(model, tokenizer, kind, name, context_length, is_chat(name, tokenizer, config))
 
 

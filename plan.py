@@ -9,7 +9,9 @@ reads to know their likelihood. What a token of each kind takes is measured on t
 own shapes, some seconds each. For a card that is not here it is worked out from the data sheet, with the
 shares that stand below as constants. Nothing is downloaded: of real tasks the sizes are known.
 
-Memory is the most that a training step holds, by `estimate_memory`; on a CPU 0.4 GiB of libraries come to it.
+Memory is the most that a training step holds, by `estimate_memory`, and the most that generation and the
+likelihoods of answers hold, by support/memory.py, in batches as large as there is room for; on a CPU 0.4 GiB
+of libraries come to both.
 What will be downloaded and written has to fit on the disk, or there is an error before anything has begun.
 """
 
@@ -49,8 +51,19 @@ from model import (
     write_atomically,
 )
 from sft import SFTConfig, answer_loss, mixture
+from support.memory import Shape, generation_bytes, likelihood_bytes, room, rows_that_fit, shape_of
 from tokenizer import TokenizerStageConfig
-from train import Step, TrainConfig, cpu_name, peak_flops, pick_device, pick_dtype, planned_for, read_json
+from train import (
+    Step,
+    TrainConfig,
+    cpu_name,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    planned_for,
+    read_json,
+    usable,
+)
 from verifier import VerifierConfig, channel_loss
 
 # Rows of the training, validation and test splits, and tokens of a question and of its answer: of the
@@ -78,9 +91,14 @@ ON_HUB = {  # shapes of models that the configs and the README name: as GPT-2's 
     "TinyLlama/TinyLlama_v1.1": dict(vocab_size=32_000, context_length=2048, n_layers=22, d_model=2048,
                                      n_heads=32, n_kv_heads=4, d_ff=5632, tie_embeddings=False),
 }  # fmt: skip
+ENCODER_DECODERS = {"google/flan-t5-small"}
+LONGEST = 3  # the longest question of a task has so many times its mean tokens
 # What a run takes beyond its bare steps, as runs on two CPUs and an H100 did: the Trainer and its data;
 # padding, where answers are set beside rivals of another length; and texts made of tokens, judged and kept.
 TRAINER, RIVALS, TEXTS = 1.1, 1.1, 1.3
+# A measurement on a CPU computes at most so many FLOPs at a time, and no more than so many seconds: GPT-2's
+# steps as the configs have them took minutes each.
+CPU_FLOPS, CPU_SECONDS = 3e10, 2.0
 # Of a card that is not here: the share of its peak that training reaches, in pretraining and on the short
 # texts of other stages, and what one step of decoding takes besides arithmetic, a layer. (An H100's: 0.31 and
 # 0.40 of its data sheet for speedrun.py and max3060.py, 0.01, 0.0001.)
@@ -96,6 +114,41 @@ class PlanConfig:
     card: str = ""  # plan for a card of this name, such as "RTX 3090"; with --vram alone an RTX 3060
     device: str = "auto"  # cuda, cpu, ...
     out: str = "out"  # folder that holds everything the project makes
+
+
+@dataclass
+class Batch:
+    """The largest batch in which a model is asked: prompts of `length` tokens that are continued by `new`, n
+    times each, or (new = 0) texts of `length` tokens whose likelihood is read.
+    """
+
+    shape: Shape
+    parameters: int
+    length: int
+    new: int = 0
+    n: int = 1
+    sampled: bool = False
+    beside: float = 0.0  # bytes that training has left: weights, gradients and moments of its model
+
+    def weights(self, on_cpu: bool) -> float:
+        """Bytes: ours are float32, on a GPU with a copy in bfloat16; transformers' are bfloat16 there."""
+        each = 4 if on_cpu else 6 if self.shape.ours else 2
+        return self.beside + each * self.parameters
+
+    def rows(self, space: float, on_cpu: bool) -> int:
+        """As many as TextModel takes where there are `space` bytes."""
+        if self.new:
+            most = 256 if on_cpu else 1024
+        else:
+            tokens = min(4096 if on_cpu else 32_768, 2**28 // self.shape.vocab_size)
+            most = min(256, tokens // self.length)
+        return max(self.n, rows_that_fit(partial(self.bytes, on_cpu=on_cpu), most, space))
+
+    def bytes(self, rows: int, on_cpu: bool) -> int:
+        how = dict(size=4 if on_cpu else 2, on_cpu=on_cpu)
+        if not self.new:
+            return likelihood_bytes(self.shape, rows, self.length, self.length, **how)
+        return generation_bytes(self.shape, rows, self.length, self.new, self.n, sampled=self.sampled, **how)
 
 
 @dataclass
@@ -118,6 +171,7 @@ class Work:
     optimizer: str = "adamw"
     flops: float = 1.0  # of a trained token, relative to training all weights
     notes: list[str] = field(default_factory=list)
+    asks: list[Batch] = field(default_factory=list)  # the batches in which models are asked
 
 
 # -----------------------------------------------------------------------------
@@ -131,6 +185,8 @@ class Plan:
         self.cfg = cfg
         self.shapes: dict[str, ModelConfig] = {}  # run folder -> its model
         self.bases = {*ON_HUB}  # models that were taught no task
+        # Model -> its kind, and whether model.py computes it; others are ("causal", True).
+        self.kinds = dict.fromkeys(ENCODER_DECODERS, ("seq2seq", False))
         self.drawn: set[tuple] = set()  # (model, task, split, rows, n, temperature): answers that are kept
         self.judged: set[tuple] = set()  # (verifier, model, split, rows, n): what was said of them
 
@@ -161,6 +217,25 @@ class Plan:
             return ModelConfig(**ON_HUB[name])
         raise ConfigError(f"the shape of {name} is not known: no folder, no earlier stage, not among "
                           f"{', '.join(ON_HUB)}")  # fmt: skip
+
+    def asked(self, model: str, task: str, shots: int = 0, context: int = 0, **more) -> Batch:
+        """The batch in which `model` answers `task` after so many worked examples."""
+        c, (kind, ours) = self.shape(model), self.kinds.get(model, ("causal", True))
+        context = min(context or c.context_length, c.context_length)
+        question, answer = SIZES[task][3:]
+        new = min(TASKS[task].max_new_tokens, context // 2)
+        length = LONGEST * question + shots * (question + answer)
+        length = min(length, context if kind == "seq2seq" else context - max(new, answer))
+        if TASKS[task].labels:
+            length, new = length + answer, 0
+        total = count_parameters(c)["total"]
+        return Batch(shape_of(c, kind, ours), total, length, new, **more)
+
+    def read(self, model: str, length: int) -> Batch:
+        """The batch in which the likelihood of texts of so many tokens is read."""
+        c, (kind, ours) = self.shape(model), self.kinds.get(model, ("causal", True))
+        total = count_parameters(c)["total"]
+        return Batch(shape_of(c, kind, ours), total, min(length, c.context_length))
 
     def tokenizer(self, cfg: TokenizerStageConfig) -> Work:
         """Its text is read twice, to learn merges and to be encoded. What is made up on the spot is made up
@@ -223,6 +298,14 @@ class Plan:
         work.reads = (times * watched + held) * (asked + said) * labels
         if not TASKS[cfg.task].labels:
             work.samples = held * said
+        kind = "head" if cfg.method == "head" else self.kinds.get(cfg.model, ("causal", True))[0]
+        self.kinds[name := f"{cfg.out}/{cfg.name}"] = (kind, kind == "causal")
+        # The trained model and its optimizer are still there when its copy in the folder is evaluated.
+        total = count_parameters(work.shape)["total"]
+        trained = total if work.trained < 0 else work.trained
+        frozen = 0.6 if cfg.load_in_4bit else 2  # bytes a weight
+        beside = 16 * trained + frozen * (total - trained)
+        work.asks = [self.asked(name, cfg.task, context=cfg.context_length, beside=beside)]
         return work
 
     def sft(self, cfg: SFTConfig) -> Work:
@@ -254,6 +337,9 @@ class Plan:
         work.samples = self.draw(cfg.model, cfg.data, "train", cfg.problems, cfg.n, cfg.temperature)
         work.samples += self.draw(cfg.model, cfg.data, "held", cfg.eval_examples, cfg.n, cfg.temperature)
         work.samples += self.draw(cfg.model, cfg.data, "held", cfg.eval_examples, 1, 0.0)
+        work.asks = [self.read(cfg.model, LONGEST * (asked + said))]
+        if cfg.data in TASKS:
+            work.asks.append(self.asked(cfg.model, cfg.data, n=cfg.n, sampled=True))
         checks = rows * cfg.epochs / (cfg.batch_size * max(1, cfg.eval_every)) + 1
         work.reads = (rows * (1 + both) + checks * 4 * 0.4 * cfg.eval_examples) * (asked + said)
         return work
@@ -275,6 +361,9 @@ class Plan:
         for split, rows in (("validation", validation), ("test", tests)):
             work.samples += self.draw(cfg.model, cfg.task, split, rows, cfg.held_n, cfg.held_temperature)
             self.judged.add((f"{cfg.out}/{cfg.name}", cfg.model, split, rows, cfg.held_n))
+        work.asks = [self.asked(teacher, cfg.task, n=cfg.n, sampled=True)]
+        work.asks += [self.asked(cfg.model, cfg.task, n=cfg.held_n, sampled=cfg.held_temperature > 0)]
+        work.asks += [self.read(cfg.model, LONGEST * (asked + said))]
         # Answers that differ, under the generator and under the channel.
         work.reads = 2 * 0.6 * (tests + validation) * cfg.held_n * (asked + said)
         return work
@@ -285,6 +374,8 @@ class Plan:
             return total
         for name in cfg.models.split(","):
             total.shape = shape = self.shape(name)
+            if cfg.backend == "transformers":
+                self.kinds[name] = (self.kinds.get(name, ("causal", True))[0], False)
             run = Path(name) / "run.json"
             taught = read_json(run).get("stage") != "train" if run.exists() else name not in self.bases
             for task in cfg.tasks.split(","):
@@ -296,16 +387,19 @@ class Plan:
     def measured(self, cfg, total: Work, shape, name: str, task: str, shots: int, taught: bool) -> None:
         """Adds one model's work on one task with so many examples in the prompt."""
         if task not in TASKS:
+            total.asks.append(self.read(name, cfg.context_length or shape.context_length))
             total.reads += 2 * (1_000 * STORY if task in ("storyworld", "numbers") else 300_000)
             return
         _, held, test, asked, said = SIZES[task]
         rows = min(cfg.limit or 10**9, test if TASKS[task].test == "test" else held)
+        total.asks.append(self.asked(name, task, shots, cfg.context_length))
         told = asked + said + shots * (asked + said)
         if TASKS[task].labels:
             total.reads += rows * min(told, shape.context_length) * len(TASKS[task].labels)
         elif cfg.samples and taught and TASKS[task].metric == "exact_match":
             total.samples += self.draw(name, task, "test", rows, cfg.samples, cfg.temperature)
             total.samples += 2 * rows * said  # greedily, without a calculator and with one
+            total.asks.append(self.asked(name, task, n=cfg.samples, sampled=True))
             for verifier in filter(None, cfg.verifier.split(",")):
                 kept = (verifier, name, "test", rows, cfg.samples) in self.judged
                 total.reads += 0 if kept else 2 * 0.6 * rows * cfg.samples * (asked + said)
@@ -344,8 +438,12 @@ class Here:
         return time.perf_counter() - begun
 
     def training(self, work: Work) -> float:
-        rows = max(1, min(work.rows, 4096 // work.length)) if self.device.type == "cpu" else work.rows
-        c = replace(work.shape, context_length=min(work.length, work.shape.context_length))
+        rows, length = work.rows, min(work.length, work.shape.context_length)
+        if self.device.type == "cpu":
+            tokens = min(4096, self.affordable(work.shape, 6))
+            length = min(length, max(64, tokens))
+            rows = max(1, min(rows, tokens // length))
+        c = replace(work.shape, context_length=length)
         how = (c, rows, work.loss, work.optimizer, work.compiled and self.device.type == "cuda")
         more = TRAINER * (RIVALS if work.loss == "answers" else 1)
         return more * self.remembered(("training", *how), lambda: self.step(*how))
@@ -372,11 +470,19 @@ class Here:
             fastest_products(self.device) if alike else torch.get_float32_matmul_precision()
         ):
             step()
-            return median(timed(step, self.device) for _ in range(7)) / ids.numel()
+            times = [timed(step, self.device)]
+            while len(times) < 7 and (self.device.type != "cpu" or sum(times) < CPU_SECONDS):
+                times.append(timed(step, self.device))
+            return median(times) / ids.numel()
 
     def sampling(self, work: Work) -> float:
         model, new = self.model(work.shape), 48
-        prompts, n = [[1] * 64] * 16, 16 if self.device.type == "cpu" else 64
+        asked, n = 64, 64
+        if self.device.type == "cpu":
+            tokens = self.affordable(work.shape, 2) // 16  # for each of 16 prompts
+            new = max(8, min(new, tokens // 2))
+            asked, n = min(asked, max(8, tokens - new)), max(1, min(16, tokens // new))
+        prompts = [[1] * asked] * 16
 
         def draw():
             with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=self.device.type == "cuda"):
@@ -386,7 +492,11 @@ class Here:
         return TEXTS * bare
 
     def reading(self, work: Work) -> float:
-        ids, times = torch.ones(32, 128, dtype=torch.long, device=self.device), 8
+        rows, times = 32, 8
+        if self.device.type == "cpu":
+            rows = max(1, min(rows, self.affordable(work.shape, 2) // (times * 128)))
+            times = max(1, min(times, self.affordable(work.shape, 2) // (rows * 128)))
+        ids = torch.ones(rows, 128, dtype=torch.long, device=self.device)
 
         @torch.inference_mode()
         def read():
@@ -395,6 +505,10 @@ class Here:
 
         bare = self.remembered(("reading", work.shape), lambda: self.shared(read) / (times * ids.numel()))
         return TEXTS * bare
+
+    def affordable(self, c: ModelConfig, flops: int) -> int:
+        """Tokens of CPU_FLOPS, at so many FLOPs a parameter: 6 in training, 2 in reading and sampling."""
+        return int(CPU_FLOPS / (flops * count_parameters(c)["total"]))
 
     def model(self, c: ModelConfig) -> ModernDecoderLM:
         return self.remembered(("model", c), lambda: ModernDecoderLM(c).to(self.device).eval())
@@ -437,13 +551,27 @@ class Elsewhere:
         return estimate_flops(work.shape, 256) / 3 / (TUNING * self.peak)
 
 
+def answering_memory(work: Work, space: float, on_cpu: bool) -> float:
+    """GiB at most of generation and likelihoods, where a process has `space` bytes.
+
+    On a CPU as many processes as torch has threads work at the same time (`on_all_cores`) and share the
+    weights. On a GPU there are its context and the 6 % that the allocator loses, as in `estimate_memory`.
+    """
+    peak, processes = 0.0, torch.get_num_threads() if on_cpu else 1
+    context, lost = (0.4 * GIB, 1.0) if on_cpu else (0.55 * GIB, 1.06)
+    for batch in work.asks:
+        weights = batch.weights(on_cpu)
+        left = (space - weights - context) / lost / processes
+        need = batch.bytes(batch.rows(left, on_cpu), on_cpu)
+        peak = max(peak, context + weights + lost * processes * need)
+    return peak / GIB
+
+
 def memory(work: Work, on_cpu: bool) -> float:
-    """GiB at most: of a training step, or of the weights and the answers that are sampled."""
-    if work.shape is None:
+    """GiB at most of a training step; 0 where nothing is trained."""
+    if work.shape is None or not work.trains:
         return 0.0
     libraries, total = 0.4 if on_cpu else 0.0, count_parameters(work.shape)["total"]
-    if not work.trains:
-        return libraries + (4 * total) / GIB + (0.3 if on_cpu else 1.5)
     parts = estimate_memory(
         work.shape, work.rows, work.length, gradient_checkpointing=work.checkpointing,
         bytes_per_activation=4 if on_cpu else 2, compiled=work.compiled and not on_cpu,
@@ -466,7 +594,7 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[dic
     elsewhere = bool(cfg.vram or cfg.card)
     device = torch.device("cpu") if elsewhere else pick_device(cfg.device)
     rates = Elsewhere(cfg.card or "RTX 3060") if elsewhere else Here(device)
-    plan, rows, start = Plan(cfg), [], rates.start()
+    plan, rows, start, space = Plan(cfg), [], rates.start(), space_for(cfg, device)
     for name, words in commands:
         work = plan.count(words)
         row = {"stage": name, "seconds": start + work.seconds, "notes": work.notes}
@@ -475,23 +603,40 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[dic
             row[kind] = getattr(work, kind)
             if row[kind]:
                 row["seconds"] += row[kind] * rate(work) * (work.flops if kind == "trains" else 1)
-        rows.append(row | {"gib": memory(work, device.type == "cpu" and not elsewhere)})
+        on_cpu = device.type == "cpu" and not elsewhere
+        row["gib"] = memory(work, on_cpu)
+        rows.append(row | {"answering_gib": answering_memory(work, space, on_cpu)})
     return rows
+
+
+def space_for(cfg: PlanConfig, device: torch.device) -> float:
+    """Bytes that a batch may take with the weights: of the card that is planned for, or free here. A card of
+    which nothing but its name is known is taken to have 12 GB.
+    """
+    if cfg.vram or cfg.card:
+        return usable(cfg.vram or 12.0) * GIB
+    return room(device)
 
 
 def table(rows: list[dict]) -> list[str]:
     def tokens(n: float) -> str:
         return f"{n / 1e6:,.2f}M" if n >= 5000 else ""
 
-    lines = [f"{'':18}{'minutes':>8}{'GiB':>7}{'trains on':>12}{'samples':>10}{'reads':>10} tokens"]
+    lines = [
+        f"{'':18}{'':8}{'GiB to':>7}{'GiB to':>8}{'tokens':>12}",
+        f"{'':18}{'minutes':>8}{'train':>7}{'answer':>8}{'trains on':>12}{'samples':>10}{'reads':>10}",
+    ]
     for row in rows:
         counts = f"{tokens(row['trains']):>12}{tokens(row['samples']):>10}{tokens(row['reads']):>10}"
         notes = "; ".join(row["notes"])
-        size = f"{row['gib']:.1f}" if row["gib"] else ""
-        lines.append(f"{row['stage']:18}{row['seconds'] / 60:8.1f}{size:>7}{counts}  {notes}".rstrip())
-    total, most = sum(row["seconds"] for row in rows), max(row["gib"] for row in rows)
+        sizes = [f"{row[kind]:.1f}" if row[kind] else "" for kind in ("gib", "answering_gib")]
+        size = f"{sizes[0]:>7}{sizes[1]:>8}"
+        lines.append(f"{row['stage']:18}{row['seconds'] / 60:8.1f}{size}{counts}  {notes}".rstrip())
+    total = sum(row["seconds"] for row in rows)
+    train, answer = (max(row[kind] for row in rows) for kind in ("gib", "answering_gib"))
     disk = sum(row["megabytes"] for row in rows) / 1000
-    return [*lines, f"{'all':18}{total / 60:8.1f}{most:7.1f}", f"{'disk':18}{disk:8.1f} GB"]
+    lines.append(f"{'all':18}{total / 60:8.1f}{train:7.1f}{answer:8.1f}")
+    return [*lines, f"{'disk':18}{disk:8.1f} GB"]
 
 
 def refuse_full_disk(rows: list[dict], out: str) -> None:
@@ -540,7 +685,8 @@ def main() -> None:
         where = f"for {cfg.card or 'RTX 3060'}, by its data sheet" if cfg.vram or cfg.card else (
             f"for {cpu_name()}, measured in {time.perf_counter() - begun:.0f} s")  # fmt: skip
         print("\n".join([f"the plan, {where}:", *table(rows)]))
-        if cfg.vram and max(row["gib"] for row in rows) > cfg.vram * 10 / 12:
+        most = max(max(row["gib"], row["answering_gib"]) for row in rows)
+        if cfg.vram and most > cfg.vram * 10 / 12:
             print(f"WARNING: more than the {cfg.vram * 10 / 12:.1f} GiB that a {cfg.vram:.0f} GB card leaves")
         if script is None and not (cfg.vram or cfg.card):
             keep(rows, cfg.out)

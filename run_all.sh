@@ -10,6 +10,8 @@
 #   bash run_all.sh speedrun --plan --vram=12    what it will cost, and nothing else
 #   bash run_all.sh experiments        what each part of the model buys (--quick: short, to see it work)
 #   bash run_all.sh hardware           what this machine does: matrix products, memory against the plan, speed
+#   bash run_all.sh rehearse           all commands of speedrun and max3060 on a CPU without a network, everything
+#                                      small: random weights, a few rows (rehearse speedrun sft: some stages)
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made;
@@ -25,7 +27,7 @@ main() {
     local profile=${1:-}
     [ $# -gt 0 ] && shift
     case "$profile" in
-        "" | cpu | speedrun | max3060 | experiments | hardware | test) ;;
+        "" | cpu | speedrun | max3060 | experiments | hardware | rehearse | test) ;;
         -h | --help) usage; exit 0 ;;
         *) echo "run_all.sh: unknown profile '$profile'" >&2; usage >&2; exit 2 ;;
     esac
@@ -43,6 +45,10 @@ main() {
     if [ "$profile" = hardware ]; then
         python hardware.py --out="$OUT" "$@"
         python report.py --home="$OUT"
+        return
+    fi
+    if [ "$profile" = rehearse ]; then
+        python tests/rehearsal.py "$@"
         return
     fi
     if [ -z "$profile" ]; then

@@ -117,7 +117,8 @@ class Verifier:
     """A trained verifier, ready to judge answers.
 
     `combine` is what was fitted on validation: lambda, and the logistic regression that makes a probability
-    of a score and the problem's length (whose log-likelihood grows with its words, however good the answer).
+    of the log-likelihoods and the problem's length (its log-likelihood falls with its words, however good the
+    answer).
     """
 
     def __init__(
@@ -132,8 +133,8 @@ class Verifier:
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
         run = read_json(Path(folder) / "run.json")
-        if "verifier" not in run or "combine" not in run:
-            raise TrainError(f"{folder} holds no finished verifier: python verifier.py makes one")
+        if "logistic" not in run.get("combine", {}):
+            raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
             generator = load_model(run["parent"], pick_device(device))
             if run["parent_hash"] != weights_hash(run["parent"]):
@@ -164,8 +165,8 @@ class Verifier:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`judge`, from parts that are known."""
         score = combined(self.kind, parts, self.combine["lambda"])
-        a, b, c = self.combine["platt"]
-        logit = a * score + b + c * np.array([len(self.generator.encode(p)) for p in problems])
+        lengths = np.array([len(self.generator.encode(p)) for p in problems])
+        logit = evidence(parts, lengths) @ np.array(self.combine["logistic"])
         probability = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
         empty = np.array([not answer.strip() for answer in answers])
         return np.where(empty, -1e9, score), np.where(empty, 0.0, probability)
@@ -469,7 +470,7 @@ def train_verifier(cfg: VerifierConfig) -> dict:
 
 
 def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> dict:
-    """lambda, sharpness, and the logistic regression of right on score and length.
+    """lambda, sharpness, and the logistic regression of right on the log-likelihoods and the length.
 
     lambda orders the most pairs of a right and a wrong answer to one problem rightly. That changes smoothly,
     where how often the best answer is right is decided by a few problems; and unlike the likelihood of the
@@ -488,9 +489,19 @@ def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) ->
         return np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
 
     sharpness = max((0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), key=likelihood)
-    platt = logistic(np.stack([score.ravel(), np.ones(score.size), lengths], axis=1), right.ravel())
+    coefficients = logistic(evidence(parts, lengths), right.ravel())
     best_of = {str(w): float(right[np.arange(len(right)), s.argmax(1)].mean()) for w, s in scores.items()}
-    return {"lambda": weight, "sharpness": sharpness, "platt": platt, "validation": best_of}
+    return {"lambda": weight, "sharpness": sharpness, "logistic": coefficients, "validation": best_of}
+
+
+def evidence(parts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(n, 4) what the probability of an answer depends on: the two log-likelihoods, 1, the problem's tokens.
+
+    Each log-likelihood has a weight of its own. Their sum, which ranks the answers to one problem, differs
+    most between problems: fitted on it alone, a wrong sum (some nats in log p(answer | problem)) hardly
+    counted.
+    """
+    return np.stack([parts[:, 0], parts[:, 1], np.ones(len(parts)), lengths], axis=1)
 
 
 def logistic(x: np.ndarray, y: np.ndarray, rounds: int = 50, ridge: float = 1e-3) -> list[float]:

@@ -154,10 +154,8 @@ def name_foreign(path: Path, names: tuple[str, ...], Config) -> None:
         if not (script in SHARE_PROFILES and SHARE_PROFILES & set(owners)):
             by_owners.setdefault(", ".join(owners), []).append(name)
     if by_owners:
-        whose = [f"{', '.join(names)} (of {owners})" for owners, names in by_owners.items()]
-        print(
-            f"{path}: not used, since they are other scripts' settings: {'; '.join(whose)}", file=sys.stderr
-        )
+        whose = "; ".join(f"{', '.join(names)} (of {owners})" for owners, names in by_owners.items())
+        print(f"{path}: not used, other scripts' settings: {whose}", file=sys.stderr)
 
 
 def scripts_with(names: Collection[str]) -> dict[str, list[str]]:

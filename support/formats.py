@@ -108,8 +108,12 @@ def pair_of(row: dict, where: str = "") -> tuple[list[dict], str, str]:
     """A row as (messages, chosen answer, rejected answer); ([], "", "") if it lacks one of them, or if the
     two answers do not answer the same messages.
     """
+    asked = question_of(row, where)
     turns = first_of(row, ("messages", "conversations", "conversation"))
-    asked = as_messages(turns, where) if turns is not None else question_of(row, where)
+    if not asked and turns is not None:
+        asked = as_messages(turns, where)
+    if asked and asked[-1]["role"] != "user":
+        asked = []
     sides = []
     for name in ("chosen", "rejected"):
         side = as_answer(row.get(name), where)

@@ -59,7 +59,9 @@ def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
         gated = config.ffn in ("swiglu", "moe")
         if config.ffn == "moe":  # the fullest expert gets a quarter more than its share (estimate_memory)
             experts = config.experts_per_token * (config.capacity_factor or 1.25)
-        temporaries = 4 if gated or not ours else 2  # gate, up, silu(gate), product; or up, gelu(up)
+        temporaries = 4 if gated else 2  # gate, up, silu(gate), product; or up, gelu(up)
+        if not ours:  # Llama; and those whose GELU is computed step by step (NewGELUActivation)
+            temporaries = 3 if gated and kind != "seq2seq" else 4
         encoder = config.n_layers // 2 if kind == "seq2seq" else 0
         return Shape(
             kind=kind,
@@ -91,7 +93,7 @@ def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
         n_kv_heads=first("num_key_value_heads") or heads,
         head_dim=first("head_dim", "d_kv") or d_model // heads,
         d_ff=first("intermediate_size", "n_inner", "d_ff") or 4 * d_model,
-        ffn_temporaries=3 if silu else 4,  # NewGELUActivation computes its formula step by step
+        ffn_temporaries=3 if silu else 4,
     )
 
 
@@ -111,34 +113,42 @@ def cache_bytes(s: Shape, rows: int, tokens: int, size: int) -> int:
 
 
 def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool = False) -> int:
-    """The most that one layer holds while it reads (rows, length) tokens without gradients.
+    """The most that one layer holds while it reads (rows, length) tokens without gradients: the larger of its
+    two halves.
 
-    model.py: the layer's input, the residual stream after attention, its norm and the feed-forward layer's
-    temporaries; or queries, keys and values before and after RoPE, the output and its transposed copy.
-    transformers' forward also keeps the embeddings of tokens and positions and the output of attention, and
-    makes a mask of (rows, T, T) booleans, which the kernel casts.
+    Feed-forward: the layer's input, the residual stream after attention, its norm, the temporaries of width
+    d_ff and the output; a decoder of transformers also keeps the embeddings of tokens and positions.
+    Attention: the same streams; queries, keys and values before and after RoPE, the output and its
+    transposed copy. Fused kernels make no scores. transformers also makes a mask of (rows, T, T) booleans and
+    casts it. T5 adds a position bias to the mask, (rows, H, T, T) numbers, and copies the sum into another
+    order while queries, keys and values wait.
     """
     N, q, kv = rows * length, s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
-    residual = 4 if s.ours else 6
-    ffn = residual * s.d_model + s.ffn_temporaries * s.d_ff
-    attention = residual * s.d_model + 5 * q + 3 * kv
-    total = N * max(ffn, attention) * size + 16 * N  # the ids, padded, and their positions
-    if s.ours and s.sinks:  # scores, float32 weights, weights
-        total += 3 * 4 * rows * s.n_heads * length**2
-    elif s.ours and on_cpu:  # AttentionInBlocks: the scores of 64 queries, and their softmax
-        total += 2 * size * rows * s.n_heads * min(64, length) * length
-    elif s.kind == "seq2seq":  # T5's position bias under the mask: one number a pair of tokens, head and row
-        total += (1 + size) * rows * length**2 + size * rows * s.n_heads * length**2
+    streams = 4 if s.ours or s.kind == "seq2seq" else 6
+    ffn = size * N * (streams * s.d_model + s.ffn_temporaries * s.d_ff)
+    attention = size * N * ((streams - 1) * s.d_model + 4 * q + 3 * kv)
+    ids = 16 * N
+    pairs = rows * length**2
+    if s.kind == "seq2seq":
+        attention = size * N * (3 * s.d_model + q + 2 * kv) + 2 * size * s.n_heads * pairs
     elif not s.ours:
-        total += (1 + size) * rows * length**2
-    return total
+        attention += size * pairs
+    elif s.sinks:  # the equation as it stands: scores, float32 weights, weights
+        attention += 3 * 4 * s.n_heads * pairs
+    elif on_cpu:  # AttentionInBlocks: the scores of 64 queries, their softmax and that of the 64 before
+        blocks = 2 if length <= 64 else 3
+        attention += blocks * size * rows * s.n_heads * min(64, length) * length + 2 * size * N * kv
+    mask = 0 if s.ours else pairs
+    return max(ffn, attention) + ids + mask
 
 
 def logit_bytes(s: Shape, rows: int, size: int, sampled: bool) -> int:
     """Of one step's logits: as computed, in float32, and to draw from them the probabilities in float32, in
-    float64 and summed up (`sample` in model.py).
+    float64 and summed up (`sample` in model.py). For transformers the chosen token becomes logits again,
+    twice, in support/hub.py.
     """
-    return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else 0))
+    chosen = 0 if s.ours else 8
+    return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else chosen))
 
 
 def generation_bytes(
@@ -156,15 +166,17 @@ def generation_bytes(
     a CUDA graph, whose tensors keep their memory: its logits count twice.
     transformers' cache grows: every step concatenates old keys and the new one, a layer at a time. All rows
     read their prompt. Where query heads share keys (GQA), those of a layer are repeated for every head.
-    An encoder-decoder reads the prompt once and keeps its keys and values for every layer of the decoder.
+    An encoder-decoder reads the prompt once and keeps its keys and values for every layer of the decoder; a
+    layer's are copied into the cache.
     """
     prompts = math.ceil(rows / n) if s.ours else rows
-    reads = activation_bytes(s, prompts, prompt, size, on_cpu) + logit_bytes(s, rows, size, sampled)
+    reads = activation_bytes(s, prompts, prompt, size, on_cpu)
     step = activation_bytes(s, rows, 1, size) + logit_bytes(s, rows, size, sampled)
     if s.kind == "seq2seq":
-        encoded = rows * prompt * s.d_model * size + cache_bytes(s, rows, prompt, size)
+        encoded, cross = rows * prompt * s.d_model * size, cache_bytes(s, rows, prompt, size)
         own = cache_bytes(s, rows, new, size)
-        return max(reads, encoded + own + own // (2 * s.n_layers) + step)
+        copies = max(cross // s.n_layers, own // (2 * s.n_layers) + step)
+        return max(reads, encoded + cross + own + copies)
     if not s.ours:
         whole, groups = cache_bytes(s, rows, prompt + new, size), s.n_heads // s.n_kv_heads
         copies = whole // s.n_layers * (groups if groups > 1 else 0.5)

@@ -98,7 +98,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     for line in lines:
         try:
             row = parse_json(line.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             found.append(row)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -311,3 +312,84 @@ def test_the_numbers_of_every_script_are_in_range_by_default():
             if name.endswith("Config") and dataclasses.is_dataclass(Config):
                 values = {f.name: f.default for f in dataclasses.fields(Config)}
                 configs.check_numbers(values, {"max_steps": 0, "dropout": -1.0, "context_length": 0})
+
+
+# -----------------------------------------------------------------------------
+# Files of other editors, and of other scripts
+
+
+def test_a_byte_order_mark_is_read_over(root, tmp_path):
+    (tmp_path / "configs" / "bom.py").write_bytes(b"\xef\xbb\xbfbatch_size = 4\n")
+    assert parse("configs/bom.py").batch_size == 4
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(root, capsys, tmp_path):
+    (tmp_path / "configs" / "latin.py").write_bytes(b'd_ff = 8\nprompt = "caf\xe9"\n')
+    assert "configs/latin.py:2 is not UTF-8" in refusal(capsys, "configs/latin.py")
+    (tmp_path / "configs" / "null.py").write_bytes(b"d_ff = 8\0\n")
+    assert "configs/null.py" in refusal(capsys, "configs/null.py")
+
+
+def test_settings_of_other_scripts_are_named_once(root, capsys):
+    text = "class BaseConfig:\n    loudness: int = 3\nclass SpeakConfig(BaseConfig):\n    pitch: int = 4\n"
+    root("speak.py", text + "def main():\n    cfg = parse_config(SpeakConfig, __doc__)\n")
+    file = root("configs/foreign.py", "loudness, batch_size = 5, 2")
+    assert parse(file) == parse(file) == RunConfig(batch_size=2)
+    told = "configs/foreign.py: not used, other scripts' settings: loudness (of speak.py)\n"
+    assert capsys.readouterr().err == told
+    assert "loudness is a setting of speak.py" in refusal(capsys, "--loudness=4")
+
+
+MAIN = {"train": "TrainConfig", "tokenizer": "TokenizerStageConfig", "finetune": "FinetuneConfig"}
+MAIN |= {"sft": "SFTConfig", "dpo": "DPOConfig", "verifier": "VerifierConfig"}
+
+
+def configs_of(script: str) -> list[str]:
+    """The configs that are meant for a script: what is no config of fine-tuning or alignment is a profile."""
+    names = {path.stem for path in (REPO / "configs").glob("[!_]*.py")}
+    tuned = {"finetune": {"sst2", "samsum", "gsm8k", "sentiment"}}
+    tuned |= {name: {name} for name in ("sft", "dpo", "verifier")}
+    return sorted(tuned[script] if script in tuned else names.difference(*tuned.values()))
+
+
+@pytest.mark.parametrize("script", MAIN)
+def test_a_config_names_no_foreign_settings_to_the_scripts_that_it_is_for(script, capsys):
+    Config = getattr(importlib.import_module(script), MAIN[script])
+    for name in configs_of(script):
+        parse_config(Config, argv=[f"configs/{name}.py"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_setting_of_finetuning_in_a_profile_is_named(tmp_path, capsys):
+    from train import TrainConfig
+
+    (tmp_path / "mine.py").write_text("lora_r = 4\nlearn_megabytes = 3\n")
+    parse_config(TrainConfig, argv=[str(tmp_path / "mine.py")])
+    told = capsys.readouterr().err
+    assert "mine.py: not used" in told and "lora_r (of" in told and "finetune.py" in told
+    assert "learn_megabytes" not in told, "tokenizer.py reads the same profile"
+
+
+@pytest.mark.parametrize("name", configs_of("train"))
+def test_the_command_in_the_error_makes_the_tokens_that_training_looks_for(name, tmp_path, monkeypatch):
+    import tokenizer
+    import train
+
+    words = [f"configs/{name}.py", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    cfg = parse_config(train.TrainConfig, argv=words)
+    with pytest.raises(train.TrainError) as error:
+        train.pretrain(cfg)
+    command = shlex.split(str(error.value).splitlines()[-1])
+    assert command[:3] == ["python", "tokenizer.py", f"configs/{name}.py"]
+    made = parse_config(tokenizer.TokenizerStageConfig, argv=command[2:])
+    assert tokenizer.tokens_folder(made) == tokenizer.tokens_folder(cfg)
+
+
+def test_gpt_tiny_is_a_gpt2():
+    from model import to_hf_config
+    from train import TrainConfig, model_config
+
+    cfg = parse_config(TrainConfig, argv=["configs/gpt_tiny.py"])
+    about = to_hf_config(model_config(cfg))
+    assert about["model_type"] == "gpt2" and cfg.corpus == "storyworld"

@@ -262,12 +262,12 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
     assert len(wrong) == round((1 - last["reward_accuracy"]) * pairs)
     assert [x["margin"] for x in wrong] == sorted(x["margin"] for x in wrong if x["margin"] <= 0)
     file.write_text(json.dumps({"prompt": "a", "better": "b"}))
-    with pytest.raises(DataError, match="no row has prompt, chosen.*columns are prompt, better"):
+    with pytest.raises(DataError, match="no row has a question and two answers to it; the columns"):
         load_preferences(str(file), "train")
 
 
 @pytest.mark.parametrize("more, why", [
-    ({"model": "base"}, "not instruction-tuned"), ({"data": "sst2"}, "cannot be checked"),
+    ({"model": "base"}, "no pair to learn from"), ({"data": "sst2"}, "cannot be checked"),
     ({"rounds": 0}, "rounds"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(settings, tiny, more, why):

@@ -121,7 +121,7 @@ def test_a_row_of_another_form_is_named_with_its_file(tmp_path, bad, message):
     [
         ({"data": []}, 'should be an array of rows, but is {"data": \\[\\]}'),
         ([], "holds no rows"),
-        ([{"title": "t", "body": "b"}] * 3, "no row has messages.*the columns are title, body"),
+        ([{"title": "t", "body": "b"}] * 3, "no row has a question and.*columns are title, body"),
         ("text", "should be an array of rows"),
     ],
 )
@@ -162,7 +162,7 @@ def test_rows_without_text_are_counted_in_the_record_and_in_the_source(tmp_path)
     empty.append({"instruction": "q"})
     rows = [{"instruction": q, "output": "yes"} for q in QUESTIONS]
     chats, about = load_conversations(written(tmp_path, empty + rows), "train")
-    assert about["left_out"] == 5 and "5 without text left out" in about["source"]
+    assert about["left_out"] == 5 and "5 without a question and an answer left out" in about["source"]
     pairs = [{"prompt": q, "chosen": "yes", "rejected": "no"} for q in QUESTIONS]
     pairs += [{"prompt": "q", "chosen": None, "rejected": "no"}]
     kept, about = load_preferences(written(tmp_path, pairs), "train")

@@ -9,8 +9,9 @@ import torch
 import plan as script
 from configs import ROOT, ConfigError
 from data import TASKS, load_conversations, load_task
+from hardware import GIB
 from model import ModelConfig, count_parameters
-from plan import Elsewhere, Here, Plan, PlanConfig, Work, estimate, memory, table
+from plan import Elsewhere, Here, Plan, PlanConfig, Work, answering_memory, estimate, memory, table
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +97,28 @@ def test_lora_trains_fewer_parameters_and_quantised_weights_take_less():
     assert sizes[1] - sizes[2] > 3  # 1.1 billion weights of 4 bytes or of half a byte
 
 
+def test_stages_count_the_memory_in_which_their_models_answer():
+    tuned, both = counted(
+        "finetune.py configs/gsm8k.py --name=gsm8k", "eval.py gpt2 out/gsm8k --tasks=gsm8k --shots=0,4"
+    )
+    (own,), asked = tuned.asks, both.asks
+    assert (own.length, own.new, own.beside) == (195, 256, 16 * own.parameters)
+    assert [(batch.length, batch.new) for batch in asked] == [(195, 256), (768, 256)] * 2
+    assert {batch.rows(30 * GIB, on_cpu=False) for batch in asked} == {1024, 512}
+    assert all(batch.bytes(1024, on_cpu=False) > 15 * GIB for batch in asked), "what a GPU of 12 GB has not"
+    for work in (tuned, both):
+        for space in (6, 10):  # GiB; batches fill the space, and do not exceed it
+            assert 0.6 * space < answering_memory(work, space * GIB, on_cpu=False) <= space
+    assert memory(both, on_cpu=False) == 0 < memory(tuned, on_cpu=False)
+
+
+def test_on_a_cpu_all_processes_share_the_memory(monkeypatch):
+    (work,) = counted("eval.py gpt2 --tasks=gsm8k --shots=4")
+    for threads in (1, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert 2 < answering_memory(work, 6 * GIB, on_cpu=True) <= 6
+
+
 @pytest.mark.parametrize("name", ["arithmetic", "sentiment", "dialogue", "instructions"])
 def test_the_sizes_of_embedded_tasks_are_those_of_their_text(name):
     from itertools import islice
@@ -125,7 +148,7 @@ def test_seconds_here_are_tokens_times_measured_rates(monkeypatch):
     rows = estimate(commands, PlanConfig())
     assert rows[0]["seconds"] == pytest.approx(3 + 51_200e-3 + 400e-4 + 100_000e-5)
     lines = table(rows)
-    assert lines[1].startswith("pretrain") and "0.05M" in lines[1]
+    assert lines[2].startswith("pretrain") and "0.05M" in lines[2]
     assert lines[-1].startswith("disk") and lines[-2].startswith("all")
     assert float(lines[-2].split()[1]) == pytest.approx(sum(r["seconds"] for r in rows) / 60, abs=0.06)
 

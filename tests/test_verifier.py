@@ -88,7 +88,7 @@ def test_the_record_says_how_well_it_verifies_beside_its_parts(trained, kind):
     for name in ("verifier", "generator alone", f"{kind} alone"):
         assert {"auc", "auc_within", "best_of_n"} <= set(found[name])
     assert found["problems"] == 40 and found["answers"] == 240 and found["calibration"]["bins"]
-    assert len(run["combine"]["platt"]) == 3
+    assert len(run["combine"]["logistic"]) == 4
 
 
 def test_a_channel_reads_the_answer_and_tells_the_problem(tuned):
@@ -137,7 +137,7 @@ def test_lambda_is_the_one_that_chooses_best():
     told = right.ravel()
     parts = np.stack([told * 0.7 + rng.normal(size=1600), told * 2.0 + rng.normal(size=1600)], axis=1)
     found = fit("channel", parts, right, np.full(1600, 10))
-    assert 2.0 <= found["lambda"] <= 4.0 and found["platt"][0] > 0  # 2 / 0.7 is best
+    assert 2.0 <= found["lambda"] <= 4.0 and found["logistic"][0] > 0  # 2 / 0.7 is best
     assert fit("channel", parts[:, ::-1], right, np.full(1600, 10))["lambda"] <= 0.5
     sure = fit("channel", parts * 4, right, np.full(1600, 10))  # scores that are too sure of themselves
     assert sure["sharpness"] < found["sharpness"]

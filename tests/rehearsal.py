@@ -1,0 +1,161 @@
+"""Rehearses the GPU profiles on a CPU without a network: run_all.sh itself, with everything small.
+
+    python tests/rehearsal.py                       # speedrun, then max3060: all commands of both
+    python tests/rehearsal.py speedrun finetune     # some stages
+    bash run_all.sh rehearse                        # the first, after setting up .venv
+
+It copies the project into a folder, writes smaller numbers into the copy, serves the models and data sets of
+the hub from this computer (tests/local_hub.py) and runs `bash run_all.sh PROFILE` there twice.
+The second time every stage has to say that it is done. All that it makes stays in /tmp/rehearsal.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from local_hub import make_hub, offline_but_for, serving  # noqa: E402
+
+# What is appended to the copies of the config files; later assignments win.
+BASE = """
+vocab_size = 512
+n_layers, d_model, n_heads, n_kv_heads, d_ff = 2, 64, 4, 2, 128
+context_length = 256
+batch_size, grad_accum_steps = 4, 2
+max_steps, warmup_steps, eval_every, save_every = 10, 2, 5, 5
+eval_tokens, final_eval_tokens = 2_000, 4_000
+"""
+TUNED = """
+batch_size, grad_accum_steps = 4, 2
+max_steps, warmup_steps, eval_every, save_every = 6, 2, 3, 3
+eval_examples, max_eval_examples = 4, 8
+"""
+SMALLER = {
+    "speedrun": BASE,
+    "max3060": BASE,
+    "sst2": TUNED,
+    "samsum": TUNED,
+    "gsm8k": TUNED,
+    # SFT takes more steps: without a few right answers DPO and the verifier have nothing to learn from.
+    "sft": "batch_size = 8\nmax_steps = 120\nlearning_rate = 1e-2\neval_examples = 8\neval_every = 60\n",
+    "dpo": "problems = 60\nmax_steps, eval_every, save_every = 4, 2, 2\neval_examples = 40\n",
+    "verifier": "gold, problems, validation_problems, test_problems = 40, 60, 20, 20\nheld_n = 4\n"
+    "max_steps, eval_every, save_every = 4, 2, 2\n",
+}
+# What is replaced in the copy of run_all.sh: numbers of flags, which would win over any config file.
+FLAGS = {
+    "(python eval.py ": "(python eval.py --limit=8 ",
+    " --limit=500": "",
+    " --samples=16": " --samples=4",
+    " --battery=200": " --battery=6",
+}
+# The plan measures models of the hub in their real shapes; here they have the shape of the small ones.
+PLAN = """for _shape in ON_HUB.values():
+    _shape |= dict(vocab_size=1000, n_layers=2, d_model=32, n_heads=4, head_dim=8, n_kv_heads=4, d_ff=64)
+"""
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project in which everything is small, and `python` is the one that runs this."""
+    project = folder / "project"
+    shutil.copytree(ROOT, project, ignore=left_out)
+    for name, settings in SMALLER.items():
+        with open(project / f"configs/{name}.py", "a", encoding="utf-8") as config:
+            config.write(f"\n# for the rehearsal\n{settings.strip()}\n")
+    script = (project / "run_all.sh").read_text(encoding="utf-8")
+    for flag, smaller in FLAGS.items():
+        if flag not in script:
+            raise SystemExit(f"run_all.sh no longer holds {flag!r}: adapt FLAGS in tests/rehearsal.py")
+        script = script.replace(flag, smaller)
+    (project / "run_all.sh").write_text(script, encoding="utf-8")
+
+    plan = (project / "plan.py").read_text(encoding="utf-8")
+    end = '\n\nif __name__ == "__main__":'
+    (project / "plan.py").write_text(plan.replace(end, f"\n\n{PLAN}{end}"), encoding="utf-8")
+
+    python = project / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    checksum = subprocess.run(
+        "cksum <pyproject.toml", shell=True, cwd=project, capture_output=True, text=True
+    )
+    (project / ".venv/installed").write_text(f" {checksum.stdout}")  # run_all.sh has nothing to install
+    return project
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What is not copied: hidden files, and at the top what is not needed to run the stages."""
+    top = {"out", "data", "report", "tests"} if Path(folder) == ROOT else set()
+    return {name for name in names if name in top or name.startswith((".", "__pycache__"))}
+
+
+def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
+    """Exit status and output, which is shown as it comes, of `bash run_all.sh ...` in the copy."""
+    print(f"\n$ bash run_all.sh {' '.join(words)}", flush=True)
+    command = ["bash", "run_all.sh", *words]
+    with subprocess.Popen(
+        command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
+
+
+def rehearse(project: Path, env: dict[str, str], profile: str, stages: list[str]) -> list[str]:
+    """Runs a profile twice; returns what went wrong."""
+    began = time.monotonic()
+    status, first = run(project, env, profile, *stages)
+    ran = re.findall(r"^== (\S+): (?!done before)", first, re.MULTILINE)
+    if status:
+        return [f"{profile}: exit status {status}"]
+    wrong = []
+    planned = [line.split("\t")[0] for line in (project / "out/plan.tsv").read_text().splitlines()]
+    for stage in planned:
+        if stage not in ran:
+            wrong.append(f"{profile}: {stage} was planned, and did not run")
+    minutes = (time.monotonic() - began) / 60
+    status, second = run(project, env, profile, *stages)
+    done = re.findall(r"^== (\S+): done before", second, re.MULTILINE)
+    if status or done != ran:
+        wrong.append(f"{profile}, the second time: status {status}, done before {done}, not {ran}")
+    report = project / "out/report/index.html"
+    print(f"\n{profile}: {len(ran)} stages in {minutes:.1f} min; {report}")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [PROFILE [STAGE ...]]",
+    )
+    parser.add_argument("profile", nargs="?", choices=["speedrun", "max3060"], help="default: both")
+    parser.add_argument("stages", nargs="*", help="default: all; see run_all.sh")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/rehearsal"), help="is emptied first")
+    args = parser.parse_args()
+    if args.folder.exists() and not (args.folder / "hub").is_dir():
+        sys.exit(f"{args.folder} is no folder of an earlier rehearsal: name another by --folder")
+    shutil.rmtree(args.folder, ignore_errors=True)
+    project = copy_project(args.folder)
+    wrong = []
+    with serving(make_hub(args.folder / "hub")) as server:
+        env = os.environ | offline_but_for(server, args.folder / "home")
+        env |= {"DATA_DIR": str(args.folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
+        for profile in [args.profile] if args.profile else ["speedrun", "max3060"]:
+            wrong += rehearse(project, env, profile, args.stages)
+    if wrong:
+        sys.exit("\n".join(["", "the rehearsal found:", *wrong]))
+
+
+if __name__ == "__main__":
+    main()
