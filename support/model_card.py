@@ -269,7 +269,10 @@ def other_programs(folder: Path, run: dict) -> list[str]:
         lines = ["lm-evaluation-harness, with the chat template:"]
     else:
         options = f"pretrained={folder},add_bos_token=True"
-        lines = ["lm-evaluation-harness must put `<|endoftext|>` before a text, as the training did:"]
+        lines = [
+            "lm-evaluation-harness must put `<|endoftext|>` before a text, as the training did (leave "
+            "`add_bos_token` out for tasks of perplexity, which do that by themselves):"
+        ]
     lines += ["", f"    lm_eval --model hf --model_args {options} --tasks ...", ""]
     return [*lines, f"llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file."]
 
