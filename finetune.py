@@ -1338,9 +1338,10 @@ def shown(model: TextModel, row: tuple, task: Task) -> str:
 
 
 def write_run(folder: Path, run: dict) -> None:
+    """run.json, and before it the card: if a process is killed between the two, the next one writes both."""
     text = json.dumps(run, indent=2) + "\n"
+    write_model_card(folder, run)
     write_atomically(folder / "run.json", lambda path: path.write_text(text))
-    write_model_card(folder)
 
 
 def report(cfg: FinetuneConfig, run: dict) -> None:

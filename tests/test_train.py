@@ -1085,7 +1085,8 @@ def test_a_folder_that_cannot_be_written_is_a_clear_message(settings, tmp_path, 
 def test_save_every_0_leaves_only_the_model(settings, tmp_path):
     train.pretrain(settings(save_every=0))
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    model |= {"tokenizer.json", "tokenizer_config.json", "README.md"}
     assert left == model | {"run.json", "metrics.jsonl", "samples.jsonl"}
 
 
