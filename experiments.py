@@ -8,7 +8,7 @@
 
 An experiment is a file in configs/experiments/: a baseline, a hypothesis, and the lines that differ. Each is
 trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-sSEED; what is finished is not
-run again, and after Ctrl-C the same command goes on. A seed fixes the order of the data and the
+run again, what was begun goes on, also after Ctrl-C or a kill; what a run prints is in NAME-sSEED.log. A seed fixes the order of the data and the
 initialisation, so runs of one seed are compared in pairs, and a difference counts only if the 95 % interval
 over the seeds' differences (Student's t) excludes 0.
 
