@@ -7,10 +7,10 @@
     python train.py configs/experiments/kv_heads_1.py --seed=2 --name=mine    # one of them, by hand
 
 An experiment is a file in configs/experiments/: a baseline, a hypothesis, and the lines that differ. Each is
-trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-sSEED; what is finished is not
-run again, and after Ctrl-C the same command goes on. A seed fixes the order of the data and the
-initialisation, so runs of one seed are compared in pairs, and a difference counts only if the 95 % interval
-over the seeds' differences (Student's t) excludes 0.
+trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-sSEED, and prints to
+NAME-sSEED.log beside it. What is finished is not run again; what was begun goes on, also after Ctrl-C or a
+kill. A seed fixes the order of the data and the initialisation, so runs of one seed are compared in pairs,
+and a difference counts only if the 95 % interval over the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `race`, how
 soon all that helps is where a plain GPT ends; `streams`, what becomes of a text longer than the context, with
