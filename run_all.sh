@@ -152,6 +152,7 @@ set_up() {
         echo "$stamp" >>"$VENV/installed"
     fi
     export PATH="$PWD/$VENV/bin:$PATH" PYTHONUNBUFFERED=1
+    [ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
 }
 
 test_everything() {

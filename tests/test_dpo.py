@@ -228,9 +228,7 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
     assert len(wrong) == round((1 - last["reward_accuracy"]) * pairs)
     assert [x["margin"] for x in wrong] == sorted(x["margin"] for x in wrong if x["margin"] <= 0)
     file.write_text(json.dumps({"prompt": "a", "better": "b"}))
-    with pytest.raises(
-        DataError, match="no row has a question and two answers to it; the columns"
-    ):
+    with pytest.raises(DataError, match="no row has a question and two answers to it; the columns"):
         load_preferences(str(file), "train")
 
 

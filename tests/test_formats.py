@@ -121,10 +121,7 @@ def test_a_row_of_another_form_is_named_with_its_file(tmp_path, bad, message):
     [
         ({"data": []}, 'should be an array of rows, but is {"data": \\[\\]}'),
         ([], "holds no rows"),
-        (
-            [{"title": "t", "body": "b"}] * 3,
-            "no row has a question and.*columns are title, body",
-        ),
+        ([{"title": "t", "body": "b"}] * 3, "no row has a question and.*columns are title, body"),
         ("text", "should be an array of rows"),
     ],
 )
