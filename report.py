@@ -196,6 +196,42 @@ def columns_of(file: Path) -> list[list[str]]:
     return [x for x in lines if len(x) == 3]
 
 
+SHARES = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match"}  # in percent
+SHARES |= {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+TEXT_METRICS = {
+    "bits_per_byte": "bits/byte",
+    "perplexity": "perplexity",
+    "word_perplexity": "word perplexity",
+}
+
+
+def results(home: Path) -> list[Block]:
+    """Every figure of every results.json: a line for each model on each task or text."""
+    rows = []
+    for file in sorted([*home.glob("eval/*/results.json"), *home.glob("*/results.json")]):
+        for name, entry in read_json(file).get("results", {}).items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+                continue
+            figures = []
+            for metric, x in entry["metrics"].items():
+                if metric in SHARES:
+                    figures.append(f"{SHARES[metric]} {percent(x)}")
+                elif metric in TEXT_METRICS:
+                    figures.append(f"{TEXT_METRICS[metric]} {with_interval(x)}")
+            model = file.parent.name.replace("--", "/") + " (SMOKE RUN, no result)" * bool(entry.get("smoke"))
+            if figures:
+                rows.append([name, model, ", ".join(figures), f"{entry.get('items', 0):,}"])
+    if not rows:
+        return [Text("No model was measured on a task: `python eval.py RUN` does it.")]
+    rows.sort(key=lambda row: row[0])  # models on one task stand together, those from the hub first
+    return [Table("results", ["measured", "model", "result [95 %]", "items"], rows)]
+
+
+def with_interval(x: dict) -> str:
+    """A figure that is no share, with its interval: 1.234 [1.200, 1.270]."""
+    return f"{x['value']:,.3f} [{x['low']:,.3f}, {x['high']:,.3f}]"
+
+
 CURVES = 16  # runs whose curves a page has room for
 
 
@@ -212,7 +248,7 @@ def training(home: Path) -> list[Block]:
         memory = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
         size = planned.get("pretrain" if run.get("stage") == "train" else folder.name)
         held = f"{memory:.2f}" + (f" ({size:.2f})" if size else "")
-        state = run.get("status", "unreadable")
+        state = run.get("status", "unreadable") + ", a smoke run" * bool(run.get("smoke"))
         # DPO and a verifier's head count what they compare, not its tokens.
         unit = " pairs" if run.get("stage") == "dpo" else " answers" if run.get("verifier") == "head" else ""
         read = 0 if unit or not steps else steps[-1].get("tokens", 0)
@@ -914,6 +950,7 @@ def one_machine(file: Path, number: int) -> list[Block]:
 
 SECTIONS = {
     "What each stage gained": stages,
+    "What every model was measured to do": results,
     "Where the time went": ledger,
     "Training": training,
     "What it says": samples,

@@ -153,6 +153,7 @@ set_up() {
     fi
     export PATH="$PWD/$VENV/bin:$PATH" PYTHONUNBUFFERED=1
     export END_WITH_PARENT=$$ # so that even kill -9 of this script leaves no training behind
+    [ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
 }
 
 test_everything() {

@@ -97,6 +97,12 @@ def left_out(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if name in top or name.startswith((".", "__pycache__"))}
 
 
+def environment(server, folder: Path) -> dict[str, str]:
+    """No GPU, no network but the local hub, no files in $DATA_DIR."""
+    env = os.environ | offline_but_for(server, folder / "home")
+    return env | {"DATA_DIR": str(folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
+
+
 def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
     """Exit status and output, which is shown as it comes, of `bash run_all.sh ...` in the copy."""
     print(f"\n$ bash run_all.sh {' '.join(words)}", flush=True)
@@ -149,8 +155,7 @@ def main() -> None:
     project = copy_project(args.folder)
     wrong = []
     with serving(make_hub(args.folder / "hub")) as server:
-        env = os.environ | offline_but_for(server, args.folder / "home")
-        env |= {"DATA_DIR": str(args.folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
+        env = environment(server, args.folder)
         for profile in [args.profile] if args.profile else ["speedrun", "max3060"]:
             wrong += rehearse(project, env, profile, args.stages)
     if wrong:
