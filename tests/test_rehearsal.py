@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from local_hub import make_hub, offline_but_for, serving
+from local_hub import make_hub, serving
 from rehearsal import copy_project, environment, rehearse
 
 # What no log of a run that went well should hold.
