@@ -70,6 +70,7 @@ from model import (
 )
 from support.files import remove_folder, write_atomically, write_folder_atomically
 from support.machine import unusable_gpu
+from support.memory import is_out_of_memory
 from support.model_card import write_model_card
 from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 
@@ -1219,15 +1220,6 @@ def remove_run(folder: Path) -> None:
         elif not path.is_dir() and path.name != "run.json":
             path.unlink()
     (folder / "run.json").unlink()  # the last: who is killed before finds it and goes on
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU's or the CPU's memory was too small. On a CPU torch raises a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
-    words += ("could not create a primitive",)  # oneDNN's
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:

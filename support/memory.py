@@ -329,7 +329,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == 12  # ENOMEM
-    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory")
+    words += ("ALLOC_FAILED", "bad_alloc", "could not create a primitive")  # cuBLAS, C++, oneDNN
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
