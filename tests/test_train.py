@@ -1275,6 +1275,7 @@ def test_init_from_a_run_with_another_vocabulary_is_refused(settings, tmp_path, 
     train.pretrain(settings(name="parent", max_steps=2))
     vocab, merges = train_bpe(tokens / "text.txt", 299, SPECIAL_TOKENS)
     Tokenizer(vocab, merges, SPECIAL_TOKENS).save(tmp_path / "parent")
+    (tmp_path / "parent/run.json").unlink()  # it holds the hash of the right one
     message = command_line(monkeypatch, settings(init_from=str(tmp_path / "parent")))
     assert "another vocabulary" in message
     assert "there is no folder" in command_line(monkeypatch, settings(init_from=str(tmp_path / "nowhere")))
