@@ -405,6 +405,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # Layers
 
 
+class Linear(nn.Module):
+    """x W^T, to be read and to stand alone; the model uses torch's nn.Linear, which may have a bias.
+
+    Weights from N(0, 2 / (in + out)) (Glorot & Bengio, 2010), cut at three standard deviations.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        std = math.sqrt(2 / (in_features + out_features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        return x @ self.weight.T
+
+
+class Embedding(nn.Module):
+    """A row of the matrix for each id, to be read; the model uses torch's. Weights from N(0, 1), cut at 3."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.weight, a=-3, b=3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., d)"""
+        return self.weight[ids]
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale a dimension."""
 
