@@ -112,6 +112,11 @@ class ModelConfig:
         """True if a token sees all tokens before it; False if `attention_mask` hides some of them."""
         return not (self.sliding_window or self.sparse_stride)
 
+    @property
+    def plain_attention(self) -> bool:
+        """True if attention is a softmax over all tokens before, and nothing else."""
+        return self.sees_all and not self.n_sinks and self.attention_kind == "softmax"
+
 
 # -----------------------------------------------------------------------------
 # Equations. Each stands alone: lift it out, compare it with the paper.
@@ -936,8 +941,7 @@ class ModernDecoderLM(nn.Module):
         if n > 1:  # n samples from one prefill
             # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast; a card, which
             # waits for launches and not for memory, would launch more.
-            can_share = c.sees_all and not c.n_sinks and c.attention_kind == "softmax"
-            if compile or graph or rolling or not can_share or self.device.type != "cpu":
+            if compile or graph or rolling or not c.plain_attention or self.device.type != "cpu":
                 cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
             else:
                 cache = cache.fork(n, max_new_tokens)
@@ -1669,11 +1673,16 @@ def estimate_memory(
     width = norms + (6 if compiled else 4) * qk + hidden + 2 * qk * c.qk_norm
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
+    linear = c.attention_kind == "linear"
+    if linear:  # elu(x) + 1 of queries and keys, sums of rows; keys and values of every query head
+        width += 2 * c.head_dim * (6 * c.n_heads - 2 * c.n_kv_heads)
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))
-    if not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks; behind a mask it keeps all weights
+    if linear and c.sees_all:  # of each chunk the weights and the D x D matrix
+        layer += 4 * N * c.n_heads * (min(T, 64) + c.head_dim**2 // 64)
+    elif not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks; behind a mask it keeps all weights
         seen = (T + 64) // 2 if c.sees_all else T
         layer += 4 * micro_batch * c.n_heads * T * min(T, seen)
-    if c.n_sinks:  # the plain path keeps scores, float32 weights and weights
+    if c.n_sinks or (linear and not c.sees_all):  # every score: as it is, as float32 weight, as weight
         layer += 3 * 4 * micro_batch * c.n_heads * T * T
     copies = 2 * (n["attention"] + n["ffn"]) if half else 0  # autocast's bfloat16 weights
     ends = 3 * bytes_per_activation * N * d  # the last norm's input, what it gives, and the gradient of that
