@@ -54,7 +54,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on every query and key (Qwen3): tames attention logits
     n_sinks: int = 0  # learned attention sinks a head: logits that softmax may spend its mass on
     sliding_window: int = 0  # a token sees this many tokens, itself included; 0: all before it
-    sparse_stride: int = 0  # a token sees this many tokens, and every such-th before them; 0: all before it
+    sparse_stride: int = 0  # n: a token sees the last n tokens and every n-th one before them; 0: all
     attention_kind: Literal["softmax", "linear"] = "softmax"  # linear: elu(x) + 1 instead of softmax's exp
     ffn: Literal["swiglu", "gelu", "silu", "moe"] = "swiglu"  # feed-forward layer; moe: SwiGLU experts
     n_experts: int = 8  # moe: experts a layer
@@ -201,8 +201,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """phi(q) phi(k)^T v, rows divided by their sum, with phi(x) = elu(x) + 1 > 0 where softmax has exp
-    (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`; returns (output, weights (..., T, S)).
+    """phi(q) phi(k)^T v, each row of weights divided by its sum, with phi(x) = elu(x) + 1 where softmax has
+    exp (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`; returns (output, weights).
+
+    RoPE has turned q and k before: the weights stay positive, but depend on more than the distance.
     """
     w = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).float()
     w = w if mask is None else w * mask
@@ -214,7 +216,8 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) ->
     """`linear_attention` of a whole text with the causal mask, in a time that grows with T and not with T^2.
 
     Without a softmax, phi(q) phi(k)^T v is also phi(q) (phi(k)^T v): a D x D matrix holds all that a query
-    needs of the chunks before its own (eq. 9). q, k and v are (..., T, D).
+    needs of the chunks before its own (eq. 9). q, k and v are (..., T, D). Decoding does not use this: the
+    cache keeps keys and values, as it does for softmax.
     """
     q, k = F.elu(q) + 1, F.elu(k) + 1
     v = F.pad(v, (0, 1), value=1.0)  # a column of ones sums the weights of a row
