@@ -376,6 +376,11 @@ def test_a_begun_run_goes_on_and_one_with_other_settings_starts_anew(tmp_path):
     for changed in ({"max_steps": 3}, {"batch_size": 5}, {"learning_rate": 1.0}):
         begun(run, **changed)
         assert script.way_to_start(run) == "overwrite", changed
+    begun(run)
+    saved = json.loads((run.folder / "run.json").read_text())
+    del saved["settings"]["attention_kind"]  # as in a run that was made before there was this setting
+    (run.folder / "run.json").write_text(json.dumps(saved))
+    assert script.way_to_start(run) == "resume"
     (run.folder / "run.json").write_text('{"status": "interr')
     assert script.way_to_start(run) == "overwrite", "a damaged run.json does not stop the lab"
 

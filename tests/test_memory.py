@@ -296,8 +296,16 @@ def test_every_batch_of_the_speedrun_is_predicted_and_fits_a_12_gb_gpu(as_on_a_g
 GELU = dict(norm="layer", ffn="gelu", positions="learned", bias=True)
 
 
+LINEAR = dict(attention_kind="linear")
+SPARSE = dict(sparse_stride=16, n_kv_heads=2)
+
+
 @pytest.mark.parametrize("n", [1, 8])
-@pytest.mark.parametrize("more", [GELU, dict(n_kv_heads=2)], ids=["GPT-2", "GQA"])
+@pytest.mark.parametrize(
+    "more",
+    [GELU, dict(n_kv_heads=2), SPARSE, LINEAR, dict(n_sinks=1, n_kv_heads=2)],
+    ids=["GPT-2", "GQA", "sparse", "linear", "sinks"],
+)
 def test_generation_on_a_cpu_is_predicted(n, more):
     torch.manual_seed(0)
     c = ModelConfig(vocab_size=256, context_length=256, n_layers=4, d_model=64, n_heads=8, **more)
