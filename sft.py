@@ -52,6 +52,7 @@ from finetune import (
     add_chat_tokens,
     build_model,
     is_adapter,
+    is_smoke,
     kind_of,
     load_model,
     merge,
@@ -350,7 +351,7 @@ def sft(cfg: SFTConfig) -> dict:
         cfg, model, packed.tensors, loss=answer_loss, evaluate=evaluate,
         flops_per_row=(4 if cfg.lora_r else 6) * parameters * tokens,
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / packed.batches,
-        about=parents(cfg, model, **data) | {"smoke": smoke},
+        about=parents(cfg, model, **data) | {"smoke": smoke or is_smoke(cfg.model)},
     )  # fmt: skip
     said = sum(sum(s) for _, s in rows) / sum(len(s) for _, s in rows)
     trainer.say(

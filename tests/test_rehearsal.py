@@ -81,7 +81,6 @@ def test_collections_of_the_hub_are_read_as_they_are_served(place):
     assert "gated" in found["lima"] and "hf auth login" in found["lima"]
 
 
-@pytest.mark.xfail(reason="the Trainer asks a tokenizer of transformers for .hash", strict=False)
 def test_a_model_of_the_hub_learns_to_follow_instructions(place):
     flags = ["--data=instructions", "--max_steps=2", "--eval_examples=4", "--name=gpt2_sft"]
     done = python(place, "sft.py", "--model=gpt2", *flags)
