@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
-from finetune import TextModel, TrainingSet, ask, padded, sampled, subsample, weights_hash
+from finetune import TextModel, TrainingSet, ask, is_smoke, padded, sampled, subsample, weights_hash
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
 from support.files import write_atomically
@@ -397,7 +397,7 @@ def one_round(cfg: DPOConfig) -> dict:
         lengths["rejected"] = float(np.mean([len(p.rejected) for p in both_sides]))
         lengths["chosen_longer"] = float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
     about = parents(cfg, model, train=data, pairs=counts, validation=val_counts, lengths=lengths)
-    about |= {"smoke": smoke, "pairs_hash": fingerprint(pairs)}
+    about |= {"smoke": smoke or is_smoke(cfg.model), "pairs_hash": fingerprint(pairs)}
 
     def write_files() -> None:
         write_pairs(folder / "pairs.jsonl", pairs)

@@ -288,10 +288,19 @@ class Result:
     skipped: str = ""  # why there is nothing
 
 
+def reported_split(corpus: str) -> str:
+    """test; for a corpus without one, such as TinyStories, validation."""
+    try:
+        corpus_info(corpus, "test")
+    except DataError:
+        return "validation"
+    return "test"
+
+
 def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result:
     """`name`: a task, or a corpus."""
     task = TASKS.get(name)
-    split = cfg.split or (task.test if task else "test")
+    split = cfg.split or (task.test if task else reported_split(name))
     begun = time.perf_counter()
     entry = {"task": name, "split": split, "shots": shots}
     if task:

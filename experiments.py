@@ -7,10 +7,10 @@
     python train.py configs/experiments/kv_heads_1.py --seed=2 --name=mine    # one of them, by hand
 
 An experiment is a file in configs/experiments/: a baseline, a hypothesis, and the lines that differ. Each is
-trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-sSEED; what is finished is not
-run again, and after Ctrl-C the same command goes on. A seed fixes the order of the data and the
-initialisation, so runs of one seed are compared in pairs, and a difference counts only if the 95 % interval
-over the seeds' differences (Student's t) excludes 0.
+trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-sSEED, and prints to
+NAME-sSEED.log beside it. What is finished is not run again; what was begun goes on, also after Ctrl-C or a
+kill. A seed fixes the order of the data and the initialisation, so runs of one seed are compared in pairs,
+and a difference counts only if the 95 % interval over the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `race`, how
 soon all that helps is where a plain GPT ends; `streams`, what becomes of a text longer than the context, with
@@ -74,9 +74,10 @@ FOLDER = Path("configs/experiments")
 FAMILIES = {
     "ablations": """norm_layer norm_none norm_post positions_learned positions_none ffn_gelu ffn_silu untied
         qk_norm heads_8 heads_16 lr_1e3 lr_9e3 lr_3e2 warmup_0 wsd muon batch_1 batch_16 batch_64 vocab_512
-        vocab_2048 context_64 context_256""".split(),
+        vocab_2048 context_64 context_256 linear sparse_16""".split(),
     "gqa": ["kv_heads_1", "kv_heads_2"],
-    "moe": "moe_4_top1 moe_4_top2 moe_8_top1 moe_8_top2 dense_as_moe_4 dense_as_moe_8".split(),
+    "moe": """moe_4_top1 moe_4_top2 moe_8_top1 moe_8_top2 moe_every_2 dense_as_moe_4
+        dense_as_moe_8""".split(),
     "race": ["gpt", "modern"],
     "streams": ["sink"],
     "scaling": [],
@@ -235,8 +236,9 @@ def found_in(run: Run) -> dict | None:
         free |= {"max_steps", "context_length"}  # worked out by the run
         if found.get("parent_hash") != weights_hash(wanted.model):
             return None
-    have, same = found.get("settings", {}), {f.name for f in fields(kind)} - free
-    if any(have.get(name) != getattr(wanted, name) for name in same):
+    have, same = found.get("settings", {}), [f for f in fields(kind) if f.name not in free]
+    # A setting that was added after the run was made has its default there.
+    if any(have.get(f.name, f.default) != getattr(wanted, f.name) for f in same):
         return None
     batch = have.get("batch_size", 0) * have.get("grad_accum_steps", 0)
     return found if batch == wanted.batch_size * wanted.grad_accum_steps else None
@@ -355,7 +357,7 @@ def read_run(folder: Path) -> dict | None:
         return None
     lines = [x for x in read_jsonl(folder / "metrics.jsonl") if "tokens_per_second" in x]
     settings = run["settings"]
-    config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig)})
+    config = ModelConfig(**{f.name: settings[f.name] for f in fields(ModelConfig) if f.name in settings})
     last, best, tokens = run["results"]["last"], run["results"]["best"], lines[-1]["tokens"]
     return {
         "parameters": run["parameters"],

@@ -49,6 +49,7 @@ from data import TASKS, DataError, Example, Task, calculator_answer, find_task, 
 from model import ModernDecoderLM, from_hf_config, from_tensors, write_generation_config
 from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
 from support.files import write_atomically, write_folder_atomically
+from support.hub import unreachable
 from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
@@ -655,6 +656,7 @@ def read_config(name: str) -> dict:
         return read_json(folder / "config.json")
     if folder.parts[0] in ("/", "..", "out") or name.count("/") > 1:  # no name on the hub looks like that
         raise TrainError(f"there is no folder {folder}; python train.py --list shows all runs")
+    unreachable()  # asks once, so that transformers need not
     from transformers import AutoConfig
 
     with explained(name):
@@ -1237,7 +1239,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
         "chat": text_model.chat,
         "task": cfg.task,
         "kind": kind,
-        "smoke": smoke,  # a run that was cut short is no result, and no report shows it as one
+        "smoke": smoke or is_smoke(cfg.model),  # what was cut short, or came from it, is no result
         "trained_parameters": trained,
         "data": {"train": train_about | {"examples": len(train)} | lost},
     }
@@ -1296,6 +1298,12 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     return {"evaluation": {"split": "validation", **about, "metrics": metrics}}
 
 
+def is_smoke(name: str) -> bool:
+    """Whether a model is a run that was cut short, or came from one."""
+    run = Path(name) / "run.json"
+    return run.exists() and bool(read_json(run).get("smoke"))
+
+
 def origin(name: str) -> dict:
     """What run.json says of the model that a run started from."""
     about = {"parent": name, "parent_hash": weights_hash(name)}
@@ -1344,9 +1352,10 @@ def shown(model: TextModel, row: tuple, task: Task) -> str:
 
 
 def write_run(folder: Path, run: dict) -> None:
+    """run.json, and before it the card: if a process is killed between the two, the next one writes both."""
     text = json.dumps(run, indent=2) + "\n"
+    write_model_card(folder, run)
     write_atomically(folder / "run.json", lambda path: path.write_text(text))
-    write_model_card(folder)
 
 
 def report(cfg: FinetuneConfig, run: dict) -> None:

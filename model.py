@@ -54,9 +54,12 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on every query and key (Qwen3): tames attention logits
     n_sinks: int = 0  # learned attention sinks a head: logits that softmax may spend its mass on
     sliding_window: int = 0  # a token sees this many tokens, itself included; 0: all before it
+    sparse_stride: int = 0  # n: a token sees the last n tokens and every n-th one before them; 0: all
+    attention_kind: Literal["softmax", "linear"] = "softmax"  # linear: elu(x) + 1 instead of softmax's exp
     ffn: Literal["swiglu", "gelu", "silu", "moe"] = "swiglu"  # feed-forward layer; moe: SwiGLU experts
     n_experts: int = 8  # moe: experts a layer
     experts_per_token: int = 2  # moe: experts that each token visits
+    moe_every: int = 1  # moe: every n-th block has experts, the others a dense SwiGLU; 1: all have experts
     capacity_factor: float = 0.0  # moe: room per expert relative to an even load; 0: room for all tokens
     load_balance_coef: float = 0.01  # moe: weight of the load-balancing loss
     router_z_coef: float = 0.001  # moe: weight of the router z-loss
@@ -69,7 +72,8 @@ class ModelConfig:
             value, choices = getattr(self, name), get_args(field.type)
             if choices and value not in choices:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
-            if name in ("vocab_size", "context_length", "n_layers", "d_model", "n_heads") and value < 1:
+            least_1 = ("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "moe_every")
+            if name in least_1 and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
             if isinstance(value, int | float) and not 0 <= value < math.inf:  # also false for nan
                 raise ValueError(f"{name}={value} must be a finite number, at least 0")
@@ -91,6 +95,27 @@ class ModelConfig:
             self.d_ff = 32 * math.ceil(wanted / 32)
         if self.ffn == "moe" and not 1 <= self.experts_per_token <= self.n_experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} of n_experts={self.n_experts}")
+        if self.ffn == "moe" and not self.moe_layers:
+            raise ValueError(f"moe_every={self.moe_every} of n_layers={self.n_layers}: no block has experts")
+        if self.attention_kind == "linear" and self.n_sinks:
+            raise ValueError(
+                f"n_sinks={self.n_sinks}: sinks are logits of a softmax, and attention_kind='linear' has none"
+            )
+
+    @property
+    def moe_layers(self) -> range:
+        """The blocks with experts: the last of every `moe_every`, as in GShard (Lepikhin et al., 2020)."""
+        return range(self.moe_every - 1, self.n_layers if self.ffn == "moe" else 0, self.moe_every)
+
+    @property
+    def sees_all(self) -> bool:
+        """True if a token sees all tokens before it; False if `attention_mask` hides some of them."""
+        return not (self.sliding_window or self.sparse_stride)
+
+    @property
+    def plain_attention(self) -> bool:
+        """True if attention is a softmax over all tokens before, and nothing else."""
+        return self.sees_all and not self.n_sinks and self.attention_kind == "softmax"
 
 
 # -----------------------------------------------------------------------------
@@ -147,10 +172,14 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     return rotate(x, *rope_angles(positions, x.shape[-1], theta, x.dtype))
 
 
-def attention_mask(queries: Tensor, keys: Tensor, window: int = 0) -> Tensor:
-    """Who may look at whom, True = attend: positions of queries (..., T), of keys (..., S) -> (..., T, S)."""
+def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int = 0) -> Tensor:
+    """Who may look at whom, True = attend: positions of queries (..., T), of keys (..., S) -> (..., T, S).
+
+    With a stride: the last `stride` tokens and, before them, every stride-th one (Child et al., 2019).
+    """
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+    mask = (distance >= 0) & (distance < window) if window else distance >= 0
+    return mask & ((distance < stride) | (distance % stride == 0)) if stride else mask
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, weights: bool = False):
@@ -169,6 +198,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.
     w = w.nan_to_num() if mask is not None else w
     w = F.dropout(w, dropout) if dropout else w
     return (w @ v, w) if weights else w @ v
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """phi(q) phi(k)^T v, each row of weights divided by its sum, with phi(x) = elu(x) + 1 where softmax has
+    exp (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`; returns (output, weights).
+
+    RoPE has turned q and k before: the weights stay positive, but depend on more than the distance.
+    """
+    w = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).float()
+    w = w if mask is None else w * mask
+    w = (w / w.sum(-1, keepdim=True).clamp(min=1e-6)).to(v.dtype)
+    return w @ v, w
+
+
+def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
+    """`linear_attention` of a whole text with the causal mask, in a time that grows with T and not with T^2.
+
+    Without a softmax, phi(q) phi(k)^T v is also phi(q) (phi(k)^T v): a D x D matrix holds all that a query
+    needs of the chunks before its own (eq. 9). q, k and v are (..., T, D). Decoding does not use this: the
+    cache keeps keys and values, as it does for softmax.
+    """
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    v = F.pad(v, (0, 1), value=1.0)  # a column of ones sums the weights of a row
+    past, chunks = torch.zeros(q.shape[-1], v.shape[-1], device=q.device), []
+    for i in range(0, q.shape[-2], chunk):
+        queries, keys, values = (x[..., i : i + chunk, :] for x in (q, k, v))
+        chunks.append((queries @ keys.mT).tril() @ values + queries @ past.to(q.dtype))
+        past = past + (keys.mT @ values).float()
+    y = torch.cat(chunks, dim=-2)
+    return y[..., :-1] / y[..., -1:].clamp(min=1e-6)
 
 
 class AttentionInBlocks(torch.autograd.Function):
@@ -354,6 +413,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # Layers
 
 
+class Linear(nn.Module):
+    """x W^T, to be read and to stand alone; the model uses torch's nn.Linear, which may have a bias.
+
+    Weights from N(0, 2 / (in + out)) (Glorot & Bengio, 2010), cut at three standard deviations.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        std = math.sqrt(2 / (in_features + out_features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        return x @ self.weight.T
+
+
+class Embedding(nn.Module):
+    """A row of the matrix for each id, to be read; the model uses torch's. Weights from N(0, 1), cut at 3."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.weight, a=-3, b=3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., d)"""
+        return self.weight[ids]
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale a dimension."""
 
@@ -437,7 +526,7 @@ class Attention(nn.Module):
         """x (B, T, d) -> (B, T, d), or with `weights=True` (output, weights (B, H, T, S)) by the plain path.
 
         positions (T) or (B, T) default to 0 .. T-1. mask (T, S) or (B, 1, T, S), True = attend, defaults to
-        causal (and the sliding window). `rope` spares the model computing the same angles in every layer.
+        causal (and the window or stride). `rope` spares the model computing the same angles in every layer.
         """
         c, (B, T, _) = self.config, x.shape
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
@@ -457,12 +546,18 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
             if cache.key_rope is not None:  # a rolling cache gives keys their positions when they are read
                 k = rotate(k, *cache.key_rope)
+        linear = c.attention_kind == "linear"
         slow = weights or c.n_sinks > 0
-        if mask is None and T > 1 and (slow or c.sliding_window):
-            mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window)
+        if mask is None and T > 1 and (slow or not c.sees_all):
+            mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window, c.sparse_stride)
         dropout = c.dropout * self.training
-        if slow:
+        if slow or linear:
             k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
+        if linear and mask is None and T > 1:
+            y = causal_linear_attention(q, k, v)
+        elif linear:  # one new token, or a mask that hides more than the future
+            y, w = linear_attention(q, k, v, mask)
+        elif slow:
             sinks = self.sinks.unsqueeze(1) if c.n_sinks else None
             y, w = attention(q, k, v, mask, sinks, dropout, weights=True)
         elif cache is not None and cache.prompts is not None:
@@ -568,10 +663,10 @@ class MoE(nn.Module):
         return out.to(x.dtype).view(shape)
 
 
-def make_ffn(config: ModelConfig) -> nn.Module:
-    if config.ffn == "moe":
+def make_ffn(config: ModelConfig, layer: int = 0) -> nn.Module:
+    if layer in config.moe_layers:
         return MoE(config)
-    if config.ffn == "swiglu":
+    if config.ffn in ("swiglu", "moe"):
         return SwiGLU(config.d_model, config.d_ff, config.bias)
     return MLP(config.d_model, config.d_ff, config.ffn, config.bias)
 
@@ -589,7 +684,7 @@ class Block(nn.Module):
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config)  # Llama's name: the norm that comes after attention
-        self.mlp = make_ffn(config)
+        self.mlp = make_ffn(config, layer)
         self.config = config
 
     def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None) -> Tensor:
@@ -728,7 +823,8 @@ class ModernDecoderLM(nn.Module):
         head = self.head if torch.is_grad_enabled() else self.head.detach()
         loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), self.loss_chunk)
         if self.config.ffn == "moe" and self.training:
-            loss = loss + n * sum(block.mlp.stats["aux_loss"] for block in self.model["layers"])
+            experts = [self.model["layers"][layer].mlp for layer in self.config.moe_layers]
+            loss = loss + n * sum(moe.stats["aux_loss"] for moe in experts)
         return loss, n
 
     # -------------------------------------------------------------------------
@@ -848,7 +944,7 @@ class ModernDecoderLM(nn.Module):
         if n > 1:  # n samples from one prefill
             # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast; a card, which
             # waits for launches and not for memory, would launch more.
-            if compile or graph or rolling or c.sliding_window or c.n_sinks or self.device.type != "cpu":
+            if compile or graph or rolling or not c.plain_attention or self.device.type != "cpu":
                 cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
             else:
                 cache = cache.fork(n, max_new_tokens)
@@ -1137,8 +1233,9 @@ class KVCache:
             self.positions = self.positions + self.after.unsqueeze(1)
         if self.keep is not None and c.positions == "rope":
             self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)
-        if not empty and (not even or T > 1 or c.sliding_window):
-            self.mask = attention_mask(self.positions, where, c.sliding_window).unsqueeze(-3)
+        if not empty and (not even or T > 1 or not c.sees_all):
+            mask = attention_mask(self.positions, where, c.sliding_window, c.sparse_stride)
+            self.mask = mask.unsqueeze(-3)
 
     def fix(self) -> None:
         """From now on one token at a time, by steps that are all alike: they read every slot, of which a mask
@@ -1149,9 +1246,11 @@ class KVCache:
         self.slot = torch.arange(self.slots, device=self.device)
 
     def begin_fixed(self) -> None:
+        c = self.config
         self.positions = self.write = self.length.unsqueeze(1).clone()  # (B, 1)
         self.length.add_(1)
-        self.mask = attention_mask(self.positions, self.slot, self.config.sliding_window).unsqueeze(-3)
+        mask = attention_mask(self.positions, self.slot, c.sliding_window, c.sparse_stride)
+        self.mask = mask.unsqueeze(-3)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""
@@ -1198,18 +1297,20 @@ class KVCache:
 
 
 LLAMA = ModelConfig()  # the default switches
+SWITCHES = """norm norm_position positions ffn n_sinks qk_norm sliding_window sparse_stride attention_kind
+    bias""".split()
 
 
 def architecture(c: ModelConfig) -> str:
     """The `model_type` under which transformers computes the same; modern_llm if there is none."""
-    switches = "norm norm_position positions ffn n_sinks qk_norm sliding_window bias".split()
-    changed = {name for name in switches if getattr(c, name) != getattr(LLAMA, name)}
+    changed = {name for name in SWITCHES if getattr(c, name) != getattr(LLAMA, name)}
     if changed <= {"bias"}:
         return "llama"
     if changed in ({"sliding_window"}, {"qk_norm"}):
         return "mistral" if c.sliding_window else "qwen3"
     if changed - {"sliding_window"} == {"ffn"} and c.ffn == "moe":
-        return "mixtral" if not c.capacity_factor and c.experts_per_token > 1 else "modern_llm"
+        mixtral = not c.capacity_factor and c.experts_per_token > 1 and c.moe_every == 1
+        return "mixtral" if mixtral else "modern_llm"
     gpt = changed == {"norm", "positions", "ffn", "bias"}
     gpt = gpt and (c.norm, c.positions, c.ffn, c.tie_embeddings) == ("layer", "learned", "gelu", True)
     heads = c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model
@@ -1498,23 +1599,25 @@ def count_parameters(c: ModelConfig) -> dict[str, int]:
     attention = 2 * c.d_model * c.head_dim * (c.n_heads + c.n_kv_heads)
     ffn = c.d_model * c.d_ff * (3 if c.ffn in ("swiglu", "moe") else 2)
     bias = 0
+    with_experts = len(c.moe_layers)
     if c.bias:
-        bias = c.head_dim * (c.n_heads + 2 * c.n_kv_heads) + c.d_model
-        bias += {"swiglu": 2 * c.d_ff + c.d_model, "moe": 0}.get(c.ffn, c.d_ff + c.d_model)
+        bias = c.n_layers * (c.head_dim * (c.n_heads + 2 * c.n_kv_heads) + c.d_model)
+        ffn_bias = (2 if c.ffn in ("swiglu", "moe") else 1) * c.d_ff + c.d_model
+        bias += (c.n_layers - with_experts) * ffn_bias
     norm = {"rms": 1, "layer": 2, "none": 0}[c.norm] * c.d_model
-    small = bias + 2 * norm + 2 * c.head_dim * c.qk_norm + c.n_heads * c.n_sinks
-    router = c.d_model * c.n_experts if c.ffn == "moe" else 0
+    small = 2 * norm + 2 * c.head_dim * c.qk_norm + c.n_heads * c.n_sinks
+    router = c.d_model * c.n_experts
     embedding = c.vocab_size * c.d_model
     counts = {
         "embedding": embedding,
         "head": 0 if c.tie_embeddings else embedding,
         "positions": c.context_length * c.d_model if c.positions == "learned" else 0,
         "attention": c.n_layers * attention,
-        "ffn": c.n_layers * (ffn * (c.n_experts if c.ffn == "moe" else 1) + router),
-        "norms_and_biases": c.n_layers * small + norm * (c.norm_position == "pre"),
+        "ffn": (c.n_layers - with_experts) * ffn + with_experts * (c.n_experts * ffn + router),
+        "norms_and_biases": bias + c.n_layers * small + norm * (c.norm_position == "pre"),
     }
     total = sum(counts.values())
-    idle = c.n_layers * ffn * (c.n_experts - c.experts_per_token) if c.ffn == "moe" else 0
+    idle = with_experts * ffn * (c.n_experts - c.experts_per_token)
     return counts | {"total": total, "active": total - idle}
 
 
@@ -1523,11 +1626,12 @@ def estimate_flops(c: ModelConfig, context_length: int = 0) -> float:
     B).
 
     Forward is a third of it. Attention is counted over the full T x T square, as everybody does for MFU,
-    although the causal half could be skipped.
+    although the causal half could be skipped. Linear attention reads a chunk of 64 and a D x D matrix.
     """
-    n = count_parameters(c)
+    n, T = count_parameters(c), context_length or c.context_length
     matrices = n["attention"] + n["ffn"] - (n["total"] - n["active"]) + c.vocab_size * c.d_model
-    return 6 * matrices + 12 * c.n_layers * c.n_heads * c.head_dim * (context_length or c.context_length)
+    reads = min(T, 64) + c.head_dim if c.attention_kind == "linear" and c.sees_all else T
+    return 6 * matrices + 12 * c.n_layers * c.n_heads * c.head_dim * reads
 
 
 def estimate_memory(
@@ -1559,22 +1663,29 @@ def estimate_memory(
     N = micro_batch * T
     half = bytes_per_activation == 2
     qk = (c.n_heads + c.n_kv_heads) * c.head_dim  # width of queries and keys, and of values and outputs
-    units, experts = c.d_ff, 1.0
+    units, extra = c.d_ff, 0.0
+    hidden = (8 if c.ffn in ("swiglu", "moe") else 4) * c.d_ff
     if c.ffn == "moe":
         experts = c.experts_per_token * (c.capacity_factor or 1.25)
         units = c.d_ff * experts
-    hidden = (8 if c.ffn in ("swiglu", "moe") else 4) * units
-    if c.ffn == "moe":  # the experts' input; what they give; and in float32 what the router reads
-        hidden += 2 * d * experts + 4 * d * c.experts_per_token + 4 * d * half
+        extra = 8 * (units - c.d_ff)  # what a layer with experts keeps beside a dense one's: their width,
+        # their input, what they give, and in float32 what the router reads
+        extra += 2 * d * experts + 4 * d * c.experts_per_token + 4 * d * half
+        extra *= N * (1 if half else 2)
     norms = {"none": 4, "rms": 8, "layer": 12 if half else 8}[c.norm] * d  # autocast: LayerNorm in float32
     width = norms + (6 if compiled else 4) * qk + hidden + 2 * qk * c.qk_norm
     if c.norm == "rms" and not half:
         width += 4 * d + 2 * qk * c.qk_norm
+    linear = c.attention_kind == "linear"
+    if linear:  # elu(x) + 1 of queries and keys, sums of rows; keys and values of every query head
+        width += 2 * c.head_dim * (6 * c.n_heads - 2 * c.n_kv_heads)
     layer = int(N * (width * (1 if half else 2) + 8 + 4 * c.n_heads))
-    if not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks; behind a mask it keeps all weights
-        seen = T if c.sliding_window else (T + 64) // 2
+    if linear and c.sees_all:  # of each chunk the weights and the D x D matrix
+        layer += 4 * N * c.n_heads * (min(T, 64) + c.head_dim**2 // 64)
+    elif not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks; behind a mask it keeps all weights
+        seen = (T + 64) // 2 if c.sees_all else T
         layer += 4 * micro_batch * c.n_heads * T * min(T, seen)
-    if c.n_sinks:  # the plain path keeps scores, float32 weights and weights
+    if c.n_sinks or (linear and not c.sees_all):  # every score: as it is, as float32 weight, as weight
         layer += 3 * 4 * micro_batch * c.n_heads * T * T
     copies = 2 * (n["attention"] + n["ffn"]) if half else 0  # autocast's bfloat16 weights
     ends = 3 * bytes_per_activation * N * d  # the last norm's input, what it gives, and the gradient of that
@@ -1584,9 +1695,9 @@ def estimate_memory(
     if gradient_checkpointing:
         activations = bytes_per_activation * L * N * d + ends
         activations += copies + 4 * n["total"] if compiled else copies // L
-        backward += layer
+        backward += layer + int(extra)
     else:
-        activations = L * layer + ends + copies
+        activations = L * layer + int(len(c.moe_layers) * extra) + ends + copies
     parts = {
         "weights": 4 * n["total"],
         "gradients": 4 * n["total"],

@@ -210,8 +210,9 @@ class Plan:
         if name in self.shapes:
             return self.shapes[name]
         if (Path(name) / "config.json").exists():
-            return from_hf_config(read_json(Path(name) / "config.json"))
-        if (Path(name) / "run.json").exists():  # an adapter: the model it corrects
+            with contextlib.suppress(ValueError):  # one that model.py cannot compute, such as a tuned T5
+                return from_hf_config(read_json(Path(name) / "config.json"))
+        if (Path(name) / "run.json").exists():  # an adapter, or such a model: as its parent
             return self.shape(read_json(Path(name) / "run.json").get("parent") or "nothing")
         if name in ON_HUB:
             return ModelConfig(**ON_HUB[name])

@@ -52,6 +52,7 @@ from finetune import (
     add_chat_tokens,
     build_model,
     is_adapter,
+    is_smoke,
     kind_of,
     load_model,
     merge,
@@ -61,7 +62,7 @@ from finetune import (
     settle_dtype,
     why_not_ours,
 )
-from model import ModernDecoderLM
+from model import ModernDecoderLM, attention_mask
 from support.chat_template import TemplateError
 from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device, run_folder
 
@@ -167,11 +168,14 @@ def lay_out(bins: list[list[Row]], pad: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 def answer_loss(model: nn.Module, ids: Tensor, targets: Tensor, positions: Tensor, numbers: Tensor):
     """Cross-entropy on what the assistant says, (sum, count); conversations of a row don't see each other."""
-    mask = None
+    mask, net = None, getattr(model, "module", model)
+    ours = isinstance(net, ModernDecoderLM)
     if numbers.shape[1]:
-        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-        mask = ((numbers.unsqueeze(1) == numbers.unsqueeze(2)) & causal).unsqueeze(1)  # (B, 1, T, T)
-    if isinstance(getattr(model, "module", model), ModernDecoderLM):
+        window, stride = (net.config.sliding_window, net.config.sparse_stride) if ours else (0, 0)
+        at = torch.arange(ids.shape[1], device=ids.device)
+        same = numbers.unsqueeze(1) == numbers.unsqueeze(2)  # (B, T, T)
+        mask = (same & attention_mask(at, at, window, stride)).unsqueeze(1)  # (B, 1, T, T)
+    if ours:
         return model(ids, targets, positions=positions if mask is not None else None, mask=mask)
     if mask is not None:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -347,7 +351,7 @@ def sft(cfg: SFTConfig) -> dict:
         cfg, model, packed.tensors, loss=answer_loss, evaluate=evaluate,
         flops_per_row=(4 if cfg.lora_r else 6) * parameters * tokens,
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / packed.batches,
-        about=parents(cfg, model, **data) | {"smoke": smoke},
+        about=parents(cfg, model, **data) | {"smoke": smoke or is_smoke(cfg.model)},
     )  # fmt: skip
     said = sum(sum(s) for _, s in rows) / sum(len(s) for _, s in rows)
     trainer.say(

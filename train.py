@@ -45,7 +45,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -70,6 +70,7 @@ from model import (
 )
 from support.files import remove_folder, write_atomically, write_folder_atomically
 from support.machine import unusable_gpu
+from support.memory import is_out_of_memory
 from support.model_card import write_model_card
 from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 
@@ -237,6 +238,20 @@ class AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
 
 
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, eps: float = 1e-6) -> None:
+    """Scales the gradients, in place, so that the L2 norm of all of them together is at most `max_norm`
+    (Pascanu et al., 2013).
+
+    To be read; training uses torch's clip_grad_norm_, which does the same in few kernels.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = math.sqrt(sum(grad.float().square().sum() for grad in grads))
+    if norm > max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / (norm + eps))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal (Jordan et al., 2024), for the matrices of the layers.
 
@@ -331,6 +346,30 @@ def get_lr(
     if schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return max_lr + progress * (min_lr - max_lr)
+
+
+def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out) -> None:
+    """Writes weights, optimizer state and the number of steps done to `out`, a path or a binary file.
+
+    The smallest checkpoint from which training can go on. The Trainer's also hold the tokenizer and counters,
+    and have the weights in Hugging Face's format.
+    """
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
+    if isinstance(out, str | os.PathLike):
+        write_atomically(Path(out), lambda path: torch.save(state, path))
+    else:
+        torch.save(state, out)
+
+
+def load_checkpoint(src, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Reads what `save_checkpoint` wrote into the model and the optimizer; returns the iteration.
+
+    `src` is a path or a binary file. A pickle could hold code; weights_only=True refuses it.
+    """
+    state = torch.load(src, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["iteration"]
 
 
 LR_SETTINGS = ("learning_rate", "min_lr", "warmup_steps", "max_steps", "schedule", "decay_fraction")
@@ -1219,15 +1258,6 @@ def remove_run(folder: Path) -> None:
         elif not path.is_dir() and path.name != "run.json":
             path.unlink()
     (folder / "run.json").unlink()  # the last: who is killed before finds it and goes on
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU's or the CPU's memory was too small. On a CPU torch raises a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("not enough memory", "DefaultCPUAllocator", "Cannot allocate memory")
-    words += ("could not create a primitive",)  # oneDNN's
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:

@@ -60,6 +60,7 @@ from finetune import (
     TextModel,
     TrainingSet,
     collate,
+    is_smoke,
     length,
     load_model,
     sampled,
@@ -565,7 +566,7 @@ def train_channel(
     order = TrainingSet(
         rows, cfg.batch_size * cfg.grad_accum_steps * world(), cfg.seed, "causal", channel.pad
     )
-    smoke = bool(cfg.max_steps)
+    smoke = bool(cfg.max_steps) or is_smoke(cfg.model) or is_smoke(cfg.start)
     cfg.max_steps = cfg.max_steps or math.ceil(order.batches * cfg.epochs)
 
     def batch_of(step: int, first: int, count: int) -> tuple[Tensor, ...]:
@@ -629,7 +630,7 @@ def train_head(
     if cfg.grad_accum_steps * world() > 1:
         raise TrainError("--kind=head trains in one process without accumulation")
     batches = max(1, len(rows) // batch)
-    smoke = bool(cfg.max_steps)
+    smoke = bool(cfg.max_steps) or is_smoke(cfg.model)
     cfg.max_steps = cfg.max_steps or math.ceil(batches * cfg.epochs)
 
     def members(step: int) -> list[tuple[int, int]]:

@@ -222,7 +222,7 @@ def nearest(name: str, known) -> str:
 # Numbers: which of them mean something. Every number of every script is finite and at least 0, and
 
 AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size context_length n_layers
-    d_model n_heads experts_per_token n_experts n held_n rounds pairs seeds group
+    d_model n_heads experts_per_token n_experts moe_every n held_n rounds pairs seeds group
     rope_theta""".split()
 AT_MOST_1 = ["decay_fraction", "label_smoothing"]
 BELOW_1 = ["dropout", "lora_dropout", "beta1", "beta2"]

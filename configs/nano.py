@@ -1,5 +1,9 @@
 """An LLM-lab's GPT, nano: 30.2M parameters, of which GPT-2's vocabulary takes 19M. LayerNorm, learned
 positions, GELU and biases, as GPT-2 has them; the run folder loads as GPT2LMHeadModel.
+
+Needs TinyStories (2.2 GB to download) and a GPU with 4 GB: by the plan an hour on an RTX 3060. The same
+architecture without either: gpt_tiny.py. First python tokenizer.py configs/nano.py, which serves small.py and
+medium.py, too; then python train.py configs/nano.py.
 """
 
 name = "nano"

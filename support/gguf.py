@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import LLAMA, ModelConfig, ModernDecoderLM, architecture, write_atomically
+from model import LLAMA, SWITCHES, ModelConfig, ModernDecoderLM, architecture, write_atomically
 from support.chat_template import without_generation_marks
 from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer, spell
 
@@ -126,7 +126,7 @@ def refuse_unknown(c: ModelConfig) -> None:
     """Raises GGUFError for switches that llama.cpp has no architecture for."""
     if architecture(c) in ARCHITECTURES:
         return
-    switches = "norm norm_position positions ffn n_sinks qk_norm sliding_window bias capacity_factor".split()
+    switches = [*SWITCHES, "capacity_factor", "moe_every"]
     changed = {name: getattr(c, name) for name in switches if getattr(c, name) != getattr(LLAMA, name)}
     what = ", ".join(f"{name}={value!r}" for name, value in changed.items())
     raise GGUFError(

@@ -1,16 +1,41 @@
-"""Data sets on Hugging Face's hub: a file, or a table's rows, from the hub's cache or downloaded.
+"""Hugging Face's hub: a data set's file or rows, from the hub's cache or downloaded.
 
 HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the token of `hf auth login` are honoured: huggingface_hub and
 `datasets` do the work. What cannot be had is a DataError that gives the reason in one line.
 """
 
+import functools
+import os
 import re
+import sys
 
 from support.tables import DataError
 
 
+@functools.cache
+def unreachable() -> bool:
+    """Whether the hub does not answer within five seconds. From then on the libraries use their caches alone:
+    by themselves they would try again and again, for minutes.
+    """
+    import requests
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        requests.head(constants.ENDPOINT, timeout=5)
+        return False
+    except requests.RequestException:
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        return True
+
+
 def hub_file(repo: str, file: str) -> str:
     """The path of a data set's file in the hub's cache; it is downloaded if it is not there."""
+    unreachable()
     try:
         from huggingface_hub import hf_hub_download
 
@@ -24,6 +49,7 @@ def hub_rows(repo: str, config: str = "", split: str = "train") -> list[dict]:
 
     `datasets` finds its own cache without a network, but not the hub's, where `hf download` puts files.
     """
+    unreachable()
     try:
         from datasets import load_dataset
 
@@ -62,5 +88,5 @@ def why_not(error: Exception, repo: str) -> str:
         return f"{repo} comes as a script, which `datasets` does not run any more"
     if "LocalEntryNotFoundError" in kinds or re.search("LocalEntryNotFoundError|[Oo]ffline", text):
         offline = "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
-        return offline if constants.HF_HUB_OFFLINE else "no connection"
+        return offline if constants.HF_HUB_OFFLINE and not unreachable() else "no connection"
     return text[:150]

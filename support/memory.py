@@ -47,7 +47,9 @@ class Shape:
     head_dim: int
     d_ff: int
     ffn_temporaries: int  # tensors of width d_ff that are alive together in a feed-forward layer
-    sinks: bool = False  # attention sinks: model.py then computes attention with all its scores
+    all_scores: bool = False  # attention sinks, or linear attention with a mask: a prompt's scores are made
+    shares_prompts: bool = True  # on a CPU the samples of a prompt share its keys and values (KVCache.fork)
+    cache_copies: int = 0  # decoding: copies of a layer's keys or values, widened to all query heads
 
 
 def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
@@ -59,6 +61,7 @@ def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
         gated = config.ffn in ("swiglu", "moe")
         if config.ffn == "moe":  # the fullest expert gets a quarter more than its share (estimate_memory)
             experts = config.experts_per_token * (config.capacity_factor or 1.25)
+        linear = config.attention_kind == "linear"
         temporaries = 4 if gated else 2  # gate, up, silu(gate), product; or up, gelu(up)
         if not ours:  # Llama; and those whose GELU is computed step by step (NewGELUActivation)
             temporaries = 3 if gated and kind != "seq2seq" else 4
@@ -75,7 +78,9 @@ def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
             head_dim=config.head_dim,
             d_ff=math.ceil(config.d_ff * experts) if config.ffn == "moe" else config.d_ff,
             ffn_temporaries=temporaries,
-            sinks=config.n_sinks > 0,
+            all_scores=config.n_sinks > 0 or (linear and not config.sees_all),
+            shares_prompts=config.plain_attention,
+            cache_copies=4 if linear else 2 if config.n_sinks else 0,  # linear: elu(k) and elu(k) + 1 too
         )
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     first = lambda *names: next((v for n in names if (v := getattr(config, n, None))), None)  # noqa: E731
@@ -133,9 +138,10 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
         attention = size * N * (3 * s.d_model + q + 2 * kv) + 2 * size * s.n_heads * pairs
     elif not s.ours:
         attention += size * pairs
-    elif s.sinks:  # the equation as it stands: scores, float32 weights, weights
+    elif s.all_scores:  # the equation as it stands: scores, float32 weights, weights
         attention += 3 * 4 * s.n_heads * pairs
-    elif on_cpu:  # AttentionInBlocks: the scores of 64 queries, their softmax and that of the 64 before
+    elif on_cpu and not s.cache_copies:
+        # AttentionInBlocks: the scores of 64 queries, their softmax and that of the 64 before
         blocks = 2 if length <= 64 else 3
         attention += blocks * size * rows * s.n_heads * min(64, length) * length + 2 * size * N * kv
     mask = 0 if s.ours else pairs
@@ -183,8 +189,11 @@ def generation_bytes(
         return max(cache_bytes(s, rows, prompt, size) + reads, whole + max(int(copies), step))
     slots = 8 * math.ceil((prompt + new) / 8)
     first = cache_bytes(s, prompts, slots, size)  # what the prompts are read into
+    if s.cache_copies:  # and scores, float32 weights, weights
+        step += rows * s.n_heads * slots * (s.cache_copies * s.head_dim * size + 3 * 4)
     if on_cpu:
         whole = first + (cache_bytes(s, rows, new, size) if n > 1 else 0)
+        whole = whole if s.shares_prompts else cache_bytes(s, rows, slots, size)
         step += 4 * 4 * rows * s.n_heads * slots  # scores, masked, joined and their softmax
     else:
         whole = cache_bytes(s, rows, slots, size)
@@ -329,7 +338,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == 12  # ENOMEM
-    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory")
+    words += ("ALLOC_FAILED", "bad_alloc", "could not create a primitive")  # cuBLAS, C++, oneDNN
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

@@ -269,7 +269,10 @@ def other_programs(folder: Path, run: dict) -> list[str]:
         lines = ["lm-evaluation-harness, with the chat template:"]
     else:
         options = f"pretrained={folder},add_bos_token=True"
-        lines = ["lm-evaluation-harness must put `<|endoftext|>` before a text, as the training did:"]
+        lines = [
+            "lm-evaluation-harness must put `<|endoftext|>` before a text, as the training did (leave "
+            "`add_bos_token` out for tasks of perplexity, which do that by themselves):"
+        ]
     lines += ["", f"    lm_eval --model hf --model_args {options} --tasks ...", ""]
     return [*lines, f"llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file."]
 
@@ -305,9 +308,10 @@ def limits(run: dict, config: dict) -> list[str]:
     return lines
 
 
-def model_card(folder: Path) -> str:
-    """The text of README.md."""
-    run, adapter = read_json(folder / "run.json"), read_json(folder / "adapter_config.json")
+def model_card(folder: Path, run: dict | None = None) -> str:
+    """The text of README.md. `run` is what run.json holds, or will hold."""
+    run = run or read_json(folder / "run.json")
+    adapter = read_json(folder / "adapter_config.json")
     config = read_json(folder / "config.json")
     size = f"{run.get('parameters', 0) / 1e6:.1f}M parameters"
     if adapter:
@@ -346,9 +350,9 @@ def model_card(folder: Path) -> str:
     )
 
 
-def write_model_card(folder: str | Path) -> None:
-    """Writes README.md of a run folder, whole or not at all; a folder without run.json gets none."""
+def write_model_card(folder: str | Path, run: dict | None = None) -> None:
+    """Writes README.md of a run folder, atomically; `run` is read from run.json if it is not given."""
     folder = Path(folder)
-    if (folder / "run.json").exists():
-        text = model_card(folder)
+    if run or (folder / "run.json").exists():
+        text = model_card(folder, run)
         write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))

@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -268,6 +269,8 @@ def content(path: Path):
         return without_times(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
         return [without_times(json.loads(line)) for line in path.read_text().split("\n") if line]
+    if path.name == "README.md":
+        return re.sub(r"[\d.]+ minutes of training|[0-9a-f]{7,40}-dirty|[0-9a-f]{7,40}", "", path.read_text())
     if path.suffix == ".pt":
         import torch
 
@@ -303,7 +306,7 @@ def first_difference(a, b) -> str:
             if x != y:
                 return f" at {i}" + first_difference(x, y)
     with contextlib.suppress(TypeError):
-        return f": {len(a)} and {len(b)} long, {str(a)[:80]} and {str(b)[:80]}"
+        return f": {len(a)} and {len(b)} long, {str(a)[:80]!r} and {str(b)[:80]!r}"
     return f": {a} and {b}"
 
 

@@ -97,6 +97,12 @@ def left_out(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if name in top or name.startswith((".", "__pycache__"))}
 
 
+def environment(server, folder: Path) -> dict[str, str]:
+    """No GPU, no network but the local hub, no files in $DATA_DIR."""
+    env = os.environ | offline_but_for(server, folder / "home")
+    return env | {"DATA_DIR": str(folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
+
+
 def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
     """Exit status and output, which is shown as it comes, of `bash run_all.sh ...` in the copy."""
     print(f"\n$ bash run_all.sh {' '.join(words)}", flush=True)
@@ -111,6 +117,12 @@ def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
     return process.returncode, "".join(lines)
 
 
+def planned_stages(output: str) -> list[str]:
+    """The stages in the plan's table, which run_all.sh prints before it begins."""
+    table = output.partition("the plan, ")[2].partition("\nall ")[0]
+    return [line.split()[0] for line in table.splitlines()[2:]]
+
+
 def rehearse(project: Path, env: dict[str, str], profile: str, stages: list[str]) -> list[str]:
     """Runs a profile twice; returns what went wrong."""
     began = time.monotonic()
@@ -119,10 +131,8 @@ def rehearse(project: Path, env: dict[str, str], profile: str, stages: list[str]
     if status:
         return [f"{profile}: exit status {status}"]
     wrong = []
-    planned = [line.split("\t")[0] for line in (project / "out/plan.tsv").read_text().splitlines()]
-    for stage in planned:
-        if stage not in ran:
-            wrong.append(f"{profile}: {stage} was planned, and did not run")
+    if planned_stages(first) != ran:
+        wrong.append(f"{profile}: planned were {planned_stages(first)}, but {ran} ran")
     minutes = (time.monotonic() - began) / 60
     status, second = run(project, env, profile, *stages)
     done = re.findall(r"^== (\S+): done before", second, re.MULTILINE)
@@ -149,8 +159,7 @@ def main() -> None:
     project = copy_project(args.folder)
     wrong = []
     with serving(make_hub(args.folder / "hub")) as server:
-        env = os.environ | offline_but_for(server, args.folder / "home")
-        env |= {"DATA_DIR": str(args.folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
+        env = environment(server, args.folder)
         for profile in [args.profile] if args.profile else ["speedrun", "max3060"]:
             wrong += rehearse(project, env, profile, args.stages)
     if wrong:

@@ -41,7 +41,7 @@ from support.long_context import (
     rolling,
     stretched_rope,
 )
-from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from tokenizer import SPECIAL_TOKENS, Tokenizer, tokens_folder, train_bpe
 from train import model_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,6 +334,7 @@ def test_a_run_that_fails_is_an_entry_that_says_why(text, tmp_path):
     script.prepare_tokens(runs)
     runs[1].flags.append("--tokens=nowhere")
     failed = script.train_all(runs[1:], 1)
+    assert script.log_of(runs[1]).read_text().startswith("$ ")
     entry = compared("qk_norm", runs, failed)
     assert "nowhere" in entry["failed"][1] and "bits_per_byte" not in entry
     assert "failed: " in "\n".join(script.table({"qk_norm": entry}))
@@ -360,3 +361,62 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
     assert json.loads(file.read_text())["status"] != "running"
     cfg = ExperimentConfig(only="qk_norm", corpus=text, out=str(tmp_path), seeds=1)
     assert not script.finished(plan(cfg)[0])
+
+
+def begun(run: script.Run, **settings) -> None:
+    """The folder of a run that was interrupted."""
+    found = {"status": "interrupted", "settings": vars(settings_of(run.words())) | settings}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "run.json").write_text(json.dumps(found))
+
+
+def test_a_begun_run_goes_on_and_one_with_other_settings_starts_anew(tmp_path):
+    (run, *_) = plan(ExperimentConfig(only="qk_norm", out=str(tmp_path), seeds=1))
+    assert script.way_to_start(run) == "new"
+    begun(run)
+    assert script.way_to_start(run) == "resume" and not script.finished(run)
+    for changed in ({"max_steps": 3}, {"batch_size": 5}, {"learning_rate": 1.0}):
+        begun(run, **changed)
+        assert script.way_to_start(run) == "overwrite", changed
+    begun(run)
+    saved = json.loads((run.folder / "run.json").read_text())
+    del saved["settings"]["attention_kind"]  # as in a run that was made before there was this setting
+    (run.folder / "run.json").write_text(json.dumps(saved))
+    assert script.way_to_start(run) == "resume"
+    (run.folder / "run.json").write_text('{"status": "interr')
+    assert script.way_to_start(run) == "overwrite", "a damaged run.json does not stop the lab"
+
+
+def test_a_run_that_cannot_go_on_starts_anew_and_keeps_its_log(tmp_path, monkeypatch, capsys):
+    """A stand-in for train.py that refuses to resume."""
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    code = "import sys\nprint(sys.argv[-1])\nsys.exit('no' if sys.argv[-1] != '--overwrite' else 0)\n"
+    (tmp_path / "train.py").write_text(code)
+    (run, other) = plan(ExperimentConfig(only="qk_norm", out=str(tmp_path), seeds=1))
+    begun(run)
+    assert script.train_all([run], 1) == {}
+    assert "it starts anew" in capsys.readouterr().out
+    log = script.log_of(run).read_text()
+    assert log.count("$ ") == 2 and "no\n" in log and log.endswith("--overwrite\n")
+    assert script.train_all([other], 1) == {str(other.folder): "no"}, "a new run is tried once"
+
+
+def test_half_made_tokens_are_completed(text, tmp_path):
+    runs = plan(ExperimentConfig(only="qk_norm", quick=True, corpus=text, out=str(tmp_path)))
+    folder = tokens_folder(settings_of(runs[0].words()))
+    script.prepare_tokens(runs)
+    assert script.has_tokens(folder)
+    for name in ("train.json", "validation.bin", "tokenizer.json"):
+        (folder / name).unlink()
+        assert not script.has_tokens(folder)
+        script.prepare_tokens(runs)
+        assert script.has_tokens(folder), name
+
+
+def test_failed_runs_are_named_and_give_a_status(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments.py"])
+    monkeypatch.setattr(script, "experiment", lambda cfg: {"failed": {"out/a-s1": "why"}})
+    with pytest.raises(SystemExit, match="out/a-s1: why"):
+        script.main()
+    monkeypatch.setattr(script, "experiment", lambda cfg: {"failed": {}})
+    script.main()

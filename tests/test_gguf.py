@@ -131,8 +131,10 @@ def test_a_sliding_window_becomes_the_context(runs, tmp_path):
 
 def test_what_llama_cpp_does_not_compute_is_refused_by_name(tiny, tmp_path):
     tokenizer = Tokenizer.load(tiny["base"])
-    for switches in (dict(n_sinks=1), dict(norm_position="post"), dict(ffn="gelu")):
-        config = ModelConfig(vocab_size=400, n_layers=1, d_model=32, n_heads=2, **switches)
+    experts = dict(ffn="moe", n_experts=2)
+    for switches in (dict(n_sinks=1), dict(norm_position="post"), dict(ffn="gelu"), dict(sparse_stride=4),
+                     dict(attention_kind="linear"), dict(moe_every=2) | experts):  # fmt: skip
+        config = ModelConfig(vocab_size=400, n_layers=2, d_model=32, n_heads=2, **switches)
         save_pretrained(ModernDecoderLM(config), tmp_path / "odd")
         tokenizer.save(tmp_path / "odd")
         with pytest.raises(GGUFError, match=next(iter(switches))):

@@ -27,9 +27,11 @@ from model import (
     RMSNorm,
     SwiGLU,
     apply_rope,
+    architecture,
     as_many_of_each,
     attention,
     attention_mask,
+    causal_linear_attention,
     count_parameters,
     cross_entropy,
     estimate_flops,
@@ -39,6 +41,7 @@ from model import (
     from_pretrained,
     kv_cache_bytes,
     linear,
+    linear_attention,
     one_query,
     rms_norm,
     sample,
@@ -65,6 +68,7 @@ VARIANTS = {  # name -> what differs from a small Llama
     "mixtral, window": MOE | {"sliding_window": 6, "tie_embeddings": False},
     "top-1": MOE | {"experts_per_token": 1},
     "capacity": MOE | {"capacity_factor": 1.0},
+    "moe, every second block": MOE | {"moe_every": 2, "bias": True, "n_layers": 3},
     "post-norm": {"norm_position": "post"},
     "no norm": {"norm": "none"},
     "post, none": {"norm": "none", "norm_position": "post"},
@@ -72,6 +76,11 @@ VARIANTS = {  # name -> what differs from a small Llama
     "no positions": {"positions": "none", "n_kv_heads": 2},
     "sinks": {"n_sinks": 2, "n_kv_heads": 2},
     "sinks, window": {"n_sinks": 1, "sliding_window": 4},
+    "sparse": {"sparse_stride": 3, "n_kv_heads": 2},
+    "sparse, window, sinks": {"sparse_stride": 2, "sliding_window": 7, "n_sinks": 1},
+    "linear": {"attention_kind": "linear", "n_kv_heads": 2},
+    "linear, sparse": {"attention_kind": "linear", "sparse_stride": 3, "qk_norm": True},
+    "linear, no positions": {"attention_kind": "linear", "positions": "none"},
     "silu": {"ffn": "silu"},
     "gelu, biases": {"ffn": "gelu", "bias": True, "norm": "layer"},
     "gpt2, untied": GPT | {"tie_embeddings": False},
@@ -553,6 +562,10 @@ def test_autocast_keeps_the_residual_stream_in_bfloat16_on_a_card_and_nearly_the
         ({"positions": "alibi"}, "positions='alibi'"),
         ({"n_heads": 0}, "n_heads=0"),
         ({"vocab_size": 0}, "vocab_size=0"),
+        ({"ffn": "moe", "moe_every": 0}, "moe_every=0"),
+        ({"ffn": "moe", "moe_every": 3}, "moe_every=3 of n_layers=2"),
+        ({"attention_kind": "linear", "n_sinks": 1}, "n_sinks=1: .* attention_kind='linear'"),
+        ({"attention_kind": "cosine"}, "attention_kind='cosine'"),
     ],
 )
 def test_an_impossible_config_is_refused(changes, message):
@@ -707,12 +720,83 @@ def test_attention_mask_is_causal_and_as_wide_as_the_window():
     assert attention_mask(at, at, 2).sum(-1).tolist() == [1, 2, 2, 2, 2]
 
 
+def test_a_strided_mask_has_a_band_and_every_nth_token_before_it():
+    at = torch.arange(9)
+    assert attention_mask(at, at, stride=3)[8].nonzero().flatten().tolist() == [2, 5, 6, 7, 8]
+    assert attention_mask(at, at, 7, stride=3)[8].nonzero().flatten().tolist() == [2, 5, 6, 7, 8]
+    assert attention_mask(at, at, 6, stride=3)[8].nonzero().flatten().tolist() == [5, 6, 7, 8]
+    for stride in (1, 8):  # every token, or a band as long as the text
+        assert torch.equal(attention_mask(at, at, stride=stride)[:8, :8], attention_mask(at, at)[:8, :8])
+    two_layers = attention_mask(at, at, stride=3).float().matrix_power(2) > 0
+    assert torch.equal(two_layers, attention_mask(at, at)), "two layers reach every token"
+
+
+def linear_attention_by_recurrence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Katharopoulos et al., 2020, eq. 16 to 20: a state of D x D numbers that each token adds to."""
+    state, total, out = torch.zeros(k.shape[-1], v.shape[-1]), torch.zeros(k.shape[-1]), []
+    for query, key, value in zip(F.elu(q) + 1, F.elu(k) + 1, v, strict=True):
+        state = state + torch.outer(key, value)
+        total = total + key
+        out.append(query @ state / (query @ total))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("T", [1, 5, 64, 65, 150])
+def test_linear_attention_in_chunks_behind_a_mask_and_by_recurrence_is_the_same(T):
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(T, 8, generator=generator).requires_grad_() for _ in range(3))
+    causal = attention_mask(torch.arange(T), torch.arange(T))
+    expected = linear_attention_by_recurrence(q, k, v)
+    masked, weights = linear_attention(q, k, v, causal)
+    assert close(weights.sum(-1), torch.ones(T), 1e-5) and (weights[~causal] == 0).all()
+    gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for found in (causal_linear_attention(q, k, v), masked):
+        assert close(found, expected, 1e-5)
+        for a, b in zip(torch.autograd.grad(found.square().sum(), (q, k, v)), gradients, strict=True):
+            assert close(a, b, 1e-4)
+
+
+def test_linear_attention_survives_features_that_round_to_zero():
+    q, k, v = torch.full((1, 70, 4), -100.0), torch.randn(1, 70, 4), torch.randn(1, 70, 4)
+    assert torch.equal(causal_linear_attention(q, k, v), torch.zeros(1, 70, 4))
+    assert torch.equal(linear_attention(q, k, v)[0], torch.zeros(1, 70, 4))
+
+
+def test_the_time_of_linear_attention_grows_with_the_length_and_not_its_square():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(T: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            causal_linear_attention(*torch.randn(3, 1, 2, T, 16))
+        return counter.get_total_flops()
+
+    assert flops(2048) == 4 * flops(512)
+
+
+def test_linear_attention_is_nearly_the_same_in_bfloat16():
+    ours, ids = make(attention_kind="linear", n_kv_heads=2), tokens(2, 40)
+    with torch.no_grad():
+        expected = ours(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours(ids).float()
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 # -----------------------------------------------------------------------------
 # Layers alone
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kv_heads": 2}, {"sliding_window": 3}, {"qk_norm": True, "n_kv_heads": 1}]
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"sliding_window": 3},
+        {"qk_norm": True, "n_kv_heads": 1},
+        {"sparse_stride": 2},
+        {"attention_kind": "linear", "n_kv_heads": 2},
+        {"attention_kind": "linear", "sparse_stride": 2},
+    ],
 )
 @pytest.mark.parametrize("given", [None, "mask", "mask per row"])
 def test_the_plain_attention_path_equals_the_fast_one(changes, given):
@@ -724,8 +808,9 @@ def test_the_plain_attention_path_equals_the_fast_one(changes, given):
         y, w = layer(x, mask=mask, weights=True)
         assert close(layer(x, mask=mask), y, 1e-5)
     assert w.shape == (2, 4, 7, 7) and close(w.sum(-1), torch.ones(2, 4, 7), 1e-5)
-    seen = mask if mask is not None else attention_mask(*[torch.arange(7)] * 2, layer.config.sliding_window)
-    assert (w[~seen.expand_as(w)] == 0).all()
+    if mask is None:
+        mask = attention_mask(*[torch.arange(7)] * 2, layer.config.sliding_window, layer.config.sparse_stride)
+    assert (w[~mask.expand_as(w)] == 0).all()
 
 
 def test_sinks_at_minus_infinity_make_a_layer_without_sinks():
@@ -966,6 +1051,44 @@ def test_auxiliary_losses_count_in_training_alone_and_per_target():
     assert aux > 0 and torch.allclose(trained, plain + n * aux)
 
 
+def test_with_moe_every_2_every_second_block_has_experts_and_an_auxiliary_loss():
+    ours, ids = make(**MOE | {"moe_every": 2, "n_layers": 5}), tokens(2, 12)
+    kinds = [type(block.mlp) for block in ours.model["layers"]]
+    assert kinds == [SwiGLU, MoE, SwiGLU, MoE, SwiGLU] and list(ours.config.moe_layers) == [1, 3]
+    plain, n = ours(ids[:, :-1], ids[:, 1:])
+    aux = sum(ours.model["layers"][layer].mlp.stats["aux_loss"] for layer in (1, 3))
+    trained, _ = ours.train()(ids[:, :-1], ids[:, 1:])
+    assert aux > 0 and torch.allclose(trained, plain + n * aux)
+
+
+def test_a_model_with_one_expert_in_some_blocks_is_the_dense_model():
+    dense = make(n_layers=3)
+    moe = ModernDecoderLM(tiny(n_layers=3, ffn="moe", n_experts=1, experts_per_token=1, moe_every=2)).eval()
+    state, mlp = dense.state_dict(), "model.layers.1.mlp."
+    for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        state[mlp + ours] = state.pop(f"{mlp}{theirs}.weight").unsqueeze(0)
+    state[f"{mlp}gate.weight"] = torch.randn(1, 32)
+    moe.load_state_dict(state)
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert close(moe(ids), dense(ids), 1e-4)
+    assert moe.generate([[1, 2, 3]], 9, temperature=0) == dense.generate([[1, 2, 3]], 9, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [MOE | {"moe_every": 2}, {"sparse_stride": 3}, {"attention_kind": "linear"}], ids=str
+)
+def test_what_transformers_does_not_compute_is_saved_as_our_own_architecture(changes, tmp_path):
+    make(**changes).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "modern_llm" and "modern_llm" in saved
+    assert {name: saved["modern_llm"][name] for name in changes} == changes
+
+
+def test_switches_that_have_no_effect_leave_the_architecture():
+    assert architecture(tiny(moe_every=2)) == "llama" and architecture(tiny(**MOE)) == "mixtral"
+
+
 # -----------------------------------------------------------------------------
 # The key-value cache
 
@@ -1013,7 +1136,7 @@ def test_kv_cache_gives_the_same_logits_as_the_full_forward(changes):
         assert close(feed(ours, cache, ids, chunks), full, 2e-5), chunks
 
 
-@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "sinks, window"])
+@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "sinks, window", "sparse", "linear"])
 def test_chunks_of_unequal_length_append_to_ragged_rows(name):
     ours, texts = make(**VARIANTS[name]), [tokens(1, n, seed=n)[0] for n in (11, 6, 9)]
     cache, at, seen = KVCache(ours.config, 3, 20), [0, 0, 0], [[], [], []]
@@ -1122,7 +1245,14 @@ def rolled_reference(model, text: list[int], slots: int, keep: int) -> Tensor:
                 scores = (query @ keys.T / math.sqrt(c.head_dim))[0]
                 if c.n_sinks:
                     scores = torch.cat([scores, a.sinks[i]])
-                heads.append(scores.softmax(-1)[: here + 1] @ values)
+                if c.sparse_stride:
+                    seen = attention_mask(torch.tensor([here]), torch.arange(here + 1), 0, c.sparse_stride)[0]
+                    scores = scores.masked_fill(~seen, -torch.inf)
+                w = scores.softmax(-1)[: here + 1]
+                if c.attention_kind == "linear":
+                    w = (F.elu(query) + 1) @ (F.elu(keys) + 1).T
+                    w = (w / w.sum())[0]
+                heads.append(w @ values)
             x = x + a.o_proj(torch.cat(heads))
             x = x + block.mlp(block.post_attention_layernorm(x))
         logits.append(model.head @ model.model["norm"](x))
@@ -1130,7 +1260,7 @@ def rolled_reference(model, text: list[int], slots: int, keep: int) -> Tensor:
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4])
-@pytest.mark.parametrize("name", ["gqa", "qwen3", "no positions", "sinks", "top-1"])
+@pytest.mark.parametrize("name", ["gqa", "qwen3", "no positions", "sinks", "top-1", "sparse", "linear"])
 def test_a_rolled_cache_equals_the_list_of_kept_tokens(name, keep):
     ours, ids, slots = make(**VARIANTS[name]), tokens(2, 30), 9
     expected = torch.stack([rolled_reference(ours, row.tolist(), slots, keep) for row in ids])
@@ -1401,7 +1531,7 @@ def test_under_autocast_the_cache_is_bfloat16_and_generation_works():
 
 
 @pytest.mark.skipif(not os.environ.get("RUN_SLOW"), reason="compiles for about a minute; RUN_SLOW=1 runs it")
-@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "mixtral"])
+@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "mixtral", "linear"])
 def test_compiled_decoding_gives_the_same_tokens(name):
     ours = make(**VARIANTS[name])
     for options in ({"temperature": 0}, {"seed": 3, "n": 2}, {"stop_tokens": [4, 5]}):
@@ -1411,7 +1541,7 @@ def test_compiled_decoding_gives_the_same_tokens(name):
         assert ours.generate(PROMPTS, 10, compile=True, **options) == ours.generate(PROMPTS, 10, **options)
 
 
-@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "qwen3", "sinks"])
+@pytest.mark.parametrize("name", ["gqa", "mistral", "learned", "qwen3", "sinks", "sparse", "linear"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -1513,6 +1643,25 @@ def test_flops_of_a_moe_count_the_experts_that_a_token_visits():
     assert counts["total"] - counts["active"] == 2 * 2 * 3 * 32 * 24
 
 
+def test_with_moe_every_2_half_of_the_layers_cost_what_dense_ones_do():
+    dense = tiny(n_layers=4, d_ff=MOE["d_ff"])
+    mixed, moe = tiny(n_layers=4, moe_every=2, **MOE), tiny(n_layers=4, **MOE)
+    flops = [estimate_flops(c) for c in (dense, mixed, moe)]
+    parameters = [count_parameters(c)["total"] for c in (dense, mixed, moe)]
+    activations = [estimate_memory(c, 8)["activations"] for c in (dense, mixed, moe)]
+    for low, middle, high in (flops, parameters, activations):
+        assert low < middle < high and middle == pytest.approx((low + high) / 2, abs=2)
+    low, middle, high = (
+        estimate_memory(c, 8, gradient_checkpointing=True)["peak"] for c in (dense, mixed, moe)
+    )
+    assert low < middle < high
+
+
+def test_linear_attention_costs_as_much_at_any_length():
+    linear, softmax = tiny(attention_kind="linear"), tiny()
+    assert estimate_flops(linear, 4096) == estimate_flops(linear, 512) < estimate_flops(softmax, 512)
+
+
 def bytes_saved_for_backward(config: ModelConfig, batch: int) -> int:
     """What autograd really keeps of a float32 forward pass up to the head, parameters excluded."""
     ours, storages = ModernDecoderLM(config).train(), {}
@@ -1540,6 +1689,9 @@ def bytes_saved_for_backward(config: ModelConfig, batch: int) -> int:
         {"norm": "none", "sliding_window": 16},
         {"n_sinks": 2},
         {"context_length": 300, "n_kv_heads": 2},
+        {"context_length": 300, "sparse_stride": 16},
+        {"context_length": 300, "attention_kind": "linear"},
+        {"context_length": 128, "attention_kind": "linear", "n_kv_heads": 2},
     ],
     ids=str,
 )

@@ -46,6 +46,13 @@ def test_an_adapter_has_the_shape_of_what_it_corrects(tmp_path):
     assert Plan(PlanConfig()).shape(str(tmp_path)).d_model == 768
 
 
+def test_a_tuned_model_that_model_py_cannot_compute_has_the_shape_of_its_parent(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "run.json").write_text('{"stage": "finetune", "parent": "google/flan-t5-small"}')
+    plan = Plan(PlanConfig())
+    assert plan.shape(str(tmp_path)) == plan.shape("google/flan-t5-small")
+
+
 @pytest.mark.parametrize("loss", ["text", "packed", "answers"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_steps_of_every_kind_of_stage_are_measured(loss, optimizer):

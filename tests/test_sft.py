@@ -14,7 +14,7 @@ import torch
 import sft as script
 from data import DataError, corpus_info, documents, load_conversations, talk
 from finetune import TextModel, load_model
-from model import ModernDecoderLM, load_tensors
+from model import ModelConfig, ModernDecoderLM, load_tensors
 from sft import (
     PackedSet,
     SFTConfig,
@@ -75,6 +75,23 @@ def test_packed_loss_and_gradient_equal_those_of_conversations_one_by_one(settin
         assert total == pytest.approx(sum(t for t, _, _ in alone), rel=1e-5)
         for i, grad in enumerate(grads):
             torch.testing.assert_close(grad, sum(g[i] for _, _, g in alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "switches", [dict(sliding_window=4), dict(sparse_stride=3), dict(attention_kind="linear")], ids=str
+)
+def test_packing_keeps_the_models_own_window_stride_and_kind_of_attention(switches):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=40, context_length=40, n_layers=2, d_model=16, n_heads=2, **switches)
+    model = ModernDecoderLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10 if p.dim() > 1 else 1)  # attention is nearly uniform at initialisation
+    rows = [(list(range(start, start + n)), [True] * n) for start, n in ((1, 15), (9, 20), (3, 4))]
+    alone = [answer_loss(model, *lay_out([[row]], 0)) for row in rows]
+    packed, count = answer_loss(model, *lay_out([rows], 0))
+    assert count == sum(n for _, n in alone)
+    assert packed.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
 
 
 def test_a_row_without_its_mask_would_be_seen(settings):
