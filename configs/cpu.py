@@ -12,6 +12,7 @@ learn_megabytes = 10
 train_megabytes = 12
 split_digits = True  # a number is copied and added digit by digit; with a token for each, SFT failed
 context_length = 256
+hypothesis = "A small model can learn to tell stories and to copy numbers from one mixture."
 
 n_layers = 4
 d_model = 128

@@ -7,6 +7,7 @@ model = "out/sft"
 data = "arithmetic"
 problems = 5000
 n = 4  # answers; the verifier learns from the same ones
+hypothesis = "Pairs of the model's own answers raise greedy accuracy over SFT."
 
 beta = 0.5
 nll = 30.0

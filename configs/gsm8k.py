@@ -5,6 +5,7 @@ The last 500 problems of the train split serve as validation; report on the test
 
 task = "gsm8k"
 model = "gpt2"
+hypothesis = "GPT-2 learns the form of a solution, and a few percent of the answers."
 
 epochs = 3.0
 batch_size = 8

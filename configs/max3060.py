@@ -9,6 +9,7 @@ corpus = "fineweb_edu"
 vocab_size = 32_768
 split_digits = True
 context_length = 1024
+hypothesis = "A day on 12 GB buys the lowest loss at about 100M parameters."
 
 n_layers = 14
 d_model = 768

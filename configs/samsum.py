@@ -5,6 +5,7 @@ FLAN was trained on SAMSum among others: what it does before this is not zero-sh
 
 task = "samsum"
 model = "google/flan-t5-small"
+hypothesis = "FLAN-T5 summarises dialogues better after tuning on them, by ROUGE-L."
 
 epochs = 3.0
 batch_size = 8

@@ -9,6 +9,7 @@ task = "sentiment"
 model = "out/base"
 method = "head"
 lora_r = 16
+hypothesis = "LoRA and a head tell good reviews from bad ones, which the prompted base cannot."
 
 epochs = 2.0
 batch_size = 32

@@ -7,6 +7,7 @@ Small batches: as many tokens in batches of 8 rows left it 7 points behind (repo
 name = "sft"
 model = "out/base"
 data = "arithmetic@3000,instructions@600,storyworld@300"
+hypothesis = "Solved problems teach the base to solve new ones; a few stories keep what it knew."
 
 epochs = 3.0
 batch_size = 4
