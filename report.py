@@ -608,7 +608,8 @@ def attention(home: Path) -> list[Block]:
         fig, axes = plt.subplots(1, len(found["scores"]), figsize=(11, 2.8))
         for panel, (score, values) in zip(axes, found["scores"].items(), strict=True):
             image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            panel.set(title=score, xlabel="head", xticks=range(len(values[0])), yticks=range(len(values)))
+            panel.set(title=score, xlabel="head")
+            panel.locator_params(integer=True, min_n_ticks=1)
         axes[0].set_ylabel("layer")
         fig.colorbar(image, ax=axes, fraction=0.02)
         caption = f"{name}: scores of every head on random tokens that come twice. 1: all of its attention; "
@@ -628,7 +629,7 @@ def attention_map(file: str, name: str, example: dict) -> Figure:
     heads = example["heads"]
     across = min(len(heads), 2 if len(heads) <= 4 else 4)
     down = math.ceil(len(heads) / across)
-    side = 11 / across if across > 1 else 6.5
+    side = min(11 / across, 6.5, 2 + len(labels) / 4)  # inches
     size = max(3, min(7, 72 * side / (1.6 * len(labels))))
     fig, axes = plt.subplots(down, across, figsize=(side * across, 0.95 * side * down), squeeze=False)
     for panel in axes.flat[len(heads) :]:
