@@ -311,7 +311,8 @@ def test_the_numbers_of_every_script_are_in_range_by_default():
         for name, Config in vars(importlib.import_module(script)).items():
             if name.endswith("Config") and dataclasses.is_dataclass(Config):
                 values = {f.name: f.default for f in dataclasses.fields(Config)}
-                configs.check_numbers(values, {"max_steps": 0, "dropout": -1.0, "context_length": 0})
+                outside = {"max_steps": 0, "dropout": -1.0, "context_length": 0, "layer": -1, "head": -1}
+                configs.check_numbers(values, outside)
 
 
 # -----------------------------------------------------------------------------
