@@ -63,7 +63,6 @@ line each.
 from support.terminal import run_script
 
 import json
-import math
 import re
 import sys
 import time
@@ -778,11 +777,6 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[str], list[int]]:
         raise ConfigError(f"--shots={cfg.shots} must be whole numbers, joined by commas: 0,4") from None
     if min(shots) < 0:
         raise ConfigError(f"--shots={cfg.shots} must be 0 or more")
-    for name in ("limit", "seed", "samples", "battery", "contamination", "context_length", "stride"):
-        if getattr(cfg, name) < 0:
-            raise ConfigError(f"--{name}={getattr(cfg, name)} must be 0 or more (0: the default)")
-    if not (math.isfinite(cfg.temperature) and cfg.temperature >= 0):
-        raise ConfigError(f"--temperature={cfg.temperature} must be 0 or more")
     for task in tasks:
         known = task in TASKS or task in CORPORA or task in EMBEDDED or Path(task).exists()
         if not known and not re.search(r"[*?[:]", task):

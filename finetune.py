@@ -992,9 +992,7 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     device = pick_device(cfg.device)
     if is_adapter(cfg.model):  # goes on with the adapter that is there
         if (other := kind_of(cfg.model, read_config(cfg.model))) != kind:
-            raise TrainError(
-                f"{cfg.model} is an adapter of the kind {other}, not {kind}: start from its base"
-            )
+            raise TrainError(f"{cfg.model} is an adapter of kind {other}, not of kind {kind}: use its base")
         rank = read_json(Path(cfg.model) / "adapter_config.json")["r"]
         if cfg.lora_r not in (0, rank):
             raise TrainError(f"{cfg.model} is an adapter of rank {rank}: --lora_r={rank}, or leave it out")

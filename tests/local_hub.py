@@ -510,6 +510,7 @@ def offline_but_for(server: ThreadingHTTPServer, home: Path) -> dict[str, str]:
     """Environment of a process that reaches this hub and no other address."""
     nowhere = "http://127.0.0.1:9"
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}  # whatever other tests have set
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         env |= {name: nowhere, name.upper(): nowhere}
     return env | {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}

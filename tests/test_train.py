@@ -884,8 +884,8 @@ class Payload:
 
 def test_pickled_code_in_a_checkpoint_is_not_run(settings, tmp_path, monkeypatch, capsys):
     interrupt_after(5, monkeypatch, settings(keep_last=1, eval_every=0))
-    (checkpoint,) = train.checkpoints(tmp_path / "run")
-    torch.save({"step": 6, "best": Payload()}, checkpoint / "state.pt")
+    for checkpoint in train.checkpoints(tmp_path / "run"):
+        torch.save({"step": 6, "best": Payload()}, checkpoint / "state.pt")
     assert "none of the checkpoints" in command_line(monkeypatch, settings(keep_last=1, eval_every=0))
     assert "PICKLED CODE RAN" not in capsys.readouterr().out
 
