@@ -489,7 +489,8 @@ def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) ->
         share = np.exp(sharpness * (score - score.max(1, keepdims=True)))
         return np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
 
-    sharpness = max((0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), key=likelihood)
+    choices = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    sharpness = max(choices, key=likelihood) if mixed.any() else 1.0
     coefficients = logistic(evidence(parts, lengths), right.ravel())
     best_of = {str(w): float(right[np.arange(len(right)), s.argmax(1)].mean()) for w, s in scores.items()}
     return {"lambda": weight, "sharpness": sharpness, "logistic": coefficients, "validation": best_of}
