@@ -12,7 +12,7 @@ tasks are read from $DATA_DIR (default `data/`), or downloaded.
     python data.py --task=gsm8k --split=test                     # questions as a model sees them, [answers]
 
 Reads $DATA_DIR, and what is not there from Hugging Face's hub, through its cache in $HF_HOME. The other files
-import `documents` and `corpus_info`, `load_task`, `judge`, `calculate` and the metrics; a new story plot is a
+use `documents` and `corpus_info`, `load_task`, `judge`, `calculate` and the metrics; a new story plot is a
 paragraph of text in PLOTS, and a new task an entry in TASKS.
 """
 

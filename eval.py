@@ -141,8 +141,8 @@ class EvalConfig:
     temperature: float = 1.0  # of these samples
     attention: bool = False  # what the heads look at, instead of tasks
     text: str = ""  # attention: the text whose maps are made; nothing: two of ours
-    layer: int = -1  # attention: maps of this layer, from 0; -1: of the foremost heads, or with --head of all
-    head: int = -1  # attention: maps of this head, from 0; -1: of the foremost heads, or with --layer of all
+    layer: int = -1  # attention: maps of this layer, from 0; -1: top-scoring heads, or with --head all layers
+    head: int = -1  # attention: maps of this head, from 0; -1: top-scoring heads, or with --layer all heads
     streams: bool = False  # texts longer than the context, instead of tasks
     battery: int = 0  # so many held-out instructions are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
@@ -561,7 +561,7 @@ def describe(entry: dict) -> list[str]:
     if entry["items"] < entry["of"]:
         notes.append(f"a sample of {entry['of']:,}, seed {entry['seed']}")
     if entry.get("majority_class"):
-        notes.append(f"the commoner class alone: {100 * entry['majority_class']:.1f}")
+        notes.append(f"always the most frequent class: {100 * entry['majority_class']:.1f}")
     if entry.get("cut"):
         notes.append(f"{entry['cut']} texts were too long and lost their end")
     if entry.get("shots_dropped"):
@@ -695,8 +695,8 @@ def show_attention(name: str, cfg: EvalConfig, device: torch.device) -> None:
         print(f"  most {score}: layer {layer}, head {head}: {found['scores'][score][layer][head]:.3f}")
     if copies := found.get("copies"):
         shares = ", ".join(f"of {kind} {share:.0%}" for kind, share in copies.items())
-        print(f"  digits copied where they are told again: {shares}")
-    print(f"  {len(found['maps'])} maps in {file}; python report.py draws them")
+        print(f"  copy accuracy on repeated digits: {shares}")
+    print(f"  attention maps of {len(found['maps'])} text(s) in {file}; python report.py draws them")
 
 
 def with_maps(before: list[dict], new: list[dict]) -> list[dict]:

@@ -109,7 +109,7 @@ class FinetuneConfig(AdaptConfig):
 
 
 # -----------------------------------------------------------------------------
-# A model to ask: whatever library computes it, whatever architecture it has
+# TextModel: one interface to every library and architecture
 
 KINDS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 KINDS |= {"head": "AutoModelForSequenceClassification"}
@@ -117,11 +117,11 @@ LORA_KINDS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "head": "SEQ_CLS
 
 
 class TextModel:
-    """A model and its tokenizer behind three questions: how likely is this answer, which class, what follows?
+    """A model and its tokenizer with three operations: likelihoods of answers, class scores, generation.
 
-    `kind`: "causal" continues a text, "seq2seq" answers one, "head" gives classes. `model` is a
-    ModernDecoderLM or one of transformers' (perhaps in PEFT's wrapping): both give the same numbers, which a
-    test asserts. A model that was instruction-tuned (`chat`) is asked in turns of a conversation.
+    `kind`: "causal" (decoder), "seq2seq" (encoder-decoder) or "head" (classifier). `model` is a
+    ModernDecoderLM or a transformers model, with or without a PEFT adapter; a test asserts that both give the
+    same numbers. `chat`: prompts are turns of a conversation, for instruction-tuned models.
     """
 
     def __init__(
@@ -139,19 +139,19 @@ class TextModel:
         own = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
         self.context_length = min(own, context_length or own)
         self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
-        if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head must know where a text ends
+        if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head finds the end of a text by it
             model.config.pad_token_id = self.pad
-        self.before, self.behind = self.bos, []  # the special tokens around a prompt
+        self.before, self.behind = self.bos, []  # special tokens before and after a prompt
         if kind != "causal" and isinstance(tokenizer, HubTokenizer):
             self.before, self.behind = tokenizer.frame()
         known, named = model.config.vocab_size, tokenizer.vocab_size
         # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
         if named > known and not (self.ours and known == 50257):
             raise TrainError(
-                f"{name} knows {known:,} tokens, its tokenizer {named:,}: they do not fit together"
+                f"{name} has {known:,} tokens, but its tokenizer has {named:,}: they do not belong together"
             )
-        # Turns are marked as the model's own chat template does, else as ours, or in words if the model lacks
-        # the special tokens of ours.
+        # Chat template: the model's own; else ours; else words ("User: ..."), if the model lacks the special
+        # tokens of ours. `marks`: it is ours, which is rendered without Jinja.
         has_marks = tokenizer.special_ids.get("<|end|>", known) < known
         template = tokenizer.chat_template
         self.marks = has_marks and (template is None or is_ours(template))
@@ -168,17 +168,17 @@ class TextModel:
     # ---- text and tokens
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens; a text that spells one does not become one."""
+        """The ids of a text. A special token spelled in it stays plain text."""
         return self.tokenizer.encode(text, allowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
-        """The ids that ask `task` about `text`, at most `room`, and what had to go: "", "shots" or "text".
+        """The prompt of `task` about `text`: at most `room` ids, and what was cut: "", "shots" or "text".
 
-        Worked examples (`shots`) stand before the question. If there is no room for all, the first of them
-        go; if there is still none, the end of `text` does: never the question itself, and never the answer.
+        Examples (`shots`) stand before the question. If they do not fit, the first ones are removed; if the
+        rest is still too long, the end of `text` is cut, but never the question.
         """
         room, shown, lost = room or self.context_length, list(shots), ""
 
@@ -194,17 +194,17 @@ class TextModel:
             shown, lost = shown[1:], "shots"
             ids = asked(text)
         if len(ids) > room:
-            # How many characters fit is found by bisection: tokens cut off and decoded need not encode back.
+            # Bisection over characters: a truncated list of tokens need not decode and encode to itself.
             size = bisect.bisect(range(len(text)), room, key=lambda n: len(asked(text[:n].rstrip()))) - 1
             if size < 1:
-                raise TrainError(f"{room} tokens are too few to ask anything: raise --context_length")
+                raise TrainError(f"{room} tokens are too few for a prompt: raise --context_length")
             ids, lost = asked(text[:size].rstrip()), "text"
         return ids, lost
 
     def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, and which of them the assistant says, the end of its turns included.
+        """The ids of a conversation, and whether each is the assistant's (its end-of-turn token is).
 
-        After a turn of the user's the assistant's is opened.
+        If the last turn is not the assistant's, the beginning of an assistant turn is appended.
         """
         for message in messages:
             if message["role"] not in ROLES:
@@ -213,17 +213,17 @@ class TextModel:
                 )
         if not self.marks:
             return conversation_ids(self.tokenizer, self.template, messages)
-        ids, said, special = [], [], self.tokenizer.special_id
+        ids, is_answer, special = [], [], self.tokenizer.special_id
         for message in messages:
             turn = [*self.encode(message["content"].strip()), special("<|end|>")]
             ids += [special(f"<|{message['role']}|>"), *turn]
-            said += [False] + [message["role"] == "assistant"] * len(turn)
+            is_answer += [False] + [message["role"] == "assistant"] * len(turn)
         if not messages or messages[-1]["role"] != "assistant":
-            ids, said = [*ids, special("<|assistant|>")], [*said, False]
-        return ids, said
+            ids, is_answer = [*ids, special("<|assistant|>")], [*is_answer, False]
+        return ids, is_answer
 
     def reply_ids(self, answer: str) -> list[int]:
-        """The ids of an answer in a conversation, the token that ends it included."""
+        """The ids of an answer in a conversation, with the token that ends it."""
         if self.marks:
             return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
         ids = reply_ids(self.tokenizer, self.template, answer)
@@ -231,7 +231,7 @@ class TextModel:
         return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
     def answer_ids(self, task: Task, answer: str) -> list[int]:
-        """The ids of an answer as they follow the question's last words (SentencePiece cares), endless."""
+        """The ids of an answer without its end token, encoded in context: SentencePiece depends on it."""
         if self.chat:
             return self.reply_ids(answer)[:-1]
         if self.kind == "seq2seq":
@@ -240,14 +240,14 @@ class TextModel:
         before, whole = self.encode(anchor), self.encode(anchor + answer)
         return whole[len(before) :] if whole[: len(before)] == before else self.encode(answer)
 
-    # ---- questions
+    # ---- likelihoods, class scores, generation
 
     def target_logits(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-        """(B, K, V) logits of the last K tokens, those that `collate` says are asked; of a head, (B, C)."""
+        """Logits (B, K, V) of the target positions, the last K (see `collate`); for a head (B, C)."""
         return target_logits(self.model, self.kind, ids, mask, targets)
 
     def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
-        """(n) sums in nats of log p(answer | prompt), for pairs of ids (prompt, answer)."""
+        """log p(answer | prompt) in nats, (n), for n pairs of ids (prompt, answer)."""
 
         @torch.no_grad()
         def summed(index: list[int]) -> list[float]:
@@ -264,7 +264,7 @@ class TextModel:
 
     @torch.no_grad()
     def class_scores(self, task: Task, prompts: list[list[int]], progress: str = "") -> np.ndarray:
-        """(n, classes) log-probabilities: the head's, or of each class' name as the continuation."""
+        """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
         if self.kind == "head":
             found = np.zeros((len(prompts), len(task.labels)))
 
@@ -285,8 +285,8 @@ class TextModel:
     ) -> list[str]:  # fmt: skip
         """Continuations, n of prompt 0, n of prompt 1, ..., each up to the model's end token or `stop`.
 
-        Temperature 0 is greedy. Sample j of prompt i depends on seed, i and j alone: asking for more samples
-        keeps the first ones. With `calculator`, what follows an open `<<9*3=` is calculated, not generated.
+        Temperature 0 is greedy. Sample j of prompt i depends only on seed, i and j, so a larger n keeps the
+        first samples. With `calculator`, the result after an open `<<9*3=` is computed, not generated.
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
         texts = [""] * (len(prompts) * n)
@@ -314,7 +314,7 @@ class TextModel:
         return texts
 
     def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
-        """New ids, by the library that computes the model; see ModernDecoderLM.generate for the arguments."""
+        """Generated ids; see ModernDecoderLM.generate for the arguments."""
         overflows = self.kind == "seq2seq" and self.dtype == torch.float16  # T5's activations exceed 65,504
         half = self.dtype != torch.float32 and not overflows
         with torch.autocast(self.device.type, self.dtype, enabled=half):
@@ -326,7 +326,7 @@ class TextModel:
             )
 
     def calculator(self, _row: int, new: list[int]) -> list[int]:
-        """What must come next: the result, if the new tokens end in an open annotation (see `calculate`)."""
+        """Ids to force next: the result, if the new tokens end in an open annotation (see `calculate`)."""
         if not new or not self._pieces[new[-1]].endswith("="):
             return []
         result = calculator_answer(self.decode(new))
@@ -335,7 +335,7 @@ class TextModel:
     # ---- files
 
     def save(self, folder: Path) -> None:
-        """Writes the model (of PEFT's, the adapter alone) and its tokenizer with its chat template."""
+        """Writes the model (for a PEFT model only the adapter), the tokenizer and the chat template."""
         ids = generation_ids(self)
         if self.ours:
             self.model.save_pretrained(folder, **ids)
@@ -343,13 +343,13 @@ class TextModel:
             set_ids(self.model, ids)
             for adapter in getattr(self.model, "peft_config", {}).values():
                 base = adapter.base_model_name_or_path
-                if base and Path(base).is_dir():  # PEFT would write a path that opens from one folder only
+                if base and Path(base).is_dir():  # PEFT would write a relative path
                     adapter.base_model_name_or_path = os.path.abspath(base)
             adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
-            self.model.save_pretrained(folder, **adapter)  # new tokens are saved apart from the embeddings
+            self.model.save_pretrained(folder, **adapter)  # new tokens are saved separately
             if not (folder / "generation_config.json").exists():  # PEFT writes none
                 write_generation_config(folder, ids)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, not filled in
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
         own = self.model.config.context_length if self.ours else hf_context(self.model.config, self.tokenizer)
         about = {"context_length": own}
         if self.chat:
@@ -358,7 +358,7 @@ class TextModel:
         self.tokenizer.save(folder, **about)
 
     def read_weights(self, folder: Path) -> None:
-        """The inverse of `save`, into the model that is there."""
+        """The inverse of `save`: loads the weights into the existing model."""
         from safetensors.torch import load_file
 
         if self.ours:
@@ -382,7 +382,7 @@ class TextModel:
     # ---- batches
 
     def batches(self, rows: list[tuple], progress: str) -> Iterator[tuple[list[int], tuple]]:
-        """(indices, tensors) of rows of similar lengths."""
+        """Batches of rows of similar lengths, as (indices, tensors)."""
         for index in self.batch_indices([length(row) for row in rows], progress):
             yield index, self.collated([rows[i] for i in index])
 
@@ -390,8 +390,9 @@ class TextModel:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
     def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
-        """A function of the longest prompt's tokens: how many rows go on from there together, n of a prompt.
-        1,024, or 256 on a CPU, which more rows do not speed up; less where keys and values do not fit.
+        """A function from the length of the longest prompt to the number of rows of a batch (n per prompt).
+
+        1,024, or 256 on a CPU, where more are not faster; less if keys and values do not fit.
         """
         most, on_cpu = (256, True) if self.device.type == "cpu" else (1024, False)
         dtype = self.dtype if self.ours else self.weight_dtype
@@ -404,8 +405,10 @@ class TextModel:
         return fits
 
     def rows_of_likelihoods(self) -> Callable[[int], int]:
-        """A function of the longest row's tokens: how many rows make a batch. 32,768 tokens, or 4,096 on a
-        CPU, which more do not speed up, and 1 GiB of float32 logits at most; less where these do not fit.
+        """A function from the length of the longest row to the number of rows of a batch.
+
+        At most 32,768 tokens (4,096 on a CPU, where more are not faster) and 1 GiB of float32 logits; less if
+        they do not fit.
         """
         budget = 32_768 if self.device.type == "cuda" else 4096
         budget = min(budget, 2**28 // self.model.config.vocab_size)
@@ -427,8 +430,10 @@ class TextModel:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def room(self, dtype: torch.dtype) -> int:
-        """Bytes for a batch in `dtype`: a share of what is free, less the copy of the weights that autocast,
-        or `generate`, makes. On a CPU several processes share it (`on_all_cores`).
+        """Bytes available for a batch in `dtype`.
+
+        A share of the free memory, minus the copy of the weights that autocast or `generate` makes. On a CPU
+        several processes share it (`on_all_cores`).
         """
         processes = torch.get_num_threads() if self.device.type == "cpu" and sys.platform == "linux" else 1
         copied = dtype.itemsize if self.ours and dtype != self.weight_dtype else 0
@@ -437,8 +442,9 @@ class TextModel:
     def batch_indices(
         self, lengths: list[int], progress: str, fits: Callable[[int], int] | None = None
     ) -> Iterator[list[int]]:
-        """Indices from long to short, in batches of fits(length of the first) rows; by default, as many as
-        have room for their logits.
+        """Batches of indices, from the longest row to the shortest.
+
+        A batch has fits(length of its first row) rows; by default as many as their logits fit into memory.
         """
         fits = fits or self.rows_of_likelihoods()
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
@@ -450,7 +456,7 @@ class TextModel:
                 bar.update(len(index))
 
 
-_work: Callable  # what the processes of `on_all_cores` do; they inherit it when they are forked
+_work: Callable  # the function of the processes of `on_all_cores`, inherited when they are forked
 
 
 def call_work(item):
@@ -465,7 +471,7 @@ def begin_work() -> None:
 def on_all_cores(work: Callable, items: list, device: torch.device, progress: str = "") -> Iterator:
     """work(item) for each item, in order; on a CPU in one process for each of torch's threads.
 
-    Sampling from a small model is many small products, which a second thread hardly speeds up.
+    Sampling from a small model consists of small matrix products, which a second thread hardly speeds up.
     """
     global _work
     workers = min(torch.get_num_threads(), len(items) // 2) if device.type == "cpu" else 1
@@ -484,7 +490,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
 
 
 def hf_context(config, tokenizer) -> int:
-    """Tokens that a model of transformers can look at."""
+    """The context length of a transformers model."""
     for key in ("n_positions", "max_position_embeddings"):
         if getattr(config, key, None):
             return getattr(config, key)
@@ -492,7 +498,7 @@ def hf_context(config, tokenizer) -> int:
 
 
 def length(row: tuple[list[int], list[int] | int]) -> int:
-    """Tokens of a pair for `collate`; a class has none."""
+    """Number of tokens of a (prompt, answer) pair for `collate`; a class has none."""
     prompt, answer = row
     return len(prompt) + (len(answer) if isinstance(answer, list) else 0)
 
@@ -502,10 +508,10 @@ def collate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs (prompt ids, answer ids or class) as padded tensors: ids (B, T), mask (B, T), targets.
 
-    A decoder reads prompt and answer as one text. Its targets (B, K) belong to the last K columns alone, as
-    many as the earliest answer needs, with -100 where nothing is asked: elsewhere no logits are ever
-    computed. An encoder-decoder reads the prompt, and its targets (B, K) are what the decoder should say. A
-    head's (B) are classes. Padding stands behind the text, where causal attention never looks back from.
+    Decoder: ids are prompt and answer. The targets (B, K) belong to the last K columns only, as many as the
+    earliest answer needs, with -100 at prompt and padding positions; no other logits are computed.
+    Encoder-decoder: ids are the prompt, targets (B, K) the output of the decoder. Head: targets (B) are
+    classes. Padding is on the right, where causal attention of the text never sees it.
     """
     if kind == "head":
         targets = torch.tensor([answer for _, answer in rows])
@@ -528,15 +534,15 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-    """What `collate`'s targets are compared with: logits (B, K, V), of a head (B, C)."""
+    """Logits for the targets of `collate`: (B, K, V), for a head (B, C)."""
     if kind == "head":
         return model(input_ids=ids, attention_mask=mask).logits
     K = targets.shape[1]
-    if kind == "seq2seq":  # the decoder reads a start token and then what it should have said so far
-        core = getattr(model, "module", model)  # out of DistributedDataParallel
+    if kind == "seq2seq":  # teacher forcing: a start token, then the targets so far
+        core = getattr(model, "module", model)  # unwraps DistributedDataParallel
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
-        said = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=said, use_cache=False).logits
+        shifted = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
     if isinstance(model, ModernDecoderLM):
         return F.linear(model.hidden(ids)[:, -K:], model.head)
     return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # causal: padding needs no mask
@@ -550,12 +556,12 @@ def load_model(
     name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
     dtype: torch.dtype | None = None,
 ) -> TextModel:  # fmt: skip
-    """A run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, ready to be asked.
+    """Loads a run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, for inference.
 
-    backend: "ours" computes with model.py, "transformers" with transformers; "auto" takes ours for what
-    model.py can compute, with an adapter merged into its base in memory. dtype: of transformers' weights, and
-    so of all that it computes (by default the fast one of a GPU, float32 on a CPU); ours stay float32 and are
-    cast when they are used. Raises TrainError, ValueError or OSError that say what is wrong.
+    backend: "ours" computes with model.py, "transformers" with transformers; "auto" uses model.py where it
+    can compute the model, after merging an adapter into its base in memory. dtype: of the weights and
+    activations of transformers (default: the fast one of a GPU, float32 on a CPU); our weights stay float32
+    and are cast when used. Raises TrainError, ValueError or OSError with a message for the user.
     """
     config = read_config(name)
     kind, adapter = kind_of(name, config), is_adapter(name)
@@ -572,7 +578,7 @@ def load_model(
             model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
         else:
             model = ModernDecoderLM.from_pretrained(name)
-        model = model.to(device).pack()  # to be moved again would undo the packing
+        model = model.to(device).pack()  # moving it later would undo the packing
     else:
         load = with_adapter if adapter else from_hub
         model = load(name, kind, dtype=dtype).to(device).eval()
@@ -580,7 +586,7 @@ def load_model(
 
 
 def why_not_ours(kind: str, config: dict) -> str:
-    """Why model.py does not compute a model; "" if it does."""
+    """Why model.py cannot compute a model; "" if it can."""
     if kind != "causal":
         return kind
     try:
@@ -595,10 +601,10 @@ def is_adapter(name: str) -> bool:
 
 
 def is_chat(name: str, tokenizer: Tokenizer | HubTokenizer, config: dict) -> bool:
-    """Whether a model was instruction-tuned, and so is asked in turns of a conversation.
+    """Whether a model was instruction-tuned, so that prompts must be turns of a conversation.
 
-    The record of a run says so. Of other models it is known by their chat template; our template alone is no
-    proof, since every vocabulary of ours has it, but a config that ends texts with two tokens is.
+    A run says so in run.json. Other models are chat models if they have a chat template. Exception: all our
+    tokenizers have our template, so there the sign is a config with two end-of-text tokens.
     """
     run = record_of(name)
     if run.exists():
@@ -615,11 +621,11 @@ def record_of(name: str) -> Path:
 
 
 def adapter_base(name: str) -> str:
-    """The model that an adapter corrects: a folder, or an id on the hub.
+    """The base model of an adapter: a folder or a hub id.
 
-    PEFT writes down the path as it was typed for training. It is looked for as it is, then from the adapter's
-    own folder, then from each folder above that one. Of an absolute path that is gone (the runs were moved
-    together) its last parts are looked for there.
+    PEFT records the path that was given in training. It is tried as it is, then relative to the adapter's
+    folder and to each of its parents. If an absolute path no longer exists (all runs were moved), its last
+    parts are tried in the same folders.
     """
     folder = Path(name).absolute()
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -628,8 +634,8 @@ def adapter_base(name: str) -> str:
         base = read_json(run).get("parent")
     if not base:
         raise TrainError(
-            f"{name}/adapter_config.json names no base model: write its folder or hub id behind "
-            "base_model_name_or_path"
+            f"{name}/adapter_config.json names no base model: set "
+            "base_model_name_or_path to its folder or hub id"
         )
     if Path(base).is_dir():
         return base
@@ -644,7 +650,7 @@ def adapter_base(name: str) -> str:
 
 
 def read_config(name: str) -> dict:
-    """config.json of a model; of an adapter that of its base."""
+    """config.json of a model; for an adapter, that of its base."""
     folder = Path(name)
     if is_adapter(name):
         return read_config(adapter_base(name))
@@ -656,7 +662,7 @@ def read_config(name: str) -> dict:
         return read_json(folder / "config.json")
     if folder.parts[0] in ("/", "..", "out") or name.count("/") > 1:  # no name on the hub looks like that
         raise TrainError(f"there is no folder {folder}; python train.py --list shows all runs")
-    unreachable()  # asks once, so that transformers need not
+    unreachable()  # one check; otherwise transformers would retry for minutes
     from transformers import AutoConfig
 
     with explained(name):
@@ -664,6 +670,7 @@ def read_config(name: str) -> dict:
 
 
 def kind_of(name: str, config: dict) -> str:
+    """The kind of a TextModel: "causal", "seq2seq" or "head"."""
     adapter = Path(name) / "adapter_config.json"
     if adapter.exists() and (kind := adapter_kind(read_json(adapter), name)):
         return kind
@@ -673,7 +680,7 @@ def kind_of(name: str, config: dict) -> str:
 
 
 def adapter_kind(settings: dict, name: str) -> str | None:
-    """The kind of model that adapter_config.json is for; None if it says none, then the base's kind holds."""
+    """The kind of model in adapter_config.json; None if it has none: then it is the kind of the base."""
     task_type = settings.get("task_type")
     kinds = {theirs: ours for ours, theirs in LORA_KINDS.items()}
     if task_type and task_type not in kinds:
@@ -688,16 +695,16 @@ SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"
 
 
 def class_name(label: object) -> str:
-    """A class' name without what two checkpoints may write differently."""
+    """A normalised class name: checkpoints spell the same class differently."""
     name = str(label).strip().lower()
     return SAME_LABEL.get(name, name)
 
 
 def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
-    """For each of a task's labels, which output of a classification head means it.
+    """For each label of a task, the index of its output in a classification head.
 
-    A classifier from the hub may number its classes otherwise; its config's id2label has their names. Without
-    names (LABEL_0, LABEL_1, ...) the task's own order is taken. Raises TrainError if the names do not fit.
+    A classifier from the hub may order its classes differently; id2label in its config names them. Without
+    names (LABEL_0, LABEL_1, ...) the task's order is assumed. Raises TrainError if the names do not match.
     """
     names = {int(i): class_name(label) for i, label in (id2label or {}).items()}
     wanted = [class_name(label) for label in labels]
@@ -713,12 +720,12 @@ def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
 
 @contextlib.contextmanager
 def explained(name: str):
-    """What transformers and the hub complain about, in one line that says what to do."""
+    """Turns errors of transformers and the hub into a TrainError: one line, with what to do."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except pickle.UnpicklingError:  # torch's weights_only has refused to run it
+    except pickle.UnpicklingError:  # raised by torch.load(weights_only=True)
         raise TrainError(
             f"{name} cannot be loaded: its weights are a pickle that holds more than tensors and could run "
             "code. Get them as model.safetensors"
@@ -728,17 +735,17 @@ def explained(name: str):
         if Path(name).is_dir():
             raise TrainError(f"{name} cannot be loaded: {why}") from None
         raise TrainError(
-            f"{name} is no folder here, and the Hugging Face hub did not give it: {why}\n"
-            f"  Where there is a network: hf download {name} --local-dir models/{name.split('/')[-1]}, "
+            f"{name} is not a folder, and could not be loaded from the Hugging Face hub: {why}\n"
+            f"  With a network: hf download {name} --local-dir models/{name.split('/')[-1]}, "
             "then --model=that folder"
         ) from None
 
 
 def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
-    """transformers' model, in float32 if `dtype` says nothing else; with `labels`, a new head for them."""
+    """A transformers model, by default in float32; `labels`: with a classification head for them."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # a new head is no surprise, nor is a slow tokenizer
+    transformers.logging.set_verbosity_error()  # no warnings about a new head or a slow tokenizer
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
     config = read_config(name)
@@ -755,37 +762,37 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
         model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
     embedding = model.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:
-        embedding.padding_idx = None  # ours pad with <|endoftext|>, which has to be trained like any token
-    # What a checkpoint lacks, transformers fills with random numbers; only a new head may be that.
+        embedding.padding_idx = None  # we pad with <|endoftext|>, which must be trained like any token
+    # transformers initialises missing weights randomly; that is allowed only for a new head.
     inside = f"{model.base_model_prefix}."
     missing = [k for k in about["missing_keys"] if not labels or (k.startswith(inside) and "pooler" not in k)]
     if missing:
-        raise TrainError(f"{name} does not hold the whole model: missing {', '.join(sorted(missing)[:4])}")
+        raise TrainError(f"{name} is not a complete model: missing weights {', '.join(sorted(missing)[:4])}")
     return model
 
 
 def knows_labels(config: dict, labels: Sequence[str]) -> bool:
-    """Whether a checkpoint has a classification head for just these labels, in whatever order."""
+    """Whether a checkpoint has a classification head for exactly these labels, in any order."""
     names = (config.get("id2label") or {}).values()
     return sorted(map(class_name, names)) == sorted(map(class_name, labels))
 
 
 def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
-    """Base and adapter of a folder that PEFT saved. `kwargs` are from_hub's."""
+    """The base model with the PEFT adapter of a folder. `kwargs`: passed to from_hub."""
     base_name, run = adapter_base(name), Path(name) / "run.json"
     record = read_json(run) if run.exists() else {}
     tuned_on = record.get("base_hash", record.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(base_name):
         raise TrainError(
-            f"{name} corrects another model than {base_name} now holds: "
-            "that one was trained anew, so tune it again"
+            f"{name} was trained on other weights than {base_name} now has: "
+            "the base was trained again, so fine-tune again"
         )
     labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
     base = from_hub(base_name, kind, labels, **kwargs)
     n_tokens = load_tokenizer(name).vocab_size
-    if n_tokens > base.config.vocab_size:  # its turns got tokens of their own
+    if n_tokens > base.config.vocab_size:  # training added chat tokens
         base.resize_token_embeddings(n_tokens)
-    import peft  # behind from_hub, which quiets what it imports
+    import peft  # after from_hub, which silences its imports
 
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
@@ -804,17 +811,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
-    """Our Tokenizer, which is faster, where it can read the folder's; else (or ours=False) transformers'."""
+    """Our Tokenizer, which is faster, if it can read the files; else, or if not `ours`, transformers'."""
     if Path(name).is_dir():
         try:
-            tokenizer = Tokenizer.load(name)  # also where transformers' is wanted: it checks the hash
+            tokenizer = Tokenizer.load(name)  # also if not `ours`: this checks the hash
             if ours and EOT in tokenizer.special_ids:
                 return tokenizer
         except ForeignTokenizer:
             raise
         except (ValueError, OSError):  # of another kind, or there is no tokenizer.json
             if not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
-                raise TrainError(f"{name} holds no tokenizer.json, nor another tokenizer's file") from None
+                raise TrainError(f"{name} holds no tokenizer.json and no other tokenizer file") from None
     from transformers import AutoTokenizer
 
     with explained(name):

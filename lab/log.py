@@ -1,7 +1,7 @@
-"""The experiment log: an entry for each run and each experiment of the lab, findings and recommendations.
+"""The experiment log: an entry per run and per experiment of the lab, findings and recommendations.
 
 Every sentence is computed from run.json, metrics.jsonl, results.json and experiments.json. A finding is a
-difference whose 95 % interval excludes 0; smoke runs and quick runs of the lab yield none.
+difference whose 95 % interval excludes 0; smoke runs and quick runs of the lab produce none.
 """
 
 import json
@@ -24,70 +24,88 @@ from support.results import (
 )
 from support.tables import read_jsonl
 
-FASTER = 1.05  # times the baseline's tokens a second from which on a change counts as faster
+FASTER = 1.05  # a change counts as faster from this ratio of its tokens/s to the baseline's
 
 # -----------------------------------------------------------------------------
-# Observations: what the curves of one run say
+# Observations: computed from the curves of one run
 
 
 def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
-    """What can be said of a run from its metrics, and what to do about it. Every sentence is computed.
-
-    Still falling: over the last fifth of the steps the validation loss (the averaged training loss, if there
-    are fewer than three checks) lost more than 1 %. Overfitting: it ended more than 1 % above its lowest. Of
-    training losses, which are of other batches each time, a difference must exceed three times its noise too.
-    A spike: a training loss that jumps by more than eight times the usual step from one line to the next.
-    """
+    """Sentences about a run, computed from its metrics, and what to do about them."""
     losses = [(x["step"], x["loss"]) for x in lines if "loss" in x]
     checks = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]
-    said, todo = [], []
-    curve, what = (checks, "validation") if len(checks) >= 3 else (smooth(losses), "training")
-    jumps = [b[1] - a[1] for a, b in zip(losses, losses[1:], strict=False)]
-    if len(curve) >= 3:
-        lowest = min(curve, key=lambda p: p[1])
-        since, before = [p for p in curve if p[0] <= 0.8 * curve[-1][0] or p is curve[0]][-1]
-        margin = max(0.01 * abs(lowest[1]), 0.001)
-        if what == "training":  # of a difference of two means of five, by the differences of neighbours
-            noise = statistics.pstdev(jumps[len(jumps) // 2 :]) / math.sqrt(2)
-            margin = max(margin, 3 * noise * math.sqrt(2 / 5))
-        if curve[-1][1] > lowest[1] + margin:
-            ended = f"and rose to {curve[-1][1]:.4f}."
-            said.append(f"The {what} loss was lowest at step {lowest[0]:,} ({lowest[1]:.4f}) {ended}")
-            cures = {
-                "validation": "Stop there, read more data, or use dropout.",
-                "training": "Lower the rate.",
-            }
-            todo.append(cures[what])
-        elif before - curve[-1][1] > margin:
-            drop = 100 * (before - curve[-1][1]) / abs(before)
-            said.append(f"The {what} loss was still falling: by {drop:.1f} % since step {since:,}.")
-            todo.append("Train longer.")
-        else:
-            known = "1 %" if what == "validation" else "can be told from noise"
-            said.append(f"The {what} loss was flat since step {since:,} (lower by less than {known}).")
-            if what == "validation":
-                todo.append("More steps alone will not help; a larger model or more data may.")
-            else:
-                todo.append("Look at the validation loss more often: the training loss is too noisy to tell.")
+    sentences, todo = trend(losses, checks)
     if len(checks) >= 1 and len(losses) >= 10:
         gap = checks[-1][1] - smooth(losses)[-1][1]
-        said.append(f"At the end the validation loss was {gap:+.4f} from the training loss.")
-    if len(jumps) >= 10:
-        usual = statistics.median(abs(j) for j in jumps)
-        spikes = [(losses[i + 1][0], j) for i, j in enumerate(jumps) if j > 8 * usual]
-        if spikes:
-            step, jump = max(spikes, key=lambda x: x[1])
-            several = f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss"
-            said.append(f"{several}, the largest at step {step:,} ({jump:+.3f}).")
-            todo.append("A lower learning rate or a longer warmup, if spikes cost something.")
+        sentences.append(f"At the end the validation loss was {gap:+.4f} from the training loss.")
+    if spikes := spikes_of(losses):
+        step, jump = max(spikes, key=lambda x: x[1])
+        several = f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss"
+        sentences.append(f"{several}, the largest at step {step:,} ({jump:+.3f}).")
+        todo.append("Use a lower learning rate or a longer warmup if the spikes do harm.")
     skipped = max((x.get("skipped", 0) for x in lines), default=0)
     if skipped:
-        said.append(f"{skipped} steps were skipped, their gradients not finite.")
-    return said or ["Too short to say anything."], todo
+        sentences.append(f"{skipped} steps were skipped because their gradients were not finite.")
+    return sentences or ["Too short to say anything."], todo
+
+
+def trend(losses: list[tuple], checks: list[tuple]) -> tuple[list[str], list[str]]:
+    """Overfitting, still falling or flat, as a sentence and its cure; nothing for fewer than three points.
+
+    losses, checks: (step, training loss), (step, validation loss). The validation loss is used, or the
+    smoothed training loss if there are fewer than three checks.
+    Overfitting: the final loss is more than 1 % above the lowest. Still falling: it fell by more than 1 %
+    over the last fifth of the steps. A difference of training losses must also exceed three times its noise,
+    since every step has another batch.
+    """
+    curve, what = (checks, "validation") if len(checks) >= 3 else (smooth(losses), "training")
+    if len(curve) < 3:
+        return [], []
+    lowest, last = min(curve, key=lambda p: p[1]), curve[-1][1]
+    since, before = [p for p in curve if p[0] <= 0.8 * curve[-1][0] or p is curve[0]][-1]
+    margin = max(0.01 * abs(lowest[1]), 0.001)
+    if what == "training":
+        margin = max(margin, 3 * noise_of(losses))
+    if last > lowest[1] + margin:
+        cures = {"validation": "Stop there, read more data, or use dropout.", "training": "Lower the rate."}
+        sentence = (
+            f"The {what} loss was lowest at step {lowest[0]:,} ({lowest[1]:.4f}) and rose to {last:.4f}."
+        )
+        return [sentence], [cures[what]]
+    if before - last > margin:
+        drop = 100 * (before - last) / abs(before)
+        sentence = f"The {what} loss was still falling: by {drop:.1f} % since step {since:,}."
+        return [sentence], ["Train longer."]
+    known = "1 %" if what == "validation" else "can be told from noise"
+    if what == "validation":
+        cure = "More steps alone will not help; a larger model or more data may."
+    else:
+        cure = "Look at the validation loss more often: the training loss is too noisy to tell."
+    return [f"The {what} loss was flat since step {since:,} (lower by less than {known})."], [cure]
+
+
+def jumps_of(losses: list[tuple]) -> list[float]:
+    """Differences of neighbouring training losses."""
+    return [b[1] - a[1] for a, b in zip(losses, losses[1:], strict=False)]
+
+
+def noise_of(losses: list[tuple]) -> float:
+    """Standard deviation of the difference of two means of five losses, from the second half of the run."""
+    jumps = jumps_of(losses)
+    return statistics.pstdev(jumps[len(jumps) // 2 :]) / math.sqrt(2) * math.sqrt(2 / 5)
+
+
+def spikes_of(losses: list[tuple]) -> list[tuple]:
+    """[(step, jump)]: rises of more than eight times the median change; [] for fewer than ten changes."""
+    jumps = jumps_of(losses)
+    if len(jumps) < 10:
+        return []
+    usual = statistics.median(abs(j) for j in jumps)
+    return [(losses[i + 1][0], j) for i, j in enumerate(jumps) if j > 8 * usual]
 
 
 def smooth(points: list[tuple], window: int = 5) -> list[tuple]:
-    """Running means of the values, at the last step of each window."""
+    """Moving averages of the values; each stands at the last step of its window."""
     return [
         (points[i][0], statistics.fmean(p[1] for p in points[i + 1 - window : i + 1]))
         for i in range(window - 1, len(points))
@@ -105,7 +123,7 @@ def train_loss_of(lines: list[dict]) -> float | None:
 
 
 def findings(home: Path) -> list[Block]:
-    """What the tables show, in sentences, and what to do about it."""
+    """Findings and recommendations in sentences, computed from the tables."""
     found, advice = [], []
     rows = side_by_side(measurements(home))
     found += task_findings(rows) + sampling_findings(home)
@@ -114,7 +132,7 @@ def findings(home: Path) -> list[Block]:
     of_lab = [row for file in files for row in lab_findings(read_json(file))]
     if not found and not of_lab:
         return [
-            Text("No findings yet: a finding is a difference whose 95 % interval excludes 0, of whole runs.")
+            Text("No findings yet: a finding is a difference of full runs whose 95 % interval excludes 0.")
         ]
     blocks: list[Block] = [Text("**Key findings**, differences whose 95 % interval excludes 0:")]
     blocks += [Text(sentence) for sentence in found]
@@ -131,7 +149,7 @@ def findings(home: Path) -> list[Block]:
 
 
 def by_family(found: dict) -> dict[str, dict[str, dict]]:
-    """{family: {experiment: its entry}} of a lab run that may yield findings, without the baseline."""
+    """{family: {experiment: its entry}} without the baseline; {} for a quick run, which has no findings."""
     if found.get("quick"):
         return {}
     experiments, families = found.get("experiments") or {}, {}
@@ -152,12 +170,13 @@ def clear(difference: dict) -> bool:
 
 
 def listed(entries: dict[str, dict]) -> str:
+    """muon -0.0510, wsd -0.0240: experiments with their mean differences."""
     means = {name: {"mean": e["difference"]["mean"]} for name, e in entries.items()}
     return ", ".join(f"{name} {signed(mean, 1, 4)}" for name, mean in means.items())
 
 
 def lab_findings(found: dict) -> list[list]:
-    """A row for each family: its lowest, what is better and worse than the baseline, and what to do."""
+    """A row per family: lowest loss, what is better and worse than the baseline, and a recommendation."""
     rows = []
     for family, entries in by_family(found).items():
         entries = dict(sorted(entries.items(), key=lambda item: item[1]["difference"]["mean"]))
@@ -172,17 +191,18 @@ def lab_findings(found: dict) -> list[list]:
 
 
 def speed_ratio(found: dict, entry: dict) -> float:
+    """Tokens/s of an experiment, divided by the baseline's."""
     baseline = found["experiments"]["baseline"]["tokens_per_second"]["mean"]
     return entry["tokens_per_second"]["mean"] / baseline
 
 
 def lab_advice(found: dict, better: dict, worse: dict, entries: dict) -> str:
-    """What to adopt, the best first, what costs nothing and is faster, and what to leave."""
+    """What to adopt (best first), what is faster without a measured loss, and what to leave out."""
     words = [f"use {name} at {speed_ratio(found, e):.2f} times the speed" for name, e in better.items()]
     for name, e in entries.items():
         if name not in worse and name not in better and speed_ratio(found, e) >= FASTER:
             words.append(
-                f"{name} costs no loss that was found, at {speed_ratio(found, e):.2f} times the speed"
+                f"{name}: no difference in loss found, at {speed_ratio(found, e):.2f} times the speed"
             )
     if not better:
         words.append("keep the baseline unless speed or memory decides")
@@ -210,7 +230,7 @@ def task_findings(rows: list[Comparison]) -> list[str]:
 
 
 def task_advice(rows: list[Comparison]) -> list[str]:
-    """On each task, the best of base, prompt and training, of those that answered the most items."""
+    """The best model of each task, among those measured on the most items."""
     best: dict[tuple, list] = {}
     for c in rows:
         for m in (c.tuned, c.base, c.prompted):
@@ -229,7 +249,7 @@ def task_advice(rows: list[Comparison]) -> list[str]:
 
 
 def sampling_findings(home: Path) -> list[str]:
-    """Ways to choose among many answers that differ from greedy decoding or from a majority vote."""
+    """Ways to choose among samples whose difference from greedy decoding or majority vote is clear."""
     sentences = []
     for m in measurements(home):
         if not m.smoke:
@@ -247,7 +267,7 @@ def sampling_findings(home: Path) -> list[str]:
 
 
 def log(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
-    """The log as sections of a page. `made`: the report's sections, to whose figures it links."""
+    """The log as sections of a page. `made`: the sections of the report; the log links to their figures."""
     rows = side_by_side(measurements(home))
     figures = {b.name for blocks in made.values() for b in blocks if isinstance(b, Figure)}
     summary, entries = [], {}
@@ -281,7 +301,7 @@ def log(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
 def run_entry(
     folder: Path, home: Path, rows: list[Comparison], figures: set[str]
 ) -> tuple[list, list[Block]]:
-    """Summary row and entry of a run."""
+    """Summary row and log entry of a run."""
     run, lines = read_json(folder / "run.json"), read_jsonl(folder / "metrics.jsonl")
     settings, best = run.get("settings") or {}, (run.get("results") or {}).get("best") or {}
     said, todo = observations(lines)
@@ -293,7 +313,7 @@ def run_entry(
     results += [f"{speed} tokens/s"] if speed else []
     words = {
         "Date": run.get("started", "unknown"),
-        "Hypothesis": settings.get("hypothesis") or "none was written down",
+        "Hypothesis": settings.get("hypothesis") or "none given",
         "Change": f"`{run.get('command', 'unknown')}`",
         "Results": f"{', '.join(results) or 'none yet'}; {minutes(run.get('seconds', 0))} minutes",
         "Comparison": "; ".join(comparisons) or "none: no other run here measured the same",
@@ -303,7 +323,7 @@ def run_entry(
         "Next steps": " ".join(todo) or "none",
     }
     if is_smoke(folder, home):
-        words["Next steps"] = f"{SMOKE}: run it whole."
+        words["Next steps"] = f"{SMOKE}: run it in full."
     row = [shown_name(folder, home), run.get("stage", ""), str(run.get("started", ""))[:10]]
     row += [four_digits(best.get("val_loss")), four_digits(loss), speed]
     row += [comparisons[0] if comparisons else "", said[0]]
@@ -315,7 +335,7 @@ def four_digits(x: float | None) -> str:
 
 
 def compared_with(folder: Path, home: Path, run: dict, rows: list[Comparison]) -> list[str]:
-    """What this run gained: on tasks over its base, in loss over the baseline that its config names."""
+    """Differences of this run: on tasks to its base, in loss to the baseline that its config names."""
     found = []
     for c in rows:
         if c.tuned and c.tuned.model == label(folder, home):
@@ -353,7 +373,7 @@ def wandb_words(run: dict) -> str:
 
 
 def lab_entry(folder: Path, found: dict, name: str, e: dict) -> tuple[list, list[Block]]:
-    """Summary row and entry of an experiment of the lab, over its seeds."""
+    """Summary row and log entry of an experiment of the lab, over its seeds."""
     runs = {seed: folder / f"{name}-s{seed}" for seed in e.get("seeds") or {}}
     records = {seed: read_json(run / "run.json") for seed, run in runs.items()}
     lines = {seed: read_jsonl(run / "metrics.jsonl") for seed, run in runs.items()}
@@ -408,9 +428,9 @@ def change_of(folder: Path, name: str, seed: str | None, e: dict) -> str:
 
 
 def lab_next_step(found: dict, name: str, e: dict) -> str:
-    """What follows from the interval."""
+    """The next step that the interval suggests."""
     if found.get("quick"):
-        return f"{SMOKE}: run it whole, `python experiments.py --only={name}`."
+        return f"{SMOKE}: run it in full, `python experiments.py --only={name}`."
     difference = e.get("difference") or {}
     if name == "baseline" or not difference:
         return "none"
@@ -424,7 +444,7 @@ def lab_next_step(found: dict, name: str, e: dict) -> str:
 
 
 def lab_curves(folder: Path, name: str, lines: dict[str, list[dict]]) -> Figure:
-    """Losses of an experiment, a line a seed, over those of the baseline."""
+    """Losses of an experiment, one line per seed, with those of the baseline in grey."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
     groups = [(name, lines, "#4477aa")]
     if name != "baseline":

@@ -1,7 +1,7 @@
 """A draft of a paper from the report's blocks, in Markdown and LaTeX.
 
-Every number in its sentences comes from the JSON of the runs, as in the report; where something was not run,
-it says so. What was cut short (a smoke run) is marked in tables and left out of sentences.
+Every number comes from the JSON files of the runs, as in the report; the draft says what was not run. Smoke
+runs are marked in tables and left out of sentences.
 """
 
 import shutil
@@ -70,7 +70,7 @@ def paragraph(words: str) -> Text:
 
 
 def paper(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
-    """The draft's sections, of blocks that the report is `made` of."""
+    """The sections of the draft. `made`: the sections of the report, whose blocks it uses."""
     runs = {folder: read_json(folder / "run.json") for folder in run_folders(home)}
     trained = {folder: run for folder, run in runs.items() if run.get("stage") == "train"}
     tables = {block.name: block for blocks in made.values() for block in blocks if isinstance(block, Table)}
@@ -107,7 +107,7 @@ def paper(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
 
 
 def first_blocks(blocks: list[Block], tables: int, figures: int) -> list[Block]:
-    """The texts before the first table or figure, and so many tables and figures."""
+    """The texts before the first table or figure, then the first `tables` tables and `figures` figures."""
     found: list[Block] = []
     for block in blocks:
         some = [b for b in found if isinstance(b, type(block))]
@@ -124,7 +124,7 @@ def first_blocks(blocks: list[Block], tables: int, figures: int) -> list[Block]:
 
 
 def abstract(home: Path, trained: dict[Path, dict]) -> str:
-    """What was found, in figures that the tables hold."""
+    """The abstract, with numbers from the tables."""
     words = ["We follow a small language model through its whole life on consumer hardware."]
     for folder, run in list(trained.items())[:1]:
         loss = (run.get("results") or {}).get("last", {}).get("bits_per_byte")
@@ -186,7 +186,7 @@ def choosing(home: Path, blocks: list[Block]) -> list[Block]:
 
 
 def heads(home: Path, blocks: list[Block]) -> list[Block]:
-    """Which head has the most of each score, by attention.json of the runs."""
+    """The head with the highest value of each attention score, from attention.json of the runs."""
     sentences = []
     for folder in run_folders(home):
         scores = read_json(folder / "attention.json").get("scores")
@@ -196,12 +196,12 @@ def heads(home: Path, blocks: list[Block]) -> list[Block]:
         for score, layers in scores.items():
             value, layer, head = max((v, i, j) for i, row in enumerate(layers) for j, v in enumerate(row))
             tops.append(f"{score}: layer {layer}, head {head} ({value:.2f})")
-        sentences.append(Text(f"The foremost heads of {folder.name}, by score, are {'; '.join(tops)}."))
+        sentences.append(Text(f"The heads of {folder.name} with the highest scores are {'; '.join(tops)}."))
     return [*sentences, *first_blocks(blocks, 0, 2)] if sentences else [Text("Attention: not run.")]
 
 
 def write_paper(folder: Path, title: str, sections: dict[str, list[Block]]) -> None:
-    """paper.md and paper.tex, and paper.pdf where there is a TeX."""
+    """Writes paper.md and paper.tex, and paper.pdf if pdflatex is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown = as_markdown(title, sections).replace("](figures/", "](../figures/")
     (folder / "paper.md").write_text(markdown, encoding="utf-8")
@@ -210,7 +210,7 @@ def write_paper(folder: Path, title: str, sections: dict[str, list[Block]]) -> N
         return
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
     pipe, errors = subprocess.PIPE, subprocess.STDOUT
-    for _ in range(2):  # long tables are set by the widths of the run before
+    for _ in range(2):  # longtable takes its column widths from the previous run
         done = subprocess.run(command, cwd=folder, stdout=pipe, stderr=errors, text=True, errors="replace")
         if done.returncode:
             print(f"{folder}/paper.tex: pdflatex failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))

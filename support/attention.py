@@ -1,7 +1,7 @@
-"""Attention analysis: what each head looks at, and whether a model copies what stands in its context.
+"""Attention analysis: what each head attends to, and whether a model can copy from its context.
 
 Works on ModernDecoderLM and on transformers' decoders, encoders and encoder-decoders, also with a PEFT
-adapter. `python eval.py MODEL --attention` writes what it finds to attention.json.
+adapter. `python eval.py MODEL --attention` writes the results to attention.json.
 """
 
 import random
@@ -18,15 +18,16 @@ from model import ModernDecoderLM
 if TYPE_CHECKING:
     from finetune import TextModel
 
-LOOKED_AT = (
+EXAMPLE_TEXTS = (
     "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
     "Anna has 3 nuts. She buys 4 more nuts. How many nuts does Anna have now?",
 )
 
 
 def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w: w) -> Tensor:
-    """(layers, B, heads, T, T): the weights of every head on the tokens ids (B, T), or what `reduce` makes of
-    each layer's. With learned sinks the rows sum to less than 1. Of an encoder-decoder: the encoder's.
+    """Attention weights (layers, B, heads, T, T) for token ids (B, T); `reduce` is applied to each layer.
+
+    With learned sinks the rows sum to less than 1. For an encoder-decoder: the weights of its encoder.
     """
     if not isinstance(model, ModernDecoderLM):
         return torch.stack([reduce(w.float().cpu()) for w in hub_attention(model, ids)])
@@ -47,7 +48,7 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
 
 
 def hub_attention(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
-    """The same of a model of transformers, perhaps in PEFT's wrapping: a tensor a layer."""
+    """The same for a transformers model, with or without a PEFT adapter: one tensor per layer."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model.set_attn_implementation("eager")  # the others do not return their weights
     if model.config.is_encoder_decoder:
@@ -60,17 +61,20 @@ def hub_attention(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32) -> dict[str, Tensor]:
-    """{score: (layers, heads)} on random tokens, told twice, so that nothing but their order can be used.
+    """{score: (layers, heads)}, measured on sequences of random tokens that are repeated once.
 
-    previous: weight on the token before. first: weight on the first token, where heads look that have nothing
-    to look for. induction: in the second telling, weight on the token that followed the same token the first
-    time (Olsson et al., 2022). entropy: of the weights, over the most that so many tokens allow.
+    Random tokens carry no meaning, so a head can use only their order.
+    previous: weight on the previous token.
+    first: weight on the first token, where heads put their weight when nothing else is relevant.
+    induction: in the second copy, weight on the token that followed the same token in the first copy
+    (Olsson et al., 2022).
+    entropy: entropy of the weights, divided by the maximum for that number of visible tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     once = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
     device = next(model.parameters()).device
-    each = attention_weights(model, torch.cat([once, once], dim=1).to(device))
-    w = each.mean(1)  # over the rows
+    each = attention_weights(model, torch.cat([once, once], dim=1).to(device))  # (layers, rows, heads, T, T)
+    w = each.mean(1)  # mean over the rows
     t = torch.arange(1, 2 * length)
     second = torch.arange(length, 2 * length)
     causal = not (each.triu(1) > 0).any()
@@ -85,18 +89,21 @@ def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32
 
 
 def copying(model: "TextModel", seed: int, n: int = 200) -> dict[str, float]:
-    """Can it look a number up? The share of digits that are the likeliest token where they are told again,
-    given the true ones before: those of `facts`, the sentences of n problems in another order behind the
-    problem, and of `lists`, of eight random things each. A model that guesses numbers gets a quarter or so.
+    """Copy accuracy on repeated digits: {"facts": share, "lists": share}.
+
+    A digit counts as copied if it is the most likely token, given the true tokens before it. `facts`: n word
+    problems, each followed by its sentences in another order. `lists`: n lists of eight random things, each
+    repeated. A model that guesses gets about a quarter right.
     """
     rng = random.Random(seed)
     questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
     lists = [things(rng) for _ in range(n)]
-    texts = {"facts": [(q, told_again(rng, q)) for q in questions], "lists": [(told, told) for told in lists]}
+    texts = {"facts": [(q, told_again(rng, q)) for q in questions], "lists": [(text, text) for text in lists]}
     return {kind: copied_digits(model, pairs) for kind, pairs in texts.items()}
 
 
 def copied_digits(model: "TextModel", pairs: list[tuple[str, str]]) -> float:
+    """The share of digits in the second text of each pair that the model predicts after reading the first."""
     hits = []
     for before, again in pairs:
         start = [model.eos, *model.encode(f"{before}\n")]
@@ -105,13 +112,14 @@ def copied_digits(model: "TextModel", pairs: list[tuple[str, str]]) -> float:
             logits = model.model(ids[None, :-1])
             logits = logits if isinstance(logits, Tensor) else logits.logits
             likeliest = logits[0].argmax(-1).tolist()
-        asked = zip(likeliest[len(start) - 1 :], ids[len(start) :].tolist(), strict=True)
-        hits += [said == true for said, true in asked if model.decode([true]).strip().isdigit()]
+        for predicted, true in zip(likeliest[len(start) - 1 :], ids[len(start) :].tolist(), strict=True):
+            if model.decode([true]).strip().isdigit():
+                hits.append(predicted == true)
     return sum(hits) / len(hits)
 
 
 def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]:
-    """{score: (layer, head) that has most of it}."""
+    """{score: (layer, head) with the highest value}."""
     found = {}
     for name, layers in scores.items():
         _, layer, head = max((value, -i, -j) for i, row in enumerate(layers) for j, value in enumerate(row))
@@ -120,29 +128,34 @@ def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]
 
 
 def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, int]]:
-    """[(score that it has most of, layer, head)]: the foremost heads, or those that the flags choose."""
+    """[(score, layer, head)]: the head with the highest value of each score, or the heads that --layer and
+    --head select (their score is "").
+    """
     if layer < 0 and head < 0:
         return [(name, *at) for name, at in foremost(scores).items()]
     rows = next(iter(scores.values()))
     for flag, chosen, n in (("layer", layer, len(rows)), ("head", head, len(rows[0]))):
         if chosen >= n:
-            raise ValueError(f"--{flag}={chosen}: there are {n}, from 0 to {n - 1}")
+            raise ValueError(f"--{flag}={chosen}: the model has {n}, from 0 to {n - 1}")
     layers = range(len(rows)) if layer < 0 else [layer]
     heads = range(len(rows[0])) if head < 0 else [head]
     return [("", i, j) for i in layers for j in heads]
 
 
 def attention(model: "TextModel", seed: int, text: str = "", layer: int = -1, head: int = -1) -> dict:
-    """The scores of all heads, and maps of some over a text; without one over two of ours, and of decoders
-    also what is copied.
+    """Scores of all heads, and attention maps of the chosen heads on `text`.
+
+    Without a text: maps on two example texts, and for decoders also the copy accuracy.
     """
     scores = head_scores(model.model, seed, length=min(32, model.context_length // 2))
     scores = {name: [[round(x, 4) for x in row] for row in s.tolist()] for name, s in scores.items()}
     chosen, maps = chosen_heads(scores, layer, head), []
-    for looked_at in [text] if text else LOOKED_AT:
-        ids = [*model.before, *model.encode(looked_at), *model.behind]
+    for example in [text] if text else EXAMPLE_TEXTS:
+        ids = [*model.before, *model.encode(example), *model.behind]
         if len(ids) > model.context_length:
-            raise ValueError(f"{model.name} looks at {model.context_length} tokens, the text has {len(ids)}")
+            raise ValueError(
+                f"the context of {model.name} is {model.context_length} tokens, but the text has {len(ids)}"
+            )
         weights = attention_weights(model.model, torch.tensor([ids], device=model.device))[:, 0]
         heads = []
         for name, i, j in chosen:

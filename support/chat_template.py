@@ -1,9 +1,8 @@
 """Conversations as token ids, by the chat template that a tokenizer carries.
 
 A chat template is a small Jinja program that transformers, vLLM, TRL and llama.cpp all render in the same
-way. Here one rendering serves training, evaluation and chat: `conversation_ids` gives the ids of a
-conversation and marks those that the assistant says. So what a model is trained on is exactly what it is
-asked later.
+way. Training, evaluation and chat all use `conversation_ids`: it gives the ids of a conversation
+and marks those of the assistant. So a model meets in use exactly the format of its training.
 """
 
 import re
@@ -22,7 +21,7 @@ WORDS_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
-# The turn of ChatML as most models on the hub write it, and the same with the marks that TRL reads.
+# A ChatML turn as most models on the hub write it, and the same with the generation marks that TRL needs.
 CHATML_TURN = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}",
     "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
@@ -30,15 +29,15 @@ CHATML_TURN = (
     "{% else %}{{message['content'] + '<|im_end|>' + '\n'}}{% endif %}",
 )
 
-BREAK = "\ufdd0"  # a noncharacter, put into text that spells a special token, so that it stays text
+BREAK = "\ufdd0"  # a Unicode noncharacter; inside a spelled special token it keeps that token plain text
 
 
 class TemplateError(ValueError):
-    """A template that does not take a conversation, such as one that knows no system turn."""
+    """A template rejects a conversation, for example because it has no system turn."""
 
 
 def with_generation_marks(template: str) -> str:
-    """The template with `{% generation %}` around what the assistant says, where its form is known."""
+    """The template with `{% generation %}` around assistant turns, if it is one of the known forms."""
     if "generation %}" in template:
         return template
     return template.replace(*CHATML_TURN).replace(*(part.replace("\n", "\\n") for part in CHATML_TURN))
@@ -57,7 +56,7 @@ def render(template: str, messages: list[dict], tokens: dict[str, str], add_gene
         rendered = render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **tokens
         )
-    except Exception as error:  # whatever a template of somebody else's raises
+    except Exception as error:  # a template from the hub may raise anything
         why = str(error).strip().splitlines()
         raise TemplateError(
             f"the model's chat template refuses this conversation: {(why or ['?'])[0]}"
@@ -66,12 +65,12 @@ def render(template: str, messages: list[dict], tokens: dict[str, str], add_gene
 
 
 def pieces(template: str, messages: list[dict], tokens: dict[str, str], special: re.Pattern) -> list[tuple]:
-    """The rendered conversation, cut into [(text, whether the assistant says it)].
+    """The rendered conversation, cut into [(text, is it the assistant's?)].
 
-    An answer is what follows the prompt that the messages before it render to, up to and including the
-    special token that ends it. A turn that the template renders in another way once others follow (some
-    drop an earlier answer's reasoning) is not counted as the assistant's, since nobody would ever generate
-    it like that. Behind a last turn that is not the assistant's stands the prompt for the next answer.
+    An answer starts where the rendered prompt (all messages before it) ends, and includes the special token
+    that ends the turn. Some templates render an earlier turn differently once others follow (for example
+    without its reasoning). Such a turn is not marked as the assistant's: generation never produces it. If the
+    last message is not the assistant's, the prompt for the next answer is appended.
     """
     open_turn = not messages or messages[-1]["role"] != "assistant"
     text = render(template, messages, tokens, add_generation_prompt=open_turn)
@@ -89,38 +88,38 @@ def pieces(template: str, messages: list[dict], tokens: dict[str, str], special:
         at = end
     if not found and not open_turn:
         raise TemplateError(
-            "the model's chat template opens an answer with other words than this conversation's answers have"
+            "the model's chat template renders this conversation's answers differently from the prompt for a "
+            "new answer, so they cannot be trained on"
         )
     found.append((text[at:], False))
     return [piece for piece in found if piece[0]]
 
 
 def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[list[int], list[bool]]:
-    """The ids of a conversation, and which of them the assistant says, the token that ends its turn included.
+    """The ids of a conversation, and for each id whether it is the assistant's (its end-of-turn token is).
 
-    `tokenizer`: a `tokenizer.Tokenizer` or a `HubTokenizer`. What a message says never becomes a special
-    token. Pieces are encoded together, as any other program does, as long as no token reaches across their
-    border.
+    `tokenizer`: a `tokenizer.Tokenizer` or a `HubTokenizer`. The text of a message never becomes a special
+    token. Pieces are encoded together, as other programs do, unless a token would cross their border.
     """
     special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
     safe = [message | {"content": guarded(message["content"], special)} for message in messages]
-    ids, said, text = [], [], ""
+    ids, is_answer, text = [], [], ""
     for piece, assistant in pieces(template, safe, tokenizer.template_tokens, special):
         text += piece
         together = encoded(tokenizer, text, special)
         new = together[len(ids) :] if together[: len(ids)] == ids else encoded(tokenizer, piece, special)
-        ids, said = ids + new, said + [assistant] * len(new)
-    return ids, said
+        ids, is_answer = ids + new, is_answer + [assistant] * len(new)
+    return ids, is_answer
 
 
 def guarded(content: str, special: re.Pattern) -> str:
-    """Text in which no special token is spelled any more: a BREAK stands behind its first character."""
+    """The text with a BREAK after the first character of every spelled special token."""
     content = content.replace(BREAK, "")
     return special.sub(lambda match: match[0][0] + BREAK + match[0][1:], content)
 
 
 def encoded(tokenizer, text: str, special: re.Pattern) -> list[int]:
-    """The ids of rendered text, special tokens included, except for those that are guarded."""
+    """The ids of rendered text. Special tokens are encoded as such, except where `guarded` put a BREAK."""
     if BREAK not in text:
         return tokenizer.encode(text, allowed_special="all")
     ids, at = [], 0
@@ -132,14 +131,15 @@ def encoded(tokenizer, text: str, special: re.Pattern) -> list[int]:
 
 
 def reply_ids(tokenizer, template: str, answer: str) -> list[int]:
-    """The ids of an answer as the template has it, the token that ends the turn included."""
-    ids, said = conversation_ids(
+    """The ids of an answer as the template renders it, with the token that ends the turn."""
+    ids, is_answer = conversation_ids(
         tokenizer, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     )
-    return [i for i, mine in zip(ids, said, strict=True) if mine]
+    return [i for i, keep in zip(ids, is_answer, strict=True) if keep]
 
 
 def is_ours(template: str | None) -> bool:
+    """Whether this is tokenizer.CHAT_TEMPLATE, with or without generation marks."""
     return template is not None and without_generation_marks(template) == without_generation_marks(
         CHAT_TEMPLATE
     )

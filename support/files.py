@@ -1,4 +1,4 @@
-"""Writing files so that a process may be killed at any moment: what has a name is complete."""
+"""Atomic writes: even if a process is killed, a file under its final name is always complete."""
 
 import glob
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` makes a temporary file that takes the place of `path` only when it is complete and on the disk.
+    """Calls write(temporary file), syncs it to the disk and renames it to `path`.
 
-    A process that was killed here leaves its temporary file behind; the next one to write `path` removes it.
+    A killed process leaves its temporary file behind; the next process that writes `path` removes it.
     """
     for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if not process_is_alive(left_over.name.split(".")[-2]):
@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary folder that takes the place of `folder` only when it is complete."""
+    """Calls write(temporary folder) and renames it to `folder`."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -43,7 +43,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 
 
 def remove_folder(folder: Path) -> None:
-    """Hides a folder before its files go one by one: whoever is killed here leaves no half of it in sight."""
+    """Renames a folder before deleting it: a killed process leaves no half-deleted folder under its name."""
     if folder.exists():
         hidden = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -52,7 +52,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def give_default_mode(path: Path) -> None:
-    """The permissions of any new file, by the umask. safetensors' files can be read by their owner alone."""
+    """Sets a new file's usual permissions (by the umask); safetensors lets only the owner read its files."""
     umask = os.umask(0o077)  # the only way to read it is to set it
     os.umask(umask)
     if path.is_file():
@@ -63,7 +63,7 @@ def process_is_alive(pid: str) -> bool:
     if os.name == "nt" or not pid.isdecimal():  # on Windows os.kill() would send a Ctrl-C
         return True
     try:
-        os.kill(int(pid), 0)  # signal 0 only asks
+        os.kill(int(pid), 0)  # signal 0 only checks that the process exists
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's process

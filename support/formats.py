@@ -1,7 +1,7 @@
-"""Rows of instruction and preference data sets, in the forms that are in use, as messages.
+"""Converts rows of instruction and preference data sets, in the common formats, to messages.
 
-A message is {"role": "system", "user" or "assistant", "content": text}. A row without its text gives [], and
-is left out; a row whose form is not known is a DataError.
+A message is {"role": "system", "user" or "assistant", "content": text}. A row without text gives [], and
+is left out; a row in an unknown format is a DataError.
 
     {"messages": [{"role": "user", "content": "Hi"}, ...]}        OpenAI, TRL; content may be a list of parts
     {"conversations": [{"from": "human", "value": "Hi"}, ...]}    ShareGPT
@@ -23,18 +23,19 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def talk(question: str, answer: str = "") -> list[dict]:
+    """A question, and an answer if there is one, as messages."""
     turns = [{"role": "user", "content": question}]
     return turns + [{"role": "assistant", "content": answer}] * bool(answer)
 
 
 def first_question(messages: list[dict]) -> str:
-    """What the user asks first. Rows that share it must share their split; a system prompt may be in all."""
+    """The first user message. Rows with the same one go into the same split (system prompts do not count)."""
     questions = [m["content"] for m in messages if m["role"] == "user"]
     return questions[0] if questions else messages[0]["content"]
 
 
 def content_text(content, where: str) -> str | None:
-    """The text of a message: a string, or a list of parts of which every one must be text."""
+    """The text of a message's content: a string, or a list of parts that must all be text."""
     if not isinstance(content, list):
         return text_of(content, where)
     texts = []
@@ -45,13 +46,15 @@ def content_text(content, where: str) -> str | None:
             raise DataError(f"{where}: a part of a message should be text, but is {shortened(part)}")
         kind = part.get("type", "text")
         if kind not in TEXT_PARTS:
-            raise DataError(f"{where}: a message has a part of type {kind!r}: only text can be learnt")
+            raise DataError(
+                f"{where}: a message has a part of type {kind!r}: only text is supported; remove such rows"
+            )
         texts.append(text_of(part.get("text"), where) or "")
     return text_of("\n".join(texts), where)
 
 
 def as_messages(turns, where: str) -> list[dict]:
-    """Turns as messages; [] if one of them has no text."""
+    """Turns (in any known format) as messages; [] if one of them has no text."""
     if not isinstance(turns, list):
         raise DataError(f"{where}: should be a list of messages, but is {shortened(turns)}")
     messages = []
@@ -71,7 +74,7 @@ def as_messages(turns, where: str) -> list[dict]:
 
 
 def first_of(row: dict, names: tuple[str, ...]):
-    """The first of these columns that is there and not empty."""
+    """The value of the first of these columns that is not missing or empty."""
     for name in names:
         if row.get(name) not in (None, "", []):
             return row[name]
@@ -79,7 +82,7 @@ def first_of(row: dict, names: tuple[str, ...]):
 
 
 def question_of(row: dict, where: str) -> list[dict]:
-    """What is asked: messages, of which the last is the user's."""
+    """The prompt of a row, as messages."""
     asked = first_of(row, ("instruction", "prompt", "question"))
     if isinstance(asked, list):
         return as_messages(asked, where)
@@ -90,7 +93,7 @@ def question_of(row: dict, where: str) -> list[dict]:
 
 
 def messages_of(row: dict, where: str = "") -> list[dict]:
-    """A row as a conversation; [] if it has no text, or nothing that the assistant says."""
+    """A row as a conversation; [] if it has no text or no assistant turn."""
     turns = first_of(row, ("messages", "conversations", "conversation"))
     if turns is not None:
         messages = as_messages(turns, where)
@@ -105,8 +108,8 @@ def messages_of(row: dict, where: str = "") -> list[dict]:
 
 
 def pair_of(row: dict, where: str = "") -> tuple[list[dict], str, str]:
-    """A row as (messages, chosen answer, rejected answer); ([], "", "") if it lacks one of them, or if the
-    two answers do not answer the same messages.
+    """A row as (messages, chosen answer, rejected answer); ([], "", "") if one of them is missing
+    or the two answers belong to different prompts.
     """
     asked = question_of(row, where)
     turns = first_of(row, ("messages", "conversations", "conversation"))
@@ -120,7 +123,7 @@ def pair_of(row: dict, where: str = "") -> tuple[list[dict], str, str]:
         if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
             side = _transcript(side[0]["content"])
         if side and (not asked or side[0]["role"] != "assistant"):
-            before, answer = side[:-1], side[-1:]  # the whole conversation
+            before, answer = side[:-1], side[-1:]  # this side holds the whole conversation
         else:
             before, answer = asked, side
         if not before or len(answer) != 1 or answer[0]["role"] != "assistant":
@@ -141,10 +144,10 @@ def as_answer(value, where: str) -> list[dict]:
 
 
 def _transcript(text: str) -> list[dict]:
-    """hh-rlhf: turns that begin with "Human:" and "Assistant:" after an empty line."""
+    """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line."""
     messages = []
     pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)[1:]
-    for name, said in zip(pieces[::2], pieces[1::2], strict=True):
+    for name, text in zip(pieces[::2], pieces[1::2], strict=True):
         role = "user" if name == "Human" else "assistant"
-        messages.append({"role": role, "content": said.strip()})
+        messages.append({"role": role, "content": text.strip()})
     return messages

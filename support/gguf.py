@@ -5,12 +5,12 @@
     llama-cli -m out/sft/sft.gguf                        # llama.cpp; --jinja for the chat template
     ollama create my-model -f out/sft/Modelfile && ollama run my-model
 
-llama.cpp's own converter refuses our runs: it recognises a tokenizer by a hash of the ids that a test text
-gets, so it knows no vocabulary that somebody learned. This file says itself how words are cut.
+llama.cpp's own converter refuses our runs: it recognises a tokenizer by the hash of the ids of a test text,
+so it does not know a newly trained vocabulary. This file states the pre-tokenizer itself.
 
 Needs `pip install gguf` (or `.[gguf]`). Reads a run folder, or any folder that model.py and tokenizer.py can
-read; writes one file, and for a chat run a Modelfile that gives Ollama the chat template in its own language.
-What llama.cpp does not compute is refused by name.
+read; writes one file, and for a chat model a Modelfile with the chat template in Ollama's language (Go).
+Architectures that llama.cpp cannot compute are an error that names the settings.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer, spell
 
 # transformers' name of an architecture -> llama.cpp's. Its "llama" also computes Mixtral's experts.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen3": "qwen3", "gpt2": "gpt2"}
-# How llama.cpp cuts a text into words before BPE: its names for our two patterns.
+# Pre-tokenization, before BPE: llama.cpp's names of our two patterns.
 PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2", DIGITS_PATTERN: "smollm"}
 # Ollama writes chat templates in Go; the middle line is tokenizer.CHAT_TEMPLATE.
 MODELFILE = """FROM ./{file}
@@ -40,7 +40,7 @@ GO_TEMPLATE = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }
 
 
 class GGUFError(ValueError):
-    """Something the user can mend; the message says how."""
+    """An error that the user can fix; the message says how."""
 
 
 # -----------------------------------------------------------------------------
@@ -48,10 +48,10 @@ class GGUFError(ValueError):
 
 
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of a query or key projection, in the order in which llama.cpp's "llama" rotates them.
+    """Rows of a query or key projection, reordered for the RoPE of llama.cpp's "llama".
 
-    We and transformers rotate feature i with feature i + D/2 of a head; llama.cpp rotates neighbours, 2i with
-    2i + 1, as Meta's first code did. Works for weights (H D, d) and biases (H D).
+    We and transformers rotate feature i with feature i + D/2 of a head; llama.cpp rotates feature 2i with
+    2i + 1, as Meta's original code does. Works for weights (H D, d) and biases (H D).
     """
     halves = weight.reshape(n_heads, 2, -1, *weight.shape[1:])  # (H, 2, D/2, ...)
     return halves.transpose(1, 2).reshape(weight.shape)
@@ -104,7 +104,7 @@ def gguf_tensors(model: ModernDecoderLM) -> dict[str, Tensor]:
         if ARCHITECTURES[kind] == "llama" and ".k_proj." in name:
             tensor = interleaved(tensor, c.n_kv_heads)
         found[gguf_name(name)] = tensor.detach().float().cpu()
-    if kind == "gpt2":  # one matrix makes queries, keys and values
+    if kind == "gpt2":  # queries, keys and values are one matrix
         for layer in range(c.n_layers):
             for ending in ("weight", "bias"):
                 parts = [found.pop(f"blk.{layer}.attn_{x}.{ending}") for x in "qkv"]
@@ -113,7 +113,7 @@ def gguf_tensors(model: ModernDecoderLM) -> dict[str, Tensor]:
 
 
 def stored_as(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """F16 is for the large matrices; vectors, position embeddings and routers stay F32 for llama.cpp."""
+    """The large matrices become F16; llama.cpp needs vectors, position embeddings and routers in F32."""
     small = tensor.dim() < 2 or name.startswith("position_embd") or "ffn_gate_inp" in name
     return tensor if dtype == "F32" or small else tensor.half()
 
@@ -123,7 +123,7 @@ def stored_as(name: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def refuse_unknown(c: ModelConfig) -> None:
-    """Raises GGUFError for switches that llama.cpp has no architecture for."""
+    """Raises GGUFError for configs that llama.cpp has no architecture for."""
     if architecture(c) in ARCHITECTURES:
         return
     switches = [*SWITCHES, "capacity_factor", "moe_every"]
@@ -137,7 +137,7 @@ def refuse_unknown(c: ModelConfig) -> None:
 
 
 def usable_context(c: ModelConfig) -> int:
-    """Tokens that llama.cpp may look at. Its "llama" has no sliding window; within one, that is the same."""
+    """The context for llama.cpp. Its "llama" has no sliding window, so the context is at most one window."""
     return min(c.context_length, c.sliding_window or c.context_length)
 
 
@@ -167,16 +167,16 @@ def add_settings(writer, c: ModelConfig, name: str, dtype: str) -> None:
 
 
 def add_vocabulary(writer, tokenizer: Tokenizer, rows: int, end: int, template: str) -> None:
-    """Tokens, merges, special tokens; `rows` of the embedding that no token uses are filled up.
+    """Tokens, merges, special tokens; unused ones of the `rows` of the embedding get padding tokens.
 
-    `end`: the id at which generation stops. `template`: of a chat model, how its conversations are written.
+    `end`: the id at which generation stops. `template`: the chat template, or "".
     """
     import gguf
 
     if tokenizer.pattern not in PRE_TOKENIZERS:
         raise GGUFError(
-            f"this tokenizer cuts words by a pattern of its own ({tokenizer.pattern[:60]}...), for which the "
-            "pre-tokenizer of llama.cpp is not known here: use llama.cpp's convert_hf_to_gguf.py"
+            f"this tokenizer splits words by an unknown pattern ({tokenizer.pattern[:60]}...), so its "
+            "pre-tokenizer in llama.cpp is not known: use llama.cpp's convert_hf_to_gguf.py"
         )
     special = {i: token for token, i in tokenizer.special_ids.items()}
     tokens, types = [], []
@@ -199,7 +199,7 @@ def add_vocabulary(writer, tokenizer: Tokenizer, rows: int, end: int, template: 
     writer.add_bos_token_id(tokenizer.eot_id)
     writer.add_eos_token_id(end)
     writer.add_pad_token_id(tokenizer.eot_id)
-    # Every document of pretraining begins with <|endoftext|>; a chat template says how a conversation does.
+    # Every pretraining document begins with <|endoftext|>; a chat template defines its own beginning.
     writer.add_add_bos_token(not template)
     writer.add_add_space_prefix(False)
     if template:
@@ -210,8 +210,8 @@ def add_vocabulary(writer, tokenizer: Tokenizer, rows: int, end: int, template: 
 def spaces_before_digits(tokenizer: Tokenizer) -> list[str]:
     """Tokens of several spaces or newlines that llama.cpp uses before a digit and we do not.
 
-    Its "smollm" first cuts out the digits and then looks at "\\n\\n" as the end of a text; our pattern leaves
-    the last character of whitespace to what follows.
+    Its "smollm" splits off the digits first, and then treats the whitespace before them as the end of a text.
+    Our pattern separates the last whitespace character from the rest.
     """
     if tokenizer.pattern != DIGITS_PATTERN:
         return []
@@ -228,7 +228,7 @@ def read_json(path: Path) -> dict:
 
 
 def chat_template(folder: Path) -> str:
-    """The template of a chat run, without the marks that only transformers' Jinja knows; "" of other runs."""
+    """The template of a chat model, without generation marks, which are transformers' own; "" for others."""
     run, config = read_json(folder / "run.json"), read_json(folder / "tokenizer_config.json")
     if not run.get("chat") and config.get("eos_token") in (EOT, None):
         return ""
@@ -247,7 +247,7 @@ def end_id(folder: Path, tokenizer: Tokenizer, rows: int, template: str) -> int:
 
 
 def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") -> list[str]:
-    """Converts a folder; returns lines that say what was written and what to know about it."""
+    """Converts a folder; returns messages for the user: what was written, and warnings."""
     try:
         import gguf
     except ImportError:
@@ -290,8 +290,8 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
         )
     if wide := spaces_before_digits(tokenizer):
         lines.append(
-            f"before a digit llama.cpp cuts spaces and newlines otherwise: {wide[0]!r} and {len(wide) - 1} "
-            "other tokens may stand there, where training had one token for each character"
+            f"llama.cpp splits spaces and newlines before a digit differently: it may use {wide[0]!r} and "
+            f"{len(wide) - 1} other tokens where training used one token per character"
         )
     return lines
 

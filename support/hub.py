@@ -1,7 +1,7 @@
-"""Hugging Face's hub: a data set's file or rows, from the hub's cache or downloaded.
+"""Data sets from the Hugging Face hub or its local cache.
 
 HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and the token of `hf auth login` are honoured: huggingface_hub and
-`datasets` do the work. What cannot be had is a DataError that gives the reason in one line.
+`datasets` do the work. A failed download is a DataError that gives the reason in one line.
 """
 
 import functools
@@ -14,8 +14,9 @@ from support.tables import DataError
 
 @functools.cache
 def unreachable() -> bool:
-    """Whether the hub does not answer within five seconds. From then on the libraries use their caches alone:
-    by themselves they would try again and again, for minutes.
+    """True if the hub does not answer within five seconds; then the libraries are switched to offline mode.
+
+    Otherwise they would retry for minutes.
     """
     import requests
     from huggingface_hub import constants
@@ -34,20 +35,20 @@ def unreachable() -> bool:
 
 
 def hub_file(repo: str, file: str) -> str:
-    """The path of a data set's file in the hub's cache; it is downloaded if it is not there."""
+    """The path of a data set's file in the hub's cache; downloads it if necessary."""
     unreachable()
     try:
         from huggingface_hub import hf_hub_download
 
         return hf_hub_download(repo, file, repo_type="dataset")
-    except Exception as error:  # some ten kinds: network, disk, rights
+    except Exception as error:  # about ten types: network, disk, permissions
         raise DataError(why_not(error, repo)) from None
 
 
 def hub_rows(repo: str, config: str = "", split: str = "train") -> list[dict]:
     """The rows of one split of a data set.
 
-    `datasets` finds its own cache without a network, but not the hub's, where `hf download` puts files.
+    Without a network `datasets` finds its own cache, but not that of the hub, where `hf download` puts files.
     """
     unreachable()
     try:
@@ -75,7 +76,7 @@ def _cached_snapshot(repo: str) -> str | None:
 
 
 def why_not(error: Exception, repo: str) -> str:
-    """The reason of a failed download, in one line that says what to do where that is known."""
+    """The reason of a failed download in one line, with what to do if that is known."""
     from huggingface_hub import constants
 
     text = " ".join(str(error).split()) or type(error).__name__

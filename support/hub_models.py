@@ -1,6 +1,6 @@
-"""Tokenizers and generation by transformers, behind the same methods as ours.
+"""Tokenizers and generation of transformers, with the interface of ours.
 
-`HubTokenizer` answers as tokenizer.Tokenizer does; `generate` draws from a model of transformers with the
+`HubTokenizer` has the methods of tokenizer.Tokenizer; `generate` samples from a transformers model with the
 arguments of ModernDecoderLM.generate. So every stage works on any decoder of the hub.
 """
 
@@ -25,9 +25,9 @@ class HubTokenizer:
         self.inner = inner
 
     def encode(self, text: str, allowed_special: str | Collection[str] = ()) -> list[int]:
-        """The ids of a text. Only with allowed_special="all" does what spells a special token become one."""
-        whole = allowed_special == "all"
-        how = {"add_special_tokens": False, "verbose": False, "split_special_tokens": not whole}
+        """The ids of a text. allowed_special="all": a special token spelled in it is encoded as one."""
+        split = allowed_special != "all"
+        how = {"add_special_tokens": False, "verbose": False, "split_special_tokens": split}
         return self.inner(valid(text), **how)["input_ids"]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -44,12 +44,12 @@ class HubTokenizer:
 
     @property
     def template_tokens(self) -> dict[str, str]:
-        """The tokens that a chat template may name."""
+        """{"bos_token": ..., ...}: the special tokens that a chat template may use by name."""
         return self.inner.special_tokens_map
 
     @property
     def bos(self) -> list[int]:
-        """What a text begins with; nothing if that token opens a turn of a conversation, as SmolLM's does."""
+        """The ids that begin a text; none if that token opens a chat turn, as in SmolLM."""
         token = self.inner.bos_token
         if token is None or token in (self.inner.chat_template or ""):
             return []
@@ -57,7 +57,7 @@ class HubTokenizer:
 
     @property
     def eot_id(self) -> int:
-        """The token that ends a text, or for an encoder separates two."""
+        """The end-of-text token; for an encoder, the separator token."""
         ends = [i for i in (self.inner.eos_token_id, self.inner.sep_token_id) if i is not None]
         return ends[0]
 
@@ -81,14 +81,14 @@ class HubTokenizer:
         return self.special_ids[token]
 
     def frame(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and behind a text: [CLS] and [SEP], say."""
+        """The special tokens that the tokenizer puts before and after a text, such as [CLS] and [SEP]."""
         with_frame, alone = (self.inner("a", add_special_tokens=s)["input_ids"] for s in (True, False))
         at = next(i for i in range(len(with_frame)) if with_frame[i : i + len(alone)] == alone)
         before, behind = with_frame[:at], with_frame[at + len(alone) :]
         return (before, behind) if before or behind else (self.bos, [])
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
-        """The same vocabulary, and these special tokens behind it."""
+        """A copy with these special tokens appended to the vocabulary."""
         inner = copy.deepcopy(self.inner)
         inner.add_special_tokens({"additional_special_tokens": list(tokens)})
         return HubTokenizer(inner)
@@ -126,9 +126,9 @@ def generate(
     stream: Callable[[int, int], None] | None = None,
     force: Callable[[int, list[int]], Sequence[int]] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """What ModernDecoderLM.generate does, computed by a model of transformers; see there for the arguments.
+    """ModernDecoderLM.generate for a transformers model; see there for the arguments.
 
-    transformers decodes greedily what `Draw` leaves of the logits: the one token that was drawn or forced.
+    `Draw` samples each token and masks all others, so transformers' greedy decoding has to choose it.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -163,15 +163,15 @@ def generate(
 
 
 def cut_behind_stop(ids: list[int], stop_tokens: Sequence[int]) -> list[int]:
-    """A row up to its first stop token, which stays: transformers pads what has ended."""
+    """A row up to and including its first stop token; transformers fills the rest with padding."""
     ends = [i for i, token in enumerate(ids) if token in stop_tokens]
     return ids[: ends[0] + 1] if ends else ids
 
 
 class Draw:
-    """Chooses every row's next token; a logits processor of transformers.
+    """A transformers logits processor that samples the next token of every row.
 
-    Each row has a random stream of its own, the same as in ModernDecoderLM.generate.
+    Each row has its own random stream, the same as in ModernDecoderLM.generate.
     """
 
     def __init__(
@@ -193,11 +193,11 @@ class Draw:
             seen.scatter_(1, input_ids[:, self.start :], True)
         token = sample(scores, uniform, **self.filters, seen=seen)
         if self.force or self.stream:
-            token = self.spoken(token.tolist(), input_ids[:, self.start :].tolist()).to(scores.device)
+            token = self.next_tokens(token.tolist(), input_ids[:, self.start :].tolist()).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
-    def spoken(self, drawn: list[int], new: list[list[int]]) -> Tensor:
-        """The drawn tokens, or those that `force` wants instead; rows that go on are reported to `stream`."""
+    def next_tokens(self, drawn: list[int], new: list[list[int]]) -> Tensor:
+        """The drawn tokens, replaced where `force` gives others. Unfinished rows are passed to `stream`."""
         for row in range(len(drawn)):
             if self.ended[row]:
                 continue

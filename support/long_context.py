@@ -1,4 +1,4 @@
-"""Texts longer than the context: what a model makes of them, by what it may look at.
+"""Texts longer than the context: perplexity and continuations under different attention windows.
 
 Full attention, RoPE stretched without training, and a rolling cache that keeps the first tokens (attention
 sinks; Xiao et al., 2024). `python eval.py MODEL --streams` and the lab's family `streams` measure it.
@@ -16,14 +16,15 @@ from torch import Tensor
 from model import KVCache, ModelConfig, ModernDecoderLM
 from support.attention import attention_weights
 
-STREAM = 16  # contexts long
-KEPT = (0, 1, 4)  # first tokens that a rolling cache keeps
+STREAM = 16  # length of a stream, in contexts
+KEPT = (0, 1, 4)  # how many first tokens a rolling cache keeps
 
 
 @torch.no_grad()
 def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", factor: float = 1.0) -> Tensor:
-    """(B, T - 1) losses in nats of ids (B, T) when every token sees all before it, however many; `stretch` as
-    in `stretched_rope`.
+    """Losses (B, T - 1) in nats of ids (B, T); every token attends to all tokens before it.
+
+    `stretch` and `factor`: see `stretched_rope`.
     """
     rope = stretched_rope(model.config, ids.shape[1] - 1, stretch, factor, ids.device) if stretch else None
     logits = F.linear(model.hidden(ids[:, :-1], rope=rope), model.head)
@@ -31,12 +32,12 @@ def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", facto
 
 
 def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=None) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (T, D): RoPE fitted without training to texts `factor` times the context.
+    """(cos, sin), each (T, D): RoPE extended without training to texts of `factor` contexts.
 
-    "linear" divides positions by the factor (Chen et al., 2023). "ntk" raises the base, so that the slowest
-    wave is stretched by the factor and the fastest stays. "yarn" (Peng et al., 2023) stretches waves that
-    turn less than once in a context, leaves those that turn 32 times and more, mixes in between, and sharpens
-    attention, which has more tokens to spread over.
+    "linear" divides positions by the factor (Chen et al., 2023). "ntk" raises the base: the lowest frequency
+    is divided by the factor, the highest stays. "yarn" (Peng et al., 2023) divides frequencies that make less
+    than one rotation in a context, keeps those that make 32 or more, and interpolates between. It also
+    sharpens attention, because the weights are spread over more tokens.
     """
     d, theta, sharper = c.head_dim, c.rope_theta, 1.0
     if stretch == "ntk":
@@ -45,7 +46,7 @@ def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=N
     if stretch == "linear":
         frequencies = frequencies / factor
     if stretch == "yarn":
-        # Hugging Face's ramp over the dimensions, between those that turn 32 times in a context and once.
+        # Hugging Face's ramp over the dimensions, from 32 rotations in a context to one.
         first, last = (d * math.log(c.context_length / (2 * math.pi * n), theta) / 2 for n in (32, 1))
         first, last = max(math.floor(first), 0), min(math.ceil(last), d - 1)
         ramp = ((torch.arange(d // 2, device=device) - first) / max(last - first, 0.001)).clamp(0, 1)
@@ -58,8 +59,9 @@ def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=N
 
 @torch.no_grad()
 def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int = 0) -> Tensor:
-    """(B, T - 1) losses in nats, token by token, with a cache of T tokens (one context by default) that keeps
-    the first `keep` tokens and the newest (StreamingLLM).
+    """Losses (B, len - 1) in nats, token by token, with a rolling cache of T tokens (default: one context).
+
+    The cache holds the first `keep` tokens and the newest ones (StreamingLLM).
     """
     cache = KVCache(model.config, len(ids), T or model.config.context_length, keep, ids.device)
     logits, losses = model.prefill(ids[:, :1].tolist(), cache), []
@@ -71,24 +73,27 @@ def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int = 0) -> Tenso
 
 
 def by_position(losses: Tensor, T: int) -> dict[str, float]:
-    """Perplexity within the context, and beyond: {"0-1": ..., "1-2": ..., "2-4": ...}, in contexts of T."""
+    """Perplexity by position, in contexts of T tokens: {"0-1": ..., "1-2": ..., "2-4": ...}."""
     edges = [0, *(2**i for i in range(int(math.log2(losses.shape[1] // T + 1)) + 1))]
     pairs = zip(edges, edges[1:], strict=False)
     return {f"{a}-{b}": math.exp(losses[:, a * T : b * T].mean().item()) for a, b in pairs}
 
 
 def first_token_mass(model: ModernDecoderLM, ids: Tensor, first: int = 1) -> list[float]:
-    """How much of its attention each layer gives to the first tokens: the mean over heads and over queries of
-    the second half. Of a model with learned sinks, what is left for tokens is less than 1.
+    """The attention weight that each layer puts on the first tokens.
+
+    Mean over heads and over the queries of the second half. With learned sinks a row sums to less than 1.
     """
     half = ids.shape[1] // 2
     return attention_weights(model, ids, lambda w: w[..., half:, :first].sum(-1).mean()).tolist()
 
 
 def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
-    """What can be said of a long continuation without a judge: distinct pairs of words, the share of four
-    words in a row that were there before, whether it ends in a loop, and how many of the prompt's content
-    words (five letters and more) its last quarter still has.
+    """Statistics of a long continuation that need no judge.
+
+    distinct_2: share of distinct word pairs. repeated_4: share of four-word sequences that occurred before.
+    loops: 1 if the last `window` words repeat with a fixed period. topic: share of the prompt's words of five
+    letters or more that occur in the last quarter.
     """
     words = re.findall(r"\w+", text.lower())
     pairs, fours = ([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in (2, 4))
@@ -105,8 +110,9 @@ def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
 
 
 def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoderLM, T: int = 0) -> dict:
-    """Perplexities and continuations beyond the context, by what the model may look at. ids (B, 16 T + 1);
-    T is the context, or a part of it.
+    """Perplexities and continuations beyond the context, for each attention window.
+
+    ids (B, 16 T + 1); T is the context, or a part of it. `judge` measures the ends of the continuations.
     """
     if model.config.positions == "learned":
         raise ValueError("learned positions end with the context: streams need RoPE, or no positions")
@@ -125,17 +131,18 @@ def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoder
         new = model.generate(prompts, 4 * T, temperature=0.8, seed=1, window=T - keep, keep=keep)
         texts = [tokenizer.decode(row) for row in new]
         rows = [liveliness(t, tokenizer.decode(p)) for t, p in zip(texts, prompts, strict=True)]
-        said = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        scores = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
         losses = full_attention(judge, torch.tensor([row[-T - 1 :] for row in new], device=ids.device))
-        said |= {"perplexity_of_the_end": math.exp(losses.mean().item()), "example": texts[0][-300:]}
-        found["continuations"][f"window, first {keep} kept"] = said
+        scores |= {"perplexity_of_the_end": math.exp(losses.mean().item()), "example": texts[0][-300:]}
+        found["continuations"][f"window, first {keep} kept"] = scores
     return found
 
 
 @torch.no_grad()
 def endless(model: ModernDecoderLM, tokens: int, T: int = 0) -> dict:
-    """A stream of so many tokens through a rolling cache of T tokens (one context by default): its bytes, and
-    the speed of each tenth.
+    """Generates `tokens` tokens with a rolling cache of T tokens (default: one context).
+
+    Returns the size of the cache and the speed after each tenth: both must stay constant.
     """
     cache = KVCache(model.config, 1, T or model.config.context_length, 4, model.device)
     logits, sizes, rates = model.prefill([[0]], cache), [cache.nbytes()], []

@@ -1,4 +1,4 @@
-"""What this machine has, and what torch can use of it.
+"""The GPU of this machine, and whether torch can use it.
 
 python -m support.machine      # the profile of run_all.sh for this machine, or why there is none
 """
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # the second is WSL's, often not on the PATH
-DRIVER_OF_CUDA_13 = 580  # the oldest that CUDA 13 accepts
+NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # the second: WSL, often not on the PATH
+DRIVER_OF_CUDA_13 = 580  # the oldest driver that works with CUDA 13
 REINSTALL = ".venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
 
 
 def nvidia_driver() -> str:
-    """The version of the NVIDIA driver, such as 535.183.01; nothing without a driver."""
+    """The version of the NVIDIA driver, such as 535.183.01; "" without a driver."""
     for name in NVIDIA_SMI:
         if not shutil.which(name):
             continue
@@ -35,7 +35,7 @@ def nvidia_driver() -> str:
 
 
 def unusable_gpu() -> str:
-    """A paragraph on an NVIDIA GPU that is here and that torch cannot use; nothing if there is none such."""
+    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; "" if all is well."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -55,13 +55,11 @@ def unusable_gpu() -> str:
 
 
 def main() -> int:
-    """Prints the profile that run_all.sh takes if it was given none; status 1 if a GPU would stay unused."""
+    """Prints the default profile of run_all.sh. Returns 1, with a message, if the GPU cannot be used."""
     import torch
 
     if problem := unusable_gpu():
-        print(
-            f"run_all.sh: {problem}\nOr train on the CPU all the same: bash run_all.sh cpu", file=sys.stderr
-        )
+        print(f"run_all.sh: {problem}\nOr train on the CPU: bash run_all.sh cpu", file=sys.stderr)
         return 1
     if torch.cuda.is_available():
         print("speedrun")

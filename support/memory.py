@@ -1,13 +1,13 @@
-"""How many bytes generation and evaluation need, how many are free, and how many rows of a batch fit.
+"""Memory of generation and evaluation: bytes needed, bytes free, and how many rows of a batch fit.
 
     need = partial(generation_bytes, shape_of(config), prompt=300, new=128)    # rows -> bytes
     rows = rows_that_fit(need, most=1024, room=room(device))
-    texts = halving(continued, prompts)        # if memory runs out all the same: half as many at a time
+    texts = halving(continued, prompts)        # if memory still runs out: half as many at a time
 
-Generation holds keys and values of every token of every row; a likelihood batch holds logits, vocabulary
-times 10 bytes a token. Both are counted from the shape of the model, as the largest of the few moments that
-can be the peak. `tests/test_memory.py` compares these sums with the bytes of tensors that are alive while the
-same shapes run. The weights, which are loaded before, are not part of them: see `weight_bytes`.
+Generation stores keys and values of every token of every row; a likelihood batch stores logits, 10 bytes per
+token and vocabulary entry. Both are computed from the shape of the model: the maximum over the few moments
+that can be the peak. `tests/test_memory.py` compares the results with the tensors that are alive while the
+same shapes run. The weights are loaded before and not included: see `weight_bytes`.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-# Of the free memory this share is used. CUDA: the allocator loses some 6 % between blocks (report/speed.md),
-# and kernels have workspaces. CPU: other programs want memory too, and Linux kills who takes the last of it.
+# Share of the free memory that is used. CUDA: the allocator loses about 6 % between blocks
+# (report/speed.md), and kernels have workspaces. CPU: other programs need memory too, and Linux kills
+# processes when none is left.
 SHARE = {"cuda": 0.85, "cpu": 0.6}
 
 
@@ -34,10 +35,10 @@ SHARE = {"cuda": 0.85, "cpu": 0.6}
 
 @dataclass(frozen=True)
 class Shape:
-    """What the memory of a forward pass depends on. Widths are in elements, not in bytes."""
+    """The properties of a model that determine the memory of a forward pass. Widths are in elements."""
 
     kind: str  # "causal", "seq2seq" or "head"
-    ours: bool  # computed by model.py, or by transformers
+    ours: bool  # True: computed by model.py; False: by transformers
     vocab_size: int
     n_layers: int  # of the decoder
     encoder_layers: int
@@ -47,15 +48,15 @@ class Shape:
     head_dim: int
     d_ff: int
     ffn_temporaries: int  # tensors of width d_ff that are alive together in a feed-forward layer
-    all_scores: bool = False  # attention sinks, or linear attention with a mask: a prompt's scores are made
+    all_scores: bool = False  # attention sinks or masked linear attention: a prompt's scores are materialised
     shares_prompts: bool = True  # on a CPU the samples of a prompt share its keys and values (KVCache.fork)
     cache_copies: int = 0  # decoding: copies of a layer's keys or values, widened to all query heads
 
 
 def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
-    """Of a ModelConfig, or of a config of transformers (`ours` is then False).
+    """The Shape of a ModelConfig, or of a transformers config (`ours` is then False).
 
-    An encoder-decoder as a ModelConfig, which plan.py has for FLAN-T5, has half of its layers in each part.
+    plan.py describes FLAN-T5 by a ModelConfig: half of its layers are the encoder's.
     """
     if hasattr(config, "n_kv_heads"):
         gated = config.ffn in ("swiglu", "moe")
@@ -103,30 +104,29 @@ def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Of parameters and buffers, in the dtypes that they have."""
+    """Bytes of all parameters and buffers, in their present dtypes."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 # -----------------------------------------------------------------------------
-# What is alive during generation, and during a batch of likelihoods
+# Peak memory of generation, and of a batch of likelihoods
 
 
 def cache_bytes(s: Shape, rows: int, tokens: int, size: int) -> int:
-    """Keys and values of `rows` sequences of `tokens` tokens, `size` bytes a number."""
+    """Keys and values of `rows` sequences of `tokens` tokens, `size` bytes per element."""
     return 2 * s.n_layers * s.n_kv_heads * s.head_dim * rows * tokens * size
 
 
 def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool = False) -> int:
-    """The most that one layer holds while it reads (rows, length) tokens without gradients: the larger of its
-    two halves.
+    """Peak bytes of one layer on (rows, length) tokens without gradients: the larger of its two sub-layers.
 
     Feed-forward: the layer's input, the residual stream after attention, its norm, the temporaries of width
-    d_ff and the output; a decoder of transformers also keeps the embeddings of tokens and positions.
+    d_ff and the output; a transformers decoder also keeps the embeddings of tokens and positions.
     Attention: the same streams; queries, keys and values before and after RoPE, the output and its
-    transposed copy. Fused kernels make no scores. transformers also makes a mask of (rows, T, T) booleans and
-    casts it. T5 adds a position bias to the mask, (rows, H, T, T) numbers, and copies the sum into another
-    order while queries, keys and values wait.
+    transposed copy. Fused kernels do not materialise scores. transformers also allocates a mask of
+    (rows, T, T) booleans and casts it. T5 adds a position bias (rows, H, T, T) to the mask, and makes a
+    transposed copy of the sum while queries, keys and values are alive.
     """
     N, q, kv = rows * length, s.n_heads * s.head_dim, s.n_kv_heads * s.head_dim
     streams = 4 if s.ours or s.kind == "seq2seq" else 6
@@ -138,7 +138,7 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
         attention = size * N * (3 * s.d_model + q + 2 * kv) + 2 * size * s.n_heads * pairs
     elif not s.ours:
         attention += size * pairs
-    elif s.all_scores:  # the equation as it stands: scores, float32 weights, weights
+    elif s.all_scores:  # not fused: scores, float32 weights, weights
         attention += 3 * 4 * s.n_heads * pairs
     elif on_cpu and not s.cache_copies:
         # AttentionInBlocks: the scores of 64 queries, their softmax and that of the 64 before
@@ -149,9 +149,10 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
 
 
 def logit_bytes(s: Shape, rows: int, size: int, sampled: bool) -> int:
-    """Of one step's logits: as computed, in float32, and to draw from them the probabilities in float32, in
-    float64 and summed up (`sample` in model.py). For transformers the chosen token becomes logits again,
-    twice, in support/hub.py.
+    """Bytes of the logits of one step: as computed, and in float32.
+
+    Sampling adds probabilities in float32, in float64 and cumulative (`sample` in model.py). With
+    transformers, `Draw` in support/hub_models.py makes two more tensors of the logits' shape.
     """
     chosen = 0 if s.ours else 8
     return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else chosen))
@@ -161,19 +162,19 @@ def generation_bytes(
     s: Shape, rows: int, prompt: int, new: int, n: int = 1, size: int = 2,
     sampled: bool = False, on_cpu: bool = False,
 ) -> int:  # fmt: skip
-    """The peak, beside the weights, of continuing prompts of at most `prompt` tokens by `new` tokens.
+    """Peak bytes, without the weights, of continuing prompts of at most `prompt` tokens by `new` tokens.
 
-    rows: sequences, n of each prompt. size: bytes of an activation (2: bfloat16). The peak is the larger of
-    reading the prompts and of the last steps.
+    rows: sequences, n for each prompt. size: bytes of an activation (2: bfloat16). The peak is the larger of
+    the prefill and the last steps.
 
-    model.py allocates its cache at once, for prompt + new tokens. n samples of a prompt share its keys on a
-    CPU (KVCache.fork); on a GPU these are repeated. When rows finish, `KVCache.select` copies the others'
-    keys layer by layer, so that old and new ones of one layer exist together. On a GPU a step is recorded as
-    a CUDA graph, whose tensors keep their memory: its logits count twice.
-    transformers' cache grows: every step concatenates old keys and the new one, a layer at a time. All rows
-    read their prompt. Where query heads share keys (GQA), those of a layer are repeated for every head.
-    An encoder-decoder reads the prompt once and keeps its keys and values for every layer of the decoder; a
-    layer's are copied into the cache.
+    model.py allocates its cache at once, for prompt + new tokens. On a CPU the n samples of a prompt share
+    its keys (KVCache.fork); on a GPU the keys are repeated. When rows finish, `KVCache.select` copies the
+    keys of the others layer by layer, so one layer's old and new keys are alive together. On a GPU a step is
+    recorded as a CUDA graph, whose tensors stay allocated: its logits count twice.
+    The cache of transformers grows: each step concatenates old and new keys, one layer at a time. Every row
+    computes its own prompt. With GQA the keys of a layer are repeated for every query head.
+    An encoder-decoder encodes the prompt once and stores cross-attention keys and values for every decoder
+    layer; those of one layer at a time are copied into the cache.
     """
     prompts = math.ceil(rows / n) if s.ours else rows
     reads = activation_bytes(s, prompts, prompt, size, on_cpu)
@@ -188,50 +189,50 @@ def generation_bytes(
         copies = whole // s.n_layers * (groups if groups > 1 else 0.5)
         return max(cache_bytes(s, rows, prompt, size) + reads, whole + max(int(copies), step))
     slots = 8 * math.ceil((prompt + new) / 8)
-    first = cache_bytes(s, prompts, slots, size)  # what the prompts are read into
-    if s.cache_copies:  # and scores, float32 weights, weights
+    first = cache_bytes(s, prompts, slots, size)  # cache of the prefill
+    if s.cache_copies:  # also scores, float32 weights, weights
         step += rows * s.n_heads * slots * (s.cache_copies * s.head_dim * size + 3 * 4)
     if on_cpu:
         whole = first + (cache_bytes(s, rows, new, size) if n > 1 else 0)
         whole = whole if s.shares_prompts else cache_bytes(s, rows, slots, size)
-        step += 4 * 4 * rows * s.n_heads * slots  # scores, masked, joined and their softmax
+        step += 4 * 4 * rows * s.n_heads * slots  # scores, masked scores, their concatenation, their softmax
     else:
         whole = cache_bytes(s, rows, slots, size)
         step += logit_bytes(s, rows, size, sampled)
-    drawn = 4 * rows * new  # a uniform number for every token
+    drawn = 4 * rows * new  # one uniform random number per token
     return max(first + reads, whole + drawn + max(step, whole // s.n_layers))
 
 
 def likelihood_bytes(
     s: Shape, rows: int, length: int, columns: int, size: int = 2, on_cpu: bool = False
 ) -> int:
-    """The peak, beside the weights, of log-likelihoods of the last `columns` of `length` tokens.
+    """Peak bytes, without the weights, of log-likelihoods of the last `columns` of `length` tokens.
 
-    The logits of these columns exist as computed, in float32 and as log-probabilities in float32. A head has
-    none, but transformers then keeps a cache that nobody reads. An encoder-decoder reads `length` tokens and
-    `columns` are its answer's.
+    The logits of these columns exist as computed, in float32, and as float32 log-probabilities. A
+    classification head has none, but transformers keeps an unused cache. An encoder-decoder encodes `length`
+    tokens and decodes `columns`.
     """
     layer = activation_bytes(s, rows, length, size, on_cpu)
     if s.kind == "head":
         return layer + cache_bytes(s, rows, length, size)
     hidden = 2 * rows * length * s.d_model * size
     logits = rows * columns * s.vocab_size * (size + 4 * (size < 4) + 4)
-    if s.kind == "seq2seq":  # a layer of the decoder has the encoder's keys and values beside its own
+    if s.kind == "seq2seq":  # a decoder layer also stores the encoder's keys and values
         cross = rows * length * (s.d_model + 2 * s.n_heads * s.head_dim) * size
         layer = max(layer, cross + activation_bytes(s, rows, columns, size))
     return max(layer, hidden + logits)
 
 
 # -----------------------------------------------------------------------------
-# What is free
+# Free memory
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may still take on a device; 2 GiB where nothing tells.
+    """Bytes that this process can still allocate on a device; 2 GiB if the system does not report it.
 
-    CUDA: what the driver has free and what torch keeps but does not use, within the process' own limit
-    (`torch.cuda.set_per_process_memory_fraction`). CPU: the least of MemAvailable and the limits of the
-    process' control groups, which containers and job schedulers set.
+    CUDA: free memory of the driver plus memory that torch has reserved but does not use, within the limit of
+    the process (`torch.cuda.set_per_process_memory_fraction`). CPU: the minimum of MemAvailable and the
+    limits of the process' control groups, which containers and job schedulers set.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -246,12 +247,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def room(device: torch.device, processes: int = 1) -> int:
-    """Bytes that a batch may take, if so many processes work on the device at the same time."""
+    """Bytes that a batch may use if `processes` processes use the device at the same time."""
     return int(free_bytes(device) * SHARE.get(device.type, SHARE["cpu"]) / processes)
 
 
 def available_bytes(file: Path = Path("/proc/meminfo")) -> int | None:
-    """Of main memory: free, or used for nothing but files that can be read again."""
+    """Main memory that is free or used only as file cache; None if it is not known."""
     with contextlib.suppress(OSError):
         found = re.search(r"^MemAvailable:\s*(\d+) kB", file.read_text(), re.MULTILINE)
         if found:
@@ -261,7 +262,7 @@ def available_bytes(file: Path = Path("/proc/meminfo")) -> int | None:
 
         return psutil.virtual_memory().available
     with contextlib.suppress(AttributeError, ValueError, OSError):
-        mac = sys.platform == "darwin"  # it does not tell its free pages: take half of all
+        mac = sys.platform == "darwin"  # macOS does not report free pages: take half of all
         pages = os.sysconf("SC_PHYS_PAGES") // 2 if mac else os.sysconf("SC_AVPHYS_PAGES")
         return pages * os.sysconf("SC_PAGE_SIZE")
     return None
@@ -304,25 +305,26 @@ def group_bytes(group: Path, limit: str, usage: str, files: str) -> int | None:
 
 
 def give_freed_memory_back() -> None:
-    """glibc keeps what a process has freed (`keep_freed_memory` in train.py asks it to): to the system, too,
-    it is then in use.
+    """Returns freed memory to the system.
+
+    glibc keeps it (`keep_freed_memory` in train.py asks it to), and the system counts it as used.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 # -----------------------------------------------------------------------------
-# As many rows as fit
+# Choosing a batch size
 
 
 class DoesNotFit(ValueError):
-    """Memory ran out with one row; the message says what the user can do."""
+    """Out of memory with a single row; the message says what the user can do."""
 
 
 def rows_that_fit(need: Callable[[int], int], most: int, room: int) -> int:
     """`most`, halved until need(rows) <= room bytes; at least 1.
 
-    Halved, and not the largest number that fits: then a run does not depend on a few megabytes more or less.
+    Halving, instead of the largest number that fits, makes results independent of small changes in memory.
     """
     rows = max(1, most)
     while rows > 1 and need(rows) > room:
@@ -331,9 +333,7 @@ def rows_that_fit(need: Callable[[int], int], most: int, room: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch's on a GPU, and what torch, numpy, Python and the
-    system raise on a CPU.
-    """
+    """Whether an exception of torch, numpy, Python or the system means out of memory, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):
@@ -344,7 +344,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_cached_memory() -> None:
-    """After a batch that failed: its tensors' memory, which torch keeps, can be had in other pieces."""
+    """After a failed batch: frees the memory that torch has cached, so that it can be split differently."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -352,10 +352,9 @@ def free_cached_memory() -> None:
 
 
 def halving(function: Callable[[list], list], items: list, most: int = 0) -> list:
-    """function(items), a list, at most `most` items at a time (0: all of them). When memory runs out, half as
-    many at a time, down to one.
+    """The list function(items), computed with at most `most` items at a time (0: all).
 
-    Raises DoesNotFit if one alone is too much.
+    Out of memory: continues with half as many at a time. Raises DoesNotFit if one item does not fit.
     """
     results, size = [], most or len(items)
     while len(items):
@@ -371,7 +370,7 @@ def halving(function: Callable[[list], list], items: list, most: int = 0) -> lis
                     "out of memory with one sequence at a time: use a smaller model, a shorter "
                     "--context_length or fewer --shots, or close other programs that use this memory"
                 ) from None
-        # Outside the except clause, whose traceback keeps the failed tensors alive.
+        # Not inside the except clause: its traceback keeps the failed tensors alive.
         free_cached_memory()
         size = (min(size, len(items)) + 1) // 2
     return results

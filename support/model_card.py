@@ -1,6 +1,6 @@
 """The model card of a run folder: README.md, with the metadata that the Hugging Face hub reads.
 
-`write_model_card(folder)` makes it anew from what lies in the folder: run.json, results.json, config.json or
+`write_model_card(folder)` rewrites it from the files of the folder: run.json, results.json, config.json or
 adapter_config.json, metrics.jsonl. The Trainer calls it at the end of a run, eval.py after each measurement.
 A number is shown with its interval; a smoke run shows none.
 """
@@ -15,13 +15,13 @@ from model import write_atomically
 LICENSES = """
     mit apache-2.0 cc0-1.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-nd-4.0 cdla-sharing-1.0
     cdla-permissive-2.0 odc-by
-""".split()  # the hub's names of what our data sets have
+""".split()  # the licences of our data sets, as the hub names them
 STAGES = {
     "train": "a language model pretrained from scratch",
     "finetune": "a model fine-tuned on one task",
     "sft": "a model tuned on conversations (SFT)",
     "dpo": "a model tuned on preferences",
-    "verifier": "a verifier, which says how likely an answer to a problem is right",
+    "verifier": "a verifier, which estimates how likely an answer to a problem is right",
 }
 METRIC_TYPES = {"macro_f1": "f1", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
 SHARES = ("accuracy", "macro_f1", "exact_match", "rouge1", "rouge2", "rougeL", "answered")  # shown in percent
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict:
 
 
 def parent_folder(folder: Path, run: dict) -> Path | None:
-    """The run that this one started from, if it is on this disk; None for a model of the hub, or none."""
+    """The folder of the run that this one started from; None if there is none, or a hub model."""
     parent = run.get("parent")
     for candidate in (Path(parent), folder.parent / Path(parent).name) if parent else ():
         if (candidate / "config.json").exists():
@@ -48,7 +48,7 @@ def parent_folder(folder: Path, run: dict) -> Path | None:
 
 
 def family(folder: Path, run: dict) -> list[dict]:
-    """run.json of this run, of the one it started from, and so on back to the first."""
+    """run.json of this run, of its parent, of its parent's parent, and so on."""
     runs, seen = [run], {folder.resolve()}
     parent = parent_folder(folder, run)
     while parent is not None and parent.resolve() not in seen:
@@ -59,14 +59,14 @@ def family(folder: Path, run: dict) -> list[dict]:
 
 
 def hub_base(runs: list[dict]) -> str | None:
-    """The model of the hub that a family of runs began with."""
+    """The hub model that the first run of a family started from."""
     parent = str(runs[-1].get("parent") or "")
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", parent) and not parent.startswith((".", "out/"))
     return parent if is_id and not Path(parent).exists() else None
 
 
 def values_of(data: object, key: str) -> list[str]:
-    """Everything that stands behind `key`, however deep."""
+    """All values of `key` in nested dicts, as texts."""
     found = []
     if isinstance(data, dict):
         for name, value in data.items():
@@ -94,7 +94,7 @@ def sources_of(runs: list[dict]) -> list[str]:
 
 
 def tokens_seen(folder: Path, run: dict) -> int | None:
-    """Tokens trained on, from the last line of metrics.jsonl that has them."""
+    """Training tokens, from the last line of metrics.jsonl that holds them."""
     if run.get("stage") not in ("train", "sft", "finetune"):
         return None  # the other stages count answers
     try:
@@ -108,7 +108,7 @@ def tokens_seen(folder: Path, run: dict) -> int | None:
 
 
 def measurements(folder: Path, run: dict) -> list[dict]:
-    """Entries {"task", "split", "shots", "metrics"}: of eval.py, and of finetune.py's own evaluation."""
+    """Entries {"task", "split", "shots", "metrics"} of eval.py and of the evaluation in finetune.py."""
     found = []
     if "evaluation" in run:
         found.append({"task": run.get("task"), "shots": 0, **run["evaluation"]})
@@ -123,7 +123,7 @@ def measurements(folder: Path, run: dict) -> list[dict]:
 
 
 def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
-    """The YAML block, by huggingface_hub, which the hub's own parser accepts."""
+    """The YAML block, written by huggingface_hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
     runs = family(folder, run)
@@ -234,12 +234,12 @@ def results(folder: Path, run: dict) -> list[str]:
 
 
 def usage(folder: Path, run: dict, config: dict, adapter: dict) -> list[str]:
-    """Lines of code for whoever has the folder."""
+    """Example code that loads the folder."""
     if run.get("verifier"):
         code = ["from verifier import Verifier  # of this project", f'verifier = Verifier.load("{folder}")']
         return ["```python", *code, "verifier.score(problem, answer)", "```"]
     if config.get("model_type") == "modern_llm":
-        why = "transformers has no architecture for this model's switches; this project runs it:"
+        why = "transformers has no architecture for this combination of settings; this project runs it:"
         return [why, "", f"    python chat.py {folder}"]
     if adapter:
         return adapter_usage(folder, run, adapter)
@@ -256,7 +256,7 @@ def usage(folder: Path, run: dict, config: dict, adapter: dict) -> list[str]:
         if run.get("chat"):
             lines.append('pipe([{"role": "user", "content": "Hello!"}])  # uses the chat template')
         else:
-            lines.append('pipe("<|endoftext|>Once upon a time")  # every text of the training began so')
+            lines.append('pipe("<|endoftext|>Once upon a time")  # as in training')
     lines.append("```")
     if not head and run.get("kind") != "seq2seq":
         lines += ["", *other_programs(folder, run)]
@@ -270,15 +270,15 @@ def other_programs(folder: Path, run: dict) -> list[str]:
     else:
         options = f"pretrained={folder},add_bos_token=True"
         lines = [
-            "lm-evaluation-harness must put `<|endoftext|>` before a text, as the training did (leave "
-            "`add_bos_token` out for tasks of perplexity, which do that by themselves):"
+            "lm-evaluation-harness must put `<|endoftext|>` before a text, as in training (leave "
+            "`add_bos_token` out for perplexity tasks, which already do this):"
         ]
     lines += ["", f"    lm_eval --model hf --model_args {options} --tasks ...", ""]
     return [*lines, f"llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file."]
 
 
 def adapter_usage(folder: Path, run: dict, adapter: dict) -> list[str]:
-    """An adapter holds no config of its own: the names of the classes and the padding go to the base."""
+    """An adapter has no config: class names and the padding token must be passed to its base model."""
     base, folder = adapter.get("base_model_name_or_path"), os.path.abspath(folder)
     kinds = {"head": "SequenceClassification", "seq2seq": "Seq2SeqLM"}
     cls = "AutoPeftModelFor" + kinds.get(run.get("kind"), "CausalLM")
@@ -291,7 +291,7 @@ def adapter_usage(folder: Path, run: dict, adapter: dict) -> list[str]:
         lines.append(f'model = {cls}.from_pretrained("{folder}", **names)')
     else:
         lines.append(f'model = {cls}.from_pretrained("{folder}")')
-    lines += ["```", "", f"Its base is `{base}`: without it the adapter computes nothing."]
+    lines += ["```", "", f"The adapter needs its base model, `{base}`."]
     return lines
 
 
@@ -299,17 +299,17 @@ def limits(run: dict, config: dict) -> list[str]:
     context = config.get("max_position_embeddings") or config.get("n_positions")
     lines = []
     if context:
-        lines.append(f"- It looks at {context:,} tokens at most.")
+        lines.append(f"- Its context is {context:,} tokens.")
     if run.get("chat"):
-        lines.append("- Nothing was done to make its answers safe or true; it invents facts and numbers.")
+        lines.append("- It was not trained to be safe or truthful; it invents facts and numbers.")
     else:
-        lines.append("- It was not taught to hold conversations or to decline anything.")
-    lines.append("- It knows what its data hold, in their language, and repeats their errors and prejudices.")
+        lines.append("- It was not trained to hold conversations or to refuse requests.")
+    lines.append("- It reproduces its training data, with their language, errors and biases.")
     return lines
 
 
 def model_card(folder: Path, run: dict | None = None) -> str:
-    """The text of README.md. `run` is what run.json holds, or will hold."""
+    """The text of README.md. `run`: the content of run.json, which may not be written yet."""
     run = run or read_json(folder / "run.json")
     adapter = read_json(folder / "adapter_config.json")
     config = read_json(folder / "config.json")

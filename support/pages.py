@@ -1,7 +1,7 @@
 """A page made of blocks, written as HTML, Markdown, LaTeX and CSV.
 
-A section of a page is a list of blocks: Text, Code, Table or Figure. Every form of a page is written from the
-same blocks, so the forms cannot disagree. Needs matplotlib, no torch.
+A section of a page is a list of blocks: Text, Code, Table or Figure. All formats are written from the same
+blocks, so they cannot disagree. Needs matplotlib, but not torch.
 """
 
 import base64
@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 @dataclass
 class Text:
-    """A paragraph; **bold**, `code` and [text](address) are understood."""
+    """A paragraph; may contain **bold**, `code` and [text](address)."""
 
     words: str
 
@@ -41,7 +41,7 @@ class Table:
     columns: list[str]
     rows: list[list]
     caption: str = ""  # in the paper; default: the name
-    folded: bool = False  # on the HTML page
+    folded: bool = False  # on the HTML page: hidden until clicked
 
 
 @dataclass
@@ -55,7 +55,7 @@ Block = Text | Code | Table | Figure
 
 
 def figure(name: str, caption: str, fig) -> Figure:
-    """A drawn figure; it is closed."""
+    """A matplotlib figure as a block: adds the common style, saves it as PNG and closes it."""
     for axes in fig.axes:
         if "tokens" in axes.get_xlabel():
             axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -109,7 +109,7 @@ def shorten(text: str, most: int = 240) -> str:
 
 
 def thinned(lines: list, most: int = 1000) -> list:
-    """A picture has room for a thousand points."""
+    """At most about `most` of the lines, evenly spaced: more points cannot be seen in a figure."""
     return lines[:: max(1, len(lines) // most)]
 
 
@@ -132,7 +132,7 @@ summary { cursor: pointer; margin: .6rem 0 }
 figure { margin: 1.2rem 0 }
 img { max-width: 100%; background: white; border-radius: 4px }
 figcaption { font-size: .86rem; opacity: .8; position: sticky; left: 0 }
-@media (max-width: 45rem) {  /* a phone scrolls what is wide, and keeps the names of rows in sight */
+@media (max-width: 45rem) {  /* phones: wide tables scroll, the first column stays */
   figure { overflow-x: auto }
   img { max-width: 42rem }
   td { max-width: 14rem }
@@ -145,7 +145,7 @@ LINK = re.compile(r"\[([^][]+)\]\(((?:https?://|figures/|[\w-]+\.(?:html|md)\b)[
 
 
 def html_text(text: str) -> str:
-    """A paragraph's words as HTML; everything else in them stays text."""
+    """The words of a paragraph as HTML; all other markup is escaped."""
     parts = html.escape(text).split("**")
     parts = [f"<b>{p}</b>" if i % 2 and i < len(parts) - 1 else p for i, p in enumerate(parts)]
     codes = LINK.sub(r"<a href='\2'>\1</a>", "".join(parts)).split("`")
@@ -154,7 +154,7 @@ def html_text(text: str) -> str:
 
 def html_table(table: Table) -> list[str]:
     def cell(x) -> str:
-        """An interval stands below its figure, so that tables stay narrow."""
+        """A cell; an interval goes below its number, to keep tables narrow."""
         interval = r"^(\S+) (\[[^][]+\])(?: (\([^()]+\)))?$"
         return re.sub(interval, r"\1<br><small>\2</small> \3", html.escape(str(x)))
 
@@ -169,7 +169,7 @@ def html_table(table: Table) -> list[str]:
 
 
 def as_html(title: str, sections: dict[str, list[Block]]) -> str:
-    """The page; whatever a model wrote stays text."""
+    """The HTML page. All texts are escaped: generated text cannot become markup."""
     out = ["<!doctype html><html lang=en><meta charset=utf-8>"]
     out.append("<meta name=viewport content='width=device-width, initial-scale=1'>")
     out.append(f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
@@ -229,7 +229,7 @@ def write(folder: Path, title: str, sections: dict[str, list[Block]], name: str 
 
 
 # -----------------------------------------------------------------------------
-# LaTeX: an article close to ACL's style. Only packages and fonts of texlive-latex-base, so no Times
+# LaTeX: an article similar to ACL's style, with only the packages and fonts of texlive-latex-base (no Times)
 
 PREAMBLE = r"""
 \documentclass[11pt,a4paper,twocolumn]{article}
@@ -248,23 +248,24 @@ PREAMBLE = r"""
   \setlength\rightmargin{.6cm}}\item\small\ignorespaces}{\end{list}}
 \makeatother
 """.strip()
-LONG = 30  # rows from which on a table goes to the end of the paper, over pages
+LONG = 30  # a table with more rows goes to the end of the paper and may span pages
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "⏎": "/", "␣": " "}
 SPECIAL |= {"…": r"\dots{}", "±": r"$\pm$", "×": r"$\times$"} | {c: "\\" + c for c in "&%$#_{}"}
 
 
 def latex_text(text) -> str:
-    """Words with LaTeX's special characters escaped; bold and code lose their marks, a link its address."""
+    """Escapes LaTeX's special characters; removes bold and code marks and the addresses of links."""
     text = LINK.sub(r"\1", str(text)).replace("**", "").replace("`", "")
     known = "".join(c if c in SPECIAL or c.isascii() or c.isalpha() and ord(c) < 256 else "?" for c in text)
     return "".join(SPECIAL.get(c, c) for c in known)
 
 
 def latex_columns(table: Table, total: float, character: float) -> tuple[str, bool]:
-    """Column types that fill at most `total` cm, and whether every column got the width it would like.
+    """Column types for a table of at most `total` cm, and whether every column got its full width.
 
-    Columns that want less than an equal share get it; the others share what is left, and break their lines.
+    `character`: cm per character. Columns narrower than an equal share keep their width; the others share the
+    rest and wrap their lines.
     """
     wants, words = [], []
     for i in range(len(table.columns)):
@@ -290,7 +291,7 @@ def without_empty_columns(table: Table) -> Table:
 
 
 def latex_table(table: Table) -> list[str]:
-    """A float in one column or across both, or a long table over pages."""
+    """A float in one or both columns of the page, or a longtable that may span pages."""
     table = without_empty_columns(table)
     caption = rf"\caption{{{latex_text(table.caption or table.name)}}}"
     head, *lines = [" & ".join(map(latex_text, row)) + r" \\" for row in [table.columns, *table.rows]]
@@ -308,7 +309,7 @@ def latex_table(table: Table) -> list[str]:
 
 
 def latex_figure(block: Figure) -> list[str]:
-    width, height = struct.unpack(">II", block.png[16:24])  # of a PNG's header
+    width, height = struct.unpack(">II", block.png[16:24])  # from the PNG header
     kind = "figure*" if width > 2 * height else "figure"
     picture = rf"\includegraphics[width=\linewidth]{{../figures/{block.name}.png}}"
     return [rf"\begin{{{kind}}}[t]\centering", picture, rf"\caption{{{latex_text(block.caption)}}}",
@@ -316,7 +317,7 @@ def latex_figure(block: Figure) -> list[str]:
 
 
 def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
-    """The article. The section "Abstract" is its abstract; "References" are not numbered."""
+    """The article. The section "Abstract" becomes the abstract; "References" gets no number."""
     out = [PREAMBLE, rf"\title{{\Large\bfseries {latex_text(title)}}}", r"\author{}", r"\date{}"]
     out += [r"\begin{document}", r"\maketitle"]
     late = []  # tables that are too long for a column

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent, and say so when they die themselves."""
+"""Worker processes that end with their parent, and an error with a cause if a worker dies."""
 
 import multiprocessing
 import os
@@ -19,9 +19,9 @@ class WorkerDied(ValueError):
 def worker_pool(
     workers: int, remedy: str, context=None, initializer: Callable[[], None] | None = None
 ) -> Iterator[ProcessPoolExecutor]:
-    """A ProcessPoolExecutor. Whatever leaves the `with` block, Ctrl-C too, does not wait for running work.
+    """A ProcessPoolExecutor. An exception in the `with` block, also Ctrl-C, kills the workers at once.
 
-    `remedy` is the flag that starts fewer processes, for the message of WorkerDied.
+    `remedy`: a setting that starts fewer processes, for the message of WorkerDied.
     """
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=initializer or become_worker)
     processes = []
@@ -30,7 +30,8 @@ def worker_pool(
     except BrokenProcessPool:
         processes = list((pool._processes or {}).values())
         pool.shutdown()  # after this, the exit codes are known
-        raise WorkerDied(f"{cause_of_death(processes)}; the same command with {remedy} needs less") from None
+        cause = cause_of_death(processes)
+        raise WorkerDied(f"{cause}; run the same command with {remedy}, which needs less memory") from None
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()
@@ -40,7 +41,7 @@ def worker_pool(
 
 
 def cause_of_death(processes: list) -> str:
-    """Of the worker that died first: the pool ends the others with SIGTERM."""
+    """Why the first worker died. (The pool then ends the others with SIGTERM.)"""
     codes = [process.exitcode for process in processes if process.exitcode not in (None, 0, -signal.SIGTERM)]
     code = codes[0] if codes else None
     if code == -signal.SIGKILL:
@@ -51,7 +52,7 @@ def cause_of_death(processes: list) -> str:
 
 
 def become_worker() -> None:
-    """Leaves Ctrl-C to the parent; and when the parent is gone, even by kill -9, goes too."""
+    """Ignores Ctrl-C, which the parent handles; ends this process when the parent ends, even by kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -60,7 +61,7 @@ def become_worker() -> None:
 
 @contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits meanwhile. A process started here never gets it, also before it is a worker."""
+    """Delays Ctrl-C until the end of the block. Processes started inside it never receive Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -73,7 +74,7 @@ def without_interrupts() -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process works in `folder` within this block; a process that dies gives it back."""
+    """A lock on `folder`: waits until no other process holds it. A process that dies releases it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -86,7 +87,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"{folder}: waiting for another process that works in it", flush=True)
+                print(f"{folder}: waiting for another process that is using it", flush=True)
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

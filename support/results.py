@@ -1,8 +1,8 @@
-"""What a folder of runs holds: run folders, and every measurement in them, compared on the same items.
+"""Reads a folder of runs: run folders, their measurements, and comparisons on the same items.
 
 eval.py writes results.json and answers/ into the folder of a run, an adapter or a checkpoint, and into
 eval/MODEL for a model of the hub. finetune.py ends with an evaluation in run.json and predictions.jsonl.
-Reading tolerates what a run that is still going may show: missing and half-written files.
+Missing and half-written files are tolerated: a run may still be in progress.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from data import paired_bootstrap
 from support.tables import read_jsonl
 
-SMOKE = "SMOKE RUN, no result"  # stands beside the name of a run that was cut short
+SMOKE = "SMOKE RUN, no result"  # mark of a run that was shortened
 METRICS = {  # name in results.json: name in a table
     "accuracy": "accuracy",
     "exact_match": "exact match",
@@ -29,12 +29,13 @@ METRICS = {  # name in results.json: name in a table
     "mean_sample": "exact match, one sample",
     "words": "words",
 }
-HEADLINES = ("accuracy", "exact_match", "rougeL", "bits_per_byte")  # of each task the one that is compared
+# Comparisons use the first of these that a task has.
+HEADLINES = ("accuracy", "exact_match", "rougeL", "bits_per_byte")
 DIGITS = {"perplexity": 2, "word_perplexity": 2, "bits_per_byte": 3, "loss": 4, "words": 1}  # no shares
 
 
 def read_json(file: Path) -> dict:
-    """What a file holds; {} if it is missing or half-written."""
+    """The dict in a JSON file; {} if the file is missing or half-written."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,7 +48,7 @@ def read_json(file: Path) -> dict:
 
 
 def run_folders(home: Path) -> list[Path]:
-    """Folders that hold a run, in the order in which they were started; the lab's lie deeper."""
+    """The run folders in `home`, by starting time. (Those of the lab are in out/experiments/.)"""
     found = [file.parent for file in home.glob("*/run.json")]
     return sorted(found, key=lambda folder: (str(read_json(folder / "run.json").get("started")), folder.name))
 
@@ -58,7 +59,7 @@ def run_of(folder: Path) -> dict:
 
 
 def parent_of(run: dict, home: Path) -> Path | None:
-    """The folder of the run that this one started from, also in a copy of `home`; None if it is not there."""
+    """The folder of the run that this one started from, also if `home` was copied; None if it is missing."""
     name = run.get("parent")
     if not name:
         return None
@@ -72,7 +73,7 @@ def parent_of(run: dict, home: Path) -> Path | None:
 
 
 def ancestors(folder: Path, home: Path) -> list[Path]:
-    """The folders of the runs that this one came from: its parent, the parent's parent, ..."""
+    """The folders of this run's parent, the parent's parent, ..."""
     found = []
     parent = parent_of(run_of(folder), home)
     while parent is not None and parent not in found:
@@ -82,21 +83,21 @@ def ancestors(folder: Path, home: Path) -> list[Path]:
 
 
 def is_smoke(folder: Path, home: Path) -> bool:
-    """Whether a run, or one that it came from, was cut short. A run of the lab: whether the lab was quick."""
+    """Whether a run or one of its ancestors was shortened. For runs of the lab: whether it was --quick."""
     if folder.parent.parent == home / "experiments":
         return folder.parent.name.endswith("-quick")
     return any(run_of(f).get("smoke") for f in (folder, *ancestors(folder, home)))
 
 
 def label(folder: Path, home: Path) -> str:
-    """The name of a model in tables: `base`, `base, step 500` of a checkpoint, `google/flan-t5-small`."""
+    """The name of a model in tables: `base`; `base, step 500` for a checkpoint; `google/flan-t5-small`."""
     if folder.parent.name == "checkpoints":
         return f"{folder.parents[1].name}, {folder.name.replace('-', ' ')}"
     return folder.name.replace("--", "/") if folder.parent == home / "eval" else folder.name
 
 
 def shown_name(folder: Path, home: Path) -> str:
-    """The same, with the mark of a smoke run."""
+    """The label, with SMOKE if it was a smoke run."""
     return label(folder, home) + f" ({SMOKE})" * is_smoke(folder, home)
 
 
@@ -106,15 +107,15 @@ def shown_name(folder: Path, home: Path) -> str:
 
 @dataclass
 class Measurement:
-    """An entry of results.json, or the evaluation of a fine-tuning."""
+    """An entry of results.json, or the final evaluation of finetune.py."""
 
     model: str  # label
-    origin: str  # label of the first model that it came from; of a base its own
+    origin: str  # label of its first ancestor; for a base model its own label
     way: str  # base, prompted, fine-tuned, from scratch, ...
     smoke: bool
-    seed: int | None  # of its training
+    seed: int | None  # of the training
     entry: dict
-    file: Path  # of the answers
+    file: Path  # holds the answers
 
     @property
     def where(self) -> tuple:
@@ -122,12 +123,12 @@ class Measurement:
 
     @property
     def headline(self) -> str | None:
-        """The metric that is compared."""
+        """The metric used in comparisons."""
         return next((name for name in HEADLINES if name in self.entry["metrics"]), None)
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """{text of the item: its score} by the headline metric; {} of a corpus, which has no answers."""
+        """{text of the item: its score} by the headline metric; {} for a corpus, which has no answers."""
         key = "rougeL" if self.headline == "rougeL" else "correct"
         return {r["text"]: float(r[key]) for r in read_jsonl(self.file) if "text" in r and key in r}
 
@@ -145,12 +146,14 @@ class Measurement:
 
 
 def measurements(home: Path) -> list[Measurement]:
-    """Everything that was measured, in the order of the runs."""
+    """All measurements in `home`, by the starting time of the runs."""
     folders = {file.parent for name in ("results.json", "run.json") for file in home.rglob(name)}
-    parents = {Path(run_of(folder).get("parent") or "") for folder in folders}
-    folders |= {
-        folder for folder in parents if (folder / "results.json").exists()
-    }  # a hub model's own folder
+    for folder in list(folders):
+        run = run_of(folder)
+        # A parent may be outside `home`, such as a folder with a hub model.
+        parent = parent_of(run, home) or Path(run.get("parent") or "")
+        if (parent / "results.json").exists():
+            folders.add(parent)
     found, seen = [], set()
     for folder in sorted(folders, key=lambda f: (str(run_of(f).get("started", "")), str(f))):
         if folder.resolve() in seen:
@@ -201,7 +204,7 @@ def way_of(runs: list[dict], entry: dict) -> str:
 
 
 def value_of(name: str, metric: dict) -> str:
-    """A metric with its interval: shares in percent, others as they are."""
+    """A metric with its interval; shares are in percent."""
     scale, digits = (1, DIGITS[name]) if name in DIGITS else (100, 1)
     text = f"{scale * metric['value']:.{digits}f}"
     if metric.get("low") is not None:
@@ -215,15 +218,15 @@ def value_of(name: str, metric: dict) -> str:
 
 @dataclass
 class Comparison:
-    """A model that was trained further, beside the one that it came from, on one task."""
+    """A tuned model and the model that it was tuned from, on one task."""
 
     tuned: Measurement | None
     base: Measurement | None
-    prompted: Measurement | None  # the base with the most examples in its prompt
-    scratch: Measurement | None  # the same training on a model that had learnt nothing
+    prompted: Measurement | None  # the base with few-shot examples (the largest number measured)
+    scratch: Measurement | None  # the same training from random weights
 
     def minus(self, other: Measurement | None) -> dict | None:
-        """The paired difference of the tuned model to another, over the items that both answered."""
+        """The paired difference, tuned minus other, over the items that both answered."""
         return paired(self.tuned, other) if self.tuned and other else None
 
 
@@ -235,9 +238,9 @@ def paired(a: Measurement, b: Measurement) -> dict | None:
 
 
 def side_by_side(found: list[Measurement]) -> list[Comparison]:
-    """For each task and split, every tuned model beside its base; bases that nothing came from stand alone.
+    """For each task and split, a row for every tuned model; a base without tuned models gets its own row.
 
-    Of several measurements of a model on one task the one with the most items counts.
+    If a model was measured several times on a task, the measurement with the most items is used.
     """
     rows = []
     for where in dict.fromkeys(m.where for m in found if m.headline):

@@ -1,6 +1,6 @@
 """Reading files: lines of text, JSON lines and tables, plain or gzipped.
 
-Every fault is a DataError that names the file and its line. Text that leaves this module is valid Unicode.
+Every error is a DataError that names the file and line. All returned text is valid Unicode.
 """
 
 import csv
@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 class DataError(Exception):
-    """Something about the data that the user can put right; the message says how."""
+    """A problem with data that the user can fix; the message says how."""
 
 
 def valid(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates, which JSON can hold ("\\ud800") and UTF-8 cannot."""
+    """`text` with U+FFFD for lone surrogates, which JSON allows ("\\ud800") and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -32,7 +32,7 @@ def parse_json(text: str):
 
 
 def text_of(value, where: str) -> str | None:
-    """The text in a cell of a table, stripped; None if there is none: None, NaN, "", only whitespace.
+    """The text of a table cell, stripped; None if the cell is None, NaN, "" or whitespace.
 
     A number counts as text: 7 and 7.0 are "7". Raises DataError for anything else.
     """
@@ -79,7 +79,9 @@ def text_lines(path: str) -> Iterator[str]:
             f"iconv -f latin1 -t utf-8 OLD > NEW"
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: a damaged gzip file, after line {number} ({error}); get it again") from None
+        raise DataError(
+            f"{path}: a damaged gzip file, after line {number} ({error}); download or compress it again"
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
 
@@ -87,7 +89,7 @@ def text_lines(path: str) -> Iterator[str]:
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a JSON-lines file that this project wrote; [] if there is no such file.
 
-    A line that cannot be read (cut off by a crash, blank, not UTF-8) is left out. Lines end at "\\n" only:
+    A line that cannot be read (truncated by a crash, blank, not UTF-8) is skipped. Lines end at "\\n" only:
     str.splitlines() would also cut at U+2028 and U+0085, which JSON strings may hold.
     """
     try:
@@ -114,14 +116,12 @@ TABLE = re.compile(r"\.(jsonl|json|tsv|csv|parquet)(\.gz)?$")
 def read_rows(path: str, columns: Sequence[str] = ()) -> Iterator[dict]:
     """The rows of a .jsonl, .json, .csv, .tsv or .parquet file, the first four plain or .gz.
 
-    A .json file holds an array of objects, or an object a line; a .tsv file has a header and no quoting.
-    `columns`: of a parquet file only these are read.
+    A .json file holds an array of objects, or one object per line; a .tsv file has a header and no quoting.
+    `columns`: for parquet files, read only these.
     """
     kind = TABLE.search(path)
     if not kind:
-        raise DataError(
-            f"{path}: cannot read this; .jsonl, .json, .csv, .tsv and .parquet can be read, also as .gz"
-        )
+        raise DataError(f"{path}: unknown file type; use .jsonl, .json, .csv, .tsv (also .gz) or .parquet")
     readers = {"jsonl": _json_lines, "json": _json_array, "tsv": _tab_separated, "csv": _comma_separated}
     rows = _parquet(path, columns) if kind[1] == "parquet" else readers[kind[1]](path)
     for number, row in enumerate(rows, 1):
@@ -144,7 +144,7 @@ def _json_lines(path: str) -> Iterator:
 def _json_array(path: str) -> Iterator:
     try:
         content = parse_json("".join(text_lines(path)))
-    except (ValueError, RecursionError):  # perhaps an object a line, as many .json files on the hub
+    except (ValueError, RecursionError):  # maybe one object per line, like many .json files on the hub
         yield from _json_lines(path)
         return
     if not isinstance(content, list):
@@ -153,12 +153,12 @@ def _json_array(path: str) -> Iterator:
 
 
 def _tab_separated(path: str) -> Iterator[dict]:
-    """A quotation mark in a review is a quotation mark, not csv's quoting."""
+    """No quoting: a quotation mark in a review is just a character."""
     lines = (line.rstrip("\n").split("\t") for line in text_lines(path))
     header = next(lines, [])
     for number, cells in enumerate(lines, 2):
         if len(cells) != len(header):
-            raise DataError(f"{path}, line {number}: {len(cells)} cells under {len(header)} headings")
+            raise DataError(f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)}")
         yield dict(zip(header, cells, strict=True))
 
 
@@ -167,11 +167,10 @@ def _comma_separated(path: str) -> Iterator[dict]:
     reader = csv.DictReader(text_lines(path), strict=True)
     try:
         for row in reader:
-            if None in row:  # csv keeps surplus cells under None
-                cells = len(reader.fieldnames) + len(row[None])
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {cells} cells under {len(reader.fieldnames)} headings"
-                )
+            if None in row:  # csv stores surplus cells under the key None
+                names = len(reader.fieldnames)
+                cells = names + len(row[None])
+                raise DataError(f"{path}, line {reader.line_num}: {cells} cells, but the header has {names}")
             yield row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None

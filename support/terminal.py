@@ -1,13 +1,12 @@
-"""How a script meets its terminal: Ctrl-C, a pipe that closes, an encoding that lacks characters, its parent.
+"""Scripts and their terminal: Ctrl-C, closed pipes, encodings that lack characters, a parent that ends.
 
 Every script begins with `from support.terminal import run_script` and ends with
 
     if __name__ == "__main__":
         run_script(main)
 
-That import stands above all others because it already acts, but only if one of the project's scripts is what
-Python was started with: Ctrl-C ends the program with status 130 and without a traceback from here on, also in
-the seconds in which torch is imported.
+The import comes first because it has an effect (only if Python was started with a script of this project):
+from then on Ctrl-C ends the program with status 130 and no traceback, also while torch is imported.
 """
 
 import io
@@ -24,12 +23,12 @@ PIPE_CLOSED = 128 + 13  # the same for SIGPIPE, which Windows does not have
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """main(), in which Ctrl-C is a KeyboardInterrupt: it may save and tidy up before the end, status 130."""
+    """Runs main(). Ctrl-C in it is a KeyboardInterrupt: it can save and clean up; the exit status is 130."""
     if signal.getsignal(signal.SIGINT) is end_now:  # not if it is ignored, as in a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-        take_over_interrupts()  # what libraries do at exit may take a while, too
+        take_over_interrupts()  # libraries may need some time at exit
     except KeyboardInterrupt:
         take_over_interrupts()
         stop_workers()
@@ -52,7 +51,7 @@ def stop_workers() -> None:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output or error. If its reader is gone, as in `| head -3`, the program ends in silence."""
+    """Standard output or error. If its reader has closed, as in `| head -3`, the program ends silently."""
 
     def write(self, text: str) -> int:
         try:
@@ -67,25 +66,27 @@ class Output(io.TextIOWrapper):
             self.end()
 
     def end(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # or Python fails once more, at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # otherwise Python fails again when it exits
         raise SystemExit(PIPE_CLOSED)
 
 
 def forgiving(stream: io.TextIOWrapper, errors: str) -> Output:
-    """`stream` again: a character that its encoding lacks becomes "?" instead of ending hours of training."""
+    """`stream`, but a character that its encoding lacks is replaced: it must not end hours of training."""
     buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
     return Output(stream.buffer, stream.encoding, errors, **buffering)
 
 
 def end_with_parent() -> None:
-    """Ends this process when its parent is gone, even by kill -9. For children that got $END_WITH_PARENT, the
-    parent's process id: a training run whose lab has ended would lock its folder.
+    """Ends this process when its parent ends, even by kill -9, if $END_WITH_PARENT is set.
+
+    $END_WITH_PARENT is the parent's process id. experiments.py and run_all.sh set it: otherwise a training
+    run would go on without them and keep its folder locked.
     """
-    wanted = os.environ.pop("END_WITH_PARENT", "")  # our own children are not the lab's
+    wanted = os.environ.pop("END_WITH_PARENT", "")  # not passed on to our own children
     if not wanted or os.name != "posix":
         return
     parent = os.getppid()
-    if parent == 1 and wanted != "1":  # it went before we came here
+    if parent == 1 and wanted != "1":  # the parent ended before this line
         os._exit(1)
 
     def watch() -> None:
@@ -113,7 +114,7 @@ def started_as_script() -> bool:
     return bool(file) and Path(file).resolve().parent == Path(__file__).resolve().parents[1]
 
 
-if "--multiprocessing-fork" in sys.orig_argv:  # a spawned worker that still imports: its parent hears Ctrl-C
+if "--multiprocessing-fork" in sys.orig_argv:  # a spawned worker: its parent handles Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 elif started_as_script():
     begin()

@@ -63,7 +63,7 @@ def test_flags_choose_heads():
     assert chosen_heads(scores, 1, -1) == [("", 1, 0), ("", 1, 1)]
     assert chosen_heads(scores, -1, 1) == [("", 0, 1), ("", 1, 1)]
     assert chosen_heads(scores, 1, 0) == [("", 1, 0)]
-    with pytest.raises(ValueError, match="--layer=2: there are 2, from 0 to 1"):
+    with pytest.raises(ValueError, match="--layer=2: the model has 2, from 0 to 1"):
         chosen_heads(scores, 2, -1)
 
 
@@ -90,7 +90,7 @@ def test_maps_of_any_text_are_added_and_those_of_other_weights_go(tiny, tmp_path
     model.save_pretrained(folder)
     attended(monkeypatch, tmp_path, str(folder), "--text=Ben sings.", "--layer=0")
     assert len(json.loads((folder / "attention.json").read_text())["maps"]) == 1
-    with pytest.raises(SystemExit, match="looks at 160 tokens, the text has"):
+    with pytest.raises(SystemExit, match="is 160 tokens, but the text has"):
         attended(monkeypatch, tmp_path, str(folder), "--text=" + "nuts " * 200)
 
 

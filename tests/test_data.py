@@ -675,7 +675,7 @@ def write_sst2(folder: Path, lines: str, name="dev.tsv") -> str:
     [
         ("sentence\tgood\na film\t1\n", '"sentence" and "label"; the columns are sentence, good'),
         ("sentence\tlabel\na film\t2\n", "label '2' is not one of 0 to 1"),
-        ("sentence\tlabel\na film\n", "line 2: 1 cells under 2 headings"),
+        ("sentence\tlabel\na film\n", "line 2: 1 cells, but the header has 2"),
         ("sentence\tlabel\n", "holds no examples"),
     ],
 )

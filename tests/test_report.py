@@ -412,7 +412,7 @@ def test_findings_are_intervals_that_exclude_0_and_quick_runs_have_none(tmp_path
     assert ablations["worse"] == "gelu +0.2500"
     assert ablations["recommendation"] == "use muon at 0.50 times the speed; leave out gelu"
     assert gqa["better"] == "" and gqa["no difference found"] == "kv_heads_1"
-    assert "kv_heads_1 costs no loss that was found, at 1.50 times the speed" in gqa["recommendation"]
+    assert "kv_heads_1: no difference in loss found, at 1.50 times the speed" in gqa["recommendation"]
     lab_of(tmp_path / "quick", quick=True)
     (block,) = report.findings(tmp_path / "quick")
     assert block.words.startswith("No findings yet")
