@@ -47,7 +47,14 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, from_tensors, write_generation_config
-from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
+from support.chat_template import (
+    WORDS_TEMPLATE,
+    TemplateError,
+    conversation_ids,
+    is_ours,
+    reply_ids,
+    with_generation_marks,
+)
 from support.files import write_atomically, write_folder_atomically
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
@@ -56,7 +63,16 @@ from support.memory import Shape, generation_bytes, halving, likelihood_bytes, r
 from support.model_card import write_model_card
 from support.processes import become_worker, worker_pool
 from support.tables import read_jsonl
-from tokenizer import CHAT_TEMPLATE, EOT, ROLES, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer, map_ahead
+from tokenizer import (
+    CHAT_TEMPLATE,
+    EOT,
+    ROLES,
+    SPECIAL_TOKENS,
+    ForeignTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    map_ahead,
+)
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -226,7 +242,10 @@ class TextModel:
         """The ids of an answer in a conversation, the token that ends it included."""
         if self.marks:
             return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
-        ids = reply_ids(self.tokenizer, self.template, answer)
+        try:
+            ids = reply_ids(self.tokenizer, self.template, answer)
+        except TemplateError:  # one that opens every answer with a thought
+            ids = self.encode(answer.strip())
         ends = (self.eos, *self.tokenizer.special_ids.values())
         return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
@@ -374,7 +393,10 @@ class TextModel:
 
     @cached_property
     def _pieces(self) -> list[str]:
-        return [self.decode([i]) for i in range(self.tokenizer.vocab_size)]
+        """The text of every id; "" of those that the model has beyond its tokenizer's, as Qwen's have."""
+        known = self.tokenizer.vocab_size
+        pieces = [self.decode([i]) for i in range(known)]
+        return pieces + [""] * (self.model.config.vocab_size - known)
 
     def tokens_with(self, stop: str) -> list[int]:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
@@ -485,10 +507,11 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
 
 def hf_context(config, tokenizer) -> int:
     """Tokens that a model of transformers can look at."""
-    for key in ("n_positions", "max_position_embeddings"):
+    for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
         if getattr(config, key, None):
             return getattr(config, key)
-    return min(getattr(tokenizer.inner, "model_max_length", 1024), 1024)
+    inner = getattr(tokenizer, "inner", None)  # ours states no limit
+    return min(getattr(inner, "model_max_length", 1024), 1024)
 
 
 def length(row: tuple[list[int], list[int] | int]) -> int:
@@ -560,6 +583,8 @@ def load_model(
     config = read_config(name)
     kind, adapter = kind_of(name, config), is_adapter(name)
     why_not = why_not_ours(kind, config)
+    if adapter and config.get("num_local_experts"):  # transformers holds all experts as one matrix
+        why_not = why_not or "an adapter on a mixture of experts"
     if backend == "ours" and why_not:
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
@@ -818,7 +843,9 @@ def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
     from transformers import AutoTokenizer
 
     with explained(name):
-        return HubTokenizer(AutoTokenizer.from_pretrained(name))
+        tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(name))
+    check_tokenizer(Path(name), tokenizer.hash)
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -926,7 +953,7 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
             raise TrainError(
                 f"--lora_targets={cfg.lora_targets}: no layer is called {target!r}; there are {have}"
             )
-    targets = targets or LORA_TARGETS.get(architecture, "all-linear")
+    targets = targets or LORA_TARGETS.get(architecture) or all_linear(model)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:  # tied: PEFT trains them as one
         embeddings.pop()
@@ -947,9 +974,21 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
     try:
         model = peft.get_peft_model(model, settings)
     except ValueError as error:
-        raise TrainError(f"--lora_targets={cfg.lora_targets}: {str(error).splitlines()[0][:200]}") from None
+        which = f"--lora_targets={cfg.lora_targets}" if cfg.lora_targets else "LoRA"
+        raise TrainError(f"{which}: {str(error).splitlines()[0][:200]}") from None
     float32_where_trained(model)
     return model
+
+
+def all_linear(model: nn.Module) -> str | list[str]:
+    """The layers that LoRA corrects by default. PEFT would add experts that are one matrix of three
+    dimensions, and it corrects these without dropout only: they stay as they are.
+    """
+    if all(p.ndim < 3 for p in model.parameters()):
+        return "all-linear"
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear = [n for n in linear if model.get_submodule(n) is not model.get_output_embeddings()]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def float32_where_trained(model: nn.Module) -> None:
