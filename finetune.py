@@ -705,7 +705,7 @@ def adapter_kind(settings: dict, name: str) -> str | None:
         raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
     if task_type:
         return kinds[task_type]
-    heads = {"classifier", "score"} & set(settings.get("modules_to_save") or ())
+    heads = {"classifier", "score", "classification_head"} & set(settings.get("modules_to_save") or ())
     return "head" if heads else None
 
 
@@ -864,10 +864,9 @@ def ask(
     wanted.
     """
     task = find_task(name)
-    if model.kind == "head" and (tuned := task_of(model.name)) and TASKS[tuned].labels != task.labels:
-        raise TrainError(f"{model.name} has a head for {tuned}: it cannot be asked {name}")
     if model.kind == "head" and not task.labels:
-        raise TrainError(f"{model.name} has a classification head: it cannot be asked {name}")
+        tuned = task_of(model.name) or "classes"
+        raise TrainError(f"{model.name} has a head for {tuned}: it cannot be asked {name}")
     # An encoder-decoder's answer has a context of its own; everybody else's shares it with the question.
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
@@ -953,13 +952,15 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
             raise TrainError(
                 f"--lora_targets={cfg.lora_targets}: no layer is called {target!r}; there are {have}"
             )
-    targets = targets or LORA_TARGETS.get(architecture) or all_linear(model)
+    head = head_layers(model) if kind == "head" else []
+    targets = targets or LORA_TARGETS.get(architecture) or all_linear(model, head)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:  # tied: PEFT trains them as one
         embeddings.pop()
     where = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in embeddings)]
     settings = peft.LoraConfig(
-        task_type=LORA_KINDS[kind],  # for a head, PEFT then trains and saves the new layer, too
+        task_type=LORA_KINDS[kind],
+        modules_to_save=head or None,
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
         lora_dropout=cfg.lora_dropout,
@@ -980,15 +981,25 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
     return model
 
 
-def all_linear(model: nn.Module) -> str | list[str]:
-    """The layers that LoRA corrects by default. PEFT would add experts that are one matrix of three
-    dimensions, and it corrects these without dropout only: they stay as they are.
+def head_layers(model: nn.Module) -> list[str]:
+    """The new layers of a classifier, which LoRA trains and saves as they are: all outside of the model that
+    was trained before, and BERT's pooler, which it may not have had. PEFT by itself knows the last one only.
     """
-    if all(p.ndim < 3 for p in model.parameters()):
+    inside = model.base_model_prefix
+    outside = [n for n, m in model.named_children() if n != inside and any(True for _ in m.parameters())]
+    poolers = [n for n, _ in model.named_modules() if n.endswith(".pooler")]
+    return outside + poolers
+
+
+def all_linear(model: nn.Module, head: list[str]) -> str | list[str]:
+    """The layers that LoRA corrects by default, without those of a head. PEFT would add experts that are one
+    matrix of three dimensions, and it corrects these without dropout only: they stay as they are.
+    """
+    if not head and all(p.ndim < 3 for p in model.parameters()):
         return "all-linear"
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    linear = [n for n in linear if model.get_submodule(n) is not model.get_output_embeddings()]
-    return sorted({name.rpartition(".")[2] for name in linear})
+    output = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    return [name for name in linear if not any(f"{name}.".startswith(f"{part}.") for part in head)]
 
 
 def float32_where_trained(model: nn.Module) -> None:

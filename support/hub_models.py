@@ -45,8 +45,8 @@ class HubTokenizer:
 
     @property
     def template_tokens(self) -> dict[str, str]:
-        """The tokens that a chat template may name."""
-        return self.inner.special_tokens_map
+        """The tokens that a chat template may name: BERT's texts end with its separator."""
+        return {"eos_token": self.decode([self.eot_id])} | self.inner.special_tokens_map
 
     @property
     def bos(self) -> list[int]:
