@@ -44,6 +44,7 @@ from data import TASKS, DataError, Example, judge, load_preferences, load_task, 
 from finetune import TextModel, TrainingSet, ask, is_smoke, padded, sampled, subsample, weights_hash
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
+from support.chat_template import TemplateError
 from support.files import write_atomically
 from train import AlreadyFinished, TrainError, run_folder
 
@@ -218,18 +219,24 @@ def on_policy(
 
 
 def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[Pair], dict]:
-    """Pairs of a data set; a conversation that is too long loses its first turns, or is left out."""
+    """Pairs of a data set; a conversation that is too long loses its first turns, or is left out. So is one
+    that the model's chat template refuses, unless it refuses all.
+    """
     found, about = load_preferences(cfg.data, split)
     found = subsample(found, cfg.max_train_examples if split == "train" else cfg.eval_examples, cfg.seed)
-    pairs, left_out = [], 0
+    pairs, left_out, refused = [], 0, None
     for preference in found:
         messages = preference.messages
         chosen, rejected = (model.reply_ids(answer) for answer in (preference.chosen, preference.rejected))
         room = model.context_length - max(len(chosen), len(rejected))
-        prompt = model.conversation(messages)[0]
-        while len(prompt) > room and len(messages) > 2:
-            messages = messages[2:]
+        try:
             prompt = model.conversation(messages)[0]
+            while len(prompt) > room and (shorter := without_first_exchange(messages)):
+                messages = shorter
+                prompt = model.conversation(messages)[0]
+        except TemplateError as error:  # a system turn, say, which the model's template does not know
+            left_out, refused = left_out + 1, error
+            continue
         if len(prompt) > room or chosen == rejected:
             left_out += 1
             continue
@@ -237,7 +244,16 @@ def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[
         if cfg.method in ("rft", "sft"):
             rejected, texts = None, texts[:1]
         pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
+    if refused and not pairs:
+        raise refused
     return pairs, {"pairs": len(pairs), "too_long": left_out, **about}
+
+
+def without_first_exchange(messages: list[dict]) -> list[dict]:
+    """A conversation from the user's second turn on, behind its system turn; [] if there is no second."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return system + messages[asked[1] :] if len(asked) > 1 else []
 
 
 def length_of(pair: Pair) -> int:

@@ -47,7 +47,14 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, from_tensors, write_generation_config
-from support.chat_template import WORDS_TEMPLATE, conversation_ids, is_ours, reply_ids, with_generation_marks
+from support.chat_template import (
+    WORDS_TEMPLATE,
+    TemplateError,
+    conversation_ids,
+    is_ours,
+    reply_ids,
+    with_generation_marks,
+)
 from support.files import write_atomically, write_folder_atomically
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
@@ -56,7 +63,16 @@ from support.memory import Shape, generation_bytes, halving, likelihood_bytes, r
 from support.model_card import write_model_card
 from support.processes import become_worker, worker_pool
 from support.tables import read_jsonl
-from tokenizer import CHAT_TEMPLATE, EOT, ROLES, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer, map_ahead
+from tokenizer import (
+    CHAT_TEMPLATE,
+    EOT,
+    ROLES,
+    SPECIAL_TOKENS,
+    ForeignTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    map_ahead,
+)
 from train import (
     FREE_TO_CHANGE,
     AlreadyFinished,
@@ -226,7 +242,10 @@ class TextModel:
         """The ids of an answer in a conversation, with the token that ends it."""
         if self.marks:
             return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
-        ids = reply_ids(self.tokenizer, self.template, answer)
+        try:
+            ids = reply_ids(self.tokenizer, self.template, answer)
+        except TemplateError:  # one that opens every answer with a thought
+            ids = self.encode(answer.strip())
         ends = (self.eos, *self.tokenizer.special_ids.values())
         return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
@@ -374,7 +393,10 @@ class TextModel:
 
     @cached_property
     def _pieces(self) -> list[str]:
-        return [self.decode([i]) for i in range(self.tokenizer.vocab_size)]
+        """The text of every id; "" of those that the model has beyond its tokenizer's, as Qwen's have."""
+        known = self.tokenizer.vocab_size
+        pieces = [self.decode([i]) for i in range(known)]
+        return pieces + [""] * (self.model.config.vocab_size - known)
 
     def tokens_with(self, stop: str) -> list[int]:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
@@ -491,10 +513,11 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
 
 def hf_context(config, tokenizer) -> int:
     """The context length of a transformers model."""
-    for key in ("n_positions", "max_position_embeddings"):
+    for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
         if getattr(config, key, None):
             return getattr(config, key)
-    return min(getattr(tokenizer.inner, "model_max_length", 1024), 1024)
+    inner = getattr(tokenizer, "inner", None)  # ours states no limit
+    return min(getattr(inner, "model_max_length", 1024), 1024)
 
 
 def length(row: tuple[list[int], list[int] | int]) -> int:
@@ -566,6 +589,8 @@ def load_model(
     config = read_config(name)
     kind, adapter = kind_of(name, config), is_adapter(name)
     why_not = why_not_ours(kind, config)
+    if adapter and config.get("num_local_experts"):  # transformers holds all experts as one matrix
+        why_not = why_not or "an adapter on a mixture of experts"
     if backend == "ours" and why_not:
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
@@ -687,7 +712,7 @@ def adapter_kind(settings: dict, name: str) -> str | None:
         raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
     if task_type:
         return kinds[task_type]
-    heads = {"classifier", "score"} & set(settings.get("modules_to_save") or ())
+    heads = {"classifier", "score", "classification_head"} & set(settings.get("modules_to_save") or ())
     return "head" if heads else None
 
 
@@ -825,7 +850,9 @@ def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
     from transformers import AutoTokenizer
 
     with explained(name):
-        return HubTokenizer(AutoTokenizer.from_pretrained(name))
+        tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(name))
+    check_tokenizer(Path(name), tokenizer.hash)
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -844,10 +871,9 @@ def ask(
     wanted.
     """
     task = find_task(name)
-    if model.kind == "head" and (tuned := task_of(model.name)) and TASKS[tuned].labels != task.labels:
-        raise TrainError(f"{model.name} has a head for {tuned}: it cannot be asked {name}")
     if model.kind == "head" and not task.labels:
-        raise TrainError(f"{model.name} has a classification head: it cannot be asked {name}")
+        tuned = task_of(model.name) or "classes"
+        raise TrainError(f"{model.name} has a head for {tuned}: it cannot be asked {name}")
     # An encoder-decoder's answer has a context of its own; everybody else's shares it with the question.
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
@@ -933,13 +959,15 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
             raise TrainError(
                 f"--lora_targets={cfg.lora_targets}: no layer is called {target!r}; there are {have}"
             )
-    targets = targets or LORA_TARGETS.get(architecture, "all-linear")
+    head = head_layers(model) if kind == "head" else []
+    targets = targets or LORA_TARGETS.get(architecture) or all_linear(model, head)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:  # tied: PEFT trains them as one
         embeddings.pop()
     where = [n.rpartition(".")[2] for n, m in model.named_modules() if any(m is e for e in embeddings)]
     settings = peft.LoraConfig(
-        task_type=LORA_KINDS[kind],  # for a head, PEFT then trains and saves the new layer, too
+        task_type=LORA_KINDS[kind],
+        modules_to_save=head or None,
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
         lora_dropout=cfg.lora_dropout,
@@ -954,9 +982,31 @@ def add_lora(model: nn.Module, cfg: AdaptConfig, kind: str, new_tokens: list[int
     try:
         model = peft.get_peft_model(model, settings)
     except ValueError as error:
-        raise TrainError(f"--lora_targets={cfg.lora_targets}: {str(error).splitlines()[0][:200]}") from None
+        which = f"--lora_targets={cfg.lora_targets}" if cfg.lora_targets else "LoRA"
+        raise TrainError(f"{which}: {str(error).splitlines()[0][:200]}") from None
     float32_where_trained(model)
     return model
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """The new layers of a classifier, which LoRA trains and saves as they are: all outside of the model that
+    was trained before, and BERT's pooler, which it may not have had. PEFT by itself knows the last one only.
+    """
+    inside = model.base_model_prefix
+    outside = [n for n, m in model.named_children() if n != inside and any(True for _ in m.parameters())]
+    poolers = [n for n, _ in model.named_modules() if n.endswith(".pooler")]
+    return outside + poolers
+
+
+def all_linear(model: nn.Module, head: list[str]) -> str | list[str]:
+    """The layers that LoRA corrects by default, without those of a head. PEFT would add experts that are one
+    matrix of three dimensions, and it corrects these without dropout only: they stay as they are.
+    """
+    if not head and all(p.ndim < 3 for p in model.parameters()):
+        return "all-linear"
+    output = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    return [name for name in linear if not any(f"{name}.".startswith(f"{part}.") for part in head)]
 
 
 def float32_where_trained(model: nn.Module) -> None:

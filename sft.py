@@ -185,6 +185,36 @@ def answer_loss(model: nn.Module, ids: Tensor, targets: Tensor, positions: Tenso
     return F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum"), asked.sum()
 
 
+def packs(model: TextModel) -> bool:
+    """Whether the conversations of a row stay apart in this model, so that packing changes no loss.
+
+    transformers hands our mask to every layer. A layer with a window of its own would lose it, and some
+    architectures (Bloom, MPT, Mamba) know no such mask, which two short rows show.
+    """
+    if model.ours:
+        return True
+    config = model.model.config.get_text_config()
+    for name in ("sliding_window", "window_size", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if isinstance(window, int) and window < model.context_length:
+            return False
+    rows = [([*ids, model.eos], [True] * 9) for ids in (range(8), range(8, 16))]
+
+    def loss(*bins: list[Row]) -> Tensor:
+        return answer_loss(model.model, *(t.to(model.device) for t in lay_out(bins, model.pad)))[0]
+
+    was_training = model.model.training
+    model.model.eval()  # without dropout
+    try:
+        with torch.no_grad():
+            packed, apart = loss(rows), loss(rows[:1]) + loss(rows[1:])
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        return False
+    finally:
+        model.model.train(was_training)
+    return torch.allclose(packed, apart, rtol=1e-4 if model.weight_dtype == torch.float32 else 1e-2)
+
+
 # -----------------------------------------------------------------------------
 # Models that are aligned: ours where model.py computes them, transformers' with LoRA
 
@@ -327,14 +357,17 @@ def sft(cfg: SFTConfig) -> dict:
         rows, lost = rows + found, lost + left_out
         val_rows += held
         data[source] = {"train": about | {"examples": len(found)}, "validation": held_about}
+    packing = cfg.packing and packs(model)
     packed = PackedSet(
         rows, shares, cfg.batch_size * cfg.grad_accum_steps * world(), model.context_length, cfg.seed,
-        model.pad, cfg.packing,
+        model.pad, packing,
     )  # fmt: skip
     all_steps = max(1, round(packed.batches * cfg.epochs))
     smoke = bool(cfg.max_train_examples or 0 < cfg.max_steps < all_steps)
     cfg.max_steps = cfg.max_steps or all_steps
-    val_bins = pack([len(r[0]) for r in val_rows], np.arange(len(val_rows)), model.context_length)
+    val_bins = [[i] for i in range(len(val_rows))]
+    if packing:
+        val_bins = pack([len(r[0]) for r in val_rows], np.arange(len(val_rows)), model.context_length)
 
     def evaluate(core, final):
         totals = np.zeros(2)
@@ -359,8 +392,13 @@ def sft(cfg: SFTConfig) -> dict:
         f"of {cfg.data}, {100 * said:.0f} % of their tokens trained on; {cfg.max_steps} steps of "
         f"{packed.batch} rows of {tokens:.0f} tokens"
     )
+    if cfg.packing and not packing:
+        trainer.say("one conversation a row: packed together, some layers of this model would see others")
     if lost:
-        trainer.say(f"{lost} conversations were left out: longer than {model.context_length} tokens")
+        trainer.say(
+            f"{lost} conversations were left out: longer than {model.context_length} tokens, or refused by "
+            "the model's chat template"
+        )
     for source, parts in data.items():
         if parts["train"].get("left_out"):
             trainer.say(f"{source}: {parts['train']['left_out']:,} rows without text were left out")

@@ -74,10 +74,12 @@ def as_messages(turns, where: str) -> list[dict]:
 
 
 def first_of(row: dict, names: tuple[str, ...]):
-    """The value of the first of these columns that is not missing or empty."""
+    """The first of these columns that is there and not empty: None, NaN, [] or a text without a word."""
     for name in names:
-        if row.get(name) not in (None, "", []):
-            return row[name]
+        value = row.get(name)
+        empty = text_of(value, name) is None if isinstance(value, (str, float)) else value in (None, [])
+        if not empty:
+            return value
     return None
 
 

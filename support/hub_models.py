@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model import check_sampling, sample
 from support.tables import valid
+from tokenizer import HUB_MARK
 
 
 class HubTokenizer:
@@ -44,14 +45,17 @@ class HubTokenizer:
 
     @property
     def template_tokens(self) -> dict[str, str]:
-        """{"bos_token": ..., ...}: the special tokens that a chat template may use by name."""
-        return self.inner.special_tokens_map
+        """{"bos_token": ..., ...}: the special tokens that a chat template may use by name.
+
+        BERT's texts end with its separator.
+        """
+        return {"eos_token": self.decode([self.eot_id])} | self.inner.special_tokens_map
 
     @property
     def bos(self) -> list[int]:
         """The ids that begin a text; none if that token opens a chat turn, as in SmolLM."""
         token = self.inner.bos_token
-        if token is None or token in (self.inner.chat_template or ""):
+        if token is None or token in (self.chat_template or ""):
             return []
         return [self.inner.bos_token_id]
 
@@ -59,6 +63,11 @@ class HubTokenizer:
     def eot_id(self) -> int:
         """The end-of-text token; for an encoder, the separator token."""
         ends = [i for i in (self.inner.eos_token_id, self.inner.sep_token_id) if i is not None]
+        if not ends:
+            raise ValueError(
+                f"the tokenizer of {self.inner.name_or_path} has no token that ends a text: name one as "
+                '"eos_token" in its tokenizer_config.json'
+            )
         return ends[0]
 
     @property
@@ -67,7 +76,9 @@ class HubTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        return self.inner.chat_template
+        """The template; of several with names (one for tools, say) the default one."""
+        template = self.inner.chat_template
+        return template.get("default") if isinstance(template, dict) else template
 
     @chat_template.setter
     def chat_template(self, template: str) -> None:
@@ -95,8 +106,9 @@ class HubTokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the vocabulary."""
-        return hashlib.sha256(json.dumps(sorted(self.inner.get_vocab().items())).encode()).hexdigest()
+        """sha256 of the vocabulary, marked, since it is computed otherwise than tokenizer.Tokenizer.hash."""
+        vocab = json.dumps(sorted(self.inner.get_vocab().items()))
+        return HUB_MARK + hashlib.sha256(vocab.encode()).hexdigest()
 
     def save(
         self,

@@ -85,7 +85,8 @@ def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
         )
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     first = lambda *names: next((v for n in names if (v := getattr(config, n, None))), None)  # noqa: E731
-    d_model, heads = first("hidden_size", "d_model"), first("num_attention_heads", "num_heads")
+    d_model = first("hidden_size", "d_model")
+    heads = first("num_attention_heads", "num_heads") or 1  # Mamba has none
     layers = first("num_hidden_layers", "num_layers")
     silu = first("hidden_act", "activation_function") == "silu"
     return Shape(
