@@ -37,7 +37,7 @@ def read_json(file: Path) -> dict:
     """What a file holds; {} if it is missing or half-written."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
