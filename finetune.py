@@ -618,6 +618,8 @@ def why_not_ours(kind: str, config: dict) -> str:
         from_hf_config(config)
     except (ValueError, KeyError) as error:
         return str(error)
+    except (TypeError, AttributeError) as error:
+        return f"its config.json is damaged: {error}"
     return ""
 
 
@@ -662,6 +664,8 @@ def adapter_base(name: str) -> str:
             f"{name}/adapter_config.json names no base model: set "
             "base_model_name_or_path to its folder or hub id"
         )
+    if not isinstance(base, str):
+        raise TrainError(f"{name}/adapter_config.json: base_model_name_or_path must be a text, not {base!r}")
     if Path(base).is_dir():
         return base
     parts = [part for part in Path(base).parts if part not in ("/", ".")]
@@ -699,21 +703,21 @@ def kind_of(name: str, config: dict) -> str:
     adapter = Path(name) / "adapter_config.json"
     if adapter.exists() and (kind := adapter_kind(read_json(adapter), name)):
         return kind
-    if any("ForSequenceClassification" in a for a in config.get("architectures") or ()):
+    if "ForSequenceClassification" in str(config.get("architectures")):
         return "head"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"
 
 
 def adapter_kind(settings: dict, name: str) -> str | None:
     """The kind of model in adapter_config.json; None if it has none: then it is the kind of the base."""
-    task_type = settings.get("task_type")
+    task_type = str(settings.get("task_type") or "")
     kinds = {theirs: ours for ours, theirs in LORA_KINDS.items()}
     if task_type and task_type not in kinds:
         raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
     if task_type:
         return kinds[task_type]
-    heads = {"classifier", "score", "classification_head"} & set(settings.get("modules_to_save") or ())
-    return "head" if heads else None
+    trained = map(str, settings.get("modules_to_save") or ())
+    return "head" if {"classifier", "score", "classification_head"} & set(trained) else None
 
 
 SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours
@@ -755,7 +759,7 @@ def explained(name: str):
             f"{name} cannot be loaded: its weights are a pickle that holds more than tensors and could run "
             "code. Get them as model.safetensors"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a library raises at a file that is not as it should be
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(name).is_dir():
             raise TrainError(f"{name} cannot be loaded: {why}") from None
@@ -821,9 +825,11 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
 
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
-    if not trainable and not merge and (dtype := kwargs.get("dtype")):
+        if merge:
+            return model.merge_and_unload()
+    if not trainable and (dtype := kwargs.get("dtype")):
         model = model.to(dtype)
-    return model.merge_and_unload() if merge else model
+    return model
 
 
 def task_of(name: str) -> str | None:
@@ -1050,7 +1056,7 @@ def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> Te
     if is_adapter(cfg.model):  # goes on with the adapter that is there
         if (other := kind_of(cfg.model, read_config(cfg.model))) != kind:
             raise TrainError(f"{cfg.model} is an adapter of kind {other}, not of kind {kind}: use its base")
-        rank = read_json(Path(cfg.model) / "adapter_config.json")["r"]
+        rank = read_json(Path(cfg.model) / "adapter_config.json").get("r")
         if cfg.lora_r not in (0, rank):
             raise TrainError(f"{cfg.model} is an adapter of rank {rank}: --lora_r={rank}, or leave it out")
         cfg.lora_r = rank

@@ -70,6 +70,9 @@ class ModelConfig:
     def __post_init__(self):
         for name, field in ModelConfig.__dataclass_fields__.items():
             value, choices = getattr(self, name), get_args(field.type)
+            number = {int: int, float: int | float}.get(field.type)
+            if number and not isinstance(value, number):
+                raise ValueError(f"{name}={value!r} must be a {'whole ' * (number is int)}number")
             if choices and value not in choices:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
             least_1 = ("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "moe_every")
@@ -1379,7 +1382,7 @@ def from_hf_config(hf: dict) -> ModelConfig:
     kind = hf.get("model_type")
     if kind == "modern_llm":
         return ModelConfig(**hf["modern_llm"])
-    if kind not in CLASSES:
+    if kind not in list(CLASSES):
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(CLASSES)}")
     keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
     c = {ours: hf[theirs] for ours, theirs in keys.items() if hf.get(theirs) is not None}
@@ -1538,8 +1541,8 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
             f"{folder} holds no config.json: not a finished run, nor a Hugging Face model"
         )
     try:
-        config = from_hf_config(json.loads((folder / "config.json").read_text()))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        config = from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or incomplete: {error!r}") from None
     return from_tensors(config, load_tensors(folder), f"{folder}").to(device)
 

@@ -278,7 +278,7 @@ def mixture(text: str) -> list[tuple[str, int, float]]:
     """
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, count, weight = re.fullmatch(r"(.+?)(?:@(-?\d+))?(?::(\d*\.?\d+))?", part).groups()
+        name, count, weight = re.fullmatch(r"(?s)(.+?)(?:@(-?\d+))?(?::(\d*\.?\d+))?", part).groups()
         if count and int(count) < 0:
             raise TrainError(f"--data={text}: the number after @ must be 0 (all) or more")
         found.append((name, int(count or 0), float(weight or 0)))

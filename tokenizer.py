@@ -643,10 +643,12 @@ def check_tokenizer(folder: Path, found: str) -> None:
     if not (folder / "run.json").exists():
         return
     config = folder / "tokenizer_config.json"
-    recorded = {read_json(folder / "run.json").get("tokenizer")}
+    recorded = [read_json(folder / "run.json").get("tokenizer")]
     if config.exists():
-        recorded.add(read_json(config).get("tokenizer_hash"))
-    for expected in recorded - {None, found}:
+        recorded.append(read_json(config).get("tokenizer_hash"))
+    for expected in recorded:
+        if not isinstance(expected, str) or expected == found:
+            continue
         if expected.startswith(HUB_MARK) != found.startswith(HUB_MARK):
             continue
         raise ForeignTokenizer(
@@ -737,9 +739,12 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and make it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object): delete it and make it again")
+    return found
 
 
 def tokens_folder(cfg: TokenizerConfig) -> Path:

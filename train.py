@@ -401,8 +401,11 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     try:
         chosen = torch.device("cpu" if device == "auto" else device)
-    except RuntimeError:
-        raise TrainError(f"--device={device} is none that torch knows: cuda, cuda:1, cpu, mps") from None
+        torch.ones(1, device=chosen).item()  # known by name is not yet there; "meta" holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise TrainError(
+            f"--device={device} is none that torch can use here: cuda, cuda:1, cpu, mps"
+        ) from None
     if chosen.type == "cpu":
         keep_freed_memory()
     return chosen
@@ -932,7 +935,7 @@ class Trainer:
         """Removes what killed processes left, and the checkpoints of a finished run with --save_every=0."""
         for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if self.run.get("status") == "finished" and not self.run["settings"]["save_every"]:
+        if self.run.get("status") == "finished" and not self.run.get("settings", {}).get("save_every"):
             for path in checkpoints(self.folder):
                 remove_folder(path)
             with contextlib.suppress(OSError):  # not there, or something else is in it
@@ -1285,11 +1288,33 @@ def newest(folder: Path) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
 
 
+RUN_PARTS = {  # of run.json, if they are there
+    dict: "settings data results evaluation verification combine hardware versions",
+    str | None: "status stage kind task parent tokenizer",
+    int | float: "step seconds parameters trained_parameters",
+}
+
+
 def read_json(path: Path) -> dict:
+    """The object in a JSON file; TrainError if it holds anything else, or a run's record has parts of another
+    type.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise TrainError(f"{path} is damaged; remove it, or start the run anew with --overwrite") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or (path.name == "run.json" and not whole_record(found)):
+        raise TrainError(f"{path} is damaged; remove it, or start the run anew with --overwrite")
+    return found
+
+
+def whole_record(run: dict) -> bool:
+    """True if the parts of a run.json have their types."""
+    for kind, names in RUN_PARTS.items():
+        for name in names.split():
+            if name in run and not isinstance(run[name], kind):
+                return False
+    return True
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -227,6 +227,7 @@ AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size conte
 AT_MOST_1 = ["decay_fraction", "label_smoothing"]
 BELOW_1 = ["dropout", "lora_dropout", "beta1", "beta2"]
 LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
+LARGEST = 10**12  # of all other whole numbers: torch counts with 64 bits, and squares some of them
 
 
 def check_numbers(settings: dict, defaults: dict) -> None:
@@ -245,8 +246,9 @@ def check_numbers(settings: dict, defaults: dict) -> None:
             raise ConfigError(f"--{name}={value} must be below 1")
         if name in AT_MOST_1 and value > 1:
             raise ConfigError(f"--{name}={value} must be at most 1")
-        if name == "seed" and value > LARGEST_SEED:
-            raise ConfigError(f"--{name}={value} must be at most {LARGEST_SEED}")
+        largest = LARGEST_SEED if name == "seed" else LARGEST
+        if type(value) is int and value > largest:
+            raise ConfigError(f"--{name}={value} must be at most {largest}")
 
 
 # -----------------------------------------------------------------------------

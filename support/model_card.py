@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from model import write_atomically
+from support.results import read_json
 
 LICENSES = """
     mit apache-2.0 cc0-1.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-nd-4.0 cdla-sharing-1.0
@@ -25,13 +26,6 @@ STAGES = {
 }
 METRIC_TYPES = {"macro_f1": "f1", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
 SHARES = ("accuracy", "macro_f1", "exact_match", "rouge1", "rouge2", "rougeL", "answered")  # shown in percent
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 # -----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def read_json(file: Path) -> dict:
     """The dict in a JSON file; {} if the file is missing or half-written."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
