@@ -44,8 +44,8 @@ SMALLER = {
     "samsum": TUNED,
     "gsm8k": TUNED,
     # SFT takes more steps: without a few right answers DPO and the verifier have nothing to learn from.
-    "sft": "batch_size = 8\nmax_steps = 120\nlearning_rate = 1e-2\neval_examples = 8\neval_every = 60\n",
-    "dpo": "problems = 60\nmax_steps, eval_every, save_every = 4, 2, 2\neval_examples = 40\n",
+    "sft": 'data = "arithmetic"\nbatch_size = 8\nmax_steps = 150\nlearning_rate = 1e-2\neval_examples = 8\neval_every = 75\n',
+    "dpo": "problems = 60\nmax_steps, eval_every, save_every = 4, 2, 2\neval_examples = 80\n",
     "verifier": "gold, problems, validation_problems, test_problems = 40, 60, 20, 20\nheld_n = 4\n"
     "max_steps, eval_every, save_every = 4, 2, 2\n",
 }
@@ -100,6 +100,7 @@ def left_out(folder: str, names: list[str]) -> set[str]:
 def environment(server, folder: Path) -> dict[str, str]:
     """No GPU, no network but the local hub, no files in $DATA_DIR."""
     env = os.environ | offline_but_for(server, folder / "home")
+    env |= {"OMP_NUM_THREADS": "1"}  # models so small gain nothing from a second thread
     return env | {"DATA_DIR": str(folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
 
 
