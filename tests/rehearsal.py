@@ -44,7 +44,8 @@ SMALLER = {
     "samsum": TUNED,
     "gsm8k": TUNED,
     # SFT takes more steps: without a few right answers DPO and the verifier have nothing to learn from.
-    "sft": 'data = "arithmetic"\nbatch_size = 8\nmax_steps = 150\nlearning_rate = 1e-2\neval_examples = 8\neval_every = 75\n',
+    "sft": 'data = "arithmetic"\nbatch_size, max_steps, learning_rate = 8, 150, 1e-2\n'
+    "eval_examples, eval_every = 8, 75\n",
     "dpo": "problems = 60\nmax_steps, eval_every, save_every = 4, 2, 2\neval_examples = 80\n",
     "verifier": "gold, problems, validation_problems, test_problems = 40, 60, 20, 20\nheld_n = 4\n"
     "max_steps, eval_every, save_every = 4, 2, 2\n",
