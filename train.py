@@ -1289,7 +1289,8 @@ def newest(folder: Path) -> Path | None:
 
 
 RUN_PARTS = {  # of run.json, if they are there
-    dict: "settings data results evaluation verification combine hardware versions",
+    dict: "settings data evaluation verification combine hardware versions",
+    dict | None: "results",  # before the first evaluation
     str | None: "status stage kind task parent tokenizer",
     int | float: "step seconds parameters trained_parameters",
 }

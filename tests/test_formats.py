@@ -167,3 +167,8 @@ def test_rows_without_text_are_counted_in_the_record_and_in_the_source(tmp_path)
     pairs += [{"prompt": "q", "chosen": None, "rejected": "no"}]
     kept, about = load_preferences(written(tmp_path, pairs), "train")
     assert len(kept) > 150 and about["left_out"] == 1 and "left out" in about["source"]
+
+
+def test_the_first_column_with_a_text_counts_though_another_holds_nan_or_spaces():
+    row = {"messages": float("nan"), "instruction": "a", "output": "  ", "response": "b"}
+    assert [m["content"] for m in messages_of(row)] == ["a", "b"]

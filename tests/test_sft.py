@@ -174,6 +174,10 @@ def test_mixtures_are_read(text, found):
     assert mixture(text) == found
 
 
+def test_a_name_may_hold_a_line_end():
+    assert mixture("a\nb.jsonl@3") == [("a\nb.jsonl", 3, 0.0)]
+
+
 @pytest.mark.parametrize("text", ["", "a:1,b", "a:0,b:2"])
 def test_bad_mixtures_are_refused(text):
     with pytest.raises(TrainError, match="weight"):

@@ -1,0 +1,285 @@
+"""Models of the hub that are built in another way than ours: tokenizers, templates, windows, heads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from data import TASKS, Example
+from dpo import DPOConfig, from_collection, without_first_exchange
+from eval import EvalConfig
+from finetune import (
+    AdaptConfig,
+    FinetuneConfig,
+    TextModel,
+    add_lora,
+    ask,
+    build_model,
+    from_hub,
+    head_layers,
+    hf_context,
+    load_model,
+    load_tokenizer,
+)
+from sft import SFTConfig, packs, sft
+from support.hub_models import HubTokenizer
+from support.memory import shape_of
+from tokenizer import ForeignTokenizer, Tokenizer
+from train import TrainError, pick_device, read_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+CHATML = (
+    "{% for message in messages %}{{'<|user|>' + message['role'] + '\n' + message['content'] + '<|end|>'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def llama(folder: Path, tokenizer, config=transformers.LlamaConfig, **more) -> str:
+    """A decoder of transformers with random weights, beside a tokenizer of its own."""
+    torch.manual_seed(0)
+    sizes = SIZE | dict(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=160)
+    model = transformers.AutoModelForCausalLM.from_config(config(**sizes | more))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def renamed(tiny, special: str = "<|endoftext|>", **more):
+    """The tokenizer of `tiny`, whose token between documents has another name, as Llama 3's has."""
+    inner = transformers.AutoTokenizer.from_pretrained(tiny["gpt2"])
+    content = json.loads(inner.backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["content"] = token["content"].replace("<|endoftext|>", special)
+    content["model"]["vocab"] = {
+        text.replace("<|endoftext|>", special): i for text, i in content["model"]["vocab"].items()
+    }
+    from tokenizers import Tokenizer as Library
+
+    names = {"eos_token": special, "pad_token": special} | more
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Library.from_str(json.dumps(content)),
+        **{name: token for name, token in names.items() if token},
+    )
+
+
+def tuned(model: str, tmp_path, **more) -> str:
+    rows = [{"prompt": f"Is {i} above {i % 7}?", "completion": "yes"} for i in range(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = SFTConfig(model=model, out=str(tmp_path), name="sft", data=str(tmp_path / "rows.jsonl"))
+    cfg.device, cfg.dtype, cfg.batch_size, cfg.max_steps, cfg.warmup_steps = "cpu", "float32", 4, 1, 1
+    cfg.eval_every, cfg.save_every, cfg.eval_examples = 0, 0, 4
+    for name, value in more.items():
+        setattr(cfg, name, value)
+    sft(cfg)
+    return f"{tmp_path}/sft"
+
+
+# ---- tokenizers
+
+
+def test_a_run_is_read_back_by_the_tokenizer_that_it_was_trained_with(tiny, tmp_path):
+    """Our Tokenizer could read the file, but only <|endoftext|> makes it one of ours: their hashes differ."""
+    inner = renamed(tiny, "<|end_of_text|>")
+    inner.chat_template = CHATML
+    run = tuned(llama(tmp_path / "m", inner), tmp_path)
+    tokenizer = load_tokenizer(run)
+    assert isinstance(tokenizer, HubTokenizer)
+    assert tokenizer.hash == read_json(Path(run) / "run.json")["tokenizer"]
+    inner.add_tokens(["another"])
+    inner.save_pretrained(run)
+    with pytest.raises(ForeignTokenizer, match="is not the tokenizer of this run"):
+        load_tokenizer(run)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused_by_name(tiny, tmp_path):
+    folder = llama(tmp_path / "m", renamed(tiny, "<|x|>", eos_token=None, pad_token=None))
+    with pytest.raises(ValueError, match="has no token that ends a text"):
+        load_model(folder, CPU)
+
+
+def test_of_several_chat_templates_the_default_one_is_taken(tiny):
+    inner = renamed(tiny)
+    inner.chat_template = {"default": CHATML, "tool_use": "x"}
+    assert HubTokenizer(inner).chat_template == CHATML
+
+
+def test_tokens_beyond_the_tokenizers_may_be_generated(tiny, tmp_path):
+    """Qwen's and Pythia's embeddings have more rows than their tokenizers have tokens."""
+    model = load_model(llama(tmp_path / "m", renamed(tiny), vocab_size=480), CPU, "transformers")
+    assert model.calculator(0, [479]) == []
+
+
+# ---- templates and rows
+
+
+def test_pairs_that_a_template_refuses_are_left_out(tiny, tmp_path):
+    inner = renamed(tiny, "<|end_of_text|>")
+    inner.chat_template = NO_SYSTEM + CHATML
+    model = load_model(llama(tmp_path / "m", inner), CPU)
+    rows = []
+    for i in range(60):
+        asked = [{"role": "user", "content": f"Is {i} above {i % 7}?"}]
+        system = [{"role": "system", "content": "Be brief."}] * (i % 2)
+        rows.append({"prompt": system + asked, "chosen": "yes", "rejected": "no"})
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, counts = from_collection(model, DPOConfig(data=str(tmp_path / "pairs.jsonl")), "train")
+    assert pairs and all(pair.messages[0]["role"] == "user" for pair in pairs)
+    assert counts["too_long"] > 0
+
+
+def test_a_conversation_that_is_cut_keeps_its_system_turn_and_begins_with_the_user():
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    assert without_first_exchange(turns) == [turns[0], turns[3]]
+    assert without_first_exchange(turns[1:]) == [turns[3]]
+    assert without_first_exchange(turns[:2]) == []
+
+
+def test_a_template_that_opens_every_answer_with_a_thought_can_be_asked(tiny, tmp_path):
+    """As DeepSeek-R1's: the prompt ends in <think>, which is not in the conversations that it renders."""
+    inner = renamed(tiny, "<|end_of_text|>")
+    inner.chat_template = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+    model = load_model(llama(tmp_path / "m", inner), CPU)
+    assert model.end == model.eos
+    assert model.decode(model.reply_ids("yes")) == "yes"
+
+
+# ---- packing
+
+
+WINDOWS = {
+    "window": (transformers.MistralConfig, dict(sliding_window=32), False),
+    "long window": (transformers.MistralConfig, dict(sliding_window=4096), True),
+    "every other layer": (transformers.Gemma2Config, dict(sliding_window=32, head_dim=8), False),
+    "no window": (transformers.LlamaConfig, {}, True),
+    "rotary": (transformers.GPTNeoXConfig, {}, True),
+    "no such mask": (transformers.BloomConfig, dict(n_layer=2, n_head=4), False),
+    "a state": (transformers.MambaConfig, dict(state_size=4), False),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_conversations_are_packed_only_where_the_model_keeps_them_apart(name, tiny, tmp_path):
+    config, more, expected = WINDOWS[name]
+    folder = llama(tmp_path / "m", renamed(tiny), config, **more)
+    model = TextModel(from_hub(folder, "causal"), load_tokenizer(folder), "causal", folder)
+    assert packs(model) is expected
+    assert shape_of(model.model.config, "causal", False).n_heads > 0
+
+
+def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):
+    more = dict(sliding_window=32, head_dim=8)
+    tuned(llama(tmp_path / "m", renamed(tiny), transformers.Gemma2Config, **more), tmp_path)
+    assert "one conversation a row" in capsys.readouterr().out
+
+
+def test_our_tokenizer_states_no_context():
+    config = transformers.MambaConfig()
+    assert hf_context(config, Tokenizer({i: bytes([i]) for i in range(256)}, [], [])) == 1024
+
+
+# ---- LoRA
+
+
+HEADS = {
+    "two layers": transformers.DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=48),
+    "a pooler": transformers.DebertaV2Config(vocab_size=400, **SIZE),
+    "bert": transformers.BertConfig(vocab_size=400, **SIZE),
+    "classification_head": transformers.T5Config(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_adapter_of_a_classifier_holds_all_of_its_new_layers(name, tmp_path):
+    model = transformers.AutoModelForSequenceClassification.from_config(HEADS[name])
+    head = head_layers(model)
+    new = {n for n, _ in model.named_parameters() if any(n.startswith(f"{part}.") for part in head)}
+    assert new
+    adapted = add_lora(model, AdaptConfig(lora_r=2), "head")
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    for parameter in new:
+        layer, _, kind = parameter.rpartition(".")
+        assert any(layer.split(".")[-1] in n and n.endswith(kind) for n in trained)
+    assert any("lora_A" in n for n in trained)
+    adapted.save_pretrained(tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        saved = {key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
+    assert new <= saved
+
+
+def test_lora_on_a_mixture_of_experts_trains_and_is_read_back(tiny, tmp_path):
+    more = dict(num_local_experts=4, sliding_window=None)
+    base = llama(tmp_path / "m", renamed(tiny), transformers.MixtralConfig, **more)
+    cfg = SFTConfig(model=base, lora_r=2, device="cpu")  # with lora_dropout, its default
+    model = build_model(cfg, "causal")
+    model.save(tmp_path / "adapter")
+    ids = [[1, 2, 3, 4]]
+    again = load_model(str(tmp_path / "adapter"), CPU)
+    want = model.model.eval()(input_ids=torch.tensor(ids)).logits
+    np.testing.assert_allclose(
+        again.model(input_ids=torch.tensor(ids)).logits.detach(), want.detach(), atol=1e-5
+    )
+
+
+def test_a_new_head_on_a_run_of_another_task_is_asked_its_own(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"settings": {"task": "dialogue"}}')
+    folder = llama(tmp_path / "run", renamed(tiny))
+    cfg = FinetuneConfig(model=folder, device="cpu")
+    model = build_model(cfg, "head", TASKS["sentiment"].labels)
+    assert len(ask(model, "sentiment", [Example("fine", " good", 1)])[0]) == 1
+
+
+# ---- damaged files, numbers
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "7", '"x"', "[" * 100_000, "", '{"settings": []}'])
+def test_a_damaged_record_is_named(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(TrainError, match="run.json is damaged"):
+        read_json(tmp_path / "run.json")
+    (tmp_path / "run.json").write_text('{"settings": {}, "results": null}')  # of a run that has just begun
+    assert read_json(tmp_path / "run.json")["results"] is None
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "vocab_size", "intermediate_size", "model_type"])
+@pytest.mark.parametrize("value", ["x", [], {"x": 1}, 1e308])
+def test_a_config_with_a_value_of_another_type_is_one_line(key, value, tiny, tmp_path):
+    folder = Path(llama(tmp_path / "m", renamed(tiny)))
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, OSError)):
+        load_model(str(folder), CPU)
+
+
+@pytest.mark.parametrize("key, value", [("alpha_pattern", None), ("base_model_name_or_path", {}), ("r", "x")])
+def test_a_damaged_adapter_config_is_one_line(key, value, tiny, tmp_path):
+    base = llama(tmp_path / "m", renamed(tiny))
+    build_model(SFTConfig(model=base, lora_r=2, device="cpu"), "causal").save(tmp_path / "a")
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError):
+        load_model(str(tmp_path / "a"), CPU)
+
+
+@pytest.mark.parametrize("device", ["meta", "no such"])
+def test_a_device_that_cannot_compute_is_refused(device):
+    with pytest.raises(TrainError, match="--device="):
+        pick_device(device)
+
+
+def test_whole_numbers_that_torch_cannot_hold_are_refused(capsys):
+    from configs import parse_config
+
+    with pytest.raises(SystemExit):
+        parse_config(EvalConfig, "", ["--limit=999999999999999999999999"])
+    assert "--limit" in capsys.readouterr().err
