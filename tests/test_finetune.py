@@ -668,7 +668,7 @@ def test_an_adapter_is_trained_further(settings, tmp_path, monkeypatch, checkpoi
     assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
     load_model(str(tmp_path / "further"), torch.device("cpu"))
     assert "of rank 2" in command_line(monkeypatch, settings(adapter, lora_r=4))
-    assert "of the kind causal" in command_line(monkeypatch, settings(adapter, method="head"))
+    assert "of kind causal" in command_line(monkeypatch, settings(adapter, method="head"))
 
 
 def load_tensors_of_adapter(folder: Path) -> dict[str, torch.Tensor]:
