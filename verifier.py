@@ -134,7 +134,8 @@ class Verifier:
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
         run = read_json(Path(folder) / "run.json")
-        if "logistic" not in run.get("combine", {}):
+        whole = run.get("parent") and {"parent_hash", "verifier", "data"} <= run.keys()
+        if not whole or "logistic" not in run.get("combine", {}):
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
             generator = load_model(run["parent"], pick_device(device))
