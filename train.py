@@ -402,7 +402,7 @@ def pick_device(device: str) -> torch.device:
     try:
         chosen = torch.device("cpu" if device == "auto" else device)
         torch.ones(1, device=chosen).item()  # known by name is not yet there; "meta" holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise TrainError(
             f"--device={device} is none that torch can use here: cuda, cuda:1, cpu, mps"
         ) from None
