@@ -122,7 +122,8 @@ def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
 def planned_stages(output: str) -> list[str]:
     """The stages in the plan's table, which run_all.sh prints before it begins."""
     table = output.partition("the plan, ")[2].partition("\nall ")[0]
-    return [line.split()[0] for line in table.splitlines()[2:]]
+    rows = [line for line in table.splitlines()[1:] if line and not line.startswith(" ")]  # not the heading
+    return [line.split()[0] for line in rows]
 
 
 def rehearse(project: Path, env: dict[str, str], profile: str, stages: list[str]) -> list[str]:
