@@ -678,6 +678,11 @@ def train_head(
     return settle_dtype(trainer).run_all_steps()
 
 
+def area(auc: float) -> str:
+    """An AUC as text; there is none if all answers are right or all wrong."""
+    return "n/a" if math.isnan(auc) else f"{auc:.3f}"
+
+
 def describe(run: dict) -> list[str]:
     found = run["verification"]
     lines = [
@@ -687,7 +692,7 @@ def describe(run: dict) -> list[str]:
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
         m = found[name]
         lines.append(
-            f"  {name:16} AUC {m['auc']:.3f}, within a problem {m['auc_within']['value']:.3f}, "
+            f"  {name:16} AUC {area(m['auc'])}, within a problem {area(m['auc_within']['value'])}, "
             f"best of n {100 * m['best_of_n']['value']:.1f}"
         )
     return [
