@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -498,7 +499,8 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
     global _work
     workers = min(torch.get_num_threads(), len(items) // 2) if device.type == "cpu" else 1
     with tqdm()(total=len(items), desc=progress, disable=None if progress else True, leave=False) as bar:
-        if workers < 2 or sys.platform != "linux":  # elsewhere, forking is not safe
+        alone = threading.current_thread() is threading.main_thread()  # not in a server
+        if workers < 2 or sys.platform != "linux" or not alone:  # forking would not be safe
             for item in items:
                 yield work(item)
                 bar.update()

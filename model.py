@@ -905,6 +905,7 @@ class ModernDecoderLM(nn.Module):
         keep: int = 4,
         stream: Callable[[int, int], None] | None = None,
         force: Callable[[int, list[int]], Sequence[int]] | None = None,
+        adjust: Callable[[list[int], Tensor], Tensor] | None = None,
         compile: bool = False,
         graph: bool | None = None,
     ) -> list[list[int]]:
@@ -917,9 +918,11 @@ class ModernDecoderLM(nn.Module):
         the batch. With `window` > 0, or when a text outgrows the context, the cache rolls: the first `keep`
         tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll: all rows end when the
         longest fills the context. `stream(row, token)` is told every new token. `force(row, new_tokens)` may
-        return tokens that must come next: that is how a calculator answers. `compile=True` decodes with a
-        compiled step: half a minute to start, then faster. `graph`, which is on by itself on a card, gives
-        every step the same shapes, so that the card can be told once what to do and then again and again.
+        return tokens that must come next: that is how a calculator answers. `adjust(rows, logits)` is called
+        once a step with the logits (B, V) of these rows, and returns those to sample from; it may raise to
+        stop. `compile=True` decodes with a compiled step: half a minute to start, then faster. `graph`, which
+        is on by itself on a card, gives every step the same shapes, so that the card can be told once what to
+        do and then again and again.
         """
         check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         c, rows = self.config, len(prompts) * n
@@ -939,7 +942,9 @@ class ModernDecoderLM(nn.Module):
             max_new_tokens = min(max_new_tokens, c.context_length - longest)
         if graph is None:
             graph = self.device.type == "cuda"
-        graph = graph and not (rolling or force or c.ffn == "moe")  # an expert's room is asked for each time
+        graph = graph and not (
+            rolling or force or adjust or c.ffn == "moe"
+        )  # an expert's room is asked for each time
         slots += -slots % 8 if graph else 0  # attention kernels want masks of such widths
         net = self.cast()
         cache = KVCache(c, len(prompts), slots, keep if rolling else None, self.device, self.dtype)
@@ -975,7 +980,10 @@ class ModernDecoderLM(nn.Module):
         if graph:
             cache.fix()
 
+        alive = list(range(rows))  # the row of each logit
+
         def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+            logits = adjust(alive, logits) if adjust else logits
             return sample(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
 
         # Products of compiled steps are all alike, but for those of grouped queries with their keys.
@@ -994,9 +1002,9 @@ class ModernDecoderLM(nn.Module):
 
         result: list[list[int]] = [[] for _ in range(rows)]
         forced: list[list[int]] = [[] for _ in range(rows)]
-        alive, done, pending = list(range(rows)), set(), []
+        done, pending = set(), []
         # Asking a GPU for a token stops its queue of work: look every step only if somebody waits for it.
-        look_every = 1 if stream or force or self.device.type == "cpu" else 16
+        look_every = 1 if stream or force or adjust or self.device.type == "cpu" else 16
         token = draw(logits, uniforms[:, 0])
         for i in range(max_new_tokens):
             if force:

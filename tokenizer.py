@@ -521,6 +521,11 @@ class Tokenizer:
         """The bytes of one id, perhaps only part of a character: to stream, decode them incrementally."""
         return self.vocab.get(i, b"\xef\xbf\xbd")
 
+    @cached_property
+    def merge_order(self) -> dict[int, int]:
+        """{id: the how-manieth merge made it, from 1}; bytes and special tokens are in no merge."""
+        return {merged: n for n, merged in enumerate(self._pair_ids.values(), start=1)}
+
     def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation: [{"role": "user", "content": "Hello!"}, ...].
 

@@ -1099,7 +1099,9 @@ class Trainer:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def write_run(self, **more) -> None:
-        self.run |= more | {"step": self.step, "seconds": round(self.seconds, 2)}
+        self.run |= more | {"step": self.step, "seconds": round(self.seconds, 2), "pid": os.getpid()}
+        if self.run.get("status") != "running":
+            del self.run["pid"]  # while it runs, by which serve.py can pause it
         if self.rank == 0:
             text = json.dumps(self.run, indent=2) + "\n"
             write_atomically(self.folder / "run.json", lambda path: path.write_text(text))
@@ -1353,12 +1355,33 @@ def lock(folder: Path) -> int | None:
     except ImportError:  # Windows
         return None
     handle = os.open(folder, os.O_RDONLY)
+    for patience in (0.05, 0.2, 0):  # `locked` may hold it for some microseconds
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            time.sleep(patience)
+    os.close(handle)
+    raise TrainError(f"another process is training in {folder}: let it end, or choose a --name")
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process is training in this folder. (Windows does not say: False.)"""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
     except BlockingIOError:
+        return True
+    finally:
         os.close(handle)
-        raise TrainError(f"another process is training in {folder}: let it end, or choose a --name") from None
-    return handle
 
 
 def link_or_copy(source: Path, target: Path) -> None:

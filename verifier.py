@@ -128,8 +128,12 @@ class Verifier:
         self.kind, self.generator, self.core, self.combine, self.name = kind, generator, core, combine, name
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", generator: TextModel | None = None) -> "Verifier":
+    def load(
+        cls, folder: str | Path, device: str = "auto", generator: TextModel | None = None, keep: bool = True
+    ) -> "Verifier":
         """From a run folder, for the generator it was trained for or another one with the same tokenizer.
+
+        keep: whether what it judges is kept in the folder's judged/.
 
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
@@ -146,7 +150,7 @@ class Verifier:
         if run["data"]["tokenizer"] != generator.tokenizer.hash:
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
         core = read_core(run["verifier"], Path(folder), device)
-        return cls(run["verifier"], generator, core, run["combine"], str(folder))
+        return cls(run["verifier"], generator, core, run["combine"], str(folder) if keep else "")
 
     def score(self, problem: str, answer: str) -> float:
         """The probability, 0 to 1, that the answer is right."""
@@ -159,7 +163,11 @@ class Verifier:
     def judge(
         self, problems: list[str], answers: list[str], progress: str = ""
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(n) scores, which rank answers to one problem, and (n) probabilities."""
+        """(n) scores, which rank answers to one problem, and (n) probabilities.
+
+        The final number stands on a line of its own in the answers that it learnt from; so it is put there.
+        """
+        answers = [re.sub(r"\s*####\s*", "\n#### ", answer) for answer in answers]
         return self.verdict(problems, answers, self.parts(problems, answers, progress))
 
     def verdict(
@@ -198,7 +206,11 @@ class Verifier:
         return parts[[index[pair] for pair in pairs]]
 
     def kept(self, pairs: list[tuple[str, str]]) -> Path | None:
-        """Where the parts of these pairs are kept; None if the weights are not in folders of this disk."""
+        """Where the parts of these pairs are kept; None if the weights are not in folders of this disk, or
+        the verifier has no name.
+        """
+        if not self.name:
+            return None
         who = [weights_hash(self.generator.name), weights_hash(self.name)]
         if None in who:
             return None

@@ -50,11 +50,14 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
 def hub_attention(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
     """The same for a transformers model, with or without a PEFT adapter: one tensor per layer."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = model.get_encoder() if model.config.is_encoder_decoder else model
+    before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the others do not return their weights
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    with torch.no_grad():
-        found = model(input_ids=ids, output_attentions=True).attentions
+    try:
+        with torch.no_grad():
+            found = core(input_ids=ids, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
     if not found or any(w is None for w in found):
         raise ValueError(f"{type(model).__name__} gives no attention weights")
     return found

@@ -7,6 +7,7 @@ arguments of ModernDecoderLM.generate. So every stage works on any decoder of th
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from model import check_sampling, sample
 from support.tables import valid
-from tokenizer import HUB_MARK
+from tokenizer import HUB_MARK, letter_bytes, unspell
 
 
 class HubTokenizer:
@@ -33,6 +34,15 @@ class HubTokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one id, perhaps only part of a character: byte-level BPE, SentencePiece's <0xE2>."""
+        token, text = self.inner.convert_ids_to_tokens(i) or "", self.inner.decode([i])
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            return bytes([int(byte[1], 16)])
+        if "\ufffd" in text and set(token) <= letter_bytes().keys():
+            return unspell(token)
+        return (" " * (token.startswith("\u2581") and not text.startswith(" ")) + text).encode()
 
     @property
     def vocab_size(self) -> int:
@@ -137,6 +147,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stream: Callable[[int, int], None] | None = None,
     force: Callable[[int, list[int]], Sequence[int]] | None = None,
+    adjust: Callable[[list[int], Tensor], Tensor] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """ModernDecoderLM.generate for a transformers model; see there for the arguments.
 
@@ -161,7 +172,7 @@ def generate(
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     filters["repetition_penalty"] = repetition_penalty
     start = width if decoder_only else 1
-    draw = Draw(rows, start, seeds, max_new_tokens, filters, set(stop_tokens), stream, force)
+    draw = Draw(rows, start, seeds, max_new_tokens, filters, set(stop_tokens), stream, force, adjust)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
@@ -187,9 +198,19 @@ class Draw:
     """
 
     def __init__(
-        self, prompts, start: int, seeds, max_new_tokens: int, filters: dict, stops: set, stream, force
+        self,
+        prompts,
+        start: int,
+        seeds,
+        max_new_tokens: int,
+        filters: dict,
+        stops: set,
+        stream=None,
+        force=None,
+        adjust=None,
     ):
-        self.start, self.filters, self.stops, self.stream, self.force = start, filters, stops, stream, force
+        self.start, self.filters, self.stops = start, filters, stops
+        self.stream, self.force, self.adjust = stream, force, adjust
         streams = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self.uniforms = torch.stack(streams)  # (rows, max_new_tokens)
         self.prompts, self.queues, self.ended = prompts, [[] for _ in prompts], [False] * len(prompts)
@@ -198,6 +219,7 @@ class Draw:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
         step = input_ids.shape[1] - self.start
         uniform, seen = self.uniforms[:, step].to(scores.device), None
+        scores = self.adjust(list(range(len(scores))), scores) if self.adjust else scores
         if self.filters["repetition_penalty"] != 1.0:
             seen = torch.zeros_like(scores, dtype=torch.bool)
             for row, prompt in enumerate(self.prompts):

@@ -1,0 +1,423 @@
+"""The lab in the browser, and an OpenAI-compatible API: watch runs learn, talk to them, look inside them.
+
+    python serve.py                       # prints the address; runs appear by themselves
+    python serve.py --models=gpt2         # beside the runs: models of the hub, or folders, joined by commas
+    python serve.py --host=0.0.0.0        # for other machines too: prints a token to be sent
+    curl http://127.0.0.1:8000/v1/chat/completions -H "content-type: application/json" \\
+        -d '{"model": "sft", "messages": [{"role": "user", "content": "Tell me a story about a cat."}]}'
+
+Other programs use a run by base_url="http://127.0.0.1:8000/v1" and any key. The API is OpenAI's, with more:
+top_k, min_p, repetition_penalty; calculator (what follows `<<9*3=` is computed); verifier (the n answers are
+sorted by a verifier's run); heads_off ([[layer, head], ...] contribute nothing); exact log-probabilities by
+echo.
+
+The page (web/) uses the same API, and /lab for runs: it reads their folders and keeps nothing itself.
+Training is a process of its own and outlives the server. A stream that is hung up stops computing at the
+next token. A page of another site can neither read nor act.
+"""
+
+from support.terminal import run_script
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from configs import ROOT, parse_config, read_file
+
+try:
+    import uvicorn
+    from fastapi import APIRouter, FastAPI, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from fastapi.staticfiles import StaticFiles
+    from pydantic import BaseModel, Field
+    from starlette.exceptions import HTTPException
+except ImportError as error:
+    raise SystemExit(f'serve.py needs {error.name}: pip install ".[serve]"') from None
+
+import torch
+
+from support.attention import attention_weights
+from support.forms import config_class, forms
+from support.guard import LOOPBACK, Guard, explained
+from support.inside import look_inside
+from support.openai_api import Chat, Completion, Job, event
+from support.serving import NotFound, Pool
+from support.tables import valid
+from support.watching import Tail, Watch, compare, describe, finite, named_runs, pause, resume, start
+from train import pick_device
+
+MOST_STREAMS = 32  # open at a time
+
+
+@dataclass
+class ServeConfig:
+    out: str = "out"  # folder with the runs
+    models: str = ""  # more models, joined by commas: folders, or ids on the hub
+    host: str = "127.0.0.1"  # address to listen at; others than this computer's own need a token
+    port: int = 8000  # 0: any that is free
+    token: str = ""  # what clients have to send; by default made up for every --host but this computer
+    allow_training: bool = False  # with another --host: let those who know the token start and pause runs
+    device: str = "auto"  # cuda, cpu, ...
+    memory: float = 0.0  # GiB for models; 0: half of what is free
+
+
+class Lab:
+    """What the requests share: models in memory, the state of runs, and the streams that are open."""
+
+    def __init__(self, cfg: ServeConfig):
+        self.cfg, self.home = cfg, Path(cfg.out)
+        others = tuple(name.strip() for name in cfg.models.split(",") if name.strip())
+        self.pool = Pool(self.home, pick_device(cfg.device), others, cfg.memory)
+        self.watch, self.guard = Watch(self.home), threading.Lock()
+        self.threads = ThreadPoolExecutor(MOST_STREAMS, "generation")
+        self.streams: set[threading.Event] = set()  # set: its client is gone
+        self.training = cfg.host in LOOPBACK or cfg.allow_training
+
+    def folder(self, name: str) -> Path:
+        found = named_runs(self.home).get(name)
+        if found is None:
+            raise NotFound(f"there is no run {name!r} in {self.home}")
+        return found
+
+    def summaries(self) -> list[dict]:
+        with self.guard:
+            return self.watch.summaries()
+
+    @contextlib.contextmanager
+    def stream(self, gone: threading.Event):
+        """Counts an open stream; at most MOST_STREAMS."""
+        if len(self.streams) >= MOST_STREAMS:
+            raise HTTPException(
+                429, f"{MOST_STREAMS} streams are open already: close one, or try again later"
+            )
+        self.streams.add(gone)
+        try:
+            yield
+        finally:
+            self.streams.discard(gone)
+
+    def close(self) -> None:
+        for gone in list(self.streams):
+            gone.set()
+
+
+# -----------------------------------------------------------------------------
+# OpenAI's API
+
+router = APIRouter()
+
+
+@router.get("/health")
+def health() -> dict:
+    return {"status": "ok"}
+
+
+@router.get("/v1/models")
+def list_models(request: Request) -> dict:
+    pool = request.app.state.lab.pool
+    found = []
+    for about in pool.listing():
+        meta = {k: v for k, v in about.items() if k not in ("id", "created", "folder")}
+        one = {"id": about["id"], "object": "model", "created": about["created"], "owned_by": "modern-llm"}
+        found.append(one | {"meta": meta})
+    verifiers = [run["name"] for run in request.app.state.lab.summaries() if run["stage"] == "verifier"]
+    return {"object": "list", "data": found, "verifiers": verifiers}
+
+
+@router.get("/v1/models/{name:path}")
+def one_model(request: Request, name: str) -> dict:
+    for found in list_models(request)["data"]:
+        if found["id"] == name:
+            return found
+    raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
+
+
+@router.post("/v1/completions")
+async def completions(request: Request, question: Completion):
+    return await answer(request, question)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, question: Chat):
+    return await answer(request, question)
+
+
+async def answer(request: Request, question: Completion | Chat):
+    job = await run_in_threadpool(Job, request.app.state.lab, question)
+    if question.stream:
+        return StreamingResponse(job.stream(), media_type="text/event-stream")
+    return await job.whole(request)
+
+
+class Words(BaseModel):
+    model: str
+    prompt: str = ""
+    content: str = ""  # as llama.cpp calls it
+    tokens: list[int] = []
+
+
+@router.post("/tokenize")
+def tokenize(request: Request, words: Words) -> dict:
+    model = request.app.state.lab.pool.get(words.model)
+    ids = model.encode(valid(words.prompt or words.content))
+    return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
+
+
+@router.post("/detokenize")
+def detokenize(request: Request, words: Words) -> dict:
+    text = request.app.state.lab.pool.get(words.model).tokenizer.decode(words.tokens)
+    return {"prompt": text, "content": text}
+
+
+# -----------------------------------------------------------------------------
+# The lab: runs
+
+
+@router.get("/lab/watch")
+async def watch(request: Request, runs: str = ""):
+    """Server-sent events: "runs" (summaries), and of the chosen ones "curve" and "samples"."""
+    lab, names = request.app.state.lab, [name for name in runs.split(",") if name][:20]
+
+    async def events() -> AsyncIterator[str]:
+        logs = {
+            name: (Tail(lab.home / name / "metrics.jsonl"), Tail(lab.home / name / "samples.jsonl", 60))
+            for name in names
+        }
+        before, quiet, gone = None, 0, threading.Event()
+        with lab.stream(gone):
+            while not gone.is_set():
+                found = await run_in_threadpool(lab.summaries)
+                said = [event(found, "runs")] if found != before else []
+                before = found
+                for name, (metrics, samples) in logs.items():
+                    if news := await run_in_threadpool(metrics.news):
+                        said.append(event({"run": name, "reset": news[0], "lines": news[1]}, "curve"))
+                    if news := await run_in_threadpool(samples.news):
+                        said.append(event({"run": name, "samples": news[1]}, "samples"))
+                quiet = 0 if said else quiet + 1
+                for text in said or [": nothing new\n\n"] * (quiet % 30 == 29):
+                    yield text
+                await asyncio.sleep(0.5)
+
+    for name in names:
+        lab.folder(name)
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+@router.get("/lab/run")
+def run(request: Request, name: str) -> dict:
+    lab = request.app.state.lab
+    return describe(name, lab.folder(name), lab.home)
+
+
+@router.get("/lab/compare")
+def compare_runs(request: Request, runs: str) -> dict:
+    names = runs.split(",")[:20]
+    return compare(names, [request.app.state.lab.folder(name) for name in names])
+
+
+class Wish(BaseModel):
+    """A run that does not exist yet."""
+
+    stage: Literal["train", "finetune", "sft", "dpo", "verifier"]
+    config: str = Field("", pattern=r"^[A-Za-z0-9_]*$")
+    name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$|^$")
+    changes: dict[str, bool | int | float | str] = {}
+
+    def words(self, out: Path) -> list[str]:
+        """The command line. Raises ValueError for settings that the stage does not have."""
+        unknown = [name for name in self.changes if name not in forms()[self.stage]["names"]]
+        if unknown:
+            raise ValueError(f"{self.stage}.py has no setting {unknown[0]!r} that can be changed here")
+        files = [f"configs/{self.config}.py"] if self.config else []
+        if self.config and not (ROOT / files[0]).exists():
+            raise ValueError(f"there is no configs/{self.config}.py")
+        flags = [f"--{name}={value}" for name, value in self.changes.items()]
+        return [*files, *flags, *([f"--name={self.name}"] if self.name else []), f"--out={out}"]
+
+
+class Named(BaseModel):
+    name: str
+
+
+@router.get("/lab/forms")
+def show_forms(request: Request) -> dict:
+    lab = request.app.state.lab
+    models = [about["id"] for about in lab.pool.listing()]
+    return {"stages": forms(), "allow_training": lab.training, "models": models}
+
+
+@router.get("/lab/config")
+def show_config(stage: Literal["train", "finetune", "sft", "dpo", "verifier"], config: str) -> dict:
+    if config not in forms()[stage]["configs"]:
+        raise NotFound(f"there is no config {config!r} of {stage}.py")
+    Config = config_class(stage)
+    defaults = {field.name: field.default for field in fields(Config)}
+    found = read_file(ROOT / f"configs/{config}.py", defaults, Config)
+    return {name: value for name, value in found.items() if name in defaults and value != defaults[name]}
+
+
+@router.post("/lab/plan")
+def plan(request: Request, wish: Wish) -> dict:
+    """What a run would cost, by plan.py."""
+    command = [
+        sys.executable,
+        str(ROOT / "plan.py"),
+        f"{wish.stage}.py",
+        *wish.words(request.app.state.lab.home),
+    ]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "text": "planning took longer than three minutes"}
+    return {"ok": found.returncode == 0, "text": found.stdout or found.stderr}
+
+
+@router.post("/lab/start")
+def start_run(request: Request, wish: Wish) -> dict:
+    lab = trainer(request)
+    name = wish.name or show_config(wish.stage, wish.config).get("name") or config_class(wish.stage)().name
+    if not name:
+        raise ValueError("name: how shall the run be called?")
+    if lab.pool.device.type != "cpu":
+        lab.pool.clear()  # a card's memory is the run's now
+    start(lab.home, name, wish.stage, wish.words(lab.home))
+    return {"name": name}
+
+
+@router.post("/lab/pause")
+def pause_run(request: Request, named: Named) -> dict:
+    pause(trainer(request).folder(named.name))
+    return {}
+
+
+@router.post("/lab/resume")
+def resume_run(request: Request, named: Named) -> dict:
+    lab = trainer(request)
+    resume(lab.home, named.name, lab.folder(named.name))
+    return {}
+
+
+def trainer(request: Request) -> Lab:
+    """The lab, if training may be started and stopped from here."""
+    lab = request.app.state.lab
+    if not lab.training:
+        raise HTTPException(403, "training from the page is off: start serve.py with --allow_training")
+    return lab
+
+
+# -----------------------------------------------------------------------------
+# The lab: look inside
+
+
+class Look(BaseModel):
+    model: str
+    text: str = Field(max_length=100_000)
+    chat: bool = False  # the text is a user's turn
+    position: int = Field(-1, ge=-1)
+    target: int | None = None
+    heads_off: list[tuple[int, int]] = []
+    alternatives: int = Field(10, ge=1, le=50)
+    layer: int = Field(0, ge=0)
+
+    def ids(self, model) -> list[int]:
+        if self.chat:
+            return model.conversation([{"role": "user", "content": valid(self.text)}])[0]
+        begin = model.before or ([model.eos] if model.kind == "causal" else [])
+        return [*begin, *model.encode(valid(self.text)), *model.behind]
+
+
+@router.post("/lab/inside")
+def inside(request: Request, look: Look) -> dict:
+    pool = request.app.state.lab.pool
+    model = pool.get(look.model)
+    if model.kind != "causal":
+        raise ValueError(f"{look.model} predicts no next token: only its attention can be looked at")
+    with pool.turns:
+        found = look_inside(
+            model, look.ids(model), look.position, look.target, look.heads_off, look.alternatives
+        )
+    return finite(found)
+
+
+@router.post("/lab/attention")
+def attention(request: Request, look: Look) -> Response:
+    """The weights of one layer on a text, heads x T x T bytes: 255 is a weight of 1."""
+    pool = request.app.state.lab.pool
+    model = pool.get(look.model)
+    ids = look.ids(model)
+    if len(ids) > model.context_length:
+        raise ValueError(f"the text has {len(ids)} tokens; the context is {model.context_length}")
+    with pool.turns:
+        given = torch.tensor([ids], device=model.device)
+        layers = attention_weights(model.model, given, lambda w: (w * 255).round().to(torch.uint8))
+    if look.layer >= len(layers):
+        raise ValueError(f"the model has {len(layers)} layers")
+    weights = layers[look.layer, 0]
+    about = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids)), "X-Layers": str(len(layers))}
+    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=about)
+
+
+# -----------------------------------------------------------------------------
+# The server
+
+
+def make_app(cfg: ServeConfig) -> FastAPI:
+    if cfg.host not in LOOPBACK and not cfg.token:
+        cfg.token = secrets.token_urlsafe(24)
+    lab = Lab(cfg)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        yield
+        lab.close()
+
+    app = FastAPI(
+        title="Modern LLM", lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # they load from the web
+    app.state.lab = lab
+    app.include_router(router)
+    app.mount("/", StaticFiles(directory=ROOT / "web", html=True))
+    app.add_middleware(Guard, host=cfg.host, token=cfg.token)
+
+    async def explain(_, error: Exception) -> JSONResponse:
+        return explained(error)
+
+    for kind in (HTTPException, RequestValidationError, ValueError, OSError, RuntimeError, Exception):
+        app.add_exception_handler(kind, explain)
+    return app
+
+
+def main() -> None:
+    cfg = parse_config(ServeConfig, __doc__)
+    try:
+        app = make_app(cfg)
+        listener = socket.create_server((cfg.host, cfg.port), family=family_of(cfg.host))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"serve.py: {error}") from None
+    address = f"http://{cfg.host}:{listener.getsockname()[1]}/" + f"#token={cfg.token}" * bool(cfg.token)
+    print(
+        f"{address}\nshows the runs in {cfg.out}; the API is at /v1. Ctrl-C ends it; training goes on.",
+        flush=True,
+    )
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def family_of(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,298 @@
+"""The state of the runs in a folder, read from their files alone, and the processes that the page starts.
+
+Nothing is kept in the server: killed and started again, it shows the same. A run holds a lock on its folder
+while it trains (train.py) and writes its process id to run.json; so a run that was started in a terminal can
+be paused, too. A SIGTERM lets it end its step, save and exit; the same command goes on, to the bit.
+"""
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from configs import ROOT
+from lab.log import observations
+from support.files import process_is_alive, write_atomically
+from support.results import METRICS, is_smoke, measurements, read_json, value_of
+from support.tables import read_jsonl
+from train import TrainError, checkpoints, locked
+
+STAGES = ("train", "finetune", "sft", "dpo", "verifier")  # scripts that train
+
+
+def named_runs(home: Path) -> dict[str, Path]:
+    """{name: folder} of all runs, those of the lab's experiments too."""
+    found = {}
+    for pattern in ("*/run.json", "*/*/run.json", "experiments/*/*/run.json"):
+        for file in home.glob(pattern):
+            found[file.parent.relative_to(home).as_posix()] = file.parent
+    return found
+
+
+# -----------------------------------------------------------------------------
+# What a run does now
+
+
+class Watch:
+    """Summaries of all runs; files are read again only when they have changed."""
+
+    def __init__(self, home: Path):
+        self.home, self.known = home, {}  # known: {name: (stamps of its files, summary)}
+
+    def summaries(self) -> list[dict]:
+        """What the list of runs shows, by starting time; see `summary`."""
+        found = {}
+        for name, folder in named_runs(self.home).items():
+            stamps = (*map(stamp, (folder / "run.json", folder / "metrics.jsonl")), locked(folder))
+            if self.known.get(name, (None,))[0] != stamps:
+                self.known[name] = (stamps, summary(name, folder, self.home))
+            found[name] = self.known[name][1]
+        for begun in starting(self.home):
+            if begun["name"] not in found or found[begun["name"]]["state"] != "running":
+                found[begun["name"]] = found.get(begun["name"], {}) | begun
+        return sorted(found.values(), key=lambda run: (str(run.get("started")), run["name"]))
+
+
+def stamp(file: Path) -> tuple:
+    """What changes when a file is written or replaced."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def summary(name: str, folder: Path, home: Path) -> dict:
+    run, lines = read_json(folder / "run.json"), last_lines(folder / "metrics.jsonl")
+    settings, results = run.get("settings") or {}, run.get("results") or {}
+    newest: dict = {}
+    for line in lines:
+        newest |= line
+    checked = results.get("last") or results.get("best") or {}
+    step = max(int(newest.get("step") or 0), int(run.get("step") or 0))
+    left = (int(settings.get("max_steps") or 0) - step) * float(newest.get("step_seconds") or 0)
+    state = state_of(folder, run)
+    return finite(
+        {
+            "name": name,
+            "stage": run.get("stage"),
+            "state": state,
+            "step": step,
+            "max_steps": settings.get("max_steps"),
+            "loss": newest.get("loss"),
+            "val_loss": newest.get("val_loss", checked.get("val_loss")),
+            "seconds": newest.get("seconds", run.get("seconds")),
+            "tokens_per_second": newest.get("tokens_per_second"),
+            "seconds_left": left if state == "running" and left > 0 else None,
+            "started": run.get("started"),
+            "smoke": is_smoke(folder, home),
+            "parent": run.get("parent"),
+            "has_results": (folder / "results.json").exists(),
+            "chat": bool(run.get("chat")),
+            "error": run.get("error") if state == "failed" else None,
+        }
+    )
+
+
+def state_of(folder: Path, run: dict) -> str:
+    """running, finished, interrupted (paused), failed, or lost: its process died without saying anything."""
+    if locked(folder):
+        return "running"
+    status = run.get("status") or "lost"
+    return "lost" if status == "running" else status
+
+
+def last_lines(file: Path, most: int = 8192) -> list[dict]:
+    """The lines in the last bytes of a metrics.jsonl."""
+    try:
+        with open(file, "rb") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, size - most))
+            text = handle.read()
+    except OSError:
+        return []
+    lines = text.split(b"\n")
+    return parsed(lines[size > most :])
+
+
+def parsed(lines: list[bytes]) -> list[dict]:
+    """The lines that are JSON objects; numbers that are not finite become None."""
+    found = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(finite(value))
+    return found
+
+
+def finite(value):
+    """A nest of dicts and lists in which NaN and infinity, which JSON does not have, are None."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Tail:
+    """The lines that are new in a log since the last look; a log that was replaced begins again."""
+
+    def __init__(self, file: Path, most: int = 2000):
+        self.file, self.most = file, most
+        self.inode, self.offset, self.begun = None, 0, False
+
+    def news(self) -> tuple[bool, list[dict]] | None:
+        """(from the start?, lines), None if there is nothing new. At first at most `most` lines: a whole
+        number of lines is left out between two others, but none of an evaluation.
+        """
+        try:
+            with open(self.file, "rb") as handle:
+                about = os.fstat(handle.fileno())
+                reset = about.st_ino != self.inode or about.st_size < self.offset
+                if reset:
+                    self.inode, self.offset = about.st_ino, 0
+                handle.seek(self.offset)
+                text = handle.read()
+        except OSError:
+            reset, text = not self.begun, b""
+        self.begun = True
+        whole = text[: text.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        lines = parsed(whole.split(b"\n"))
+        if not (reset or lines):
+            return None
+        if len(lines) > self.most:
+            every = math.ceil(len(lines) / self.most)
+            lines = [
+                x for i, x in enumerate(lines) if i % every == 0 or "val_loss" in x or i == len(lines) - 1
+            ]
+        return reset, lines
+
+
+# -----------------------------------------------------------------------------
+# A run in full
+
+
+def describe(name: str, folder: Path, home: Path) -> dict:
+    """What the page of one run shows beside its curves."""
+    run = read_json(folder / "run.json")
+    sentences, todo = observations(read_jsonl(folder / "metrics.jsonl"))
+    here = [path.relative_to(home).as_posix() for path in checkpoints(folder)]
+    return finite(
+        {
+            "name": name,
+            "run": {k: v for k, v in run.items() if k not in ("settings", "changed")},
+            "settings": run.get("settings") or {},
+            "changed": run.get("changed") or [],
+            "checkpoints": here,
+            "tables": [results_table(name, folder, home)],
+            "observations": sentences,
+            "todo": todo,
+            "log": log_tail(home, name),
+        }
+    )
+
+
+def results_table(name: str, folder: Path, home: Path) -> dict:
+    """Every measurement of a run and its checkpoints, with its interval."""
+    rows = []
+    for found in measurements(home):
+        if found.file.resolve().is_relative_to(folder.resolve()):
+            metrics = found.entry["metrics"].items()
+            values = "; ".join(f"{METRICS.get(key, key)} {value_of(key, metric)}" for key, metric in metrics)
+            where = f"{found.entry.get('task')} ({found.entry.get('split', '')})"
+            rows.append([where, found.way, found.entry.get("items"), values, found.notes])
+    return {"title": "Results", "head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
+
+
+def compare(names: list[str], folders: list[Path]) -> dict:
+    """The settings in which runs differ, and what their curves say."""
+    settings = [read_json(folder / "run.json").get("settings") or {} for folder in folders]
+    keys = list(dict.fromkeys(key for some in settings for key in some if key not in ("name", "out")))
+    rows = []
+    for key in keys:
+        values = [str(some.get(key, "")) for some in settings]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    said = {
+        name: observations(read_jsonl(folder / "metrics.jsonl"))[0]
+        for name, folder in zip(names, folders, strict=True)
+    }
+    return {"differences": {"head": ["setting", *names], "rows": rows}, "observations": said}
+
+
+# -----------------------------------------------------------------------------
+# Start, pause, resume
+
+
+def start(home: Path, name: str, stage: str, words: list[str]) -> None:
+    """Starts `python STAGE.py WORDS` as a process of its own, which outlives this one; its output goes to
+    logs/page-NAME.log.
+    """
+    logs = home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / f"{stage}.py"), *words]
+    with open(logs / f"page-{flat(name)}.log", "wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+    threading.Thread(target=process.wait, daemon=True).start()  # or it would stay as a zombie
+    text = json.dumps({"name": name, "stage": stage, "pid": process.pid})
+    write_atomically(logs / f"page-{flat(name)}.json", lambda path: path.write_text(text))
+
+
+def flat(name: str) -> str:
+    return name.replace("/", "--")
+
+
+def starting(home: Path) -> list[dict]:
+    """Runs that were started here and have not begun to train yet, or never did."""
+    found = []
+    for file in home.glob("logs/page-*.json"):
+        about = read_json(file)
+        name, run = str(about.get("name")), home / str(about.get("name")) / "run.json"
+        if stamp(run) and run.stat().st_mtime > file.stat().st_mtime:
+            continue
+        alive = process_is_alive(str(about.get("pid")))
+        error = None if alive else (log_tail(home, name).strip().splitlines() or ["it ended at once"])[-1]
+        state = "starting" if alive else "failed"
+        found.append({"name": name, "stage": about.get("stage"), "state": state, "error": error})
+    return found
+
+
+def log_tail(home: Path, name: str, most: int = 6000) -> str:
+    """The end of what a run that was started here has printed."""
+    try:
+        text = (home / "logs" / f"page-{flat(name)}.log").read_bytes()
+    except OSError:
+        return ""
+    return text[-most:].decode("utf-8", "replace")
+
+
+def pause(folder: Path) -> None:
+    """Asks a run to save and exit. Raises TrainError if it is not running."""
+    pid = read_json(folder / "run.json").get("pid")
+    if not locked(folder) or not isinstance(pid, int):
+        raise TrainError(f"{folder.name} is not running")
+    os.kill(pid, signal.SIGTERM)
+
+
+def resume(home: Path, name: str, folder: Path) -> None:
+    """Starts the command in run.json again. Raises TrainError if that is none of ours, or it still runs."""
+    words = shlex.split(str(read_json(folder / "run.json").get("command") or ""))
+    script = Path(words[1]).stem if len(words) > 1 else ""
+    if locked(folder):
+        raise TrainError(f"{name} is running")
+    if script not in STAGES:
+        raise TrainError(f"{name} does not say how it was started")
+    flags = [word for word in words[2:] if not word.startswith(("--overwrite", "--out="))]
+    start(home, name, script, [*flags, f"--out={home}"])
