@@ -119,8 +119,8 @@ router = APIRouter()
 
 
 @router.get("/health")
-def health() -> dict:
-    return {"status": "ok"}
+def health(request: Request) -> dict:
+    return {"status": "ok", "streams": len(request.app.state.lab.streams)}
 
 
 @router.get("/v1/models")
@@ -131,7 +131,7 @@ def list_models(request: Request) -> dict:
         meta = {k: v for k, v in about.items() if k not in ("id", "created", "folder")}
         one = {"id": about["id"], "object": "model", "created": about["created"], "owned_by": "modern-llm"}
         found.append(one | {"meta": meta})
-    verifiers = [run["name"] for run in request.app.state.lab.summaries() if run["stage"] == "verifier"]
+    verifiers = [run["name"] for run in request.app.state.lab.summaries() if run.get("verifier")]
     return {"object": "list", "data": found, "verifiers": verifiers}
 
 

@@ -85,6 +85,7 @@ def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
     return Trace(logits, torch.stack(residual), read, torch.stack(ffn))
 
 
+@torch.no_grad()
 def logit_lens(model: ModernDecoderLM, found: Trace) -> Tensor:
     """Logits (layers + 1, V) if the model stopped after the embedding, after block 1, ... (nostalgebraist,
     2020): the last norm and the head, applied to the residual stream of every layer.
@@ -94,6 +95,7 @@ def logit_lens(model: ModernDecoderLM, found: Trace) -> Tensor:
     return F.linear(x, model.head).float()
 
 
+@torch.no_grad()
 def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dict]:
     """The parts of one logit: [{"name", "layer", "head", "value"}]; their values sum to it.
 

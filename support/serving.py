@@ -145,7 +145,7 @@ class Pool:
 
     def verifier(self, name: str, generator: TextModel) -> Verifier:
         folder = named_runs(self.home).get(name)
-        if folder is None or read_json(folder / "run.json").get("stage") != "verifier":
+        if folder is None or "verifier" not in read_json(folder / "run.json"):
             raise NotFound(f"there is no verifier {name!r}: verifier.py trains one")
         key = ("verifier", name, generator.name, changed_at(folder), changed_at(generator.name))
         return self.cached(
@@ -324,7 +324,8 @@ class Generation:
         """Ids that must come next: the end of a finished row, or the calculator's result."""
         if self.rows[r].finish:
             return [self.model.eos]
-        result = self.model.calculator(r, new) if self.how.calculator else []
+        known = self.prompts[r // self.how.n][-100:]  # a prompt may end in an open sum
+        result = self.model.calculator(r, [*known, *new]) if self.how.calculator else []
         self.rows[r].computed = len(result)
         return result
 

@@ -94,6 +94,7 @@ def summary(name: str, folder: Path, home: Path) -> dict:
             "parent": run.get("parent"),
             "has_results": (folder / "results.json").exists(),
             "chat": bool(run.get("chat")),
+            "verifier": run.get("verifier"),
             "error": run.get("error") if state == "failed" else None,
         }
     )

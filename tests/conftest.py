@@ -50,3 +50,54 @@ def tuned(tiny, tmp_path_factory) -> str:
     cfg.eval_examples, cfg.eval_every = 20, 0
     sft.sft(cfg)
     return f"{cfg.out}/{cfg.name}"
+
+
+@pytest.fixture(scope="session")
+def lab_home(tiny, tuned, tmp_path_factory):
+    """A folder as `out`: tokens, a base that was trained for some steps, sft, its verifier, and a GPT-2."""
+    import shutil
+
+    from data import storyworld
+    from tokenizer import Tokenizer, write_tokens
+    from train import TrainConfig, pretrain
+    from verifier import VerifierConfig, train_verifier
+
+    home = tmp_path_factory.mktemp("lab")
+    shutil.copytree(tuned, home / "sft")
+    shutil.copytree(tiny["gpt2"], home / "models" / "gpt2")
+    tokenizer, tokens = Tokenizer.load(tiny["base"]), home / "tokens"
+    tokenizer.save(tokens)
+    for split, n in (("train", 60), ("validation", 4)):
+        info = {"source": "a test", "licence": "none", "fingerprint": f"{split}-1"}
+        write_tokens(tokenizer, storyworld(split, n), tokens, split, info)
+    cfg = TrainConfig(n_layers=2, d_model=64, n_heads=4, context_length=160, batch_size=4, device="cpu")
+    cfg.max_steps, cfg.save_every, cfg.keep_last, cfg.dtype, cfg.sample_tokens = 40, 10, 3, "float32", 20
+    cfg.tokens, cfg.out, cfg.warmup_steps, cfg.eval_every, cfg.log_every = str(tokens), str(home), 5, 10, 2
+    pretrain(cfg)
+    cfg = VerifierConfig(model=str(home / "sft"), start=str(home / "sft"), out=str(home), device="cpu")
+    cfg.max_steps, cfg.batch_size, cfg.learning_rate, cfg.dtype = 10, 16, 3e-3, "float32"
+    cfg.problems, cfg.n, cfg.held_n, cfg.gold, cfg.eval_every = 30, 4, 4, 50, 0
+    cfg.validation_problems = cfg.test_problems = 20
+    train_verifier(cfg)
+    return home
+
+
+@pytest.fixture(scope="session")
+def lab_url(lab_home):
+    """The address of a serve.py over `lab_home`."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), f"--out={lab_home}", "--port=0"]
+    command += [f"--models={lab_home}/models/gpt2", "--device=cpu"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    yield process.stdout.readline().strip()
+    process.terminate()
+    assert process.wait(20) in (0, -15, 143)
