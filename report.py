@@ -620,12 +620,14 @@ def attention(home: Path) -> list[Block]:
             blocks.append(Text(f"Told again, {shares} are copied (digits; a guess gets a quarter or so)."))
         for i, example in enumerate(found["maps"], 1):
             blocks.append(attention_map(f"attention-{stem}-{i}", name, example))
+            if example.get("inside"):
+                blocks.append(inside(f"inside-{stem}-{i}", name, example["inside"]))
     return blocks or [Text("No maps: `python eval.py out/base --attention` makes them.")]
 
 
 def attention_map(file: str, name: str, example: dict) -> Figure:
     """The heads of one text: every row is a token, which looks at the columns."""
-    labels = [token.replace("\n", "⏎").replace(" ", "␣").replace("$", r"\$") for token in example["tokens"]]
+    labels = [printable(token) for token in example["tokens"]]
     heads = example["heads"]
     across = min(len(heads), 2 if len(heads) <= 4 else 4)
     down = math.ceil(len(heads) / across)
@@ -644,6 +646,41 @@ def attention_map(file: str, name: str, example: dict) -> Figure:
     fig.colorbar(image, ax=axes, fraction=0.02)
     seen = "; ".join(f"{h['most']}, {SEEN[h['most']]}" for h in heads if h.get("most") in SEEN)
     return figure(file, f"{name}: rows look at columns." + f" To look for: {seen}." * bool(seen), fig)
+
+
+def inside(file: str, name: str, found: dict) -> Figure:
+    """One text: how surprising each token was, and, where model.py computed it, who chose the next one."""
+    explained = found["lens"] and "parts" in (found["parts"] or {})
+    fig, axes = plt.subplots(1, 3 if explained else 1, figsize=(11, 3.4), squeeze=False)
+    labels = [printable(token["text"]) for token in found["tokens"]]
+    bits = [0 if said is None else said["bits"] for said in found["surprise"]]
+    axes[0, 0].bar(range(len(bits)), bits, color="#4c78a8")
+    axes[0, 0].set(ylabel="bits", title="surprise")
+    axes[0, 0].set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+    likely = found["next"][0]
+    caption = (
+        f"{name}: surprise of each token; the likeliest next one is {likely['text']!r} ({likely['p']:.0%})."
+    )
+    if explained:
+        lens, parts = found["lens"], found["parts"]["parts"]
+        axes[0, 1].plot(range(len(lens)), [row["target_p"] for row in lens], marker=".")
+        axes[0, 1].set(title=f"logit lens: p({printable(found['parts']['target']['text'])})", ylim=(0, 1))
+        axes[0, 1].set_xticks(
+            range(len(lens)), [printable(row["top"][0][0]) + f"\n{row['layer']}" for row in lens]
+        )
+        largest = sorted(parts, key=lambda part: -abs(part["value"]))[:12][::-1]
+        axes[0, 2].barh([part["name"] for part in largest], [part["value"] for part in largest])
+        axes[0, 2].set_title("contributions to its logit")
+        caption += f" All {len(parts)} parts sum to {found['parts']['sum']:.4f}, the logit is "
+        caption += (
+            f"{found['parts']['target']['logit']:.4f}. Below the lens: what each layer would have said."
+        )
+    fig.tight_layout()
+    return figure(file, caption, fig)
+
+
+def printable(token: str) -> str:
+    return token.replace("\n", "⏎").replace(" ", "␣").replace("$", r"\$")
 
 
 def beyond(home: Path) -> list[Block]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data import arithmetic, things, told_again
 from model import ModernDecoderLM
+from support.inside import look_inside
 
 if TYPE_CHECKING:
     from finetune import TextModel
@@ -148,7 +149,8 @@ def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, in
 def attention(model: "TextModel", seed: int, text: str = "", layer: int = -1, head: int = -1) -> dict:
     """Scores of all heads, and attention maps of the chosen heads on `text`.
 
-    Without a text: maps on two example texts, and for decoders also the copy accuracy.
+    Of decoders also what support/inside.py says of the text. Without a text: two example texts, and for
+    decoders also the copy accuracy.
     """
     scores = head_scores(model.model, seed, length=min(32, model.context_length // 2))
     scores = {name: [[round(x, 4) for x in row] for row in s.tolist()] for name, s in scores.items()}
@@ -165,5 +167,7 @@ def attention(model: "TextModel", seed: int, text: str = "", layer: int = -1, he
             rows = [[round(x, 3) for x in row] for row in weights[i, j].tolist()]
             heads.append({"most": name, "layer": i, "head": j, "weights": rows})
         maps.append({"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": heads})
+        if model.kind == "causal":
+            maps[-1]["inside"] = look_inside(model, ids)
     found = {"model": model.name, "scores": scores, "maps": maps}
     return found | ({"copies": copying(model, seed)} if model.kind == "causal" and not text else {})

@@ -1,9 +1,10 @@
 """What a decoder computes for one text: surprise, next token, logit lens, and who contributed to a logit.
 
-    python eval.py out/base --inside --text="Anna has 3 nuts. She buys 4 more nuts. Now Anna has"
+    python eval.py out/base --attention --text="Anna has 3 nuts. She buys 4 more nuts. Now Anna has"
 
-The browser's "look inside", the report and eval.py all call `look_inside`. Surprise and the next token work
-for every decoder. The rest needs the residual stream, so it is for models that model.py computes.
+The browser's "look inside" and eval.py call `look_inside`; the report draws what eval.py wrote. Surprise and
+the next token work for every decoder. The rest needs the residual stream, so it is for models that model.py
+computes.
 
 The residual stream is a sum: the embedding, and what every head and every feed-forward layer added. The last
 norm divides it by one number and the head is linear. So each logit is a sum too, with one term for each
