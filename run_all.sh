@@ -77,6 +77,7 @@ main() {
     awk -F'\t' 'FILENAME == ARGV[1] { planned[$1] = $2; next }
         { printf "  %-18s %6.1f %6.1f  %s\n", $1, $2 / 60, planned[$1] / 60, $3 }' "$OUT/plan.tsv" "$OUT/ledger.tsv"
     echo "talk to it: $VENV/bin/python chat.py $run"
+    echo "watch it, talk to it and look inside it in the browser: $VENV/bin/python serve.py$([ "$OUT" = out ] || echo " --out=$OUT")"
 }
 
 # All stages that are wanted, one after the other.
@@ -139,8 +140,7 @@ usage() { sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; }
 
 # set_up [EXTRA]: the virtual environment with the packages of pyproject.toml, once and when that file changes.
 set_up() {
-    local wanted="" stamp
-    [ -z "${1:-}" ] || wanted="[$1]"
+    local wanted="[${1:-serve}]" stamp
     stamp="$wanted $(cksum <pyproject.toml)"
     if ! grep -qsxF "$stamp" "$VENV/installed"; then
         echo "setting up $VENV (the first time takes minutes)"

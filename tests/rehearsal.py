@@ -6,7 +6,7 @@
 
 It copies the project into a folder, writes smaller numbers into the copy, serves the models and data sets of
 the hub from this computer (tests/local_hub.py) and runs `bash run_all.sh PROFILE` there twice.
-The second time every stage has to say that it is done. All that it makes stays in /tmp/rehearsal.
+The second time every stage has to say that it is done. All that it makes stays in the folder.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def copy_project(folder: Path) -> Path:
     checksum = subprocess.run(
         "cksum <pyproject.toml", shell=True, cwd=project, capture_output=True, text=True
     )
-    (project / ".venv/installed").write_text(f" {checksum.stdout}")  # run_all.sh has nothing to install
+    # run_all.sh has nothing to install.
+    (project / ".venv/installed").write_text(f"[serve] {checksum.stdout}")
     return project
 
 
@@ -154,7 +156,8 @@ def main() -> None:
     )
     parser.add_argument("profile", nargs="?", choices=["speedrun", "max3060"], help="default: both")
     parser.add_argument("stages", nargs="*", help="default: all; see run_all.sh")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/rehearsal"), help="is emptied first")
+    default = Path(tempfile.gettempdir()) / "rehearsal"
+    parser.add_argument("--folder", type=Path, default=default, help="is emptied first")
     args = parser.parse_args()
     if args.folder.exists() and not (args.folder / "hub").is_dir():
         sys.exit(f"{args.folder} is no folder of an earlier rehearsal: name another by --folder")
