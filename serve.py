@@ -20,6 +20,7 @@ from support.terminal import run_script
 
 import asyncio
 import contextlib
+import os
 import secrets
 import socket
 import subprocess
@@ -94,13 +95,13 @@ class Lab:
         with self.guard:
             return self.watch.summaries()
 
+    def refuse_if_full(self) -> None:
+        if len(self.streams) >= MOST_STREAMS:
+            raise HTTPException(429, f"{MOST_STREAMS} streams are open: close one, or try again later")
+
     @contextlib.contextmanager
     def stream(self, gone: threading.Event):
-        """Counts an open stream; at most MOST_STREAMS."""
-        if len(self.streams) >= MOST_STREAMS:
-            raise HTTPException(
-                429, f"{MOST_STREAMS} streams are open already: close one, or try again later"
-            )
+        """Counts an open stream."""
         self.streams.add(gone)
         try:
             yield
@@ -154,6 +155,7 @@ async def chat_completions(request: Request, question: Chat):
 
 
 async def answer(request: Request, question: Completion | Chat):
+    request.app.state.lab.refuse_if_full()
     job = await run_in_threadpool(Job, request.app.state.lab, question)
     if question.stream:
         return StreamingResponse(job.stream(), media_type="text/event-stream")
@@ -210,8 +212,7 @@ async def watch(request: Request, runs: str = ""):
                     yield text
                 await asyncio.sleep(0.5)
 
-    for name in names:
-        lab.folder(name)
+    lab.refuse_if_full()
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
@@ -403,7 +404,7 @@ def main() -> None:
     cfg = parse_config(ServeConfig, __doc__)
     try:
         app = make_app(cfg)
-        listener = socket.create_server((cfg.host, cfg.port), family=family_of(cfg.host))
+        listener = listen(cfg.host, cfg.port)
     except (ValueError, OSError) as error:
         raise SystemExit(f"serve.py: {error}") from None
     address = f"http://{cfg.host}:{listener.getsockname()[1]}/" + f"#token={cfg.token}" * bool(cfg.token)
@@ -415,8 +416,15 @@ def main() -> None:
     uvicorn.Server(settings).run(sockets=[listener])
 
 
-def family_of(host: str) -> int:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. asyncio sends small packets at once only if the protocol is named: 1 ms, not 45."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    if os.name == "posix":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.listen(128)
+    return listener
 
 
 if __name__ == "__main__":

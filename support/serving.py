@@ -134,8 +134,15 @@ class Pool:
         folder = self.folders().get(name) or (self.others[name]["folder"] if name in self.others else None)
         if folder is None:
             raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
+        folder, here = Path(folder), Path(folder).is_dir()
 
         def load() -> TextModel:
+            on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if here else 0
+            if on_disk > self.budget:
+                raise TrainError(
+                    f"{name} has {on_disk / 2**30:.1f} GiB of weights; models may take "
+                    f"{self.budget / 2**30:.1f} GiB (--memory)"
+                )
             model = load_model(str(folder), self.device)
             if model.ours:
                 model.model.to(model.dtype).pack()

@@ -53,8 +53,9 @@ class Watch:
                 self.known[name] = (stamps, summary(name, folder, self.home))
             found[name] = self.known[name][1]
         for begun in starting(self.home):
-            if begun["name"] not in found or found[begun["name"]]["state"] != "running":
-                found[begun["name"]] = found.get(begun["name"], {}) | begun
+            run = found.get(begun["name"], {})
+            if not run or (begun["state"] == "starting" and run["state"] != "running"):
+                found[begun["name"]] = run | begun
         return sorted(found.values(), key=lambda run: (str(run.get("started")), run["name"]))
 
 

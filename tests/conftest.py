@@ -83,8 +83,8 @@ def lab_home(tiny, tuned, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def lab_url(lab_home):
-    """The address of a serve.py over `lab_home`."""
+def lab_server(lab_home):
+    """A serve.py over `lab_home`: (its address, its process)."""
     import os
     import subprocess
     import sys
@@ -98,6 +98,11 @@ def lab_url(lab_home):
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
-    yield process.stdout.readline().strip()
+    yield process.stdout.readline().strip(), process
     process.terminate()
     assert process.wait(20) in (0, -15, 143)
+
+
+@pytest.fixture(scope="session")
+def lab_url(lab_server) -> str:
+    return lab_server[0]

@@ -1,16 +1,22 @@
 """serve.py through its public addresses: what clients get, who is refused, and runs of the same bits."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
+ROOT = Path(__file__).resolve().parents[1]
 PROBLEM = "Anna has 3 nuts. She buys 4 more nuts. How many nuts does she have now?"
 
 
@@ -312,9 +318,30 @@ def test_streams_take_turns(client):
     assert max(first for first, _ in spans) < min(last for _, last in spans)
 
 
-def test_a_thousand_hostile_requests_leave_it_serving(client, lab_url):
+def test_the_33rd_stream_is_refused_until_another_ends(client, lab_url):
+    lines = []  # kept: a response is closed with its iterator
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            other = stack.enter_context(httpx.Client(base_url=lab_url, timeout=60))
+            response = stack.enter_context(other.stream("GET", "/lab/watch"))
+            lines.append(response.iter_lines())
+            next(lines[-1])
+        assert ask(client, stream=True).status_code == 429 and ask(client).status_code == 429
+    deadline = time.time() + 5
+    while ask(client).status_code == 429 and time.time() < deadline:
+        time.sleep(0.05)
+    assert ask(client).status_code == 200
+
+
+def resident_mib(process) -> float:
+    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4 / 1024
+
+
+def test_a_thousand_hostile_requests_leave_it_serving(client, lab_server):
     import random
 
+    lab_url, process = lab_server
+    before = 0.0
     rng = random.Random(1)
     values = [
         None,
@@ -344,6 +371,7 @@ def test_a_thousand_hostile_requests_leave_it_serving(client, lab_url):
                 rng.choice(names): rng.choice(values) for _ in range(rng.randrange(1, 4))
             }
             body = json.dumps(given).encode()
+        before = before if i > 200 else resident_mib(process)  # by then all code has run once
         response = client.post(path, content=body, headers={"content-type": "application/json"})
         assert response.status_code < 500, (path, body[:200], response.text[:300])
     address = lab_url.removeprefix("http://").strip("/").split(":")
@@ -359,6 +387,7 @@ def test_a_thousand_hostile_requests_leave_it_serving(client, lab_url):
         else:
             held.append(connection)  # a slow client
     assert ask(client, max_tokens=2).status_code == 200
+    assert resident_mib(process) < before + 50
     for connection in held:
         connection.close()
 
@@ -405,6 +434,25 @@ def test_a_run_that_the_page_pauses_and_resumes_ends_with_the_same_bits(client, 
     assert hashlib.sha256(weights[0]).digest() == hashlib.sha256(weights[1]).digest()
     again = client.post("/lab/pause", json={"name": "paused"})
     assert again.status_code == 400 and "not running" in again.json()["error"]["message"]
+
+
+def test_a_run_outlives_the_server_that_started_it(lab_home):
+    command = [sys.executable, str(ROOT / "serve.py"), f"--out={lab_home}", "--port=0", "--device=cpu"]
+    first = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    url = first.stdout.readline().strip()
+    wish = {"stage": "train", "name": "orphan", "changes": TINY | {"tokens": str(lab_home / "tokens")}}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        assert client.post("/lab/start", json=wish).status_code == 200
+        wait_for(client, "orphan", lambda run: run["state"] == "running")
+    first.kill()
+    first.wait()
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with httpx.Client(base_url=second.stdout.readline().strip(), timeout=60) as client:
+        assert wait_for(client, "orphan", lambda run: run["state"] == "finished")["step"] == 400
+    second.terminate()
+    assert second.wait(20) in (0, -15, 143)
 
 
 def test_a_run_that_cannot_start_says_why(client, lab_home):
