@@ -38,6 +38,8 @@ from support.files import write_atomically
 
 @dataclass
 class ModelConfig:
+    """The shape of the decoder, and its switches."""
+
     vocab_size: int = 4096  # rows of the embedding table
     context_length: int = 256  # tokens the model is trained to look at
     n_layers: int = 6  # transformer blocks

@@ -219,7 +219,8 @@ async def watch(request: Request, runs: str = ""):
 @router.get("/lab/run")
 def run(request: Request, name: str) -> dict:
     lab = request.app.state.lab
-    return describe(name, lab.folder(name), lab.home)
+    known = any(run["name"] == name for run in lab.summaries())  # one that failed early has no folder yet
+    return describe(name, lab.home / name if known else lab.folder(name), lab.home)
 
 
 @router.get("/lab/compare")
@@ -242,10 +243,16 @@ class Wish(BaseModel):
         if unknown:
             raise ValueError(f"{self.stage}.py has no setting {unknown[0]!r} that can be changed here")
         files = [f"configs/{self.config}.py"] if self.config else []
-        if self.config and not (ROOT / files[0]).exists():
-            raise ValueError(f"there is no configs/{self.config}.py")
-        flags = [f"--{name}={value}" for name, value in self.changes.items()]
+        settings = {field.name: field.default for field in fields(config_class(self.stage))}
+        settings |= show_config(self.stage, self.config) if self.config else {}
+        flags = [f"--{name}={value}" for name, value in (parents(settings, out) | self.changes).items()]
         return [*files, *flags, *([f"--name={self.name}"] if self.name else []), f"--out={out}"]
+
+
+def parents(settings: dict, out: Path) -> dict:
+    """The settings that name runs in out/, but in the folder that is served."""
+    named = {name: value for name, value in settings.items() if str(value).startswith("out/")}
+    return {name: str(out / value.removeprefix("out/")) for name, value in named.items() if str(out) != "out"}
 
 
 class Named(BaseModel):

@@ -237,7 +237,8 @@ def look_inside(
         "context_length": model.context_length,
     }
     if not model.ours:
-        return found
+        config = model.model.config
+        return found | {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
     net = without_heads(model.model, off)
     seen = trace(net, torch.tensor(ids, device=model.device), position)
     if off:

@@ -265,10 +265,16 @@ def starting(home: Path) -> list[dict]:
         if stamp(run) and run.stat().st_mtime > file.stat().st_mtime:
             continue
         alive = process_is_alive(str(about.get("pid")))
-        error = None if alive else (log_tail(home, name).strip().splitlines() or ["it ended at once"])[-1]
+        error = None if alive else last_words(log_tail(home, name), f"{about.get('stage')}.py:")
         state = "starting" if alive else "failed"
         found.append({"name": name, "stage": about.get("stage"), "state": state, "error": error})
     return found
+
+
+def last_words(log: str, script: str) -> str:
+    """The error at the end of a log: from where the script names itself, else the last line."""
+    begin = log.rfind(script)
+    return log[begin:].strip() if begin >= 0 else (log.strip().splitlines() or ["it ended at once"])[-1]
 
 
 def log_tail(home: Path, name: str, most: int = 6000) -> str:

@@ -1,0 +1,202 @@
+"""The page in a real browser: every view does its work, nothing leaves the machine, nothing is logged."""
+
+import json
+import shutil
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("uvicorn")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not BROWSER, reason="needs chromium")
+expect = playwright.expect
+
+PROBLEM = "Anna has 3 nuts. She buys 4 more nuts. How many nuts does she have now?"
+# A failed request is reported in the page, but a browser logs it all the same.
+NETWORK = "Failed to load resource"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser, lab_url):
+    """A fresh page, which at the end must have logged nothing and asked nobody else."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    found, wrong = context.new_page(), []
+    found.on("console", lambda m: NETWORK in m.text or wrong.append(m.text))
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("request", lambda r: r.url.startswith((lab_url, "blob:")) or wrong.append(r.url))
+    found.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
+    found.goto(lab_url)
+    expect(found.locator("#connection")).to_have_text("live")
+    yield found
+    context.close()
+    assert wrong == []
+
+
+def test_runs_are_listed_charted_and_compared(page):
+    expect(page.locator("tr[data-run=base][data-state=finished]")).to_contain_text("40 / 40")
+    for name in ("base", "sft"):
+        page.locator(f"tr[data-run={name}] .tick").check()
+    expect(page.locator(".chart[data-chart=loss]")).to_contain_text("base validation")
+    expect(page.locator(".chart[data-chart=grad_norm]")).to_contain_text("sft")
+    expect(page.locator("#compare")).to_contain_text("learning_rate")
+    page.check("#chart-perplexity")
+    expect(page.locator(".chart[data-chart=loss]")).to_contain_text("perplexity")
+    page.reload()
+    expect(page.locator("#chart-perplexity")).to_be_checked()
+    expect(page.locator("tr[data-run=sft] .tick")).to_be_checked()
+
+
+def test_a_run_has_samples_settings_and_a_text_through_its_checkpoints(page):
+    page.click("tr[data-run=base] .open")
+    expect(page.locator("#samples")).to_contain_text("step 40")
+    page.fill("#walk-prompt", "Once upon")
+    page.click("#walk-go")
+    expect(page.locator("#walk-label")).to_have_text("final")
+    page.locator("#walk-step").fill("0")
+    expect(page.locator("#walk-label")).to_contain_text("step-")
+    expect(page.locator("#settings")).to_contain_text("d_model")
+
+
+def test_a_run_is_started_paused_and_resumed_from_the_page(page, lab_home):
+    page.click("#nav-start")
+    page.select_option("#start-stage", "train")
+    page.select_option("#start-config", "cpu")
+    page.fill("#start-name", "from-page")
+    changes = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "context_length": 32}
+    changes |= {"batch_size": 4, "max_steps": 1500, "log_every": 5, "eval_every": 0, "save_every": 0}
+    changes |= {"tokens": str(lab_home / "tokens"), "device": "cpu", "dtype": "float32", "sample_tokens": 0}
+    page.evaluate("document.querySelectorAll('#start-fields details').forEach((one) => (one.open = true))")
+    for name, value in changes.items():
+        control = page.locator(f"#field-{name}")
+        if control.evaluate("e => e.tagName") == "SELECT":
+            control.select_option(str(value))
+        else:
+            control.fill(str(value))
+    expect(page.locator("#start-go")).to_be_disabled()
+    page.check("#start-anyway")
+    page.click("#start-go")
+    expect(page.locator("#run-state")).to_have_text("running", timeout=60_000)
+    expect(page.locator(".chart[data-chart=loss]")).to_be_visible()
+    page.click("#pause")
+    expect(page.locator("#run-state")).to_have_text("interrupted")
+    page.click("#resume")
+    expect(page.locator("#run-state")).to_have_text("finished", timeout=120_000)
+
+
+def test_panes_answer_the_same_question_and_a_reload_keeps_them(page):
+    page.click("#nav-chat")
+    page.select_option("#panes", "2")
+    for i, name in enumerate(["base", "sft"]):
+        page.locator(".pane-model").nth(i).select_option(name)
+    page.fill("#chat-input", "<b>Anna</b> has 3 nuts. How many?")
+    page.press("#chat-input", "Enter")
+    expect(page.locator("#chat-stop")).to_be_disabled()
+    expect(page.locator(".reply .note")).to_have_count(2)
+    expect(page.locator(".reply .note").nth(1)).to_contain_text("tokens/s, seed")
+    assert page.locator(".user b").count() == 0  # text is never markup
+    expect(page.locator(".user")).to_have_text("<b>Anna</b> has 3 nuts. How many?")
+    words = page.locator(".reply .words").all_text_contents()
+    page.reload()
+    expect(page.locator(".reply .words")).to_have_text(words)
+    with page.expect_download() as download:
+        page.click("#chat-save")
+    kept = json.loads(download.value.path().read_text())
+    assert kept["turns"][0]["user"].startswith("<b>Anna")
+    page.click("#chat-again")
+    expect(page.locator("#chat-stop")).to_be_disabled()
+    page.click(".user + .edit")
+    expect(page.locator("#chat-input")).to_have_value("<b>Anna</b> has 3 nuts. How many?")
+
+
+def test_stop_stops(page, lab_url):
+    page.click("#nav-chat")
+    page.select_option("#panes", "1")
+    page.locator(".pane-model").select_option("base")
+    page.click("#chat summary")
+    page.fill("#set-temperature", "1.5")
+    page.fill("#chat-input", "Once upon a time")
+    page.press("#chat-input", "Enter")
+    page.keyboard.press("Escape")
+    expect(page.locator("#chat-stop")).to_be_disabled()
+    deadline = page.evaluate("Date.now()") + 5000
+    while (
+        page.request.get(lab_url + "health").json()["streams"] > 1 and page.evaluate("Date.now()") < deadline
+    ):
+        page.wait_for_timeout(50)
+    assert page.request.get(lab_url + "health").json()["streams"] == 1  # the page's own watch
+
+
+def test_best_of_n_is_sorted_and_says_what_others_choose(page):
+    page.click("#nav-chat")
+    page.select_option("#panes", "1")
+    page.locator(".pane-model").select_option("sft")
+    page.fill("#chat-input", PROBLEM)
+    page.fill("#best-n", "5")
+    page.click("#best-go")
+    expect(page.locator("#verdict")).to_contain_text("The verifier chooses")
+    expect(page.locator("#verdict")).to_contain_text("majority")
+    shown = page.locator(".answer .probability").evaluate_all("all => all.map((one) => one.value)")
+    assert len(shown) == 5
+
+
+def test_look_inside_sums_and_switches(page):
+    page.click("#nav-inside")
+    page.select_option("#inside-model", "base")
+    page.fill("#inside-text", "Once upon a time")
+    page.click("#inside-go")
+    expect(page.locator(".token").last).to_contain_text("e")
+    expect(page.locator("#parts-sum")).to_contain_text("logit of")
+    words = page.locator("#parts-sum").inner_text().split()
+    total, logit = (
+        float(word.strip(";")) for word in words if word.strip(";").lstrip("-").replace(".", "").isdigit()
+    )
+    assert total == pytest.approx(logit, abs=1e-3)
+    before = page.locator("#next .figure").all_inner_texts()
+    page.locator(".head").first.click(modifiers=["Shift"])
+    expect(page.locator("#next .figure").first).to_contain_text("→")
+    assert page.locator("#next .figure").all_inner_texts() != before
+    page.click("#heads-on")
+    expect(page.locator("#next .figure").first).not_to_contain_text("→")
+    page.locator("#next .grow").nth(1).click()
+    expect(page.locator("#tree .node")).to_have_count(2)
+    expect(page.locator("#lens")).to_contain_text("embedding")
+    page.locator(".head").nth(3).click()
+    expect(page.locator("#attention-facts")).to_contain_text("head 3")
+
+
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_view_is_wider_than_the_window(page, width, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    for key, section in zip("1234", ["runs", "start", "chat", "inside"], strict=True):
+        page.keyboard.press(key)
+        expect(page.locator(f"#{section}")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_folder_without_runs_says_what_to_do(browser, tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), f"--out={tmp_path}", "--port=0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    page = browser.new_page()
+    page.goto(server.stdout.readline().strip())
+    expect(page.locator("#empty")).to_contain_text("bash run_all.sh cpu")
+    for section in ("chat", "inside"):
+        page.click(f"#nav-{section}")
+        expect(page.locator(f"#{section}")).to_contain_text("No model yet")
+    server.kill()
+    expect(page.locator("#connection")).to_have_text("no connection")
+    page.close()
