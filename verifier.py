@@ -137,7 +137,8 @@ class Verifier:
 
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
-        run = read_json(Path(folder) / "run.json")
+        record = Path(folder) / "run.json"
+        run = read_json(record) if record.exists() else {}
         whole = run.get("parent") and {"parent_hash", "verifier", "data"} <= run.keys()
         if not whole or "logistic" not in run.get("combine", {}):
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")

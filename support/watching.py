@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from configs import ROOT
-from lab.log import observations
+from lab.observations import observations
 from support.files import process_is_alive, write_atomically
 from support.results import METRICS, is_smoke, measurements, read_json, value_of
 from support.tables import read_jsonl

@@ -12,7 +12,8 @@ import pytest
 
 import report
 from errors import KINDS
-from lab.log import log, observations
+from lab.log import log
+from lab.observations import observations
 from lab.paper import paper, write_paper
 from report import SECTIONS, comparison
 from support.pages import Code, Figure, Table, Text, as_html, as_latex, as_markdown, write
