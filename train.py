@@ -811,6 +811,7 @@ class Trainer:
         return self.copy
 
     def end(self) -> None:
+        self.optimizers = []  # evaluation, which may follow, has use for their memory
         if self.lock is not None:
             os.close(self.lock)
         if self.wandb:

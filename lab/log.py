@@ -8,7 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
-from lab.observations import observations
+from support.observations import observations
 from support.pages import Block, Figure, Table, Text, figure, minutes, plt, signed, thinned
 from support.results import (
     SMOKE,

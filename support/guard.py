@@ -1,8 +1,8 @@
-"""Who may use serve.py, and what they are told when something is wrong.
+"""Access control for serve.py, and error responses.
 
-The server listens on this computer alone, but a page of another site could have the browser send requests to
-it, or have its own name point here (DNS rebinding). So Host and Origin are checked before a body is read.
-Beyond this computer every request needs a token.
+By default the server listens on this computer alone. A page of another site could still send requests through
+the user's browser, directly or by DNS rebinding, so Host and Origin are checked before a body is read. On any
+other address every API request needs the token.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from support.memory import is_out_of_memory
-from support.serving import NotFound
+from support.watching import ContextTooLong, NotFound
 
 MOST_BYTES = 2**20  # of a request's body
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,10 +29,15 @@ class Guard:
         self.app, self.token, self.loopback = app, token, host in LOOPBACK
 
     async def __call__(self, scope, receive, send):
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        refusal = self.refusal(scope["method"], scope["path"], headers)
+        try:
+            refusal = self.refusal(scope["method"], scope["path"], headers)
+        except ValueError:  # of urlsplit
+            refusal = 400, "malformed Host or Origin"
         body = b""
         if refusal is None and scope["method"] == "POST":
             try:
@@ -54,17 +59,23 @@ class Guard:
     def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:
-            return 403, f"this server is not called {host!r}"  # a DNS name that was pointed at this computer
+            return (
+                403,
+                f"the Host header {host!r} is not a name of this server",
+            )  # a DNS name that was pointed at this computer
         if not path.startswith(("/v1", "/lab", "/tokenize", "/detokenize")):
             return None if method in ("GET", "HEAD") else (405, "only GET is allowed here")
         if origin is not None and urlsplit(origin).netloc != host:
             return 403, f"pages of {origin} may not use this server"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return 403, "pages of other sites may not use this server"
-        given = headers.get("authorization", "").removeprefix("Bearer ")
+        given = headers.get("authorization", "").partition(" ")[2]
         if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
             return 401, "this server needs its token: Authorization: Bearer ... (serve.py printed it)"
-        if method == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        if (
+            method == "POST"
+            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
+        ):
             return 415, "the body must be application/json"
         if int_of(headers.get("content-length", "0")) > MOST_BYTES:
             return 413, f"the body is larger than {MOST_BYTES} bytes"
@@ -88,7 +99,7 @@ async def read_body(receive) -> bytes | None:
 
 
 def protected(send):
-    """`send`, with the headers that keep a browser from doing more than the page needs."""
+    """Wraps `send`: adds headers that keep a browser from doing more than the page needs."""
     extra = {"content-security-policy": CSP, "x-content-type-options": "nosniff"}
     extra |= {"referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
@@ -108,7 +119,7 @@ def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
 
 
 def explained(error: Exception) -> JSONResponse:
-    """Any error of a request, for the one who asked."""
+    """Turns an exception of a request into an error body of OpenAI's API."""
     if isinstance(error, HTTPException):
         return failure(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):
@@ -120,7 +131,8 @@ def explained(error: Exception) -> JSONResponse:
     if is_out_of_memory(error):
         return failure(503, "out of memory: a smaller n, fewer tokens or a smaller model may fit")
     if isinstance(error, (ValueError, OSError)):
-        long = "context length" in str(error)
-        return failure(400, str(error), "context_length_exceeded" if long else None)
+        return failure(
+            400, str(error), "context_length_exceeded" if isinstance(error, ContextTooLong) else None
+        )
     print(f"serve.py: {type(error).__name__}: {error}", file=sys.stderr)
     return failure(500, f"{type(error).__name__}: {error}")

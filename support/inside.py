@@ -1,4 +1,4 @@
-"""What a decoder computes for one text: surprise, next token, logit lens, and who contributed to a logit.
+"""What a decoder computes for one text: surprise, next token, logit lens, direct logit attribution.
 
     python eval.py out/base --attention --text="Anna has 3 nuts. She buys 4 more nuts. Now Anna has"
 
@@ -36,7 +36,7 @@ def without_heads(model: ModernDecoderLM, off: Heads = ()) -> ModernDecoderLM:
     """
     c = model.config
     weights = dict(model.state_dict())
-    for layer, head in off:
+    for layer, head in set(off):
         if not (0 <= layer < c.n_layers and 0 <= head < c.n_heads):
             raise ValueError(
                 f"there is no head {head} in layer {layer}: layers 0 to {c.n_layers - 1}, "
@@ -105,7 +105,7 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
     """
     c = model.config
     if c.norm_position == "post":
-        raise ValueError("this model normalises after each layer (post-norm), so its logits are no such sum")
+        raise ValueError("post-norm: the logit is not a sum of what the layers added")
     norm = model.model["norm"]
     x, row = found.residual[-1].double(), model.head[target].double()
     if c.norm == "rms":
@@ -148,7 +148,7 @@ def token_of(model: "TextModel", i: int) -> dict:
     tokenizer = model.tokenizer
     raw = tokenizer.token_bytes(i)
     special = i in tokenizer.special_ids.values()
-    merges = getattr(tokenizer, "merge_order", {})  # transformers' tokenizers do not tell
+    merges = getattr(tokenizer, "merge_order", {})  # transformers' tokenizers do not expose them
     return {"id": i, "text": token_text(raw), "bytes": list(raw), "merge": merges.get(i), "special": special}
 
 
@@ -196,6 +196,15 @@ def likeliest(logits: Tensor, names, most: int) -> list[dict]:
     ]
 
 
+def check_length(model: "TextModel", ids: list[int]) -> None:
+    """Raises ValueError if a text is empty or longer than the context."""
+    if not 1 <= len(ids) <= model.context_length:
+        raise ValueError(
+            f"the text has {len(ids)} tokens; the context of {model.name} is {model.context_length}"
+        )
+
+
+@torch.no_grad()
 def look_inside(
     model: "TextModel",
     ids: list[int],
@@ -206,25 +215,26 @@ def look_inside(
 ) -> dict:
     """Everything the page "look inside" shows of a text's ids, ready for JSON.
 
-    position: after which token the next one is looked at (-1: the last); target: the id that the lens and
-    the contributions explain (None: the likeliest); off: heads that contribute nothing in `next_off`, and in
-    the lens and the contributions. Raises ValueError for ids, heads or positions that do not exist.
+    position: the next token after this one is shown (-1: the last). target: the id that the lens and the
+    contributions explain (None: the likeliest). off: heads that are ablated in `next_off`, in the lens and in
+    the contributions. Raises ValueError for ids, heads or positions that do not exist.
     """
-    if not 1 <= len(ids) <= model.context_length:
-        raise ValueError(
-            f"the text has {len(ids)} tokens; the context of {model.name} is {model.context_length}"
-        )
+    check_length(model, ids)
     position = len(ids) - 1 if position == -1 else position
     known = model.model.config.vocab_size
     if not 0 <= position < len(ids) or not (target is None or 0 <= target < known):
         raise ValueError(f"position {position} or target {target} is outside of the text or the vocabulary")
     if off and not model.ours:
-        raise ValueError("heads can be switched off in models that model.py computes, and this is none")
+        raise ValueError("heads can be switched off only in models that model.py computes")
 
     def names(i: int) -> str:
         return token_text(model.tokenizer.token_bytes(i))
 
-    logits = logits_of(model, ids)
+    if model.ours:  # in float32, so that the parts sum to the logit
+        plain = without_heads(model.model).float()
+        logits = plain(torch.tensor([ids], device=model.device))[0]
+    else:
+        logits = logits_of(model, ids)
     found = {
         "tokens": [token_of(model, i) for i in ids],
         "surprise": surprise_of(logits.log_softmax(-1), ids, names),
@@ -238,8 +248,9 @@ def look_inside(
     }
     if not model.ours:
         config = model.model.config
-        return found | {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
-    net = without_heads(model.model, off)
+        shape = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
+        return found | {name: getattr(config, theirs, None) for name, theirs in shape.items()}
+    net = without_heads(plain, off)
     seen = trace(net, torch.tensor(ids, device=model.device), position)
     if off:
         found["next_off"] = likeliest(seen.logits[position], names, alternatives)

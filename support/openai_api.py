@@ -1,6 +1,6 @@
-"""OpenAI's API: what a request may hold, and the form of its answer, whole or as a stream.
+"""Request schemas of OpenAI's API, and its responses, whole or streamed.
 
-The fields and errors are those that vLLM and llama.cpp have, with extras that are ours: see serve.py.
+Fields and errors are those of vLLM and llama.cpp, with extras: see serve.py.
 """
 
 import asyncio
@@ -14,35 +14,36 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import accumulate
+from typing import Annotated
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from support.guard import explained
-from support.serving import Generation, Piece, Sampling, check_context, prompt_entries, verdict
+from support.serving import Generation, Piece, Sampling, check_context, prompt_entries, rank_answers
 from support.tables import valid
 
 MOST_ROWS = 64  # texts that one request generates
 
 
 class Question(BaseModel):
-    """What /v1/completions and /v1/chat/completions have in common; null is the same as nothing."""
+    """Fields of /v1/completions and /v1/chat/completions. A null counts as absent."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     model: str
     max_tokens: int | None = Field(None, ge=0)
-    temperature: float = Field(1.0, ge=0, le=100)
+    temperature: float = Field(1.0, ge=0, le=100)  # below 1e-5: greedy
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=10**9)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     n: int = Field(1, ge=1, le=MOST_ROWS)
-    seed: int | None = Field(None, ge=-(2**31), lt=2**31)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] = []
     stream: bool = False
     stream_options: dict = {}
@@ -61,6 +62,7 @@ class Question(BaseModel):
             raise ValueError("stop: at most 16 texts, none of them empty")
         names = "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty n calculator"
         given = {name: getattr(self, name) for name in names.split()}
+        given["temperature"] = 0.0 if self.temperature < 1e-5 else self.temperature
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed % 2**31
         return Sampling(
             new, **given, top_k=max(0, self.top_k), logit_bias=self.logit_bias, seed=seed, stop=tuple(stop),
@@ -80,14 +82,12 @@ class Message(BaseModel):
     content: str | list[dict] | None = None
 
     def turn(self) -> dict:
-        """As a template wants it. Raises ValueError for content that is no text."""
-        parts = (
-            [{"type": "text", "text": self.content or ""}]
-            if not isinstance(self.content, list)
-            else self.content
-        )
+        """As a chat template expects it. Raises ValueError for content that is no text."""
+        parts = self.content
+        if not isinstance(parts, list):
+            parts = [{"type": "text", "text": parts or ""}]
         if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in parts):
-            raise ValueError("messages: only text can be read")
+            raise ValueError("messages: only text content is supported")
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": valid("".join(part["text"] for part in parts))}
 
@@ -103,14 +103,15 @@ class Chat(Question):
 
 
 class Job:
-    """A request that was understood: its prompts as ids, how to go on, and the form of its answer."""
+    """One validated request: prompt ids, sampling settings, the form of the response."""
 
     def __init__(self, lab, question: Completion | Chat):
         self.lab, self.question, self.chat = lab, question, isinstance(question, Chat)
         self.model = model = lab.pool.get(question.model)
         if model.kind != "causal":
-            raise ValueError(f"{question.model} does not continue texts: it is of kind {model.kind}")
-        self.prompts = [self.chat_ids()] if self.chat else [*self.prompt_ids()]
+            raise ValueError(f"{question.model} is not a decoder (kind: {model.kind})")
+        # The first `hidden` ids of a prompt are ours: they are not echoed.
+        self.prompts, self.hidden = ([self.chat_ids()], [0]) if self.chat else self.prompt_ids()
         known = model.model.config.vocab_size
         if not all(0 <= i < known for ids in [*self.prompts, [*question.logit_bias]] for i in ids):
             raise ValueError(f"token ids must be from 0 to {known - 1}")
@@ -127,19 +128,31 @@ class Job:
             logprobs = question.top_logprobs if question.logprobs else None
         self.how = question.sampling(new, logprobs)
         self.verifier = lab.pool.verifier(question.verifier, model) if question.verifier else None
-        if self.verifier and len(self.prompts) > 1:
-            raise ValueError("verifier: one prompt at a time")
+        self.problem, self.begun = self.judged_texts() if self.verifier else ("", "")
         kind = "chatcmpl" if self.chat else "cmpl"
         self.head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": question.model}
         self.new_tokens = 0
+
+    def judged_texts(self) -> tuple[str, str]:
+        """(problem, beginning of the answer) for the verifier."""
+        question = self.question
+        if not self.chat:
+            texts = [question.prompt] if isinstance(question.prompt, str) else question.prompt
+            if question.echo or len(texts) != 1 or not isinstance(texts[0], str):
+                raise ValueError("verifier: give one prompt as a text, without echo")
+            return texts[0], ""
+        turns = [message.turn() for message in question.messages]
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        if not asked:
+            raise ValueError("verifier: no user message has a problem")
+        return asked[-1], turns[-1]["content"] if question.continue_final_message else ""
 
     def chat_ids(self) -> list[int]:
         """The conversation as ids, up to where the assistant goes on."""
         question, model = self.question, self.model
         if not model.chat:
             raise ValueError(
-                f"{question.model} was not taught to hold a conversation: use /v1/completions, or a model "
-                "that sft.py made"
+                f"{question.model} is not a chat model: use /v1/completions, or a model that sft.py made"
             )
         if question.response_format.get("type", "text") != "text":
             raise ValueError("response_format: only text")
@@ -147,28 +160,25 @@ class Job:
         if not question.continue_final_message:
             if turns[-1]["role"] == "assistant":
                 raise ValueError(
-                    "the last message is the assistant's: continue_final_message goes on with it"
+                    "the last message is the assistant's: set continue_final_message to continue it"
                 )
             return model.conversation(turns)[0]
         if turns[-1]["role"] != "assistant":
             raise ValueError("continue_final_message: the last message must be the assistant's")
         return [*model.conversation(turns[:-1])[0], *model.encode(turns[-1]["content"])]
 
-    def prompt_ids(self) -> list[list[int]]:
-        """Texts begin with the token that begins a document; ids are taken as they are."""
+    def prompt_ids(self) -> tuple[list[list[int]], list[int]]:
+        """(ids, hidden) of each prompt. A text gets the token that begins a document, ids are left as is."""
         given, model = self.question.prompt, self.model
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         if not given or len(given) > MOST_ROWS:
-            raise ValueError(f"prompt: 1 to {MOST_ROWS} of them")
+            raise ValueError(f"prompt: give 1 to {MOST_ROWS} prompts")
         begin = model.bos or [model.eos]
         prompts = [ids if isinstance(ids, list) else [*begin, *model.encode(valid(ids))] for ids in given]
         if not all(prompts):
             raise ValueError("prompt: a list of ids must hold at least one")
-        self.hidden = [
-            0 if isinstance(ids, list) else len(begin) for ids in given
-        ]  # not part of what is echoed
-        return prompts
+        return prompts, [0 if isinstance(ids, list) else len(begin) for ids in given]
 
     # ---- computing
 
@@ -181,12 +191,10 @@ class Job:
             if len(news) == 1:  # the reader takes all that is there: no need to wake it for each token
                 loop.call_soon_threadsafe(wake.set)
 
-        for r, ids in enumerate(self.prompts if getattr(self.question, "echo", False) else ()):
-            for sample in range(self.how.n):
-                news.append(
-                    await run_in_threadpool(self.echoed, r * self.how.n + sample, ids, self.hidden[r])
-                )
         with self.lab.stream(gone):
+            if getattr(self.question, "echo", False):
+                for index in range(len(self.prompts)):
+                    yield await run_in_threadpool(self.echoed, index)
             generation = Generation(self.model, self.prompts, self.how, emit, gone)
             done = loop.run_in_executor(self.lab.threads, generation.run, self.lab.pool.turns)
             done.add_done_callback(lambda _: wake.set())
@@ -195,7 +203,9 @@ class Job:
                     await wake.wait()
                     await asyncio.sleep(0.01)
                     wake.clear()
-                    found = [news.popleft() for _ in range(len(news))]
+                    found = []
+                    while news:  # until it is empty: `emit` wakes the reader for the first piece alone
+                        found.append(news.popleft())
                     if found:
                         yield joined(found)
                     if done.done():
@@ -204,21 +214,33 @@ class Job:
             finally:
                 gone.set()
 
-    def echoed(self, row: int, ids: list[int], hidden: int) -> Piece:
-        """The prompt itself, with its log-probabilities if those were asked for."""
-        with self.lab.pool.turns:
-            wanted = self.how.logprobs is not None
-            entries = prompt_entries(self.model, ids, self.how.logprobs) if wanted else []
-        return Piece(row, self.model.tokenizer.decode(ids[hidden:]), tokens=entries[hidden:])
+    def echoed(self, index: int) -> list[Piece]:
+        """A prompt as the first piece of each of its n rows, with log-probabilities if asked for."""
+        ids, hidden, n, entries = self.prompts[index], self.hidden[index], self.how.n, []
+        if self.how.logprobs is not None:
+            with self.lab.pool.turns:
+                entries = prompt_entries(self.model, ids, self.how.logprobs)
+        text = self.model.tokenizer.decode(ids[hidden:])
+        return [Piece(row, text, tokens=entries[hidden:]) for row in range(index * n, index * n + n)]
 
-    def judged(self, texts: list[str]) -> dict:
-        """The verifier's verdict on the answers to the last question."""
-        problem = self.question.messages[-1].turn()["content"] if self.chat else self.question.prompt
-        greedy = []
+    async def judged(self, texts: list[str]) -> dict:
+        """The verifier's verdict on the answers to the last question; the client may leave meanwhile."""
+        gone = threading.Event()
+        loop = asyncio.get_running_loop()
+        with self.lab.stream(gone):
+            try:
+                return await loop.run_in_executor(self.lab.threads, self.judge, texts, gone)
+            finally:
+                gone.set()
+
+    def judge(self, texts: list[str], gone: threading.Event) -> dict:
+        greedy: list[Piece] = []
         how = replace(self.how, n=1, temperature=0.0, logprobs=None)
-        Generation(self.model, self.prompts, how, greedy.append, threading.Event()).run(self.lab.pool.turns)
+        Generation(self.model, self.prompts, how, greedy.append, gone).run(self.lab.pool.turns)
         with self.lab.pool.turns:
-            return verdict(self.verifier, problem, texts, "".join(piece.text for piece in greedy))
+            plain = "".join(piece.text for piece in greedy)
+            answers = [self.begun + text for text in (*texts, plain)]
+            return rank_answers(self.verifier, self.problem, answers[:-1], answers[-1])
 
     # ---- the form of the answer
 
@@ -226,32 +248,36 @@ class Job:
         n = sum(map(len, self.prompts))
         return {"prompt_tokens": n, "completion_tokens": self.new_tokens, "total_tokens": n + self.new_tokens}
 
-    def choice(self, piece: Piece, streaming: bool) -> dict:
+    def choice(self, piece: Piece, streaming: bool, before: str | None = None) -> dict:
+        """One choice; `before`: the text that was sent of it, None if nothing was."""
         found = {"index": piece.row, "finish_reason": piece.finish, "logprobs": None}
         if piece.calculator:
             found["calculator"] = True
         if self.how.logprobs is not None:
-            found["logprobs"] = chat_logprobs(piece) if self.chat else text_logprobs(piece)
+            found["logprobs"] = chat_logprobs(piece) if self.chat else text_logprobs(piece, len(before or ""))
         if not self.chat:
             return found | {"text": piece.text}
-        said = {"role": "assistant", "content": piece.text}
+        said = {"content": piece.text}
+        if before is None:
+            said["role"] = "assistant"
         return found | {"delta" if streaming else "message": said}
 
     async def stream(self) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         head = self.head | {"object": "chat.completion.chunk" if self.chat else "text_completion"}
-        texts = [""] * (len(self.prompts) * self.how.n)
+        texts: list[str | None] = [None] * (len(self.prompts) * self.how.n)
         try:
-            async for pieces in self.pieces():
-                for piece in pieces:
-                    texts[piece.row] += piece.text
-                    yield event(head | {"choices": [self.choice(piece, True)]})
+            async with contextlib.aclosing(self.pieces()) as news:
+                async for pieces in news:
+                    for piece in pieces:
+                        before = texts[piece.row]
+                        texts[piece.row] = (before or "") + piece.text
+                        yield event(head | {"choices": [self.choice(piece, True, before)]})
             if self.verifier:
-                found = await asyncio.get_running_loop().run_in_executor(self.lab.threads, self.judged, texts)
-                yield event(head | {"choices": [], "verdict": found})
+                yield event(head | {"choices": [], "verdict": await self.judged(texts)})
             if self.question.stream_options.get("include_usage"):
                 yield event(head | {"choices": [], "usage": self.usage()})
-        except Exception as error:  # the head of the answer has been sent: all that is left is to say it
+        except Exception as error:  # the response has begun, so the error is sent as an event
             yield event(json.loads(explained(error).body))
         yield "data: [DONE]\n\n"
 
@@ -265,11 +291,12 @@ class Job:
                     add(rows[piece.row], piece)
                 if leaving.done():
                     break
+        left = leaving.done()
         leaving.cancel()
         found = self.head | {"object": "chat.completion" if self.chat else "text_completion"}
         choices = [self.choice(row, False) for row in rows]
-        if self.verifier:
-            found["verdict"] = await run_in_threadpool(self.judged, [row.text for row in rows])
+        if self.verifier and not left:
+            found["verdict"] = await self.judged([row.text for row in rows])
             choices = [choices[answer["index"]] for answer in found["verdict"]["answers"]]
         return found | {"choices": choices, "usage": self.usage()}
 
@@ -300,22 +327,23 @@ def event(data, name: str = "") -> str:
     return f"event: {name}\n" * bool(name) + f"data: {json.dumps(data)}\n\n"
 
 
-def text_logprobs(piece: Piece) -> dict:
-    """As in /v1/completions."""
+def text_logprobs(piece: Piece, offset: int) -> dict:
+    """As in /v1/completions; offset: characters of the text before this piece."""
     names = [entry["token"] for entry in piece.tokens]
     tops = [
         None if entry["top"] is None else {top["token"]: top["logprob"] for top in entry["top"]}
         for entry in piece.tokens
     ]
-    offsets = [0, *accumulate(map(len, names))][: len(names)]
+    lengths = [0 if name.startswith("bytes:") else len(name) for name in names]
+    offsets = list(accumulate(lengths, initial=offset))[: len(names)]
     values = [entry["logprob"] for entry in piece.tokens]
     return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
 def chat_logprobs(piece: Piece) -> dict:
     """As in /v1/chat/completions."""
-    return {
-        "content": [
-            {k: v for k, v in e.items() if k != "top"} | {"top_logprobs": e["top"]} for e in piece.tokens
-        ]
-    }
+    content = []
+    for entry in piece.tokens:
+        token = {"token": entry["token"], "bytes": entry["bytes"], "logprob": entry["logprob"]}
+        content.append(token | {"top_logprobs": entry["top"]})
+    return {"content": content}

@@ -54,8 +54,10 @@ def run_folders(home: Path) -> list[Path]:
 
 
 def run_of(folder: Path) -> dict:
-    """run.json of a run folder, or of the run that a checkpoint belongs to."""
-    return read_json((folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json")
+    """run.json of a run folder, or of the run that a checkpoint belongs to; {} if its parts are damaged."""
+    run = read_json((folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json")
+    whole = all(isinstance(run.get(part) or {}, dict) for part in ("settings", "results", "data"))
+    return run if whole else {}
 
 
 def parent_of(run: dict, home: Path) -> Path | None:

@@ -1,8 +1,8 @@
-"""Models in memory, and generation for several clients at once; serve.py puts it behind an API.
+"""Models in memory, and generation for several clients at once, behind serve.py's API.
 
-Each request computes in a thread of its own, but only one computes at a time: `Turns` hands the machine on
-after every token, in the order of asking. So streams interleave, and a client that leaves costs one more
-token at most.
+Each request generates in its own thread, but only one thread computes at a time: `Turns` passes the lock on
+after every token, first come, first served. So streams interleave, and a client that disconnects costs at
+most one more token.
 """
 
 import threading
@@ -26,8 +26,8 @@ from finetune import (
 )
 from support.inside import logits_of, token_text, without_heads
 from support.memory import free_bytes, free_cached_memory, weight_bytes
-from support.results import read_json
-from support.watching import named_runs
+from support.results import run_of
+from support.watching import ContextTooLong, NotFound, named_runs
 from train import TrainError, checkpoints
 from verifier import Verifier
 
@@ -55,7 +55,7 @@ class Turns:
                 self.taken = False
 
     def hand_on(self) -> None:
-        """Lets those who wait compute first; to be called by the one who holds the lock."""
+        """Lets waiting threads compute first. The caller must hold the lock."""
         if self.waiting:
             self.__exit__()
             self.__enter__()
@@ -65,15 +65,21 @@ class Turns:
 # Models
 
 
-SMALL = 20_000_000  # parameters; up to here a second core only costs time
+SMALL = 20_000_000  # parameters; below this a second core slows decoding
+CORES = torch.get_num_threads()
 
 
-class NotFound(ValueError):
-    """There is no model of this name (any more)."""
+def use_cores(model: TextModel) -> None:
+    """Sets the number of this thread's (and of later threads') cores to what suits the model."""
+    if model.device.type == "cpu":
+        small = sum(p.numel() for p in model.model.parameters()) < SMALL
+        torch.set_num_threads(1 if small else CORES)
 
 
 class Pool:
     """The models in a folder of runs, and others by name; those used last stay in memory.
+
+    `turns`: the lock of all computation with them.
 
     home: folder of runs; others: folders or hub ids; gib: memory for all models, 0: half of what is free.
     """
@@ -105,11 +111,11 @@ class Pool:
         found = []
         for name, folder in self.folders().items():
             record = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-            run = read_json(record / "run.json")
+            run = run_of(record)
             try:
                 config = read_config(str(folder))
-                kind = kind_of(str(folder), config)
-            except (ValueError, OSError):  # half written, or its base is gone
+                kind, created = kind_of(str(folder), config), int(changed_at(folder))
+            except (ValueError, OSError, AttributeError):  # half written, or its base is gone
                 continue
             found.append(
                 {
@@ -122,7 +128,7 @@ class Pool:
                     "smoke": bool(run.get("smoke")),
                     "checkpoint": record != folder,
                     "context_length": config.get("max_position_embeddings") or config.get("n_positions"),
-                    "created": int(changed_at(folder)),
+                    "created": created,
                 }
             )
         for name, about in self.others.items():
@@ -130,7 +136,7 @@ class Pool:
         return found
 
     def get(self, name: str) -> TextModel:
-        """The model of a listed name, loaded if it is not in memory; read anew if its files have changed."""
+        """Loads a listed model, or takes it from memory; loads it anew if its files have changed."""
         folder = self.folders().get(name) or (self.others[name]["folder"] if name in self.others else None)
         if folder is None:
             raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
@@ -152,9 +158,9 @@ class Pool:
 
     def verifier(self, name: str, generator: TextModel) -> Verifier:
         folder = named_runs(self.home).get(name)
-        if folder is None or "verifier" not in read_json(folder / "run.json"):
+        if folder is None or "verifier" not in run_of(folder):
             raise NotFound(f"there is no verifier {name!r}: verifier.py trains one")
-        key = ("verifier", name, generator.name, changed_at(folder), changed_at(generator.name))
+        key = ("verifier", name, generator.name, (changed_at(folder), changed_at(generator.name)))
         return self.cached(
             key,
             lambda: Verifier.load(folder, str(self.device), generator, keep=False),
@@ -227,7 +233,7 @@ class Piece:
 
 
 class Row:
-    """The text of one row while it grows: only what no later token can change is given out."""
+    """Incremental decoding of one row: gives out only text that later tokens cannot change."""
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...]):
         self.decode, self.stop = decode, stop
@@ -290,9 +296,10 @@ class Generation:
             net = without_heads(model.model, how.heads_off)
             model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
         self.turns = turns
-        if model.device.type == "cpu" and sum(p.numel() for p in model.model.parameters()) < SMALL:
-            torch.set_num_threads(1)  # of this thread alone
+        use_cores(model)
         with turns:
+            if self.gone.is_set():  # the client left while it waited
+                return 0
             try:
                 model.continuations(
                     self.prompts, how.max_new_tokens, n=how.n, seed=how.seed,
@@ -310,7 +317,7 @@ class Generation:
         return sum(len(row.ids) for row in self.rows)
 
     def step(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Called once a token with the logits (B, V) of the rows: stop? whose turn? which bias?"""
+        """Called once a token with logits (B, V): passes the lock on, stops, applies biases and penalties."""
         self.turns.hand_on()
         if self.gone.is_set() or all(row.finish for row in self.rows):
             raise Stopped
@@ -346,8 +353,8 @@ class Generation:
         if self.how.logprobs is not None:
             entries.append(self.entry(self.log_p[self.order[r]], token))
         if token in self.ends:
+            text, row.finish = row.rest(), "stop"
             row.ids.append(token)
-            text, row.finish = row.held, "stop"
         else:
             text = row.add(token)
         self.emit(Piece(r, text, computed, entries, row.finish))
@@ -381,7 +388,7 @@ def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
 # Best of n
 
 
-def verdict(verifier: Verifier, problem: str, answers: list[str], greedy: str) -> dict:
+def rank_answers(verifier: Verifier, problem: str, answers: list[str], greedy: str) -> dict:
     """The answers from best to worst by the verifier, beside what the majority and the greedy answer say."""
     scores, probabilities = verifier.judge([problem] * len(answers), answers)
     numbers = [extract_number(answer) for answer in answers]
@@ -412,7 +419,7 @@ def check_context(model: TextModel, prompts: list[list[int]], new: int) -> None:
     """Raises TrainError if a prompt and its answer are longer than the context."""
     longest = max(map(len, prompts))
     if longest + new > model.context_length:
-        raise TrainError(
+        raise ContextTooLong(
             f"this model's context length is {model.context_length} tokens; you asked for {longest + new} "
             f"({longest} in the prompt, {new} to be generated)"
         )

@@ -1,8 +1,8 @@
 """The state of the runs in a folder, read from their files alone, and the processes that the page starts.
 
-Nothing is kept in the server: killed and started again, it shows the same. A run holds a lock on its folder
-while it trains (train.py) and writes its process id to run.json; so a run that was started in a terminal can
-be paused, too. A SIGTERM lets it end its step, save and exit; the same command goes on, to the bit.
+The server keeps no state: after a restart it shows the same. While a run trains, it holds a lock on its
+folder and run.json has its process id, so a run that was started in a terminal can be paused too. On SIGTERM
+it finishes its step, saves and exits; the same command resumes it exactly.
 """
 
 import json
@@ -16,11 +16,20 @@ import threading
 from pathlib import Path
 
 from configs import ROOT
-from lab.observations import observations
 from support.files import process_is_alive, write_atomically
-from support.results import METRICS, is_smoke, measurements, read_json, value_of
+from support.observations import observations
+from support.results import METRICS, is_smoke, measurements, read_json, run_of, value_of
 from support.tables import read_jsonl
 from train import TrainError, checkpoints, locked
+
+
+class NotFound(ValueError):
+    """There is no run or model of this name (any more)."""
+
+
+class ContextTooLong(TrainError):
+    """A prompt and its answer do not fit into the context."""
+
 
 STAGES = ("train", "finetune", "sft", "dpo", "verifier")  # scripts that train
 
@@ -48,15 +57,24 @@ class Watch:
         """What the list of runs shows, by starting time; see `summary`."""
         found = {}
         for name, folder in named_runs(self.home).items():
-            stamps = (*map(stamp, (folder / "run.json", folder / "metrics.jsonl")), locked(folder))
+            files = (folder / "run.json", folder / "metrics.jsonl", folder / "results.json")
+            stamps = (*map(stamp, files), locked(folder))
             if self.known.get(name, (None,))[0] != stamps:
-                self.known[name] = (stamps, summary(name, folder, self.home))
+                self.known[name] = (stamps, summary_or_damage(name, folder, self.home))
             found[name] = self.known[name][1]
         for begun in starting(self.home):
             run = found.get(begun["name"], {})
-            if not run or (begun["state"] == "starting" and run["state"] != "running"):
+            if run.get("state") != "running":
                 found[begun["name"]] = run | begun
         return sorted(found.values(), key=lambda run: (str(run.get("started")), run["name"]))
+
+
+def summary_or_damage(name: str, folder: Path, home: Path) -> dict:
+    """A run's files may hold anything, and may vanish: one bad run must not hide the others."""
+    try:
+        return summary(name, folder, home)
+    except Exception as error:
+        return {"name": name, "stage": None, "state": "lost", "error": f"its files are damaged: {error}"}
 
 
 def stamp(file: Path) -> tuple:
@@ -69,7 +87,7 @@ def stamp(file: Path) -> tuple:
 
 
 def summary(name: str, folder: Path, home: Path) -> dict:
-    run, lines = read_json(folder / "run.json"), last_lines(folder / "metrics.jsonl")
+    run, lines = run_of(folder), last_lines(folder / "metrics.jsonl")
     settings, results = run.get("settings") or {}, run.get("results") or {}
     newest: dict = {}
     for line in lines:
@@ -128,7 +146,7 @@ def parsed(lines: list[bytes]) -> list[dict]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(finite(value))
@@ -172,10 +190,8 @@ class Tail:
         if not (reset or lines):
             return None
         if len(lines) > self.most:
-            every = math.ceil(len(lines) / self.most)
-            lines = [
-                x for i, x in enumerate(lines) if i % every == 0 or "val_loss" in x or i == len(lines) - 1
-            ]
+            every, last = math.ceil(len(lines) / self.most), len(lines) - 1
+            lines = [x for i, x in enumerate(lines) if i % every == 0 or "val_loss" in x or i == last]
         return reset, lines
 
 
@@ -185,8 +201,8 @@ class Tail:
 
 def describe(name: str, folder: Path, home: Path) -> dict:
     """What the page of one run shows beside its curves."""
-    run = read_json(folder / "run.json")
-    sentences, todo = observations(read_jsonl(folder / "metrics.jsonl"))
+    run = run_of(folder)
+    sentences, todo = observed(folder)
     here = [path.relative_to(home).as_posix() for path in checkpoints(folder)]
     return finite(
         {
@@ -195,7 +211,7 @@ def describe(name: str, folder: Path, home: Path) -> dict:
             "settings": run.get("settings") or {},
             "changed": run.get("changed") or [],
             "checkpoints": here,
-            "tables": [results_table(name, folder, home)],
+            "results": results_table(folder, home),
             "observations": sentences,
             "todo": todo,
             "log": log_tail(home, name),
@@ -203,7 +219,14 @@ def describe(name: str, folder: Path, home: Path) -> dict:
     )
 
 
-def results_table(name: str, folder: Path, home: Path) -> dict:
+def observed(folder: Path) -> tuple[list[str], list[str]]:
+    try:
+        return observations(read_jsonl(folder / "metrics.jsonl"))
+    except (TypeError, ValueError, OSError):
+        return ["metrics.jsonl is damaged."], []
+
+
+def results_table(folder: Path, home: Path) -> dict:
     """Every measurement of a run and its checkpoints, with its interval."""
     rows = []
     for found in measurements(home):
@@ -212,22 +235,19 @@ def results_table(name: str, folder: Path, home: Path) -> dict:
             values = "; ".join(f"{METRICS.get(key, key)} {value_of(key, metric)}" for key, metric in metrics)
             where = f"{found.entry.get('task')} ({found.entry.get('split', '')})"
             rows.append([where, found.way, found.entry.get("items"), values, found.notes])
-    return {"title": "Results", "head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
+    return {"head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
 
 
 def compare(names: list[str], folders: list[Path]) -> dict:
     """The settings in which runs differ, and what their curves say."""
-    settings = [read_json(folder / "run.json").get("settings") or {} for folder in folders]
+    settings = [run_of(folder).get("settings") or {} for folder in folders]
     keys = list(dict.fromkeys(key for some in settings for key in some if key not in ("name", "out")))
     rows = []
     for key in keys:
         values = [str(some.get(key, "")) for some in settings]
         if len(set(values)) > 1:
             rows.append([key, *values])
-    said = {
-        name: observations(read_jsonl(folder / "metrics.jsonl"))[0]
-        for name, folder in zip(names, folders, strict=True)
-    }
+    said = {name: observed(folder)[0] for name, folder in zip(names, folders, strict=True)}
     return {"differences": {"head": ["setting", *names], "rows": rows}, "observations": said}
 
 
@@ -235,21 +255,42 @@ def compare(names: list[str], folders: list[Path]) -> dict:
 # Start, pause, resume
 
 
+starting_one = threading.Lock()
+
+
 def start(home: Path, name: str, stage: str, words: list[str]) -> None:
     """Starts `python STAGE.py WORDS` as a process of its own, which outlives this one; its output goes to
-    logs/page-NAME.log.
+    logs/page-NAME.log. Raises TrainError if the run is being started already.
     """
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / f"{stage}.py"), *words]
-    with open(logs / f"page-{flat(name)}.log", "wb") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-    threading.Thread(target=process.wait, daemon=True).start()  # or it would stay as a zombie
-    text = json.dumps({"name": name, "stage": stage, "pid": process.pid})
-    write_atomically(logs / f"page-{flat(name)}.json", lambda path: path.write_text(text))
+    with starting_one:
+        if any(run["name"] == name and run["state"] == "starting" for run in starting(home)):
+            raise TrainError(f"{name} is being started already")
+        with open(logs / f"page-{flat(name)}.log", "wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+        about = {"name": name, "stage": stage, "pid": process.pid, "began": began(process.pid)}
+        try:
+            write_atomically(
+                logs / f"page-{flat(name)}.json", lambda path: path.write_text(json.dumps(about))
+            )
+        except OSError:  # a full disk
+            process.kill()
+            raise
+        finally:
+            threading.Thread(target=process.wait, daemon=True).start()  # or it would stay as a zombie
+
+
+def began(pid: object) -> str | None:
+    """When a process began, as Linux tells it: process ids are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
 
 
 def flat(name: str) -> str:
@@ -261,13 +302,15 @@ def starting(home: Path) -> list[dict]:
     found = []
     for file in home.glob("logs/page-*.json"):
         about = read_json(file)
-        name, run = str(about.get("name")), home / str(about.get("name")) / "run.json"
-        if stamp(run) and run.stat().st_mtime > file.stat().st_mtime:
+        name, stage, pid = (about.get(key) for key in ("name", "stage", "pid"))
+        if not (isinstance(name, str) and file.name == f"page-{flat(name)}.json"):
             continue
-        alive = process_is_alive(str(about.get("pid")))
-        error = None if alive else last_words(log_tail(home, name), f"{about.get('stage')}.py:")
+        if stamp(home / name / "run.json")[-1:] > stamp(file)[-1:]:  # it has written since
+            continue
+        alive = process_is_alive(str(pid)) and began(pid) == about.get("began")
+        error = None if alive else last_words(log_tail(home, name), f"{stage}.py:")
         state = "starting" if alive else "failed"
-        found.append({"name": name, "stage": about.get("stage"), "state": state, "error": error})
+        found.append({"name": name, "stage": stage, "state": state, "error": error})
     return found
 
 
@@ -288,7 +331,7 @@ def log_tail(home: Path, name: str, most: int = 6000) -> str:
 
 def pause(folder: Path) -> None:
     """Asks a run to save and exit. Raises TrainError if it is not running."""
-    pid = read_json(folder / "run.json").get("pid")
+    pid = run_of(folder).get("pid")
     if not locked(folder) or not isinstance(pid, int):
         raise TrainError(f"{folder.name} is not running")
     os.kill(pid, signal.SIGTERM)
@@ -296,11 +339,12 @@ def pause(folder: Path) -> None:
 
 def resume(home: Path, name: str, folder: Path) -> None:
     """Starts the command in run.json again. Raises TrainError if that is none of ours, or it still runs."""
-    words = shlex.split(str(read_json(folder / "run.json").get("command") or ""))
+    words = shlex.split(str(run_of(folder).get("command") or ""))
     script = Path(words[1]).stem if len(words) > 1 else ""
-    if locked(folder):
-        raise TrainError(f"{name} is running")
+    state = state_of(folder, run_of(folder))
+    if state in ("running", "finished"):
+        raise TrainError(f"{name} is {state}")
     if script not in STAGES:
-        raise TrainError(f"{name} does not say how it was started")
+        raise TrainError(f"run.json of {name} has no command that can be resumed")
     flags = [word for word in words[2:] if not word.startswith(("--overwrite", "--out="))]
     start(home, name, script, [*flags, f"--out={home}"])

@@ -42,8 +42,11 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tuned(tiny, tmp_path_factory) -> str:
     """A run that was taught word problems: it knows the form of an answer, and rarely the right one."""
+    import torch
+
     import sft
 
+    torch.set_num_threads(1)
     cfg = sft.SFTConfig(model=tiny["base"], out=str(tmp_path_factory.mktemp("tuned")), name="sft")
     cfg.device, cfg.dtype, cfg.batch_size, cfg.data = "cpu", "float32", 8, "arithmetic"
     cfg.max_steps, cfg.learning_rate, cfg.warmup_steps = 150, 1e-2, 10
@@ -57,11 +60,14 @@ def lab_home(tiny, tuned, tmp_path_factory):
     """A folder as `out`: tokens, a base that was trained for some steps, sft, its verifier, and a GPT-2."""
     import shutil
 
+    import torch
+
     from data import storyworld
     from tokenizer import Tokenizer, write_tokens
     from train import TrainConfig, pretrain
     from verifier import VerifierConfig, train_verifier
 
+    torch.set_num_threads(1)
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(tuned, home / "sft")
     shutil.copytree(tiny["gpt2"], home / "models" / "gpt2")

@@ -87,7 +87,7 @@ def test_surprise_is_the_cross_entropy_of_each_token(tuned):
     model = load_model(tuned, torch.device("cpu"))
     ids = [model.eos, *model.encode("Anna has 3 nuts. She buys 4 more nuts.")]
     found = look_inside(model, ids, position=5)
-    logits = model.model(torch.tensor([ids]))[0]
+    logits = model.model(torch.tensor([ids]))[0].detach()
     nats = F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
     assert found["surprise"][0] is None
     for said, true in zip(found["surprise"][1:], nats.tolist(), strict=True):

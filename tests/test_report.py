@@ -13,9 +13,9 @@ import pytest
 import report
 from errors import KINDS
 from lab.log import log
-from lab.observations import observations
 from lab.paper import paper, write_paper
 from report import SECTIONS, comparison
+from support.observations import observations
 from support.pages import Code, Figure, Table, Text, as_html, as_latex, as_markdown, write
 
 ROOT = Path(report.__file__).parent

@@ -5,6 +5,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -184,6 +186,51 @@ def test_best_of_n_is_sorted_by_the_verifier(client, lab_home):
     assert streamed(client, "/v1/chat/completions", **body)[-1]["verdict"]["answers"] == verdict["answers"]
 
 
+def test_the_verifier_judges_a_continued_answer_as_a_whole(client):
+    turns = [{"role": "user", "content": PROBLEM}]
+    answer = "She has <<3+4=7>>7 nuts.\n#### 7"
+    body = {"model": "sft", "verifier": "verifier", "temperature": 0, "max_tokens": 1}
+    body |= {"continue_final_message": True}
+    found = []
+    for begun in (answer, answer[:-1]):
+        given = [*turns, {"role": "assistant", "content": begun}]
+        found.append(client.post("/v1/chat/completions", json=body | {"messages": given}).json()["verdict"])
+    texts = [verdict["answers"][0]["text"] for verdict in found]
+    assert texts[0].startswith(answer) and texts[1].startswith(answer[:-1])
+    for prompt in ([5, 6], ["a", "b"]):
+        error = ask(client, model="sft", prompt=prompt, verifier="verifier").json()["error"]
+        assert "one prompt as a text" in error["message"]
+
+
+def test_chunks_name_the_role_once_and_echo_streams(client):
+    body = {"model": "sft", "messages": [{"role": "user", "content": PROBLEM}], "n": 2, "max_tokens": 30}
+    deltas = [event["choices"][0]["delta"] for event in streamed(client, "/v1/chat/completions", **body)]
+    assert sum("role" in delta for delta in deltas) == 2
+    body = {"model": "base", "prompt": "Once upon", "max_tokens": 120, "logit_bias": {"0": -100}}
+    found = streamed(client, "/v1/completions", **body, echo=True)
+    assert found[0]["choices"][0]["text"] == "Once upon" and len(found) > 3
+
+
+def test_the_openai_client_understands_all_of_it(lab_url):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=lab_url + "v1", api_key="none")
+    turns = [{"role": "user", "content": PROBLEM}]
+    how = {"model": "sft", "messages": turns, "temperature": 0, "max_tokens": 40}
+    whole = client.chat.completions.create(**how, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].logprobs.content[0].top_logprobs[0].logprob <= 0
+    with client.chat.completions.stream(**how) as stream:
+        for _ in stream:
+            pass
+        message = stream.get_final_completion().choices[0].message
+    assert (message.role, message.content) == ("assistant", whole.choices[0].message.content)
+    assert client.models.retrieve("base/checkpoints/step-40").id == "base/checkpoints/step-40"
+    with pytest.raises(openai.BadRequestError, match="context length") as caught:
+        client.completions.create(model="base", prompt="a", max_tokens=1000)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="nobody", prompt="a")
+
+
 def test_heads_that_are_off_change_the_text(client):
     everything = [[layer, head] for layer in range(2) for head in range(4)]
     on, off = (
@@ -246,6 +293,7 @@ def test_a_base_holds_no_conversation_and_a_full_context_is_no_answer(client):
         ({"Host": "127.0.0.1.evil.example:80"}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Host": "["}, 400),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Content-Type": "text/plain"}, 415),
@@ -455,6 +503,50 @@ def test_a_run_outlives_the_server_that_started_it(lab_home):
     assert second.wait(20) in (0, -15, 143)
 
 
+def test_one_damaged_run_does_not_hide_the_others(client, lab_home):
+    for i, text in enumerate(['{"settings": [1]}', '{"step": "x"}', "[]", '{"results": {"last": 3}}', "{"]):
+        folder = lab_home / f"bad-{i}"
+        folder.mkdir()
+        (folder / "run.json").write_text(text)
+        (folder / "metrics.jsonl").write_text('{"step": [1]}\n' + "[" * 5000 + '\n{"step": 1, "loss": "x"}\n')
+    assert state_of(client, "base")["state"] == "finished"
+    assert client.get("/v1/models").status_code == 200
+    for name in ("base", "bad-0", "bad-3"):
+        assert client.get("/lab/run", params={"name": name}).status_code == 200
+    for i in range(5):
+        shutil.rmtree(lab_home / f"bad-{i}")
+
+
+def test_only_listed_runs_are_watched(client, lab_home):
+    with client.stream(
+        "GET", "/lab/watch", params={"runs": ["../x", str(lab_home / "base"), "base"]}
+    ) as response:
+        for line in response.iter_lines():
+            if '"run": ' in line:
+                assert json.loads(line.removeprefix("data: "))["run"] == "base"
+                break
+
+
+def test_a_name_is_not_started_twice(client):
+    for name, words in (("base", "already a run"), ("tokens", "other things")):
+        response = client.post("/lab/start", json={"stage": "train", "name": name, "changes": TINY})
+        assert response.status_code == 400 and words in response.json()["error"]["message"]
+    resumed = client.post("/lab/resume", json={"name": "base"})
+    assert resumed.status_code == 400 and "finished" in resumed.json()["error"]["message"]
+
+
+def test_ctrl_c_ends_it_at_once_with_streams_open(lab_home):
+    command = [sys.executable, str(ROOT / "serve.py"), f"--out={lab_home}", "--port=0", "--device=cpu"]
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    url = server.stdout.readline().strip()
+    with httpx.Client(base_url=url, timeout=60) as client, client.stream("GET", "/lab/watch") as response:
+        next(response.iter_lines())
+        server.send_signal(signal.SIGINT)
+        assert server.wait(15) == 130
+    assert server.stderr.read() == ""
+
+
 def test_a_run_that_cannot_start_says_why(client, lab_home):
     wish = {"stage": "train", "name": "wrong", "changes": TINY | {"n_heads": 5}}
     assert client.post("/lab/start", json=wish).status_code == 200
@@ -504,7 +596,7 @@ def test_a_hundred_long_runs_are_listed_in_two_seconds(tmp_path):
 def test_a_run_and_its_results_are_described(client):
     found = client.get("/lab/run", params={"name": "base"}).json()
     assert found["checkpoints"][-1] == "base/checkpoints/step-40" and found["settings"]["d_model"] == 64
-    compared = client.get("/lab/compare", params={"runs": "base,sft"}).json()
+    compared = client.get("/lab/compare", params={"runs": ["base", "sft"]}).json()
     assert any(row[0] == "learning_rate" for row in compared["differences"]["rows"])
 
 
@@ -517,7 +609,7 @@ def test_the_form_has_every_setting_and_its_help(client):
     values = client.get("/lab/config", params={"stage": "train", "config": "cpu"}).json()
     assert values["corpus"] and values["d_model"]
     plan = client.post("/lab/plan", json={"stage": "train", "config": "nobody"})
-    assert plan.status_code == 400
+    assert plan.status_code == 404
 
 
 def test_look_inside_over_http(client):

@@ -74,6 +74,7 @@ def test_a_run_is_started_paused_and_resumed_from_the_page(page, lab_home):
     changes = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "context_length": 32}
     changes |= {"batch_size": 4, "max_steps": 1500, "log_every": 5, "eval_every": 0, "save_every": 0}
     changes |= {"tokens": str(lab_home / "tokens"), "device": "cpu", "dtype": "float32", "sample_tokens": 0}
+    expect(page.locator("#field-d_model")).to_have_value("128")  # the file's value is there
     page.evaluate("document.querySelectorAll('#start-fields details').forEach((one) => (one.open = true))")
     for name, value in changes.items():
         control = page.locator(f"#field-{name}")
@@ -181,7 +182,34 @@ def test_no_view_is_wider_than_the_window(page, width, scheme):
     for key, section in zip("1234", ["runs", "start", "chat", "inside"], strict=True):
         page.keyboard.press(key)
         expect(page.locator(f"#{section}")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        wide = "[...document.querySelectorAll('*')].filter((e) => !e.closest('.scroll')"
+        wide += f" && e.getBoundingClientRect().right > {width}).map((e) => e.outerHTML.slice(0, 90))"
+        assert page.evaluate(wide) == []  # what scrolls in a box of its own may be wider
+
+
+def test_samples_stay_when_new_ones_come(page, lab_home):
+    page.click("tr[data-run=base] .open")
+    expect(page.locator("#samples li")).to_have_count(8)  # two at each of four evaluations
+    with open(lab_home / "base" / "samples.jsonl", "a") as file:
+        file.write(json.dumps({"step": 41, "prompt": "", "text": "<i>late</i>"}) + "\n")
+    expect(page.locator("#samples li")).to_have_count(9)
+    expect(page.locator("#samples li").first).to_contain_text("<i>late</i>")
+
+
+def test_a_damaged_storage_is_as_an_empty_one(page, lab_url):
+    page.evaluate(
+        """() => {
+        localStorage.setItem("lab.chat", "{bad");
+        localStorage.setItem("lab.runs", '{"ticked": "abc"}');
+        localStorage.setItem("lab.start", '{"stage": "nope"}');
+    }"""
+    )
+    page.goto(lab_url + "#%")
+    page.reload()
+    expect(page.locator("#connection")).to_have_text("live")
+    expect(page.locator("tr[data-run=base]")).to_be_visible()
+    page.click("#nav-start")
+    expect(page.locator("#field-max_steps")).to_be_visible()
 
 
 def test_a_folder_without_runs_says_what_to_do(browser, tmp_path):

@@ -1,7 +1,6 @@
 // Starts the page: theme, keys, tooltips, the section that the address names, models, the watch stream.
-// For tests: #nav-runs #nav-start #nav-chat #nav-inside, #theme, #connection, #toasts .toast, #tip.
 
-import { $, api, attempt, on, stored, stream, takeToken } from "./lib.js";
+import { $, api, attempt, on, runQuery, stored, stream, takeToken } from "./lib.js";
 import { onWatch, showRuns, startRuns } from "./runs.js";
 import { startStart } from "./start.js";
 import { chatModels, startChat, stopChat } from "./chat.js";
@@ -12,9 +11,17 @@ const NEXT_THEME = { auto: "light", light: "dark", dark: "auto" };
 const look = stored("look", { theme: "auto" });
 let connection = new AbortController();
 
+function decoded(address) {
+  try {
+    return decodeURIComponent(address);
+  } catch {
+    return ""; // %, and nothing behind it
+  }
+}
+
 /** Shows #runs, #runs/NAME, #start, #chat or #inside. */
 function route() {
-  const [wanted, ...name] = decodeURIComponent(location.hash.slice(1)).split("/");
+  const [wanted, ...name] = decoded(location.hash.slice(1)).split("/");
   const section = SECTIONS.includes(wanted) ? wanted : "runs";
   for (const one of SECTIONS) {
     $(one).hidden = one !== section;
@@ -63,7 +70,7 @@ function nextTheme() {
 async function watch(runs) {
   connection.abort();
   const { signal } = (connection = new AbortController());
-  const path = `lab/watch?runs=${runs.map(encodeURIComponent)}`;
+  const path = `lab/watch?${runQuery(runs)}`;
   const onEvent = (data, name) => {
     connected(true);
     onWatch(data, name);

@@ -1,6 +1,4 @@
 // Live line charts on uPlot: bounded curves, smoothing, log scale, three x axes, zoom and pointer shared.
-// For tests: .chart[data-chart=loss|learning_rate|grad_norm|tokens_per_second|peak_memory_gib|mfu]; a legend
-// (.u-legend) shows the values under the pointer, else the last ones.
 
 import { h, number } from "./lib.js";
 
@@ -103,7 +101,7 @@ function update(plot, data) {
 }
 
 function settings(chart, lines, { x, log, perplexity }, box) {
-  const values = (_, splits) => splits.map((value) => (value === null ? "" : short(value)));
+  const values = (_, splits) => splits.map((value) => (value === null ? "" : number(value)));
   const axis = { values, grid: { stroke: GRID, width: 1 }, stroke: MUTED, ticks: { show: false } };
   const tight = log ? (_, low, high) => [low / 1.05, high * 1.05] : undefined;
   return {
@@ -128,11 +126,6 @@ function series({ label, colour, data, faint, dashed }) {
 function valueAt(plot, _, line, index) {
   const values = plot.data?.[line] ?? [];
   return number(values.slice(0, (index ?? values.length) + 1).findLast(Number.isFinite));
-}
-
-function short(value) {
-  if (Math.abs(value) >= 1e6) return `${number(value / 1e6)}M`;
-  return Math.abs(value) >= 1e4 ? `${number(value / 1e3)}k` : number(value);
 }
 
 /** Keeps the charts as wide as their boxes. */

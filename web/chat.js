@@ -1,7 +1,5 @@
 // Chat and completion in up to four panes (same question, same seed), and best of n by a verifier.
 // A turn is {user, seed, replies: one a pane, best}; a reply is {parts: [[text, by calculator], ...], note}.
-// For tests: #panes, .pane-model; #chat-input, -send, -stop, -save, -clear, -again, -continue; .user .edit;
-// .reply .words .calculator .note; #set-NAME of each setting; #best-n, -verifier, -go; .answer #verdict.
 
 import { $, api, attempt, button, fillSelect, h, hint, number, on } from "./lib.js";
 import { percent, stored, stream, tie } from "./lib.js";
@@ -11,14 +9,14 @@ const SAMPLING = {
   temperature: "Logits are divided by it before the softmax; 0: always the likeliest token.",
   top_p: "Nucleus sampling (Holtzman et al. 2020): the likeliest tokens that hold this probability.",
   top_k: "Only this many likeliest tokens; 0: all.",
-  min_p: "Drops tokens less likely than this times the likeliest.",
+  min_p: "Keeps tokens with at least this share of the likeliest token's probability.",
   repetition_penalty: "Above 1 makes tokens that were there less likely (Keskar et al. 2019).",
   seed: "The same seed gives the same text; empty: a new one for every message.",
   max_tokens: "At most this many new tokens; empty: what fits into the context.",
 };
-const ENDS = { stop: "ended by the model", length: "cut at the most tokens" };
+const ENDS = { stop: "ended by the model", length: "reached max tokens" };
 const state = stored("chat", {
-  ...{ models: [], panes: "1", turns: [], system: "", calculator: true, history: true },
+  ...{ models: [], panes: "1", turns: [], system: "", calculator: true, history: true, bestN: "16" },
   ...{ temperature: 0.8, top_p: 0.95, top_k: 0, min_p: 0, repetition_penalty: 1, seed: "", max_tokens: "" },
 });
 let known = {}; // id of a model -> its meta
@@ -32,6 +30,7 @@ export function startChat() {
   }
   const names = [...Object.keys(SAMPLING), "calculator", "history", "system"];
   for (const name of names) tie(`set-${name}`, state, name);
+  tie("best-n", state, "bestN");
   tie("panes", state, "panes", show);
   on("submit", { composer: (event) => say(event.submitter === $("best-go")) });
   on("click", { "chat-stop": stopChat, "chat-save": save, "chat-clear": clear });
@@ -92,7 +91,7 @@ function paneHead(id, pane) {
     state.models = state.models.with(pane, select.value);
     show();
   });
-  const kind = known[id]?.chat ? "chat" : "base: continues your last text, knows no conversation";
+  const kind = known[id]?.chat ? "chat" : "base model: continues your last message only";
   return h("div", { class: "pane-head" }, select, " ", h("small", {}, kind));
 }
 
@@ -147,13 +146,17 @@ async function write(turn, continuing) {
   if (work) return;
   work = new AbortController();
   $("chat-stop").disabled = false;
+  $("panes").disabled = true;
+  const keep = setInterval(() => (state.turns = [...state.turns]), 1000); // a reload loses a second
   turn.replies = panes().map((_, pane) => (continuing && turn.replies[pane]) || { parts: [] });
   show();
   const boxes = [...$("chat-log").children].slice(-panes().length);
   if (turn.best) await attempt(() => bestOf(turn, boxes.at(-1)));
   else await Promise.all(boxes.map((box, pane) => reply(turn, pane, box)));
   work = null;
+  clearInterval(keep);
   $("chat-stop").disabled = true;
+  $("panes").disabled = false;
   state.turns = [...state.turns]; // stores them
   show();
 }
@@ -248,6 +251,8 @@ function bestBox({ answers, majority, greedy, n }) {
   const verdict = majority
     ? `The verifier chooses ${best.number} (${percent(best.probability)}), the majority ${majority.number} `
       + `(${majority.votes} of ${n} votes), greedy decoding ${greedy.number}.`
-    : `${n} answers are being written; the verifier reads them when all are there.`;
+    : work
+      ? `${n} answers are being written; the verifier reads them when all are there.`
+      : "Stopped before the verifier read the answers.";
   return h("div", { class: "best" }, h("p", { id: "verdict", role: "status" }, verdict), h("ol", {}, cards));
 }

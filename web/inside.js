@@ -1,7 +1,4 @@
 // Look inside: what a model makes of a text: surprise, next token, lens, contributions, heads, attention.
-// For tests: #inside-model #inside-chat #inside-text #inside-go; .token[data-index] #token-facts #swap-text
-// #swap-go; #next .bar-row with .grow (appends) and .why (makes it the target); #generate #back #tree .node;
-// #lens #parts #parts-sum; .head[data-layer][data-head] #switch-off #heads-on; #attention #attention-facts.
 
 import { $, api, attempt, button, fillSelect, h, hint, number, on, percent, request } from "./lib.js";
 import { stored, stream, table, tie, visible } from "./lib.js";
@@ -18,7 +15,7 @@ const HELP = {
   heads: "Colour: what a head adds to the target's logit (blue: up, red: down). Click: its attention; alt- "
     + "or shift-click: off. Much weight on the first token is an attention sink (Xiao et al. 2023).",
 };
-const OTHER = "Lens, contributions and switches need a model that model.py computes; this one is another's.";
+const OTHER = "Lens, contributions and switches need a model that model.py computes; this one is transformers'.";
 const SHOWN = 10; // next tokens, of the 50 that the server sends for comparisons
 const MOST_NODES = 200;
 const FIRST = "One day a little fox";
@@ -27,7 +24,7 @@ const PLACE = { model: "", text: FIRST, chat: false, off: [], layer: 0, head: 0,
 const state = stored("inside", { ...PLACE, tree: [{ text: FIRST, parent: -1 }], node: 0 });
 let view = null; // the server's answer
 let before = null; // the answer before a swap, at the last token, to compare with
-let map = null; // {weights, size}: attention of all heads of the selected layer
+let map = null; // {layer, weights, size}: attention of all heads of the selected layer
 let work = new AbortController();
 
 export function startInside() {
@@ -46,7 +43,10 @@ export function insideModels({ data }) {
 }
 
 export const showInside = () => $("inside").hidden || view || look();
-export const stopInside = () => work.abort();
+export function stopInside() {
+  work.abort();
+  work = new AbortController();
+}
 
 /** Changes what is looked at, and looks. */
 function choose(changes) {
@@ -123,13 +123,15 @@ function factsOf(i) {
 
 function swapForm(i) {
   if (state.chat) return h("small", {}, " Only in a plain text can tokens be swapped and appended.");
-  const input = h("input", { id: "swap-text", value: view.tokens[i].text });
+  const { text } = view.tokens[i];
+  const disabled = text.startsWith("bytes:"); // a part of a character cannot be typed
+  const input = h("input", { id: "swap-text", value: text, disabled });
   const onsubmit = async (event) => {
     event.preventDefault();
     const swapped = textOf(0, i) + input.value + textOf(i + 1);
     read(swapped, state.node, await attempt(() => ask({ ...state, ...LAST })));
   };
-  const label = h("label", {}, "put in its place", input);
+  const label = h("label", {}, "replace by", input);
   return h("form", { class: "bar", onsubmit }, label, h("button", { id: "swap-go" }, "Swap"));
 }
 
@@ -140,16 +142,20 @@ function textOf(from, to) {
 }
 
 // ---------------------------------------------------------------------- Next token, and the tree of texts
-/** The likeliest next tokens; with heads off or after a swap, those before and after. */
+/** [likeliest next tokens, earlier ones to compare with or null, what differs]. */
+function comparison() {
+  if (view.next_off) return [view.next_off, view.next, `, heads off: ${state.off.length} (thin: all on)`];
+  if (before && state.position < 0) return [view.next, before.next, ", swapped (thin: before)"];
+  return [view.next, null, ""];
+}
+
 function nextCard() {
-  const now = view.next_off ?? view.next;
-  const then = view.next_off ? view.next : state.position < 0 && before ? before.next : null;
+  const [now, then, note] = comparison();
   const first = [...now.slice(0, SHOWN), ...(then ?? []).slice(0, 3)];
   const rows = first.filter((one, i) => first.findIndex(({ id }) => id === one.id) === i);
   const p = (list, id) => list?.find((one) => one.id === id)?.p;
   const bars = rows.map((one) => nextRow(one, p(now, one.id), p(then, one.id), Boolean(then)));
-  const other = view.next_off ? `heads off: ${state.off.length} (thin: all on)` : "swapped (thin: before)";
-  const title = h("small", {}, `after token ${at()}${then ? `, ${other}` : ""}`);
+  const title = h("small", {}, `after token ${at()}${note}`);
   return card("Next token", HELP.next, title, h("div", { id: "next" }, bars));
 }
 
@@ -251,7 +257,6 @@ function headButton(layer, head, share) {
   const click = (event) => {
     const flip = view.lens && (state.switching || event.altKey || event.shiftKey);
     if (flip) return choose({ off: off ? others : [...others, [layer, head]] });
-    if (layer !== state.layer) map = null;
     Object.assign(state, { layer, head });
     return show();
   };
@@ -267,11 +272,12 @@ async function showAttention() {
   const { model, text, chat } = state;
   const layer = Math.min(state.layer, view.layers - 1);
   const head = Math.min(state.head, view.heads - 1);
-  if (!map) {
+  if (map?.layer !== layer) {
     const answer = await attempt(() => request("lab/attention", { model, text, chat, layer }, work.signal));
     if (!answer) return;
     const weights = new Uint8Array(await answer.arrayBuffer());
-    map = { weights, size: Number(answer.headers.get("X-Tokens")) };
+    if (layer !== Math.min(state.layer, view.layers - 1)) return; // another one was chosen meanwhile
+    map = { layer, weights, size: Number(answer.headers.get("X-Tokens")) };
   }
   drawMap(map.weights.subarray(head * map.size ** 2), map.size, `layer ${layer}, head ${head}`);
 }

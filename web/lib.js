@@ -55,9 +55,22 @@ export function tie(id, state, name, changed) {
   });
 }
 
+/** The object in a JSON text, else {}: what a browser has stored may be damaged. */
+function parsed(json) {
+  try {
+    return JSON.parse(json) ?? {};
+  } catch {
+    return {};
+  }
+}
+
 /** An object that survives a reload: what is assigned to its properties is stored in this browser. */
 export function stored(key, initial) {
-  const state = { ...initial, ...JSON.parse(localStorage.getItem(`lab.${key}`)) };
+  const state = { ...initial };
+  for (const [name, value] of Object.entries(parsed(localStorage.getItem(`lab.${key}`)))) {
+    const usual = initial[name] ?? [];
+    if (typeof value === typeof usual && Array.isArray(value) === Array.isArray(usual)) state[name] = value;
+  }
   const set = (_, name, value) => {
     state[name] = value;
     try {
@@ -73,6 +86,7 @@ export function stored(key, initial) {
 // ---------------------------------------------------------------------- Text and numbers
 /** A token as one can see it: spaces and line ends get signs. */
 export const visible = (token) => token.replaceAll(" ", "·").replaceAll("\n", "⏎") || "∅";
+export const runQuery = (names) => names.map((name) => `runs=${encodeURIComponent(name)}`).join("&");
 export const percent = (p) => `${(100 * p).toFixed(p < 0.0995 ? 2 : 1)} %`;
 
 export function text(value) {

@@ -1,23 +1,21 @@
 // Runs: the list, live curves, one run's page, the comparison of ticked runs, a text through all checkpoints.
-// For tests: #run-list tr[data-run=NAME][data-state=STATE] with .tick .open; #empty; #chart-x #chart-smooth
-// #chart-log #chart-perplexity; #run-name #run-state #run-now #pause #resume #run-error #run-log; #samples;
-// #results #settings; #compare; #walk-prompt #walk-go #walk-step #walk-label #walk-text.
 
-import { $, api, attempt, duration, h, number, on, stored, table, text, tie } from "./lib.js";
+import { $, api, attempt, duration, h, number, on, runQuery, stored, table, text, tie } from "./lib.js";
 import { Curve, drawCharts, followWidth } from "./charts.js";
 
 const HEAD = ["", "run", "stage", "state", "step", "loss", "val. loss", "tokens/s", "time left"];
-const SMOKE = "A smoke run: it was cut short, and its figures mean nothing.";
+const SMOKE = "A smoke run: it was cut short, and its results are not meaningful.";
 const USUAL = { ticked: null, x: "step", smooth: "0", log: false, perplexity: false, prompt: "One day" };
 const state = stored("runs", USUAL);
 const curves = new Map(); // run -> Curve, of the watched runs only
-const lines = new Map(); // run -> its table row, kept so that clicks and focus survive the updates
+const rowElements = new Map(); // run -> its table row, kept so that clicks and focus survive the updates
 let app; // {watch, loadModels}
 let rows = []; // what the server last said of all runs
 let opened = ""; // the run whose page is shown; "": the list
 let page = null; // what /lab/run said of the opened run
 let watched = null; // names of the watched runs, joined
 let texts = []; // [label, prompt, text] of each checkpoint of the opened run, oldest first
+let samples = []; // of the opened run, the newest last
 let timer = 0;
 
 export function startRuns(given) {
@@ -34,7 +32,7 @@ export function startRuns(given) {
 
 /** Shows the list (name "") or the page of one run. */
 export function showRuns(name) {
-  [opened, page, texts] = [name, null, []];
+  [opened, page, texts, samples] = [name, null, [], []];
   $("run-list").hidden = Boolean(name);
   $("run-page").hidden = $("run-details").hidden = !name;
   for (const id of ["run-facts", "samples"]) $(id).replaceChildren();
@@ -50,18 +48,19 @@ const hasFolder = (name) => Number.isFinite(rowOf(name)?.step); // one that only
 /** Watches what is shown: the opened run, or the ticked ones. */
 function select() {
   const names = (opened ? [opened] : state.ticked ?? []).filter(hasFolder);
+  const key = [opened, ...names].join(); // the page of a run needs its samples again
   $("chart-bar").hidden = !names.length;
-  if (names.join() === watched) return;
-  watched = names.join();
+  if (key === watched) return;
+  watched = key;
   curves.clear();
   draw();
   app.watch(names);
-  compare(names);
+  compare(names, key);
 }
 
 export function onWatch(data, event) {
   if (event === "runs") showRows(data);
-  if (event === "samples" && data.run === opened) showSamples(data.samples);
+  if (event === "samples" && data.run === opened) showSamples(data);
   if (event !== "curve") return;
   if (data.reset || !curves.has(data.run)) curves.set(data.run, new Curve());
   curves.get(data.run).add(data.lines);
@@ -88,14 +87,14 @@ function showRows(data) {
   select();
   showHead();
   if (!news) return;
-  $("run-list").querySelector("tbody").replaceChildren(...rows.map((row) => lines.get(row.name)));
+  $("run-list").querySelector("tbody").replaceChildren(...rows.map((row) => rowElements.get(row.name)));
   app.loadModels();
   refreshPage();
 }
 
 function showLine(row) {
-  if (!lines.has(row.name)) lines.set(row.name, newLine(row));
-  const line = lines.get(row.name);
+  if (!rowElements.has(row.name)) rowElements.set(row.name, newLine(row));
+  const line = rowElements.get(row.name);
   const left = row.state === "running" && row.seconds_left !== null ? duration(row.seconds_left) : "";
   const figures = [number(row.loss), number(row.val_loss), number(row.tokens_per_second, 3), left];
   const values = [row.stage, row.state, `${number(row.step)} / ${number(row.max_steps)}`, ...figures];
@@ -121,11 +120,11 @@ function newLine({ name, smoke }) {
 const bullets = (list) => h("ul", {}, list.length ? list.map((line) => h("li", {}, line)) : "None.");
 const section = (title, ...content) => h("div", {}, h("h2", {}, title), ...content);
 
-async function compare(names) {
+async function compare(names, key) {
   $("compare").replaceChildren();
   if (names.length < 2) return;
-  const found = await attempt(() => api(`lab/compare?runs=${names.map(encodeURIComponent)}`));
-  if (!found || names.join() !== watched) return;
+  const found = await attempt(() => api(`lab/compare?${runQuery(names)}`));
+  if (!found || key !== watched) return;
   const seen = Object.entries(found.observations).flatMap(([run, list]) => [h("h3", {}, run), bullets(list)]);
   const differences = section("Settings that differ", table(found.differences.head, found.differences.rows));
   $("compare").replaceChildren(differences, section("Observations", ...seen));
@@ -133,13 +132,13 @@ async function compare(names) {
 
 // ---------------------------------------------------------------------- One run's page
 function showHead() {
-  const row = rowOf(opened) ?? { state: "not here", stage: "there is no such run in this folder" };
+  const row = rowOf(opened) ?? { state: "not found", stage: "there is no such run in this folder" };
   const running = ["running", "starting"].includes(row.state);
   const left = running && row.seconds_left ? `, ${duration(row.seconds_left)} left` : "";
   $("run-name").textContent = opened;
   $("run-page").dataset.state = $("run-state").textContent = row.state;
   $("run-now").textContent = `${row.stage}, step ${number(row.step)} of ${number(row.max_steps)}${left}`;
-  $("pause").hidden = !running;
+  $("pause").hidden = row.state !== "running";
   $("resume").hidden = !["interrupted", "lost", "failed"].includes(row.state);
   $("run-error").hidden = !row.error;
   $("run-error").textContent = row.error;
@@ -159,12 +158,12 @@ async function refreshPage() {
   page = found;
   const bold = (key, value) => (page.changed.includes(key) ? h("b", {}, text(value)) : value);
   const settings = Object.entries(page.settings).map(([key, value]) => [bold(key, key), bold(key, value)]);
-  const results = page.tables.map((one) => h("div", {}, h("h3", {}, one.title), table(one.head, one.rows)));
-  const none = h("p", { class: "muted" }, "No results yet: they come when the run has been evaluated.");
+  const none = h("p", { class: "muted" }, "No results yet: evaluate the run with eval.py.");
+  const { head, rows: results } = page.results;
   const changed = h("summary", {}, `Settings (${page.changed.length} changed: bold)`);
   const log = [h("summary", {}, "End of the log"), h("pre", { id: "run-log" }, page.log)];
   $("run-facts").replaceChildren(
-    section("Results", h("div", { id: "results" }, results.length ? results : none)),
+    section("Results", h("div", { id: "results" }, results.length ? table(head, results) : none)),
     section("Observations", bullets(page.observations)),
     page.todo.length ? section("Still to do", bullets(page.todo)) : "",
     h("details", { id: "settings" }, changed, table(["setting", "value"], settings)),
@@ -172,7 +171,8 @@ async function refreshPage() {
   );
 }
 
-function showSamples(samples) {
+function showSamples({ reset, lines }) {
+  samples = [...(reset ? [] : samples), ...lines].slice(-60);
   const words = (one) => h("p", {}, h("span", { class: "muted" }, one.prompt), one.text);
   const item = (one) => h("li", {}, h("b", {}, `step ${number(one.step)}`), words(one));
   const list = h("ol", { class: "scroll", tabindex: 0 }, samples.map(item).reverse());
@@ -185,16 +185,18 @@ async function walk() {
   const [name, prompt] = [opened, state.prompt];
   const models = [...(page?.checkpoints ?? []), ...(rowOf(name)?.state === "finished" ? [name] : [])];
   texts = [];
+  $("walk-go").disabled = true;
   $("walk-label").textContent = models.length ? "" : "No checkpoint yet: the first save makes one.";
   for (const model of models) {
     const body = { model, prompt, max_tokens: 80, temperature: 0.8, top_p: 0.95, seed: 0 };
     const answer = await attempt(() => api("v1/completions", body));
-    if (!answer || name !== opened) return;
+    if (!answer || name !== opened) break;
     texts.push([model === name ? "final" : model.split("/").at(-1), prompt, answer.choices[0].text]);
     $("walk-step").max = texts.length - 1;
     $("walk-step").value = texts.length - 1;
     showStep();
   }
+  $("walk-go").disabled = false;
 }
 
 function showStep() {

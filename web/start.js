@@ -1,6 +1,4 @@
 // Start: a form made of the settings of a stage; Plan says what a run costs, Start begins it.
-// For tests: #start-stage #start-config #start-name #start-plan #start-go #start-anyway #start-text
-// #start-changed #start-why; each setting is #field-NAME inside .field[data-field=NAME].
 
 import { $, api, attempt, fillSelect, h, on, stored, text, tie, toast } from "./lib.js";
 
@@ -25,13 +23,15 @@ export async function startStart() {
 }
 
 async function choose(stage, config, changes = {}) {
+  stage = forms.stages[stage] ? stage : "train";
   const { configs, doc, groups } = forms.stages[stage];
   Object.assign(state, { stage, changes, config: configs.includes(config) ? config : configs[0] });
   fillSelect($("start-config"), { configs }, state.config);
   $("start-doc").textContent = doc;
   const set = await attempt(() => api(`lab/config?${new URLSearchParams({ stage, config: state.config })}`));
+  if (!set) return;
   const boxes = groups.map(({ title, fields }, i) => {
-    const inner = fields.map((field) => fieldBox(field, set?.[field.name] ?? field.default));
+    const inner = fields.map((field) => fieldBox(field, set[field.name] ?? field.default));
     return h("details", { open: i === 0 }, h("summary", {}, title), h("div", { class: "fields" }, inner));
   });
   $("start-fields").replaceChildren(...boxes);
@@ -50,8 +50,7 @@ function fieldBox({ name, kind, choices, help }, usual) {
   const box = h("div", { class: "field", "data-field": name }, label, input, h("small", {}, help));
   box.classList.toggle("changed", name in state.changes);
   input.addEventListener("input", () => {
-    const chosen = choices?.find((choice) => text(choice) === input.value);
-    const entered = kind === "bool" ? input.checked : chosen ?? entry(kind, input.value.trim());
+    const entered = kind === "bool" ? input.checked : input.value.trim();
     const { [name]: _, ...others } = state.changes;
     const same = text(entered) === text(usual ?? "");
     state.changes = same ? others : { ...others, [name]: entered };
@@ -59,12 +58,6 @@ function fieldBox({ name, kind, choices, help }, usual) {
     showChanges();
   });
   return box;
-}
-
-/** A number where it is one ("auto" stays a word: the server checks). */
-function entry(kind, words) {
-  const numeric = ["int", "float"].includes(kind) && words !== "" && Number.isFinite(Number(words));
-  return numeric ? Number(words) : words;
 }
 
 function showChanges() {
