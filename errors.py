@@ -12,17 +12,9 @@ kinds. `eval.py` writes "kinds" into every line of a run's answers/, and `report
 import re
 from fractions import Fraction
 
-from data import (
-    BAD,
-    GOOD,
-    TASKS,
-    CalculatorError,
-    calculate,
-    decimal_text,
-    equations,
-    extract_number,
-    plain_number,
-)
+from data import TASKS
+from tasks.calculator import CalculatorError, calculate, decimal_text, equations, extract_number, plain_number
+from tasks.sentiment import BAD, GOOD
 
 KINDS = {
     # of a wrong solution, at the first step that is not the true one; one kind each

@@ -80,24 +80,12 @@ from data import (
     EMBEDDED,
     TASKS,
     DataError,
-    best_of,
-    bits_per_byte,
-    bootstrap,
-    calculates,
     corpus_info,
     documents,
-    extract_number,
     few_shot,
-    gate,
     judge,
     load_conversations,
     load_task,
-    majority,
-    paired_bootstrap,
-    pass_at,
-    perplexity,
-    proportion,
-    weighted_vote,
 )
 from errors import KINDS, kinds_of, solution_kind
 from finetune import (
@@ -117,8 +105,21 @@ from model import write_atomically
 from sft import mixture
 from support.attention import attention, foremost
 from support.long_context import STREAM, endless, streams
+from support.metrics import (
+    best_of,
+    bits_per_byte,
+    bootstrap,
+    gate,
+    majority,
+    paired_bootstrap,
+    pass_at,
+    perplexity,
+    proportion,
+    weighted_vote,
+)
 from support.model_card import write_model_card
 from support.results import METRICS
+from tasks.calculator import calculates, extract_number
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
 

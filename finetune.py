@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, Task, calculator_answer, find_task, judge, load_task, talk
+from data import TASKS, DataError, Example, Task, find_task, judge, load_task, talk
 from model import ModernDecoderLM, from_hf_config, from_tensors, write_generation_config
 from support.chat_template import (
     WORDS_TEMPLATE,
@@ -64,6 +64,7 @@ from support.memory import Shape, generation_bytes, halving, likelihood_bytes, r
 from support.model_card import write_model_card
 from support.processes import become_worker, worker_pool
 from support.tables import read_jsonl
+from tasks.calculator import calculator_answer
 from tokenizer import (
     CHAT_TEMPLATE,
     EOT,

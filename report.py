@@ -32,11 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import ConfigError, parse_config
-from data import TASKS, perplexity, proportion
+from data import TASKS
 from errors import KINDS
 from lab.log import findings, log
 from lab.pages import lab, machine, streams
 from lab.paper import paper, write_paper
+from support.metrics import perplexity, proportion
 from support.pages import (
     Block,
     Code,

@@ -57,7 +57,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import check_numbers, parse_config
-from data import bits_per_byte, perplexity
 from model import (
     ModelConfig,
     ModernDecoderLM,
@@ -71,6 +70,7 @@ from model import (
 from support.files import remove_folder, write_atomically, write_folder_atomically
 from support.machine import unusable_gpu
 from support.memory import is_out_of_memory
+from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
 from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 

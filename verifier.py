@@ -41,20 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import (
-    TASKS,
-    DataError,
-    Example,
-    auc,
-    auc_within,
-    calibration,
-    judge,
-    load_task,
-    proportion,
-    read_rows,
-    refuse_overlap,
-    talk,
-)
+from data import TASKS, DataError, Example, judge, load_task, read_rows, refuse_overlap, talk
 from finetune import (
     FineTuner,
     TextModel,
@@ -72,6 +59,7 @@ from finetune import (
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
 from support.files import write_atomically
+from support.metrics import auc, auc_within, calibration, proportion
 from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json, run_folder
 
 

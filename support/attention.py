@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from data import arithmetic, things, told_again
 from model import ModernDecoderLM
 from support.inside import look_inside
+from tasks.arithmetic import arithmetic, things, told_again
 
 if TYPE_CHECKING:
     from finetune import TextModel

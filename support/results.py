@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from data import paired_bootstrap
+from support.metrics import paired_bootstrap
 from support.tables import read_jsonl
 
 SMOKE = "SMOKE RUN, no result"  # mark of a run that was shortened

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from data import extract_number, majority
 from finetune import (
     TextModel,
     is_adapter,
@@ -26,8 +25,10 @@ from finetune import (
 )
 from support.inside import logits_of, token_text, without_heads
 from support.memory import free_bytes, free_cached_memory, weight_bytes
+from support.metrics import majority
 from support.results import run_of
 from support.watching import ContextTooLong, NotFound, named_runs
+from tasks.calculator import extract_number
 from train import TrainError, checkpoints
 from verifier import Verifier
 

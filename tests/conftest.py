@@ -62,7 +62,7 @@ def lab_home(tiny, tuned, tmp_path_factory):
 
     import torch
 
-    from data import storyworld
+    from tasks.stories import storyworld
     from tokenizer import Tokenizer, write_tokens
     from train import TrainConfig, pretrain
     from verifier import VerifierConfig, train_verifier

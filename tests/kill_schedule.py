@@ -170,7 +170,8 @@ def make_inputs(folder: Path, stages: list[str]) -> None:
 
 
 def make_tokens(folder: Path) -> None:
-    from data import load_conversations, storyworld
+    from data import load_conversations
+    from tasks.stories import storyworld
     from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens
 
     chats = load_conversations("arithmetic", "train")[0][:200]

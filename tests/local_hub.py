@@ -56,7 +56,7 @@ def make_hub(folder: Path, real: Path | None = None) -> Path:
 
 def make_glue(folder: Path, real: Path | None) -> None:
     """SST-2 of GLUE: sentences end in a space, and the labels of the test split are hidden."""
-    from data import sentiment
+    from tasks.sentiment import sentiment
 
     for split, n, file in (("train", 160, "train"), ("validation", 40, "dev"), ("test", 16, "test")):
         rows = [{"sentence": row["sentence"], "label": row["label"]} for row in sentiment(split, n)]
@@ -78,7 +78,7 @@ def make_samsum(folder: Path, real: Path | None) -> None:
     """Three CSV files; in one training row the dialogue is empty, which `datasets` reads as None."""
     import csv
 
-    from data import dialogue
+    from tasks.dialogue import dialogue
 
     for split, n in (("train", 80), ("validation", 16), ("test", 16)):
         rows = list(dialogue(split, n))
@@ -100,7 +100,7 @@ def make_samsum(folder: Path, real: Path | None) -> None:
 
 def make_gsm8k(folder: Path, real: Path | None) -> None:
     """There is no validation split: data.py takes the last 500 rows of train."""
-    from data import arithmetic
+    from tasks.arithmetic import arithmetic
 
     for split, n in (("train", 560), ("test", 12)):
         rows = [{"question": r["question"], "answer": r["answer"]} for r in arithmetic(split, n)]
@@ -114,7 +114,7 @@ def make_gsm8k(folder: Path, real: Path | None) -> None:
 
 def make_tinystories(folder: Path, real: Path | None) -> None:
     """Stories between lines of <|endoftext|>, in files of two editions."""
-    from data import storyworld
+    from tasks.stories import storyworld
 
     stories = list(storyworld("train", 400))
     if real:
@@ -130,7 +130,7 @@ def make_tinystories(folder: Path, real: Path | None) -> None:
 
 
 def make_fineweb(folder: Path, real: Path | None) -> None:
-    from data import storyworld
+    from tasks.stories import storyworld
 
     texts = list(storyworld("train", 400))
     if real:
@@ -207,7 +207,7 @@ def make_lima(folder: Path) -> None:
 
 
 def questions(split: str, n: int) -> Iterator[tuple[str, str]]:
-    from data import instructions
+    from tasks.instructions import instructions
 
     for row in instructions(split, n):
         yield row["messages"][0]["content"], row["messages"][1]["content"]
@@ -302,7 +302,7 @@ def small_bpe(folder: Path) -> None:
     """vocab.json and merges.txt of a vocabulary of 1,000 tokens."""
     from tokenizers import ByteLevelBPETokenizer
 
-    from data import storyworld
+    from tasks.stories import storyworld
 
     texts = [*storyworld("train", 200), *(" ".join(pair) for pair in questions("train", 200))]
     bpe = ByteLevelBPETokenizer()
@@ -340,7 +340,8 @@ def make_flan_t5(folder: Path) -> None:
         trainers,
     )
 
-    from data import dialogue, storyworld
+    from tasks.dialogue import dialogue
+    from tasks.stories import storyworld
 
     folder.mkdir(parents=True)
     chats = (f"{row['dialogue']} {row['summary']}" for row in dialogue("train", 200))

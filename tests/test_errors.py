@@ -100,7 +100,7 @@ def test_true_answers_have_no_flaws():
 
 
 def test_half_of_our_reviews_need_more_than_their_words():
-    """That is what `data.sentiment` promises, and the rules find them."""
+    """That is what `sentiment` promises, and the rules find them."""
     texts = [e.text for e in load_task("sentiment", "test")[0]]
     hard = sum(bool({"negation", "contrast", "mixed"} & set(review_kinds(t))) for t in texts)
     assert 0.4 < hard / len(texts) < 0.75

@@ -19,11 +19,12 @@ import transformers
 
 import eval as evaluation
 import support.attention as attending
-from data import TASKS, load_task, storyworld
+from data import TASKS, load_task
 from errors import review_kinds
 from eval import EvalConfig, Result, compare, contamination, evaluate, evaluate_text, ngrams, trained_on
 from finetune import FinetuneConfig, TextModel, finetune, load_model
 from model import ModelConfig, ModernDecoderLM
+from tasks.stories import storyworld
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from train import read_json, read_jsonl
 
@@ -398,7 +399,7 @@ def test_every_task_is_explained_in_help():
 
 
 def test_votes_and_choices_on_samples_made_by_hand():
-    from data import best_of, gate, majority, weighted_vote
+    from support.metrics import best_of, gate, majority, weighted_vote
 
     assert best_of([0.1, 0.9, 0.9]) == 1 and best_of([]) is None
     assert weighted_vote(["a", "b", "a"], [0.3, 0.5, 0.3]) == "a" != majority(["b", "b", "a"])
@@ -415,7 +416,7 @@ def test_votes_and_choices_on_samples_made_by_hand():
     ("<<3-3=>>\n#### 0", False), ("<<3*4=>>", False), ("<<=12>>\n#### 12", False), ("", False),
 ])  # fmt: skip
 def test_a_calculator_confirms_a_solution(text, fine):
-    from data import calculates
+    from tasks.calculator import calculates
 
     assert calculates(text) is fine
 

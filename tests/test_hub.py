@@ -13,6 +13,7 @@ import pytest
 
 import data
 from support.hub import hub_file
+from tasks.grammar import SPLITS
 
 ROOT = Path(__file__).parents[1]
 SAMSUM = 'id,dialogue,summary\r\n13818513,"A: hi\r\nB: yo",They greet.\r\n13828807,,Nobody says anything.\r\n'
@@ -57,7 +58,7 @@ def test_a_plain_file_comes_before_the_hubs_cache(cache, tmp_path):
 
 def test_samsum_as_the_hub_has_it_loses_the_row_without_a_dialogue(tmp_path):
     """Three CSV files, of which one row's dialogue comes as None; by the public command."""
-    for split in data.SPLITS:
+    for split in SPLITS:
         put(tmp_path / "hub", "knkarthick/samsum", f"{split}.csv", SAMSUM)
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "DATA_DIR": str(tmp_path / "data")}
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):

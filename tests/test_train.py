@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 import train
-from data import storyworld
 from model import ModelConfig, ModernDecoderLM, load_tensors
+from tasks.stories import storyworld
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens
 from train import AdamW, TrainConfig, Trainer, TrainError, Windows, evaluate_lm, get_batch, get_lr
 

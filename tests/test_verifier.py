@@ -9,8 +9,9 @@ import torch
 
 import dpo
 import verifier as script
-from data import TASKS, Example, auc, auc_within, calibration, load_task
+from data import TASKS, Example, load_task
 from finetune import collate, load_model
+from support.metrics import auc, auc_within, calibration
 from train import TrainError, read_json
 from verifier import (
     Samples,

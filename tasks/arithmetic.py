@@ -1,0 +1,190 @@
+"""arithmetic: word problems of one to four steps with traps, and their worked solutions, in GSM8K's format.
+
+Anna has 3 nuts. Tom is 9 years old. She buys 4 more nuts. How many nuts does Anna have now?
+She has <<3+4=7>>7 nuts.
+#### 7
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from itertools import islice
+
+from tasks.grammar import SEED, Slots, fill, number, parse, pick, split_of
+from tasks.stories import BOYS, GIRLS
+
+ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
+beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
+crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
+ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
+THINGS = [*GIRLS, *BOYS, *(word for pair in ITEMS for word in pair)]
+STEPS = {  # what is told, and what the solution says
+    "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.", ""),
+    "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}."),
+    "buy": ("{He} (buys|finds) {k} more {item}.|{He} gets {k} more {item} from {other}.|{other} gives "
+            "{name} {k} more {item}.", "{He} has {sum} {item}."),
+    "buy boxes": ("{He} (buys|gets) {n} {box} (of {k} {item} each|with {k} {item} in each).",
+                  "{He} has {sum} {item}."),
+    "give": ("{He} gives {k} {item} (to {other}|away).|{He} loses {k} {item}.|Then {he} sells {k} {item}.",
+             "{He} has {sum} {item} left."),
+    "double": ("(A week later|By evening) {he} has twice as many {item}.", "{He} has {sum} {item}."),
+    "times": ("{other} has {k} times as many {item} as {name}.", "{other} has {sum} {item}."),
+    "more": ("{other} has {k} more {item} than {name}.", "{other} has {sum} {item}."),
+    "fewer": ("{other} has {k} fewer {item} than {name}.", "{other} has {sum} {item}."),
+    "together": ("{other} has {k} {item}.", "Together they have {sum} {item}."),
+}  # fmt: skip
+SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "more": "+", "fewer": "-", "together": "+"}
+LARGEST = {"start": 24, "boxes": 9, "buy boxes": 9, "times": 5}
+OF_OTHER = "How many {item} does {other} have?"
+QUESTIONS = {
+    **dict.fromkeys(("times", "more", "fewer"), OF_OTHER),
+    "together": "How many {item} do {name} and {other} have (together|in all)?",
+    "": "How many {item} does {name} have (now|in the end)?|How many {item} does {he} have now?",
+}
+TRAPS = (  # numbers that play no part
+    "{name} is {age} years old.|The shop also sells {m} {thing}.|{He} also has {m} {thing}.|"
+    "{He} buys {m} {thing}.|{He} gives {m} {thing} (to {other}|away).|{other} has {m} {thing}.|"
+    "{third} (has|buys|finds) {m} {item}.|{third} gives {m} {item} away."
+)
+TRAPS_OF_OTHER = (  # if nobody asks about {other}
+    "{other} (has|buys|finds) {m} {item}.|{other} has {m} (more|fewer) {item} than {name}.|"
+    "{other} has {n} times as many {item} as {name}."
+)
+LIMIT = 40  # no number in a problem or its solution is greater
+
+
+def arithmetic_problem(rng: random.Random, steps: int | None = None, traps: int | None = None) -> dict:
+    """A word problem, {"question", "answer"}, annotated as GSM8K's are; every number is from 1 to 40.
+
+    It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
+    somebody, more or fewer, together. One or two sentences (`traps`) have a number that plays no part, or
+    would if something else were asked. `steps`: 1 to 4.
+    """
+    steps = steps or pick(rng, (1, 2, 2, 3, 3, 4))
+    traps = pick(rng, (1, 2)) if traps is None else traps
+    while True:
+        problem = _attempt(rng, steps, traps)
+        if problem:
+            return problem
+
+
+def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
+    """None if a number left the range: the caller tries again."""
+    he, names, others = pick(rng, (("she", GIRLS, BOYS), ("he", BOYS, GIRLS)))  # neither is ever in doubt
+    name, other, third = pick(rng, names), pick(rng, others), pick(rng, others)
+    (item, box), (thing, _) = pick(rng, ITEMS), pick(rng, ITEMS)
+    if item == thing or other == third:
+        return None
+    slots = Slots(name=name, other=other, third=third, he=he, item=item, box=box, thing=thing)
+    told, worked, total, kind = [], [], 0, pick(rng, ("start", "start", "start", "boxes"))
+
+    def work(kind: str, a: int, sign: str, b: int) -> int:
+        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        slots["sum"] = f"<<{a}{sign}{b}={result}>>{result}"
+        worked.append(fill(rng, parse(STEPS[kind][1]), slots))
+        return result
+
+    while True:
+        n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 16))
+        slots.update(n=str(n), k=str(k))
+        told.append(fill(rng, parse(STEPS[kind][0]), slots))
+        if kind == "start":
+            total = k
+        elif kind == "boxes":
+            total = work(kind, n, "*", k)
+        elif kind == "buy boxes":
+            total = work(kind, total, "+", work("boxes", n, "*", k))
+        else:
+            total = work(kind, total, SIGNS[kind], 2 if kind == "double" else k)
+        if not 1 <= total <= LIMIT:
+            return None
+        left = steps - len(worked)
+        if left == 0:
+            break
+        last = ["times", "more", "fewer", "together"] if left == 1 else ["buy boxes"]  # of others at the end
+        kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
+    question = QUESTIONS.get(kind, QUESTIONS[""])
+    possible = list(parse(TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"))
+    for _ in range(traps):
+        slots.update(m=str(number(rng, 2, 24)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
+        trap = fill(rng, [possible.pop(number(rng, 0, len(possible) - 1))], slots)  # nobody has two ages
+        told.insert(number(rng, 1, len(told)), trap)
+    question = fill(rng, parse(question), slots)
+    return {"question": " ".join([*told, question]), "answer": "\n".join([*worked, f"#### {total}"])}
+
+
+def arithmetic(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+    """The word problems of one split, forever or the first `n`; none comes twice.
+
+    The calculation (`9*3=27 27+5=32`) decides the split: a test problem is never a training problem with
+    other names in it.
+    """
+
+    def problems() -> Iterator[dict]:
+        rng, seen = random.Random(f"arithmetic {split} {seed}"), set()
+        while True:
+            problem = arithmetic_problem(rng)
+            calculation = " ".join(re.findall("<<(.*?)>>", problem["answer"]))
+            if split_of(calculation) == split and problem["question"] not in seen:
+                seen.add(problem["question"])
+                yield problem
+
+    return islice(problems(), n)
+
+
+def arithmetic_text(split: str) -> Iterator[str]:
+    """Text to pretrain on, by turns a worked problem and a few plain equations.
+
+    A base model that never saw digits copied and equations solved cannot be taught the word problems later:
+    at 0.8M parameters fine-tuning alone reached 4 %, and 70 % with text like this in pretraining. Equations
+    are facts, which all splits share; the problems are not.
+    """
+    rng = random.Random(f"equations {split} {SEED}")
+    for problem in arithmetic(split):
+        yield f"{problem['question']}\n{problem['answer']}"
+        yield "\n".join(_equation(rng) for _ in range(8))
+
+
+def numbers_text(split: str) -> Iterator[str]:
+    """Text with everything that word problems need except how to solve one: problems told, equations solved,
+    and lists told again.
+
+    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Solving
+    begins with looking numbers up, which is the work of induction heads: find where the last words stood
+    before, and say what came next (Olsson et al., 2022). A model comes by them all at once or not at all.
+    Short lists of random things, each told four times, bring that about within 2M tokens; then the parts of
+    problems that are told again are copied as well, and names in stories. Without lists none of our bases
+    could copy, and SFT, which had to teach it, failed with one in four (report/alignment.md). Half of the
+    equations have the annotated form that solutions use.
+    """
+    rng = random.Random(f"numbers {split} {SEED}")
+    for problem in arithmetic(split):
+        yield "\n".join([problem["question"], told_again(rng, problem["question"], 0.5)]).strip()
+        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
+        yield from ("\n".join([things(rng)] * 4) for _ in range(2))
+
+
+def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
+    """Some of a problem's sentences in another order, without what is asked."""
+    *told, _ = re.split(r"(?<=[.?]) ", question)
+    some = [sentence for sentence in told if rng.random() < share]
+    return " ".join(sorted(some, key=lambda _: rng.random()))
+
+
+def things(rng: random.Random) -> str:
+    """A list of eight random things, a quarter of them numbers."""
+    return " ".join(
+        pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)) for _ in range(8)
+    )
+
+
+def _equation(rng: random.Random, annotated: bool = False) -> str:
+    sign = pick(rng, "++-*")
+    if sign == "*":
+        b = number(rng, 2, 12)
+        a = number(rng, 2, min(12, LIMIT // b))
+    else:
+        a = number(rng, 2, LIMIT - 1)
+        b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
+    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{a}{sign}{b}={result}"

@@ -1,0 +1,127 @@
+"""The answers of worked solutions as numbers, and the calculator that a model may use: `<<9*3=` -> `27>>`."""
+
+import ast
+import operator
+import re
+from collections import deque
+from fractions import Fraction
+
+NUMBER = re.compile(r"(?<![\d.])[-−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+
+
+def extract_number(text: str) -> str | None:
+    """The answer of a worked solution as a plain number: "#### 1,080" and "It costs $1,080.00." → "1080".
+
+    What stands behind the first "####" counts, or else behind the last "A:" or "answer is", or else the last
+    number of all. None if there is none.
+    """
+    if "####" in text:
+        found = NUMBER.search(text.split("####")[1].split("\n")[0])
+    else:
+        marked = re.findall(r"(?:^\s*A:|answer is:?)(.*)$", text, flags=re.M | re.I)
+        found = NUMBER.search(marked[-1]) if marked else None
+        found = found or next(iter(deque(NUMBER.finditer(text), maxlen=1)), None)
+    return plain_number(found[0]) if found else None
+
+
+def plain_number(text: str) -> str:
+    """ "-$1,234.50" → "-1234.5": one spelling for one number, so that answers can be compared as strings."""
+    sign = "-" if text[0] in "-−" else ""
+    digits = re.sub(r"[^\d.]", "", text)
+    whole, _, decimals = digits.partition(".")
+    plain = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0")).rstrip(".")
+    return plain if plain == "0" else sign + plain
+
+
+class CalculatorError(ValueError):
+    """The expression is not arithmetic, has no value, or is too large."""
+
+
+LONGEST, LARGEST = 200, 256  # characters of an expression, bits of a number
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def calculate(expression: str) -> Fraction:
+    """The exact value of an arithmetic expression: numbers, + - * / **, percent, parentheses. Never `eval`.
+
+    Python's parser reads the expression, and only the nodes named in `value_of` are computed. Anything else,
+    and more than a word problem can need, raises CalculatorError, so that no text costs more than a moment.
+    """
+    if len(expression) > LONGEST:
+        raise CalculatorError(f"an expression of {len(expression):,} characters is too long")
+    if not re.fullmatch(r"[0-9.,%()*/+\s-]*", expression):
+        raise CalculatorError(f"{expression!r} is not arithmetic")
+    thousands = r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])"
+    text = re.sub(thousands, lambda number: number[0].replace(",", ""), expression)
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python refuses 007
+    text = " ".join(text.replace("%", " .percent ").split())  # an attribute binds closer than any operator
+    try:
+        return value_of(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, RecursionError, MemoryError):
+        raise CalculatorError(f"{expression!r} is not arithmetic") from None
+    except ZeroDivisionError:
+        raise CalculatorError("division by zero") from None
+
+
+def value_of(node: ast.AST, text: str) -> Fraction:
+    """The value of a node of the parsed `text`."""
+    if isinstance(node, ast.Constant):
+        value = Fraction(ast.get_source_segment(text, node))
+    elif isinstance(node, ast.Attribute) and node.attr == "percent":
+        value = value_of(node.value, text) / 100
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
+        value = SIGNS[type(node.op)](value_of(node.operand, text))
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](value_of(node.left, text), value_of(node.right, text))
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        value = power(value_of(node.left, text), value_of(node.right, text))
+    else:
+        raise CalculatorError(f"{text!r} is not arithmetic")
+    if bits(value) > LARGEST:
+        raise CalculatorError("a number is too large")
+    return value
+
+
+def power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        raise CalculatorError(f"cannot raise {decimal_text(base)} to {decimal_text(exponent)}")
+    if abs(exponent) * bits(base) > 2 * LARGEST:  # before it is computed, not after
+        raise CalculatorError("a number is too large")
+    return base ** int(exponent)
+
+
+def bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def decimal_text(value: Fraction, places: int = 4) -> str:
+    """A Fraction as people write it: "24", "2.5", and "0.3333" where the decimals do not end."""
+    scaled = round(abs(value) * 10**places)
+    whole, rest = divmod(scaled, 10**places)
+    text = f"{whole}.{rest:0{places}}".rstrip("0").rstrip(".") if rest else str(whole)
+    return f"-{text}" if value < 0 and scaled else text
+
+
+def calculator_answer(text: str) -> str | None:
+    """What a calculator types behind a text that ends in an open annotation: "... is <<9*3=" → "27>>"."""
+    found = re.search(r"<<([^<>=]*)=$", text[-210:])
+    try:
+        return f"{decimal_text(calculate(found[1]))}>>" if found else None
+    except CalculatorError:
+        return None
+
+
+def equations(text: str) -> list[tuple[str, str]]:
+    """The annotated steps of a solution, [(expression, result), ...] of `<<expression=result>>`."""
+    return [(e.replace(" ", ""), r.strip()) for e, r in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", text)]
+
+
+def calculates(text: str) -> bool:
+    """Whether every annotated step of a solution is calculated right, and its last result is its answer."""
+    steps = equations(text)
+    try:
+        right = all(decimal_text(calculate(e)) == extract_number(r) for e, r in steps)
+    except CalculatorError:
+        return False
+    return bool(steps) and right and extract_number(steps[-1][1]) == extract_number(text)

@@ -1,0 +1,85 @@
+"""A small grammar with which the embedded tasks write: choices and slots, and a split for all that is drawn.
+
+    fill(random.Random(1), parse("{A_thing} is (here|there)."), Slots(thing="apple"))  # An apple is there.
+
+The generators give the same text on every machine and in every Python.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
+
+SPLITS = ("train", "validation", "test")
+SEED = 1  # of all generators: another seed is another corpus
+
+
+def pick(rng: random.Random, options):
+    """One of `options`. Of all of `random`, only random() is promised to stay the same in every Python."""
+    return options[int(rng.random() * len(options))]
+
+
+@cache
+def parse(template: str) -> list:
+    """`a (b|c) {d}` → its alternatives, each a list of str, (slot, capital?) or, again, alternatives."""
+    stack = [[[]]]
+    for token in re.findall(r"[(|)]|\{\w+\}|[^(|){]+", template.replace("“", '"').replace("”", '"')):
+        if token == "(":
+            stack.append([[]])
+        elif token == "|":
+            stack[-1].append([])
+        elif token == ")":
+            alternatives = stack.pop()
+            stack[-1][-1].append(alternatives)
+        elif token[0] == "{":
+            stack[-1][-1].append((token[1:-1].lower(), token[1].isupper()))
+        else:
+            stack[-1][-1].append(token)
+    return stack[0]
+
+
+def fill(rng: random.Random, alternatives: list, slots: dict) -> str:
+    """One of the alternatives, with its choices made and its slots filled; {He} is {he} with a capital."""
+    out = []
+    for part in pick(rng, alternatives):
+        if type(part) is str:
+            out.append(part)
+        elif type(part) is list:
+            out.append(fill(rng, part, slots))
+        else:
+            text = slots[part[0]]
+            out.append(text[:1].upper() + text[1:] if part[1] else text)
+    return "".join(out)
+
+
+class Slots(dict):
+    def __missing__(self, name: str) -> str:  # {a_cup} is {cup} with its article
+        noun = self[name.removeprefix("a_")]
+        return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def split_of(signature: str) -> str:
+    """The split where everything with this signature lives: 90 % train, 5 % validation, 5 % test."""
+    bucket = zlib.crc32(signature.encode()) % 20
+    return "validation" if bucket == 0 else "test" if bucket == 1 else "train"
+
+
+def number(rng: random.Random, low: int, high: int) -> int:
+    return low + int(rng.random() * (high - low + 1))
+
+
+def generated(name: str, make: Callable, split: str, n: int | None, seed: int) -> Iterator[dict]:
+    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature)."""
+
+    def rows() -> Iterator[dict]:
+        rng, seen = random.Random(f"{name} {split} {seed}"), set()
+        while True:
+            row, signature = make(rng)
+            text = next(iter(row.values()))
+            if split_of(signature) == split and text not in seen:
+                seen.add(text)
+                yield row
+
+    return islice(rows(), n)

@@ -1,0 +1,139 @@
+"""storyworld: short stories in a vocabulary of 960 words, as many as you want.
+
+    Once upon a time there was a clever boy named Hugo who loved soup. ... "Next time I will play where it is
+    flat," said Hugo, and Lily laughed.
+
+The plots are in stories.txt; here are the words that they draw, and the teller.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import count, islice
+from pathlib import Path
+
+from tasks.grammar import SEED, Slots, fill, parse, pick, split_of
+
+GIRLS = "Anna Clara Daisy Ella Emma Hanna Ivy Lena Lily Lucy Maya Mia Molly Nora Rosa Ruby Sara Zoe".split()
+BOYS = "Adam Anton Ben Emil Finn Hugo Jack Leo Luke Max Nico Noah Omar Oscar Otto Sam Theo Tom".split()
+ELDERS = dict.fromkeys(("Mama", "Grandma", "Aunt Rose"), "she")
+ELDERS |= dict.fromkeys(("Papa", "Grandpa", "Uncle Ned"), "he")
+PRONOUNS = {"she": ("she", "her", "her", "herself"), "he": ("he", "him", "his", "himself")}
+CHARACTER = ("little", "small", "young", "cheerful", "brave", "clever")
+HOUSES = ("a small white house", "a yellow house", "a little stone house", "a house with a green door")
+DENS = {  # where an animal lives
+    "rabbit": "a warm burrow", "mouse": "a snug little hole", "bear": "a dry cave", "fox": "a deep den",
+    "hedgehog": "a nest of leaves", "squirrel": "a hollow tree", "badger": "a wide burrow",
+    "otter": "a den of roots",
+}  # fmt: skip
+NEAR = (
+    "by the sea", "near the old mill", "at the edge of the wood", "on top of a hill", "beside a stream",
+    "at the end of a long road", "behind the market", "near a little bridge",
+)  # fmt: skip
+HABITS = (  # what the hero is like, and how that comes back at the end
+    ("loved to sing", "sang about it until {he} fell asleep"),
+    ("loved to draw", "drew a picture of it all and hung it over the bed"),
+    ("loved to dance", "danced three times around the kitchen table"),
+    ("loved soup", "ate two bowls of soup and asked for a third"),
+    ("loved pancakes", "ate five pancakes and could not say a word"),
+    ("loved stories", "made a story out of it and told it to the moon"),
+    ("counted everything", "counted the stars until {his} eyes closed"),
+    ("asked a hundred questions a day", "asked one last question and fell asleep before the answer"),
+    ("liked to hum", "sat at the window and hummed to the moon"),
+    ("could never sit still", "was so tired that {he} sat still at last"),
+    ("kept all {his} treasures in a tin box", "put a small stone in the tin box, to remember the day"),
+    ("laughed at almost everything", "laughed about it so much that the bed shook"),
+)
+
+PLOTS = (Path(__file__).parent / "stories.txt").read_text(encoding="utf-8")
+
+
+@cache
+def _plots() -> dict[str, list]:
+    """PLOTS as {name: beats}. A beat: (facts needed, slots drawn, alternatives); None starts a paragraph."""
+    plots = {}
+    for block in re.split(r"^# ", PLOTS, flags=re.M)[1:]:
+        name, *lines = re.sub(r"\n(    |(?=\|))", " ", block).strip().split("\n")
+        plots[name] = [_beat(line) if line else None for line in lines]
+    return plots
+
+
+def _beat(line: str) -> tuple:
+    facts, slots, text = re.fullmatch(r"(?:([a-z ]+): )?(?:([a-z, ]+) = ?)?(.*)", line).groups()
+    if slots is None:
+        return (facts or "").split(), None, parse(text)
+    rows = [row.split(" / ") for row in re.split(r"\|(?![^(]*\))", text) if row.strip()]
+    return (facts or "").split(), slots.split(", "), [[parse(cell.strip()) for cell in row] for row in rows]
+
+
+def _cast(rng: random.Random) -> Slots:
+    """Who is in the story. Hero and friend are a girl and a boy, so that no "she" can mean the other."""
+    girl, boy = (pick(rng, GIRLS), "she", "girl"), (pick(rng, BOYS), "he", "boy")
+    (hero, he, kind), (friend, f_he, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
+    elder = pick(rng, list(ELDERS))
+    animals = rng.random() < 0.4
+    if animals:
+        kind, f_kind = pick(rng, list(DENS)), pick(rng, list(DENS))
+    slots = Slots(
+        hero=hero,
+        hero_kind=f"{pick(rng, CHARACTER)} {kind}",
+        friend=friend,
+        friend_the=f"{friend} the {f_kind}" if animals else f"{friend} from next door",
+        elder=elder,
+        house=DENS[kind] if animals else pick(rng, HOUSES),
+        near=pick(rng, NEAR),
+        hand="paw" if animals else "hand",
+        hands="paws" if animals else "hands",
+    )
+    for prefix, pronoun in (("", he), ("f_", f_he), ("e_", ELDERS[elder])):
+        for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
+            slots[prefix + slot] = word
+    habit, callback = pick(rng, HABITS)
+    slots.update(habit=fill(rng, parse(habit), slots), callback=fill(rng, parse(callback), slots))
+    return slots
+
+
+def _tell(rng: random.Random, beats: list, slots: Slots, facts: set[str]) -> str:
+    """The beats as text: sentences joined by spaces, paragraphs by line breaks. Fills `slots` and `facts`."""
+    paragraphs = [[]]
+    for beat in beats:
+        if beat is None:
+            paragraphs.append([])
+            continue
+        needed, drawn, alternatives = beat
+        if needed and (needed[-1] in facts if needed[0] == "not" else facts.isdisjoint(needed)):
+            continue
+        if drawn:
+            values = [fill(rng, cell, slots) for cell in pick(rng, alternatives)]
+            slots.update(zip(drawn, values, strict=True))
+            facts.update(values)
+        else:
+            paragraphs[-1].append(fill(rng, alternatives, slots).strip())
+    return "\n".join(" ".join(filter(None, sentences)) for sentences in paragraphs)
+
+
+def story(index: int, seed: int = SEED) -> tuple[str, str]:
+    """Story number `index`, and its signature: the plot, the three names, and all that was drawn.
+
+    How many there are: no two of the first 3,000,000 are alike, so more than 10^12 (birthday bound, 95 %);
+    the median story has probability 2^-53. Learning by heart does not help: of all runs of 48 words (a third
+    of a story) in the validation text, 9 % occur in the training text.
+    """
+    rng = random.Random((seed << 40) + index)
+    slots, facts = _cast(rng), set()
+    opening, ending, *plots = _plots()
+    plot = pick(rng, plots)
+    text = _tell(rng, _plots()[opening], slots, facts) + " " + _tell(rng, _plots()[plot], slots, facts)
+    if rng.random() < 0.35:
+        text = f"{text} {_tell(rng, _plots()[ending], slots, facts)}".rstrip()
+    return text, " ".join([plot, slots["hero"], slots["friend"], slots["elder"], *sorted(facts)])
+
+
+def storyworld(split: str, n: int | None = None, seed: int = SEED) -> Iterator[str]:
+    """The stories of one split, forever or the first `n`.
+
+    All stories with one signature are in one split, so a test story is never a training story in other words.
+    """
+    told = (story(index, seed) for index in count())
+    return islice((text for text, signature in told if split_of(signature) == split), n)
