@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import data
 from support.metrics import (
     bits_per_byte,
+    bootstrap,
     macro_f1,
     majority,
     paired_bootstrap,
