@@ -5,7 +5,6 @@
     python chat.py out/sft --chat                             # turns of user and assistant
     python chat.py gpt2 --prompt="The three laws are"         # a model of the hub, or an adapter's folder
     python chat.py out/base --checkpoints --prompt="One day"  # what each kept checkpoint makes of it
-    python chat.py --bench                                    # decoding speed beside transformers' generate
 
 Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
 """
@@ -44,14 +43,11 @@ class ChatConfig:
     device: str = "auto"  # cuda, cpu, ...
     compile: bool = False  # compile the decoding step: a minute to start, then faster
     checkpoints: bool = False  # ask every kept checkpoint of the run; the report shows generations.jsonl
-    bench: bool = False  # measure decoding speed and stop
 
 
 def main() -> None:
     cfg = parse_config(ChatConfig, __doc__, with_model(sys.argv[1:]))
     try:
-        if cfg.bench:
-            return benchmark(cfg)
         if cfg.checkpoints:
             return ask_checkpoints(cfg)
         model = load(cfg)
@@ -167,75 +163,6 @@ def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict])
             print("---")
     print(f"[{count} tokens, {count / (time.perf_counter() - begun):.0f} tokens/s]", file=sys.stderr)
     return said
-
-
-def benchmark(cfg: ChatConfig) -> dict[str, dict[str, float]]:
-    """Greedy decoding of 256 tokens, ours beside transformers' `generate` on the same weights and, if
-    installed, litgpt's (one row, its own weights): interleaved, medians.
-
-    Random weights of a fixed shape (6 layers of width 288, vocabulary 4,096): speed does not depend on what
-    they say.
-    """
-    import copy
-    import importlib.util
-
-    import torch
-    import transformers
-
-    from model import ModelConfig, ModernDecoderLM, to_hf_config, to_hf_tensors
-    from train import hardware, litgpt_twin, pick_device
-
-    device, T = pick_device(cfg.device), 256
-    c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)
-    ours = ModernDecoderLM(c).to(device)
-    keys = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys)).eval().to(device)
-    theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
-    quick = copy.deepcopy(ours).pack(transposed=False) if cfg.compile else None
-    ours.pack()  # as this script does with every model it loads
-    greedy = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=T, pad_token_id=0, eos_token_id=None
-    )
-    print(
-        f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32, "
-        f"{T} tokens from a prompt of 8"
-    )
-    found = {}
-    for batch in (1, 16):
-        ids = torch.randint(c.vocab_size, (batch, 8), device=device)
-        runs = {
-            "transformers": lambda ids=ids: theirs.generate(ids, generation_config=copy.copy(greedy)),
-            "ours": lambda ids=ids: ours.generate(ids.tolist(), T, temperature=0),
-        }
-        if batch == 1 and importlib.util.find_spec("litgpt"):
-            from litgpt.generate.base import generate
-
-            twin = litgpt_twin(c).to(device).eval()
-            twin.set_kv_cache(batch_size=1, device=device)
-            runs["litgpt"] = lambda ids=ids, twin=twin: generate(
-                twin, ids[0], 8 + T, temperature=0.0, top_p=0.0
-            )
-        if cfg.compile:
-            laid_out = quick if batch == 1 else ours
-            runs["ours, compiled"] = lambda ids=ids, model=laid_out: model.generate(
-                ids.tolist(), T, temperature=0, compile=True
-            )
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for i in range(6):
-            for name, run in runs.items():
-                begun = time.perf_counter()
-                with torch.inference_mode():
-                    run()
-                if i:  # the first round allocates and compiles
-                    times[name].append(time.perf_counter() - begun)
-        rates = found[f"batch {batch}"] = {name: batch * T / sorted(some)[2] for name, some in times.items()}
-        for name, rate in rates.items():
-            times_theirs = rate / rates["transformers"]
-            print(
-                f"batch {batch:2}  {name:16} {rate:9,.0f} tok/s  {times_theirs:5.2f}x transformers",
-                flush=True,
-            )
-    return found
 
 
 if __name__ == "__main__":

@@ -87,7 +87,6 @@ from data import (
     load_conversations,
     load_task,
 )
-from errors import KINDS, kinds_of, solution_kind
 from finetune import (
     TextModel,
     ask,
@@ -120,6 +119,7 @@ from support.metrics import (
 from support.model_card import write_model_card
 from support.results import METRICS
 from tasks.calculator import calculates, extract_number
+from tasks.mistakes import KINDS, kinds_of, solution_kind
 from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
 

@@ -9,7 +9,7 @@ of a data sheet's. `memory`: peaks of training steps against `estimate_memory`, 
 thing each (a CUDA card only). `training`: the configs' own steps, eager and, on a card, compiled, where a
 step's time goes (there kernel by kernel), and whether the loader is ever waited for. `attention`: in blocks,
 as model.py computes it on a CPU, beside torch's. `decoding`: ours beside transformers' generate, same
-weights. `peers`: what `train.py --bench` and `chat.py --bench` measure beside transformers and, if installed,
+weights. `peers`: what `python -m lab.peers` measures beside transformers and, if installed,
 litgpt, on one thread of a CPU. `data`: megabytes tokenised a second and core. Medians; what is compared is
 interleaved.
 """
@@ -33,10 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from chat import ChatConfig
-from chat import benchmark as decoding_benchmark
 from configs import ConfigError, parse_config
 from data import documents
+from lab.peers import PeersConfig, training_step
+from lab.peers import decoding as decoding_benchmark
 from model import (
     AttentionInBlocks,
     ModelConfig,
@@ -54,7 +54,6 @@ from train import (
     Step,
     TrainConfig,
     Windows,
-    benchmark,
     fit_batch,
     git_commit,
     hardware,
@@ -387,10 +386,10 @@ def peers(cfg: HardwareConfig, device: torch.device) -> dict:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        step = benchmark(TrainConfig(device=cfg.device, compile=cfg.compile))
+        step = training_step(PeersConfig(device=cfg.device, compile=cfg.compile))
         return {
             "step": step,
-            "decoding": decoding_benchmark(ChatConfig(device=cfg.device, compile=cfg.compile)),
+            "decoding": decoding_benchmark(PeersConfig(device=cfg.device, compile=cfg.compile)),
         }
     finally:
         torch.set_num_threads(before)

@@ -33,7 +33,6 @@ from pathlib import Path
 
 from configs import ConfigError, parse_config
 from data import TASKS
-from errors import KINDS
 from lab.log import findings, log
 from lab.pages import lab, machine, streams
 from lab.paper import paper, write_paper
@@ -67,6 +66,7 @@ from support.results import (
     value_of,
 )
 from support.tables import read_jsonl
+from tasks.mistakes import KINDS
 
 
 @dataclass
@@ -502,7 +502,7 @@ def failures(home: Path) -> list[Block]:
 
 
 def sorted_mistakes(model: str, name: str, task: str, records: list[dict], entry: dict) -> list[Block]:
-    """How many answers are of which kind, with an example of each; what a kind is, errors.py says."""
+    """How many answers are of which kind, with an example of each; what a kind is, tasks/mistakes.py says."""
     kinds = {k: [r for r in records if k in r["kinds"]] for k in KINDS}
     kinds = {k: some for k, some in kinds.items() if some}
     if TASKS[task].metric == "rouge":

@@ -8,7 +8,6 @@ each split of a corpus as one flat file of tokens, which training maps into memo
     python tokenizer.py configs/cpu.py                         # what a profile asks for
     python tokenizer.py --corpus="notes/*.txt" --vocab_size=8192
     python tokenizer.py --corpus=tinystories --tokenizer=gpt2  # nothing to learn: GPT-2's 50,257 tokens
-    python tokenizer.py --corpus=wikitext2 --bench             # how fast, beside the libraries
 
 Reads a corpus through data.py. Writes a folder, by default `out/tokens/CORPUS-SIZE/`: `tokenizer.json`,
 which `transformers.AutoTokenizer` loads too, and a `.bin` and a `.json` for each split. What is there already
@@ -75,7 +74,6 @@ class TokenizerStageConfig(TokenizerConfig):
     train_megabytes: float = 0.0  # of training text to encode, where a run reads less than there is. 0: all
     workers: int = 0  # threads and processes; 0: one for each core
     overwrite: bool = False  # make everything in the folder again
-    bench: bool = False  # measure speed beside tokenizers, tiktoken and rustbpe; writes nothing
 
 
 # -----------------------------------------------------------------------------
@@ -947,83 +945,11 @@ def report(tokenizer: Tokenizer, sample: str) -> None:
         print("  " + "|".join(token.decode("utf-8", "backslashreplace") for token in tokens))
 
 
-# -----------------------------------------------------------------------------
-# Speed
-
-
-def bench(cfg: TokenizerStageConfig) -> None:
-    """Ours beside the libraries, on the same text, in one process. Compare rows of one run only."""
-    import tempfile
-
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, trainers
-
-    texts = list(at_most(documents(cfg.corpus, "train"), 20e6))
-
-    def ours():
-        return train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS, workers=cfg.workers)
-
-    def hugging_face():
-        model = tokenizers.Tokenizer(models.BPE())
-        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-        options |= {"vocab_size": cfg.vocab_size, "special_tokens": SPECIAL_TOKENS}
-        model.train_from_iterator(texts, trainers.BpeTrainer(**options))
-
-    def rust():
-        import rustbpe
-
-        size = cfg.vocab_size - len(SPECIAL_TOKENS)
-        rustbpe.Tokenizer().train_from_iterator(iter(texts), size, pattern=GPT2_PATTERN)
-
-    learners = {"tokenizer.py": ours, "tokenizers": hugging_face, "rustbpe": rust}
-    in_turns(f"learning {cfg.vocab_size:,} tokens", texts, learners)
-
-    mine = Tokenizer(*ours(), SPECIAL_TOKENS)
-    with tempfile.TemporaryDirectory() as folder:
-        mine.save(folder)
-        theirs = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-    core, whole = mine._core, "".join(texts)[: 100 * SLAB]
-    texts = [whole[i : i + SLAB] for i in range(0, len(whole), SLAB)]
-
-    def plain_anew():
-        mine._words.clear()
-        return [mine.encode_plain(text) for text in texts]
-
-    encoders = {
-        "encode_batch": lambda: mine.encode_batch(texts),
-        "tiktoken, a thread for each core": lambda: core.encode_ordinary_batch(texts, num_threads=CORES),
-        "encode": lambda: [mine.encode(text) for text in texts],
-        "tiktoken, 1 thread": lambda: [core.encode_ordinary(text) for text in texts],
-        "encode_plain, all words new": plain_anew,
-        "encode_plain": lambda: [mine.encode_plain(text) for text in texts],
-        "tokenizers.encode_batch_fast": lambda: [e.ids for e in theirs.encode_batch_fast(texts)],
-        "tokenizers.encode": lambda: [theirs.encode(text).ids for text in texts],
-    }
-    in_turns("encoding documents of 64 KB", texts, encoders)
-
-
-def in_turns(what: str, texts: list[str], contenders: dict, rounds: int = 3) -> None:
-    """Print each one's medians; in turns, there and back, so that nobody has the slow minute or place."""
-    megabytes, times = sum(len(text.encode()) for text in texts) / 1e6, {name: [] for name in contenders}
-    for turn in range(rounds):
-        for name, run in list(contenders.items())[:: (1, -1)[turn % 2]]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            with suppress(ImportError):  # a library that is not installed
-                run()
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    print(f"{what}, {megabytes:.1f} MB, {CORES} cores")
-    for name, rows in times.items():
-        if rows:
-            wall, cpu = (sorted(column)[rounds // 2] for column in zip(*rows, strict=True))
-            print(f"  {name:34}{wall:6.2f} s, {megabytes / wall:5.1f} MB/s; {cpu:6.2f} CPU s")
-
-
 def main() -> None:
     cfg = parse_config(TokenizerStageConfig, __doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the way that cleans up
     try:
-        bench(cfg) if cfg.bench else prepare_tokens(cfg)
+        prepare_tokens(cfg)
     except KeyboardInterrupt:
         print("interrupted; nothing is half-written, the same command goes on", file=sys.stderr)
         raise

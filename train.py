@@ -65,7 +65,6 @@ from model import (
     estimate_memory,
     fastest_products,
     float32_products,
-    to_hf_config,
 )
 from support.files import remove_folder, write_atomically, write_folder_atomically
 from support.machine import unusable_gpu
@@ -126,14 +125,13 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
     vram: float = 0.0  # plan for a card with this many GB instead of the one here
     card: str = ""  # plan for a card of this name, such as "RTX 3090"
     list: bool = False  # list runs and checkpoints, and stop
-    bench: bool = False  # compare the training step with other libraries', and stop
 
 
 # What may differ when a run is resumed, because it does not change the numbers that training produces.
 FREE_TO_CHANGE = """
     name out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every
     eval_every eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis
-    baseline overwrite plan measure vram card list bench
+    baseline overwrite plan measure vram card list
 """.split()  # (batch_size times grad_accum_steps is checked apart)
 
 # A model that was moved is still the same: where run.json has the same hash of the weights, paths may differ.
@@ -743,7 +741,7 @@ class Trainer:
             self.say("torch.compile needs triton, which is not installed; going on without")
         elif wanted:
             self.compiled = torch.compile(self.net)
-        asks = ("overwrite", "plan", "measure", "list", "bench")
+        asks = ("overwrite", "plan", "measure", "list")
         settings = {k: v for k, v in asdict(cfg).items() if k not in asks}
         before = self.run
         self.run = {
@@ -1745,98 +1743,6 @@ def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:
     return 2 * n**3 / best
 
 
-def litgpt_twin(c: ModelConfig) -> nn.Module:
-    """A Llama of this shape by litgpt, if that is installed: for benchmarks."""
-    from litgpt import GPT, Config
-
-    shape = dict(block_size=c.context_length, n_layer=c.n_layers, n_head=c.n_heads, n_embd=c.d_model)
-    shape |= dict(vocab_size=c.vocab_size, padded_vocab_size=c.vocab_size, intermediate_size=c.d_ff)
-    parts = dict(norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", rotary_percentage=1.0)
-    return GPT(Config(**shape, **parts, parallel_residual=False, bias=False))
-
-
-def benchmark(cfg: TrainConfig) -> dict[str, dict[str, float]]:
-    """One optimizer step, ours against transformers' Llama and, if installed, litgpt's: interleaved, medians.
-
-    The shape is 6 layers of width 288, context 256, vocabulary 4,096, 16 sequences: forward, loss, backward,
-    clip, fused AdamW. OMP_NUM_THREADS=1 measures one thread; --compile adds compiled contenders (a minute
-    each to start). Others as they come, and again with `fastest_products` where these are others.
-    """
-    import transformers
-
-    device = pick_device(cfg.device)
-    dtype = pick_dtype("float32" if cfg.dtype == "auto" else cfg.dtype, device)
-    torch.set_flush_denormal(True)
-    c = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=256, vocab_size=4096)
-    ids = torch.randint(c.vocab_size, (16, c.context_length), device=device)
-    llama = {k: v for k, v in to_hf_config(c).items() if k not in ("architectures", "model_type", "dtype")}
-    models = {
-        "ours": ModernDecoderLM(c),
-        "transformers": transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
-    }
-    if importlib.util.find_spec("litgpt"):
-        models["litgpt"] = litgpt_twin(c)
-
-    def say(text: str) -> None:  # not into the table
-        print(text, file=sys.stderr, flush=True)
-
-    def stepper(name: str, model: nn.Module, compiled: bool, precision: str):
-        model = model.to(device).train()
-        optimizer = torch_adamw([{"params": list(model.parameters())}], {"lr": 1e-4})
-        net = torch.compile(model) if compiled else model
-
-        def step():
-            with float32_products(precision):
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    if name == "ours":
-                        loss, n = net(ids[:, :-1], ids[:, 1:])
-                        loss = loss / n
-                    else:
-                        out = net(ids[:, :-1])
-                        logits = out.logits if name == "transformers" else out
-                        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-                loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return step
-
-    default, ours, steps = torch.get_float32_matmul_precision(), fastest_products(device), {}
-    for compiled in (False, True) if cfg.compile is True else (False,):
-        way = "compiled" if compiled else "eager"
-        for name, model in models.items():
-            steps[f"{name}, {way}"] = stepper(name, model, compiled, ours if name == "ours" else default)
-            if name != "ours" and ours != default:
-                steps[f"{name}, {way}, oneDNN"] = stepper(name, model, compiled, ours)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    rounds = 12
-    for i in range(rounds):
-        say(f"round {i + 1} of {rounds}")
-        for name, step in steps.items():
-            if i == 0:
-                say(f"  {name}: first step" + ", which compiles: a minute" * ("compiled" in name))
-            begun = time.perf_counter()
-            step()
-            if i > 1:  # the first two allocate and compile
-                times[name].append(time.perf_counter() - begun)
-    tokens, flops = ids[:, 1:].numel(), estimate_flops(c)
-    with float32_products(ours):
-        peak = matmul_flops(dtype) if device.type == "cpu" else peak_flops(torch.cuda.get_device_name(device))
-    rates = {name: tokens / float(np.median(measured)) for name, measured in times.items()}
-    found = {"tokens_per_second": rates}
-    if peak:
-        found["share_of_matmul"] = {name: rate * flops / peak for name, rate in rates.items()}
-    print(f"{hardware(device)['device']}, {torch.get_num_threads()} threads, {dtype}")
-    for name, rate in rates.items():
-        share = f"{found['share_of_matmul'][name]:6.1%} of matmul peak" if peak else ""
-        times_theirs = rate / rates["transformers, eager"]
-        print(f"{name:30} {rate:9,.0f} tok/s  {times_theirs:5.2f}x transformers eager  {share}", flush=True)
-    return found
-
-
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--batch_size=auto"]
     cfg = parse_config(TrainConfig, __doc__, words)
@@ -1847,8 +1753,6 @@ def main() -> None:
             list_runs(cfg.out)
         elif cfg.plan or cfg.measure:
             print_plan(cfg)
-        elif cfg.bench:
-            benchmark(cfg)
         else:
             run = pretrain(cfg)
             report(cfg, run)

@@ -297,7 +297,7 @@ def other_libraries(peers: dict, more: str) -> list[Block]:
     for task, rates in peers["decoding"].items():
         cells += speed_rows(f"decoding, {task}", rates, "transformers")
     words = "Other libraries with the same shape: 6 layers of width 288, float32, on one CPU thread: "
-    words += "`OMP_NUM_THREADS=1 python train.py --bench --compile`, `... chat.py --bench --compile`."
+    words += "`OMP_NUM_THREADS=1 python -m lab.peers --what=step,decoding --compile`."
     if shares := peers["step"].get("share_of_matmul"):
         best = max((s, who) for who, s in shares.items() if who.startswith("ours"))
         how = best[1].removeprefix("ours, ")

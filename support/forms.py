@@ -13,7 +13,7 @@ from support.watching import STAGES
 
 CLASSES = {"train": "TrainConfig", "finetune": "FinetuneConfig", "sft": "SFTConfig", "dpo": "DPOConfig"}
 CLASSES |= {"verifier": "VerifierConfig"}
-NOT_HERE = "out name overwrite plan measure vram card list bench verifier problem answer wandb".split()
+NOT_HERE = "out name overwrite plan measure vram card list verifier problem answer wandb".split()
 
 
 def config_class(stage: str):

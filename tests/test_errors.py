@@ -3,7 +3,7 @@
 import pytest
 
 from data import TASKS, load_task
-from errors import KINDS, kinds_of, review_kinds, solution_kind, summary_kinds
+from tasks.mistakes import KINDS, kinds_of, review_kinds, solution_kind, summary_kinds
 
 QUESTION = (
     "Mia has 3 boxes of 4 pens. Tom is 9 years old. Mia buys 2 pens and gives 5 away. How many are left?"

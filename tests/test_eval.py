@@ -20,10 +20,10 @@ import transformers
 import eval as evaluation
 import support.attention as attending
 from data import TASKS, load_task
-from errors import review_kinds
 from eval import EvalConfig, Result, compare, contamination, evaluate, evaluate_text, ngrams, trained_on
 from finetune import FinetuneConfig, TextModel, finetune, load_model
 from model import ModelConfig, ModernDecoderLM
+from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from train import read_json, read_jsonl

@@ -55,7 +55,7 @@ def test_parts_are_added_and_another_machines_are_not(cfg, tmp_path):
 
 
 def test_peers_stand_side_by_side_and_other_machines_too(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "benchmark", lambda c: {
+    monkeypatch.setattr(hardware, "training_step", lambda c: {
         "tokens_per_second": {"transformers, eager": 100.0, "ours, eager": 150.0},
         "share_of_matmul": {"transformers, eager": 0.4, "ours, eager": 0.6},
     })  # fmt: skip

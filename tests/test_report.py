@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import report
-from errors import KINDS
 from lab.log import log
 from lab.paper import paper, write_paper
 from report import SECTIONS, comparison
 from support.observations import observations
 from support.pages import Code, Figure, Table, Text, as_html, as_latex, as_markdown, write
+from tasks.mistakes import KINDS
 
 ROOT = Path(report.__file__).parent
 

@@ -5,7 +5,7 @@ them hard, right and wrong ones alike, since a kind matters by how often it goes
 for three flaws that ROUGE does not see. No model is asked; "other" is an answer, and a text can be of several
 kinds. `eval.py` writes "kinds" into every line of a run's answers/, and `report.py` counts them:
 
-    from errors import kinds_of
+    from tasks.mistakes import kinds_of
     kinds_of("sst2", {"text": "not bad at all", ...})    # ["negation", "short"]
 """
 
