@@ -158,7 +158,7 @@ set_up() {
 
 test_everything() {
     ruff check . && ruff format --check .
-    python -m pytest -q --numprocesses=auto --dist=loadfile "$@" # a file's tests share what they made
+    python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder "$@" # a file's tests share what they made
 }
 
 # The stage whose result NAME reads: once that has begun again, what NAME made before is out of date.

@@ -3,6 +3,11 @@
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """The rehearsal takes longest: of several processes one begins with it."""
+    items.sort(key=lambda item: item.path.name != "test_rehearsal.py")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For models too small to be worth waking a second thread."""

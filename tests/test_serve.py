@@ -543,7 +543,7 @@ def test_ctrl_c_ends_it_at_once_with_streams_open(lab_home):
     with httpx.Client(base_url=url, timeout=60) as client, client.stream("GET", "/lab/watch") as response:
         next(response.iter_lines())
         server.send_signal(signal.SIGINT)
-        assert server.wait(15) == 130
+        assert server.wait(15) in (0, 130)  # 0 where a shell has SIGINT ignored
     assert server.stderr.read() == ""
 
 
