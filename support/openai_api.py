@@ -195,8 +195,9 @@ class Job:
             if getattr(self.question, "echo", False):
                 for index in range(len(self.prompts)):
                     yield await run_in_threadpool(self.echoed, index)
-            generation = Generation(self.model, self.prompts, self.how, emit, gone)
-            done = loop.run_in_executor(self.lab.threads, generation.run, self.lab.pool.turns)
+            turns = self.lab.pool.turns
+            generation = Generation(self.model, self.prompts, self.how, emit, gone, turns)
+            done = loop.run_in_executor(self.lab.threads, generation.run)
             done.add_done_callback(lambda _: wake.set())
             try:
                 while not done.done() or news:
@@ -236,8 +237,9 @@ class Job:
     def judge(self, texts: list[str], gone: threading.Event) -> dict:
         greedy: list[Piece] = []
         how = replace(self.how, n=1, temperature=0.0, logprobs=None)
-        Generation(self.model, self.prompts, how, greedy.append, gone).run(self.lab.pool.turns)
-        with self.lab.pool.turns:
+        turns = self.lab.pool.turns
+        Generation(self.model, self.prompts, how, greedy.append, gone, turns).run()
+        with turns:
             plain = "".join(piece.text for piece in greedy)
             answers = [self.begun + text for text in (*texts, plain)]
             return rank_answers(self.verifier, self.problem, answers[:-1], answers[-1])

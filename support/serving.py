@@ -239,9 +239,7 @@ class Row:
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...]):
         self.decode, self.stop = decode, stop
         self.ids: list[int] = []
-        self.start = self.read = (
-            0  # text up to `read` is known; decoding begins at `start`, some tokens before
-        )
+        self.start = self.read = 0  # the text of ids[:read] is known; decoding begins at ids[start]
         self.held, self.finish = "", None
         self.computed = 0  # so many of the next tokens are the calculator's
 
@@ -282,13 +280,22 @@ def overlap(text: str, stop: str) -> int:
 class Generation:
     """Continues prompts and gives `emit` a Piece for each token, until `gone` is set."""
 
-    def __init__(self, model: TextModel, prompts: list[list[int]], how: Sampling, emit, gone):
-        self.model, self.prompts, self.how, self.emit, self.gone = model, prompts, how, emit, gone
+    def __init__(
+        self,
+        model: TextModel,
+        prompts: list[list[int]],
+        how: Sampling,
+        emit: Callable[[Piece], None],
+        gone: threading.Event,
+        turns: Turns,
+    ):
+        self.model, self.prompts, self.how, self.emit = model, prompts, how, emit
+        self.gone, self.turns = gone, turns
         self.ends = {model.eos, model.end}
         self.rows = [Row(model.decode, how.stop) for _ in range(len(prompts) * how.n)]
         self.log_p = self.order = None  # of the newest tokens: log-probabilities, and the row of each
 
-    def run(self, turns: Turns) -> int:
+    def run(self) -> int:
         """Generates; returns the number of new tokens."""
         how, model = self.how, self.model
         if how.heads_off and not model.ours:
@@ -296,9 +303,8 @@ class Generation:
         if how.heads_off:
             net = without_heads(model.model, how.heads_off)
             model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
-        self.turns = turns
         use_cores(model)
-        with turns:
+        with self.turns:
             if self.gone.is_set():  # the client left while it waited
                 return 0
             try:
