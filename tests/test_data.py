@@ -32,6 +32,7 @@ from support.metrics import (
     proportion,
     rouge,
 )
+from support.tables import read_rows
 from tasks.arithmetic import arithmetic, arithmetic_problem
 from tasks.calculator import (
     CalculatorError,
@@ -498,7 +499,7 @@ def test_half_an_emoji_is_replaced_where_text_enters(tmp_path):
     assert list(data.documents(f"{file}:1,storyworld:1", "train"))[0].encode()
     rows = '[{"question": "a\\uDC00", "answer": {"b\\ud800": ["c\\ud800"]}}]'
     file = own(tmp_path, "a.json", rows)
-    assert list(data.read_rows(file)) == [{"question": "a\ufffd", "answer": {"b\ufffd": ["c\ufffd"]}}]
+    assert list(read_rows(file)) == [{"question": "a\ufffd", "answer": {"b\ufffd": ["c\ufffd"]}}]
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
@@ -535,7 +536,7 @@ def test_text_without_marks_becomes_passages_and_loses_nothing(tmp_path):
 
 
 def test_long_corpora_hold_out_a_bounded_tail(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "HELD_OUT", 7)
+    monkeypatch.setattr("support.documents.HELD_OUT", 7)
     docs = [str(i) for i in range(1_000)]
     path = own(tmp_path, "a.txt", "\n<|endoftext|>\n".join(docs))
     parts = [list(data.documents(path, split)) for split in ("train", "test", "validation")]
