@@ -944,9 +944,8 @@ class ModernDecoderLM(nn.Module):
             max_new_tokens = min(max_new_tokens, c.context_length - longest)
         if graph is None:
             graph = self.device.type == "cuda"
-        graph = graph and not (
-            rolling or force or adjust or c.ffn == "moe"
-        )  # an expert's room is asked for each time
+        # An expert's room is asked for each time; `force` and `adjust` are Python.
+        graph = graph and not (rolling or force or adjust or c.ffn == "moe")
         slots += -slots % 8 if graph else 0  # attention kernels want masks of such widths
         net = self.cast()
         cache = KVCache(c, len(prompts), slots, keep if rolling else None, self.device, self.dtype)
