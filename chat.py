@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from configs import parse_config
 
 if TYPE_CHECKING:  # libraries are loaded when they are needed: --help answers at once
-    from finetune import TextModel
+    from support.text_model import TextModel
 
 
 @dataclass
@@ -76,8 +76,10 @@ def with_model(words: list[str]) -> list[str]:
 
 def load(cfg: ChatConfig) -> "TextModel":
     """The model on its device: a run, a folder, a hub id or an adapter."""
-    from finetune import TextModel, load_model
-    from train import TrainError, pick_device
+    from support.loading import load_model
+    from support.machine import pick_device
+    from support.runs import TrainError
+    from support.text_model import TextModel
 
     device = pick_device(cfg.device)
     model = load_model(cfg.model, device)
@@ -93,8 +95,8 @@ def load(cfg: ChatConfig) -> "TextModel":
 def ask_checkpoints(cfg: ChatConfig) -> None:
     """The same prompts, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
     from model import write_atomically
+    from support.runs import TrainError, checkpoints, step_of
     from support.tables import read_jsonl
-    from train import TrainError, checkpoints, step_of
 
     found = checkpoints(Path(cfg.model))
     if not found:

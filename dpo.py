@@ -41,12 +41,13 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
-from finetune import TextModel, TrainingSet, ask, is_smoke, padded, sampled, subsample, weights_hash
+from finetune import TrainingSet, is_smoke, subsample, weights_hash
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
 from support.chat_template import TemplateError
 from support.files import write_atomically
-from train import AlreadyFinished, TrainError, run_folder
+from support.runs import AlreadyFinished, TrainError, run_folder
+from support.text_model import TextModel, ask, padded, sampled
 
 
 @dataclass

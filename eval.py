@@ -87,23 +87,13 @@ from data import (
     load_conversations,
     load_task,
 )
-from finetune import (
-    TextModel,
-    ask,
-    explained,
-    is_adapter,
-    load_model,
-    load_tokenizer,
-    read_config,
-    sampled,
-    show,
-    subsample,
-    task_of,
-)
+from finetune import show, subsample
 from model import write_atomically
 from sft import mixture
 from support.attention import attention, foremost
+from support.loading import explained, is_adapter, load_model, load_tokenizer, read_config, task_of
 from support.long_context import STREAM, endless, streams
+from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
 from support.metrics import (
     best_of,
     bits_per_byte,
@@ -118,9 +108,10 @@ from support.metrics import (
 )
 from support.model_card import write_model_card
 from support.results import METRICS
+from support.runs import TrainError, read_json
+from support.text_model import TextModel, ask, sampled
 from tasks.calculator import calculates, extract_number
 from tasks.mistakes import KINDS, kinds_of, solution_kind
-from train import TrainError, git_commit, hardware, pick_device, pick_dtype, read_json, versions
 from verifier import Verifier
 
 

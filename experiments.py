@@ -42,33 +42,17 @@ from torch import Tensor
 
 from configs import ROOT, ConfigError, parse_config
 from data import few_shot, judge, load_task
-from finetune import FinetuneConfig, ask, load_model, subsample, weights_hash
-from model import (
-    ModelConfig,
-    ModernDecoderLM,
-    MoE,
-    count_parameters,
-    estimate_flops,
-    estimate_memory,
-    kv_cache_bytes,
-    write_atomically,
-)
+from finetune import FinetuneConfig, subsample, weights_hash
+from model import ModelConfig, ModernDecoderLM, MoE, write_atomically
+from support.costs import count_parameters, estimate_flops, estimate_memory, kv_cache_bytes
+from support.loading import load_model
 from support.long_context import STREAM, endless, streams
+from support.machine import git_commit, hardware, peak_resident_bytes, pick_device, versions
 from support.processes import worker_pool
+from support.runs import TrainError, read_json, read_jsonl
+from support.text_model import ask
 from tokenizer import Tokenizer, open_tokens, tokens_folder
-from train import (
-    FREE_TO_CHANGE,
-    TrainConfig,
-    TrainError,
-    git_commit,
-    hardware,
-    model_config,
-    peak_resident_bytes,
-    pick_device,
-    read_json,
-    read_jsonl,
-    versions,
-)
+from train import FREE_TO_CHANGE, TrainConfig, model_config
 
 FOLDER = Path("configs/experiments")
 FAMILIES = {

@@ -43,7 +43,7 @@ main() {
         return
     fi
     if [ "$profile" = hardware ]; then
-        python hardware.py --out="$OUT" "$@"
+        python -m lab.hardware --out="$OUT" "$@"
         python report.py --home="$OUT"
         return
     fi
@@ -66,7 +66,7 @@ main() {
     [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples finetune sft dpo verifier eval)
     mkdir -p "$OUT/logs" "$OUT/stamps"
     echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
-    planning=yes life | python plan.py --out="$OUT" ${for_plan[@]+"${for_plan[@]}"} || unplanned=$?
+    planning=yes life | python -m lab.plan --out="$OUT" ${for_plan[@]+"${for_plan[@]}"} || unplanned=$?
     [ ${#for_plan[@]} -eq 0 ] || exit ${unplanned:-0}
     [ "$unplanned" != 3 ] || exit 3 # the disk is too full
     life

@@ -52,6 +52,7 @@ from support.attention import attention_weights
 from support.forms import config_class, forms
 from support.guard import LOOPBACK, Guard, explained
 from support.inside import check_length, look_inside
+from support.machine import pick_device
 from support.openai_api import Chat, Completion, Job, event
 from support.serving import Pool, use_cores
 from support.tables import valid
@@ -67,7 +68,6 @@ from support.watching import (
     resume,
     start,
 )
-from train import pick_device
 
 MOST_STREAMS = 32  # open at a time
 FOLDERS = ("tokens", "logs", "stamps", "report", "experiments", "eval")  # in out/, that are no runs

@@ -48,23 +48,20 @@ from data import (
 from finetune import (
     AdaptConfig,
     FineTuner,
-    TextModel,
     add_chat_tokens,
     build_model,
-    is_adapter,
     is_smoke,
-    kind_of,
-    load_model,
     merge,
     origin,
-    padded,
-    read_config,
     settle_dtype,
-    why_not_ours,
 )
 from model import ModernDecoderLM, attention_mask
 from support.chat_template import TemplateError
-from train import FREE_TO_CHANGE, AlreadyFinished, Trainer, TrainError, pick_device, run_folder
+from support.loading import is_adapter, kind_of, load_model, read_config, why_not_ours
+from support.machine import pick_device
+from support.runs import AlreadyFinished, TrainError, run_folder
+from support.text_model import TextModel, padded
+from train import FREE_TO_CHANGE, Trainer
 
 
 @dataclass

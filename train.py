@@ -25,10 +25,7 @@ from support.terminal import run_script
 
 import contextlib
 import copy
-import ctypes
 import datetime
-import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -36,12 +33,9 @@ import itertools
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -57,20 +51,40 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import check_numbers, parse_config
-from model import (
-    ModelConfig,
-    ModernDecoderLM,
-    count_parameters,
-    estimate_flops,
-    estimate_memory,
-    fastest_products,
-    float32_products,
-)
+from model import ModelConfig, ModernDecoderLM, fastest_products, float32_products
+from support.costs import estimate_flops
 from support.files import remove_folder, write_atomically, write_folder_atomically
-from support.machine import unusable_gpu
+from support.machine import (
+    git_commit,
+    hardware,
+    peak_flops,
+    peak_resident_bytes,
+    pick_device,
+    pick_dtype,
+    versions,
+)
 from support.memory import is_out_of_memory
 from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
+from support.processes import tqdm
+from support.runs import (
+    AlreadyFinished,
+    TrainError,
+    checkpoint_of,
+    checkpoints,
+    first_line,
+    link_or_copy,
+    list_runs,
+    lock,
+    newest,
+    read_json,
+    read_log,
+    remove_run,
+    run_folder,
+    step_of,
+    weights_hash,
+)
+from support.sharding import gathered, part_like, whole
 from tokenizer import Tokenizer, TokenizerConfig, TokenizerStageConfig, open_tokens, tokens_folder
 
 
@@ -136,13 +150,6 @@ FREE_TO_CHANGE = """
 
 # A model that was moved is still the same: where run.json has the same hash of the weights, paths may differ.
 PATHS_OF_HASH = {"parent_hash": ("parent", "model", "init_from"), "start_hash": ("start",)}
-
-# Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
-SUBFOLDERS = ("checkpoints", "merged", "samples", "judged")
-
-
-class TrainError(ValueError):
-    """Something the user can mend; the message says how."""
 
 
 # -----------------------------------------------------------------------------
@@ -375,90 +382,6 @@ LR_SETTINGS = ("learning_rate", "min_lr", "warmup_steps", "max_steps", "schedule
 
 # -----------------------------------------------------------------------------
 # The machine
-
-# Dense bfloat16 (fp16) TFLOP/s with float32 accumulation, from the makers' data sheets.
-PEAK_TFLOPS = {"RTX 3060": 25.5, "RTX 3090": 71.2, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4090": 165.2}
-PEAK_TFLOPS |= {"RTX 5090": 209.5, "A100": 312.0, "H100": 989.0, "H200": 989.0}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s that a card could do, None where it is not known: better no MFU than a wrong one."""
-    known = re.findall(rf"\b({'|'.join(PEAK_TFLOPS)})\b", device_name)
-    other = r"Ti|SUPER|Laptop|Max-Q|PCIe|NVL|D$"  # slower or faster kin
-    if not known or re.search(other, device_name.replace("4060 Ti", "")):
-        return None
-    return PEAK_TFLOPS[known[0]] * 1e12
-
-
-def pick_device(device: str) -> torch.device:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        why = unusable_gpu()
-        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card. {why}".strip())
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is left
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    try:
-        chosen = torch.device("cpu" if device == "auto" else device)
-        torch.ones(1, device=chosen).item()  # known by name is not yet there; "meta" holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise TrainError(
-            f"--device={device} is none that torch can use here: cuda, cuda:1, cpu, mps"
-        ) from None
-    if chosen.type == "cpu":
-        keep_freed_memory()
-    return chosen
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Of a process on a CPU: glibc gives large tensors back to the system, which clears every page before
-    it lends it out anew, at each step. 1.03 to 1.08 times as fast so.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it faster than float32 (Ampere; CPUs with AMX: 8x; with
-    AVX512-BF16, as Zen 4 and later: 2x), else the safe one.
-
-    Other CPUs emulate it, three times slower than float32.
-    """
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    able = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, name, lambda: False)() for name in able)
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
-
-
-def hardware(device: torch.device) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"device": name, "threads": torch.get_num_threads(), "platform": platform.platform(terse=True)}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict:
-    names = ("torch", "numpy", "tiktoken", "transformers", "datasets", "peft")
-    have = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    return {"python": platform.python_version()} | have
-
-
-def git_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return "unknown"
 
 
 # -----------------------------------------------------------------------------
@@ -1198,219 +1121,8 @@ def chosen_by_hand(cfg, name: str) -> bool:
 # A parameter of a sharded model is a DTensor: this process holds a part, and full_tensor() gathers the rest.
 
 
-def whole(x):
-    """A tensor, of a sharded one all parts: every process has to ask."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def gathered(state, keep: bool):
-    """A nest of dicts and lists with whole tensors; what were shards, in main memory and only if `keep`."""
-    if isinstance(state, dict):
-        return {k: gathered(v, keep) for k, v in state.items()}
-    if isinstance(state, list):
-        return [gathered(v, keep) for v in state]
-    if not hasattr(state, "full_tensor"):
-        return state
-    found = state.full_tensor()
-    return found.cpu() if keep else None
-
-
-def part_like(p: Tensor, x: Tensor) -> Tensor:
-    """Of a whole tensor the part that belongs to p, if p is sharded."""
-    if not hasattr(p, "full_tensor") or getattr(x, "shape", None) != p.shape:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
-
-class AlreadyFinished(Exception):
-    """The run folder holds a finished run: nothing to do."""
-
-    def __init__(self, run: dict):
-        self.run = run
-        super().__init__("finished")
-
-
 # -----------------------------------------------------------------------------
 # Small tools
-
-
-def tqdm():
-    from tqdm import tqdm
-
-    return tqdm
-
-
-def run_folder(cfg: TrainerConfig) -> Path:
-    """{out}/{name}. Refuses a name that leads to `out` itself or out of it: --overwrite deletes."""
-    name = Path(cfg.name)
-    if not name.parts or name.is_absolute() or ".." in name.parts or not cfg.name.strip():
-        raise TrainError(
-            f"--name={cfg.name!r} must be the name of a folder in --out={cfg.out}, such as base or tests/base"
-        )
-    return Path(cfg.out) / name
-
-
-def remove_run(folder: Path) -> None:
-    """Removes what a run has written, and nothing from a folder that holds no run."""
-    if not (folder / "run.json").exists():
-        return
-    for path in folder.iterdir():
-        if path.name in SUBFOLDERS or (path.is_dir() and path.suffix == ".tmp"):
-            shutil.rmtree(path)
-        elif not path.is_dir() and path.name != "run.json":
-            path.unlink()
-    (folder / "run.json").unlink()  # the last: who is killed before finds it and goes on
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in a line; its type if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first. Copies with other names, such as "step-4 (copy)", are none."""
-    found = (folder / "checkpoints").glob("step-*")
-    exact = [path for path in found if re.fullmatch(r"step-[1-9]\d*", path.name) and path.is_dir()]
-    return sorted(exact, key=step_of)
-
-
-def checkpoint_of(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step}"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def newest(folder: Path) -> Path | None:
-    return (checkpoints(folder) or [None])[-1]
-
-
-RUN_PARTS = {  # of run.json, if they are there
-    dict: "settings data evaluation verification combine hardware versions",
-    dict | None: "results",  # before the first evaluation
-    str | None: "status stage kind task parent tokenizer",
-    int | float: "step seconds parameters trained_parameters",
-}
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; TrainError if it holds anything else, or a run's record has parts of another
-    type.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or (path.name == "run.json" and not whole_record(found)):
-        raise TrainError(f"{path} is damaged; remove it, or start the run anew with --overwrite")
-    return found
-
-
-def whole_record(run: dict) -> bool:
-    """True if the parts of a run.json have their types."""
-    for kind, names in RUN_PARTS.items():
-        for name in names.split():
-            if name in run and not isinstance(run[name], kind):
-                return False
-    return True
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a log that can be read."""
-    return read_log(path)[0]
-
-
-def read_log(path: Path) -> tuple[list[dict], int]:
-    """The lines of a log that can be read, and how many could not. A last line that a crash cut off is not
-    counted.
-    """
-    lines, damaged = [], 0
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return [], 0
-    *whole, cut_off = text.split("\n")  # not splitlines(): JSON may hold other line separators
-    for line in [*whole, cut_off]:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            damaged += bool(line.strip()) and line is not cut_off
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step", 0), int):
-            lines.append(found)
-        else:
-            damaged += 1
-    return lines, damaged
-
-
-def lock(folder: Path) -> int | None:
-    """Refuses a folder that another process trains in; the lock goes when its handle is closed, or we die."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    for patience in (0.05, 0.2, 0):  # `locked` may hold it for some microseconds
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            time.sleep(patience)
-    os.close(handle)
-    raise TrainError(f"another process is training in {folder}: let it end, or choose a --name")
-
-
-def locked(folder: Path) -> bool:
-    """Whether a process is training in this folder. (Windows does not say: False.)"""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-
-
-def weights_hash(name: str) -> str | None:
-    """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else None
-
-
-def peak_resident_bytes() -> int:
-    """The most memory this process ever held (0 where the system does not say)."""
-    # Linux's getrusage goes on from what the parent held when it made this process; VmHWM does not.
-    if (status := Path("/proc/self/status")).exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -----------------------------------------------------------------------------
@@ -1564,183 +1276,9 @@ def write(
     return [tokenizer.decode([t for t in row if t != tokenizer.eot_id]) for row in rows]
 
 
-def list_runs(out: str) -> None:
-    """A line per run of the folder `out`, and one per checkpoint."""
-    runs = sorted(Path(out).glob("**/run.json"))
-    if not runs:
-        print(f"no runs in {out}/")
-    for file in runs:
-        run = read_json(file)
-        best = (run.get("results") or {}).get("best")
-        loss = f"val_loss {best['val_loss']:.4f} at step {best['step']}" if best else "not evaluated"
-        minutes = f"{run.get('seconds', 0) / 60:.1f} min"
-        print(f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {loss}")
-        lines = read_jsonl(file.parent / "metrics.jsonl")
-        evaluated = {line["step"]: f"val_loss {line['val_loss']:.4f}" for line in lines if "val_loss" in line}
-        for path in checkpoints(file.parent):
-            size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
-            print(f"    {path}  {size:.0f} MiB  {evaluated.get(step_of(path), '')}")
-
-
-def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
-    """The model, the card (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory
-    is to be estimated there.
-    """
-    c, device = model_config(cfg), pick_device(cfg.device)
-    c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
-    here = device.type == "cuda" and not (cfg.vram or cfg.card)
-    card = torch.cuda.get_device_name(device) if here else cfg.card or ("RTX 3060" if cfg.vram else "")
-    vram = torch.cuda.get_device_properties(device).total_memory / 2**30 if here else cfg.vram
-    on_cpu = not (card or vram)
-    options = {
-        "gradient_checkpointing": cfg.gradient_checkpointing,
-        "bytes_per_activation": 4 if on_cpu or cfg.dtype == "float32" else 2,
-        "muon": cfg.optimizer == "muon",
-        "compiled": bool(cfg.compile) and not on_cpu,
-    }
-    return c, card, vram, options
-
-
-def usable(vram: float) -> float:
-    """Of 12 GB 10.0 GiB are planned for: the rest is the driver's, the desktop's or lost between blocks."""
-    return vram * 10 / 12
-
-
-def fit_batch(cfg: TrainConfig) -> None:
-    """--batch_size=auto: the largest micro-batch that the card holds by the plan; the batch stays the same.
-    Without a card the config's own: in main memory larger ones are no faster.
-    """
-    c, _, vram, options = planned_for(cfg)
-    rows = cfg.batch_size * cfg.grad_accum_steps
-    if cfg.card and not vram:
-        raise TrainError(f"--batch_size=auto needs --vram beside --card={cfg.card}")
-    if vram:
-        room = usable(vram) * 2**30
-        fits = [b for b in range(1, rows + 1)
-                if rows % b == 0 and estimate_memory(c, b, **options)["peak"] <= room]  # fmt: skip
-        cfg.batch_size = max(fits, default=1)
-        cfg.grad_accum_steps = rows // cfg.batch_size
-    if not int(os.environ.get("RANK", 0)):
-        print(f"--batch_size=auto: {cfg.batch_size} sequences at a time, {cfg.grad_accum_steps} times a step")
-
-
-def print_plan(cfg: TrainConfig) -> None:
-    """What a run costs in parameters, memory and time: on the card here, or on --card or one of --vram GB."""
-    c, card, vram, options = planned_for(cfg)
-    gib, on_cpu = 2**30, not (card or vram)
-    n, flops = count_parameters(c), estimate_flops(c)
-    memory = estimate_memory(c, cfg.batch_size, **options)
-    active = f", {n['active'] / 1e6:.1f}M of them active" if c.ffn == "moe" else ""
-    print(f"parameters  {n['total'] / 1e6:.1f}M{active}")
-    for kind, count in n.items():
-        if kind not in ("total", "active") and count:
-            print(f"  {kind:17} {count / 1e6:8.2f}M")
-    shape = f"{cfg.batch_size} x {c.context_length}"
-    print(f"memory      {memory['peak'] / gib:.2f} GiB at {shape} tokens at a time")
-    for kind, size in memory.items():
-        if kind != "peak":
-            print(f"  {kind:17} {size / gib:8.2f} GiB")
-    if vram:
-        room = usable(vram)
-        fits = [b for b in range(1, 4097) if estimate_memory(c, b, **options)["peak"] / gib <= room]
-        verdict = "fits" if memory["peak"] / gib <= room else "DOES NOT FIT"
-        largest = (
-            f"largest micro-batch {fits[-1]}" if fits else "not even one sequence: --gradient_checkpointing?"
-        )
-        print(f"verdict     {verdict} into {vram:.0f} GB ({room:.1f} GiB planned for); {largest}")
-    step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
-    total = step * cfg.max_steps
-    print(f"work        {flops / 1e6:.1f} MFLOP a token, {step:,} tokens a step, {cfg.max_steps:,} steps")
-    each = total / n["total"]
-    print(f"            {total / 1e6:,.1f}M tokens, {each:.1f} a parameter (20: compute-optimal)")
-    with contextlib.suppress(Exception):  # the token files need not be there yet
-        have = open_tokens(tokens_folder(cfg), "train")[1]["tokens"]
-        warning = "; WARNING: past 4 epochs, repeated text teaches little" if total > 4 * have else ""
-        print(f"            {total / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
-    peak, share = peak_flops(card), 0.45 if c.d_model >= 768 else 0.35  # published: compiled, bfloat16
-    if on_cpu:
-        # A small model spends half of a CPU step outside matrix products; AMX only makes that share larger.
-        peak, share, card = matmul_flops(torch.float32), 0.5, cpu_name()
-    if peak:
-        rate = peak * share / flops
-        print(f"time        {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
-        print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({card})")
-    else:
-        print(f"time        n/a: the peak rate of {card or 'this card'} is not known")
-    if cfg.measure:
-        if cfg.vram or cfg.card:
-            raise TrainError("--measure is for the machine here: leave out --vram and --card")
-        rate = measured_rate(cfg, c)
-        print(f"measured    {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s, the median of such steps")
-
-
-class Step:
-    """A step of training, for whoever wants to know what it takes: call it. Of pretraining on random tokens,
-    if there is no other loss of a model and a batch.
-    """
-
-    def __init__(
-        self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
-        loss: Callable = lambda net, *batch: net(*batch), batch: tuple[Tensor, ...] = (),
-    ):  # fmt: skip
-        self.device, self.dtype, self.times = device, pick_dtype(cfg.dtype, device), cfg.grad_accum_steps
-        self.model = ModernDecoderLM(c).to(device).train()
-        self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        half = self.dtype != torch.float32
-        self.autocast = dict(enabled=half, cache_enabled=not cfg.gradient_checkpointing)
-        self.optimizers = make_optimizers(self.model, cfg)
-        self.net = torch.compile(self.model) if compiled else self.model
-        rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
-        self.loss = loss
-        self.batch = batch or (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-
-    def forward(self, batch: tuple | None = None) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, **self.autocast):
-            total, count = self.loss(self.net, *(batch or self.batch))
-        return total / count
-
-    def __call__(self, batches: Callable[[], tuple] | None = None) -> None:
-        for _ in range(self.times):
-            (self.forward(batches() if batches else None) / self.times).backward()
-        self.update()
-
-    def update(self) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-
-def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: float = 120) -> float:
-    """Tokens a second of a run's own steps on this machine: the median of so many, or of as many as can be
-    done in so many seconds, behind two that compile and allocate.
-    """
-    device, times = pick_device(cfg.device), []
-    step = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
-    started = time.perf_counter()
-    while len(times) < steps + 2 and (len(times) < 3 or time.perf_counter() - started < seconds):
-        begun = time.perf_counter()
-        with float32_products(fastest_products(device)):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return cfg.batch_size * cfg.grad_accum_steps * c.context_length / float(np.median(times[2:]))
-
-
 def padded(vocab_size: int) -> int:
     """Rows of the embedding: a multiple of 64 suits a GPU's matrix units; no text uses the rest."""
     return 64 * math.ceil(vocab_size / 64)
-
-
-def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:
-    """FLOP/s of a large matrix product on this CPU: the best of a few."""
-    a, b, best = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype), math.inf
-    for _ in range(4):
-        begun = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
 
 
 def main() -> None:
@@ -1748,10 +1286,14 @@ def main() -> None:
     cfg = parse_config(TrainConfig, __doc__, words)
     try:
         if len(words) < len(sys.argv) - 1:
+            from support.plan import fit_batch
+
             fit_batch(cfg)
         if cfg.list:
             list_runs(cfg.out)
         elif cfg.plan or cfg.measure:
+            from support.plan import print_plan
+
             print_plan(cfg)
         else:
             run = pretrain(cfg)

@@ -42,25 +42,16 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_task, read_rows, refuse_overlap, talk
-from finetune import (
-    FineTuner,
-    TextModel,
-    TrainingSet,
-    collate,
-    is_smoke,
-    length,
-    load_model,
-    sampled,
-    settle_dtype,
-    target_logits,
-    weights_hash,
-    write_run,
-)
+from finetune import FineTuner, TrainingSet, is_smoke, settle_dtype, weights_hash, write_run
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
 from support.files import write_atomically
+from support.loading import load_model
+from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
-from train import AlreadyFinished, Trainer, TrainError, pick_device, read_json, run_folder
+from support.runs import AlreadyFinished, TrainError, read_json, run_folder
+from support.text_model import TextModel, collate, length, sampled, target_logits
+from train import Trainer
 
 
 @dataclass

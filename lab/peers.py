@@ -29,14 +29,15 @@ from data import DataError, documents
 from model import (
     ModelConfig,
     ModernDecoderLM,
-    estimate_flops,
     fastest_products,
     float32_products,
     to_hf_config,
     to_hf_tensors,
 )
+from support.costs import estimate_flops
+from support.machine import hardware, matmul_flops, peak_flops, pick_device, pick_dtype
 from tokenizer import CORES, GPT2_PATTERN, SLAB, SPECIAL_TOKENS, Tokenizer, at_most, train_bpe
-from train import hardware, matmul_flops, peak_flops, pick_device, pick_dtype, torch_adamw
+from train import torch_adamw
 
 
 @dataclass

@@ -17,7 +17,7 @@ from support.inside import look_inside
 from tasks.arithmetic import arithmetic, things, told_again
 
 if TYPE_CHECKING:
-    from finetune import TextModel
+    from support.text_model import TextModel
 
 EXAMPLE_TEXTS = (
     "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",

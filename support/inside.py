@@ -23,7 +23,7 @@ from torch import Tensor
 from model import ModernDecoderLM
 
 if TYPE_CHECKING:
-    from finetune import TextModel
+    from support.text_model import TextModel
 
 Heads = Iterable[tuple[int, int]]  # (layer, head), both counted from 0
 

@@ -92,3 +92,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def tqdm():
+    from tqdm import tqdm
+
+    return tqdm

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from finetune import (
-    TextModel,
+from support.inside import logits_of, token_text, without_heads
+from support.loading import (
     is_adapter,
     is_chat,
     kind_of,
@@ -23,13 +23,13 @@ from finetune import (
     read_config,
     why_not_ours,
 )
-from support.inside import logits_of, token_text, without_heads
 from support.memory import free_bytes, free_cached_memory, weight_bytes
 from support.metrics import majority
 from support.results import run_of
+from support.runs import TrainError, checkpoints
+from support.text_model import TextModel
 from support.watching import ContextTooLong, NotFound, named_runs
 from tasks.calculator import extract_number
-from train import TrainError, checkpoints
 from verifier import Verifier
 
 

@@ -111,7 +111,8 @@ def begin() -> None:
 def started_as_script() -> bool:
     """Whether Python was started with a script of this project, and not with pytest or a notebook."""
     file = getattr(sys.modules["__main__"], "__file__", None)
-    return bool(file) and Path(file).resolve().parent == Path(__file__).resolve().parents[1]
+    home = Path(__file__).resolve().parents[1]
+    return bool(file) and Path(file).resolve().parent in (home, home / "lab")
 
 
 if "--multiprocessing-fork" in sys.orig_argv:  # a spawned worker: its parent handles Ctrl-C

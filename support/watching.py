@@ -19,8 +19,8 @@ from configs import ROOT
 from support.files import process_is_alive, write_atomically
 from support.observations import observations
 from support.results import METRICS, is_smoke, measurements, read_json, run_of, value_of
+from support.runs import TrainError, checkpoints, locked
 from support.tables import read_jsonl
-from train import TrainError, checkpoints, locked
 
 
 class NotFound(ValueError):

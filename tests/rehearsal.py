@@ -78,9 +78,9 @@ def copy_project(folder: Path) -> Path:
         script = script.replace(flag, smaller)
     (project / "run_all.sh").write_text(script, encoding="utf-8")
 
-    plan = (project / "plan.py").read_text(encoding="utf-8")
+    plan = (project / "lab/plan.py").read_text(encoding="utf-8")
     end = '\n\nif __name__ == "__main__":'
-    (project / "plan.py").write_text(plan.replace(end, f"\n\n{PLAN}{end}"), encoding="utf-8")
+    (project / "lab/plan.py").write_text(plan.replace(end, f"\n\n{PLAN}{end}"), encoding="utf-8")
 
     python = project / ".venv/bin/python"
     python.parent.mkdir(parents=True)

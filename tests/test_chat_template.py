@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import TASKS, Example, talk
-from finetune import TextModel, load_model, tokenise
+from finetune import tokenise
 from sft import SFTConfig, aligned_model, tokenised
 from support.chat_template import (
     WORDS_TEMPLATE,
@@ -15,6 +15,8 @@ from support.chat_template import (
 )
 from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
+from support.loading import load_model
+from support.text_model import TextModel
 from tokenizer import CHAT_TEMPLATE, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

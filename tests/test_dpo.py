@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import dpo as script
-import train
 from data import DataError, load_preferences, load_task, preference_of, talk
 from dpo import (
     DPOConfig,
@@ -25,9 +24,10 @@ from dpo import (
     reference,
     token_log_probs,
 )
-from finetune import load_model
 from model import load_tensors
-from train import TrainError, read_json, read_jsonl
+from support import runs
+from support.loading import load_model
+from support.runs import TrainError, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(script.__file__).parent
@@ -185,7 +185,7 @@ def test_a_refused_command_changes_nothing_on_disk(settings, tmp_path, kind):
     run = script.dpo(settings(max_steps=2))
     if kind != "finished":
         (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": "interrupted"}))
-    lock = train.lock(tmp_path / "run") if kind == "in use" else None
+    lock = runs.lock(tmp_path / "run") if kind == "in use" else None
     method, why = ("dpo", "another process") if lock else ("rft", "other settings")
     for name in ("pairs.jsonl", "reference.npz"):
         (tmp_path / "run" / name).write_text("this stays")

@@ -21,12 +21,14 @@ import eval as evaluation
 import support.attention as attending
 from data import TASKS, load_task
 from eval import EvalConfig, Result, compare, contamination, evaluate, evaluate_text, ngrams, trained_on
-from finetune import FinetuneConfig, TextModel, finetune, load_model
+from finetune import FinetuneConfig, finetune
 from model import ModelConfig, ModernDecoderLM
+from support.loading import load_model
+from support.runs import read_json, read_jsonl
+from support.text_model import TextModel
 from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
-from train import read_json, read_jsonl
 
 ROOT = Path(evaluation.__file__).parent
 CPU = torch.device("cpu")
@@ -423,7 +425,8 @@ def test_a_calculator_confirms_a_solution(text, fine):
 
 def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypatch):
     from data import load_task
-    from finetune import load_model, sampled
+    from support.loading import load_model
+    from support.text_model import sampled
 
     model = load_model(tiny["base"], torch.device("cpu"))
     examples = load_task("arithmetic", "test")[0][:5]
@@ -440,7 +443,7 @@ def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypat
 
 @pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
 def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path, damage):
-    from finetune import sampled
+    from support.text_model import sampled
 
     shutil.copytree(tiny["base"], tmp_path / "base", ignore=shutil.ignore_patterns("samples"))
     model = load_model(str(tmp_path / "base"), CPU)
@@ -460,7 +463,8 @@ def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_many_processes_give_the_same_in_the_same_order(tiny):
-    from finetune import load_model, on_all_cores
+    from support.loading import load_model
+    from support.text_model import on_all_cores
 
     model, cpu, before = (
         load_model(tiny["base"], torch.device("cpu")),
@@ -484,7 +488,7 @@ def test_many_processes_give_the_same_in_the_same_order(tiny):
 
 def test_a_calculator_forces_its_tokens_in_ragged_rows(tiny, monkeypatch):
     """A model that wants to say something else is made to say the result, each row its own."""
-    from finetune import load_model
+    from support.loading import load_model
 
     model = load_model(tiny["base"], torch.device("cpu"))
     encode = model.tokenizer.encode
@@ -511,7 +515,7 @@ def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, mon
     """Answers made by hand, so that every figure of the table is known."""
     import eval as script
     from data import load_task
-    from finetune import load_model
+    from support.loading import load_model
 
     examples = load_task("arithmetic", "test")[0][:4]
     gold = [e.target.strip() for e in examples]

@@ -31,7 +31,8 @@ from experiments import (
     token_class,
     verdict,
 )
-from model import ModelConfig, ModernDecoderLM, count_parameters, estimate_memory
+from model import ModelConfig, ModernDecoderLM
+from support.costs import count_parameters, estimate_memory
 from support.long_context import (
     by_position,
     endless,

@@ -1,5 +1,6 @@
 """Fine-tuning: every architecture and method from end to end, on small checkpoints that are made here."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -20,10 +21,13 @@ import transformers
 import finetune
 import train
 from data import TASKS, Example, few_shot, load_task
-from finetune import FinetuneConfig, TrainingSet, answer_loss, ask, build, collate, load_model, tokenise
+from finetune import FinetuneConfig, TrainingSet, answer_loss, build, tokenise
 from model import ModelConfig, ModernDecoderLM, load_tensors
+from support import loading, machine
+from support.loading import load_model
+from support.runs import AlreadyFinished, TrainError, read_json, read_jsonl
+from support.text_model import ask, collate
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
-from train import AlreadyFinished, TrainError, read_json, read_jsonl
 
 ROOT = Path(finetune.__file__).parent
 SMALL = dict(device="cpu", dtype="float32", max_steps=4, batch_size=4, max_train_examples=40, eval_every=0)
@@ -369,7 +373,7 @@ def test_qlora_on_a_cpu_refuses_widths_that_bitsandbytes_cannot_compute_there(se
 
 def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert '".[qlora]"' in command_line(monkeypatch, settings(lora_r=4, load_in_4bit=True))
 
 
@@ -423,7 +427,7 @@ def test_each_architecture_gets_the_special_tokens_it_expects(settings):
         ids, _ = text_model.prompt(TASKS["sentiment"], "A fresh film.")
         plain = text_model.encode("A fresh film.\nIt was")
         at = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
-        names = finetune.load_tokenizer(text_model.name, ours=False).inner.convert_ids_to_tokens(ids)
+        names = loading.load_tokenizer(text_model.name, ours=False).inner.convert_ids_to_tokens(ids)
         ends[name, method] = names[:at], names[at + len(plain) :]
     eot = (["<|endoftext|>"], [])
     assert ends["ours", "lm"] == ends["gpt2", "lm"] == ends["gpt2", "head"] == eot
@@ -456,11 +460,11 @@ def test_a_model_without_a_pad_token_gets_one(settings, tmp_path):
 
 def test_our_tokenizer_stands_in_for_the_librarys_where_it_can(checkpoints, text):
     for name in ("ours", "gpt2"):
-        fast, theirs = (finetune.load_tokenizer(checkpoints[name], ours) for ours in (True, False))
+        fast, theirs = (loading.load_tokenizer(checkpoints[name], ours) for ours in (True, False))
         assert isinstance(fast, Tokenizer) and not isinstance(theirs, Tokenizer)
         for t in text[::50]:
             assert fast.encode(t, ()) == theirs.encode(t) == theirs.inner.encode(t, add_special_tokens=False)
-    assert not isinstance(finetune.load_tokenizer(checkpoints["t5"]), Tokenizer)
+    assert not isinstance(loading.load_tokenizer(checkpoints["t5"]), Tokenizer)
 
 
 def test_a_text_that_is_too_long_loses_its_end_and_never_the_question_or_the_answer(settings):
@@ -681,7 +685,7 @@ def test_a_head_answers_its_own_task_only(settings, tmp_path, monkeypatch):
     finetune.finetune(settings(method="head", name="head"))
     model = load_model(str(tmp_path / "head"), torch.device("cpu"))
     assert ask(model, "sentiment", load_task("sentiment", "test")[0][:4])[0]
-    with pytest.raises(TrainError, match="has a head for sentiment: it cannot be asked dialogue"):
+    with pytest.raises(TrainError, match="has a head for classes: it cannot be asked dialogue"):
         ask(model, "dialogue", load_task("dialogue", "test")[0][:4])
     assert "--method=head" in command_line(monkeypatch, settings(str(tmp_path / "head")))
 
@@ -735,7 +739,7 @@ def test_help_answers():
 
 
 def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
+    monkeypatch.setattr(machine, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
     for dtype, width, want in (
         ("auto", 8, "float32"),
         ("bfloat16", 8, "bfloat16"),

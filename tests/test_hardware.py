@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-import hardware
 import report
 from configs import ConfigError
-from hardware import HardwareConfig, measure
+from lab import hardware
+from lab.hardware import HardwareConfig, measure
 from report import Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")

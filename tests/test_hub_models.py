@@ -11,24 +11,15 @@ import transformers
 from data import TASKS, Example
 from dpo import DPOConfig, from_collection, without_first_exchange
 from eval import EvalConfig
-from finetune import (
-    AdaptConfig,
-    FinetuneConfig,
-    TextModel,
-    add_lora,
-    ask,
-    build_model,
-    from_hub,
-    head_layers,
-    hf_context,
-    load_model,
-    load_tokenizer,
-)
+from finetune import AdaptConfig, FinetuneConfig, add_lora, build_model
 from sft import SFTConfig, packs, sft
 from support.hub_models import HubTokenizer
+from support.loading import from_hub, head_layers, load_model, load_tokenizer
+from support.machine import pick_device
 from support.memory import shape_of
+from support.runs import TrainError, read_json
+from support.text_model import TextModel, ask, hf_context
 from tokenizer import ForeignTokenizer, Tokenizer
-from train import TrainError, pick_device, read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

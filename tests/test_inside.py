@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune import load_model
 from model import ModelConfig, ModernDecoderLM
 from support.inside import contributions, logit_lens, look_inside, token_text, trace, without_heads
+from support.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

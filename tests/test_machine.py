@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import train
-from support import machine
+from support import machine, runs
 
 
 @pytest.fixture
@@ -45,15 +44,15 @@ def test_a_gpu_that_torch_cannot_use_stops_the_choice_of_a_profile(
     out, told = capsys.readouterr()
     assert out == "" and reason in told and driver in told
     assert machine.REINSTALL in told and "bash run_all.sh cpu" in told
-    with pytest.raises(train.TrainError, match=driver):
-        train.pick_device("cuda")
+    with pytest.raises(runs.TrainError, match=driver):
+        machine.pick_device("cuda")
 
 
 def test_without_a_driver_the_profile_is_cpu(computer, capsys):
     computer("", "13.0")
     assert machine.main() == 0 and capsys.readouterr() == ("cpu\n", "")
-    with pytest.raises(train.TrainError, match="sees no CUDA card.$"):
-        train.pick_device("cuda")
+    with pytest.raises(runs.TrainError, match="sees no CUDA card.$"):
+        machine.pick_device("cuda")
 
 
 def test_a_gpu_that_was_hidden_on_purpose_is_no_problem(computer, monkeypatch):

@@ -15,10 +15,9 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import plan
 from configs import ROOT
-from finetune import on_all_cores, target_logits
-from hardware import GIB
+from lab import plan
+from lab.hardware import GIB
 from model import KVCache, ModelConfig, ModernDecoderLM, sample
 from support import memory
 from support.memory import (
@@ -31,6 +30,7 @@ from support.memory import (
     rows_that_fit,
     shape_of,
 )
+from support.text_model import on_all_cores, target_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -464,7 +464,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_goes_on():
 EXHAUSTED = """
 import json, resource
 import torch
-from finetune import TextModel
+from support.text_model import TextModel
 from model import ModelConfig, ModernDecoderLM
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 

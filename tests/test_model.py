@@ -32,14 +32,10 @@ from model import (
     attention,
     attention_mask,
     causal_linear_attention,
-    count_parameters,
     cross_entropy,
-    estimate_flops,
-    estimate_memory,
     fastest_products,
     float32_products,
     from_pretrained,
-    kv_cache_bytes,
     linear,
     linear_attention,
     one_query,
@@ -48,6 +44,7 @@ from model import (
     save_pretrained,
     softmax,
 )
+from support.costs import count_parameters, estimate_flops, estimate_memory, kv_cache_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,9 +11,11 @@ import transformers
 
 import dpo
 from data import Example, load_preferences
-from finetune import FinetuneConfig, adapter_base, ask, finetune, kind_of, label_order, load_model, merge
+from finetune import FinetuneConfig, finetune, merge
+from support.loading import adapter_base, kind_of, load_model
+from support.runs import TrainError, read_json, read_jsonl
+from support.text_model import ask, label_order
 from tokenizer import EOT, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer
-from train import TrainError, read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 
-import plan as script
 from configs import ROOT, ConfigError
 from data import TASKS, load_conversations, load_task
-from hardware import GIB
-from model import ModelConfig, count_parameters
-from plan import Elsewhere, Here, Plan, PlanConfig, Work, answering_memory, estimate, memory, table
+from lab import plan as script
+from lab.hardware import GIB
+from lab.plan import Elsewhere, Here, Plan, PlanConfig, Work, answering_memory, estimate, memory, table
+from model import ModelConfig
+from support.costs import count_parameters
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,7 +183,7 @@ def test_a_card_elsewhere_is_worked_out_and_an_unknown_one_refused():
 
 
 def plan_of(*words: str, text: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "plan.py", *words]
+    command = [sys.executable, "-m", "lab.plan", *words]
     return subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True)
 
 

@@ -103,7 +103,7 @@ def test_a_text_ends_before_a_stop_string_also_across_tokens(client):
 def test_echo_gives_the_exact_log_probabilities(client, lab_home):
     import torch
 
-    from finetune import load_model
+    from support.loading import load_model
 
     model = load_model(str(lab_home / "base"), torch.device("cpu"))
     ids = model.encode("Once upon a time there was a")
@@ -142,7 +142,7 @@ def test_bias_and_penalties_change_what_comes(client):
 def test_chat_follows_the_template_and_can_go_on_with_an_answer(client, lab_home):
     import torch
 
-    from finetune import load_model
+    from support.loading import load_model
 
     model = load_model(str(lab_home / "sft"), torch.device("cpu"))
     turns = [{"role": "user", "content": PROBLEM}]

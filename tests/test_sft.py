@@ -13,7 +13,6 @@ import torch
 
 import sft as script
 from data import DataError, corpus_info, documents, load_conversations, talk
-from finetune import TextModel, load_model
 from model import ModelConfig, ModernDecoderLM, load_tensors
 from sft import (
     PackedSet,
@@ -27,7 +26,9 @@ from sft import (
     source_rows,
     tokenised,
 )
-from train import AlreadyFinished, TrainError, read_json, read_jsonl
+from support.loading import load_model
+from support.runs import AlreadyFinished, TrainError, read_json, read_jsonl
+from support.text_model import TextModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(script.__file__).parent

@@ -25,9 +25,11 @@ from torch import nn
 
 import train
 from model import ModelConfig, ModernDecoderLM, load_tensors
+from support import machine, runs
+from support.runs import TrainError
 from tasks.stories import storyworld
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens
-from train import AdamW, TrainConfig, Trainer, TrainError, Windows, evaluate_lm, get_batch, get_lr
+from train import AdamW, TrainConfig, Trainer, Windows, evaluate_lm, get_batch, get_lr
 
 ROOT = Path(train.__file__).parent
 TINY = dict(n_layers=2, d_model=32, n_heads=2, context_length=16, batch_size=4, device="cpu")
@@ -73,7 +75,7 @@ def samples(folder: Path) -> list[str]:
 
 
 def last_state(folder: Path) -> dict:
-    state = torch.load(train.newest(folder) / "state.pt", weights_only=True)
+    state = torch.load(runs.newest(folder) / "state.pt", weights_only=True)
     del state["seconds"]
     return state
 
@@ -89,7 +91,7 @@ def same(a, b) -> bool:
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert same(load_tensors(a), load_tensors(b))
-    assert same(load_tensors(train.newest(a)), load_tensors(train.newest(b)))
+    assert same(load_tensors(runs.newest(a)), load_tensors(runs.newest(b)))
     assert same(last_state(a), last_state(b))
     assert metrics(a) == metrics(b)
     assert samples(a) == samples(b)
@@ -159,7 +161,7 @@ def test_killed_at_random_steps_and_resumed_gives_the_same_bits(settings, tmp_pa
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert train.read_json(tmp_path / "run" / "run.json")["status"] == "running"
+        assert runs.read_json(tmp_path / "run" / "run.json")["status"] == "running"
     assert "resuming at step" in finish(start(settings(**cfg)))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -263,7 +265,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     cfg = dict(dropout=0.1, save_every=save_every)
     train.pretrain(settings(name="whole", **cfg))
     assert interrupt_after(5, monkeypatch, settings(**cfg), number) == code
-    run = train.read_json(tmp_path / "run" / "run.json")
+    run = runs.read_json(tmp_path / "run" / "run.json")
     assert (run["status"], run["step"]) == ("interrupted", 6)
     train.pretrain(settings(**cfg))
     if save_every:
@@ -287,7 +289,7 @@ def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(settin
     monkeypatch.setattr(os, "_exit", exit_at_once)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     assert command_line(monkeypatch, settings()) == 130
-    assert train.newest(tmp_path / "run").name == "step-6"
+    assert runs.newest(tmp_path / "run").name == "step-6"
 
 
 def test_a_second_ctrl_c_ends_at_once(settings, tmp_path):
@@ -299,7 +301,7 @@ def test_a_second_ctrl_c_ends_at_once(settings, tmp_path):
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=20)
     assert process.returncode in (130, 143)
-    assert train.read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    assert runs.read_json(tmp_path / "run" / "run.json")["status"] == "running"
 
 
 # -----------------------------------------------------------------------------
@@ -477,7 +479,7 @@ def test_five_bad_steps_in_a_row_stop_and_leave_the_last_checkpoint(
         patch.setattr(ModernDecoderLM, "forward", forward)
         message = command_line(patch, settings(**cfg))
     assert "lower --learning_rate" in message and "step-8" in message
-    run = train.read_json(tmp_path / "run" / "run.json")
+    run = runs.read_json(tmp_path / "run" / "run.json")
     assert run["status"] == "failed" and "five steps" in run["error"]
     train.pretrain(settings(name="whole", **cfg))
     train.pretrain(settings(**cfg))  # whatever was wrong is mended: the checkpoint is as good as ever
@@ -655,7 +657,7 @@ def test_configs_for_a_12_gb_card_fit_it_by_the_plan(monkeypatch, capsys, name):
 def test_auto_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch(monkeypatch, capsys, more, wanted):
     words = ["train.py", "configs/max3060.py", "--batch_size=auto", "--plan", "--device=cpu", *more]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(train, "matmul_flops", lambda dtype: 1e11)
+    monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 1e11)
     train.main()
     out = capsys.readouterr().out
     assert f"--batch_size=auto: {wanted[0]} sequences at a time, {wanted[1]} times a step" in out
@@ -812,7 +814,7 @@ def test_only_the_steps_of_pretraining_ask_for_the_fastest_products(settings, mo
 def test_auto_takes_bfloat16_where_a_cpu_multiplies_it(monkeypatch, able):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == able, raising=False)
-    assert train.pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if able else torch.float32)
+    assert machine.pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if able else torch.float32)
 
 
 # -----------------------------------------------------------------------------
@@ -853,17 +855,17 @@ def test_after_a_torn_checkpoint_new_ones_are_kept(settings, tmp_path, monkeypat
     interrupt_after(9, monkeypatch, settings(**cfg | dict(keep_last=2)))
     tear(tmp_path / "run/checkpoints/step-10/state.pt")
     interrupt_after(8, monkeypatch, settings(**cfg))  # resumes at 8, ends at 9: before the torn one
-    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["step-8", "step-9"]
+    assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["step-8", "step-9"]
     assert same(load_tensors(tmp_path / "run"), load_tensors(tmp_path / "run/checkpoints/step-9"))
 
 
 def test_when_all_checkpoints_are_torn_the_message_says_how_to_start_anew(settings, tmp_path, monkeypatch):
     interrupt_after(9, monkeypatch, settings())
-    for path in train.checkpoints(tmp_path / "run"):
+    for path in runs.checkpoints(tmp_path / "run"):
         tear(path / "state.pt")
     assert "none of the checkpoints" in (message := command_line(monkeypatch, settings()))
     assert "--overwrite" in message
-    assert len(train.checkpoints(tmp_path / "run")) == 2  # nothing is thrown away unasked
+    assert len(runs.checkpoints(tmp_path / "run")) == 2  # nothing is thrown away unasked
     assert command_line(monkeypatch, settings(), "--overwrite") == 0
 
 
@@ -884,7 +886,7 @@ class Payload:
 
 def test_pickled_code_in_a_checkpoint_is_not_run(settings, tmp_path, monkeypatch, capsys):
     interrupt_after(5, monkeypatch, settings(keep_last=1, eval_every=0))
-    for checkpoint in train.checkpoints(tmp_path / "run"):
+    for checkpoint in runs.checkpoints(tmp_path / "run"):
         torch.save({"step": 6, "best": Payload()}, checkpoint / "state.pt")
     assert "none of the checkpoints" in command_line(monkeypatch, settings(keep_last=1, eval_every=0))
     assert "PICKLED CODE RAN" not in capsys.readouterr().out
@@ -898,7 +900,7 @@ def test_settings_that_change_the_result_are_refused_by_name(settings, tmp_path,
     assert "--name" in message and "--overwrite" in message and "warmup" not in message
     assert "must stay the same" in command_line(monkeypatch, settings(batch_size=5))
     assert same(before, last_state(tmp_path / "run"))
-    assert train.read_json(tmp_path / "run/run.json")["status"] == "interrupted"
+    assert runs.read_json(tmp_path / "run/run.json")["status"] == "interrupted"
 
 
 def test_settings_that_do_not_change_the_result_may_change(settings, tmp_path, monkeypatch):
@@ -927,7 +929,7 @@ def test_a_finished_run_says_so_and_does_nothing(settings, tmp_path, monkeypatch
         assert before == after
         assert "max_steps: 12 -> 13" in command_line(monkeypatch, cfg, "--max_steps=13")
         assert command_line(monkeypatch, cfg, "--max_steps=13", "--overwrite") == 0
-        assert train.read_json(Path(cfg.out, cfg.name, "run.json"))["step"] == 13
+        assert runs.read_json(Path(cfg.out, cfg.name, "run.json"))["step"] == 13
 
 
 def test_overwrite_removes_nothing_but_runs(settings, tmp_path, monkeypatch):
@@ -958,7 +960,7 @@ def test_a_kill_within_overwrite_is_followed_by_the_rest_of_it(settings, tmp_pat
     train.pretrain(settings(max_steps=4))
     order = []
     monkeypatch.setattr(Path, "unlink", lambda path, **_: order.append(path.name))
-    train.remove_run(tmp_path / "run")
+    runs.remove_run(tmp_path / "run")
     assert order[-1] == "run.json" and len(order) > 3
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -1097,16 +1099,16 @@ def test_the_best_and_the_last_checkpoints_are_kept_and_the_best_is_published(
     monkeypatch.setattr(train, "evaluate_lm", lambda *_: {"val_loss": next(losses), "bits_per_byte": 1.0})
     train.pretrain(settings(eval_every=2, save_every=2, keep_last=2))
     folder = tmp_path / "run"
-    assert [path.name for path in train.checkpoints(folder)] == ["step-4", "step-10", "step-12"]
+    assert [path.name for path in runs.checkpoints(folder)] == ["step-4", "step-10", "step-12"]
     assert same(load_tensors(folder), load_tensors(folder / "checkpoints/step-4"))
     assert not same(load_tensors(folder), load_tensors(folder / "checkpoints/step-12"))
-    best = train.read_json(folder / "run.json")["results"]["best"]
+    best = runs.read_json(folder / "run.json")["results"]["best"]
     assert (best["step"], best["val_loss"]) == (4, 2.0)
 
 
 def test_run_json_tells_what_was_done(settings, tmp_path, tokens):
     train.pretrain(settings(max_steps=4))
-    run = train.read_json(tmp_path / "run/run.json")
+    run = runs.read_json(tmp_path / "run/run.json")
     assert run["status"] == "finished" and run["step"] == 4 and run["seconds"] > 0
     assert run["settings"]["learning_rate"] == 1e-3 and run["settings"]["d_model"] == 32
     assert run["versions"]["torch"] == torch.__version__ and "python" in run["versions"]
@@ -1167,7 +1169,7 @@ def test_only_cards_whose_peak_is_known_get_one():
         "NVIDIA GeForce RTX 5090": 209.5,
     }
     for name, teraflops in known.items():
-        assert train.peak_flops(name) == teraflops * 1e12, name
+        assert machine.peak_flops(name) == teraflops * 1e12, name
     unknown = [
         "NVIDIA GeForce RTX 3060 Ti",
         "NVIDIA GeForce RTX 3060 Laptop GPU",
@@ -1187,7 +1189,7 @@ def test_only_cards_whose_peak_is_known_get_one():
         "NVIDIA GeForce RTX 4060 Ti Laptop GPU",
     ]
     for name in unknown:
-        assert train.peak_flops(name) is None, name
+        assert machine.peak_flops(name) is None, name
 
 
 def test_wandb_that_is_not_installed_is_a_clear_message_before_anything_starts(
@@ -1229,7 +1231,7 @@ def test_a_resumed_run_is_one_run_of_wandb(settings, tmp_path, monkeypatch, wand
     for step in (2, 6):  # before the first checkpoint, and behind it
         interrupt_after(step, monkeypatch, settings(wandb="project"))
     about = train.pretrain(settings(wandb="project"))["wandb"]
-    assert about == train.read_json(tmp_path / "run/run.json")["wandb"]
+    assert about == runs.read_json(tmp_path / "run/run.json")["wandb"]
     begun = [call for call in wandb_calls() if "id" in call]
     assert begun == 3 * [{"id": about["id"], "resume": "allow", "project": "project"}]
     assert about["url"] == f"https://wandb.test/{about['id']}"
@@ -1248,7 +1250,7 @@ def test_the_id_of_a_wandb_run_is_written_before_the_run_is_made(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(wandb, "init", dies)
         train.pretrain(settings(wandb="project"))
-    known = train.read_json(tmp_path / "run/run.json")["wandb"]["id"]
+    known = runs.read_json(tmp_path / "run/run.json")["wandb"]["id"]
     assert train.pretrain(settings(wandb="project"))["wandb"]["id"] == known
 
 
@@ -1332,10 +1334,10 @@ def test_a_log_file_gets_lines_as_they_happen_and_no_progress_bar(settings, tmp_
 def test_a_second_process_may_not_train_in_the_same_folder(settings, tmp_path, monkeypatch):
     process = start(settings(max_steps=100_000, eval_every=0, save_every=0))
     wait_for_step(tmp_path / "run", 1, process)
-    before = train.read_json(tmp_path / "run/run.json")
+    before = runs.read_json(tmp_path / "run/run.json")
     for more in ([], ["--overwrite"]):
         assert "another process is training in" in command_line(monkeypatch, settings(), *more)
-    assert train.read_json(tmp_path / "run/run.json") == before
+    assert runs.read_json(tmp_path / "run/run.json") == before
     process.kill()
     process.communicate()
     assert command_line(monkeypatch, settings(), "--overwrite") == 0
@@ -1365,4 +1367,4 @@ def test_peak_memory_is_that_of_this_process_and_not_of_its_parent():
     ballast = np.ones(100_000_000)  # 800 MB
     program = "from train import peak_resident_bytes; print(peak_resident_bytes())"
     child = int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True))
-    assert 50e6 < child < 700e6 < ballast.nbytes <= train.peak_resident_bytes()
+    assert 50e6 < child < 700e6 < ballast.nbytes <= machine.peak_resident_bytes()

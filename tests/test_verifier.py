@@ -10,9 +10,10 @@ import torch
 import dpo
 import verifier as script
 from data import TASKS, Example, load_task
-from finetune import collate, load_model
+from support.loading import load_model
 from support.metrics import auc, auc_within, calibration
-from train import TrainError, read_json
+from support.runs import TrainError, read_json
+from support.text_model import collate
 from verifier import (
     Samples,
     Verifier,

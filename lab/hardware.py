@@ -1,7 +1,7 @@
 """What this machine can do, measured: what the plans are held against, and what only a card can show.
 
-    python hardware.py                               # minutes; out/hardware.json and a table
-    python hardware.py --only=memory --cap=11        # one part; on a card, within 11 GiB
+    python -m lab.hardware                               # minutes; out/hardware.json and a table
+    python -m lab.hardware --only=memory --cap=11        # one part; on a card, within 11 GiB
     bash run_all.sh hardware                         # the same, and the report that shows it
 
 `matmul`: what large matrix products reach, in float32 and bfloat16; the shares below are of this figure, not
@@ -41,28 +41,18 @@ from model import (
     AttentionInBlocks,
     ModelConfig,
     ModernDecoderLM,
-    estimate_flops,
-    estimate_memory,
     fastest_products,
     float32_products,
     to_hf_config,
     to_hf_tensors,
     write_atomically,
 )
+from support.costs import estimate_flops, estimate_memory
+from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
+from support.plan import Step, fit_batch, planned_for
+from support.runs import read_json
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
-from train import (
-    Step,
-    TrainConfig,
-    Windows,
-    fit_batch,
-    git_commit,
-    hardware,
-    pick_device,
-    pick_dtype,
-    planned_for,
-    read_json,
-    versions,
-)
+from train import TrainConfig, Windows
 
 GIB = 2**30
 
@@ -433,7 +423,7 @@ def main() -> None:
     try:
         measure(parse_config(HardwareConfig, __doc__))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"hardware.py: {error}") from None
+        raise SystemExit(f"lab.hardware: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What commands will cost before they run: minutes, memory, and the work they are made of.
 
     bash run_all.sh speedrun --plan --vram=12            # a whole profile; run_all.sh also begins with it
-    python plan.py sft.py configs/sft.py --batch_size=16 # one stage, with the flags it would get
-    python plan.py finetune.py configs/sst2.py --vram=12 # ... on a card that is not here
+    python -m lab.plan sft.py configs/sft.py --batch_size=16   # one stage, with the flags it would get
+    python -m lab.plan finetune.py configs/sst2.py --vram=12 # ... on a card that is not here
 
 A stage is counted in tokens of three kinds: those it trains on, those it samples one by one, and those it
 reads to know their likelihood. What a token of each kind takes is measured on this machine with the models'
@@ -37,33 +37,25 @@ from configs import ROOT, ConfigError, parse_config
 from data import CORPORA, EMBEDDED, TASKS, documents
 from dpo import DPOConfig
 from eval import EvalConfig, read_words
-from finetune import AdaptConfig, FinetuneConfig, on_all_cores
-from hardware import GIB, timed
+from finetune import AdaptConfig, FinetuneConfig
+from lab.hardware import GIB, timed
 from model import (
     ModelConfig,
     ModernDecoderLM,
-    count_parameters,
-    estimate_flops,
-    estimate_memory,
     fastest_products,
     float32_products,
     from_hf_config,
     write_atomically,
 )
 from sft import SFTConfig, answer_loss, mixture
+from support.costs import count_parameters, estimate_flops, estimate_memory
+from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
 from support.memory import Shape, generation_bytes, likelihood_bytes, room, rows_that_fit, shape_of
+from support.plan import Step, planned_for, usable
+from support.runs import read_json
+from support.text_model import on_all_cores
 from tokenizer import TokenizerStageConfig
-from train import (
-    Step,
-    TrainConfig,
-    cpu_name,
-    peak_flops,
-    pick_device,
-    pick_dtype,
-    planned_for,
-    read_json,
-    usable,
-)
+from train import TrainConfig
 from verifier import VerifierConfig, channel_loss
 
 # Rows of the training, validation and test splits, and tokens of a question and of its answer: of the
@@ -693,10 +685,10 @@ def main() -> None:
             keep(rows, cfg.out)
             refuse_full_disk(rows, cfg.out)
     except FullDisk as error:
-        print(f"plan.py: {error}", file=sys.stderr)
+        print(f"lab.plan: {error}", file=sys.stderr)
         raise SystemExit(3) from None
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(f"plan.py: {error}") from None
+        raise SystemExit(f"lab.plan: {error}") from None
 
 
 if __name__ == "__main__":
