@@ -18,12 +18,11 @@ head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; e
 in one place.
 """
 
-import contextlib
 import functools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -34,6 +33,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from support.files import write_atomically
+from support.kernels import (
+    AttentionInBlocks,
+    ChunkedCrossEntropy,
+    Recorded,
+    as_many_of_each,
+    attention_after_prompt,
+    fastest_products,
+    float32_products,
+    linear,
+    one_query,
+    together,
+)
 
 
 @dataclass
@@ -235,185 +246,6 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) ->
     return y[..., :-1] / y[..., -1:].clamp(min=1e-6)
 
 
-class AttentionInBlocks(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v of a whole text on a CPU, 64 queries at a time with the keys up to theirs.
-
-    What a block of queries may not see is never computed, but for its own upper triangle, and its scores stay
-    in the cache. The weights are kept for the backward pass: 2.2 MB for a layer, head and row of 1,024 tokens
-    in float32. torch's own flash attention, which keeps none, takes 1.2 to 3.0 times as long forward and
-    backward (256 and 1,024 tokens, float32, two threads), in bfloat16 2.4 to 3.7 times.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block: int = 64) -> Tensor:
-        """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), each H / K query heads with one of K. A mask
-        (T, T) or (B, 1, T, T), True = attend, takes the place of the triangle; what may see nothing gets 0.
-        """
-        (B, H, T, D), K = q.shape, k.shape[1]
-        q, k, v = (q / math.sqrt(D)).reshape(B, K, H // K, T, D), k.contiguous(), v.contiguous()
-        future = torch.full((block, block), -torch.inf, dtype=q.dtype).triu(1)
-        y, weights = torch.empty_like(q), []
-        for i in range(0, T, block):
-            j = min(i + block, T)
-            S = j if mask is None else T  # keys that this block may see
-            scores = (q[..., i:j, :].flatten(2, 3) @ k[:, :, :S].mT).view(B, K, -1, j - i, S)
-            if mask is None:
-                scores[..., i:] += future[: j - i, : j - i]
-            else:
-                scores.masked_fill_(~mask[..., i:j, :].unsqueeze(-3), -torch.inf)
-            w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
-            w = w if mask is None else w.nan_to_num_()
-            y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
-            if any(ctx.needs_input_grad):
-                weights.append(w)
-        ctx.save_for_backward(q, k, v, *weights)
-        ctx.block = block
-        return y.view(B, H, T, D)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """With y = w v: dv = w^T dy, dw = dy v^T; and through the softmax ds = w (dw - sum of w dw)."""
-        q, k, v, *weights = ctx.saved_tensors
-        (B, K, G, T, D), block = q.shape, ctx.block
-        grad = grad.reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, w in zip(range(0, T, block), weights, strict=True):
-            j, S = min(i + block, T), w.shape[-1]
-            dy = grad[..., i:j, :].flatten(2, 3)
-            dv[:, :, :S] += w.mT @ dy
-            ds = torch._softmax_backward_data(dy @ v[:, :, :S].mT, w, -1, w.dtype)
-            dq[..., i:j, :] = (ds @ k[:, :, :S]).view(B, K, G, j - i, D)
-            dk[:, :, :S] += ds.mT @ q[..., i:j, :].flatten(2, 3)
-        return (dq / math.sqrt(D)).view(B, K * G, T, D), dk, dv, None, None
-
-
-@contextlib.contextmanager
-def float32_products(precision: str):
-    """torch.set_float32_matmul_precision(precision), and afterwards what it was."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def fastest_products(device: torch.device) -> str:
-    """The precision to ask `float32_products` for where products are of the same shapes again and again.
-
-    torch has MKL multiply, which on AMD's processors runs code for AVX2 whatever they have. At "medium" it
-    asks oneDNN: 250 GFLOP/s a core and not 110 (Zen 5), and as exact, since only AMX has anything less to
-    offer. But oneDNN makes a kernel for every new shape, which takes half a millisecond and half a MiB.
-    """
-    return "medium" if device.type == "cpu" and mkl_is_slow() else torch.get_float32_matmul_precision()
-
-
-@functools.cache
-def mkl_is_slow() -> bool:
-    """On AMD's processors with AVX-512; but where there is AMX, oneDNN's "medium" would round to bfloat16."""
-    try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and not amx
-
-
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
-    if q.device.type == "cpu" and torch.compiler.is_compiling():
-        # Loops over the cache and no products of tiny matrices, but for the scores of several queries a key.
-        scores = (q * k).sum(-1).unsqueeze(2) if q.shape[2] == 1 else q @ k.mT  # (B, K, G, S)
-        scores = scores / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1).unsqueeze(-1) * v.unsqueeze(2)).sum(-2)
-    return F.scaled_dot_product_attention(q, k, v, mask)
-
-
-def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: Tensor, k: Tensor, v: Tensor):
-    """One new token a row, q (B, H, 1, D) -> (B, H, 1, D), where B / P rows each continue one of P prompts.
-
-    The rows of a prompt look at the same keys, prompt_k (P, K, S, D), so these are read once for all of them
-    (as in Hydragen; Juravsky et al., 2024); each also looks at its own, k (B, K, T, D), under one softmax.
-    mask (P, 1, 1, S), True = attend, leaves out the padding of short prompts.
-    """
-    (B, H, _, D), (P, K, S, _) = q.shape, prompt_k.shape
-    n, G = B // P, H // K  # rows a prompt, query heads a key-value head
-
-    def per_prompt(x: Tensor) -> Tensor:  # (B, K, G, ...) -> (P, K, n G, ...)
-        return x.view(P, n, K, G, -1).transpose(1, 2).reshape(P, K, n * G, -1)
-
-    def per_row(x: Tensor) -> Tensor:
-        return x.view(P, K, n, G, -1).transpose(1, 2).reshape(B, K, G, -1)
-
-    q = q.reshape(B, K, G, D) / math.sqrt(D)
-    told = (per_prompt(q) @ prompt_k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
-    scores = torch.cat([per_row(told), q @ k.transpose(-1, -2)], dim=-1)  # (B, K, G, S + T)
-    w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    y = per_row(per_prompt(w[..., :S]) @ prompt_v) + w[..., S:] @ v
-    return y.reshape(B, H, 1, D)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T` without ever holding all logits.
-
-    At 8k tokens and a vocabulary of 50k, logits, their softmax and their gradient in float32 are 4.6 GiB: on
-    a 12 GB card the loss would take more room than the model. Here a chunk of tokens at a time becomes
-    logits, loss and both gradients, then is forgotten. Computing the gradients already in the forward pass
-    costs no extra matrix product (a recomputing checkpoint would: 5 % of a step at V=4,096, d=288). torch's
-    own `linear_cross_entropy`, from 2.13 on, had 0.90 and 0.98 of the speed on a CPU (report/speed.md).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """hidden (N, d), weight (V, d), targets (N), -100 = ignore -> sum of losses in nats (float32)."""
-        total = torch.zeros((), device=hidden.device)
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        w = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if need else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
-        for i in range(0, len(hidden), chunk):
-            h, t = hidden[i : i + chunk], targets[i : i + chunk]
-            asked = (t != -100).unsqueeze(-1)  # (n, 1)
-            loss, grad = ChunkedCrossEntropy.of_chunk(h, w, t.clamp(min=0).unsqueeze(-1), asked, need)
-            total = total - loss
-            if need:
-                grad_hidden[i : i + chunk] = (grad @ w) * asked
-                grad_weight += grad.T @ (h * asked)
-            del grad  # or it would lie there beside the next chunk's
-        if need:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def of_chunk(h: Tensor, w: Tensor, index: Tensor, asked: Tensor, need: bool):
-        """Sum of log p of the targets `index` (n, 1) where `asked`, and d loss / d logits (n, V) if needed:
-        softmax - one_hot(target), also in the rows that ask for nothing.
-        """
-        log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (n, V)
-        total = (log_p.gather(-1, index) * asked).sum()
-        if not need:
-            return total, None
-        if torch.compiler.is_compiling():  # all of it in one kernel, and nothing in float32 ever stored
-            one_hot = torch.arange(len(w), device=h.device) == index
-            return total, (log_p.exp() - one_hot).to(h.dtype)
-        grad = log_p.exp_()
-        return total, grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype)).to(h.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_output.to(grad_weight.dtype)
-        return (
-            (grad_hidden * scale).to(grad_hidden.dtype),
-            (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
-
-
 # -----------------------------------------------------------------------------
 # Layers
 
@@ -470,33 +302,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.d_model, config.norm_eps)
     return LayerNorm(config.d_model, config.norm_eps) if config.norm == "layer" else nn.Identity()
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., d), weight (outputs, d) -> (..., outputs).
-
-    One row of x on a CPU costs what reading the weights does. A compiled loop reads them at 46 GB/s, MKL at
-    25 and, if they lie transposed, at 32 (29 MB, a core of a Zen 5).
-    """
-    one_row = x.numel() == x.shape[-1] and weight.stride(-1) == 1
-    if one_row and x.device.type == "cpu" and torch.compiler.is_compiling():
-        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-def together(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """[layer(x) for layer in layers], in one matrix product where that is faster: where `pack` has put their
-    weights side by side, and compiled on a card, whose matrix units narrow products leave idle.
-    """
-    packed = getattr(layers[0], "packed", None)
-    if packed is None:
-        if not (x.is_cuda and torch.compiler.is_compiling()):
-            return [layer(x) for layer in layers]
-        packed = torch.cat([layer.weight for layer in layers]).T.to(x.dtype)
-    y = linear(x, packed.T)  # (..., d) @ (d, all outputs)
-    if layers[0].bias is not None:
-        y = y + torch.cat([layer.bias for layer in layers]).to(x.dtype)
-    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 class Attention(nn.Module):
@@ -1076,45 +881,6 @@ class ModernDecoderLM(nn.Module):
         return linear(self.hidden(ids, cache=cache)[:, -1], self.head)
 
 
-class Recorded:
-    """A function of tensors that does the same to the same shapes again and again, on a card.
-
-    A small model's step is a few hundred kernels of some microseconds each, and Python takes longer to launch
-    one than the card to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
-    what the function keeps in tensors (the cache) has to be changed in place. Other shapes are recorded anew.
-    """
-
-    def __init__(self, run: Callable):
-        self.run, self.shapes, self.calls = run, None, 0
-
-    def __call__(self, *given: Tensor) -> Tensor:
-        shapes = [x.shape for x in given]
-        if shapes != self.shapes:
-            self.shapes, self.calls = shapes, 0
-        self.calls += 1
-        if self.calls < 3:  # libraries choose and load their kernels when they are first called
-            return self.run(*given)
-        if self.calls == 3:
-            self.inputs, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self.run(*self.inputs)
-        for mine, x in zip(self.inputs, given, strict=True):
-            mine.copy_(x)
-        self.graph.replay()
-        return self.output.clone()
-
-
-def as_many_of_each(left: list[int], prompt_of: list[int]) -> list[int]:
-    """Rows, as many of each prompt: those in `left`, filled up with others of the same prompts."""
-    rows: dict[int, list[int]] = {prompt_of[j]: [] for j in left}
-    wanted = set(left)
-    for j in [*left, *(j for j in range(len(prompt_of)) if j not in wanted)]:
-        if prompt_of[j] in rows:
-            rows[prompt_of[j]].append(j)
-    most = max(sum(j in wanted for j in some) for some in rows.values())
-    return [j for some in rows.values() for j in some[:most]]
-
-
 def sample(
     logits: Tensor,
     uniform: Tensor,
@@ -1308,201 +1074,14 @@ class KVCache:
 # Hugging Face's folder: config.json and model.safetensors
 
 
-LLAMA = ModelConfig()  # the default switches
-SWITCHES = """norm norm_position positions ffn n_sinks qk_norm sliding_window sparse_stride attention_kind
-    bias""".split()
-
-
-def architecture(c: ModelConfig) -> str:
-    """The `model_type` under which transformers computes the same; modern_llm if there is none."""
-    changed = {name for name in SWITCHES if getattr(c, name) != getattr(LLAMA, name)}
-    if changed <= {"bias"}:
-        return "llama"
-    if changed in ({"sliding_window"}, {"qk_norm"}):
-        return "mistral" if c.sliding_window else "qwen3"
-    if changed - {"sliding_window"} == {"ffn"} and c.ffn == "moe":
-        mixtral = not c.capacity_factor and c.experts_per_token > 1 and c.moe_every == 1
-        return "mixtral" if mixtral else "modern_llm"
-    gpt = changed == {"norm", "positions", "ffn", "bias"}
-    gpt = gpt and (c.norm, c.positions, c.ffn, c.tie_embeddings) == ("layer", "learned", "gelu", True)
-    heads = c.n_kv_heads == c.n_heads and c.head_dim * c.n_heads == c.d_model
-    return "gpt2" if gpt and heads else "modern_llm"
-
-
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "modern_llm": "ModernDecoderLM",
-}
-LLAMA_KEYS = {  # our field -> the key in config.json
-    "vocab_size": "vocab_size",
-    "context_length": "max_position_embeddings",
-    "n_layers": "num_hidden_layers",
-    "d_model": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "d_ff": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "dropout": "dropout",  # ours alone
-}
-MIXTRAL_KEYS = {
-    "n_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "load_balance_coef": "router_aux_loss_coef",
-    "router_z_coef": "router_z_loss_coef",
-}
-GPT2_KEYS = {
-    "vocab_size": "vocab_size",
-    "context_length": "n_positions",
-    "n_layers": "n_layer",
-    "d_model": "n_embd",
-    "n_heads": "n_head",
-    "d_ff": "n_inner",
-    "norm_eps": "layer_norm_epsilon",
-    "dropout": "resid_pdrop",
-}
-
-
-def to_hf_config(c: ModelConfig) -> dict:
-    """config.json for transformers. `from_hf_config` reads it back."""
-    kind = architecture(c)
-    out = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": "float32"}
-    if kind == "modern_llm":
-        return out | {"vocab_size": c.vocab_size, "modern_llm": asdict(c)}
-    keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
-    out |= {theirs: getattr(c, ours) for ours, theirs in keys.items()}
-    if kind == "gpt2":
-        dropout = {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
-        return out | dropout | {"activation_function": "gelu_new", "tie_word_embeddings": True}
-    out |= {"hidden_act": "silu", "attention_bias": c.bias, "mlp_bias": c.bias, "attention_dropout": 0.0}
-    if kind in ("mistral", "mixtral"):
-        out["sliding_window"] = c.sliding_window or None
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    return out | {"rope_theta": c.rope_theta, "rope_parameters": rope}  # for transformers 4, and from 5 on
-
-
-def from_hf_config(hf: dict) -> ModelConfig:
-    """Reads config.json of GPT-2, Llama, Mistral, Qwen3, Mixtral or ours; refuses the rest by name."""
-    kind = hf.get("model_type")
-    if kind == "modern_llm":
-        return ModelConfig(**hf["modern_llm"])
-    if kind not in list(CLASSES):
-        raise ValueError(f"model_type {kind!r} is not one of {', '.join(CLASSES)}")
-    keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
-    c = {ours: hf[theirs] for ours, theirs in keys.items() if hf.get(theirs) is not None}
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    activation = hf.get("activation_function" if kind == "gpt2" else "hidden_act")
-    known = ("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)
-    biased = [key for key in ("attention_bias", "mlp_bias") if hf.get(key)]
-    problems = [f"RoPE scaling {rope_type!r}"] if rope_type != "default" else []
-    if activation not in (None, *known):
-        problems.append(f"activation {activation!r}")
-    if kind == "gpt2" and not hf.get("tie_word_embeddings", True):
-        problems.append("an untied head")
-    if kind == "mixtral" and hf.get("num_experts_per_tok") == 1:
-        problems.append("one expert a token")
-    if len(biased) == 1 or (biased and kind != "llama"):
-        problems.append(f"{biased[0]} alone")
-    if hf.get("use_sliding_window") or hf.get("scale_attn_by_inverse_layer_idx"):
-        problems.append("a per-layer kind of attention")
-    if problems:
-        raise ValueError(
-            f"this {kind} checkpoint needs {' and '.join(problems)}, which model.py does not compute"
-        )
-    if kind == "gpt2":
-        gpt2 = {"norm": "layer", "positions": "learned", "ffn": "gelu", "bias": True}
-        return ModelConfig(**{"d_ff": 4 * hf["n_embd"]} | c | gpt2)
-    c |= {
-        "rope_theta": float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        "bias": bool(biased),
-    }
-    if kind in ("mistral", "mixtral"):
-        c["sliding_window"] = hf.get("sliding_window") or 0
-    ffn = "moe" if kind == "mixtral" else "swiglu"
-    return ModelConfig(**{"tie_embeddings": False} | c | {"qk_norm": kind == "qwen3", "ffn": ffn})
-
-
-def gpt2_names(c: ModelConfig) -> list[tuple[str, list[str], bool]]:
-    """(GPT-2's name, our names, transposed?). Its Conv1D stores (in, out); c_attn is q, k, v side by side."""
-    names = [("transformer.wte.weight", ["model.embed_tokens.weight"], False)]
-    names += [("transformer.wpe.weight", ["model.embed_positions.weight"], False)]
-    for kind in ("weight", "bias"):
-        names.append((f"transformer.ln_f.{kind}", [f"model.norm.{kind}"], False))
-        for i in range(c.n_layers):
-            theirs, ours, t = f"transformer.h.{i}", f"model.layers.{i}", kind == "weight"
-            names += [
-                (f"{theirs}.ln_1.{kind}", [f"{ours}.input_layernorm.{kind}"], False),
-                (f"{theirs}.ln_2.{kind}", [f"{ours}.post_attention_layernorm.{kind}"], False),
-                (f"{theirs}.attn.c_attn.{kind}", [f"{ours}.self_attn.{x}_proj.{kind}" for x in "qkv"], t),
-                (f"{theirs}.attn.c_proj.{kind}", [f"{ours}.self_attn.o_proj.{kind}"], t),
-                (f"{theirs}.mlp.c_fc.{kind}", [f"{ours}.mlp.up_proj.{kind}"], t),
-                (f"{theirs}.mlp.c_proj.{kind}", [f"{ours}.mlp.down_proj.{kind}"], t),
-            ]
-    return names
-
-
-def to_hf_tensors(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the names, and in the layout, of the checkpoint on disk."""
-    kind = architecture(c)
-    if kind == "gpt2":
-        whole = {name: torch.cat([ours[o] for o in parts]) for name, parts, _ in gpt2_names(c)}
-        return {name: whole[name].T.contiguous() if t else whole[name] for name, _, t in gpt2_names(c)}
-    if kind != "mixtral":
-        return dict(ours)
-    out = {}
-    for name, tensor in ours.items():
-        layer, _, leaf = name.rpartition(".mlp.")
-        if leaf == "gate.weight":
-            out[f"{layer}.block_sparse_moe.gate.weight"] = tensor
-        elif leaf in ("w1", "w2", "w3"):
-            for e, matrix in enumerate(tensor):
-                out[f"{layer}.block_sparse_moe.experts.{e}.{leaf}.weight"] = matrix.clone()
-        else:
-            out[name] = tensor
-    return out
-
-
-def from_hf_tensors(c: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_hf_tensors`; drops what is no weight (GPT-2's masks, a tied copy of the head)."""
-    kind = architecture(c)
-    theirs = {
-        name: t for name, t in theirs.items() if not name.endswith(("rotary_emb.inv_freq", "masked_bias"))
-    }
-    if c.tie_embeddings:
-        theirs.pop("lm_head.weight", None)
-    if kind == "gpt2":  # the hub's first upload has no "transformer." before its names
-        prefix = "" if "transformer.wte.weight" in theirs else "transformer."
-        theirs = {prefix + name: t for name, t in theirs.items() if not name.endswith(".attn.bias")}
-        out = {}
-        for name, parts, transposed in gpt2_names(c):
-            if name in theirs:
-                tensor = theirs.pop(name)
-                out |= zip(parts, (tensor.T if transposed else tensor).chunk(len(parts)), strict=True)
-        return out | theirs
-    if kind == "mixtral":
-        for i in range(c.n_layers):
-            old, new = f"model.layers.{i}.block_sparse_moe", f"model.layers.{i}.mlp"
-            if f"{old}.gate.weight" in theirs:
-                theirs[f"{new}.gate.weight"] = theirs.pop(f"{old}.gate.weight")
-            for leaf in ("w1", "w2", "w3"):
-                names = [f"{old}.experts.{e}.{leaf}.weight" for e in range(c.n_experts)]
-                if all(name in theirs for name in names):
-                    theirs[f"{new}.{leaf}"] = torch.stack([theirs.pop(name) for name in names])
-    return theirs
-
-
 def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None:
     """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically.
 
     The ids in `extra` also go to generation_config.json, from which transformers' `generate` takes them.
     """
     from safetensors.torch import save_file
+
+    from support.hf_format import to_hf_config, to_hf_tensors, write_generation_config
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1517,15 +1096,6 @@ def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None
     )
 
 
-def write_generation_config(folder: Path, ids: dict) -> None:
-    """generation_config.json: the ids of bos, eos (one or a list) and pad. Without an eos, no file."""
-    known = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {key: ids[key] for key in known if ids.get(key) is not None}
-    if "eos_token_id" in ids:
-        text = json.dumps(ids, indent=2) + "\n"
-        write_atomically(folder / "generation_config.json", lambda path: path.write_text(text))
-
-
 def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> ModernDecoderLM:
     """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
 
@@ -1533,6 +1103,8 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Mod
     FileNotFoundError or ValueError that say what is wrong: no such folder, an architecture this file can't
     compute, tensors missing or too many or misshapen.
     """
+    from support.hf_format import from_hf_config, load_tensors
+
     folder = Path(name)
     if not folder.is_dir() and (folder.parts[0] in ("/", "..", "out") or len(folder.parts) > 2):
         raise FileNotFoundError(f"there is no folder {folder}")  # nor could it be a name on the hub
@@ -1561,6 +1133,8 @@ def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -
 
     Raises ValueError, which names the `source`, if tensors are missing, too many or of another shape.
     """
+    from support.hf_format import from_hf_tensors
+
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)
     ours, want = from_hf_tensors(config, tensors), model.state_dict()
@@ -1576,31 +1150,5 @@ def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -
     return model.requires_grad_(True).eval()
 
 
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, in one file or in shards. Pickled weights are never loaded."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.exists() and not (folder / shards[0]).exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        if not (folder / shard).exists():
-            pickled = [file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending)]
-            why = f"; {pickled[0]} is a pickle, which can run code: it is never read" if pickled else ""
-            raise FileNotFoundError(f"{folder / shard} is missing{why}")
-        try:
-            tensors |= load_file(folder / shard)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / shard} is damaged ({error}); restore it or train again") from None
-    return tensors
-
-
 ModernDecoderLM.save_pretrained = save_pretrained
 ModernDecoderLM.from_pretrained = staticmethod(from_pretrained)
-
-
-# -----------------------------------------------------------------------------
-# Arithmetic: what a config will cost before it is built

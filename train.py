@@ -51,9 +51,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import check_numbers, parse_config
-from model import ModelConfig, ModernDecoderLM, fastest_products, float32_products
+from model import ModelConfig, ModernDecoderLM
 from support.costs import estimate_flops
 from support.files import remove_folder, write_atomically, write_folder_atomically
+from support.kernels import fastest_products, float32_products
 from support.machine import (
     git_commit,
     hardware,

@@ -37,17 +37,10 @@ from configs import ConfigError, parse_config
 from data import documents
 from lab.peers import PeersConfig, training_step
 from lab.peers import decoding as decoding_benchmark
-from model import (
-    AttentionInBlocks,
-    ModelConfig,
-    ModernDecoderLM,
-    fastest_products,
-    float32_products,
-    to_hf_config,
-    to_hf_tensors,
-    write_atomically,
-)
+from model import ModelConfig, ModernDecoderLM, write_atomically
 from support.costs import estimate_flops, estimate_memory
+from support.hf_format import to_hf_config, to_hf_tensors
+from support.kernels import AttentionInBlocks, fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
 from support.plan import Step, fit_batch, planned_for
 from support.runs import read_json

@@ -26,15 +26,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from configs import ConfigError, parse_config
 from data import DataError, documents
-from model import (
-    ModelConfig,
-    ModernDecoderLM,
-    fastest_products,
-    float32_products,
-    to_hf_config,
-    to_hf_tensors,
-)
+from model import ModelConfig, ModernDecoderLM
 from support.costs import estimate_flops
+from support.hf_format import to_hf_config, to_hf_tensors
+from support.kernels import fastest_products, float32_products
 from support.machine import hardware, matmul_flops, peak_flops, pick_device, pick_dtype
 from tokenizer import CORES, GPT2_PATTERN, SLAB, SPECIAL_TOKENS, Tokenizer, at_most, train_bpe
 from train import torch_adamw

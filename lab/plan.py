@@ -39,16 +39,11 @@ from dpo import DPOConfig
 from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig
 from lab.hardware import GIB, timed
-from model import (
-    ModelConfig,
-    ModernDecoderLM,
-    fastest_products,
-    float32_products,
-    from_hf_config,
-    write_atomically,
-)
+from model import ModelConfig, ModernDecoderLM, write_atomically
 from sft import SFTConfig, answer_loss, mixture
 from support.costs import count_parameters, estimate_flops, estimate_memory
+from support.hf_format import from_hf_config
+from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
 from support.memory import Shape, generation_bytes, likelihood_bytes, room, rows_that_fit, shape_of
 from support.plan import Step, planned_for, usable

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import LLAMA, SWITCHES, ModelConfig, ModernDecoderLM, architecture, write_atomically
+from model import ModelConfig, ModernDecoderLM, write_atomically
 from support.chat_template import without_generation_marks
+from support.hf_format import LLAMA, SWITCHES, architecture
 from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer, spell
 
 # transformers' name of an architecture -> llama.cpp's. Its "llama" also computes Mixtral's experts.

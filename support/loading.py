@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from data import TASKS
-from model import ModernDecoderLM, from_hf_config, from_tensors
+from model import ModernDecoderLM, from_tensors
 from support.chat_template import is_ours
+from support.hf_format import from_hf_config
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
 from support.machine import pick_dtype

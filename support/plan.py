@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import ModelConfig, ModernDecoderLM, fastest_products, float32_products
+from model import ModelConfig, ModernDecoderLM
 from support.costs import count_parameters, estimate_flops, estimate_memory
+from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, matmul_flops, peak_flops, pick_device, pick_dtype
 from support.runs import TrainError
 from tokenizer import open_tokens, tokens_folder

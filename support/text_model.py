@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Example, Task, find_task, talk
-from model import ModernDecoderLM, write_generation_config
+from model import ModernDecoderLM
 from support.chat_template import (
     WORDS_TEMPLATE,
     TemplateError,
@@ -27,6 +27,7 @@ from support.chat_template import (
     with_generation_marks,
 )
 from support.files import write_atomically
+from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
 from support.machine import pick_dtype

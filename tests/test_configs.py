@@ -388,7 +388,7 @@ def test_the_command_in_the_error_makes_the_tokens_that_training_looks_for(name,
 
 
 def test_gpt_tiny_is_a_gpt2():
-    from model import to_hf_config
+    from support.hf_format import to_hf_config
     from train import TrainConfig, model_config
 
     cfg = parse_config(TrainConfig, argv=["configs/gpt_tiny.py"])

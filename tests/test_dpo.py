@@ -24,8 +24,8 @@ from dpo import (
     reference,
     token_log_probs,
 )
-from model import load_tensors
 from support import runs
+from support.hf_format import load_tensors
 from support.loading import load_model
 from support.runs import TrainError, read_json, read_jsonl
 

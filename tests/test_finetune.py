@@ -22,8 +22,9 @@ import finetune
 import train
 from data import TASKS, Example, few_shot, load_task
 from finetune import FinetuneConfig, TrainingSet, answer_loss, build, tokenise
-from model import ModelConfig, ModernDecoderLM, load_tensors
+from model import ModelConfig, ModernDecoderLM
 from support import loading, machine
+from support.hf_format import load_tensors
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError, read_json, read_jsonl
 from support.text_model import ask, collate

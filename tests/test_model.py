@@ -17,9 +17,7 @@ from torch import Tensor
 import model as model_file
 from model import (
     Attention,
-    AttentionInBlocks,
     Block,
-    ChunkedCrossEntropy,
     KVCache,
     ModelConfig,
     ModernDecoderLM,
@@ -27,24 +25,29 @@ from model import (
     RMSNorm,
     SwiGLU,
     apply_rope,
-    architecture,
-    as_many_of_each,
     attention,
     attention_mask,
     causal_linear_attention,
     cross_entropy,
-    fastest_products,
-    float32_products,
     from_pretrained,
-    linear,
     linear_attention,
-    one_query,
     rms_norm,
     sample,
     save_pretrained,
     softmax,
 )
+from support import kernels
 from support.costs import count_parameters, estimate_flops, estimate_memory, kv_cache_bytes
+from support.hf_format import architecture
+from support.kernels import (
+    AttentionInBlocks,
+    ChunkedCrossEntropy,
+    as_many_of_each,
+    fastest_products,
+    float32_products,
+    linear,
+    one_query,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -675,10 +678,10 @@ def test_one_row_times_weights_equals_torchs_compiled_or_not():
      ("GenuineIntel", "AVX512", False, False), ("AuthenticAMD", "AVX512", True, False)],
 )  # fmt: skip
 def test_mkl_is_slow_on_amd_and_onednn_exact_without_amx(monkeypatch, vendor, capability, amx, slow):
-    monkeypatch.setattr(model_file.Path, "read_text", lambda self: f"vendor_id : {vendor}")
+    monkeypatch.setattr(kernels.Path, "read_text", lambda self: f"vendor_id : {vendor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert model_file.mkl_is_slow.__wrapped__() is slow
+    assert kernels.mkl_is_slow.__wrapped__() is slow
 
 
 def test_the_fastest_products_of_this_cpu_are_those_of_float32():

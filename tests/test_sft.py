@@ -13,7 +13,7 @@ import torch
 
 import sft as script
 from data import DataError, corpus_info, documents, load_conversations, talk
-from model import ModelConfig, ModernDecoderLM, load_tensors
+from model import ModelConfig, ModernDecoderLM
 from sft import (
     PackedSet,
     SFTConfig,
@@ -26,6 +26,7 @@ from sft import (
     source_rows,
     tokenised,
 )
+from support.hf_format import load_tensors
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError, read_json, read_jsonl
 from support.text_model import TextModel

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 import train
-from model import ModelConfig, ModernDecoderLM, load_tensors
+from model import ModelConfig, ModernDecoderLM
 from support import machine, runs
+from support.hf_format import load_tensors
 from support.runs import TrainError
 from tasks.stories import storyworld
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe, write_tokens

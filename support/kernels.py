@@ -1,0 +1,257 @@
+"""Faster ways to compute what model.py says: attention, loss, matrix products, a recorded step."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AttentionInBlocks(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D)) v of a whole text on a CPU, 64 queries at a time with the keys up to theirs.
+
+    What a block of queries may not see is never computed, but for its own upper triangle, and its scores stay
+    in the cache. The weights are kept for the backward pass: 2.2 MB for a layer, head and row of 1,024 tokens
+    in float32. torch's own flash attention, which keeps none, takes 1.2 to 3.0 times as long forward and
+    backward (256 and 1,024 tokens, float32, two threads), in bfloat16 2.4 to 3.7 times.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block: int = 64) -> Tensor:
+        """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), each H / K query heads with one of K. A mask
+        (T, T) or (B, 1, T, T), True = attend, takes the place of the triangle; what may see nothing gets 0.
+        """
+        (B, H, T, D), K = q.shape, k.shape[1]
+        q, k, v = (q / math.sqrt(D)).reshape(B, K, H // K, T, D), k.contiguous(), v.contiguous()
+        future = torch.full((block, block), -torch.inf, dtype=q.dtype).triu(1)
+        y, weights = torch.empty_like(q), []
+        for i in range(0, T, block):
+            j = min(i + block, T)
+            S = j if mask is None else T  # keys that this block may see
+            scores = (q[..., i:j, :].flatten(2, 3) @ k[:, :, :S].mT).view(B, K, -1, j - i, S)
+            if mask is None:
+                scores[..., i:] += future[: j - i, : j - i]
+            else:
+                scores.masked_fill_(~mask[..., i:j, :].unsqueeze(-3), -torch.inf)
+            w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
+            w = w if mask is None else w.nan_to_num_()
+            y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
+            if any(ctx.needs_input_grad):
+                weights.append(w)
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.block = block
+        return y.view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """With y = w v: dv = w^T dy, dw = dy v^T; and through the softmax ds = w (dw - sum of w dw)."""
+        q, k, v, *weights = ctx.saved_tensors
+        (B, K, G, T, D), block = q.shape, ctx.block
+        grad = grad.reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for i, w in zip(range(0, T, block), weights, strict=True):
+            j, S = min(i + block, T), w.shape[-1]
+            dy = grad[..., i:j, :].flatten(2, 3)
+            dv[:, :, :S] += w.mT @ dy
+            ds = torch._softmax_backward_data(dy @ v[:, :, :S].mT, w, -1, w.dtype)
+            dq[..., i:j, :] = (ds @ k[:, :, :S]).view(B, K, G, j - i, D)
+            dk[:, :, :S] += ds.mT @ q[..., i:j, :].flatten(2, 3)
+        return (dq / math.sqrt(D)).view(B, K * G, T, D), dk, dv, None, None
+
+
+@contextlib.contextmanager
+def float32_products(precision: str):
+    """torch.set_float32_matmul_precision(precision), and afterwards what it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def fastest_products(device: torch.device) -> str:
+    """The precision to ask `float32_products` for where products are of the same shapes again and again.
+
+    torch has MKL multiply, which on AMD's processors runs code for AVX2 whatever they have. At "medium" it
+    asks oneDNN: 250 GFLOP/s a core and not 110 (Zen 5), and as exact, since only AMX has anything less to
+    offer. But oneDNN makes a kernel for every new shape, which takes half a millisecond and half a MiB.
+    """
+    return "medium" if device.type == "cpu" and mkl_is_slow() else torch.get_float32_matmul_precision()
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """On AMD's processors with AVX-512; but where there is AMX, oneDNN's "medium" would round to bfloat16."""
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and not amx
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
+    if q.device.type == "cpu" and torch.compiler.is_compiling():
+        # Loops over the cache and no products of tiny matrices, but for the scores of several queries a key.
+        scores = (q * k).sum(-1).unsqueeze(2) if q.shape[2] == 1 else q @ k.mT  # (B, K, G, S)
+        scores = scores / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1).unsqueeze(-1) * v.unsqueeze(2)).sum(-2)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: Tensor, k: Tensor, v: Tensor):
+    """One new token a row, q (B, H, 1, D) -> (B, H, 1, D), where B / P rows each continue one of P prompts.
+
+    The rows of a prompt look at the same keys, prompt_k (P, K, S, D), so these are read once for all of them
+    (as in Hydragen; Juravsky et al., 2024); each also looks at its own, k (B, K, T, D), under one softmax.
+    mask (P, 1, 1, S), True = attend, leaves out the padding of short prompts.
+    """
+    (B, H, _, D), (P, K, S, _) = q.shape, prompt_k.shape
+    n, G = B // P, H // K  # rows a prompt, query heads a key-value head
+
+    def per_prompt(x: Tensor) -> Tensor:  # (B, K, G, ...) -> (P, K, n G, ...)
+        return x.view(P, n, K, G, -1).transpose(1, 2).reshape(P, K, n * G, -1)
+
+    def per_row(x: Tensor) -> Tensor:
+        return x.view(P, K, n, G, -1).transpose(1, 2).reshape(B, K, G, -1)
+
+    q = q.reshape(B, K, G, D) / math.sqrt(D)
+    told = (per_prompt(q) @ prompt_k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
+    scores = torch.cat([per_row(told), q @ k.transpose(-1, -2)], dim=-1)  # (B, K, G, S + T)
+    w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    y = per_row(per_prompt(w[..., :S]) @ prompt_v) + w[..., S:] @ v
+    return y.reshape(B, H, 1, D)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T` without ever holding all logits.
+
+    At 8k tokens and a vocabulary of 50k, logits, their softmax and their gradient in float32 are 4.6 GiB: on
+    a 12 GB card the loss would take more room than the model. Here a chunk of tokens at a time becomes
+    logits, loss and both gradients, then is forgotten. Computing the gradients already in the forward pass
+    costs no extra matrix product (a recomputing checkpoint would: 5 % of a step at V=4,096, d=288). torch's
+    own `linear_cross_entropy`, from 2.13 on, had 0.90 and 0.98 of the speed on a CPU (report/speed.md).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """hidden (N, d), weight (V, d), targets (N), -100 = ignore -> sum of losses in nats (float32)."""
+        total = torch.zeros((), device=hidden.device)
+        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if need else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        for i in range(0, len(hidden), chunk):
+            h, t = hidden[i : i + chunk], targets[i : i + chunk]
+            asked = (t != -100).unsqueeze(-1)  # (n, 1)
+            loss, grad = ChunkedCrossEntropy.of_chunk(h, w, t.clamp(min=0).unsqueeze(-1), asked, need)
+            total = total - loss
+            if need:
+                grad_hidden[i : i + chunk] = (grad @ w) * asked
+                grad_weight += grad.T @ (h * asked)
+            del grad  # or it would lie there beside the next chunk's
+        if need:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def of_chunk(h: Tensor, w: Tensor, index: Tensor, asked: Tensor, need: bool):
+        """Sum of log p of the targets `index` (n, 1) where `asked`, and d loss / d logits (n, V) if needed:
+        softmax - one_hot(target), also in the rows that ask for nothing.
+        """
+        log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (n, V)
+        total = (log_p.gather(-1, index) * asked).sum()
+        if not need:
+            return total, None
+        if torch.compiler.is_compiling():  # all of it in one kernel, and nothing in float32 ever stored
+            one_hot = torch.arange(len(w), device=h.device) == index
+            return total, (log_p.exp() - one_hot).to(h.dtype)
+        grad = log_p.exp_()
+        return total, grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype)).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output.to(grad_weight.dtype)
+        return (
+            (grad_hidden * scale).to(grad_hidden.dtype),
+            (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., d), weight (outputs, d) -> (..., outputs).
+
+    One row of x on a CPU costs what reading the weights does. A compiled loop reads them at 46 GB/s, MKL at
+    25 and, if they lie transposed, at 32 (29 MB, a core of a Zen 5).
+    """
+    one_row = x.numel() == x.shape[-1] and weight.stride(-1) == 1
+    if one_row and x.device.type == "cpu" and torch.compiler.is_compiling():
+        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+def together(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """[layer(x) for layer in layers], in one matrix product where that is faster: where `pack` has put their
+    weights side by side, and compiled on a card, whose matrix units narrow products leave idle.
+    """
+    packed = getattr(layers[0], "packed", None)
+    if packed is None:
+        if not (x.is_cuda and torch.compiler.is_compiling()):
+            return [layer(x) for layer in layers]
+        packed = torch.cat([layer.weight for layer in layers]).T.to(x.dtype)
+    y = linear(x, packed.T)  # (..., d) @ (d, all outputs)
+    if layers[0].bias is not None:
+        y = y + torch.cat([layer.bias for layer in layers]).to(x.dtype)
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
+class Recorded:
+    """A function of tensors that does the same to the same shapes again and again, on a card.
+
+    A small model's step is a few hundred kernels of some microseconds each, and Python takes longer to launch
+    one than the card to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
+    what the function keeps in tensors (the cache) has to be changed in place. Other shapes are recorded anew.
+    """
+
+    def __init__(self, run: Callable):
+        self.run, self.shapes, self.calls = run, None, 0
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        shapes = [x.shape for x in given]
+        if shapes != self.shapes:
+            self.shapes, self.calls = shapes, 0
+        self.calls += 1
+        if self.calls < 3:  # libraries choose and load their kernels when they are first called
+            return self.run(*given)
+        if self.calls == 3:
+            self.inputs, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.run(*self.inputs)
+        for mine, x in zip(self.inputs, given, strict=True):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def as_many_of_each(left: list[int], prompt_of: list[int]) -> list[int]:
+    """Rows, as many of each prompt: those in `left`, filled up with others of the same prompts."""
+    rows: dict[int, list[int]] = {prompt_of[j]: [] for j in left}
+    wanted = set(left)
+    for j in [*left, *(j for j in range(len(prompt_of)) if j not in wanted)]:
+        if prompt_of[j] in rows:
+            rows[prompt_of[j]].append(j)
+    most = max(sum(j in wanted for j in some) for some in rows.values())
+    return [j for some in rows.values() for j in some[:most]]
