@@ -86,7 +86,7 @@ def load(cfg: ChatConfig) -> "TextModel":
     if model.kind != "causal":
         raise TrainError(f"{cfg.model} does not continue texts: it is of kind {model.kind}")
     if model.ours:
-        model.model.to(model.dtype).pack(transposed=not (cfg.compile and device.type == "cpu"))
+        model.model.to(model.dtype)
     elif cfg.window or cfg.compile:
         raise TrainError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
     return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
@@ -94,7 +94,7 @@ def load(cfg: ChatConfig) -> "TextModel":
 
 def ask_checkpoints(cfg: ChatConfig) -> None:
     """The same prompts, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
-    from model import write_atomically
+    from support.files import write_atomically
     from support.runs import TrainError, checkpoints, step_of
     from support.tables import read_jsonl
 

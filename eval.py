@@ -88,9 +88,9 @@ from data import (
     load_task,
 )
 from finetune import show, subsample
-from model import write_atomically
 from sft import mixture
 from support.attention import attention, foremost
+from support.files import write_atomically
 from support.loading import explained, is_adapter, load_model, load_tokenizer, read_config, task_of
 from support.long_context import STREAM, endless, streams
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions

@@ -43,8 +43,9 @@ from torch import Tensor
 from configs import ROOT, ConfigError, parse_config
 from data import few_shot, judge, load_task
 from finetune import FinetuneConfig, subsample, weights_hash
-from model import ModelConfig, ModernDecoderLM, MoE, write_atomically
+from model import ModelConfig, ModernDecoderLM, MoE
 from support.costs import count_parameters, estimate_flops, estimate_memory, kv_cache_bytes
+from support.files import write_atomically
 from support.loading import load_model
 from support.long_context import STREAM, endless, streams
 from support.machine import git_commit, hardware, peak_resident_bytes, pick_device, versions

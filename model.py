@@ -1,10 +1,7 @@
 """The model: a decoder-only transformer, from single equations up to sampling text.
 
-Read it from top to bottom. It starts with the equations as small functions (softmax, cross-entropy, RMSNorm,
-RoPE, attention), builds the layers out of them (attention with grouped queries, SwiGLU, mixture of experts),
-stacks the layers into `ModernDecoderLM`, and ends with the key-value cache, sampling, Hugging Face's file
-format, and the arithmetic of parameters, FLOPs and memory. It needs torch and, to write
-files, support/files.py.
+Read it from top to bottom: configuration, equations, layers, the whole model, key-value cache, sampling. It
+needs torch alone (and, to read and write files, support/hf_format.py).
 
     config = ModelConfig(n_layers=6, d_model=288, n_heads=6, vocab_size=4096)
     model = ModernDecoderLM(config)
@@ -13,13 +10,13 @@ files, support/files.py.
     tokens = model.generate([[1, 2, 3]], max_new_tokens=20, temperature=0.8, n=4)   # 4 continuations
     model.save_pretrained("out/base")                       # a folder that transformers loads too
 
-Shapes are written (B, T, d): B sequences, T tokens each, d = d_model. H query heads, K key-value heads, D =
-head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; every other switch is one `if`
-in one place.
+Shapes are written (B, T, d): B sequences of T tokens, d = d_model. H query heads, K key-value heads, D =
+head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; each other switch is one `if`
+in one place. Everything is computed plainly here. `attend`, `project`, `lm_loss` and `Decoder` are the four
+places where support/kernels.py puts something faster that gives the same results.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,20 +28,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from support.files import write_atomically
-from support.kernels import (
-    AttentionInBlocks,
-    ChunkedCrossEntropy,
-    Recorded,
-    as_many_of_each,
-    attention_after_prompt,
-    fastest_products,
-    float32_products,
-    linear,
-    one_query,
-    together,
-)
 
 
 @dataclass
@@ -81,42 +64,12 @@ class ModelConfig:
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, while training
 
     def __post_init__(self):
-        for name, field in ModelConfig.__dataclass_fields__.items():
-            value, choices = getattr(self, name), get_args(field.type)
-            number = {int: int, float: int | float}.get(field.type)
-            if number and not isinstance(value, number):
-                raise ValueError(f"{name}={value!r} must be a {'whole ' * (number is int)}number")
-            if choices and value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
-            least_1 = ("vocab_size", "context_length", "n_layers", "d_model", "n_heads", "moe_every")
-            if name in least_1 and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-            if isinstance(value, int | float) and not 0 <= value < math.inf:  # also false for nan
-                raise ValueError(f"{name}={value} must be a finite number, at least 0")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout={self.dropout} must be below 1: it is the share that is set to 0")
-        if self.rope_theta < 1:
-            raise ValueError(f"rope_theta={self.rope_theta} must be at least 1, usually 10000 or more")
+        check(self)
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        if not self.head_dim:
-            if self.d_model % self.n_heads:
-                raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}")
-            self.head_dim = self.d_model // self.n_heads
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE rotates pairs: head_dim={self.head_dim} must be even")
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
         if not self.d_ff:
             wanted = self.d_model * (8 / 3 if self.ffn in ("swiglu", "moe") else 4)
             self.d_ff = 32 * math.ceil(wanted / 32)
-        if self.ffn == "moe" and not 1 <= self.experts_per_token <= self.n_experts:
-            raise ValueError(f"experts_per_token={self.experts_per_token} of n_experts={self.n_experts}")
-        if self.ffn == "moe" and not self.moe_layers:
-            raise ValueError(f"moe_every={self.moe_every} of n_layers={self.n_layers}: no block has experts")
-        if self.attention_kind == "linear" and self.n_sinks:
-            raise ValueError(
-                f"n_sinks={self.n_sinks}: sinks are logits of a softmax, and attention_kind='linear' has none"
-            )
 
     @property
     def moe_layers(self) -> range:
@@ -135,7 +88,7 @@ class ModelConfig:
 
 
 # -----------------------------------------------------------------------------
-# Equations. Each stands alone: lift it out, compare it with the paper.
+# Attention: its equations, then the layer
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
@@ -144,21 +97,114 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log p(target) in nats; logits (..., V), targets (...) ids, -100 where nothing is asked."""
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)
-    asked = targets != -100
-    chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return ((logits.exp().sum(-1).log() - chosen) * asked).sum() / asked.sum()
+def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, weights: bool = False):
+    """softmax(q k^T / sqrt(D)) v, as in "Attention is all you need", eq. 1.
 
-
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
-
-    This is `(x * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight` in one
-    kernel. The casts keep a bfloat16 residual stream bfloat16, whatever autocast thinks of norms.
+    q (..., T, D), k and v (..., S, D); mask (..., T, S), True = attend, None = everything. `sinks` (..., 1,
+    n) are logits that join the softmax but bring no value, so a head can attend to nothing. `weights=True`
+    returns (output, weights (..., T, S)). A query that may see nothing gets zeros.
     """
-    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(x.dtype)
+    scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], -1)], dim=-1)
+    w = softmax(scores).nan_to_num()[..., : k.shape[-2]].to(q.dtype)
+    w = F.dropout(w, dropout)
+    return (w @ v, w) if weights else w @ v
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, weights: bool = False):
+    """phi(q) phi(k)^T v, each row of weights divided by its sum, with phi(x) = elu(x) + 1 where softmax has
+    exp (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`.
+
+    RoPE has turned q and k before: the weights stay positive, but depend on more than the distance.
+    """
+    w = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).float()
+    w = w if mask is None else w * mask
+    w = (w / w.sum(-1, keepdim=True).clamp(min=1e-6)).to(v.dtype)
+    return (w @ v, w) if weights else w @ v
+
+
+def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int = 0) -> Tensor:
+    """Who may look at whom, True = attend: positions of queries (..., T), of keys (..., S) -> (..., T, S).
+
+    With a stride: the last `stride` tokens and, before them, every stride-th one (Child et al., 2019).
+    """
+    distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
+    mask = (distance >= 0) & (distance < window) if window else distance >= 0
+    return mask & ((distance < stride) | (distance % stride == 0)) if stride else mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
+    """What a layer calls: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). Without a mask: causal."""
+    group, T = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if mask is None and T > 1:
+        mask = attention_mask(*2 * [torch.arange(T, device=q.device)])
+    if linear:
+        return linear_attention(q, k, v, mask, weights)
+    return attention(q, k, v, mask, sinks, dropout, weights)
+
+
+def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """What several linear layers make of the same x (..., d)."""
+    return [layer(x) for layer in layers]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; each group of H / K query heads shares one key-value head.
+
+    That is GQA (Ainslie et al., 2023): it costs little quality and shrinks the cache that decoding has to
+    read for every token.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0):
+        super().__init__()
+        c = self.config = config
+        self.layer = layer  # which part of a KV cache is ours
+        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(c.n_heads, c.n_sinks)) if c.n_sinks else None
+
+    def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None, weights: bool = False):
+        """x (B, T, d) -> (B, T, d), or with `weights=True` (output, weights (B, H, T, S)).
+
+        positions (T) or (B, T) default to 0 .. T-1. mask (T, S) or (B, 1, T, S), True = attend, defaults to
+        causal (and the window or stride). `rope` spares the model computing the same angles in every layer.
+        """
+        c, (B, T, _) = self.config, x.shape
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if c.positions == "rope":
+            if rope is None:
+                positions = torch.arange(T, device=x.device) if positions is None else positions
+                rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, q.dtype)
+            q = rotate(q, *rope)
+            if cache is None or not cache.rolls:  # a rolling cache rotates keys when they are read
+                k = rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        if mask is None and T > 1 and not c.sees_all:
+            mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window, c.sparse_stride)
+        sinks = None if self.sinks is None else self.sinks.unsqueeze(1)
+        dropout, linear = c.dropout * self.training, c.attention_kind == "linear"
+        y = attend(q, k, v, mask, sinks, dropout, linear, weights)
+        y, w = y if weights else (y, None)
+        y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return (y, w) if weights else y
+
+
+# -----------------------------------------------------------------------------
+# Positions, norms and feed-forward layers
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float = 10000.0, dtype=torch.float32):
@@ -188,100 +234,17 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     return rotate(x, *rope_angles(positions, x.shape[-1], theta, x.dtype))
 
 
-def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int = 0) -> Tensor:
-    """Who may look at whom, True = attend: positions of queries (..., T), of keys (..., S) -> (..., T, S).
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
 
-    With a stride: the last `stride` tokens and, before them, every stride-th one (Child et al., 2019).
+    This is `(x * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight` in one
+    kernel. The casts keep a bfloat16 residual stream bfloat16, whatever autocast thinks of norms.
     """
-    distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
-    mask = (distance >= 0) & (distance < window) if window else distance >= 0
-    return mask & ((distance < stride) | (distance % stride == 0)) if stride else mask
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, weights: bool = False):
-    """softmax(q k^T / sqrt(D)) v, as in "Attention is all you need", eq. 1: the path to read.
-
-    q (..., T, D), k and v (..., S, D); mask (..., T, S), True = attend, None = everything. `sinks` (..., 1,
-    n) are logits that join the softmax but bring no value, so a head can attend to nothing. `weights=True`
-    returns (output, weights (..., T, S)). A query that may see nothing gets zeros.
-    """
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], -1)], dim=-1)
-    w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]]
-    w = w.nan_to_num() if mask is not None else w
-    w = F.dropout(w, dropout) if dropout else w
-    return (w @ v, w) if weights else w @ v
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """phi(q) phi(k)^T v, each row of weights divided by its sum, with phi(x) = elu(x) + 1 where softmax has
-    exp (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`; returns (output, weights).
-
-    RoPE has turned q and k before: the weights stay positive, but depend on more than the distance.
-    """
-    w = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).float()
-    w = w if mask is None else w * mask
-    w = (w / w.sum(-1, keepdim=True).clamp(min=1e-6)).to(v.dtype)
-    return w @ v, w
-
-
-def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
-    """`linear_attention` of a whole text with the causal mask, in a time that grows with T and not with T^2.
-
-    Without a softmax, phi(q) phi(k)^T v is also phi(q) (phi(k)^T v): a D x D matrix holds all that a query
-    needs of the chunks before its own (eq. 9). q, k and v are (..., T, D). Decoding does not use this: the
-    cache keeps keys and values, as it does for softmax.
-    """
-    q, k = F.elu(q) + 1, F.elu(k) + 1
-    v = F.pad(v, (0, 1), value=1.0)  # a column of ones sums the weights of a row
-    past, chunks = torch.zeros(q.shape[-1], v.shape[-1], device=q.device), []
-    for i in range(0, q.shape[-2], chunk):
-        queries, keys, values = (x[..., i : i + chunk, :] for x in (q, k, v))
-        chunks.append((queries @ keys.mT).tril() @ values + queries @ past.to(q.dtype))
-        past = past + (keys.mT @ values).float()
-    y = torch.cat(chunks, dim=-2)
-    return y[..., :-1] / y[..., -1:].clamp(min=1e-6)
-
-
-# -----------------------------------------------------------------------------
-# Layers
-
-
-class Linear(nn.Module):
-    """x W^T, to be read and to stand alone; the model uses torch's nn.Linear, which may have a bias.
-
-    Weights from N(0, 2 / (in + out)) (Glorot & Bengio, 2010), cut at three standard deviations.
-    """
-
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        std = math.sqrt(2 / (in_features + out_features))
-        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)"""
-        return x @ self.weight.T
-
-
-class Embedding(nn.Module):
-    """A row of the matrix for each id, to be read; the model uses torch's. Weights from N(0, 1), cut at 3."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
-        nn.init.trunc_normal_(self.weight, a=-3, b=3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (..., d)"""
-        return self.weight[ids]
+    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned scale a dimension."""
+    """`rms_norm` with one learned scale per dimension."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -299,90 +262,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rms":
-        return RMSNorm(config.d_model, config.norm_eps)
-    return LayerNorm(config.d_model, config.norm_eps) if config.norm == "layer" else nn.Identity()
-
-
-class Attention(nn.Module):
-    """Causal self-attention; each group of H / K query heads shares one key-value head.
-
-    That is GQA (Ainslie et al., 2023): it costs little quality and shrinks the cache that decoding has to
-    read for every token.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int = 0):
-        super().__init__()
-        c = self.config = config
-        self.layer = layer  # which part of a KV cache is ours
-        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
-        if c.n_sinks:
-            self.sinks = nn.Parameter(torch.zeros(c.n_heads, c.n_sinks))
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: "KVCache | None" = None,
-        weights: bool = False,
-    ):
-        """x (B, T, d) -> (B, T, d), or with `weights=True` (output, weights (B, H, T, S)) by the plain path.
-
-        positions (T) or (B, T) default to 0 .. T-1. mask (T, S) or (B, 1, T, S), True = attend, defaults to
-        causal (and the window or stride). `rope` spares the model computing the same angles in every layer.
-        """
-        c, (B, T, _) = self.config, x.shape
-        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
-        q = q.view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = v.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if c.positions == "rope":
-            if rope is None:
-                positions = torch.arange(T, device=x.device) if positions is None else positions
-                rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, q.dtype)
-            q = rotate(q, *rope)
-            if cache is None or cache.key_rope is None:
-                k = rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-            if cache.key_rope is not None:  # a rolling cache gives keys their positions when they are read
-                k = rotate(k, *cache.key_rope)
-        linear = c.attention_kind == "linear"
-        slow = weights or c.n_sinks > 0
-        if mask is None and T > 1 and (slow or not c.sees_all):
-            mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window, c.sparse_stride)
-        dropout = c.dropout * self.training
-        if slow or linear:
-            k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for t in (k, v))
-        if linear and mask is None and T > 1:
-            y = causal_linear_attention(q, k, v)
-        elif linear:  # one new token, or a mask that hides more than the future
-            y, w = linear_attention(q, k, v, mask)
-        elif slow:
-            sinks = self.sinks.unsqueeze(1) if c.n_sinks else None
-            y, w = attention(q, k, v, mask, sinks, dropout, weights=True)
-        elif cache is not None and cache.prompts is not None:
-            y = attention_after_prompt(q, *cache.prompts[self.layer], cache.prompt_mask, k, v)
-        elif T == 1 and cache is not None:
-            # One new token: a group's query heads become "queries" of their key head, and no key is repeated.
-            y = one_query(q.view(B, c.n_kv_heads, -1, c.head_dim), k, v, mask)
-            y = y.reshape(B, c.n_heads, 1, c.head_dim)
-        elif x.device.type == "cpu" and not dropout and 1 < T == k.shape[2] <= 1024:
-            y = AttentionInBlocks.apply(q, k, v, mask)
-        else:
-            causal, grouped = mask is None and T > 1, c.n_heads != c.n_kv_heads
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
-        (y,) = together(y.transpose(1, 2).reshape(B, T, -1), self.o_proj)
-        return (y, w) if weights else y
+    if config.norm == "none":
+        return nn.Identity()
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.d_model, config.norm_eps)
 
 
 class SwiGLU(nn.Module):
@@ -395,9 +278,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = together(x, self.gate_proj, self.up_proj)
-        (y,) = together(F.silu(gate) * up, self.down_proj)
-        return y
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class MLP(nn.Module):
@@ -420,7 +302,7 @@ class MoE(nn.Module):
     Routing as in Mixtral: softmax over all experts, the chosen probabilities renormalised (top-1 keeps the
     raw probability, as in Switch, else the router would get no gradient). Tokens are sorted into one (E, C,
     d) buffer, C slots an expert, so that all experts are three batched matrix products and no loop over
-    tokens. With `capacity_factor` C is fixed and tokens that find their expert full skip the layer (Switch
+    tokens. With `capacity_factor` C is fixed, and tokens that find their expert full skip the layer (Switch
     Transformer, 2.2).
     """
 
@@ -434,7 +316,7 @@ class MoE(nn.Module):
         self.stats: dict[str, Tensor] = {}  # of the last forward pass: aux_loss, load (E), dropped
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d); what the router did lies in `self.stats` afterwards."""
+        """x (..., d) -> (..., d); what the router did is in `self.stats` afterwards."""
         c, shape = self.config, x.shape
         E, k = c.n_experts, c.experts_per_token
         x = x.reshape(-1, shape[-1])  # (N, d)
@@ -446,21 +328,22 @@ class MoE(nn.Module):
         p = p / p.sum(-1, keepdim=True) if k > 1 else p
 
         # Rank of every (token, choice) among those that want the same expert; first choices are served first.
-        wants = F.one_hot(expert.T.reshape(-1), E)  # (k N, E), all first choices before all second ones
+        choice = expert.T.reshape(-1)  # (k N), all first choices before all second ones
+        wants = F.one_hot(choice, E)  # (k N, E)
         rank = ((wants.cumsum(0) - 1) * wants).sum(-1)  # (k N)
         load = wants.sum(0)  # (E)
         C = math.ceil(c.capacity_factor * N * k / E) if c.capacity_factor else int(load.max())
         kept = rank < C
-        slot = torch.where(kept, expert.T.reshape(-1) * C + rank, E * C)  # E * C: the bin for the dropped
+        slot = torch.where(kept, choice * C + rank, E * C)  # slot E * C takes the dropped
 
         token = torch.arange(N, device=x.device).repeat(k)
         buffer = x.new_zeros(E * C + 1, shape[-1]).index_copy(0, slot, x[token])
         b = buffer[:-1].view(E, C, -1)
-        w1, w2, w3 = (w.to(x.dtype).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = (w.to(x.dtype).mT for w in (self.w1, self.w2, self.w3))
         b = torch.bmm(F.silu(torch.bmm(b, w1)) * torch.bmm(b, w3), w2)  # (E, C, d)
         out = torch.cat([b.view(E * C, -1), b.new_zeros(1, shape[-1])])  # the dropped get zeros
-        out = out[slot]  # (k N, d)
-        out = (out * p.T.reshape(-1, 1).to(out.dtype)).view(k, N, -1).sum(0)
+        out = out[slot] * p.T.reshape(-1, 1).to(b.dtype)  # (k N, d)
+        out = out.view(k, N, -1).sum(0)
 
         # Load balancing (Switch, eq. 4): E * sum over experts of share of choices * mean probability.
         balance = E * (load / (k * N) * probs.mean(0)).sum()
@@ -490,27 +373,43 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
-        self.post = config.norm_position == "post"
+        self.config = config
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config)  # Llama's name: the norm that comes after attention
         self.mlp = make_ffn(config, layer)
-        self.config = config
 
     def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None) -> Tensor:
         """x (B, T, d) -> (B, T, d); the other arguments are `Attention.forward`'s."""
-        if self.post:
+        if self.config.norm_position == "post":
             x = self.input_layernorm(x + self.drop(self.self_attn(x, positions, mask, rope, cache)))
             return self.post_attention_layernorm(x + self.drop(self.mlp(x)))
         x = x + self.drop(self.self_attn(self.input_layernorm(x), positions, mask, rope, cache))
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout) if self.config.dropout and self.training else x
+        return F.dropout(x, self.config.dropout, self.training)
 
 
 # -----------------------------------------------------------------------------
 # The whole model
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) in nats, 0 where the target is -100; logits (..., V), targets (...) -> (...)."""
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (logits.exp().sum(-1).log() - chosen) * (targets != -100)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of `token_losses` over the targets that are not -100."""
+    return token_losses(logits, targets).sum() / (targets != -100).sum()
+
+
+def lm_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the losses of `hidden @ head.T`, in nats: hidden (N, d), head (V, d), targets (N)."""
+    return token_losses(F.linear(hidden, head), targets).sum()
 
 
 def in_eval_mode(method):
@@ -542,11 +441,10 @@ class ModernDecoderLM(nn.Module):
             self.model["norm"] = make_norm(c)
         self.lm_head = None if c.tie_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.gradient_checkpointing = False  # recompute each block in the backward pass: a third more FLOPs
-        self.loss_chunk = 4096  # tokens whose logits exist at a time, see ChunkedCrossEntropy
         self.init_weights()
-        self.tabulate()
+        self.set_context_length(c.context_length)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Normal(0, 0.02), as GPT-2. Layers that write into the residual stream start smaller by sqrt(2
         n_layers), so that its variance does not grow with depth."""
         for name, p in self.named_parameters():
@@ -556,18 +454,19 @@ class ModernDecoderLM(nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
 
-    def tabulate(self) -> None:
-        """The angles of all positions, (2, T, D): a compiler would not compute them once but put their sines
-        and powers into the kernels of every layer.
+    def set_context_length(self, context_length: int) -> None:
+        """How many tokens the model looks at, with a table of RoPE's angles for them, (2, T, D).
+
+        Without the table a compiler would put sines and powers into the kernels of every layer.
         """
-        c, device = self.config, self.head.device
-        if c.positions != "rope":
-            return
-        table = rope_angles(torch.arange(c.context_length, device=device), c.head_dim, c.rope_theta)
-        self.register_buffer("rope", torch.stack(table), persistent=False)
+        c = self.config
+        c.context_length = context_length
+        table = rope_angles(torch.arange(context_length, device=self.device), c.head_dim, c.rope_theta)
+        table = torch.stack(table) if c.positions == "rope" else None
+        self.register_buffer("rope", table, persistent=False)
 
     def set_dropout(self, p: float) -> None:
-        """The dropout of a model that was loaded, everywhere: all layers read it from this one config."""
+        """The dropout of a loaded model, everywhere: all layers read it from this one config."""
         if not 0 <= p < 1:
             raise ValueError(f"dropout={p} must be at least 0 and below 1: it is the share that is set to 0")
         self.config.dropout = p
@@ -593,19 +492,17 @@ class ModernDecoderLM(nn.Module):
         if cache is not None:
             positions, mask = cache.positions, cache.mask
         elif positions is None:
-            if c.positions == "learned" and T > c.context_length:
-                raise ValueError(
-                    f"{T} tokens, but learned positions end at context_length={c.context_length}"
-                )
-            if c.positions == "rope" and rope is None and T <= c.context_length == self.rope.shape[1]:
-                rope = self.rope[:, :T].to(self.dtype).unbind()
             positions = torch.arange(T, device=ids.device)
-        x = self.model["embed_tokens"](ids)
-        # Under autocast a card's residual stream is bfloat16 too: 37 bytes a token and d per layer instead of
-        # 47. A CPU has the room: float32 takes no longer there and ends at 0.671 nats and not 0.676 (cpu.py).
-        x = x.to(self.dtype) if x.is_cuda else x
+            if c.positions == "learned" and T > c.context_length:
+                raise ValueError(f"{T} tokens, but the learned positions are {c.context_length}")
+            if c.positions == "rope" and rope is None and T <= c.context_length:
+                rope = self.rope[:, :T].to(self.dtype).unbind()
         if c.positions == "rope" and rope is None:  # the same angles serve every layer
             rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, self.dtype)
+        x = self.model["embed_tokens"](ids)
+        # Under autocast a GPU's residual stream is bfloat16 too: 37 bytes a token and d per layer instead of
+        # 47. A CPU has the room: float32 takes no longer there and ends at 0.671 nats and not 0.676 (cpu.py).
+        x = x.to(self.dtype) if x.is_cuda else x
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)
         x = F.dropout(x, c.dropout, self.training)
@@ -622,76 +519,48 @@ class ModernDecoderLM(nn.Module):
 
         The sum and the count are returned apart because the mean over a batch that is split into
         micro-batches or ranks is the sum of sums over the sum of counts, not the mean of means. An MoE adds
-        its auxiliary losses, times the count, while training only. With a cache, `cache.begin` says where
+        its auxiliary losses, times the count, while training only. With a cache, `cache.begin` decides where
         these tokens go.
         """
         x = self.hidden(ids, positions, mask, cache)
         if targets is None:
             return F.linear(x, self.head)
         n = (targets != -100).sum()
-        # A Function does not see no_grad(): attached, the head would get its gradient in evaluation too.
-        head = self.head if torch.is_grad_enabled() else self.head.detach()
-        loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), self.loss_chunk)
-        if self.config.ffn == "moe" and self.training:
-            experts = [self.model["layers"][layer].mlp for layer in self.config.moe_layers]
-            loss = loss + n * sum(moe.stats["aux_loss"] for moe in experts)
+        loss = lm_loss(x.flatten(0, 1), self.head, targets.flatten())
+        if self.training:
+            for layer in self.config.moe_layers:
+                loss = loss + n * self.model["layers"][layer].mlp.stats["aux_loss"]
         return loss, n
 
-    # -------------------------------------------------------------------------
-    # Generation
+    def save_pretrained(self, folder: str | Path, **extra) -> None:
+        """Writes Hugging Face's config.json (plus `extra`, such as eos_token_id) and model.safetensors."""
+        from support.hf_format import save_pretrained
 
-    def pack(self, transposed: bool = True) -> "ModernDecoderLM":
-        """Lays the weights out for decoding, where a step is bound by reading them: q, k and v side by side,
-        gate and up too, and all of them transposed (1.1x to 1.2x on two cores, batch 1 and 16), but for
-        compiled decoding of one row on a CPU, see `linear`.
+        save_pretrained(self, Path(folder), **extra)
 
-        Parameters become views of the packed matrices, so nothing is stored twice. Training or moving the
-        model forgets the packing again.
+    @staticmethod
+    def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> "ModernDecoderLM":
+        """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
+
+        The weights are float32 whatever they were stored as; the model is in evaluation mode. Raises
+        FileNotFoundError or ValueError that name what is missing, damaged or not computed by this file.
         """
-        self.unpack().eval()
-        for block in self.model["layers"]:
-            a, m = block.self_attn, block.mlp
-            groups = [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj]]
-            if isinstance(m, SwiGLU):
-                groups += [[m.gate_proj, m.up_proj], [m.down_proj]]
-            for group in groups:
-                packed = torch.cat([layer.weight.data for layer in group]).t()  # (in, outputs)
-                packed = packed.contiguous() if transposed else packed
-                columns = packed.split([layer.out_features for layer in group], dim=1)
-                for layer, part in zip(group, columns, strict=True):
-                    layer.weight.data = part.t()
-                group[0].packed = packed
-        return self
+        from support.hf_format import from_pretrained
 
-    def unpack(self) -> "ModernDecoderLM":
-        packed = [layer for layer in self.modules() if getattr(layer, "packed", None) is not None]
-        for layer in packed:
-            layer.packed = None
-        for p in self.parameters() if packed else ():
-            p.data = p.data.clone(memory_format=torch.contiguous_format)
-        return self
-
-    def train(self, mode: bool = True) -> "ModernDecoderLM":
-        if mode:
-            self.unpack()
-        return super().train(mode)
-
-    def _apply(self, function, recurse: bool = True):  # what .to(), .half(), .cuda() call
-        self.unpack()
-        super()._apply(function, recurse)
-        self.tabulate()
-        return self
+        return from_pretrained(name).to(device)
 
     @torch.no_grad()
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Room for more tokens, a multiple of 64; the new rows are the mean of the old ones."""
         rows = 64 * math.ceil(vocab_size / 64)
-        embedding = self.model["embed_tokens"]
-        for matrix in [embedding] if self.config.tie_embeddings else [embedding, self.lm_head]:
-            old = matrix.weight
-            new = old.mean(0).repeat(rows - len(old), 1)
-            matrix.weight = nn.Parameter(torch.cat([old, new]))
+        for layer in [self.model["embed_tokens"], self.lm_head]:
+            if layer is not None:
+                new = layer.weight.mean(0).repeat(rows - len(layer.weight), 1)
+                layer.weight = nn.Parameter(torch.cat([layer.weight, new]))
         self.config.vocab_size = rows
+
+    # -------------------------------------------------------------------------
+    # Generation
 
     @in_eval_mode
     @torch.inference_mode()
@@ -700,161 +569,106 @@ class ModernDecoderLM(nn.Module):
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int = 256,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop_tokens: Sequence[int] = (),
         n: int = 1,
         seed: int | Sequence[int] = 0,
+        stop_tokens: Sequence[int] = (),
         window: int = 0,
         keep: int = 4,
         stream: Callable[[int, int], None] | None = None,
         force: Callable[[int, list[int]], Sequence[int]] | None = None,
         adjust: Callable[[list[int], Tensor], Tensor] | None = None,
         compile: bool = False,
-        graph: bool | None = None,
+        **options,
     ) -> list[list[int]]:
         """Continues every prompt `n` times: the new tokens of prompt 0 sample 0, prompt 0 sample 1, ... as
         lists.
 
         Prompts may differ in length. A row ends after a stop token (the last of its list) or max_new_tokens.
-        temperature 0 is greedy; `sample` explains top_k, top_p, min_p and repetition_penalty. Row r has a
-        random stream of its own, from `seed[r]` or `seed + r`: its text does not depend on its neighbours in
-        the batch. With `window` > 0, or when a text outgrows the context, the cache rolls: the first `keep`
-        tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll: all rows end when the
-        longest fills the context. `stream(row, token)` is told every new token. `force(row, new_tokens)` may
-        return tokens that must come next: that is how a calculator answers. `adjust(rows, logits)` is called
-        once a step with the logits (B, V) of these rows, and returns those to sample from; it may raise to
-        stop. `compile=True` decodes with a compiled step: half a minute to start, then faster. `graph`, which
-        is on by itself on a card, gives every step the same shapes, so that the card can be told once what to
-        do and then again and again.
+        `options` are those of `sample`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty.
+        Row r has a random stream of its own, from `seed[r]` or `seed + r`: its text does not depend on its
+        neighbours in the batch. With `window` > 0, or when a text outgrows the context, the cache rolls: the
+        first `keep` tokens and the newest ones stay (StreamingLLM). Learned positions cannot roll: all rows
+        end when the longest fills the context.
+
+        `stream(row, token)` is called with every new token. `force(row, new_tokens)` may return tokens that
+        must come next: that is how a calculator answers. `adjust(rows, logits)` is called once a step with
+        the logits (B, V) of these rows, and returns those to sample from; it may raise to stop.
+        `compile=True` decodes with a compiled step: half a minute to start, then faster.
         """
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        c, rows = self.config, len(prompts) * n
+        check_sampling(**options)
+        rows = len(prompts) * n
         if not rows or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         if max_new_tokens < 1:
             return [[] for _ in range(rows)]
-        longest = max(map(len, prompts))
-        slots = keep + window if window else min(longest + max_new_tokens, c.context_length)
-        rolling = longest + max_new_tokens > slots
-        if c.positions == "learned" and rolling:
-            if longest >= c.context_length:
-                raise ValueError(
-                    f"a prompt of {longest} tokens leaves no room in context_length={c.context_length}"
-                )
-            slots, rolling = c.context_length, False
-            max_new_tokens = min(max_new_tokens, c.context_length - longest)
-        if graph is None:
-            graph = self.device.type == "cuda"
-        # An expert's room is asked for each time; `force` and `adjust` are Python.
-        graph = graph and not (rolling or force or adjust or c.ffn == "moe")
-        slots += -slots % 8 if graph else 0  # attention kernels want masks of such widths
-        net = self.cast()
-        cache = KVCache(c, len(prompts), slots, keep if rolling else None, self.device, self.dtype)
-        logits = net.prefill(prompts, cache)  # (B, V)
-        if n > 1:  # n samples from one prefill
-            # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast; a card, which
-            # waits for launches and not for memory, would launch more.
-            if compile or graph or rolling or not c.plain_attention or self.device.type != "cpu":
-                cache.select(torch.arange(len(prompts), device=self.device).repeat_interleave(n))
-            else:
-                cache = cache.fork(n, max_new_tokens)
-            logits = logits.repeat_interleave(n, dim=0)
-
-        seeds = [seed + r for r in range(rows)] if isinstance(seed, int) else seed
-        if len(seeds) != rows:
-            raise ValueError(f"{len(seeds)} seeds for {rows} rows")
-        # One uniform number a row and step, drawn beforehand, is all the randomness that sampling needs.
-        uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        uniforms = torch.stack(uniforms).to(self.device)
+        cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
+        uniforms = uniform_numbers(seed, rows, max_new_tokens).to(self.device)
         seen = None
-        if repetition_penalty != 1.0:
-            seen = torch.zeros(rows, c.vocab_size, dtype=torch.bool, device=self.device)
+        if options.get("repetition_penalty", 1.0) != 1.0:
+            seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=self.device)
             for r in range(rows):
                 seen[r, list(prompts[r // n])] = True
-        if compile and not hasattr(self, "_compiled_step"):
-            # The cache is allocated once, but on a CPU a step reads its filled part only, whose length torch
-            # makes a symbol at the second step. A step of fixed shape that masks the rest lost: 428 tok/s
-            # against 490 at batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread).
-            # cpp_wrapper calls kernels from C++ and not from Python: 1.1 times as fast at batch 1.
-            cpu = {"cpp_wrapper": True, "size_asserts": False} if self.device.type == "cpu" else None
-            self._compiled_step = torch.compile(type(self).step, options=cpu)
-        step = self._compiled_step if compile else type(self).step
-        if graph:
-            cache.fix()
 
-        alive = list(range(rows))  # the row of each logit
+        texts: list[list[int]] = [[] for _ in range(rows)]
+        queue: list[list[int]] = [[] for _ in range(rows)]  # forced tokens that wait for their turn
+        done: set[int] = set()
+        alive = list(range(rows))  # the row of each line of the batch
 
-        def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-            logits = adjust(alive, logits) if adjust else logits
-            return sample(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
-
-        # Products of compiled steps are all alike, but for those of grouped queries with their keys.
-        alike = compile and c.n_heads == c.n_kv_heads and rows * c.d_model >= 4096
-        precision = fastest_products(self.device) if alike else torch.get_float32_matmul_precision()
-
-        def next_token(token: Tensor, uniform: Tensor) -> Tensor:
-            if seen is not None:
+        def draw(logits: Tensor, uniform: Tensor, token: Tensor | None = None) -> Tensor:
+            """The next token of each line, (B), after `token`."""
+            if seen is not None and token is not None:
                 seen.scatter_(1, token.unsqueeze(1), True)
-            cache.begin(1)
-            with float32_products(precision):
-                logits = step(net, token.unsqueeze(1), cache)
-            return draw(logits, uniform)
+            logits = adjust(alive, logits) if adjust else logits
+            return sample(logits, uniform, seen=seen, **options)
 
-        following = Recorded(next_token) if graph and self.device.type == "cuda" else next_token
+        def forced(row: int, drawn: int) -> int:
+            if not queue[row] and row not in done:
+                queue[row] = list(force(row, texts[row]))
+            return queue[row].pop(0) if queue[row] else drawn
 
-        result: list[list[int]] = [[] for _ in range(rows)]
-        forced: list[list[int]] = [[] for _ in range(rows)]
-        done, pending = set(), []
-        # Asking a GPU for a token stops its queue of work: look every step only if somebody waits for it.
+        decoder = Decoder(self, cache, draw, n, compile=compile, record=not (force or adjust))
+        token = draw(decoder.prefill(prompts, max_new_tokens), uniforms[:, 0])
+        # Reading a token makes a GPU wait: at every step only if somebody wants to see or change it.
         look_every = 1 if stream or force or adjust or self.device.type == "cpu" else 16
-        token = draw(logits, uniforms[:, 0])
-        for i in range(max_new_tokens):
+        unread = []
+        for step in range(1, max_new_tokens + 1):
             if force:
-                drawn = token.tolist()
-                for j, r in enumerate(alive):
-                    forced[r] = forced[r] or (list(force(r, result[r])) if r not in done else [])
-                    drawn[j] = forced[r].pop(0) if forced[r] else drawn[j]
-                token = torch.tensor(drawn, device=self.device)
-            pending.append(token)
-            if len(pending) == look_every or i == max_new_tokens - 1:
-                for r, column in zip(alive, torch.stack(pending, dim=1).tolist(), strict=True):
-                    for t in column if r not in done else []:
-                        result[r].append(t)
+                token = torch.tensor([*map(forced, alive, token.tolist())], device=self.device)
+            unread.append(token)
+            if len(unread) == look_every or step == max_new_tokens:
+                for r, new in zip(alive, torch.stack(unread, dim=1).tolist(), strict=True):
+                    for t in new if r not in done else []:
+                        texts[r].append(t)
                         if stream:
                             stream(r, t)
                         if t in stop_tokens:
                             done.add(r)
                             break
-                pending = []
-                if len(done) == rows or i == max_new_tokens - 1:
+                unread = []
+                if len(done) == rows or step == max_new_tokens:
                     break
-                left = [j for j, r in enumerate(alive) if r not in done]
-                if cache.prompts is not None and len(left) <= len(alive) * 3 // 4:
-                    left = as_many_of_each(left, [r // n for r in alive])
-                if not compile and len(left) <= len(alive) // 2:  # go on with the unfinished rows alone
+                left = decoder.shrink([j for j, r in enumerate(alive) if r not in done])
+                if left:  # the others have ended
                     alive, index = [alive[j] for j in left], torch.tensor(left, device=self.device)
-                    cache.select(index)
                     token, uniforms = token[index], uniforms[index]
                     seen = seen[index] if seen is not None else None
-            token = following(token, uniforms[:, i + 1])
-        return result
+            token = decoder.next(token, uniforms[:, step])
+        return texts
 
-    def cast(self) -> "ModernDecoderLM":
-        """Under autocast a copy in its dtype, so that weights are cast once and not for every token (but for
-        the router's, which are few and decide who computes); else the model itself.
-        """
-        if self.head.dtype == self.dtype:
-            return self
-        with torch.device("meta"):
-            twin = ModernDecoderLM(self.config)
-        weights = {k: v if ".gate." in k else v.to(self.dtype) for k, v in self.state_dict().items()}
-        twin.load_state_dict(weights, assign=True)
-        twin.tabulate()
-        return twin.pack()
+    def empty_cache(self, prompts: Sequence, new: int, window: int, keep: int) -> tuple["KVCache", int]:
+        """A cache with room for all prompts and their new tokens, which may be fewer than asked."""
+        c, longest = self.config, max(map(len, prompts))
+        slots = keep + window if window else min(longest + new, c.context_length)
+        where = {"device": self.device, "dtype": self.dtype}
+        if longest + new > slots and c.positions != "learned":
+            from support.caches import RollingCache
+
+            return RollingCache(c, len(prompts), slots, keep=keep, **where), new
+        if longest >= c.context_length and c.positions == "learned":
+            raise ValueError(f"a prompt of {longest} tokens leaves no room in context {c.context_length}")
+        new = min(new, c.context_length - longest) if c.positions == "learned" else new
+        slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
+        return KVCache(c, len(prompts), slots, **where), new
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
         """Reads prompts of any lengths into an empty cache; returns the logits after each one's last token,
@@ -863,9 +677,8 @@ class ModernDecoderLM(nn.Module):
         What exceeds the slots of a rolling cache follows token by token, as it would have when generated.
         """
         lengths = torch.tensor([len(p) for p in prompts])
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.as_tensor(p, dtype=torch.long) for p in prompts], batch_first=True
-        ).to(self.device)
+        rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         first = lengths.clamp(max=cache.slots)
         cache.begin(int(first.max()), first)
         x = self.hidden(ids[:, : first.max()], cache=cache)
@@ -878,7 +691,112 @@ class ModernDecoderLM(nn.Module):
 
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
-        return linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+        return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+
+
+class KVCache:
+    """Keys and values of the tokens so far: two (B, K, slots, D) tensors a layer, allocated once.
+
+    Row b's token t lies in slot t, so rows of different lengths share the tensors, and padding behind a short
+    prompt is never looked at. `begin(T)` plans a forward pass over the next T tokens: their positions and
+    what they may see; `append` then stores them layer by layer.
+    """
+
+    rolls = False  # see RollingCache in support/caches.py
+
+    def __init__(self, config: ModelConfig, rows: int, slots: int, device="cpu", dtype=torch.float32):
+        shape = (rows, config.n_kv_heads, slots, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.config, self.slots = config, slots
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens of each row
+        self.lengths = [0] * rows  # the same, known without asking the device
+        # The pass that `begin` plans:
+        self.positions = self.mask = None  # of its tokens, (T) or (B, T); what they may see (B, 1, T, S)
+        self.block = self.write = None  # the first slot to write, if all rows agree; else all slots (B, T)
+        self.read = 0  # slots that hold anything
+
+    @property
+    def even(self) -> bool:
+        """True if all rows are equally long."""
+        return len(set(self.lengths)) == 1
+
+    def begin(self, T: int, counts: Tensor | None = None) -> None:
+        """Plans the next T tokens of every row, of which only the first counts[b] are real (default: all)."""
+        c, start, even, first = self.config, self.length, self.even, not any(self.lengths)
+        new = torch.arange(T, device=start.device)
+        self.block = self.lengths[0] if even else None
+        self.write = self.positions = self.block + new if even else start.unsqueeze(1) + new
+        self.count(T, counts)
+        self.read = max(self.lengths)
+        if self.read > self.slots:
+            raise ValueError(f"{self.read} tokens do not fit into a KV cache of {self.slots} slots")
+        self.mask = None  # nothing is hidden but the future
+        if not first and not (even and T == 1 and c.sees_all):
+            slots = torch.arange(self.read, device=start.device)
+            mask = attention_mask(self.positions, slots, c.sliding_window, c.sparse_stride)
+            self.mask = mask.unsqueeze(-3)
+
+    def count(self, T: int, counts: Tensor | None) -> None:
+        counts = torch.full((len(self.lengths),), T) if counts is None else counts
+        self.length = self.length + counts.to(self.length.device)
+        self.lengths = [n + more for n, more in zip(self.lengths, counts.tolist(), strict=True)]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""
+        keys, values = self.k[layer], self.v[layer]
+        if self.block is not None:
+            end = self.block + k.shape[2]
+            keys[:, :, self.block : end] = k
+            values[:, :, self.block : end] = v
+        else:
+            rows = torch.arange(len(k), device=k.device).unsqueeze(1)
+            keys[rows, :, self.write] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (B, T)
+            values[rows, :, self.write] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, :, : self.read], values[:, :, : self.read]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps, repeats or reorders rows: rows (B') of indices."""
+        for layer in range(len(self.k)):  # one after the other: old and new keys of one layer exist together
+            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
+        self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+
+class Decoder:
+    """The steps of one generation: a prefill, then one token a row at a time."""
+
+    def __init__(self, model: ModernDecoderLM, cache: KVCache, draw: Callable, n: int = 1, **_):
+        self.model, self.cache, self.draw, self.n = model, cache, draw, n
+
+    def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
+        """The logits of the first of `new` tokens of each row, n rows a prompt: (rows, V)."""
+        logits = self.model.prefill(prompts, self.cache)
+        if self.n > 1:
+            rows = torch.arange(len(prompts), device=logits.device)
+            self.cache.select(rows.repeat_interleave(self.n))
+        return logits.repeat_interleave(self.n, dim=0)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self.model.step(ids, self.cache)
+
+    def next(self, token: Tensor, uniform: Tensor) -> Tensor:
+        """The token after `token`, both (B)."""
+        self.cache.begin(1)
+        return self.draw(self.step(token.unsqueeze(1)), uniform, token)
+
+    def shrink(self, left: list[int]) -> list[int]:
+        """Drops the rows that have ended once they are half of all; returns those left, or [] for "all"."""
+        if len(left) > len(self.cache.lengths) // 2:
+            return []
+        self.cache.select(torch.tensor(left, device=self.cache.length.device))
+        return left
+
+
+# -----------------------------------------------------------------------------
+# Sampling
 
 
 def sample(
@@ -922,13 +840,7 @@ def sample(
     return (index if order is None else order.gather(1, index)).squeeze(1)
 
 
-def check_sampling(
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-) -> None:
+def check_sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> None:
     """ValueError for options that describe no distribution."""
     allowed = {
         f"temperature={temperature} must be 0 (greedy) or above": 0 <= temperature < math.inf,
@@ -942,213 +854,75 @@ def check_sampling(
             raise ValueError(message)
 
 
-class KVCache:
-    """Keys and values of the tokens so far: two (B, K, S, D) tensors a layer, allocated once.
-
-    Row b's token t lies in slot t, so rows of different lengths share the tensors and padding behind a short
-    prompt is never looked at. `begin(T)` plans a forward pass over the next T tokens: where they go, their
-    positions, what they may see; `append` then stores them layer by layer.
-
-    A rolling cache (`keep` given) never fills: the first `keep` tokens stay, the others form a ring that
-    forgets its oldest. Positions count inside the cache, as StreamingLLM found necessary (Xiao et al., 2023),
-    so its keys are stored unrotated and get their RoPE when read.
-    """
-
-    def __init__(self, config, rows, slots, keep=None, device="cpu", dtype=torch.float32):
-        shape = (rows, config.n_kv_heads, slots, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.config, self.slots, self.keep, self.device = config, slots, keep, device
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens that each row has seen
-        self.lengths = [0] * rows  # the same, known without asking the device
-        self.prompts = None  # of a fork: a layer's keys and values of what its rows share
-        self.fixed = False  # see `fix`
-        if keep is not None and not 0 <= keep < slots:
-            raise ValueError(f"keep={keep} tokens of slots={slots}: a window must remain")
-        if keep is not None and config.positions == "learned":
-            raise ValueError("learned positions cannot roll: they are baked into the keys of the cache")
-
-    def begin(self, T: int, counts: Tensor | None = None) -> None:
-        """Plans the next T tokens of every row, of which only the first counts[b] are real (default: all).
-
-        Sets, for `append` and the model: `positions` of the new tokens; `mask`, what they may see; `read`,
-        how many slots hold anything; `block`, the first of the slots to write if all rows write the same
-        ones, or else `write` (B, T); and `key_rope`, the angles of all keys in a rolling cache.
-        """
-        if self.fixed:
-            return self.begin_fixed()
-        c, start, empty = self.config, self.length, max(self.lengths) == 0
-        counts = torch.full((len(start),), T) if counts is None else counts
-        self.length = start + counts.to(self.device)
-        self.lengths = [n + more for n, more in zip(self.lengths, counts.tolist(), strict=True)]
-        most, even = max(self.lengths), len(set(self.lengths)) == 1
-        if self.keep is None and most > self.slots:
-            raise ValueError(f"{most} tokens do not fit into a KV cache of {self.slots} slots")
-        if self.keep is not None and T > 1 and not empty:
-            raise ValueError("a rolling cache reads one token at a time after its first prompt")
-        self.empty, self.read = empty, min(most, self.slots)
-        self.block = self.mask = self.key_rope = None
-        new = torch.arange(T, device=self.device)
-        slot = torch.arange(self.read, device=self.device)
-        if empty:  # a prefill sees nothing but itself: attention's own causal mask will do
-            self.block, self.positions, where = 0, new, new
-        elif self.keep is None:
-            self.write = self.positions = start.unsqueeze(1) + new  # (B, T)
-            where = slot  # slot s holds position s
-            if even and T == 1:
-                self.block, self.positions = most - 1, slot[-1:]
-        else:
-            at = start.unsqueeze(1) + new  # (B, 1): index in the row's whole text
-            ring = self.slots - self.keep
-            self.write = torch.where(at < self.slots, at, self.keep + (at - self.keep) % ring)
-            self.positions = at.clamp(max=self.slots - 1)
-            # The slot behind the newest token's is the oldest of a full ring; ages count from there. A row
-            # without a token now (counts 0) overwrites that oldest slot, which its next token takes anyway.
-            overflow = (at + 1 - self.slots).clamp(min=0)
-            age = (slot - self.keep - overflow) % ring
-            where = torch.where(slot < self.keep, slot, self.keep + age)  # (B, S)
-        if self.prompts is not None:
-            self.positions = self.positions + self.after.unsqueeze(1)
-        if self.keep is not None and c.positions == "rope":
-            self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)
-        if not empty and (not even or T > 1 or not c.sees_all):
-            mask = attention_mask(self.positions, where, c.sliding_window, c.sparse_stride)
-            self.mask = mask.unsqueeze(-3)
-
-    def fix(self) -> None:
-        """From now on one token at a time, by steps that are all alike: they read every slot, of which a mask
-        hides the empty ones, and what changes from step to step is on the device. The caller counts slots.
-        """
-        self.fixed, self.empty, self.read = True, False, self.slots
-        self.block = self.key_rope = None
-        self.slot = torch.arange(self.slots, device=self.device)
-
-    def begin_fixed(self) -> None:
-        c = self.config
-        self.positions = self.write = self.length.unsqueeze(1).clone()  # (B, 1)
-        self.length.add_(1)
-        mask = attention_mask(self.positions, self.slot, c.sliding_window, c.sparse_stride)
-        self.mask = mask.unsqueeze(-3)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""
-        keys, values = self.k[layer], self.v[layer]
-        if self.block is not None:
-            keys.narrow(2, self.block, k.shape[2]).copy_(k)
-            values.narrow(2, self.block, v.shape[2]).copy_(v)
-        else:
-            rows = torch.arange(len(k), device=k.device).unsqueeze(1)
-            keys[rows, :, self.write] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (B, T)
-            values[rows, :, self.write] = v.transpose(1, 2).to(values.dtype)
-        return (k, v) if self.empty else (keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read))
-
-    def fork(self, n: int, slots: int) -> "KVCache":
-        """An empty cache with n rows for each row here, which they all go on from: what was read so far is
-        stored once and read once for all of them (`attention_after_prompt`).
-        """
-        new = KVCache(self.config, n * len(self.lengths), slots, None, self.device, self.k[0].dtype)
-        read = [[t.narrow(2, 0, self.read) for t in layers] for layers in (self.k, self.v)]
-        new.prompts = list(zip(*read, strict=True))
-        slot = torch.arange(self.read, device=self.device)
-        new.prompt_mask = (slot < self.length.unsqueeze(1)).view(-1, 1, 1, self.read)
-        new.after = self.length.repeat_interleave(n)  # the position of each row's first token
-        return new
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps, repeats or reorders rows: rows (B') of indices; of a fork, as many rows of each prompt."""
-        if self.prompts is not None:
-            prompt = torch.unique_consecutive(rows // (len(self.lengths) // len(self.prompt_mask)))
-            for layer, (k, v) in enumerate(self.prompts):
-                self.prompts[layer] = (k[prompt], v[prompt])
-            self.prompt_mask, self.after = self.prompt_mask[prompt], self.after[rows]
-        for layer in range(len(self.k)):  # one after the other: old and new keys of one layer exist together
-            self.k[layer] = self.k[layer][rows]
-            self.v[layer] = self.v[layer][rows]
-        self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
-
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+def uniform_numbers(seed: int | Sequence[int], rows: int, steps: int) -> Tensor:
+    """All the randomness that sampling needs: one number in [0, 1) per row and step, (rows, steps)."""
+    seeds = [seed + r for r in range(rows)] if isinstance(seed, int) else seed
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows")
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 # -----------------------------------------------------------------------------
-# Hugging Face's folder: config.json and model.safetensors
+# Beside the model: which configurations exist, and two layers that stand alone
 
 
-def save_pretrained(model: ModernDecoderLM, folder: str | Path, **extra) -> None:
-    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically.
+def check(c: ModelConfig) -> None:
+    """ValueError for numbers that describe no model; zeros that mean "work it out" are still zeros here."""
+    for name, field in ModelConfig.__dataclass_fields__.items():
+        value, choices = getattr(c, name), get_args(field.type)
+        number = {int: int, float: int | float}.get(field.type)
+        least = 1 if name in ("vocab_size context_length n_layers d_model n_heads moe_every").split() else 0
+        if number and not isinstance(value, number):
+            raise ValueError(f"{name}={value!r} must be a {'whole ' * (number is int)}number")
+        if choices and value not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+        if number and not least <= value < math.inf:  # also false for nan
+            raise ValueError(f"{name}={value} must be a finite number, at least {least}")
+    kv_heads, head_dim = c.n_kv_heads or c.n_heads, c.head_dim or c.d_model / c.n_heads
+    moe = c.ffn == "moe"
+    refused = {
+        f"dropout={c.dropout} must be below 1: it is the share that is set to 0": c.dropout >= 1,
+        f"rope_theta={c.rope_theta} must be at least 1, usually 10000 or more": c.rope_theta < 1,
+        f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}": head_dim % 1,
+        f"n_heads={c.n_heads} is not a multiple of n_kv_heads={kv_heads}": c.n_heads % kv_heads,
+        f"RoPE rotates pairs: {head_dim=} must be even": c.positions == "rope" and head_dim % 2,
+        f"experts_per_token={c.experts_per_token} of n_experts={c.n_experts}": moe
+        and not 1 <= c.experts_per_token <= c.n_experts,
+        f"moe_every={c.moe_every} of n_layers={c.n_layers}: no block has experts": moe
+        and c.moe_every > c.n_layers,
+        f"n_sinks={c.n_sinks}: sinks are logits of a softmax, and attention_kind='linear' has none": c.n_sinks
+        and c.attention_kind == "linear",
+    }
+    for message, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(message)
 
-    The ids in `extra` also go to generation_config.json, from which transformers' `generate` takes them.
+
+class Linear(nn.Module):
+    """x W^T, to be read and to stand alone; the model uses torch's nn.Linear, which may have a bias.
+
+    Weights from N(0, 2 / (in + out)) (Glorot & Bengio, 2010), cut at three standard deviations.
     """
-    from safetensors.torch import save_file
 
-    from support.hf_format import to_hf_config, to_hf_tensors, write_generation_config
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        std = math.sqrt(2 / (in_features + out_features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = to_hf_tensors(
-        model.config, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    )
-    text = json.dumps(to_hf_config(model.config) | extra, indent=2)
-    write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
-    write_generation_config(folder, extra)
-    write_atomically(
-        folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
-    )
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)"""
+        return x @ self.weight.T
 
 
-def from_pretrained(name: str | Path, device: str | torch.device = "cpu") -> ModernDecoderLM:
-    """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
+class Embedding(nn.Module):
+    """A row of the matrix for each id, to be read; the model uses torch's. Weights from N(0, 1), cut at 3."""
 
-    Weights are float32 whatever they were stored as; the model is in evaluation mode. Raises
-    FileNotFoundError or ValueError that say what is wrong: no such folder, an architecture this file can't
-    compute, tensors missing or too many or misshapen.
-    """
-    from support.hf_format import from_hf_config, load_tensors
+    def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+        nn.init.trunc_normal_(self.weight, a=-3, b=3)
 
-    folder = Path(name)
-    if not folder.is_dir() and (folder.parts[0] in ("/", "..", "out") or len(folder.parts) > 2):
-        raise FileNotFoundError(f"there is no folder {folder}")  # nor could it be a name on the hub
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"{name} is neither a folder nor a model that the hub gave: {error}"
-            ) from None
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder} holds no config.json: not a finished run, nor a Hugging Face model"
-        )
-    try:
-        config = from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (KeyError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged or incomplete: {error!r}") from None
-    return from_tensors(config, load_tensors(folder), f"{folder}").to(device)
-
-
-def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModernDecoderLM:
-    """The model of a checkpoint's tensors, under the names that they have on disk, in evaluation mode.
-
-    Raises ValueError, which names the `source`, if tensors are missing, too many or of another shape.
-    """
-    from support.hf_format import from_hf_tensors
-
-    with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
-        model = ModernDecoderLM(config)
-    ours, want = from_hf_tensors(config, tensors), model.state_dict()
-    missing, unexpected = sorted(want.keys() - ours.keys()), sorted(ours.keys() - want.keys())
-    misshapen = [k for k in want.keys() & ours.keys() if want[k].shape != ours[k].shape]
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"{source} does not hold the model its config.json describes: missing {missing[:4]}, "
-            f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
-        )
-    model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
-    model.tabulate()
-    return model.requires_grad_(True).eval()
-
-
-ModernDecoderLM.save_pretrained = save_pretrained
-ModernDecoderLM.from_pretrained = staticmethod(from_pretrained)
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., d)"""
+        return self.weight[ids]

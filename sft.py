@@ -230,7 +230,6 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
         raise TrainError("--load_in_4bit and --merge need --lora_r")
     else:
         model = load_model(cfg.model, pick_device(cfg.device))
-        model.model.unpack()
         if cfg.dropout >= 0:
             model.model.set_dropout(cfg.dropout)
         if getattr(cfg, "chat_tokens", False):

@@ -1258,8 +1258,7 @@ def adopt(model: ModernDecoderLM, cfg: TrainConfig, tokenizer: Tokenizer) -> Non
     if have.positions == "learned" and have.context_length < cfg.context_length:
         raise TrainError(f"{cfg.init_from} has {have.context_length} positions, --context_length is larger")
     if have.positions != "learned":
-        have.context_length = cfg.context_length
-        model.tabulate()
+        model.set_context_length(cfg.context_length)
     model.set_dropout(cfg.dropout)
     for field in fields(ModelConfig):
         if field.name != "context_length":

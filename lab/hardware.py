@@ -37,8 +37,9 @@ from configs import ConfigError, parse_config
 from data import documents
 from lab.peers import PeersConfig, training_step
 from lab.peers import decoding as decoding_benchmark
-from model import ModelConfig, ModernDecoderLM, write_atomically
+from model import ModelConfig, ModernDecoderLM
 from support.costs import estimate_flops, estimate_memory
+from support.files import write_atomically
 from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import AttentionInBlocks, fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
@@ -309,8 +310,6 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys)).eval()
     theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
     theirs.to(device, dtype)
-    quick = copy.deepcopy(ours).pack(transposed=cuda)
-    ours.pack()
     plain = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
     plain |= dict(cache_implementation="static") if cuda else {}
     greedy = transformers.GenerationConfig(do_sample=False, **plain)
@@ -333,8 +332,7 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         }
         contenders["ours"] = mine
         if cfg.compile:
-            laid_out = quick if name == "1 row" else ours
-            contenders["ours, compiled"] = lambda mine=mine, model=laid_out: mine(model=model, compile=True)
+            contenders["ours, compiled"] = lambda mine=mine, model=ours: mine(model=model, compile=True)
         with torch.inference_mode():
             seconds = in_turns(contenders, max(2, cfg.rounds // 2), device)
         rates = {who: total / s for who, s in seconds.items()}

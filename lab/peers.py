@@ -146,8 +146,6 @@ def decoding(cfg: PeersConfig) -> dict[str, dict[str, float]]:
     ours = ModernDecoderLM(c).to(device)
     theirs = llama_twin(c).eval().to(device)
     theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
-    quick = copy.deepcopy(ours).pack(transposed=False) if cfg.compile else None
-    ours.pack()  # as this script does with every model it loads
     greedy = GenerationConfig(do_sample=False, max_new_tokens=T, pad_token_id=0, eos_token_id=None)
     print(
         f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32, "
@@ -169,8 +167,7 @@ def decoding(cfg: PeersConfig) -> dict[str, dict[str, float]]:
                 twin, ids[0], 8 + T, temperature=0.0, top_p=0.0
             )
         if cfg.compile:
-            laid_out = quick if batch == 1 else ours
-            runs["ours, compiled"] = lambda ids=ids, model=laid_out: model.generate(
+            runs["ours, compiled"] = lambda ids=ids, model=ours: model.generate(
                 ids.tolist(), T, temperature=0, compile=True
             )
         times: dict[str, list[float]] = {name: [] for name in runs}

@@ -39,9 +39,10 @@ from dpo import DPOConfig
 from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig
 from lab.hardware import GIB, timed
-from model import ModelConfig, ModernDecoderLM, write_atomically
+from model import ModelConfig, ModernDecoderLM
 from sft import SFTConfig, answer_loss, mixture
 from support.costs import count_parameters, estimate_flops, estimate_memory
+from support.files import write_atomically
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, peak_flops, pick_device, pick_dtype

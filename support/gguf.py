@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import ModelConfig, ModernDecoderLM, write_atomically
+from model import ModelConfig, ModernDecoderLM
 from support.chat_template import without_generation_marks
+from support.files import write_atomically
 from support.hf_format import LLAMA, SWITCHES, architecture
 from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer, spell
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import ModelConfig
+from model import ModelConfig, ModernDecoderLM
 from support.files import write_atomically
 
 LLAMA = ModelConfig()  # the default switches
@@ -236,3 +236,72 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{folder / shard} is damaged ({error}); restore it or train again") from None
     return tensors
+
+
+def save_pretrained(model: ModernDecoderLM, folder: Path, **extra) -> None:
+    """Writes config.json (plus `extra`, such as eos_token_id) and model.safetensors, each atomically.
+
+    The ids in `extra` also go to generation_config.json, from which transformers' `generate` takes them.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_hf_tensors(
+        model.config, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    )
+    text = json.dumps(to_hf_config(model.config) | extra, indent=2)
+    write_atomically(folder / "config.json", lambda path: path.write_text(text + "\n"))
+    write_generation_config(folder, extra)
+    write_atomically(
+        folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+
+
+def from_pretrained(name: str | Path) -> ModernDecoderLM:
+    """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
+
+    Weights are float32 whatever they were stored as; the model is in evaluation mode. Raises
+    FileNotFoundError or ValueError that say what is wrong: no such folder, an architecture this file can't
+    compute, tensors missing or too many or misshapen.
+    """
+    folder = Path(name)
+    if not folder.is_dir() and (folder.parts[0] in ("/", "..", "out") or len(folder.parts) > 2):
+        raise FileNotFoundError(f"there is no folder {folder}")  # nor could it be a name on the hub
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{name} is neither a folder nor a model that the hub gave: {error}"
+            ) from None
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json: not a finished run, nor a Hugging Face model"
+        )
+    try:
+        config = from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged or incomplete: {error!r}") from None
+    return from_tensors(config, load_tensors(folder), f"{folder}")
+
+
+def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -> ModernDecoderLM:
+    """The model of a checkpoint's tensors, under the names that they have on disk, in evaluation mode.
+
+    Raises ValueError, which names the `source`, if tensors are missing, too many or of another shape.
+    """
+    with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
+        model = ModernDecoderLM(config)
+    ours, want = from_hf_tensors(config, tensors), model.state_dict()
+    missing, unexpected = sorted(want.keys() - ours.keys()), sorted(ours.keys() - want.keys())
+    misshapen = [k for k in want.keys() & ours.keys() if want[k].shape != ours[k].shape]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{source} does not hold the model its config.json describes: missing {missing[:4]}, "
+            f"unexpected {unexpected[:4]}, of another shape {misshapen[:4]}"
+        )
+    model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
+    model.set_context_length(config.context_length)
+    return model.requires_grad_(True).eval()

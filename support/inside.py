@@ -49,7 +49,7 @@ def without_heads(model: ModernDecoderLM, off: Heads = ()) -> ModernDecoderLM:
     with torch.device("meta"):
         twin = ModernDecoderLM(c)
     twin.load_state_dict(weights, assign=True)
-    twin.tabulate()
+    twin.set_context_length(c.context_length)
     return twin.eval()
 
 

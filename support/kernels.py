@@ -1,4 +1,9 @@
-"""Faster ways to compute what model.py says: attention, loss, matrix products, a recorded step."""
+"""Faster functions for the four places that model.py names: `attend`, `project`, `lm_loss`, `Decoder`.
+
+`install()` puts them there; support/machine.py's pick_device calls it, so all scripts run with them. Each
+gives the results of the plain one (tests/test_kernels.py), and each figure below says what it is worth. Who
+deletes this file has a slower program that works.
+"""
 
 import contextlib
 import functools
@@ -10,6 +15,60 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+import model as plain
+from model import KVCache, ModernDecoderLM, SwiGLU
+from support.caches import FixedCache, SharedKeys, SharedPromptCache
+
+SEAMS = ("attend", "project", "lm_loss", "Decoder")
+PLAIN = {name: getattr(plain, name) for name in SEAMS}
+
+
+def install(fast: bool = True) -> None:
+    """From now on model.py calls the functions of this file; with fast=False its own again."""
+    for name in SEAMS:
+        setattr(plain, name, globals()[name] if fast else PLAIN[name])
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def attend(q, k, v, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
+    """`model.attend`: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+    if isinstance(k, SharedKeys):
+        return attention_after_prompt(q, k.prompt_k, k.prompt_v, k.prompt_mask, k.own, v)
+    (B, H, T, D), K = q.shape, k.shape[1]
+    if linear and mask is None and T > 1 and not weights:
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
+        return causal_linear_attention(q, k, v)
+    if linear or weights or sinks is not None:
+        return PLAIN["attend"](q, k, v, mask, sinks, dropout, linear, weights)
+    if T == 1 and not dropout:
+        # A group's query heads become "queries" of their key head, and no key is repeated.
+        return one_query(q.view(B, K, -1, D), k, v, mask).reshape(B, H, 1, D)
+    if q.device.type == "cpu" and not dropout and 1 < T == k.shape[2] <= 1024:
+        return AttentionInBlocks.apply(q, k, v, mask)
+    causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=H != K)
+
+
+def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
+    """`linear_attention` of a whole text with the causal mask, in a time that grows with T and not with T^2.
+
+    Without a softmax, phi(q) phi(k)^T v is also phi(q) (phi(k)^T v): a D x D matrix holds all that a query
+    needs of the chunks before its own (eq. 9). q, k and v are (..., T, D). Decoding does not use this: the
+    cache keeps keys and values, as it does for softmax.
+    """
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    v = F.pad(v, (0, 1), value=1.0)  # a column of ones sums the weights of a row
+    past, chunks = torch.zeros(q.shape[-1], v.shape[-1], device=q.device), []
+    for i in range(0, q.shape[-2], chunk):
+        queries, keys, values = (x[..., i : i + chunk, :] for x in (q, k, v))
+        chunks.append((queries @ keys.mT).tril() @ values + queries @ past.to(q.dtype))
+        past = past + (keys.mT @ values).float()
+    y = torch.cat(chunks, dim=-2)
+    return y[..., :-1] / y[..., -1:].clamp(min=1e-6)
 
 
 class AttentionInBlocks(torch.autograd.Function):
@@ -64,38 +123,6 @@ class AttentionInBlocks(torch.autograd.Function):
         return (dq / math.sqrt(D)).view(B, K * G, T, D), dk, dv, None, None
 
 
-@contextlib.contextmanager
-def float32_products(precision: str):
-    """torch.set_float32_matmul_precision(precision), and afterwards what it was."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def fastest_products(device: torch.device) -> str:
-    """The precision to ask `float32_products` for where products are of the same shapes again and again.
-
-    torch has MKL multiply, which on AMD's processors runs code for AVX2 whatever they have. At "medium" it
-    asks oneDNN: 250 GFLOP/s a core and not 110 (Zen 5), and as exact, since only AMX has anything less to
-    offer. But oneDNN makes a kernel for every new shape, which takes half a millisecond and half a MiB.
-    """
-    return "medium" if device.type == "cpu" and mkl_is_slow() else torch.get_float32_matmul_precision()
-
-
-@functools.cache
-def mkl_is_slow() -> bool:
-    """On AMD's processors with AVX-512; but where there is AMX, oneDNN's "medium" would round to bfloat16."""
-    try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and not amx
-
-
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
     if q.device.type == "cpu" and torch.compiler.is_compiling():
@@ -130,6 +157,86 @@ def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: 
     w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
     y = per_row(per_prompt(w[..., :S]) @ prompt_v) + w[..., S:] @ v
     return y.reshape(B, H, 1, D)
+
+
+# -----------------------------------------------------------------------------
+# Matrix products
+
+
+def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """`model.project` in one matrix product, where `decoding_copy` has laid the weights side by side, and
+    compiled on a GPU, whose matrix units narrow products leave idle.
+    """
+    joined = getattr(layers[0], "joined", None)
+    if joined is None:
+        if not (x.is_cuda and torch.compiler.is_compiling()):
+            return [layer(x) for layer in layers]
+        joined = torch.cat([layer.weight for layer in layers])
+    y = one_row_linear(x, joined.to(x.dtype))
+    if layers[0].bias is not None:
+        y = y + torch.cat([layer.bias for layer in layers]).to(x.dtype)
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
+def one_row_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., d), weight (outputs, d) -> (..., outputs).
+
+    One row of x on a CPU costs what reading the weights does. A compiled loop reads them at 46 GB/s, MKL at
+    25 and, if they lie transposed, at 32 (29 MB, a core of a Zen 5).
+    """
+    one_row = x.numel() == x.shape[-1] and weight.stride(-1) == 1
+    if one_row and x.device.type == "cpu" and torch.compiler.is_compiling():
+        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class OneRowLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = one_row_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+@contextlib.contextmanager
+def float32_products(precision: str):
+    """torch.set_float32_matmul_precision(precision), and afterwards what it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def fastest_products(device: torch.device) -> str:
+    """The precision to ask `float32_products` for where products are of the same shapes again and again.
+
+    torch has MKL multiply, which on AMD's processors runs code for AVX2 whatever they have. At "medium" it
+    asks oneDNN: 250 GFLOP/s a core and not 110 (Zen 5), and as exact, since only AMX has anything less to
+    offer. But oneDNN makes a kernel for every new shape, which takes half a millisecond and half a MiB.
+    """
+    return "medium" if device.type == "cpu" and mkl_is_slow() else torch.get_float32_matmul_precision()
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """On AMD's processors with AVX-512; but where there is AMX, oneDNN's "medium" would round to bfloat16."""
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and not amx
+
+
+# -----------------------------------------------------------------------------
+# The loss
+
+
+def lm_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
+    """`model.lm_loss`, `chunk` tokens at a time."""
+    # A Function does not see no_grad(): attached, the head would get its gradient in evaluation too.
+    head = head if torch.is_grad_enabled() else head.detach()
+    return ChunkedCrossEntropy.apply(hidden, head, targets, chunk)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -191,31 +298,109 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., d), weight (outputs, d) -> (..., outputs).
+# -----------------------------------------------------------------------------
+# Decoding
 
-    One row of x on a CPU costs what reading the weights does. A compiled loop reads them at 46 GB/s, MKL at
-    25 and, if they lie transposed, at 32 (29 MB, a core of a Zen 5).
+
+class Decoder(PLAIN["Decoder"]):
+    """`model.Decoder` on weights laid out for it, with prompts read once, and steps compiled or recorded."""
+
+    def __init__(self, model, cache, draw, n=1, compile=False, record=False):
+        c, rows, on_cpu = model.config, len(cache.lengths) * n, model.device.type == "cpu"
+        super().__init__(decoding_copy(model, rows, compile), cache, draw, n)
+        self.compile, self.compiled = compile, compiled_step(model.device.type) if compile else step
+        # A rolling cache and a mixture of experts have tensors of other shapes at every step.
+        self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
+        # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast. A GPU waits for
+        # launches and not for memory, and would launch more.
+        other = compile or self.record or cache.rolls
+        self.share = n > 1 and on_cpu and c.plain_attention and not other
+        # Products of compiled steps have the same shapes, but for those of grouped queries with their keys.
+        alike = compile and c.n_heads == c.n_kv_heads and rows * c.d_model >= 4096
+        self.precision = fastest_products(model.device) if alike else torch.get_float32_matmul_precision()
+        self.following = super().next if on_cpu or not self.record else Recorded(super().next)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
+        if not self.share:
+            logits = super().prefill(prompts, new)
+            self.cache = FixedCache(self.cache) if self.record else self.cache
+            return logits
+        logits = self.model.prefill(prompts, self.cache)
+        self.cache = SharedPromptCache(self.cache, self.n, new)
+        return logits.repeat_interleave(self.n, dim=0)
+
+    def step(self, ids: Tensor) -> Tensor:
+        with float32_products(self.precision):
+            return self.compiled(self.model, ids, self.cache)
+
+    def next(self, token: Tensor, uniform: Tensor) -> Tensor:
+        return self.following(token, uniform)
+
+    def shrink(self, left: list[int]) -> list[int]:
+        if self.compile:
+            return []
+        if self.share and len(left) <= len(self.cache.lengths) * 3 // 4:
+            left = self.cache.as_many_of_each(left)
+        return super().shrink(left)
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def step(model: ModernDecoderLM, ids: Tensor, cache: KVCache) -> Tensor:
+    """`ModernDecoderLM.step`, to be compiled."""
+    return one_row_linear(model.hidden(ids, cache=cache)[:, -1], model.head)
+
+
+@functools.cache
+def compiled_step(device: str) -> Callable:
+    """The cache is allocated once, but on a CPU a step reads its filled part only, whose length torch makes a
+    symbol at the second step. A step of fixed shape that masks the rest was slower: 428 tok/s against 490 at
+    batch 1, 838 against 1,320 at batch 16 (256 tokens, one thread). cpp_wrapper calls kernels from C++ and
+    not from Python: 1.1 times as fast at batch 1.
     """
-    one_row = x.numel() == x.shape[-1] and weight.stride(-1) == 1
-    if one_row and x.device.type == "cpu" and torch.compiler.is_compiling():
-        return (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+    options = {"cpp_wrapper": True, "size_asserts": False} if device == "cpu" else None
+    return torch.compile(step, options=options)
 
 
-def together(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """[layer(x) for layer in layers], in one matrix product where that is faster: where `pack` has put their
-    weights side by side, and compiled on a card, whose matrix units narrow products leave idle.
+def decoding_copy(model: ModernDecoderLM, rows: int, compiled: bool) -> ModernDecoderLM:
+    """The model with its weights laid out for decoding, where a step is bound by reading them; or the model
+    itself where that does not pay.
+
+    Under autocast the weights are cast once and not for every token (but for the router's, which are few and
+    decide who computes). q, k and v lie side by side, gate and up too; all are transposed, but for compiled
+    decoding on a CPU, see `one_row_linear`: 1.14 to 1.18 times as fast at 128 rows, no faster at 1 and 16 (a
+    core of a Xeon).
     """
-    packed = getattr(layers[0], "packed", None)
-    if packed is None:
-        if not (x.is_cuda and torch.compiler.is_compiling()):
-            return [layer(x) for layer in layers]
-        packed = torch.cat([layer.weight for layer in layers]).T.to(x.dtype)
-    y = linear(x, packed.T)  # (..., d) @ (d, all outputs)
-    if layers[0].bias is not None:
-        y = y + torch.cat([layer.bias for layer in layers]).to(x.dtype)
-    return y.split([layer.out_features for layer in layers], dim=-1)
+    on_cpu, cast = model.device.type == "cpu", model.head.dtype != model.dtype
+    small = sum(p.numel() for p in model.parameters()) < 2**26  # the copy takes at most 256 MiB
+    pays = on_cpu and (compiled or (rows >= 64 and small))
+    if not (cast or pays):
+        return model
+    with torch.device("meta"):
+        twin = ModernDecoderLM(model.config)
+    weights = {k: v if ".gate." in k else v.to(model.dtype) for k, v in model.state_dict().items()}
+    twin.load_state_dict(weights, assign=True)
+    twin.rope = model.rope
+    for block in twin.model["layers"]:
+        a, m = block.self_attn, block.mlp
+        groups = [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj]]
+        if isinstance(m, SwiGLU):
+            groups += [[m.gate_proj, m.up_proj], [m.down_proj]]
+        for layers in groups:
+            lay_out(layers, transposed=not (compiled and on_cpu))
+    return twin.eval()
+
+
+def lay_out(layers: list[nn.Linear], transposed: bool) -> None:
+    """Makes the weights of layers parts of one matrix, which `project` multiplies by."""
+    joined = torch.cat([layer.weight for layer in layers])  # (outputs, in)
+    joined = joined.t().contiguous().t() if transposed else joined
+    for layer, part in zip(layers, joined.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+        layer.__class__ = OneRowLinear
+    layers[0].joined = joined
 
 
 class Recorded:
@@ -244,14 +429,3 @@ class Recorded:
             mine.copy_(x)
         self.graph.replay()
         return self.output.clone()
-
-
-def as_many_of_each(left: list[int], prompt_of: list[int]) -> list[int]:
-    """Rows, as many of each prompt: those in `left`, filled up with others of the same prompts."""
-    rows: dict[int, list[int]] = {prompt_of[j]: [] for j in left}
-    wanted = set(left)
-    for j in [*left, *(j for j in range(len(prompt_of)) if j not in wanted)]:
-        if prompt_of[j] in rows:
-            rows[prompt_of[j]].append(j)
-    most = max(sum(j in wanted for j in some) for some in rows.values())
-    return [j for some in rows.values() for j in some[:most]]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from data import TASKS
-from model import ModernDecoderLM, from_tensors
+from model import ModernDecoderLM
 from support.chat_template import is_ours
-from support.hf_format import from_hf_config
+from support.hf_format import from_hf_config, from_tensors
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
 from support.machine import pick_dtype
@@ -51,7 +51,7 @@ def load_model(
             model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
         else:
             model = ModernDecoderLM.from_pretrained(name)
-        model = model.to(device).pack()  # moving it later would undo the packing
+        model = model.to(device)
     else:
         load = with_adapter if adapter else from_hub
         model = load(name, kind, dtype=dtype).to(device).eval()

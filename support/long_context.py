@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import KVCache, ModelConfig, ModernDecoderLM
+from model import ModelConfig, ModernDecoderLM
 from support.attention import attention_weights
+from support.caches import RollingCache
 
 STREAM = 16  # length of a stream, in contexts
 KEPT = (0, 1, 4)  # how many first tokens a rolling cache keeps
@@ -63,7 +64,7 @@ def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int = 0) -> Tenso
 
     The cache holds the first `keep` tokens and the newest ones (StreamingLLM).
     """
-    cache = KVCache(model.config, len(ids), T or model.config.context_length, keep, ids.device)
+    cache = RollingCache(model.config, len(ids), T or model.config.context_length, ids.device, keep=keep)
     logits, losses = model.prefill(ids[:, :1].tolist(), cache), []
     for t in range(1, ids.shape[1]):
         losses.append(F.cross_entropy(logits.float(), ids[:, t], reduction="none"))
@@ -144,7 +145,7 @@ def endless(model: ModernDecoderLM, tokens: int, T: int = 0) -> dict:
 
     Returns the size of the cache and the speed after each tenth: both must stay constant.
     """
-    cache = KVCache(model.config, 1, T or model.config.context_length, 4, model.device)
+    cache = RollingCache(model.config, 1, T or model.config.context_length, model.device)
     logits, sizes, rates = model.prefill([[0]], cache), [cache.nbytes()], []
     for _ in range(10):
         begun = time.perf_counter()

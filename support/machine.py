@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from support import kernels
 from support.runs import TrainError
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -100,6 +101,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def pick_device(device: str) -> torch.device:
+    kernels.install()
     if device.startswith("cuda") and not torch.cuda.is_available():
         why = unusable_gpu()
         raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card. {why}".strip())

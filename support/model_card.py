@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from model import write_atomically
+from support.files import write_atomically
 from support.results import read_json
 
 LICENSES = """

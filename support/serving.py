@@ -152,7 +152,7 @@ class Pool:
                 )
             model = load_model(str(folder), self.device)
             if model.ours:
-                model.model.to(model.dtype).pack()
+                model.model.to(model.dtype)
             return model
 
         return self.cached((name, changed_at(folder)), load, lambda model: weight_bytes(model.model))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import ModelConfig, ModernDecoderLM, save_pretrained
+from model import ModelConfig, ModernDecoderLM
 from support.gguf import GGUFError, gguf_tensors, interleaved, spaces_before_digits, write_gguf
 from tokenizer import DIGITS_PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
 
@@ -135,7 +135,7 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_name(tiny, tmp_path):
     for switches in (dict(n_sinks=1), dict(norm_position="post"), dict(ffn="gelu"), dict(sparse_stride=4),
                      dict(attention_kind="linear"), dict(moe_every=2) | experts):  # fmt: skip
         config = ModelConfig(vocab_size=400, n_layers=2, d_model=32, n_heads=2, **switches)
-        save_pretrained(ModernDecoderLM(config), tmp_path / "odd")
+        ModernDecoderLM(config).save_pretrained(tmp_path / "odd")
         tokenizer.save(tmp_path / "odd")
         with pytest.raises(GGUFError, match=next(iter(switches))):
             write_gguf(tmp_path / "odd")

@@ -19,7 +19,8 @@ from configs import ROOT
 from lab import plan
 from lab.hardware import GIB
 from model import KVCache, ModelConfig, ModernDecoderLM, sample
-from support import memory
+from support import kernels, memory
+from support.caches import FixedCache
 from support.memory import (
     DoesNotFit,
     control_group_bytes,
@@ -91,6 +92,11 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return torch.empty_like(q) if sums.numel() else q
 
 
+@pytest.fixture(autouse=True)
+def fast_functions():
+    kernels.install()
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_attention)
@@ -109,16 +115,15 @@ ids_of = partial(torch.ones, dtype=torch.long, device="meta")
 def ours_generates(model: ModernDecoderLM, rows: int, prompt: int, new: int, n: int, sampled: bool) -> int:
     """Bytes that `generate` needs on a GPU: its moments, since a loop that asks for tokens needs numbers."""
     c, prompts = model.config, rows // n
-    model.pack()
     with LiveBytes(model) as live:
-        cache = KVCache(c, prompts, prompt + new + -(prompt + new) % 8, None, model.device, model.dtype)
+        cache = KVCache(c, prompts, prompt + new + -(prompt + new) % 8, model.device, model.dtype)
         logits = model.prefill([[1] * prompt] * prompts, cache)
         if n > 1:
             cache.select(torch.arange(prompts).repeat_interleave(n))
             logits = logits.repeat_interleave(n, dim=0)
         uniforms = torch.empty(rows, new, device="meta")
         token = sample(logits, uniforms[:, 0], float(sampled))
-        cache.fix()
+        cache = FixedCache(cache)
         for alive in (rows, rows // 2):
             for _ in range(2):
                 cache.begin(1)
@@ -308,7 +313,7 @@ SPARSE = dict(sparse_stride=16, n_kv_heads=2)
 def test_generation_on_a_cpu_is_predicted(n, more):
     torch.manual_seed(0)
     c = ModelConfig(vocab_size=256, context_length=256, n_layers=4, d_model=64, n_heads=8, **more)
-    model = ModernDecoderLM(c).eval().pack()
+    model = ModernDecoderLM(c).eval()
     rows, prompt, new = 64, 180, 40
     with LiveBytes(model) as live:
         model.generate([[i, 7, 8] * 60 for i in range(rows // n)], new, n=n, stop_tokens=range(30))
@@ -344,7 +349,7 @@ def test_generation_by_transformers_on_a_cpu_is_predicted():
 def test_likelihoods_on_a_cpu_are_predicted(columns):
     c = ModelConfig(vocab_size=1024, context_length=128, n_layers=3, d_model=96, n_heads=4)
     ids, targets = torch.ones(20, 90, dtype=torch.long), torch.ones(20, columns, dtype=torch.long)
-    model = ModernDecoderLM(c).eval().pack()
+    model = ModernDecoderLM(c).eval()
     with LiveBytes(model) as live, torch.no_grad():
         logits = target_logits(model, "causal", ids, None, targets).flatten(0, 1)
         F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
