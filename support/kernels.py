@@ -6,6 +6,7 @@ deletes this file has a slower program that works.
 """
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -307,7 +308,7 @@ class Decoder(PLAIN["Decoder"]):
 
     def __init__(self, model, cache, draw, n=1, compile=False, record=False):
         c, rows, on_cpu = model.config, len(cache.lengths) * n, model.device.type == "cpu"
-        super().__init__(decoding_copy(model, rows, compile), cache, draw, n)
+        super().__init__(decoding_copy(model, compile), cache, draw, n)
         self.compile, self.compiled = compile, compiled_step(model.device.type) if compile else step
         # A rolling cache and a mixture of experts have tensors of other shapes at every step.
         self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
@@ -364,25 +365,27 @@ def compiled_step(device: str) -> Callable:
     return torch.compile(step, options=options)
 
 
-def decoding_copy(model: ModernDecoderLM, rows: int, compiled: bool) -> ModernDecoderLM:
+def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
     """The model with its weights laid out for decoding, where a step is bound by reading them; or the model
     itself where that does not pay.
 
     Under autocast the weights are cast once and not for every token (but for the router's, which are few and
     decide who computes). q, k and v lie side by side, gate and up too; all are transposed, but for compiled
-    decoding on a CPU, see `one_row_linear`: 1.14 to 1.18 times as fast at 128 rows, no faster at 1 and 16 (a
-    core of a Xeon).
+    decoding on a CPU, see `one_row_linear`: 1.1 times as fast at 1 row (width 128, a core of a Zen 5), 1.14
+    to 1.18 at 128 rows (a core of a Xeon).
     """
     on_cpu, cast = model.device.type == "cpu", model.head.dtype != model.dtype
     small = sum(p.numel() for p in model.parameters()) < 2**26  # the copy takes at most 256 MiB
-    pays = on_cpu and (compiled or (rows >= 64 and small))
+    pays = on_cpu and (compiled or small)
     if not (cast or pays):
         return model
-    with torch.device("meta"):
-        twin = ModernDecoderLM(model.config)
-    weights = {k: v if ".gate." in k else v.to(model.dtype) for k, v in model.state_dict().items()}
-    twin.load_state_dict(weights, assign=True)
-    twin.rope = model.rope
+    # What `memo` holds is taken from there and not copied.
+    memo = {id(buffer): buffer for buffer in model.buffers()}
+    for name, p in model.named_parameters():
+        memo[id(p)] = p if ".gate." in name else nn.Parameter(p.to(model.dtype), requires_grad=False)
+    for layer in model.config.moe_layers:
+        memo[id(model.model["layers"][layer].mlp.stats)] = {}
+    twin = copy.deepcopy(model, memo)
     for block in twin.model["layers"]:
         a, m = block.self_attn, block.mlp
         groups = [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj]]
