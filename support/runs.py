@@ -2,11 +2,17 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
 import time
+import uuid
 from pathlib import Path
+
+from support.files import write_atomically
+from support.processes import tqdm
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
 SUBFOLDERS = ("checkpoints", "merged", "samples", "judged")
@@ -179,6 +185,94 @@ def weights_hash(name: str) -> str | None:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest() if files else None
+
+
+# -----------------------------------------------------------------------------
+# What a training process writes and prints
+
+
+class RunLog:
+    """A run's messages, logs and run.json. Of several processes only rank 0 writes."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank = folder, rank
+        self.wandb = None  # a run of Weights & Biases
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm().write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def metrics(self, line: dict) -> None:
+        line = {k: v for k, v in line.items() if v is not None}
+        self.append("metrics.jsonl", [line])
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        if self.rank == 0:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def cut(self, name: str, step: int) -> None:
+        """Keeps the lines up to a step: those of later steps will be written again."""
+        lines, damaged = read_log(self.folder / name)
+        if damaged:
+            self.say(f"{self.folder / name}: {damaged} damaged lines are left out")
+        text = "".join(json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= step)
+        write_atomically(self.folder / name, lambda path: path.write_text(text))
+
+    def write_run(self, run: dict) -> None:
+        if self.rank == 0:
+            text = json.dumps(run, indent=2) + "\n"
+            write_atomically(self.folder / "run.json", lambda path: path.write_text(text))
+
+    def open_wandb(self, project: str, name: str, run: dict) -> None:
+        """All processes that resume a run are one run of Weights & Biases. Its id is in run.json before it is
+        made there; its address follows.
+        """
+        import wandb
+
+        about = run.setdefault("wandb", {"id": uuid.uuid4().hex[:8]})
+        self.write_run(run)
+        self.wandb = wandb.init(
+            project=project, name=name, config=run["settings"], id=about["id"], resume="allow"
+        )
+        about["url"] = self.wandb.url  # None if wandb is offline
+        self.write_run(run)
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Progress:
+    """A progress bar in a terminal; in a log file a line now and then."""
+
+    def __init__(self, name: str, step: int, total: int, log: RunLog):
+        self.total, self.log = total, log
+        self.to_file, self.printed = not sys.stderr.isatty(), time.monotonic()
+        self.bar = tqdm()(
+            total=total, initial=step, desc=name, unit="step", disable=log.rank > 0 or self.to_file,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def show(self, step: int, loss: float, rate: float, seconds: float) -> None:
+        """After `step` steps in `seconds`: loss in nats, rate in tokens a second."""
+        shown = f"loss {loss:.4f}" if math.isfinite(loss) else ""
+        self.bar.set_postfix_str(f"{shown} {rate:,.0f} tok/s", refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.to_file and (step % max(1, self.total // 20) == 0 or now > self.printed + 60):
+            self.printed = now
+            left = (self.total - step) * seconds / step / 60
+            self.log.say(f"step {step}/{self.total}  {shown}  {left:.1f} min left")
 
 
 def list_runs(out: str) -> None:

@@ -245,16 +245,17 @@ def test_a_run_goes_on_in_another_number_of_processes(settings, tmp_path):
     assert all(torch.allclose(whole[k], run[k], atol=1e-3) for k in whole)
 
 
-def interrupt_after(step: int, monkeypatch, cfg: TrainConfig, number=signal.SIGINT) -> int | str:
+def interrupt_after(step: int, monkeypatch, cfg: TrainConfig, number=signal.SIGINT, times=1) -> int | str:
     """A signal arrives at the beginning of a step; main's exit code."""
 
-    def train_step(self, now, do=Trainer.train_step):
+    def interrupting(now, *more, do=get_lr):
         if now == step:
-            os.kill(os.getpid(), number)
-        return do(self, now)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return do(now, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr(train, "get_lr", interrupting)
         return command_line(patch, cfg)
 
 
@@ -277,19 +278,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(settings, tmp_path, monkeypatch):
-    def train_step(self, now, do=Trainer.train_step):
-        if now == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return do(self, now)
-
-    def exit_at_once(code):
-        raise AssertionError("gave up without saving")
-
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setattr(os, "_exit", exit_at_once)
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-    assert command_line(monkeypatch, settings()) == 130
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("gave up without saving"))
+    assert interrupt_after(5, monkeypatch, settings(), times=2) == 130
     assert runs.newest(tmp_path / "run").name == "step-6"
 
 
@@ -429,38 +420,6 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(settings, tmp_path,
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
     assert "loss" not in lines[2] and lines[3]["loss"] > 1  # no figure is better than a made-up one
     assert run["status"] == "finished"
-
-
-def test_going_ahead_of_the_card_changes_no_result(settings, tmp_path, monkeypatch, capsys):
-    """What one card does, done by this device: results are read a step later, bad steps refused by AdamW."""
-
-    def run(name, **more):
-        model = small_model()
-        cfg = settings(
-            name=name, max_steps=13, batch_size=5, grad_accum_steps=2, log_every=4, eval_every=6, **more
-        )
-        trainer = Trainer(cfg, model, uneven_rows, spoilt({7}), evaluate=lambda *_: {"val_loss": 1.0})
-        trainer.run_all_steps()
-        return model.state_dict(), trainer
-
-    plain, one = run("plain")
-    monkeypatch.setattr(Trainer, "can_go_ahead", lambda self: True)
-    ahead, other = run("ahead")
-    assert (one.ahead, other.ahead) == (False, True) and one.skipped == other.skipped == 1
-    assert same(plain, ahead) and capsys.readouterr().out.count("step 4: loss or gradient is not finite") == 2
-    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "ahead"), strict=True):
-        timed = {k for k in a if "second" in k or "memory" in k}
-        assert {k: v for k, v in a.items() if k not in timed} == {
-            k: v for k, v in b.items() if k not in timed
-        }
-
-
-def test_a_signal_while_going_ahead_loses_no_step(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "can_go_ahead", lambda self: True)
-    train.pretrain(settings(name="whole", dropout=0.1))
-    assert interrupt_after(5, monkeypatch, settings(dropout=0.1)) == 130
-    train.pretrain(settings(dropout=0.1))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
@@ -633,14 +592,10 @@ def test_muon_trains_and_resumes_with_the_same_bits(settings, tmp_path, monkeypa
 def test_run_json_names_the_settings_that_were_chosen(settings):
     cfg = TrainConfig(d_model=64, n_heads=2, max_steps=7)
     assert (cfg.n_kv_heads, cfg.head_dim, cfg.d_ff) == (2, 32, 192)  # these follow
-    changed = {f.name for f in fields(cfg) if train.chosen_by_hand(cfg, f.name)}
+    changed = {f.name for f in fields(cfg) if train.was_chosen(cfg, f.name)}
     assert changed == {"max_steps", "d_model", "n_heads"}
     cfg = TrainConfig(d_model=64, n_heads=2, d_ff=200)
-    assert {f.name for f in fields(cfg) if train.chosen_by_hand(cfg, f.name)} == {
-        "d_model",
-        "n_heads",
-        "d_ff",
-    }
+    assert {f.name for f in fields(cfg) if train.was_chosen(cfg, f.name)} == {"d_model", "n_heads", "d_ff"}
     run = train.pretrain(settings(max_steps=2))
     assert "max_steps" in run["changed"] and "beta1" not in run["changed"]
 
@@ -701,7 +656,7 @@ def test_shuffled_windows_predict_every_token_once_an_epoch():
     tokens = np.arange(1000, dtype=np.uint16)
     windows = Windows(tokens, 16, 7, seed=1)  # 63 windows, 9 steps of 7
     for epoch in range(3):
-        targets = torch.cat([windows.rows(9 * epoch + step, 0, 7)[1].flatten() for step in range(9)])
+        targets = torch.cat([windows.batch(9 * epoch + step, 0, 7)[1].flatten() for step in range(9)])
         assert sorted(targets[targets != -100].tolist()) == list(range(1, 1000))
     assert windows.epoch(9) == pytest.approx(1, abs=0.02)
 
@@ -722,26 +677,21 @@ def test_shuffled_orders_differ_between_epochs_and_seeds():
 def test_a_batch_is_a_pure_function_of_seed_and_step(order):
     tokens = np.random.default_rng(0).integers(0, 60000, 1000).astype(np.uint16)
     windows, fresh = Windows(tokens, 16, 6, 3, order), Windows(tokens, 16, 6, 3, order)
-    forwards = [windows.rows(step, 0, 6) for step in range(30)]
-    backwards = [fresh.rows(step, 0, 6) for step in reversed(range(30))][::-1]
+    forwards = [windows.batch(step, 0, 6) for step in range(30)]
+    backwards = [fresh.batch(step, 0, 6) for step in reversed(range(30))][::-1]
     assert same(forwards, backwards)
     assert not same(forwards[0], forwards[1])
     for step in (0, 17):  # however the batch is cut among processes and micro-batches
-        parts = [fresh.rows(step, first, 2) for first in (0, 2, 4)]
+        parts = [fresh.batch(step, first, 2) for first in (0, 2, 4)]
         assert same([torch.cat(part) for part in zip(*parts, strict=True)], list(forwards[step]))
 
 
 def test_random_windows_stay_inside_and_reach_both_ends():
     tokens = np.arange(40)
     windows = Windows(tokens, 16, 50, 1, "random")
-    ids, targets = map(torch.cat, zip(*(windows.rows(step, 0, 50) for step in range(20)), strict=True))
+    ids, targets = map(torch.cat, zip(*(windows.batch(step, 0, 50) for step in range(20)), strict=True))
     assert torch.equal(targets, ids + 1)
     assert ids.min() == 0 and targets.max() == 39
-
-
-def test_a_stride_below_the_context_lets_windows_overlap():
-    windows = Windows(np.arange(100), 16, 1, 1, stride=4)
-    assert sorted(windows.shuffled(i) for i in range(25)) == list(range(0, 99, 4))
 
 
 def test_get_batch_has_the_shape_asked_for_and_targets_shifted_by_one():
@@ -793,18 +743,18 @@ def test_eval_tokens_limits_all_evaluations_but_the_last(settings, tmp_path, tok
 def test_only_the_steps_of_pretraining_ask_for_the_fastest_products(settings, monkeypatch):
     seen = {"step": set(), "elsewhere": set()}
 
-    def spy(name, where):
-        run = getattr(Trainer, name)
+    def spy(owner, name, where):
+        do = getattr(owner, name)
 
         def spied(*args, **more):
             seen[where].add(torch.get_float32_matmul_precision())
-            return run(*args, **more)
+            return do(*args, **more)
 
-        monkeypatch.setattr(Trainer, name, spied)
+        monkeypatch.setattr(owner, name, spied)
 
-    spy("train_step", "step")
-    spy("evaluate_now", "elsewhere")
-    spy("save", "elsewhere")
+    spy(train, "get_lr", "step")
+    spy(train, "evaluate_lm", "elsewhere")
+    spy(Trainer, "save", "elsewhere")
     monkeypatch.setattr(train, "fastest_products", lambda device: "high")
     train.pretrain(settings(max_steps=4))
     assert seen == {"step": {"high"}, "elsewhere": {"highest"}}
@@ -1306,7 +1256,7 @@ def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, tmp
 NONSENSE = """max_steps=0 seed=-1 batch_size=0 grad_accum_steps=-1 log_every=0 grad_clip=-1.0 min_lr=nan
     weight_decay=nan rope_theta=0.0 norm_eps=nan learning_rate=inf warmup_steps=-1 decay_fraction=-1.0
     save_every=-1 eval_tokens=-1 n_kv_heads=-1 d_ff=-1 dropout=nan dropout=1.0 beta2=1.0 head_dim=-2
-    capacity_factor=-1.0 sliding_window=-1 n_sinks=-1 stride=-1 keep_last=-1 sample_tokens=-1""".split()
+    capacity_factor=-1.0 sliding_window=-1 n_sinks=-1 keep_last=-1 sample_tokens=-1""".split()
 
 
 def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(
