@@ -31,11 +31,10 @@ import io
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -48,17 +47,9 @@ from torch import Tensor, nn
 from configs import check_numbers, parse_config
 from model import ModelConfig, ModernDecoderLM
 from support.costs import estimate_flops
-from support.files import remove_folder, write_atomically, write_folder_atomically
+from support.files import write_atomically, write_folder_atomically
 from support.kernels import fastest_products, float32_products
-from support.machine import (
-    git_commit,
-    hardware,
-    peak_flops,
-    peak_resident_bytes,
-    pick_device,
-    pick_dtype,
-    versions,
-)
+from support.machine import git_commit, hardware, peak_flops, peak_memory, pick_device, pick_dtype, versions
 from support.memory import is_out_of_memory
 from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
@@ -70,14 +61,16 @@ from support.runs import (
     checkpoint_of,
     checkpoints,
     first_line,
-    link_or_copy,
     list_runs,
     lock,
     newest,
+    prune,
+    publish,
     read_json,
+    remove_checkpoints,
+    remove_leftovers,
     remove_run,
     run_folder,
-    step_of,
     weights_hash,
 )
 from support.sharding import full_tensor, gather_state, gather_weights, shard, shard_like
@@ -387,63 +380,53 @@ the same rows whenever they are asked for, whichever process asks, however the b
 """
 
 
+def lm_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return model(ids, targets)
+
+
+@dataclass(eq=False, repr=False)
 class Trainer:
     """Everything about training that is the same for every stage: steps, logs, checkpoints, resuming.
 
-    A stage brings
-        batch(step, first, count)  rows of the batch of `step`, see `Batch`
-        loss(model, *tensors)      (sum of losses in nats, number of targets)
-        evaluate(model, final)     {"val_loss": ..., ...}, or None
-        sample(model)              [{"prompt": ..., "text": ...}, ...], or None
-        about                      what run.json records of data and parent
-        on_begin()                 writes the stage's own files, once the folder is known to be this run's
-        keeps_best                 publish the checkpoint of the lowest validation loss, or the last one
-        free_to_change             more settings that a resumed run may change
-        dtype                      of activations; None: what cfg.dtype says
-        same_shapes                every batch has the same shape, see `fastest_products`
-    and, where its model is not one of ours, methods `write_model` and `read_model` of its own.
+    The fields are what a stage brings. One whose model is not of model.py also overrides `write_model` and
+    `read_model`.
     """
 
-    def __init__(
-        self,
-        cfg: TrainerConfig,
-        model: nn.Module,
-        batch: Batch,
-        loss: Callable = lambda model, ids, targets: model(ids, targets),
-        evaluate: Callable[[nn.Module, bool], dict] | None = None,
-        sample: Callable[[nn.Module], list[dict]] | None = None,
-        tokenizer: Tokenizer | None = None,
-        flops_per_row: float = 0.0,
-        tokens_per_row: int = 0,
-        epoch: Callable[[int], float] | None = None,
-        about: dict | None = None,
-        parallel: str = "ddp",
-        on_begin: Callable[[], None] = lambda: None,
-        keeps_best: bool = True,
-        free_to_change: Iterable[str] = (),
-        dtype: torch.dtype | None = None,
-        same_shapes: bool = False,
-    ):
+    cfg: TrainerConfig
+    model: nn.Module
+    batch: Batch
+    loss: Callable = lm_loss  # loss(model, *tensors): sum of losses in nats, number of targets
+    evaluate: Callable | None = None  # evaluate(model, final): {"val_loss": ..., ...}
+    sample: Callable | None = None  # sample(model): [{"prompt": ..., "text": ...}, ...]
+    tokenizer: Tokenizer | None = None
+    flops_per_row: float = 0.0
+    tokens_per_row: int = 0
+    epoch: Callable | None = None  # epoch(step): times through the data after `step` steps
+    about: dict = field(default_factory=dict)  # what run.json records of data and parent
+    parallel: str = "ddp"
+    on_begin: Callable | None = None  # writes the stage's own files, once the folder is this run's
+    keeps_best: bool = True  # publish the checkpoint of the lowest validation loss; False: the last one
+    free_to_change: Iterable[str] = ()  # more settings that a resumed run may change
+    dtype: torch.dtype | None = None  # of activations; None: by cfg.dtype
+    same_shapes: bool = False  # of all batches, see `fastest_products`
+
+    def __post_init__(self):
+        cfg = self.cfg
         defaults = {f.name: f.default for f in fields(cfg)}
         defaults["max_steps"] = None  # 0, "as many as the epochs have", was replaced by their number
         check_numbers(asdict(cfg), defaults)
-        # What the stage brings
-        self.cfg, self.batch, self.loss, self.evaluate, self.sample = cfg, batch, loss, evaluate, sample
-        self.tokenizer, self.epoch, self.on_begin = tokenizer, epoch, on_begin
-        self.about = (about or {}) | {"tokenizer": tokenizer.hash if tokenizer else None}
-        self.flops_per_row, self.tokens_per_row = flops_per_row, tokens_per_row
-        self.keeps_best, self.free_to_change = keeps_best, {*FREE_TO_CHANGE, *free_to_change}
+        self.about = self.about | {"tokenizer": self.tokenizer.hash if self.tokenizer else None}
         # The machine and the processes
         self.device = pick_device(cfg.device)
-        self.dtype = dtype or pick_dtype(cfg.dtype, self.device)
+        self.dtype = self.dtype or pick_dtype(cfg.dtype, self.device)
         default = torch.get_float32_matmul_precision()
-        self.precision = fastest_products(self.device) if same_shapes else default
+        self.precision = fastest_products(self.device) if self.same_shapes else default
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.sharded = parallel == "fsdp" and self.world > 1
+        self.sharded = self.parallel == "fsdp" and self.world > 1
         self.owns_group = False  # True if this object started the process group
-        # The network: `model` computes gradients, `net` is the same with DDP and torch.compile around it, and
-        # `full_model` has all weights where `model` is sharded (on rank 0; None on the others)
-        self.model = self.net = self.full_model = model.to(self.device)
+        # The network: `model` has the gradients, `net` is the same behind DDP and torch.compile. `full_model`
+        # has all weights where `model` is sharded: on rank 0, None on the others
+        self.model = self.net = self.full_model = self.model.to(self.device)
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, cfg)
         self.scaler = self.make_scaler()
@@ -453,7 +436,7 @@ class Trainer:
         self.window = [0.0, 0]  # loss sum and count since the last logged line
         self.rows = cfg.batch_size * cfg.grad_accum_steps * self.world  # of one optimizer step
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
-        # Progress that a new process counts anew
+        # Progress that every process counts anew
         self.bad_in_a_row = 0
         self.logged = (0, 0.0)  # step and seconds of the last logged line
         # The run folder
@@ -486,8 +469,7 @@ class Trainer:
 
     def train(self, progress: Progress) -> None:
         """The algorithm, every step of it, from the first one that is not done yet."""
-        cfg, rows = self.cfg, self.rows // self.world  # rows of this process
-        nominal = self.rows * max(1, self.tokens_per_row)  # targets of a step, about
+        cfg, nominal = self.cfg, self.rows * max(1, self.tokens_per_row)  # about the targets of a step
         while self.step < cfg.max_steps:
             begun = time.perf_counter()
             with float32_products(self.precision):
@@ -496,7 +478,6 @@ class Trainer:
                     cfg.decay_fraction,
                 )  # fmt: skip
                 for optimizer in self.optimizers:
-                    optimizer.zero_grad()
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                 self.seed_dropout()
@@ -504,10 +485,8 @@ class Trainer:
                 # Forward and backward: gradients of the sum of losses, one micro-batch after the other
                 totals = torch.zeros(3, dtype=torch.float64, device=self.device)
                 try:
-                    for i in range(0, rows, self.micro_batch):
-                        n_rows = min(self.micro_batch, rows - i)
-                        tensors = self.to_device(self.batch(self.step, self.rank * rows + i, n_rows))
-                        with self.gradient_sync(i + n_rows == rows):
+                    for tensors, last in self.micro_batches():
+                        with self.gradient_sync(last):
                             with self.autocast():
                                 loss, count = self.loss(self.net, *tensors)
                             # Times world, because gradients are averaged over processes: we want the sum
@@ -534,20 +513,20 @@ class Trainer:
                     for optimizer in self.optimizers:
                         self.scaler.step(optimizer)
                 self.scaler.update()
+                self.zero_grad()
 
             # Log, evaluate, save
             self.step += 1
-            last = self.step == cfg.max_steps
             took = time.perf_counter() - begun
             self.seconds += took
             rate = self.rows * self.tokens_per_row / took
             progress.show(self.step, loss_sum / max(1, count), rate, self.seconds)
             if self.is_due(cfg.log_every):
                 self.log_step(lr, norm)
-            improved = self.is_due(cfg.eval_every) and self.evaluate_now(final=last)
+            improved = self.is_due(cfg.eval_every) and self.evaluate_now()
             if self.is_due(cfg.save_every) or stopping or (cfg.save_every and improved):
                 self.save()
-            if stopping and not last:
+            if stopping and self.step < cfg.max_steps:
                 self.write_run(status="interrupted")
                 self.say(f"stopped at step {self.step}; the same command goes on from here")
                 raise SystemExit(self.stop.exit_code)
@@ -555,7 +534,19 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         return self.step == self.cfg.max_steps or bool(every and self.step % every == 0)
 
+    def micro_batches(self) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+        """This process' rows of the step, in pieces that fit into memory: (tensors, is it the last one)."""
+        rows = self.rows // self.world
+        for first in range(0, rows, self.micro_batch):
+            count = min(self.micro_batch, rows - first)
+            tensors = self.batch(self.step, self.rank * rows + first, count)
+            yield self.to_device(tensors), first + count == rows
+
     # ---- guards of the loop
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def seed_dropout(self) -> None:
         """Dropout draws the same numbers whether or not the run was interrupted before this step."""
@@ -597,6 +588,7 @@ class Trainer:
                 "(`python train.py ... --plan` estimates the memory)"
             ) from None
         self.micro_batch //= 2
+        self.zero_grad()
         self.say(f"out of memory: micro-batch {self.micro_batch} from now on, same batch, same result")
 
     def is_usable(self, loss_sum: float, count: float, norm: float) -> bool:
@@ -632,13 +624,14 @@ class Trainer:
 
     # ---- evaluation and logs
 
-    def evaluate_now(self, final: bool) -> bool:
+    def evaluate_now(self) -> bool:
         """Runs the stage's evaluation and samples; True if this is the model to publish."""
         if self.evaluate is None:
             return False
         begun = time.perf_counter()
         self.model.eval()
         with self.autocast():
+            final = self.step == self.cfg.max_steps
             metrics = {k: float(v) for k, v in self.evaluate(self.model, final).items()}
         self.model.train()
         lowest = self.best is None or metrics["val_loss"] < self.best["val_loss"]
@@ -680,13 +673,10 @@ class Trainer:
             "step_seconds": round(step_seconds, 4),
             "seconds": round(self.seconds, 2),
             "skipped": self.skipped,
+            "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
         }
-        if self.device.type == "cuda":
-            line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
-            if peak := peak_flops(torch.cuda.get_device_name(self.device)):
-                line["mfu"] = round(self.rows * self.flops_per_row / step_seconds / (peak * self.world), 4)
-        else:
-            line["peak_memory_gib"] = round(peak_resident_bytes() / 2**30, 3)
+        if peak := peak_flops(self.run["hardware"]["device"]):
+            line["mfu"] = round(self.rows * self.flops_per_row / step_seconds / (peak * self.world), 4)
         routers = [module.stats for module in self.model.modules() if getattr(module, "stats", None)]
         if routers:  # mixture of experts: shares of the experts, averaged over the layers
             line["router_load"] = torch.stack([stats["load"] for stats in routers]).mean(0).tolist()
@@ -730,7 +720,7 @@ class Trainer:
             self.compile()
         self.logged = (self.step, self.seconds)
         self.run = self.description() | {k: v for k, v in self.run.items() if k in ("started", "wandb")}
-        if self.rank == 0:
+        if self.on_begin and self.rank == 0:
             self.on_begin()
         self.write_run()
         self.opened = True
@@ -739,10 +729,10 @@ class Trainer:
 
     def compile(self) -> None:
         """torch.compile, tried by one forward and backward pass; where that fails, the eager model stays."""
-        eager, rows = self.net, min(self.micro_batch, self.rows // self.world)
+        eager = self.net
         self.net = torch.compile(eager)
         try:
-            tensors = self.to_device(self.batch(self.step, 0, rows))
+            tensors, _ = next(self.micro_batches())
             with float32_products(self.precision), self.gradient_sync(last=False):
                 with self.autocast():
                     loss, _ = self.loss(self.net, *tensors)
@@ -751,12 +741,12 @@ class Trainer:
             if not is_out_of_memory(error):  # the loop has a remedy for that
                 self.say(f"torch.compile failed, going on without: {first_line(error)}")
                 self.net = eager
+        self.zero_grad()
 
     def description(self) -> dict:
         """run.json at the start of a run."""
-        settings = asdict(self.cfg)
-        for name in ("overwrite", "plan", "measure", "list"):
-            settings.pop(name, None)
+        commands = ("overwrite", "plan", "measure", "list")
+        settings = {k: v for k, v in asdict(self.cfg).items() if k not in commands}
         return {
             "status": "running",
             "stage": Path(sys.argv[0]).stem,
@@ -778,7 +768,7 @@ class Trainer:
         """The end of a run. It may be repeated: what a killed process has not done, the next one does."""
         self.write_run()
         if self.rank == 0:
-            self.prune()
+            prune(self.folder, self.best_checkpoint(), self.step, self.cfg.keep_last)
             try:
                 write_model_card(self.folder)
             except OSError as error:  # a full disk does not fail the run for it
@@ -829,8 +819,8 @@ class Trainer:
             except (OSError, SafetensorError) as error:
                 cause = getattr(error, "strerror", None) or first_line(error)
                 raise TrainError(f"cannot save {checkpoint}: {cause}; {self.last_checkpoint()}") from None
-            self.publish()
-            self.prune()
+            publish(self.best_checkpoint())
+            prune(self.folder, self.best_checkpoint(), self.step, self.cfg.keep_last)
             self.write_run()
         self.barrier()
 
@@ -870,32 +860,11 @@ class Trainer:
         best = checkpoint_of(self.folder, self.best["step"] if self.best else self.step)
         return best if best.exists() else checkpoint_of(self.folder, self.step)
 
-    def publish(self) -> None:
-        """Links the best checkpoint's model files into the run folder: no second copy on the disk."""
-        for file in self.best_checkpoint().iterdir():
-            if file.name != "state.pt":
-                write_atomically(self.folder / file.name, functools.partial(link_or_copy, file))
-
-    def prune(self) -> None:
-        """Removes all checkpoints but the best and the last `keep_last` others: if the newest turns out to be
-        damaged, there is one to go back to.
-        """
-        found, best = checkpoints(self.folder), self.best_checkpoint()
-        others = [path for path in found if path != best and step_of(path) <= self.step]  # later: damaged
-        keep = [best, *others[-max(1, self.cfg.keep_last) :]]
-        for path in found:
-            if path not in keep:
-                remove_folder(path)
-
     def tidy(self) -> None:
         """Removes what killed processes left, and the checkpoints of a finished run with --save_every=0."""
-        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("checkpoints/.*.tmp")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_leftovers(self.folder)
         if self.run.get("status") == "finished" and not self.run.get("settings", {}).get("save_every"):
-            for path in checkpoints(self.folder):
-                remove_folder(path)
-            with contextlib.suppress(OSError):  # not there, or something else is in it
-                (self.folder / "checkpoints").rmdir()
+            remove_checkpoints(self.folder)
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint that can be read, after making sure that it is this run's."""
@@ -918,7 +887,7 @@ class Trainer:
             self.say(f"{self.folder}: resuming at step {self.step} of {self.cfg.max_steps}")
         if self.rank == 0:
             if self.step:
-                self.publish()
+                publish(self.best_checkpoint())
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self.log.cut(name, self.step)
             self.tidy()
@@ -1114,10 +1083,10 @@ def tokenizer_command(cfg: TrainConfig) -> str:
     if Path(sys.argv[0]).name == "train.py":  # not a test or a notebook
         files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
     from_files, flags = parse_config(TokenizerStageConfig, "", files), []
-    for field in fields(TokenizerConfig):
-        value = getattr(cfg, field.name)
-        if value != getattr(from_files, field.name):
-            flags.append(f"--{field.name}={value}")
+    for f in fields(TokenizerConfig):
+        value = getattr(cfg, f.name)
+        if value != getattr(from_files, f.name):
+            flags.append(f"--{f.name}={value}")
     return shlex.join(["python", "tokenizer.py", *files, *flags])
 
 
@@ -1136,9 +1105,8 @@ def adopt(model: ModernDecoderLM, cfg: TrainConfig, tokenizer: Tokenizer) -> Non
     if have.positions != "learned":
         model.set_context_length(cfg.context_length)
     model.set_dropout(cfg.dropout)
-    for field in fields(ModelConfig):
-        if field.name != "context_length":
-            setattr(cfg, field.name, getattr(have, field.name))
+    for name in asdict(have).keys() - {"context_length"}:
+        setattr(cfg, name, getattr(have, name))
 
 
 def main() -> None:

@@ -186,6 +186,11 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process ever held, on the GPU if it computes there."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+
+
 def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:
     """FLOP/s of a large matrix product on this CPU: the best of a few."""
     a, b, best = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype), math.inf

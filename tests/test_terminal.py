@@ -53,7 +53,7 @@ def test_ctrl_c_while_libraries_are_imported_is_quiet(name):
 def script(tmp_path: Path, text: str) -> str:
     """A script beside ours: `support.terminal` acts for the folder that it lies in."""
     (tmp_path / "support").mkdir()
-    for name in ("__init__", "terminal", "processes"):
+    for name in ("__init__", "terminal", "processes", "files"):
         text_of = (ROOT / "support" / f"{name}.py").read_text(encoding="utf-8")
         (tmp_path / "support" / f"{name}.py").write_text(text_of, encoding="utf-8")
     file = tmp_path / "script.py"

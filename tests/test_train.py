@@ -1264,7 +1264,7 @@ def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(
 ):
     for wrong in NONSENSE:
         assert command_line(monkeypatch, settings(), f"--{wrong}") == 2
-        assert f"--{wrong}" in capsys.readouterr().err
+        assert f"--{wrong.split('=')[0]}" in capsys.readouterr().err
     assert "--device=banana" in command_line(monkeypatch, settings(), "--device=banana")
     with pytest.raises(ValueError, match="grad_clip"):  # from Python, too
         train.pretrain(settings(grad_clip=-1.0))
