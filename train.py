@@ -894,7 +894,7 @@ class Trainer:
 
     def refuse_another_run(self) -> None:
         """Raises TrainError if the run in this folder was begun with other settings or on other data."""
-        free = set(self.free_to_change)
+        free = {*FREE_TO_CHANGE, *self.free_to_change}
         for name, paths in PATHS_OF_HASH.items():
             if self.about.get(name) and self.about[name] == self.run.get(name):
                 free |= {*paths}

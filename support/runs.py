@@ -68,7 +68,7 @@ def weights_hash(name: str) -> str | None:
 
 
 def lock(folder: Path) -> int:
-    """Refuses a folder in which another process trains. The lock ends with its handle, or with the process."""
+    """Refuses a folder in which another process trains. The lock ends with its handle or the process."""
     for patience in (0.05, 0.2, 0):  # `locked` may hold it for some microseconds
         handle = take_lock(folder)
         if handle is not None:
