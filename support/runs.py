@@ -12,7 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
-from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_jsonl
+from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
 from support.processes import tqdm
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
@@ -247,7 +247,8 @@ class RunLog:
         lines, damaged = read_log(self.folder / name)
         if damaged:
             self.say(f"{self.folder / name}: {damaged} damaged lines are left out")
-        write_jsonl(self.folder / name, [line for line in lines if line.get("step", 0) <= step])
+        kept = [json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= step]
+        write_text(self.folder / name, "".join(kept))
 
     def write_run(self, run: dict) -> None:
         if self.rank == 0:
