@@ -632,7 +632,8 @@ class Trainer:
         self.model.eval()
         with self.autocast():
             final = self.step == self.cfg.max_steps
-            metrics = {k: float(v) for k, v in self.evaluate(self.model, final).items()}
+            metrics = self.evaluate(self.model, final)
+        metrics = {k: float(v) for k, v in metrics.items()}  # state.pt may hold no numbers of numpy
         self.model.train()
         lowest = self.best is None or metrics["val_loss"] < self.best["val_loss"]
         improved = lowest or not self.keeps_best
