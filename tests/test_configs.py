@@ -160,7 +160,7 @@ def test_the_numbers_of_every_script_are_in_range_by_default():
     for script, name in SCRIPTS.items():
         Config = getattr(importlib.import_module(script), name)
         values = {f.name: f.default for f in dataclasses.fields(Config)}
-        outside = {"max_steps": 0, "dropout": -1.0, "context_length": 0, "seed": -1}
+        outside = {"max_steps": 0, "dropout": -1.0, "context_length": 0, "seed": -1, "layer": -1, "head": -1}
         configs.check_numbers(values, outside)
 
 
