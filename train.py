@@ -136,6 +136,9 @@ FREE_TO_CHANGE = """
     baseline overwrite plan measure vram card list
 """.split()  # (batch_size times grad_accum_steps is checked apart)
 
+# Settings of older versions, with the value that this version computes with.
+REMOVED = {"stride": 0}
+
 # A model that was moved is still the same: where run.json has the same hash of the weights, paths may differ.
 PATHS_OF_HASH = {"parent_hash": ("parent", "model", "init_from"), "start_hash": ("start",)}
 
@@ -345,6 +348,9 @@ def get_lr(
     return max_lr + progress * (min_lr - max_lr)
 
 
+LR_SETTINGS = ("learning_rate", "min_lr", "warmup_steps", "max_steps", "schedule", "decay_fraction")
+
+
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out) -> None:
     """Writes weights, optimizer state and the number of steps done to `out`, a path or a binary file.
 
@@ -473,10 +479,7 @@ class Trainer:
         while self.step < cfg.max_steps:
             begun = time.perf_counter()
             with float32_products(self.precision):
-                lr = get_lr(
-                    self.step, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, cfg.max_steps, cfg.schedule,
-                    cfg.decay_fraction,
-                )  # fmt: skip
+                lr = get_lr(self.step, *(getattr(cfg, name) for name in LR_SETTINGS))
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = lr
@@ -900,7 +903,7 @@ class Trainer:
             if self.about.get(name) and self.about[name] == self.run.get(name):
                 free |= {*paths}
         for what, before, now in (
-            ("with other settings", self.run.get("settings", {}), asdict(self.cfg)),
+            ("with other settings", self.run.get("settings", {}), asdict(self.cfg) | REMOVED),
             ("on other data", self.run, self.about),
         ):
             changed = [name for name in now if name not in free and before.get(name, now[name]) != now[name]]
@@ -1024,33 +1027,18 @@ def pretrain(cfg: TrainConfig) -> dict:
         n = min(len(val), wanted + 1) if wanted else len(val)
         return evaluate_lm(model, val[:n], T, cfg.batch_size, val_about["bytes"] * n / len(val))
 
-    def sample(model):
-        """Two texts that continue the prompt, each to the end of its document."""
-        eot = tokenizer.eot_id
-        rows = model.generate(
-            [[eot, *tokenizer.encode(cfg.sample_prompt)]], cfg.sample_tokens, temperature=0.8, top_p=0.95,
-            stop_tokens=[eot], n=2, seed=cfg.seed,
-        )  # fmt: skip
-        texts = [tokenizer.decode([t for t in row if t != eot]) for row in rows]
-        return [{"prompt": cfg.sample_prompt, "text": text} for text in texts]
-
-    keys = ("source", "licence", "fingerprint", "tokens", "bytes")
-    data = {k: train_about.get(k) for k in keys} | {"validation": {k: val_about.get(k) for k in keys}}
-    del data["validation"]["licence"]
-    if "left_out" in train_about:  # rows without text
-        data["left_out"] = train_about["left_out"]
     trainer = Trainer(
         cfg,
         model,
         windows.batch,
         evaluate=evaluate,
-        sample=sample if cfg.sample_tokens else None,
+        sample=(lambda model: sample_texts(model, tokenizer, cfg)) if cfg.sample_tokens else None,
         tokenizer=tokenizer,
         flops_per_row=estimate_flops(model.config, T) * T,
         tokens_per_row=T,
         epoch=windows.epoch,
         about={
-            "data": data,
+            "data": data_record(train_about, val_about),
             "parent": cfg.init_from or None,
             "parent_hash": weights_hash(cfg.init_from) if cfg.init_from else None,
         },
@@ -1067,6 +1055,26 @@ def pretrain(cfg: TrainConfig) -> dict:
     if total > 4 * len(train):
         trainer.say("past some 4 epochs repeated text teaches little: more text, or fewer --max_steps")
     return trainer.run_all_steps()
+
+
+def data_record(train: dict, validation: dict) -> dict:
+    """What run.json records of the token files; a resumed run must have the same."""
+    keys = ("source", "fingerprint", "tokens", "bytes")
+    record = {key: train.get(key) for key in (*keys, "licence")}
+    if "left_out" in train:  # rows without text
+        record["left_out"] = train["left_out"]
+    return record | {"validation": {key: validation.get(key) for key in keys}}
+
+
+def sample_texts(model: ModernDecoderLM, tokenizer: Tokenizer, cfg: TrainConfig) -> list[dict]:
+    """Two texts that continue the prompt, each to the end of its document."""
+    eot = tokenizer.eot_id
+    rows = model.generate(
+        [[eot, *tokenizer.encode(cfg.sample_prompt)]], cfg.sample_tokens, temperature=0.8, top_p=0.95,
+        stop_tokens=[eot], n=2, seed=cfg.seed,
+    )  # fmt: skip
+    texts = [tokenizer.decode([t for t in row if t != eot]) for row in rows]
+    return [{"prompt": cfg.sample_prompt, "text": text} for text in texts]
 
 
 def model_config(cfg: TrainConfig) -> ModelConfig:
