@@ -156,7 +156,10 @@ class Windows:
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int, rows: int, seed: int, order="shuffled"):
-        self.tokens, self.T, self.seed, self.order = tokens, context_length, seed, order
+        self.tokens = tokens
+        self.T = context_length
+        self.seed = seed
+        self.order = order
         self.rows = rows  # of one step, in all processes
         self.count = math.ceil((len(tokens) - 1) / context_length)  # windows of an epoch
         if self.count < 1:
@@ -188,11 +191,13 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def windows_at(tokens: np.ndarray, starts, T: int) -> tuple[Tensor, Tensor]:
     """ids and targets (len(starts), T) int64; target t is the token behind id t, -100 behind the end."""
-    ids, targets = np.zeros((len(starts), T), np.int64), np.full((len(starts), T), -100, np.int64)
+    ids = np.zeros((len(starts), T), np.int64)
+    targets = np.full((len(starts), T), -100, np.int64)
     for row, start in enumerate(starts):
         piece = tokens[start : start + T + 1]
         n = len(piece) - 1
-        ids[row, :n], targets[row, :n] = piece[:-1], piece[1:]
+        ids[row, :n] = piece[:-1]
+        targets[row, :n] = piece[1:]
     return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
@@ -219,15 +224,20 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
+            beta1, beta2 = group["betas"]
+            lr = group["lr"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
+                    state["step"] = 0
+                    state["m"] = torch.zeros_like(p)
+                    state["v"] = torch.zeros_like(p)
                 state["step"] += 1
-                m, v, t = state["m"], state["v"], state["step"]
+                m = state["m"]
+                v = state["v"]
+                t = state["step"]
                 p.mul_(1 - lr * group["weight_decay"])  # apart from the gradient: not rescaled by v
                 m.mul_(beta1).add_(p.grad, alpha=1 - beta1)  # mean of the gradient
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)  # mean of its square
@@ -266,7 +276,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            momentum, lr, by_shape = group["momentum"], group["lr"], {}
+            momentum = group["momentum"]
+            lr = group["lr"]
+            by_shape = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -310,7 +322,8 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
             hidden.append(p)
         else:
             matrices.append(p)
-    optimizers, settings = [], {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2)}
+    optimizers = []
+    settings = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2)}
     decays = ((matrices, cfg.weight_decay), (others, 0.0))
     if groups := [{"params": params, "weight_decay": decay} for params, decay in decays if params]:
         if cfg.optimizer == "adamw_plain":
@@ -427,7 +440,8 @@ class Trainer:
         self.dtype = self.dtype or pick_dtype(cfg.dtype, self.device)
         default = torch.get_float32_matmul_precision()
         self.precision = fastest_products(self.device) if self.same_shapes else default
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.sharded = self.parallel == "fsdp" and self.world > 1
         self.owns_group = False  # True if this object started the process group
         # The network: `model` has the gradients, `net` is the same behind DDP and torch.compile. `full_model`
@@ -437,8 +451,11 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, cfg)
         self.scaler = self.make_scaler()
         # Progress: what a checkpoint holds beside the weights
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
-        self.best, self.last = None, None  # evaluations: the one with the lowest loss, and the newest
+        self.step = 0
+        self.seconds = 0.0
+        self.skipped = 0
+        self.best = None  # the evaluation with the lowest loss
+        self.last = None  # the newest evaluation
         self.window = [0.0, 0]  # loss sum and count since the last logged line
         self.rows = cfg.batch_size * cfg.grad_accum_steps * self.world  # of one optimizer step
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
@@ -446,7 +463,9 @@ class Trainer:
         self.bad_in_a_row = 0
         self.logged = (0, 0.0)  # step and seconds of the last logged line
         # The run folder
-        self.folder, self.lock, self.opened = run_folder(cfg), None, False
+        self.folder = run_folder(cfg)
+        self.lock = None
+        self.opened = False
         self.run = {}  # run.json
         self.log = RunLog(self.folder, self.rank)
         self.stop = StopSignal(self.say)
@@ -475,7 +494,8 @@ class Trainer:
 
     def train(self, progress: Progress) -> None:
         """The algorithm, every step of it, from the first one that is not done yet."""
-        cfg, nominal = self.cfg, self.rows * max(1, self.tokens_per_row)  # about the targets of a step
+        cfg = self.cfg
+        nominal = self.rows * max(1, self.tokens_per_row)  # targets of a step if no row is short
         while self.step < cfg.max_steps:
             begun = time.perf_counter()
             with float32_products(self.precision):
@@ -565,7 +585,8 @@ class Trainer:
         """Weights are cast to the dtype of activations where they are used. Autocast would keep the casts to
         the end of the pass, which is what gradient checkpointing wants to avoid.
         """
-        half, keep = self.dtype != torch.float32, not self.cfg.gradient_checkpointing
+        half = self.dtype != torch.float32
+        keep = not self.cfg.gradient_checkpointing
         return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep)
 
     def make_scaler(self) -> torch.amp.GradScaler:
@@ -659,7 +680,8 @@ class Trainer:
             samples = self.sample(self.full_model)
         self.log.append("samples.jsonl", [{"step": self.step, **s} for s in samples])
         if samples:
-            prompt, text = samples[0]["prompt"][-100:], samples[0]["text"][:300]
+            prompt = samples[0]["prompt"][-100:]
+            text = samples[0]["text"][:300]
             self.say(f"  {prompt}|{text}".replace("\n", " "))
 
     def log_step(self, lr: float, norm: float) -> None:
@@ -931,8 +953,11 @@ class Trainer:
                 f"{self.rows}: --batch_size times --grad_accum_steps times processes must stay the same"
             )
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.skipped = state["step"], state["seconds"], state["skipped"]
-        self.best, self.last = state["best"], state.get("last", state["best"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.skipped = state["skipped"]
+        self.best = state["best"]
+        self.last = state.get("last", state["best"])
         self.window = state["window"]
         self.micro_batch = min(self.micro_batch, state["micro_batch"])
         return True
@@ -1019,7 +1044,8 @@ def pretrain(cfg: TrainConfig) -> dict:
         adopt(model, cfg, tokenizer)
     else:
         model = ModernDecoderLM(model_config(cfg))
-    T, world = cfg.context_length, int(os.environ.get("WORLD_SIZE", 1))
+    T = cfg.context_length
+    world = int(os.environ.get("WORLD_SIZE", 1))
     windows = Windows(train, T, cfg.batch_size * cfg.grad_accum_steps * world, cfg.seed, cfg.order)
 
     def evaluate(model, final):
@@ -1091,7 +1117,8 @@ def tokenizer_command(cfg: TrainConfig) -> str:
     files = []
     if Path(sys.argv[0]).name == "train.py":  # not a test or a notebook
         files = [word for word in sys.argv[1:] if word.endswith(".py") and not word.startswith("-")]
-    from_files, flags = parse_config(TokenizerStageConfig, "", files), []
+    from_files = parse_config(TokenizerStageConfig, "", files)
+    flags = []
     for f in fields(TokenizerConfig):
         value = getattr(cfg, f.name)
         if value != getattr(from_files, f.name):
@@ -1101,7 +1128,8 @@ def tokenizer_command(cfg: TrainConfig) -> str:
 
 def adopt(model: ModernDecoderLM, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     """Makes --init_from's model and the settings agree: shape from the model, context and dropout from us."""
-    have, parent = model.config, Path(cfg.init_from)
+    have = model.config
+    parent = Path(cfg.init_from)
     theirs = Tokenizer.load(parent).hash if (parent / "tokenizer.json").exists() else tokenizer.hash
     # Token files hold no chat tokens, so GPT-2 itself can read those that its vocabulary made.
     if theirs != tokenizer.hash or have.vocab_size < min(tokenizer.vocab_size, 50257):
@@ -1144,7 +1172,8 @@ def main() -> None:
 def report(cfg: TrainConfig, run: dict) -> None:
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    best, folder = (run.get("results") or {}).get("best"), Path(cfg.out) / cfg.name
+    best = (run.get("results") or {}).get("best")
+    folder = Path(cfg.out) / cfg.name
     losses = f", val_loss {best['val_loss']:.4f}, {best['bits_per_byte']:.4f} bits a byte" if best else ""
     print(f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{losses}; python chat.py {folder}")
 

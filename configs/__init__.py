@@ -43,7 +43,8 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
     `argv` (default: the command line) holds config files and `--name=value` flags in any order. `doc`, the
     script's docstring, heads `--help`. An error ends the program with a message and exit status 2.
     """
-    kinds, defaults = typing.get_type_hints(Config), {field.name: field.default for field in fields(Config)}
+    kinds = typing.get_type_hints(Config)
+    defaults = {field.name: field.default for field in fields(Config)}
     parser = make_parser(Config, doc, kinds)
     # A bare `--flag` means True; it must not swallow the config file behind it.
     switches = {f"--{name}" for name, kind in kinds.items() if accepts(True, kind)}
@@ -78,7 +79,8 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="*", metavar="configs/FILE.py", help="files that assign settings")
-    helps, groups = field_comments(Config), {}
+    helps = field_comments(Config)
+    groups = {}
     for field in fields(Config):
         owner = next(c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {}))
         if owner not in groups:
@@ -154,7 +156,9 @@ def profile_settings() -> dict:
 def declared(module: str, name: str) -> dict:
     """{setting: default} of a dataclass and of those that it extends, wherever they are imported from."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    imported_from, classes, found = {}, {}, {}
+    imported_from = {}
+    classes = {}
+    found = {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             imported_from |= {alias.name: node.module for alias in node.names}
@@ -198,7 +202,8 @@ def check_numbers(settings: dict, defaults: dict) -> None:
     for name, value in settings.items():
         if type(value) not in (int, float) or value == defaults.get(name):
             continue
-        low, high = 1 if name in AT_LEAST_1 else 0, LARGEST
+        low = 1 if name in AT_LEAST_1 else 0
+        high = LARGEST
         if name == "seed":
             high = LARGEST_SEED
         elif name in AT_MOST_1:
@@ -247,7 +252,8 @@ def read_text(text: str, kind, where: str):
 
 def kind_name(kind) -> str:
     """A type as `--help` and messages name it, such as INT or auto|True|False."""
-    names, parts = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}, []
+    names = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}
+    parts = []
     for one in alternatives(kind):
         words = typing.get_args(one) if typing.get_origin(one) is typing.Literal else [names[one]]
         parts += map(str, words)

@@ -122,7 +122,9 @@ def keep_freed_memory() -> None:
     before the next step gets it. A step on a CPU is 1.03 to 1.08 times as fast.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
+        libc = ctypes.CDLL(None)
+        mmap_threshold = -3
+        trim_threshold = -1
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
 

@@ -23,7 +23,8 @@ def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
     """
     c, device = model_config(cfg), pick_device(cfg.device)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
-    gpu, vram = cfg.card or ("RTX 3060" if cfg.vram else ""), cfg.vram
+    gpu = cfg.card or ("RTX 3060" if cfg.vram else "")
+    vram = cfg.vram
     if device.type == "cuda" and not gpu:
         gpu = torch.cuda.get_device_name(device)
         vram = torch.cuda.get_device_properties(device).total_memory / 2**30
@@ -68,8 +69,10 @@ def print_plan(cfg: TrainConfig) -> None:
     if cfg.measure and (cfg.vram or cfg.card):
         raise TrainError("--measure is for the machine here: leave out --vram and --card")
     c, gpu, vram, options = planned_for(cfg)
-    n, flops = count_parameters(c), estimate_flops(c)
-    total, active = n.pop("total"), n.pop("active")
+    n = count_parameters(c)
+    flops = estimate_flops(c)
+    total = n.pop("total")
+    active = n.pop("active")
     print(f"parameters  {total / 1e6:.1f}M, {active / 1e6:.1f}M of them active in each token")
     for kind, count in n.items():
         print(f"  {kind:17} {count / 1e6:8.2f}M")
@@ -92,9 +95,12 @@ def print_plan(cfg: TrainConfig) -> None:
         warning = "; WARNING: past 4 epochs, repeated text teaches little" if tokens > 4 * have else ""
         print(f"            {tokens / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
     if gpu:
-        peak, share = peak_flops(gpu), 0.45 if c.d_model >= 768 else 0.35  # published: compiled, bfloat16
+        peak = peak_flops(gpu)
+        share = 0.45 if c.d_model >= 768 else 0.35  # published: compiled, bfloat16
     else:  # a small model spends half of a CPU step outside matrix products; AMX makes that share larger
-        peak, share, gpu = matmul_flops(torch.float32), 0.5, cpu_name()
+        peak = matmul_flops(torch.float32)
+        share = 0.5
+        gpu = cpu_name()
     if peak:
         rate = peak * share / flops
         print(f"time        {tokens / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
@@ -113,7 +119,10 @@ class Step:
         self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
         loss: Callable = lm_loss, batch: tuple[Tensor, ...] = (),
     ):  # fmt: skip
-        self.cfg, self.device, self.dtype, self.loss = cfg, device, pick_dtype(cfg.dtype, device), loss
+        self.cfg = cfg
+        self.device = device
+        self.dtype = pick_dtype(cfg.dtype, device)
+        self.loss = loss
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, cfg)
@@ -122,7 +131,8 @@ class Step:
         self.batch = batch or (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
     def forward(self, batch: tuple | None = None) -> Tensor:
-        half, keep = self.dtype != torch.float32, not self.cfg.gradient_checkpointing  # as in the Trainer
+        half = self.dtype != torch.float32
+        keep = not self.cfg.gradient_checkpointing  # as in the Trainer
         with torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep):
             total, count = self.loss(self.net, *(batch or self.batch))
         return total / count
@@ -144,7 +154,8 @@ def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: fl
     """Tokens a second of a run's own steps on this machine: the median of so many, or of as many as can be
     done in so many seconds, behind two that compile and allocate.
     """
-    device, times = pick_device(cfg.device), []
+    device = pick_device(cfg.device)
+    times = []
     step = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
     started = time.perf_counter()
     while len(times) < steps + 2 and (len(times) < 3 or time.perf_counter() - started < seconds):

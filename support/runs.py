@@ -181,7 +181,8 @@ def read_log(path: Path) -> tuple[list[dict], int]:
     """
     if not path.exists():
         return [], 0
-    lines, damaged = [], 0
+    lines = []
+    damaged = 0
     *complete, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other
     for text in [*complete, rest]:  # line separators, at which splitlines() would cut
         try:
@@ -202,7 +203,8 @@ def list_runs(out: str) -> None:
     if not files:
         print(f"no runs in {out}/")
     for file in files:
-        run, losses = read_json(file), {}
+        run = read_json(file)
+        losses = {}
         for line in read_jsonl(file.parent / "metrics.jsonl"):
             if "val_loss" in line:
                 losses[line["step"]] = f"val_loss {line['val_loss']:.4f}"
@@ -223,7 +225,8 @@ class RunLog:
     """A run's messages, logs and run.json. Of several processes only rank 0 writes."""
 
     def __init__(self, folder: Path, rank: int):
-        self.folder, self.rank = folder, rank
+        self.folder = folder
+        self.rank = rank
         self.wandb = None  # a run of Weights & Biases
 
     def say(self, text: str) -> None:
@@ -277,8 +280,10 @@ class Progress:
     """A progress bar in a terminal; in a log file a line now and then."""
 
     def __init__(self, name: str, step: int, total: int, log: RunLog):
-        self.total, self.log = total, log
-        self.to_file, self.printed = not sys.stderr.isatty(), time.monotonic()
+        self.total = total
+        self.log = log
+        self.to_file = not sys.stderr.isatty()
+        self.printed = time.monotonic()
         hidden = log.rank > 0 or self.to_file
         self.bar = tqdm()(total=total, initial=step, desc=name, unit="step", disable=hidden)
 
