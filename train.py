@@ -399,6 +399,11 @@ the same rows whenever they are asked for, whichever process asks, however the b
 """
 
 
+def rows_per_step(cfg: TrainerConfig) -> int:
+    """Sequences of one optimizer step, in all processes."""
+    return cfg.batch_size * cfg.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
+
+
 def lm_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return model(ids, targets)
 
@@ -457,7 +462,7 @@ class Trainer:
         self.best = None  # the evaluation with the lowest loss
         self.last = None  # the newest evaluation
         self.window = [0.0, 0]  # loss sum and count since the last logged line
-        self.rows = cfg.batch_size * cfg.grad_accum_steps * self.world  # of one optimizer step
+        self.rows = rows_per_step(cfg)
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
         # Progress that every process counts anew
         self.bad_in_a_row = 0
@@ -1045,8 +1050,7 @@ def pretrain(cfg: TrainConfig) -> dict:
     else:
         model = ModernDecoderLM(model_config(cfg))
     T = cfg.context_length
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    windows = Windows(train, T, cfg.batch_size * cfg.grad_accum_steps * world, cfg.seed, cfg.order)
+    windows = Windows(train, T, rows_per_step(cfg), cfg.seed, cfg.order)
 
     def evaluate(model, final):
         wanted = cfg.final_eval_tokens if final else cfg.eval_tokens
