@@ -60,7 +60,7 @@ from support.model_card import write_model_card
 from support.runs import AlreadyFinished, TrainError, read_json, run_folder, weights_hash
 from support.text_model import TextModel, ask, collate, label_order, length, set_ids, target_logits
 from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
-from train import FREE_TO_CHANGE, Trainer, TrainerConfig
+from train import Trainer, TrainerConfig
 
 
 @dataclass
@@ -183,15 +183,14 @@ def float32_where_trained(model: nn.Module) -> None:
 # Fine-tuning
 
 
-def settle_dtype(trainer: Trainer) -> Trainer:
+def dtype_for(cfg: AdaptConfig, model: nn.Module) -> torch.dtype | None:
     """auto: float32 for a small model on a CPU, even one that multiplies bfloat16 faster. These stages'
     batches have ever new shapes, and for each one kernels in bfloat16 are made anew: with 0.9M parameters
     float32 was 1.1 (SFT) to 1.6 times (the verifier) as fast, in a third of the memory.
     """
-    small = sum(p.numel() for p in trainer.model.parameters()) < 2e7
-    if trainer.cfg.dtype == "auto" and trainer.device.type == "cpu" and small:
-        trainer.dtype = torch.float32
-    return trainer
+    small = sum(p.numel() for p in model.parameters()) < 2e7
+    on_cpu = cfg.dtype == "auto" and pick_device(cfg.device).type == "cpu"
+    return torch.float32 if small and on_cpu else None
 
 
 def build_model(cfg: AdaptConfig, kind: str, labels: tuple[str, ...] = ()) -> TextModel:
@@ -360,12 +359,11 @@ def answer_loss(kind: str):
 class FineTuner(Trainer):
     """The Trainer for a TextModel, whichever library computes it: it saves and reads as that one does."""
 
-    free_to_change = [*FREE_TO_CHANGE, "eval_examples", "max_eval_examples", "merge"]
-    keeps_best = False  # results are reported on the validation split: it must not choose the checkpoint
-
-    def __init__(self, cfg: AdaptConfig, text_model: TextModel, *args, **kwargs):
+    def __init__(self, cfg: AdaptConfig, text_model: TextModel, *args, free_to_change=(), **kwargs):
         self.text_model = text_model
-        super().__init__(cfg, text_model.model, *args, **kwargs)
+        free = ["eval_examples", "max_eval_examples", "merge", *free_to_change]
+        model = kwargs.pop("model", text_model.model)
+        super().__init__(cfg, model, *args, free_to_change=free, dtype=dtype_for(cfg, model), **kwargs)
 
     def write_model(self, folder: Path) -> None:
         self.text_model.save(folder)
@@ -439,8 +437,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         tokens_per_row=max(1, round(mean_length)),
         epoch=lambda step: step / training_set.batches,
         about=about,
+        keeps_best=False,  # results are reported on the validation split: it must not choose the checkpoint
     )
-    settle_dtype(trainer)
     trainer.say(
         f"{trainer.folder}: {cfg.model} ({total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained) on "
         f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {mean_length:.0f} tokens each, "

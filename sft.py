@@ -45,23 +45,14 @@ from data import (
     load_task,
     refuse_overlap,
 )
-from finetune import (
-    AdaptConfig,
-    FineTuner,
-    add_chat_tokens,
-    build_model,
-    is_smoke,
-    merge,
-    origin,
-    settle_dtype,
-)
+from finetune import AdaptConfig, FineTuner, add_chat_tokens, build_model, is_smoke, merge, origin
 from model import ModernDecoderLM, attention_mask
 from support.chat_template import TemplateError
 from support.loading import is_adapter, kind_of, load_model, read_config, why_not_ours
 from support.machine import pick_device
 from support.runs import AlreadyFinished, TrainError, run_folder
 from support.text_model import TextModel, padded
-from train import FREE_TO_CHANGE, Trainer
+from train import Trainer
 
 
 @dataclass
@@ -239,9 +230,7 @@ def aligned_model(cfg: AdaptConfig) -> TextModel:
 
 
 def trainer_for(cfg: AdaptConfig, model: TextModel, rows: Callable, **kwargs) -> Trainer:
-    trainer = FineTuner(cfg, model, rows, tokenizer=model.tokenizer, **kwargs)
-    trainer.keeps_best, trainer.free_to_change = True, [*FREE_TO_CHANGE, "eval_examples", "merge"]
-    return settle_dtype(trainer)
+    return FineTuner(cfg, model, rows, tokenizer=model.tokenizer, **kwargs)
 
 
 def parents(cfg: AdaptConfig, model: TextModel, **data) -> dict:

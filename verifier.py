@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_task, read_rows, refuse_overlap, talk
-from finetune import FineTuner, TrainingSet, is_smoke, settle_dtype, weights_hash, write_run
+from finetune import FineTuner, TrainingSet, is_smoke, weights_hash, write_run
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
 from support.files import write_atomically
@@ -51,7 +51,6 @@ from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.runs import AlreadyFinished, TrainError, read_json, run_folder
 from support.text_model import TextModel, collate, length, sampled, target_logits
-from train import Trainer
 
 
 @dataclass
@@ -295,11 +294,8 @@ def value_rows(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tenso
 class HeadTrainer(FineTuner):
     """Saves the decoder as a model, and the linear layer beside it."""
 
-    keeps_best = True
-
     def __init__(self, cfg: AdaptConfig, text_model: TextModel, net: ValueModel, *args, **kwargs):
-        self.text_model = text_model
-        Trainer.__init__(self, cfg, net, *args, **kwargs)
+        super().__init__(cfg, text_model, *args, model=net, **kwargs)
 
     def write_model(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -579,9 +575,9 @@ def train_channel(
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / order.batches,
         about=parents(cfg, generator, train=about | {"answers": len(rows), "gold": len(gold)})
         | {"verifier": "channel", "start_hash": weights_hash(cfg.start), "smoke": smoke},
+        free_to_change=["verifier", "problem", "answer"],
+        keeps_best=False,  # val_loss says how well it tells stories; what counts is the order of answers
     )  # fmt: skip
-    trainer.free_to_change += ["verifier", "problem", "answer"]
-    trainer.keeps_best = False  # val_loss says how well it tells stories; what counts is the order of answers
     trainer.say(
         f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
         f"{len(rows) - len(gold):,} right answers of {cfg.solutions or cfg.answers_of or cfg.model}, "
@@ -667,7 +663,7 @@ def train_head(
         f"{trainer.folder}: a head on {cfg.model}, {learnt.right.size:,} answers, "
         f"{100 * learnt.right.mean():.0f} % right; {cfg.max_steps} steps"
     )
-    return settle_dtype(trainer).run_all_steps()
+    return trainer.run_all_steps()
 
 
 def area(auc: float) -> str:

@@ -232,7 +232,7 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             windows, drawn = Windows(file, c.context_length, train.batch_size, 1), iter(range(10**9))
 
             def batch(windows=windows, drawn=drawn, n=train.batch_size):
-                found = windows.rows(next(drawn), 0, n)
+                found = windows.batch(next(drawn), 0, n)
                 return tuple(t.pin_memory().to(device, non_blocking=True) for t in found) if cuda else found
 
             for way in ("eager", "compiled") if cuda and cfg.compile else ("eager",):

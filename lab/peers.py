@@ -32,7 +32,6 @@ from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import fastest_products, float32_products
 from support.machine import hardware, matmul_flops, peak_flops, pick_device, pick_dtype
 from tokenizer import CORES, GPT2_PATTERN, SLAB, SPECIAL_TOKENS, Tokenizer, at_most, train_bpe
-from train import torch_adamw
 
 
 @dataclass
@@ -84,7 +83,7 @@ def training_step(cfg: PeersConfig) -> dict[str, dict[str, float]]:
 
     def stepper(name: str, model: nn.Module, compiled: bool, precision: str):
         model = model.to(device).train()
-        optimizer = torch_adamw([{"params": list(model.parameters())}], {"lr": 1e-4})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         net = torch.compile(model) if compiled else model
 
         def step():

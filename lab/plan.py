@@ -439,7 +439,7 @@ class Here:
 
     def step(self, c: ModelConfig, rows: int, loss: str, optimizer: str, compiled: bool) -> float:
         cfg, T = TrainConfig(batch_size=rows, optimizer=optimizer), c.context_length
-        if loss != "text" and self.device.type == "cpu":  # see settle_dtype; large models' bfloat16 aside
+        if loss != "text" and self.device.type == "cpu":  # see dtype_for; large models' bfloat16 aside
             cfg.dtype = "float32"
         if loss == "answers":  # a row of the plan is an answer and its rival
             rows, T = 2 * rows, T // 2

@@ -1,10 +1,16 @@
 """Atomic writes: even if a process is killed, a file under its final name is always complete."""
 
 import glob
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -24,6 +30,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value, indent: int | None = 2) -> None:
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
@@ -57,6 +75,30 @@ def give_default_mode(path: Path) -> None:
     os.umask(umask)
     if path.is_file():
         path.chmod(0o666 & ~umask)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def take_lock(folder: Path, wait: bool = False, shared: bool = False) -> int | None:
+    """Locks `folder` until the returned handle is closed, or the process ends; None if another process holds
+    a lock that excludes this one. On Windows and on file systems without locks nothing is locked.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        pass
+    return handle
 
 
 def process_is_alive(pid: str) -> bool:

@@ -23,6 +23,11 @@ import torch
 from support import kernels
 from support.runs import TrainError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # the second: WSL, often not on the PATH
 DRIVER_OF_CUDA_13 = 580  # the oldest driver that works with CUDA 13
@@ -31,68 +36,58 @@ REINSTALL = ".venv/bin/pip install --force-reinstall torch --index-url https://d
 
 def nvidia_driver() -> str:
     """The version of the NVIDIA driver, such as 535.183.01; "" without a driver."""
-    for name in NVIDIA_SMI:
-        if not shutil.which(name):
-            continue
-        command = [name, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        version = re.match(r"\d+(\.\d+)+", done.stdout.strip())
-        if done.returncode == 0 and version:
-            return version[0]
-    text = DRIVER_FILE.read_text(errors="replace") if DRIVER_FILE.exists() else ""
-    version = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)", text)
-    return version[1] if version else ""
+    texts = []
+    for name in filter(shutil.which, NVIDIA_SMI):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = [name, "--query-gpu=driver_version", "--format=csv,noheader"]
+            texts.append(
+                subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+            )
+    if DRIVER_FILE.exists():
+        texts.append(DRIVER_FILE.read_text(errors="replace").partition("Kernel Module")[2])
+    version = re.search(r"\d+(\.\d+)+", "\n".join(texts))
+    return version[0] if version else ""
 
 
 def unusable_gpu() -> str:
-    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; "" if all is well."""
-    import torch
-
+    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; "" if there is none, or it can."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.cuda.is_available() or hidden:
+    if torch.cuda.is_available() or hidden or not (driver := nvidia_driver()):
         return ""
-    driver, cuda = nvidia_driver(), torch.version.cuda
-    if not driver:
-        return ""
-    found = f"This machine has an NVIDIA GPU (driver {driver}), but torch {torch.__version__} cannot use it: "
+    cuda = torch.version.cuda
     if cuda is None:
-        found += "it was installed without CUDA (torch.version.cuda is None)."
+        cause = "it was installed without CUDA (torch.version.cuda is None)"
     elif int(cuda.split(".")[0]) >= 13 and int(driver.split(".")[0]) < DRIVER_OF_CUDA_13:
-        found += f"it was built for CUDA {cuda}, which needs driver {DRIVER_OF_CUDA_13} or newer."
+        cause = f"it was built for CUDA {cuda}, which needs driver {DRIVER_OF_CUDA_13} or newer"
     else:
-        found += f"it was built for CUDA {cuda}. The GPU may be too old for it, or not in this container."
-    return f"{found} Install the build for CUDA 12.6, which runs with driver 525 or newer:\n  {REINSTALL}"
+        cause = f"it was built for CUDA {cuda}. The GPU may be too old for it, or not in this container"
+    return (
+        f"This machine has an NVIDIA GPU (driver {driver}), but torch {torch.__version__} cannot use it: "
+        f"{cause}. Install the build for CUDA 12.6, which runs with driver 525 or newer:\n  {REINSTALL}"
+    )
 
 
 def main() -> int:
     """Prints the default profile of run_all.sh. Returns 1, with a message, if the GPU cannot be used."""
-    import torch
-
     if problem := unusable_gpu():
         print(f"run_all.sh: {problem}\nOr train on the CPU: bash run_all.sh cpu", file=sys.stderr)
         return 1
-    if torch.cuda.is_available():
-        print("speedrun")
-        return 0
     if torch.backends.mps.is_available():
         note = "this Mac's GPU is not used by default; a single script uses it with --device=mps"
         print(f"run_all.sh: {note}", file=sys.stderr)
-    print("cpu")
+    print("speedrun" if torch.cuda.is_available() else "cpu")
     return 0
 
 
 # Dense bfloat16 (fp16) TFLOP/s with float32 accumulation, from the makers' data sheets.
-PEAK_TFLOPS = {"RTX 3060": 25.5, "RTX 3090": 71.2, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4090": 165.2}
-
-
-PEAK_TFLOPS |= {"RTX 5090": 209.5, "A100": 312.0, "H100": 989.0, "H200": 989.0}
+PEAK_TFLOPS = {
+    "RTX 3060": 25.5, "RTX 3090": 71.2, "RTX 4060 Ti": 44.1, "RTX 4070": 58.3, "RTX 4090": 165.2,
+    "RTX 5090": 209.5, "A100": 312.0, "H100": 989.0, "H200": 989.0,
+}  # fmt: skip
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s that a card could do, None where it is not known: better no MFU than a wrong one."""
+    """FLOP/s that a GPU could do, None where it is not known: better no MFU than a wrong one."""
     known = re.findall(rf"\b({'|'.join(PEAK_TFLOPS)})\b", device_name)
     other = r"Ti|SUPER|Laptop|Max-Q|PCIe|NVL|D$"  # slower or faster kin
     if not known or re.search(other, device_name.replace("4060 Ti", "")):
@@ -101,16 +96,17 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def pick_device(device: str) -> torch.device:
+    """auto: CUDA if there is a GPU that torch can use, else the CPU. Installs the faster kernels."""
     kernels.install()
     if device.startswith("cuda") and not torch.cuda.is_available():
-        why = unusable_gpu()
-        raise TrainError(f"--device={device}, but torch {torch.__version__} sees no CUDA card. {why}".strip())
+        cause = f"torch {torch.__version__} sees no CUDA card. {unusable_gpu()}"
+        raise TrainError(f"--device={device}, but {cause}".strip())
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is left
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     try:
         chosen = torch.device("cpu" if device == "auto" else device)
-        torch.ones(1, device=chosen).item()  # known by name is not yet there; "meta" holds no numbers
+        torch.ones(1, device=chosen).item()  # a known name may lack the hardware; "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise TrainError(
             f"--device={device} is none that torch can use here: cuda, cuda:1, cpu, mps"
@@ -122,11 +118,13 @@ def pick_device(device: str) -> torch.device:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Of a process on a CPU: glibc gives large tensors back to the system, which clears every page before
-    it lends it out anew, at each step. 1.03 to 1.08 times as fast so.
+    """Tells glibc not to return the memory of large tensors to the system, which would clear every page
+    before the next step gets it. A step on a CPU is 1.03 to 1.08 times as fast.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
+        libc = ctypes.CDLL(None)
+        mmap_threshold = -3
+        trim_threshold = -1
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
@@ -141,9 +139,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    able = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, name, lambda: False)() for name in able)
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+    if device.type == "cpu":
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            if getattr(torch.cpu, name, bool)():
+                return torch.bfloat16
+    return torch.float32
 
 
 def hardware(device: torch.device) -> dict:
@@ -168,22 +168,24 @@ def versions() -> dict:
 def git_commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.check_output(git, text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
     return "unknown"
 
 
 def peak_resident_bytes() -> int:
     """The most memory this process ever held (0 where the system does not say)."""
     # Linux's getrusage goes on from what the parent held when it made this process; VmHWM does not.
-    if (status := Path("/proc/self/status")).exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process ever held, on the GPU if it computes there."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:

@@ -1,11 +1,10 @@
 """`train.py --plan`: memory, FLOPs and time of a run, before it costs anything."""
 
-import contextlib
 import os
+import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,26 +14,27 @@ from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, matmul_flops, peak_flops, pick_device, pick_dtype
 from support.runs import TrainError
 from tokenizer import open_tokens, tokens_folder
-from train import TrainConfig, make_optimizers, model_config, padded
+from train import TrainConfig, lm_loss, make_optimizers, model_config, padded
 
 
 def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
-    """The model, the card (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory
+    """The model, the GPU (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory
     is to be estimated there.
     """
     c, device = model_config(cfg), pick_device(cfg.device)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
-    here = device.type == "cuda" and not (cfg.vram or cfg.card)
-    card = torch.cuda.get_device_name(device) if here else cfg.card or ("RTX 3060" if cfg.vram else "")
-    vram = torch.cuda.get_device_properties(device).total_memory / 2**30 if here else cfg.vram
-    on_cpu = not (card or vram)
+    gpu = cfg.card or ("RTX 3060" if cfg.vram else "")
+    vram = cfg.vram
+    if device.type == "cuda" and not gpu:
+        gpu = torch.cuda.get_device_name(device)
+        vram = torch.cuda.get_device_properties(device).total_memory / 2**30
     options = {
         "gradient_checkpointing": cfg.gradient_checkpointing,
-        "bytes_per_activation": 4 if on_cpu or cfg.dtype == "float32" else 2,
+        "bytes_per_activation": 2 if gpu and cfg.dtype != "float32" else 4,
         "muon": cfg.optimizer == "muon",
-        "compiled": bool(cfg.compile) and not on_cpu,
+        "compiled": bool(cfg.compile and gpu),
     }
-    return c, card, vram, options
+    return c, gpu, vram, options
 
 
 def usable(vram: float) -> float:
@@ -42,116 +42,120 @@ def usable(vram: float) -> float:
     return vram * 10 / 12
 
 
+def largest_batch(c: ModelConfig, vram: float, options: dict, sizes: list[int]) -> int:
+    """The largest of the micro-batch sizes that a GPU holds by the plan; 0: none."""
+    room = usable(vram) * 2**30
+    return max((b for b in sizes if estimate_memory(c, b, **options)["peak"] <= room), default=0)
+
+
 def fit_batch(cfg: TrainConfig) -> None:
-    """--batch_size=auto: the largest micro-batch that the card holds by the plan; the batch stays the same.
-    Without a card the config's own: in main memory larger ones are no faster.
+    """--batch_size=auto: the largest micro-batch that the GPU holds by the plan; the batch stays the same.
+    Without a GPU the config's own: in main memory larger ones are no faster.
     """
     c, _, vram, options = planned_for(cfg)
-    rows = cfg.batch_size * cfg.grad_accum_steps
     if cfg.card and not vram:
         raise TrainError(f"--batch_size=auto needs --vram beside --card={cfg.card}")
     if vram:
-        room = usable(vram) * 2**30
-        fits = [b for b in range(1, rows + 1)
-                if rows % b == 0 and estimate_memory(c, b, **options)["peak"] <= room]  # fmt: skip
-        cfg.batch_size = max(fits, default=1)
+        rows = cfg.batch_size * cfg.grad_accum_steps
+        divisors = [b for b in range(1, rows + 1) if rows % b == 0]
+        cfg.batch_size = max(1, largest_batch(c, vram, options, divisors))
         cfg.grad_accum_steps = rows // cfg.batch_size
     if not int(os.environ.get("RANK", 0)):
         print(f"--batch_size=auto: {cfg.batch_size} sequences at a time, {cfg.grad_accum_steps} times a step")
 
 
 def print_plan(cfg: TrainConfig) -> None:
-    """What a run costs in parameters, memory and time: on the card here, or on --card or one of --vram GB."""
-    c, card, vram, options = planned_for(cfg)
-    gib, on_cpu = 2**30, not (card or vram)
-    n, flops = count_parameters(c), estimate_flops(c)
-    memory = estimate_memory(c, cfg.batch_size, **options)
-    active = f", {n['active'] / 1e6:.1f}M of them active" if c.ffn == "moe" else ""
-    print(f"parameters  {n['total'] / 1e6:.1f}M{active}")
+    """What a run costs in parameters, memory and time: on the GPU here, or on --card or one of --vram GB."""
+    if cfg.measure and (cfg.vram or cfg.card):
+        raise TrainError("--measure is for the machine here: leave out --vram and --card")
+    c, gpu, vram, options = planned_for(cfg)
+    n = count_parameters(c)
+    flops = estimate_flops(c)
+    total = n.pop("total")
+    active = n.pop("active")
+    print(f"parameters  {total / 1e6:.1f}M, {active / 1e6:.1f}M of them active in each token")
     for kind, count in n.items():
-        if kind not in ("total", "active") and count:
-            print(f"  {kind:17} {count / 1e6:8.2f}M")
-    shape = f"{cfg.batch_size} x {c.context_length}"
-    print(f"memory      {memory['peak'] / gib:.2f} GiB at {shape} tokens at a time")
+        print(f"  {kind:17} {count / 1e6:8.2f}M")
+    memory = estimate_memory(c, cfg.batch_size, **options)
+    peak = memory.pop("peak") / 2**30
+    print(f"memory      {peak:.2f} GiB at {cfg.batch_size} x {c.context_length} tokens at a time")
     for kind, size in memory.items():
-        if kind != "peak":
-            print(f"  {kind:17} {size / gib:8.2f} GiB")
+        print(f"  {kind:17} {size / 2**30:8.2f} GiB")
     if vram:
-        room = usable(vram)
-        fits = [b for b in range(1, 4097) if estimate_memory(c, b, **options)["peak"] / gib <= room]
-        verdict = "fits" if memory["peak"] / gib <= room else "DOES NOT FIT"
-        largest = (
-            f"largest micro-batch {fits[-1]}" if fits else "not even one sequence: --gradient_checkpointing?"
-        )
-        print(f"verdict     {verdict} into {vram:.0f} GB ({room:.1f} GiB planned for); {largest}")
+        largest = largest_batch(c, vram, options, range(1, 4097))
+        verdict = "fits" if peak <= usable(vram) else "DOES NOT FIT"
+        print(f"verdict     {verdict} into {vram:.0f} GB ({usable(vram):.1f} GiB planned for);", end=" ")
+        print(f"largest micro-batch {largest}" if largest else "not even one: --gradient_checkpointing?")
     step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
-    total = step * cfg.max_steps
+    tokens = step * cfg.max_steps
     print(f"work        {flops / 1e6:.1f} MFLOP a token, {step:,} tokens a step, {cfg.max_steps:,} steps")
-    each = total / n["total"]
-    print(f"            {total / 1e6:,.1f}M tokens, {each:.1f} a parameter (20: compute-optimal)")
-    with contextlib.suppress(Exception):  # the token files need not be there yet
+    print(f"            {tokens / 1e6:,.1f}M tokens, {tokens / total:.1f} a parameter (20: compute-optimal)")
+    if (tokens_folder(cfg) / "train.json").exists():
         have = open_tokens(tokens_folder(cfg), "train")[1]["tokens"]
-        warning = "; WARNING: past 4 epochs, repeated text teaches little" if total > 4 * have else ""
-        print(f"            {total / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
-    peak, share = peak_flops(card), 0.45 if c.d_model >= 768 else 0.35  # published: compiled, bfloat16
-    if on_cpu:
-        # A small model spends half of a CPU step outside matrix products; AMX only makes that share larger.
-        peak, share, card = matmul_flops(torch.float32), 0.5, cpu_name()
+        warning = "; WARNING: past 4 epochs, repeated text teaches little" if tokens > 4 * have else ""
+        print(f"            {tokens / have:.2f} epochs of {have / 1e6:.1f}M tokens{warning}")
+    if gpu:
+        peak = peak_flops(gpu)
+        share = 0.45 if c.d_model >= 768 else 0.35  # published: compiled, bfloat16
+    else:  # a small model spends half of a CPU step outside matrix products; AMX makes that share larger
+        peak = matmul_flops(torch.float32)
+        share = 0.5
+        gpu = cpu_name()
     if peak:
         rate = peak * share / flops
-        print(f"time        {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
-        print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({card})")
+        print(f"time        {tokens / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
+        print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({gpu})")
     else:
-        print(f"time        n/a: the peak rate of {card or 'this card'} is not known")
+        print(f"time        n/a: the peak rate of {gpu} is not known")
     if cfg.measure:
-        if cfg.vram or cfg.card:
-            raise TrainError("--measure is for the machine here: leave out --vram and --card")
         rate = measured_rate(cfg, c)
-        print(f"measured    {total / rate / 3600:.2f} hours: {rate:,.0f} tokens/s, the median of such steps")
+        print(f"measured    {tokens / rate / 3600:.2f} hours: {rate:,.0f} tokens/s, the median of such steps")
 
 
 class Step:
-    """A step of training, for whoever wants to know what it takes: call it. Of pretraining on random tokens,
-    if there is no other loss of a model and a batch.
-    """
+    """An optimizer step, to be timed: call it. Without a loss and a batch it pretrains on random tokens."""
 
     def __init__(
         self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
-        loss: Callable = lambda net, *batch: net(*batch), batch: tuple[Tensor, ...] = (),
+        loss: Callable = lm_loss, batch: tuple[Tensor, ...] = (),
     ):  # fmt: skip
-        self.device, self.dtype, self.times = device, pick_dtype(cfg.dtype, device), cfg.grad_accum_steps
+        self.cfg = cfg
+        self.device = device
+        self.dtype = pick_dtype(cfg.dtype, device)
+        self.loss = loss
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        half = self.dtype != torch.float32
-        self.autocast = dict(enabled=half, cache_enabled=not cfg.gradient_checkpointing)
         self.optimizers = make_optimizers(self.model, cfg)
         self.net = torch.compile(self.model) if compiled else self.model
-        rows = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
-        self.loss = loss
-        self.batch = batch or (rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        ids = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
+        self.batch = batch or (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
-    def forward(self, batch: tuple | None = None) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, **self.autocast):
+    def forward(self, batch: tuple | None = None) -> Tensor:
+        half = self.dtype != torch.float32
+        keep = not self.cfg.gradient_checkpointing  # as in the Trainer
+        with torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep):
             total, count = self.loss(self.net, *(batch or self.batch))
         return total / count
 
     def __call__(self, batches: Callable[[], tuple] | None = None) -> None:
-        for _ in range(self.times):
-            (self.forward(batches() if batches else None) / self.times).backward()
+        times = self.cfg.grad_accum_steps
+        for _ in range(times):
+            (self.forward(batches() if batches else None) / times).backward()
         self.update()
 
     def update(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
 
 def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: float = 120) -> float:
     """Tokens a second of a run's own steps on this machine: the median of so many, or of as many as can be
     done in so many seconds, behind two that compile and allocate.
     """
-    device, times = pick_device(cfg.device), []
+    device = pick_device(cfg.device)
+    times = []
     step = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
     started = time.perf_counter()
     while len(times) < steps + 2 and (len(times) < 3 or time.perf_counter() - started < seconds):
@@ -161,4 +165,4 @@ def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: fl
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    return cfg.batch_size * cfg.grad_accum_steps * c.context_length / float(np.median(times[2:]))
+    return cfg.batch_size * cfg.grad_accum_steps * c.context_length / statistics.median(times[2:])

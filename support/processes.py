@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from support.files import take_lock
 
 
 class WorkerDied(ValueError):
@@ -76,19 +78,11 @@ def without_interrupts() -> Iterator[None]:
 def alone_in(folder: Path) -> Iterator[None]:
     """A lock on `folder`: waits until no other process holds it. A process that dies releases it."""
     folder.mkdir(parents=True, exist_ok=True)
+    handle = take_lock(folder)
+    if handle is None:
+        print(f"{folder}: waiting for another process that is using it", flush=True)
+        handle = take_lock(folder, wait=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: waiting for another process that is using it", flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -1,19 +1,26 @@
-"""Run folders: their names, checkpoints and logs, and the lock of a process that trains in one."""
+"""Run folders: their names, checkpoints, logs and run.json, and the lock of a process that trains in one."""
 
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
 import time
+import uuid
 from pathlib import Path
+
+from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
+from support.processes import tqdm
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
 SUBFOLDERS = ("checkpoints", "merged", "samples", "judged")
 
 
 class TrainError(ValueError):
-    """Something the user can mend; the message says how."""
+    """Something the user can correct; the message says how."""
 
 
 class AlreadyFinished(Exception):
@@ -43,13 +50,45 @@ def remove_run(folder: Path) -> None:
             shutil.rmtree(path)
         elif not path.is_dir() and path.name != "run.json":
             path.unlink()
-    (folder / "run.json").unlink()  # the last: who is killed before finds it and goes on
+    (folder / "run.json").unlink()  # the last: after a kill before it, the next --overwrite goes on
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in a line; its type if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def weights_hash(name: str) -> str | None:
+    """sha256 of a folder's weights; None for a model from the hub."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
+
+
+def lock(folder: Path) -> int:
+    """Refuses a folder in which another process trains. The lock ends with its handle or the process."""
+    for patience in (0.05, 0.2, 0):  # `locked` may hold it for some microseconds
+        handle = take_lock(folder)
+        if handle is not None:
+            return handle
+        time.sleep(patience)
+    raise TrainError(f"another process is training in {folder}: let it end, or choose a --name")
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process is training in this folder. (Windows has no such locks: False.)"""
+    if not folder.is_dir():
+        return False
+    handle = take_lock(folder, shared=True)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: folders {run}/checkpoints/step-N
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -71,6 +110,41 @@ def newest(folder: Path) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
 
 
+def publish(checkpoint: Path) -> None:
+    """Links a checkpoint's model files into the run folder: no second copy on the disk."""
+    for file in checkpoint.iterdir():
+        if file.name != "state.pt":
+            write_atomically(checkpoint.parents[1] / file.name, functools.partial(link_or_copy, file))
+
+
+def prune(folder: Path, best: Path, step: int, keep_last: int) -> None:
+    """Removes all checkpoints but the best and the last `keep_last` others: if the newest turns out to be
+    damaged, there is one to go back to. One of a later step than the run has reached is damaged.
+    """
+    found = checkpoints(folder)
+    others = [path for path in found if path != best and step_of(path) <= step]
+    for path in found:
+        if path != best and path not in others[-max(1, keep_last) :]:
+            remove_folder(path)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for path in checkpoints(folder):
+        remove_folder(path)
+    rest = folder / "checkpoints"
+    if rest.exists() and not any(rest.iterdir()):
+        rest.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes temporary files and folders of killed processes."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# -----------------------------------------------------------------------------
+# Reading what runs have written
+
 RUN_PARTS = {  # of run.json, if they are there
     dict: "settings data evaluation verification combine hardware versions",
     dict | None: "results",  # before the first evaluation
@@ -80,25 +154,20 @@ RUN_PARTS = {  # of run.json, if they are there
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; TrainError if it holds anything else, or a run's record has parts of another
-    type.
+    """The object in a JSON file; TrainError if it holds anything else, or is a run.json whose parts have
+    other types.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or (path.name == "run.json" and not whole_record(found)):
+    valid = isinstance(found, dict)
+    if valid and path.name == "run.json":
+        for kind, names in RUN_PARTS.items():
+            valid &= all(isinstance(found[name], kind) for name in names.split() if name in found)
+    if not valid:
         raise TrainError(f"{path} is damaged; remove it, or start the run anew with --overwrite")
     return found
-
-
-def whole_record(run: dict) -> bool:
-    """True if the parts of a run.json have their types."""
-    for kind, names in RUN_PARTS.items():
-        for name in names.split():
-            if name in run and not isinstance(run[name], kind):
-                return False
-    return True
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -110,90 +179,127 @@ def read_log(path: Path) -> tuple[list[dict], int]:
     """The lines of a log that can be read, and how many could not. A last line that a crash cut off is not
     counted.
     """
-    lines, damaged = [], 0
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.exists():
         return [], 0
-    *whole, cut_off = text.split("\n")  # not splitlines(): JSON may hold other line separators
-    for line in [*whole, cut_off]:
+    lines = []
+    damaged = 0
+    *complete, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other
+    for text in [*complete, rest]:  # line separators, at which splitlines() would cut
         try:
-            found = json.loads(line)
+            line = json.loads(text)
         except ValueError:
-            damaged += bool(line.strip()) and line is not cut_off
+            damaged += bool(text.strip()) and text is not rest
             continue
-        if isinstance(found, dict) and isinstance(found.get("step", 0), int):
-            lines.append(found)
+        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+            lines.append(line)
         else:
             damaged += 1
     return lines, damaged
 
 
-def lock(folder: Path) -> int | None:
-    """Refuses a folder that another process trains in; the lock goes when its handle is closed, or we die."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    for patience in (0.05, 0.2, 0):  # `locked` may hold it for some microseconds
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            time.sleep(patience)
-    os.close(handle)
-    raise TrainError(f"another process is training in {folder}: let it end, or choose a --name")
-
-
-def locked(folder: Path) -> bool:
-    """Whether a process is training in this folder. (Windows does not say: False.)"""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-
-
-def weights_hash(name: str) -> str | None:
-    """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else None
-
-
 def list_runs(out: str) -> None:
     """A line per run of the folder `out`, and one per checkpoint."""
-    runs = sorted(Path(out).glob("**/run.json"))
-    if not runs:
+    files = sorted(Path(out).glob("**/run.json"))
+    if not files:
         print(f"no runs in {out}/")
-    for file in runs:
+    for file in files:
         run = read_json(file)
+        losses = {}
+        for line in read_jsonl(file.parent / "metrics.jsonl"):
+            if "val_loss" in line:
+                losses[line["step"]] = f"val_loss {line['val_loss']:.4f}"
         best = (run.get("results") or {}).get("best")
-        loss = f"val_loss {best['val_loss']:.4f} at step {best['step']}" if best else "not evaluated"
+        result = f"{losses.get(best['step'], '')} at step {best['step']}" if best else "not evaluated"
         minutes = f"{run.get('seconds', 0) / 60:.1f} min"
-        print(f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {loss}")
-        lines = read_jsonl(file.parent / "metrics.jsonl")
-        evaluated = {line["step"]: f"val_loss {line['val_loss']:.4f}" for line in lines if "val_loss" in line}
+        print(f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {result}")
         for path in checkpoints(file.parent):
             size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
-            print(f"    {path}  {size:.0f} MiB  {evaluated.get(step_of(path), '')}")
+            print(f"    {path}  {size:.0f} MiB  {losses.get(step_of(path), '')}")
+
+
+# -----------------------------------------------------------------------------
+# What a training process writes and prints
+
+
+class RunLog:
+    """A run's messages, logs and run.json. Of several processes only rank 0 writes."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder = folder
+        self.rank = rank
+        self.wandb = None  # a run of Weights & Biases
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm().write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def metrics(self, line: dict) -> None:
+        line = {k: v for k, v in line.items() if v is not None}
+        self.append("metrics.jsonl", [line])
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
+
+    def append(self, name: str, lines: list[dict]) -> None:
+        if self.rank == 0:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def cut(self, name: str, step: int) -> None:
+        """Keeps the lines up to a step: those of later steps will be written again."""
+        lines, damaged = read_log(self.folder / name)
+        if damaged:
+            self.say(f"{self.folder / name}: {damaged} damaged lines are left out")
+        kept = [json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= step]
+        write_text(self.folder / name, "".join(kept))
+
+    def write_run(self, run: dict) -> None:
+        if self.rank == 0:
+            write_json(self.folder / "run.json", run)
+
+    def open_wandb(self, project: str, name: str, run: dict) -> None:
+        """All processes that resume a run are one run of Weights & Biases. Its id is in run.json before it is
+        made there; its address follows.
+        """
+        import wandb
+
+        about = run.setdefault("wandb", {"id": uuid.uuid4().hex[:8]})
+        self.write_run(run)
+        self.wandb = wandb.init(
+            project=project, name=name, config=run["settings"], id=about["id"], resume="allow"
+        )
+        about["url"] = self.wandb.url  # None if wandb is offline
+        self.write_run(run)
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Progress:
+    """A progress bar in a terminal; in a log file a line now and then."""
+
+    def __init__(self, name: str, step: int, total: int, log: RunLog):
+        self.total = total
+        self.log = log
+        self.to_file = not sys.stderr.isatty()
+        self.printed = time.monotonic()
+        hidden = log.rank > 0 or self.to_file
+        self.bar = tqdm()(total=total, initial=step, desc=name, unit="step", disable=hidden)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def show(self, step: int, loss: float, rate: float, seconds: float) -> None:
+        """After `step` steps in `seconds`: loss in nats, rate in tokens a second."""
+        shown = f"loss {loss:.4f}" if math.isfinite(loss) else ""
+        self.bar.set_postfix_str(f"{shown} {rate:,.0f} tok/s", refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.to_file and (step % max(1, self.total // 20) == 0 or now > self.printed + 60):
+            self.printed = now
+            left = (self.total - step) * seconds / step / 60
+            self.log.say(f"step {step}/{self.total}  {shown}  {left:.1f} min left")

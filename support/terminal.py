@@ -50,6 +50,43 @@ def stop_workers() -> None:
             process.kill()
 
 
+class StopSignal:
+    """A context in which the first Ctrl-C or SIGTERM is only noted, in `number`: the program can finish a
+    step and save. The second one ends it at once.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.number = None
+        self.first = 0.0  # when it arrived
+        # torchrun passes on a Ctrl-C that its processes have received already: within a second, two are one.
+        self.grace = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        self.handlers = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, _frame) -> None:
+        now = time.monotonic()
+        if self.number is None:
+            self.first = now
+        elif now >= self.first + self.grace:
+            os._exit(128 + number)
+        self.number = number
+        self.say("stopping after this step (again: at once) ...")
+
+    @property
+    def exit_code(self) -> int:
+        """As shells expect it; another process may have received the signal for this one."""
+        return 128 + (self.number or signal.SIGTERM)
+
+
 class Output(io.TextIOWrapper):
     """Standard output or error. If its reader has closed, as in `| head -3`, the program ends silently."""
 

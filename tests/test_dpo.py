@@ -211,11 +211,11 @@ def test_resuming_gives_the_same_bits(settings, tmp_path):
     command = ["dpo.py", *(f"--{k}={v}" for k, v in changed.items())]
     code = (
         "import os, sys, train, dpo\n"
-        "step = train.Trainer.train_step\n"
-        "def dies(self, s):\n"
-        "    os._exit(9) if s == 5 else None\n"
-        "    return step(self, s)\n"
-        "train.Trainer.train_step = dies\n"
+        "get_lr = train.get_lr\n"
+        "def dies(step, *more):\n"
+        "    os._exit(9) if step == 5 else None\n"
+        "    return get_lr(step, *more)\n"
+        "train.get_lr = dies\n"
         f"sys.argv = {command!r}\n"
         "dpo.main()\n"
     )

@@ -210,18 +210,16 @@ def test_a_small_model_learns_the_task(settings, method, lora_r):
 def test_interrupted_and_resumed_gives_the_same_bits(settings, tmp_path, monkeypatch, method, lora_r):
     cfg = dict(method=method, lora_r=lora_r, max_steps=7, model="gpt2")  # GPT-2 has dropout
     finetune.finetune(settings(name="whole", **cfg))
-    step = finetune.FineTuner.train_step
 
-    def interrupting(self, n):
-        if n == 2:
+    def interrupting(step, *more, do=train.get_lr):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, n)
+        return do(step, *more)
 
-    monkeypatch.setattr(finetune.FineTuner, "train_step", interrupting)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "get_lr", interrupting)
         finetune.finetune(settings(name="stopped", **cfg))
     assert read_json(tmp_path / "stopped/run.json")["status"] == "interrupted"
-    monkeypatch.setattr(finetune.FineTuner, "train_step", step)
     run = finetune.finetune(settings(name="stopped", **cfg))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
     whole = read_json(tmp_path / "whole/run.json")
@@ -747,5 +745,5 @@ def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(tmp_pa
         ("auto", 5000, "bfloat16"),
     ):
         cfg = finetune.AdaptConfig(device="cpu", dtype=dtype, max_steps=1, out=str(tmp_path))
-        trainer = train.Trainer(cfg, torch.nn.Linear(width, width), lambda *_: ())
-        assert finetune.settle_dtype(trainer).dtype == getattr(torch, want) and cfg.dtype == dtype
+        chosen = finetune.dtype_for(cfg, torch.nn.Linear(width, width))
+        assert (chosen or machine.pick_dtype(dtype, "cpu")) == getattr(torch, want) and cfg.dtype == dtype

@@ -225,11 +225,11 @@ def test_resuming_gives_the_same_bits(settings, tmp_path):
     command = [c for c in command if not c.startswith(("--overwrite", "--merge"))]
     code = (
         "import os, sys, train, sft\n"
-        "step = train.Trainer.train_step\n"
-        "def dies(self, s):\n"
-        "    os._exit(9) if s == 5 else None\n"
-        "    return step(self, s)\n"
-        "train.Trainer.train_step = dies\n"
+        "get_lr = train.get_lr\n"
+        "def dies(step, *more):\n"
+        "    os._exit(9) if step == 5 else None\n"
+        "    return get_lr(step, *more)\n"
+        "train.get_lr = dies\n"
         f"sys.argv = {command[1:]!r}\n"
         "sft.main()\n"
     )

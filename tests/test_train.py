@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -245,16 +245,17 @@ def test_a_run_goes_on_in_another_number_of_processes(settings, tmp_path):
     assert all(torch.allclose(whole[k], run[k], atol=1e-3) for k in whole)
 
 
-def interrupt_after(step: int, monkeypatch, cfg: TrainConfig, number=signal.SIGINT) -> int | str:
+def interrupt_after(step: int, monkeypatch, cfg: TrainConfig, number=signal.SIGINT, times=1) -> int | str:
     """A signal arrives at the beginning of a step; main's exit code."""
 
-    def train_step(self, now, do=Trainer.train_step):
+    def interrupting(now, *more, do=get_lr):
         if now == step:
-            os.kill(os.getpid(), number)
-        return do(self, now)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return do(now, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr(train, "get_lr", interrupting)
         return command_line(patch, cfg)
 
 
@@ -277,19 +278,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(settings, tmp_path, monkeypatch):
-    def train_step(self, now, do=Trainer.train_step):
-        if now == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return do(self, now)
-
-    def exit_at_once(code):
-        raise AssertionError("gave up without saving")
-
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setattr(os, "_exit", exit_at_once)
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-    assert command_line(monkeypatch, settings()) == 130
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("gave up without saving"))
+    assert interrupt_after(5, monkeypatch, settings(), times=2) == 130
     assert runs.newest(tmp_path / "run").name == "step-6"
 
 
@@ -389,11 +380,10 @@ def test_a_cpu_that_runs_out_of_memory_halves_the_micro_batch_too(settings, caps
         )
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(settings):
-    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("not enough memory")):
-        assert not train.is_out_of_memory(error)
-        with pytest.raises(type(error), match=str(error)):
-            trained(settings, starving(3, error), batch_size=4)
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), ValueError("not enough memory")])
+def test_other_errors_are_not_taken_for_a_lack_of_memory(settings, error):
+    with pytest.raises(type(error), match=str(error)):
+        trained(settings, starving(3, error), batch_size=4)
 
 
 def test_out_of_memory_with_one_row_says_what_to_try(settings):
@@ -429,38 +419,6 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(settings, tmp_path,
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
     assert "loss" not in lines[2] and lines[3]["loss"] > 1  # no figure is better than a made-up one
     assert run["status"] == "finished"
-
-
-def test_going_ahead_of_the_card_changes_no_result(settings, tmp_path, monkeypatch, capsys):
-    """What one card does, done by this device: results are read a step later, bad steps refused by AdamW."""
-
-    def run(name, **more):
-        model = small_model()
-        cfg = settings(
-            name=name, max_steps=13, batch_size=5, grad_accum_steps=2, log_every=4, eval_every=6, **more
-        )
-        trainer = Trainer(cfg, model, uneven_rows, spoilt({7}), evaluate=lambda *_: {"val_loss": 1.0})
-        trainer.run_all_steps()
-        return model.state_dict(), trainer
-
-    plain, one = run("plain")
-    monkeypatch.setattr(Trainer, "can_go_ahead", lambda self: True)
-    ahead, other = run("ahead")
-    assert (one.ahead, other.ahead) == (False, True) and one.skipped == other.skipped == 1
-    assert same(plain, ahead) and capsys.readouterr().out.count("step 4: loss or gradient is not finite") == 2
-    for a, b in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "ahead"), strict=True):
-        timed = {k for k in a if "second" in k or "memory" in k}
-        assert {k: v for k, v in a.items() if k not in timed} == {
-            k: v for k, v in b.items() if k not in timed
-        }
-
-
-def test_a_signal_while_going_ahead_loses_no_step(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "can_go_ahead", lambda self: True)
-    train.pretrain(settings(name="whole", dropout=0.1))
-    assert interrupt_after(5, monkeypatch, settings(dropout=0.1)) == 130
-    train.pretrain(settings(dropout=0.1))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
@@ -553,10 +511,6 @@ def test_our_adamw_equals_torchs():
     assert close(ours.state_dict(), theirs.state_dict(), 1e-6)
 
 
-def test_adamw_plain_trains_and_resumes_like_adamw(settings):
-    assert close(trained(settings, batch_size=12), trained(settings, batch_size=12, optimizer="adamw_plain"))
-
-
 GPT = dict(norm="layer", positions="learned", ffn="gelu", bias=True)
 SHAPES = [{}, GPT, dict(ffn="moe", n_experts=4, qk_norm=True, n_sinks=1), dict(tie_embeddings=False)]
 
@@ -623,33 +577,16 @@ def test_orthogonal_makes_singular_values_about_equal_and_keeps_directions(shape
     assert torch.equal(train.orthogonal(torch.zeros(shape)), torch.zeros(shape))
 
 
-def test_muon_trains_and_resumes_with_the_same_bits(settings, tmp_path, monkeypatch):
-    train.pretrain(settings(name="whole", optimizer="muon"))
-    interrupt_after(5, monkeypatch, settings(optimizer="muon"))
-    train.pretrain(settings(optimizer="muon"))
+@pytest.mark.parametrize("optimizer", ["muon", "adamw_plain"])
+def test_every_optimizer_resumes_with_the_same_bits(settings, tmp_path, monkeypatch, optimizer):
+    train.pretrain(settings(name="whole", optimizer=optimizer))
+    interrupt_after(5, monkeypatch, settings(optimizer=optimizer))
+    train.pretrain(settings(optimizer=optimizer))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_run_json_names_the_settings_that_were_chosen(settings):
-    cfg = TrainConfig(d_model=64, n_heads=2, max_steps=7)
-    assert (cfg.n_kv_heads, cfg.head_dim, cfg.d_ff) == (2, 32, 192)  # these follow
-    changed = {f.name for f in fields(cfg) if train.chosen_by_hand(cfg, f.name)}
-    assert changed == {"max_steps", "d_model", "n_heads"}
-    cfg = TrainConfig(d_model=64, n_heads=2, d_ff=200)
-    assert {f.name for f in fields(cfg) if train.chosen_by_hand(cfg, f.name)} == {
-        "d_model",
-        "n_heads",
-        "d_ff",
-    }
-    run = train.pretrain(settings(max_steps=2))
-    assert "max_steps" in run["changed"] and "beta1" not in run["changed"]
-
-
-@pytest.mark.parametrize("name", ["speedrun", "max3060", "max3060_180m", "max3060_489m"])
-def test_configs_for_a_12_gb_card_fit_it_by_the_plan(monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, "argv", ["train.py", f"configs/{name}.py", "--plan", "--vram=12"])
-    train.main()
-    assert "verdict     fits into 12 GB" in capsys.readouterr().out
+def test_adamw_to_be_read_trains_like_torchs(settings):
+    assert close(trained(settings, batch_size=12), trained(settings, batch_size=12, optimizer="adamw_plain"))
 
 
 @pytest.mark.parametrize("more, wanted", [
@@ -697,51 +634,38 @@ def test_cosine_and_linear_equal_transformers():
 # Data and evaluation
 
 
-def test_shuffled_windows_predict_every_token_once_an_epoch():
-    tokens = np.arange(1000, dtype=np.uint16)
-    windows = Windows(tokens, 16, 7, seed=1)  # 63 windows, 9 steps of 7
-    for epoch in range(3):
-        targets = torch.cat([windows.rows(9 * epoch + step, 0, 7)[1].flatten() for step in range(9)])
+def test_shuffled_windows_predict_every_token_once_an_epoch_in_ever_new_orders():
+    orders = []
+    for seed, epoch in itertools.product((1, 2), (0, 1)):
+        windows = Windows(np.arange(1000, dtype=np.uint16), 16, 7, seed)  # 63 windows, 9 steps of 7
+        batches = [windows.batch(9 * epoch + step, 0, 7) for step in range(9)]
+        targets = torch.cat([targets.flatten() for _, targets in batches])
         assert sorted(targets[targets != -100].tolist()) == list(range(1, 1000))
-    assert windows.epoch(9) == pytest.approx(1, abs=0.02)
-
-
-def test_shuffled_orders_differ_between_epochs_and_seeds():
-    tokens = np.arange(1000)
-
-    def order(seed, epoch):
-        return [
-            windows.shuffled(63 * epoch + i) for windows in [Windows(tokens, 16, 7, seed)] for i in range(63)
-        ]
-
-    orders = [order(seed, epoch) for seed in (1, 2) for epoch in (0, 1)] + [list(range(0, 999, 16))]
-    assert all(a != b and sorted(a) == sorted(b) for a, b in itertools.combinations(orders, 2))
+        orders.append(torch.cat([ids[:, 0] for ids, _ in batches]).tolist())
+        assert windows.epoch(9) == pytest.approx(1, abs=0.02)
+    orders.append(sorted(orders[0]))
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
 
 
 @pytest.mark.parametrize("order", ["shuffled", "random"])
 def test_a_batch_is_a_pure_function_of_seed_and_step(order):
     tokens = np.random.default_rng(0).integers(0, 60000, 1000).astype(np.uint16)
     windows, fresh = Windows(tokens, 16, 6, 3, order), Windows(tokens, 16, 6, 3, order)
-    forwards = [windows.rows(step, 0, 6) for step in range(30)]
-    backwards = [fresh.rows(step, 0, 6) for step in reversed(range(30))][::-1]
+    forwards = [windows.batch(step, 0, 6) for step in range(30)]
+    backwards = [fresh.batch(step, 0, 6) for step in reversed(range(30))][::-1]
     assert same(forwards, backwards)
     assert not same(forwards[0], forwards[1])
     for step in (0, 17):  # however the batch is cut among processes and micro-batches
-        parts = [fresh.rows(step, first, 2) for first in (0, 2, 4)]
+        parts = [fresh.batch(step, first, 2) for first in (0, 2, 4)]
         assert same([torch.cat(part) for part in zip(*parts, strict=True)], list(forwards[step]))
 
 
 def test_random_windows_stay_inside_and_reach_both_ends():
     tokens = np.arange(40)
     windows = Windows(tokens, 16, 50, 1, "random")
-    ids, targets = map(torch.cat, zip(*(windows.rows(step, 0, 50) for step in range(20)), strict=True))
+    ids, targets = map(torch.cat, zip(*(windows.batch(step, 0, 50) for step in range(20)), strict=True))
     assert torch.equal(targets, ids + 1)
     assert ids.min() == 0 and targets.max() == 39
-
-
-def test_a_stride_below_the_context_lets_windows_overlap():
-    windows = Windows(np.arange(100), 16, 1, 1, stride=4)
-    assert sorted(windows.shuffled(i) for i in range(25)) == list(range(0, 99, 4))
 
 
 def test_get_batch_has_the_shape_asked_for_and_targets_shifted_by_one():
@@ -793,18 +717,18 @@ def test_eval_tokens_limits_all_evaluations_but_the_last(settings, tmp_path, tok
 def test_only_the_steps_of_pretraining_ask_for_the_fastest_products(settings, monkeypatch):
     seen = {"step": set(), "elsewhere": set()}
 
-    def spy(name, where):
-        run = getattr(Trainer, name)
+    def spy(owner, name, where):
+        do = getattr(owner, name)
 
         def spied(*args, **more):
             seen[where].add(torch.get_float32_matmul_precision())
-            return run(*args, **more)
+            return do(*args, **more)
 
-        monkeypatch.setattr(Trainer, name, spied)
+        monkeypatch.setattr(owner, name, spied)
 
-    spy("train_step", "step")
-    spy("evaluate_now", "elsewhere")
-    spy("save", "elsewhere")
+    spy(train, "get_lr", "step")
+    spy(train, "evaluate_lm", "elsewhere")
+    spy(Trainer, "save", "elsewhere")
     monkeypatch.setattr(train, "fastest_products", lambda device: "high")
     train.pretrain(settings(max_steps=4))
     assert seen == {"step": {"high"}, "elsewhere": {"highest"}}
@@ -870,16 +794,6 @@ def test_when_all_checkpoints_are_torn_the_message_says_how_to_start_anew(settin
     assert command_line(monkeypatch, settings(), "--overwrite") == 0
 
 
-def test_a_checkpoint_of_another_shape_is_refused(settings, tmp_path, monkeypatch, capsys):
-    interrupt_after(5, monkeypatch, settings())
-    (tmp_path / "other").mkdir()
-    interrupt_after(5, monkeypatch, settings(name="other", d_model=48))
-    (tmp_path / "other/run.json").unlink()  # or its settings would be compared
-    shutil.copy(tmp_path / "run/run.json", tmp_path / "other/run.json")
-    message = command_line(monkeypatch, settings(name="other"), "--name=other")
-    assert "none of the checkpoints" in message or "other settings" in message
-
-
 class Payload:
     def __reduce__(self):
         return (print, ("PICKLED CODE RAN",))
@@ -914,32 +828,6 @@ def test_settings_that_do_not_change_the_result_may_change(settings, tmp_path, m
     assert close(load_tensors(tmp_path / "whole"), load_tensors(tmp_path / "run"), 1e-6)
 
 
-def test_a_finished_run_says_so_and_does_nothing(settings, tmp_path, monkeypatch, capsys):
-    for save_every in (4, 0):
-        cfg = settings(name=f"saved-{save_every}", save_every=save_every)
-        train.pretrain(cfg)
-        before = {
-            path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(cfg.out, cfg.name).rglob("*")
-        }
-        capsys.readouterr()
-        assert command_line(monkeypatch, cfg) == 0
-        assert "nothing to do" in capsys.readouterr().out
-        after = {
-            path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in Path(cfg.out, cfg.name).rglob("*")
-        }
-        assert before == after
-        assert "max_steps: 12 -> 13" in command_line(monkeypatch, cfg, "--max_steps=13")
-        assert command_line(monkeypatch, cfg, "--max_steps=13", "--overwrite") == 0
-        assert runs.read_json(Path(cfg.out, cfg.name, "run.json"))["step"] == 13
-
-
-def test_overwrite_removes_nothing_but_runs(settings, tmp_path, monkeypatch):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("42")
-    command_line(monkeypatch, settings(name="thesis"), "--overwrite")
-    assert (tmp_path / "thesis" / "chapter.tex").exists()
-
-
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a/../b", "../run", "/tmp/run", "./"])
 def test_a_name_that_leads_out_of_the_output_folder_is_refused(settings, tmp_path, monkeypatch, name):
     train.pretrain(settings(max_steps=1))
@@ -949,10 +837,29 @@ def test_a_name_that_leads_out_of_the_output_folder_is_refused(settings, tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_overwrite_leaves_runs_in_subfolders(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_every", [4, 0])
+def test_a_finished_run_says_so_and_does_nothing(settings, tmp_path, monkeypatch, capsys, save_every):
+    def files() -> dict:
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.rglob("*")}
+
+    cfg = settings(save_every=save_every)
+    train.pretrain(cfg)
+    before = files()
+    assert command_line(monkeypatch, cfg) == 0
+    assert "nothing to do" in capsys.readouterr().out and before == files()
+    assert "max_steps: 12 -> 13" in command_line(monkeypatch, cfg, "--max_steps=13")
+    assert command_line(monkeypatch, cfg, "--max_steps=13", "--overwrite") == 0
+    assert runs.read_json(tmp_path / "run/run.json")["step"] == 13
+
+
+def test_overwrite_removes_this_run_and_nothing_else(settings, tmp_path, monkeypatch):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("42")
     train.pretrain(settings(max_steps=1, name="run/round-1"))
     train.pretrain(settings(max_steps=1))
-    assert command_line(monkeypatch, settings(max_steps=1), "--overwrite") == 0
+    for name in ("thesis", "run"):
+        assert command_line(monkeypatch, settings(max_steps=1, name=name), "--overwrite") == 0
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
     assert (tmp_path / "run/round-1/model.safetensors").exists()
 
 
@@ -1107,23 +1014,22 @@ def test_the_best_and_the_last_checkpoints_are_kept_and_the_best_is_published(
     assert (best["step"], best["val_loss"]) == (4, 2.0)
 
 
-def test_run_json_tells_what_was_done(settings, tmp_path, tokens):
+def test_run_json_records_settings_data_and_results(settings, tmp_path, tokens):
     train.pretrain(settings(max_steps=4))
     run = runs.read_json(tmp_path / "run/run.json")
     assert run["status"] == "finished" and run["step"] == 4 and run["seconds"] > 0
     assert run["settings"]["learning_rate"] == 1e-3 and run["settings"]["d_model"] == 32
+    # d_ff and head_dim follow from what was chosen
+    assert {"max_steps", "d_model"} <= set(run["changed"]) and not {"beta1", "d_ff"} & set(run["changed"])
     assert run["versions"]["torch"] == torch.__version__ and "python" in run["versions"]
     assert run["hardware"]["device"] and run["hardware"]["threads"] == 1
-    assert (
-        run["data"]["fingerprint"] == "train-1" and run["data"]["validation"]["fingerprint"] == "validation-1"
-    )
+    assert run["data"]["fingerprint"] == "train-1"
+    assert run["data"]["validation"]["fingerprint"] == "validation-1"
     assert run["tokenizer"] == Tokenizer.load(tokens).hash
-    assert run["parameters"] == sum(
-        p.numel() for p in ModernDecoderLM.from_pretrained(tmp_path / "run").parameters()
-    )
-    assert (
-        run["results"]["last"]["val_loss"] > 0 and run["git"] and run["started"] and run["dtype"] == "float32"
-    )
+    model = ModernDecoderLM.from_pretrained(tmp_path / "run")
+    assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    assert run["results"]["last"]["val_loss"] > 0 and run["dtype"] == "float32"
+    assert run["git"] and run["started"]
 
 
 def test_list_names_runs_and_checkpoints(settings, tmp_path, monkeypatch, capsys):
@@ -1136,17 +1042,15 @@ def test_list_names_runs_and_checkpoints(settings, tmp_path, monkeypatch, capsys
     assert "no runs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--vram=12", "--n_layers=12", "--d_model=768", "--n_heads=12", "--n_kv_heads=4"]]
-)
-def test_plan_tells_the_cost_beforehand(tmp_path, monkeypatch, capsys, more):
-    monkeypatch.setattr(sys, "argv", ["train.py", "configs/cpu.py", f"--out={tmp_path}", "--plan", *more])
+@pytest.mark.parametrize("name", ["speedrun", "max3060", "max3060_180m", "max3060_489m"])
+def test_configs_for_a_12_gb_card_fit_it_by_the_plan(monkeypatch, capsys, tmp_path, name):
+    words = [f"configs/{name}.py", "--plan", "--vram=12", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     train.main()
     out = capsys.readouterr().out
-    for word in ("parameters", "GiB", "FLOP", "hours" if more else "tokens/s"):
+    assert "verdict     fits into 12 GB" in out and "largest micro-batch" in out
+    for word in ("parameters", "GiB", "FLOP", "hours"):
         assert word in out
-    if more:
-        assert "verdict" in out and "largest micro-batch" in out
     assert not list(tmp_path.iterdir())
 
 
@@ -1162,35 +1066,15 @@ def test_a_measured_plan_is_by_steps_of_this_machine(tmp_path, monkeypatch, caps
         train.main()
 
 
-def test_only_cards_whose_peak_is_known_get_one():
-    known = {"NVIDIA GeForce RTX 3060": 25.5, "NVIDIA GeForce RTX 4060 Ti": 44.1, "NVIDIA H200": 989.0}
-    known |= {
-        "NVIDIA A100-SXM4-80GB": 312.0,
-        "NVIDIA H100 80GB HBM3": 989.0,
-        "NVIDIA GeForce RTX 5090": 209.5,
-    }
-    for name, teraflops in known.items():
-        assert machine.peak_flops(name) == teraflops * 1e12, name
-    unknown = [
-        "NVIDIA GeForce RTX 3060 Ti",
-        "NVIDIA GeForce RTX 3060 Laptop GPU",
-        "NVIDIA GeForce RTX 4070 SUPER",
-    ]
-    unknown += [
-        "NVIDIA GeForce RTX 5090 D",
-        "NVIDIA GeForce RTX 4060",
-        "NVIDIA H100 PCIe",
-        "NVIDIA RTX A1000",
-        "",
-        "T4",
-    ]
-    unknown += [
-        "NVIDIA GeForce RTX 4070 Ti SUPER",
-        "NVIDIA GH200 480GB",
-        "NVIDIA GeForce RTX 4060 Ti Laptop GPU",
-    ]
-    for name in unknown:
-        assert machine.peak_flops(name) is None, name
+@pytest.mark.parametrize("name, teraflops", [
+    ("GeForce RTX 3060", 25.5), ("GeForce RTX 4060 Ti", 44.1), ("GeForce RTX 5090", 209.5), ("H200", 989.0),
+    ("A100-SXM4-80GB", 312.0), ("H100 80GB HBM3", 989.0), ("GeForce RTX 3060 Ti", None),
+    ("GH200 480GB", None),
+    ("GeForce RTX 3060 Laptop GPU", None), ("GeForce RTX 4070 SUPER", None), ("GeForce RTX 5090 D", None),
+    ("GeForce RTX 4060", None), ("GeForce RTX 4060 Ti Laptop GPU", None), ("H100 PCIe", None), ("T4", None),
+])  # fmt: skip
+def test_only_gpus_whose_peak_is_known_get_one(name, teraflops):
+    assert machine.peak_flops(f"NVIDIA {name}") == (teraflops and teraflops * 1e12)
 
 
 def test_wandb_that_is_not_installed_is_a_clear_message_before_anything_starts(
@@ -1306,7 +1190,7 @@ def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, tmp
 NONSENSE = """max_steps=0 seed=-1 batch_size=0 grad_accum_steps=-1 log_every=0 grad_clip=-1.0 min_lr=nan
     weight_decay=nan rope_theta=0.0 norm_eps=nan learning_rate=inf warmup_steps=-1 decay_fraction=-1.0
     save_every=-1 eval_tokens=-1 n_kv_heads=-1 d_ff=-1 dropout=nan dropout=1.0 beta2=1.0 head_dim=-2
-    capacity_factor=-1.0 sliding_window=-1 n_sinks=-1 stride=-1 keep_last=-1 sample_tokens=-1""".split()
+    capacity_factor=-1.0 sliding_window=-1 n_sinks=-1 keep_last=-1 sample_tokens=-1""".split()
 
 
 def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(
@@ -1314,7 +1198,7 @@ def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(
 ):
     for wrong in NONSENSE:
         assert command_line(monkeypatch, settings(), f"--{wrong}") == 2
-        assert f"--{wrong}" in capsys.readouterr().err
+        assert f"--{wrong.split('=')[0]}" in capsys.readouterr().err
     assert "--device=banana" in command_line(monkeypatch, settings(), "--device=banana")
     with pytest.raises(ValueError, match="grad_clip"):  # from Python, too
         train.pretrain(settings(grad_clip=-1.0))
@@ -1342,16 +1226,6 @@ def test_a_second_process_may_not_train_in_the_same_folder(settings, tmp_path, m
     process.kill()
     process.communicate()
     assert command_line(monkeypatch, settings(), "--overwrite") == 0
-
-
-@pytest.mark.parametrize("script", ["train.py", "chat.py", "tokenizer.py"])
-def test_help_answers(script):
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 0
-        and "python" in done.stdout
-        and "--out" in done.stdout + "--out" * (script == "chat.py")
-    )
 
 
 def test_the_tokenizer_the_config_loader_and_chats_help_need_no_torch():
