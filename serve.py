@@ -85,10 +85,10 @@ class Lab:
         self.planning = asyncio.Lock()
 
     def folder(self, name: str) -> Path:
-        found = named_runs(self.home).get(name)
-        if found is None:
+        """The folder of a run; one that failed early has none yet."""
+        if all(run["name"] != name for run in summaries(self.home)):
             raise NotFound(f"there is no run {name!r} in {self.home}")
-        return found
+        return self.home / name
 
     def refuse_if_full(self) -> None:
         if self.streams >= MOST_STREAMS:
@@ -164,22 +164,14 @@ async def answer(lab: Lab, request: Request, question: Completion | Chat):
 
 class TokenizeRequest(BaseModel):
     model: str
-    prompt: str = ""
-    content: str = ""  # as llama.cpp calls it
-    tokens: list[int] = []
+    prompt: str
 
 
 @router.post("/tokenize")
 def tokenize(lab: AnyLab, words: TokenizeRequest):
     model = lab.pool.get(words.model)
-    ids = model.encode(valid(words.prompt or words.content))
+    ids = model.encode(valid(words.prompt))
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
-
-
-@router.post("/detokenize")
-def detokenize(lab: AnyLab, words: TokenizeRequest):
-    text = lab.pool.get(words.model).tokenizer.decode(words.tokens)
-    return {"prompt": text, "content": text}
 
 
 # -----------------------------------------------------------------------------
@@ -202,27 +194,22 @@ async def watch_events(lab: Lab, names: list[str]) -> AsyncIterator[str]:
     for name in names:
         logs.append((name, "curve", tail(lab.home / name / "metrics.jsonl")))
         logs.append((name, "samples", tail(lab.home / name / "samples.jsonl", 60)))
-    known, idle = "", 0
+    known = ""
     with lab.stream():
         while True:
             newest = event(await run_in_threadpool(summaries, lab.home), "runs")
-            events = [newest] if newest != known else []
+            if newest != known:
+                yield newest
             known = newest
             for name, kind, log in logs:
                 if news := await run_in_threadpool(next, log):
-                    events.append(event({"run": name, "reset": news[0], "lines": news[1]}, kind))
-            idle = 0 if events else idle + 1
-            if idle == 30:  # 15 s without news: a comment keeps the connection open
-                events, idle = [": nothing new\n\n"], 0
-            for text in events:
-                yield text
+                    yield event({"run": name, "reset": news[0], "lines": news[1]}, kind)
             await asyncio.sleep(0.5)
 
 
 @router.get("/lab/run")
 def run(lab: AnyLab, name: str):
-    known = any(run["name"] == name for run in summaries(lab.home))  # one that failed early has no folder yet
-    return describe(name, lab.home / name if known else lab.folder(name), lab.home)
+    return describe(name, lab.folder(name), lab.home)
 
 
 @router.get("/lab/compare")
@@ -238,18 +225,13 @@ class RunRequest(BaseModel):
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$|^$")
     changes: dict[str, bool | int | float | str] = {}
 
-    def settings(self) -> dict:
-        """The stage's defaults, then the values of the config file."""
-        defaults = {field.name: field.default for field in fields(config_class(self.stage))}
-        return defaults | (values_of(self.stage, self.config) if self.config else {})
-
     def argv(self, out: Path) -> list[str]:
         """The command line. Raises ValueError for settings that cannot be changed here."""
         known = {field.name for field in settings_of(self.stage)}
-        if unknown := [name for name in self.changes if name not in known]:
-            raise ValueError(f"{self.stage}.py has no setting {unknown[0]!r} that can be changed here")
+        if unknown := self.changes.keys() - known:
+            raise ValueError(f"{self.stage}.py has no setting {unknown.pop()!r} that can be changed here")
         changes = {"name": self.name} if self.name else {}
-        for name, value in self.settings().items():
+        for name, value in configured(self.stage, self.config).items():
             if str(value).startswith("out/"):  # a path in the folder that is served
                 changes[name] = out / value.removeprefix("out/")
         changes |= self.changes | {"out": out}
@@ -257,17 +239,19 @@ class RunRequest(BaseModel):
         return files + [f"--{name}={value}" for name, value in changes.items()]
 
 
-def values_of(stage: str, config: str) -> dict:
-    """The settings of a config file that differ from the stage's defaults."""
+def configured(stage: str, config: str) -> dict:
+    """All settings of a stage with the values of a config file; with none the defaults."""
+    Config = config_class(stage)
+    settings = {field.name: field.default for field in fields(Config)}
+    if not config:
+        return settings
     if config not in forms()[stage]["configs"]:
         raise NotFound(f"there is no config {config!r} of {stage}.py")
-    Config = config_class(stage)
-    defaults = {field.name: field.default for field in fields(Config)}
-    found = read_file(ROOT / f"configs/{config}.py", defaults, Config)
-    return {name: value for name, value in found.items() if name in defaults and value != defaults[name]}
+    found = read_file(ROOT / f"configs/{config}.py", settings, Config)
+    return {name: found[name] for name in settings}  # others are those of other scripts
 
 
-# What reads configs is `async`, so that it runs in one thread: Python 3.11's ast.parse is not safe in several.
+# What reads configs is `async`, to run in one thread: Python 3.11's ast.parse is not safe in several.
 
 
 @router.get("/lab/forms")
@@ -277,7 +261,7 @@ async def show_forms(lab: AnyLab):
 
 @router.get("/lab/config")
 async def show_config(stage: Stage, config: str):
-    return values_of(stage, config)
+    return configured(stage, config)
 
 
 @router.post("/lab/plan")
@@ -301,7 +285,7 @@ async def plan(lab: AnyLab, wish: RunRequest):
 
 @router.post("/lab/start")
 async def start_run(lab: TrainingLab, wish: RunRequest):
-    name = wish.name or wish.settings()["name"]
+    name = wish.name or configured(wish.stage, wish.config)["name"]
     if not name or name in FOLDERS:
         raise ValueError(f"name: give the run a name, and not that of a folder with other things ({name})")
     if name in named_runs(lab.home):
@@ -375,8 +359,8 @@ def attention(lab: AnyLab, look: InspectRequest):
     if look.layer >= len(layers):
         raise ValueError(f"the model has {len(layers)} layers")
     weights = layers[look.layer, 0]
-    about = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids)), "X-Layers": str(len(layers))}
-    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=about)
+    shape = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids))}
+    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=shape)
 
 
 # -----------------------------------------------------------------------------

@@ -32,11 +32,11 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen
 # Pre-tokenization, before BPE: llama.cpp's names of our two patterns.
 PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2", DIGITS_PATTERN: "smollm"}
 # Ollama writes chat templates in Go; this one is tokenizer.CHAT_TEMPLATE.
-MODELFILE = """FROM ./{file}
-TEMPLATE \"\"\"{{{{ range .Messages }}}}<|{{{{ .Role }}}}|>{{{{ .Content }}}}<|end|>{{{{ end }}}}<|assistant|>\"\"\"
+MODELFILE = """FROM ./FILE
+TEMPLATE \"\"\"{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>\"\"\"
 PARAMETER stop <|end|>
 PARAMETER stop <|endoftext|>
-PARAMETER num_ctx {context}
+PARAMETER num_ctx CONTEXT
 """
 OUR_TURN = "'<|' + message['role'] + '|>'"  # in tokenizer.CHAT_TEMPLATE
 
@@ -227,7 +227,7 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     lines = [f"{file}: {file.stat().st_size / 2**20:.1f} MiB, {dtype}, {arch}"]
     if OUR_TURN in template:
         modelfile = file.with_name("Modelfile")
-        modelfile.write_text(MODELFILE.format(file=file.name, context=context))
+        modelfile.write_text(MODELFILE.replace("FILE", file.name).replace("CONTEXT", str(context)))
         lines.append(f"{modelfile}: for Ollama, with the chat template")
     if context < c.context_length:
         lines.append(

@@ -182,6 +182,8 @@ class Job:
         self.lab, self.model = lab, lab.pool.get(question.model)
         if self.model.kind != "causal":
             raise ValueError(f"{question.model} is not a decoder (kind: {self.model.kind})")
+        if question.heads_off and not self.model.ours:
+            raise ValueError("heads_off is for models that model.py computes")
         self.prompts = question.prompts(self.model)
         known = self.model.model.config.vocab_size
         if not all(0 <= i < known for ids in [*self.prompts, question.logit_bias] for i in ids):
@@ -237,9 +239,7 @@ class Job:
     # ---- sending
 
     def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
-        found = {"index": piece.row, "finish_reason": piece.finish}
-        if piece.calculator:
-            found["calculator"] = True
+        found = {"index": piece.row, "finish_reason": piece.finish, "calculator": piece.calculator}
         return found | self.question.choice(piece, sent, streaming)
 
     async def stream(self) -> AsyncIterator[str]:

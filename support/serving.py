@@ -5,11 +5,14 @@ after every token, first come, first served. So streams interleave, and a client
 most one more token.
 """
 
+import codecs
+import contextlib
 import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -81,50 +84,43 @@ class Pool:
     """
 
     def __init__(self, home: Path, device: torch.device, others: list[str], gib: float = 0.0):
-        self.home, self.device = home, device
-        self.others = {name: about(name, name) for name in others}
+        self.home, self.device, self.others = home, device, others
         self.budget = int(gib * 2**30) or free_bytes(device) // 2
         self.loaded: dict[tuple, tuple] = {}  # key: (state of the files, model, bytes); last used, last
         self.guard, self.turns = threading.Lock(), Turns()
+        for name in others:
+            about(name, name, weights_of(name)[0])  # raises now what would be wrong later
 
-    def folders(self) -> dict[str, Path]:
-        """{id: folder} of every run and checkpoint that holds a model."""
+    def folders(self) -> dict[str, str]:
+        """{id: folder} of every run and checkpoint that holds a model, and of the others."""
         found = {}
-        for name, folder in named_runs(self.home).items():
+        for folder in named_runs(self.home).values():
             for path in [folder, *checkpoints(folder)]:
                 if (path / "config.json").exists() or is_adapter(str(path)):
-                    found[name if path == folder else f"{name}/checkpoints/{path.name}"] = path
-        return found
+                    found[path.relative_to(self.home).as_posix()] = str(path)
+        return found | {name: name for name in self.others}
 
     def listing(self) -> list[dict]:
         """What /v1/models says of each model."""
         found = []
         for name, folder in self.folders().items():
-            try:
-                found.append(about(name, str(folder)))
-            except (ValueError, OSError, AttributeError):  # half written, or its base is gone
-                continue
-        return [*found, *self.others.values()]
+            with contextlib.suppress(ValueError, OSError, AttributeError):  # half written; its base is gone
+                found.append(about(name, folder, weights_of(folder)[0]))
+        return found
 
     def get(self, name: str) -> TextModel:
         """Loads a listed model, or takes it from memory; loads it anew if its files have changed."""
-        folder = name if name in self.others else self.folders().get(name)
+        folder = self.folders().get(name)
         if folder is None:
             raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
 
         def load() -> tuple[TextModel, int]:
-            on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-            if on_disk > self.budget:
-                raise TrainError(
-                    f"{name} has {on_disk / 2**30:.1f} GiB of weights; models may take "
-                    f"{self.budget / 2**30:.1f} GiB (--memory)"
-                )
-            model = load_model(str(folder), self.device)
+            model = load_model(folder, self.device)
             if model.ours:
                 model.model.to(model.dtype)
             return model, weight_bytes(model.model)
 
-        return self.cached((name,), changed_at(folder), load)
+        return self.cached((name,), load, folder)
 
     def verifier(self, name: str, generator: TextModel) -> Verifier:
         folder = named_runs(self.home).get(name)
@@ -135,10 +131,15 @@ class Pool:
             found = Verifier.load(folder, str(self.device), generator, keep=False)
             return found, weight_bytes(getattr(found.core, "text_model", found.core).model)
 
-        state = changed_at(folder), changed_at(generator.name)
-        return self.cached(("verifier", name, generator.name), state, load)
+        return self.cached((name, generator.name), load, folder, generator.name)
 
-    def cached(self, key: tuple, state, load: Callable[[], tuple]):
+    def cached(self, key: tuple, load: Callable[[], tuple], *folders: str | Path):
+        """load() gives (model, bytes); it is called again when the weights in `folders` have changed."""
+        state = [weights_of(folder) for folder in folders]
+        on_disk = state[0][1]
+        if on_disk > self.budget:
+            gib = f"{on_disk / 2**30:.1f} GiB of weights; models may take {self.budget / 2**30:.1f} GiB"
+            raise TrainError(f"{key[0]} has {gib} (--memory)")
         with self.guard:
             entry = self.loaded.pop(key, None)
             if entry is None or entry[0] != state:
@@ -147,7 +148,7 @@ class Pool:
             while len(self.loaded) > 1 and sum(size for *_, size in self.loaded.values()) > self.budget:
                 del self.loaded[next(iter(self.loaded))]
                 free_cached_memory()
-            return entry[1]
+        return entry[1]
 
     def clear(self) -> None:
         """Forgets all models: training is going to need the memory."""
@@ -156,7 +157,14 @@ class Pool:
         free_cached_memory()
 
 
-def about(name: str, folder: str) -> dict:
+def weights_of(folder: str | Path) -> tuple[float, int]:
+    """(when they were written, bytes) of a folder's weights; (0.0, 0) for a model of the hub."""
+    files = [file.stat() for file in Path(folder).glob("*.safetensors")]
+    return max((file.st_mtime for file in files), default=0.0), sum(file.st_size for file in files)
+
+
+@lru_cache(2048)
+def about(name: str, folder: str, written: float) -> dict:
     """What /v1/models says of a model. Raises ValueError or OSError for one that cannot be read."""
     run, config = run_of(Path(folder)), read_config(folder)
     chat = run.get("chat") if run else is_chat(folder, load_tokenizer(folder, ours=False), config)
@@ -167,13 +175,7 @@ def about(name: str, folder: str) -> dict:
         "context_length": config.get("max_position_embeddings") or config.get("n_positions"),
     }
     meta |= {key: run.get(key) for key in ("stage", "parameters", "smoke")}
-    created = int(changed_at(folder))
-    return {"id": name, "object": "model", "created": created, "owned_by": "modern-llm", "meta": meta}
-
-
-def changed_at(folder: str | Path) -> float:
-    """When a model's weights were written; 0.0 for a model of the hub."""
-    return max((file.stat().st_mtime for file in Path(folder).glob("*.safetensors")), default=0.0)
+    return {"id": name, "object": "model", "created": int(written), "owned_by": "modern-llm", "meta": meta}
 
 
 # -----------------------------------------------------------------------------
@@ -182,14 +184,12 @@ def changed_at(folder: str | Path) -> float:
 MOST_ROWS = 64  # texts that one request generates
 
 
-def greedy_if_tiny(temperature: float) -> float:
-    return temperature if temperature > 1e-5 else 0.0
+def as_list(given: object) -> object:
+    return [given] if isinstance(given, str) else given
 
 
-def as_list(texts: object) -> object:
-    return [texts] if isinstance(texts, str) else texts
-
-
+# The fields that ModernDecoderLM.generate knows by the same name.
+SAMPLING = {"n", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -199,17 +199,20 @@ class Sampling(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     max_tokens: int | None = Field(None, ge=0)
-    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(greedy_if_tiny)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(lambda t: t if t > 1e-5 else 0.0)] = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=10**9)
+    top_k: Annotated[int, Field(ge=-1, le=10**9), AfterValidator(lambda k: max(0, k))] = 0
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)  # subtracted from the logit of a token that was there
     frequency_penalty: float = Field(0.0, ge=-2, le=2)  # the same, times how often
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     n: int = Field(1, ge=1, le=MOST_ROWS)
-    seed: int = Field(default_factory=lambda: secrets.randbelow(2**31), ge=-(2**63), lt=2**63)
-    stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(as_list)] = []  # not in the text
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: seed % 2**31)] = Field(
+        default_factory=lambda: secrets.randbelow(2**31)
+    )
+    # A text ends before the first of these.
+    stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(as_list)] = []
     calculator: bool = False  # what follows `<<9*3=` is computed
     heads_off: list[tuple[int, int]] = []  # (layer, head) that contribute nothing
 
@@ -234,42 +237,36 @@ class Piece:
 
 
 class Row:
-    """Incremental decoding of one row: gives out only text that later tokens cannot change."""
+    """A row's text: gives out only what later tokens cannot change."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: list[str]):
-        self.decode, self.stop = decode, stop
+    def __init__(self, index: int, stop: list[str]):
+        self.index, self.stop = index, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of characters
         self.ids: list[int] = []
-        self.start = self.read = 0  # ids[:read] are decoded; decoding begins at ids[start]
-        self.held: list[tuple[str, bool]] = []  # characters not yet given out; did the calculator write them?
+        self.computed = 0  # so many of the next tokens are the calculator's
+        self.held: list[tuple[str, bool]] = []  # characters not given out yet, and whether it wrote them
         self.text = ""  # given out
         self.finish: str | None = None
-        self.computed = 0  # so many of the next tokens are the calculator's
 
-    def add(self, tokens: list[int], last: bool = False) -> list[tuple[str, bool]]:
-        """New tokens; `last`: none will follow. Returns [(certain text, by the calculator?)]."""
+    def add(self, new: bytes, tokens: list[dict], finish: str | None = None) -> list[Piece]:
+        """The bytes of the next token, its log-probabilities, and why the row ends with it (None: it does
+        not). Returns the text that cannot be part of a stop string, a piece for each author.
+        """
         by_calculator = self.computed > 0
         self.computed -= by_calculator
-        self.ids += tokens
-        known, text = self.decode(self.ids[self.start : self.read]), self.decode(self.ids[self.start :])
-        if last or not text.endswith("\ufffd"):  # a character may be spread over several tokens
-            self.held += [(character, by_calculator) for character in text[len(known) :]]
-            self.start, self.read = self.read, len(self.ids)
-        return self.certain(last)
-
-    def certain(self, last: bool) -> list[tuple[str, bool]]:
-        """Takes from `held` what cannot be part of a stop string."""
-        text = "".join(character for character, _ in self.held)
-        found = [at for at in map(text.find, self.stop) if at >= 0]
-        size = len(text)
+        self.held += [(c, by_calculator) for c in self.decoder.decode(new, final=finish is not None)]
+        text = "".join(c for c, _ in self.held)
+        size, found = len(text), [at for at in map(text.find, self.stop) if at >= 0]
         if found:
-            size, self.finish = min(found), "stop"
-        elif not last:
+            size, finish = min(found), "stop"
+        elif finish is None:
             size -= max((overlap(text, stop) for stop in self.stop), default=0)
-        self.text += text[:size]
         parts = groupby(self.held[:size], key=lambda pair: pair[1])
-        parts = [("".join(character for character, _ in some), author) for author, some in parts]
-        self.held = self.held[size:]
-        return parts
+        pieces = [Piece(self.index, "".join(c for c, _ in some), author) for author, some in parts]
+        self.text, self.held, self.finish = self.text + text[:size], self.held[size:], finish
+        pieces = pieces or [Piece(self.index)]
+        pieces[-1].tokens, pieces[-1].finish = tokens, finish
+        return pieces
 
 
 def overlap(text: str, stop: str) -> int:
@@ -285,25 +282,14 @@ class Stopped(Exception):
 class Generation:
     """Continues prompts and gives `emit` a Piece for each token, until `gone` is set."""
 
-    def __init__(
-        self,
-        model: TextModel,
-        prompts: list[list[int]],
-        how: Sampling,
-        emit: Callable[[Piece], None],
-        gone: threading.Event,
-        turns: Turns,
-    ):
+    def __init__(self, model: TextModel, prompts: list[list[int]], how: Sampling, emit, gone, turns: Turns):
         self.model, self.prompts, self.how = model, prompts, how
         self.emit, self.gone, self.turns = emit, gone, turns
-        self.ends = {model.eos, model.end}
-        self.rows = [Row(model.decode, how.stop) for _ in range(len(prompts) * how.n)]
-        self.log_p: dict[int, torch.Tensor] = {}  # row: log-probabilities of its next token, (V)
+        self.rows = [Row(r, how.stop) for r in range(len(prompts) * how.n)]
+        self.log_p: dict = {}  # row: log-probabilities of its next token, (V)
 
     def run(self) -> list[Row]:
         how, model = self.how, self.model
-        if how.heads_off and not model.ours:
-            raise ValueError("heads_off is for models that model.py computes")
         if how.heads_off:
             net = without_heads(model.model, how.heads_off)
             model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
@@ -312,17 +298,24 @@ class Generation:
             with self.turns:
                 self.stop_if_done()  # the client may have left while it waited
                 model.continuations(
-                    self.prompts, how.max_tokens, n=how.n, seed=how.seed % 2**31, 
-                    stop_tokens=sorted(self.ends), temperature=how.temperature, top_p=how.top_p, top_k=max(0, how.top_k),
-                    min_p=how.min_p, repetition_penalty=how.repetition_penalty, stream=self.token,
-                    adjust=self.adjust, force=self.force if how.calculator or how.stop else None,
-                )  # fmt: skip
+                    self.prompts,
+                    how.max_tokens,
+                    **how.model_dump(include=SAMPLING),
+                    stop_tokens=sorted({model.eos, model.end}),
+                    stream=self.token,
+                    adjust=self.adjust,
+                    force=self.force if how.calculator or how.stop else None,
+                )
         except Stopped:
             pass
-        for r, row in enumerate(self.rows):
-            if not row.finish and not self.gone.is_set():
-                self.publish(r, row.add([], last=True), [], "length")
+        for row in self.rows:
+            if not row.finish:
+                self.publish(row.add(b"", [], "length"))
         return self.rows
+
+    def publish(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self.emit(piece)
 
     def stop_if_done(self) -> None:
         if self.gone.is_set() or all(row.finish for row in self.rows):
@@ -348,37 +341,26 @@ class Generation:
 
     def force(self, r: int, new: list[int]) -> list[int]:
         """Ids that must come next: the end of a finished row, or the calculator's result."""
-        if self.rows[r].finish:
+        row = self.rows[r]
+        if row.finish:
             return [self.model.eos]
         if not self.how.calculator:
             return []
         known = self.prompts[r // self.how.n][-100:]  # a prompt may end in an open sum
         result = self.model.calculator(r, [*known, *new])
-        self.rows[r].computed = len(result)
+        row.computed = len(result)
         return result
 
     def token(self, r: int, token: int) -> None:
         """Called with every new token of row r."""
-        row = self.rows[r]
+        row, model, most = self.rows[r], self.model, self.how.alternatives
         if row.finish:
             return
-        entries = []
-        if self.how.alternatives is not None:
-            entries.append(token_entry(self.model, self.log_p[r], token, self.how.alternatives))
-        if token not in self.ends:
-            return self.publish(r, row.add([token]), entries, None)
-        parts = row.add([], last=True)
         row.ids.append(token)
-        return self.publish(r, parts, entries, "stop")
-
-    def publish(self, r: int, parts: list[tuple[str, bool]], entries: list[dict], finish: str | None) -> None:
-        """Gives out text of a row, each part with its author, and log-probabilities with the last part."""
-        row = self.rows[r]
-        row.finish = row.finish or finish
-        *before, (text, by_calculator) = parts or [("", False)]
-        for part in before:
-            self.emit(Piece(r, *part))
-        self.emit(Piece(r, text, by_calculator, entries, row.finish))
+        entries = [] if most is None else [token_entry(model, self.log_p[r], token, most)]
+        special = token in model.tokenizer.special_ids.values()
+        text = b"" if special else model.tokenizer.token_bytes(token)
+        self.publish(row.add(text, entries, "stop" if token in (model.eos, model.end) else None))
 
 
 def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) -> dict:
@@ -432,8 +414,9 @@ def rank_answers(verifier: Verifier, problem: str, answers: list[str], greedy: s
         for i in sorted(range(len(answers)), key=lambda i: -scores[i])
     ]
     winner = majority(numbers)
-    vote = {"number": winner, "votes": 0, "index": None}
-    if winner is not None:
-        vote |= {"votes": numbers.count(winner), "index": numbers.index(winner)}
-    greedy = {"number": extract_number(greedy), "text": greedy}
-    return {"answers": ranked, "best": ranked[0]["index"], "majority": vote, "greedy": greedy}
+    votes = 0 if winner is None else numbers.count(winner)
+    return {
+        "answers": ranked,
+        "majority": {"number": winner, "votes": votes},
+        "greedy": {"number": extract_number(greedy), "text": greedy},
+    }

@@ -76,7 +76,7 @@ def summary(name: str, folder: Path, home: Path, stamps: tuple) -> dict:
 
 def summary_of_files(folder: Path, home: Path) -> dict:
     run, newest = run_of(folder), {}
-    for line in last_lines(folder / "metrics.jsonl"):
+    for line in parsed(last_bytes(folder / "metrics.jsonl", 8192)):
         newest |= line
     results = run.get("results") or {}
     checked = results.get("last") or results.get("best") or {}
@@ -117,10 +117,6 @@ def last_bytes(file: Path, most: int) -> bytes:
             return handle.read()
     except OSError:
         return b""
-
-
-def last_lines(file: Path) -> list[dict]:
-    return parsed(last_bytes(file, 8192))
 
 
 def parsed(text: bytes) -> list[dict]:
