@@ -9,23 +9,15 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import accumulate
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
-from support.guard import error_body, to_json
-from support.serving import (
-    MOST_ROWS,
-    Generation,
-    Piece,
-    Sampling,
-    check_context,
-    prompt_entries,
-    rank_answers,
-)
+from support.guard import Refused, error_body, to_json
+from support.serving import MOST_ROWS, Generation, Piece, Sampling, prompt_entries, rank_answers
 from support.tables import valid
 from support.text_model import TextModel
 
@@ -46,6 +38,10 @@ class Question(Sampling):
     def without_nulls(cls, given):
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
+    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
+        """Pieces with the prompts, if they belong to the answer."""
+        return ()
+
 
 def as_prompts(given: object) -> object:
     """One prompt, as a text or as ids, becomes a list of one."""
@@ -62,6 +58,7 @@ class Completion(Question):
 
     prompt: Annotated[list[Prompt], BeforeValidator(as_prompts), Field(min_length=1, max_length=MOST_ROWS)]
     echo: bool = False
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     suffix: str = Field("", max_length=0)
 
@@ -74,11 +71,8 @@ class Completion(Question):
         begin = model.bos or [model.eos]
         return [[*begin, *model.encode(valid(p))] if isinstance(p, str) else p for p in self.prompt]
 
-    def new_tokens(self, room: int) -> int:
-        return 16 if self.max_tokens is None else self.max_tokens
-
-    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterator[Piece]:
-        """If wanted: each prompt as the first piece of each of its n rows, without what `prompts` added."""
+    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
+        """Each prompt is the first piece of each of its n rows, without what `prompts` added."""
         for i, ids in enumerate(prompts if self.echo else []):
             added = len(model.bos or [model.eos]) if isinstance(self.prompt[i], str) else 0
             text = model.tokenizer.decode(ids[added:])
@@ -152,12 +146,6 @@ class Chat(Question):
             return [model.conversation(turns)[0]]
         return [[*model.conversation(turns[:-1])[0], *model.encode(turns[-1]["content"])]]
 
-    def new_tokens(self, room: int) -> int:
-        return max(1, room) if self.max_tokens is None else self.max_tokens
-
-    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterator[Piece]:
-        return iter(())
-
     def problem(self) -> tuple[str, str]:
         turns = [message.turn() for message in self.messages]
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
@@ -167,7 +155,7 @@ class Chat(Question):
 
     def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
         message = {"content": piece.text} | ({"role": "assistant"} if sent is None else {})
-        logprobs = {"content": chat_logprobs(piece.tokens)} if self.logprobs else None
+        logprobs = {"content": piece.tokens} if self.logprobs else None
         return {"delta" if streaming else "message": message, "logprobs": logprobs}
 
 
@@ -191,8 +179,15 @@ class Job:
         self.n_rows = len(self.prompts) * question.n
         if self.n_rows > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
-        new = question.new_tokens(self.model.context_length - len(self.prompts[0]))
-        check_context(self.model, self.prompts, new)
+        room = self.model.context_length - max(map(len, self.prompts))
+        new = max(1, room) if question.max_tokens is None else question.max_tokens
+        if new > room:
+            raise Refused(
+                400,
+                f"this model's context length is {self.model.context_length} tokens; you asked for "
+                f"{self.model.context_length - room + new}, {new} of them to be generated",
+                "context_length_exceeded",
+            )
         self.question = question.model_copy(update={"max_tokens": new})
         self.verifier = lab.pool.verifier(question.verifier, self.model) if question.verifier else None
         self.problem = question.problem() if self.verifier else None
@@ -304,7 +299,7 @@ def text_logprobs(entries: list[dict], offset: int) -> dict:
     lengths = [0 if name.startswith("bytes:") else len(name) for name in names]
     tops = []
     for entry in entries:
-        top = entry["top"]
+        top = entry["top_logprobs"]
         tops.append(None if top is None else {one["token"]: one["logprob"] for one in top})
     return {
         "tokens": names,
@@ -312,9 +307,3 @@ def text_logprobs(entries: list[dict], offset: int) -> dict:
         "top_logprobs": tops,
         "text_offset": list(accumulate(lengths, initial=offset))[:-1],
     }
-
-
-def chat_logprobs(entries: list[dict]) -> list[dict]:
-    """As in /v1/chat/completions."""
-    names = {"token": "token", "bytes": "bytes", "logprob": "logprob", "top": "top_logprobs"}
-    return [{theirs: entry[ours] for ours, theirs in names.items()} for entry in entries]

@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from support.guard import NotFound, Refused
+from support.guard import NotFound
 from support.inside import logits_of, token_text, without_heads
 from support.loading import is_adapter, is_chat, kind_of, load_model, load_tokenizer, read_config
 from support.memory import free_bytes, free_cached_memory, weight_bytes
@@ -237,10 +237,10 @@ class Piece:
 
 
 class Row:
-    """A row's text: gives out only what later tokens cannot change."""
+    """A row's text: gives to `emit` only what later tokens cannot change."""
 
-    def __init__(self, index: int, stop: list[str]):
-        self.index, self.stop = index, stop
+    def __init__(self, index: int, stop: list[str], emit: Callable[[Piece], None]):
+        self.index, self.stop, self.emit = index, stop, emit
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of characters
         self.ids: list[int] = []
         self.computed = 0  # so many of the next tokens are the calculator's
@@ -248,9 +248,9 @@ class Row:
         self.text = ""  # given out
         self.finish: str | None = None
 
-    def add(self, new: bytes, tokens: list[dict], finish: str | None = None) -> list[Piece]:
+    def add(self, new: bytes, tokens: list[dict], finish: str | None = None) -> None:
         """The bytes of the next token, its log-probabilities, and why the row ends with it (None: it does
-        not). Returns the text that cannot be part of a stop string, a piece for each author.
+        not). Gives out the text that cannot be part of a stop string, a piece for each author.
         """
         by_calculator = self.computed > 0
         self.computed -= by_calculator
@@ -266,7 +266,8 @@ class Row:
         self.text, self.held, self.finish = self.text + text[:size], self.held[size:], finish
         pieces = pieces or [Piece(self.index)]
         pieces[-1].tokens, pieces[-1].finish = tokens, finish
-        return pieces
+        for piece in pieces:
+            self.emit(piece)
 
 
 def overlap(text: str, stop: str) -> int:
@@ -284,8 +285,8 @@ class Generation:
 
     def __init__(self, model: TextModel, prompts: list[list[int]], how: Sampling, emit, gone, turns: Turns):
         self.model, self.prompts, self.how = model, prompts, how
-        self.emit, self.gone, self.turns = emit, gone, turns
-        self.rows = [Row(r, how.stop) for r in range(len(prompts) * how.n)]
+        self.gone, self.turns = gone, turns
+        self.rows = [Row(r, how.stop, emit) for r in range(len(prompts) * how.n)]
         self.log_p: dict = {}  # row: log-probabilities of its next token, (V)
 
     def run(self) -> list[Row]:
@@ -310,12 +311,8 @@ class Generation:
             pass
         for row in self.rows:
             if not row.finish:
-                self.publish(row.add(b"", [], "length"))
+                row.add(b"", [], "length")
         return self.rows
-
-    def publish(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            self.emit(piece)
 
     def stop_if_done(self) -> None:
         if self.gone.is_set() or all(row.finish for row in self.rows):
@@ -360,11 +357,11 @@ class Generation:
         entries = [] if most is None else [token_entry(model, self.log_p[r], token, most)]
         special = token in model.tokenizer.special_ids.values()
         text = b"" if special else model.tokenizer.token_bytes(token)
-        self.publish(row.add(text, entries, "stop" if token in (model.eos, model.end) else None))
+        row.add(text, entries, "stop" if token in (model.eos, model.end) else None)
 
 
 def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) -> dict:
-    """{"token", "bytes", "logprob", "top": [the same for the likeliest]} from log-probabilities (V)."""
+    """{"token", "bytes", "logprob", "top_logprobs": [the same of the likeliest]}, from log_p (V)."""
 
     def named(i: int, value: float) -> dict:
         raw = model.tokenizer.token_bytes(i)
@@ -372,27 +369,15 @@ def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) ->
 
     top = log_p.topk(most)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return named(token, float(log_p[token])) | {"top": [named(i, value) for i, value in pairs]}
+    return named(token, float(log_p[token])) | {"top_logprobs": [named(i, value) for i, value in pairs]}
 
 
 @torch.no_grad()
 def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
     """`token_entry` of every token of a prompt given those before it; the first one's logprob is None."""
     log_p = logits_of(model, ids).log_softmax(-1)
-    first = token_entry(model, log_p[0], ids[0], 0) | {"logprob": None, "top": None}
+    first = token_entry(model, log_p[0], ids[0], 0) | {"logprob": None, "top_logprobs": None}
     return [first, *(token_entry(model, log_p[t], i, most) for t, i in enumerate(ids[1:]))]
-
-
-def check_context(model: TextModel, prompts: list[list[int]], new: int) -> None:
-    """Refuses a prompt that does not fit into the context together with its answer."""
-    longest = max(map(len, prompts))
-    if longest + new > model.context_length:
-        raise Refused(
-            400,
-            f"this model's context length is {model.context_length} tokens; you asked for {longest + new} "
-            f"({longest} in the prompt, {new} to be generated)",
-            "context_length_exceeded",
-        )
 
 
 # -----------------------------------------------------------------------------
