@@ -34,11 +34,14 @@ def form(stage: str) -> dict:
     types, helps = get_type_hints(Config), field_comments(Config)
     for field in settings_of(stage):
         owner = next(c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {}))
+        title = owner.__doc__.splitlines()[0]
         about = {"name": field.name, "default": field.default, "help": helps.get(field.name, "")}
-        groups.setdefault(owner.__doc__.splitlines()[0], []).append(about | kind_of(types[field.name]))
+        about |= kind_of(types[field.name])
+        groups.setdefault(title, []).append(about)
+    files = sorted(ROOT.glob("configs/[!_]*.py"))
     return {
         "doc": importlib.import_module(stage).__doc__.splitlines()[0],
-        "configs": [file.stem for file in sorted(ROOT.glob("configs/[!_]*.py")) if stage_of(file) == stage],
+        "configs": [file.stem for file in files if stage_of(file) == stage],
         "groups": [{"title": title, "fields": some} for title, some in groups.items()],
     }
 
@@ -47,8 +50,10 @@ def kind_of(annotation) -> dict:
     """{"kind": "bool", "int", "float", "str" or "choice", "choices": [...]} of a setting's type."""
     types = alternatives(annotation)
     choices = [value for one in types for value in get_args(one)]
+    if choices and bool in types:
+        choices += [True, False]
     if choices:
-        return {"kind": "choice", "choices": choices + ([True, False] if bool in types else [])}
+        return {"kind": "choice", "choices": choices}
     return {"kind": next(KINDS[one] for one in types if one in KINDS), "choices": []}
 
 

@@ -68,8 +68,12 @@ class Completion(Question):
 
     def prompts(self, model: TextModel) -> list[list[int]]:
         """The ids of each prompt. A text gets the token that begins a document, ids are left as they are."""
-        begin = model.bos or [model.eos]
-        return [[*begin, *model.encode(valid(p))] if isinstance(p, str) else p for p in self.prompt]
+        found = []
+        for prompt in self.prompt:
+            if isinstance(prompt, str):
+                prompt = [*(model.bos or [model.eos]), *model.encode(valid(prompt))]
+            found.append(prompt)
+        return found
 
     def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
         """Each prompt is the first piece of each of its n rows, without what `prompts` added."""
@@ -154,7 +158,9 @@ class Chat(Question):
         return asked[-1], turns[-1]["content"] if self.continue_final_message else ""
 
     def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
-        message = {"content": piece.text} | ({"role": "assistant"} if sent is None else {})
+        message = {"content": piece.text}
+        if sent is None:
+            message["role"] = "assistant"
         logprobs = {"content": piece.tokens} if self.logprobs else None
         return {"delta" if streaming else "message": message, "logprobs": logprobs}
 
@@ -167,27 +173,26 @@ class Job:
     """A request whose model, prompts and limits have been checked: computes the answer, and sends it."""
 
     def __init__(self, lab, question: Completion | Chat):
-        self.lab, self.model = lab, lab.pool.get(question.model)
+        self.lab = lab
+        self.model = lab.pool.get(question.model)
         if self.model.kind != "causal":
             raise ValueError(f"{question.model} is not a decoder (kind: {self.model.kind})")
         if question.heads_off and not self.model.ours:
             raise ValueError("heads_off is for models that model.py computes")
         self.prompts = question.prompts(self.model)
         known = self.model.model.config.vocab_size
-        if not all(0 <= i < known for ids in [*self.prompts, question.logit_bias] for i in ids):
-            raise ValueError(f"token ids must be from 0 to {known - 1}")
+        for ids in [*self.prompts, question.logit_bias]:
+            if not all(0 <= i < known for i in ids):
+                raise ValueError(f"token ids must be from 0 to {known - 1}")
         self.n_rows = len(self.prompts) * question.n
         if self.n_rows > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
-        room = self.model.context_length - max(map(len, self.prompts))
-        new = max(1, room) if question.max_tokens is None else question.max_tokens
-        if new > room:
-            raise Refused(
-                400,
-                f"this model's context length is {self.model.context_length} tokens; you asked for "
-                f"{self.model.context_length - room + new}, {new} of them to be generated",
-                "context_length_exceeded",
-            )
+        most, longest = self.model.context_length, max(map(len, self.prompts))
+        new = max(1, most - longest) if question.max_tokens is None else question.max_tokens
+        if longest + new > most:
+            words = f"this model's context length is {most} tokens; you asked for {longest + new}"
+            words += f" ({longest} in the prompt, {new} to be generated)"
+            raise Refused(400, words, "context_length_exceeded")
         self.question = question.model_copy(update={"max_tokens": new})
         self.verifier = lab.pool.verifier(question.verifier, self.model) if question.verifier else None
         self.problem = question.problem() if self.verifier else None
@@ -206,7 +211,8 @@ class Job:
                 if gone.is_set():
                     return
         rows = Generation(self.model, self.prompts, self.question, emit, gone, turns).run()
-        asked, new = sum(map(len, self.prompts)), sum(len(row.ids) for row in rows)
+        asked = sum(map(len, self.prompts))
+        new = sum(len(row.ids) for row in rows)
         self.usage = {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}
         if self.verifier is None or gone.is_set():
             return
@@ -219,10 +225,11 @@ class Job:
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What is new, every hundredth of a second. Leaving the loop stops the computation."""
-        news, gone = deque(), threading.Event()
+        news: deque[Piece] = deque()
+        gone = threading.Event()
         with self.lab.stream():
-            run = asyncio.get_running_loop().run_in_executor
-            done = run(self.lab.threads, self.compute, news.append, gone)
+            loop = asyncio.get_running_loop()
+            done = loop.run_in_executor(self.lab.threads, self.compute, news.append, gone)
             try:
                 while not done.done() or news:
                     yield merged(news)

@@ -87,7 +87,8 @@ class Pool:
         self.home, self.device, self.others = home, device, others
         self.budget = int(gib * 2**30) or free_bytes(device) // 2
         self.loaded: dict[tuple, tuple] = {}  # key: (state of the files, model, bytes); last used, last
-        self.guard, self.turns = threading.Lock(), Turns()
+        self.guard = threading.Lock()
+        self.turns = Turns()
         for name in others:
             about(name, name, weights_of(name)[0])  # raises now what would be wrong later
 
@@ -145,8 +146,9 @@ class Pool:
             if entry is None or entry[0] != state:
                 entry = state, *load()
             self.loaded[key] = entry
-            while len(self.loaded) > 1 and sum(size for *_, size in self.loaded.values()) > self.budget:
-                del self.loaded[next(iter(self.loaded))]
+            sizes = [size for *_, size in self.loaded.values()]
+            while len(sizes) > 1 and sum(sizes) > self.budget:
+                del self.loaded[next(iter(self.loaded))], sizes[0]
                 free_cached_memory()
         return entry[1]
 
@@ -160,7 +162,8 @@ class Pool:
 def weights_of(folder: str | Path) -> tuple[float, int]:
     """(when they were written, bytes) of a folder's weights; (0.0, 0) for a model of the hub."""
     files = [file.stat() for file in Path(folder).glob("*.safetensors")]
-    return max((file.st_mtime for file in files), default=0.0), sum(file.st_size for file in files)
+    written = max((file.st_mtime for file in files), default=0.0)
+    return written, sum(file.st_size for file in files)
 
 
 @lru_cache(2048)
@@ -233,7 +236,9 @@ class Piece:
     finish: str | None = None  # "stop" or "length"
 
     def add(self, later: "Piece") -> None:
-        self.text, self.tokens, self.finish = self.text + later.text, self.tokens + later.tokens, later.finish
+        self.text += later.text
+        self.tokens = self.tokens + later.tokens
+        self.finish = later.finish
 
 
 class Row:
@@ -244,8 +249,9 @@ class Row:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of characters
         self.ids: list[int] = []
         self.computed = 0  # so many of the next tokens are the calculator's
-        self.held: list[tuple[str, bool]] = []  # characters not given out yet, and whether it wrote them
         self.text = ""  # given out
+        self.held = ""  # not yet
+        self.authors: list[bool] = []  # of each character held: is it the calculator's?
         self.finish: str | None = None
 
     def add(self, new: bytes, tokens: list[dict], finish: str | None = None) -> None:
@@ -254,20 +260,32 @@ class Row:
         """
         by_calculator = self.computed > 0
         self.computed -= by_calculator
-        self.held += [(c, by_calculator) for c in self.decoder.decode(new, final=finish is not None)]
-        text = "".join(c for c, _ in self.held)
-        size, found = len(text), [at for at in map(text.find, self.stop) if at >= 0]
+        self.held += self.decoder.decode(new, final=finish is not None)
+        self.authors += [by_calculator] * (len(self.held) - len(self.authors))
+        found = [at for at in map(self.held.find, self.stop) if at >= 0]
+        size = len(self.held)
         if found:
             size, finish = min(found), "stop"
         elif finish is None:
-            size -= max((overlap(text, stop) for stop in self.stop), default=0)
-        parts = groupby(self.held[:size], key=lambda pair: pair[1])
-        pieces = [Piece(self.index, "".join(c for c, _ in some), author) for author, some in parts]
-        self.text, self.held, self.finish = self.text + text[:size], self.held[size:], finish
-        pieces = pieces or [Piece(self.index)]
-        pieces[-1].tokens, pieces[-1].finish = tokens, finish
-        for piece in pieces:
+            size -= max((overlap(self.held, stop) for stop in self.stop), default=0)
+        self.finish = finish
+        *before, last = self.pieces(size) or [Piece(self.index)]
+        for piece in before:
             self.emit(piece)
+        last.tokens, last.finish = tokens, finish
+        self.emit(last)
+
+    def pieces(self, size: int) -> list[Piece]:
+        """Takes the first `size` characters from `held`."""
+        found, begin = [], 0
+        for author, characters in groupby(self.authors[:size]):
+            end = begin + len(list(characters))
+            found.append(Piece(self.index, self.held[begin:end], author))
+            begin = end
+        self.text += self.held[:size]
+        self.held = self.held[size:]
+        self.authors = self.authors[size:]
+        return found
 
 
 def overlap(text: str, stop: str) -> int:
@@ -285,7 +303,8 @@ class Generation:
 
     def __init__(self, model: TextModel, prompts: list[list[int]], how: Sampling, emit, gone, turns: Turns):
         self.model, self.prompts, self.how = model, prompts, how
-        self.gone, self.turns = gone, turns
+        self.gone = gone
+        self.turns = turns
         self.rows = [Row(r, how.stop, emit) for r in range(len(prompts) * how.n)]
         self.log_p: dict = {}  # row: log-probabilities of its next token, (V)
 
@@ -388,16 +407,16 @@ def rank_answers(verifier: Verifier, problem: str, answers: list[str], greedy: s
     """The answers from best to worst by the verifier, beside what the majority and the greedy answer say."""
     scores, probabilities = verifier.judge([problem] * len(answers), answers)
     numbers = [extract_number(answer) for answer in answers]
-    ranked = [
-        {
+    ranked = []
+    for i in sorted(range(len(answers)), key=lambda i: -scores[i]):
+        about = {
             "index": i,
             "number": numbers[i],
             "probability": round(float(probabilities[i]), 4),
             "score": round(max(float(scores[i]), -1e6), 4),
             "text": answers[i],
         }
-        for i in sorted(range(len(answers)), key=lambda i: -scores[i])
-    ]
+        ranked.append(about)
     winner = majority(numbers)
     votes = 0 if winner is None else numbers.count(winner)
     return {

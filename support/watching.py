@@ -48,8 +48,8 @@ def summaries(home: Path) -> list[dict]:
     found = {}
     for name, folder in named_runs(home).items():
         files = ("run.json", "metrics.jsonl", "results.json")
-        state = (*(stamp(folder / file) for file in files), locked(folder))
-        found[name] = summary(name, folder, home, state)
+        times = tuple(written_at(folder / file) for file in files)
+        found[name] = summary(name, folder, home, times, locked(folder))
     for begun in starting(home):
         run = found.get(begun["name"], {})
         if run.get("state") != "running":
@@ -57,17 +57,16 @@ def summaries(home: Path) -> list[dict]:
     return sorted(found.values(), key=lambda run: (str(run.get("started")), run["name"]))
 
 
-def stamp(file: Path) -> tuple:
-    """What changes when a file is written or replaced; the last part is the time of it."""
+def written_at(file: Path) -> int:
+    """Nanoseconds; 0 if there is no such file."""
     try:
-        found = file.stat()
+        return file.stat().st_mtime_ns
     except OSError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+        return 0
 
 
-@lru_cache(2048)  # a run is read again only when its files (their `stamps`) or its lock have changed
-def summary(name: str, folder: Path, home: Path, stamps: tuple) -> dict:
+@lru_cache(2048)  # a run is read again only when its files or its lock have changed
+def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -> dict:
     try:
         return summary_of_files(folder, home) | {"name": name}
     except Exception as error:  # its files may hold anything: one bad run must not hide the others
@@ -134,7 +133,7 @@ def parsed(text: bytes) -> list[dict]:
 
 def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | None]:
     """Yields (from the start?, lines that are new in a log), None if there are none. A log that was replaced
-    begins again. At first at most `most` lines: of a longer log every k-th one, but all of evaluations.
+    begins again. At first at most `most` lines: see `thinned`.
     """
     inode, offset = None, 0
     while True:
@@ -150,10 +149,15 @@ def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | Non
         text = text[: text.rfind(b"\n") + 1]
         offset += len(text)
         lines = parsed(text)
-        every, last = -(-len(lines) // most), len(lines) - 1
-        if every > 1:
-            lines = [x for i, x in enumerate(lines) if i % every == 0 or "val_loss" in x or i == last]
+        if len(lines) > most:
+            lines = thinned(lines, most)
         yield (reset, lines) if reset or lines else None
+
+
+def thinned(lines: list[dict], most: int) -> list[dict]:
+    """Every k-th line, so that `most` remain; also the last one and those of evaluations."""
+    every = -(-len(lines) // most)
+    return [x for i, x in enumerate(lines, 1) if i % every == 0 or i == len(lines) or "val_loss" in x]
 
 
 # -----------------------------------------------------------------------------
@@ -186,11 +190,11 @@ def results_table(folder: Path, home: Path) -> dict:
     """Every measurement of a run and its checkpoints, with its interval."""
     rows = []
     for found in measurements(home):
+        entry = found.entry
         if found.file.resolve().is_relative_to(folder.resolve()):
-            metrics = found.entry["metrics"].items()
-            values = "; ".join(f"{METRICS.get(key, key)} {value_of(key, metric)}" for key, metric in metrics)
-            where = f"{found.entry.get('task')} ({found.entry.get('split', '')})"
-            rows.append([where, found.way, found.entry.get("items"), values, found.notes])
+            where = f"{entry.get('task')} ({entry.get('split', '')})"
+            values = [f"{METRICS.get(key, key)} {value_of(key, x)}" for key, x in entry["metrics"].items()]
+            rows.append([where, found.way, entry.get("items"), "; ".join(values), found.notes])
     return {"head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
 
 
@@ -241,20 +245,23 @@ def starting(home: Path) -> list[dict]:
     for file in home.glob("logs/page-*.json"):
         about = read_json(file)
         name, stage = about.get("name"), about.get("stage")
-        known = isinstance(name, str) and file == page_file(home, name, "json")
-        if not known or stamp(home / name / "run.json")[-1:] > stamp(file)[-1:]:  # it has written since
+        if not isinstance(name, str) or file != page_file(home, name, "json"):
             continue
-        state, error = "starting", None
+        if written_at(home / name / "run.json") > written_at(file):  # it has begun
+            continue
+        run = {"name": name, "stage": stage, "state": "starting", "error": None}
         if not locked(page_file(home, name, "log")):
-            state, error = "failed", last_words(log_tail(home, name), f"{stage}.py:")
-        found.append({"name": name, "stage": stage, "state": state, "error": error})
+            run |= {"state": "failed", "error": last_words(log_tail(home, name), f"{stage}.py:")}
+        found.append(run)
     return found
 
 
 def last_words(log: str, script: str) -> str:
     """The error at the end of a log: from where the script names itself, else the last line."""
     begin = log.rfind(script)
-    return log[begin:].strip() if begin >= 0 else (log.strip().splitlines() or ["it ended at once"])[-1]
+    if begin >= 0:
+        return log[begin:].strip()
+    return (log.strip() or "it ended at once").splitlines()[-1]
 
 
 def log_tail(home: Path, name: str) -> str:

@@ -402,7 +402,7 @@ def wait_for(client, name: str, state: str, step: int = 0) -> dict:
     def reached():
         found = state_of(client, name)
         assert found["state"] == state or found["state"] not in ("failed", "lost"), found
-        return found if found["state"] == state and found["step"] >= step else None
+        return found if found["state"] == state and found.get("step", 0) >= step else None
 
     return wait_until(reached)
 

@@ -176,7 +176,6 @@ async function reply(turn, pane, box) {
   };
   try {
     const { path, body } = await question(turn, pane);
-    body.stream_options = { include_usage: true };
     await stream(path, body, work.signal, onEvent);
     note();
   } catch (error) {
@@ -189,10 +188,9 @@ async function reply(turn, pane, box) {
 function append(answer, { text, delta, calculator }) {
   const words = text ?? delta?.content;
   if (!words) return 0;
-  const tool = Boolean(calculator ?? delta?.calculator);
   const part = answer.parts.at(-1);
-  if (part?.[1] === tool) part[0] += words;
-  else answer.parts.push([words, tool]);
+  if (part?.[1] === calculator) part[0] += words;
+  else answer.parts.push([words, calculator]);
   return 1;
 }
 
@@ -202,7 +200,7 @@ const wordsOf = (answer) => answer?.parts.map(([words]) => words).join("") ?? ""
 async function question(turn, pane) {
   const model = state.models[pane];
   const begun = wordsOf(turn.replies[pane]);
-  const body = { model, stream: true, calculator: state.calculator };
+  const body = { model, stream: true, stream_options: { include_usage: true }, calculator: state.calculator };
   for (const name of Object.keys(SAMPLING)) if (state[name] !== "") body[name] = Number(state[name]);
   body.seed = turn.seed;
   if (!known[model].chat) {
