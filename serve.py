@@ -266,13 +266,13 @@ async def show_config(stage: Stage, config: str):
 
 @router.post("/lab/plan")
 async def plan(lab: AnyLab, wish: RunRequest):
-    """What a run would cost, by plan.py; one at a time."""
-    command = [sys.executable, str(ROOT / "plan.py"), f"{wish.stage}.py", *wish.argv(lab.home)]
+    """What a run would cost, by lab/plan.py; one at a time."""
+    command = [sys.executable, "-m", "lab.plan", f"{wish.stage}.py", *wish.argv(lab.home.resolve())]
     if lab.planning.locked():
         raise Refused(429, "another plan is being computed: try again when it is done")
     pipe = asyncio.subprocess.PIPE
     async with lab.planning:
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=pipe, stderr=pipe)
         try:
             text, errors = await asyncio.wait_for(process.communicate(), 180)
         except asyncio.TimeoutError:
@@ -324,7 +324,6 @@ class InspectRequest(BaseModel):
     position: int = Field(-1, ge=-1)
     target: int | None = None
     heads_off: list[tuple[int, int]] = []
-    alternatives: int = Field(10, ge=1, le=50)
     layer: int = Field(0, ge=0)
 
     def ids(self, model) -> list[int]:
@@ -343,7 +342,7 @@ def inside(lab: AnyLab, look: InspectRequest):
     use_cores(model)
     with lab.pool.turns:
         ids = look.ids(model)
-        return look_inside(model, ids, look.position, look.target, look.heads_off, look.alternatives)
+        return look_inside(model, ids, look.position, look.target, look.heads_off, alternatives=50)
 
 
 @router.post("/lab/attention")

@@ -186,9 +186,9 @@ def chat_template(folder: Path) -> str:
 
 
 def end_id(folder: Path, tokenizer: Tokenizer, rows: int, template: str) -> int:
-    """The id that ends an answer. Older runs name <|endoftext|> although their template has <|end|>."""
-    name = read_json(folder / "tokenizer_config.json").get("eos_token", EOT)
-    found = tokenizer.special_ids.get("<|end|>" if "<|end|>" in template else name, rows)
+    """The id that ends an answer of a chat model, or a text."""
+    name = read_json(folder / "tokenizer_config.json").get("eos_token")
+    found = tokenizer.special_ids.get(name, rows)
     return found if template and found < rows else tokenizer.eot_id
 
 

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from itertools import accumulate
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
@@ -155,7 +154,8 @@ class Chat(Question):
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         if not asked:
             raise ValueError("verifier: no user message has a problem")
-        return asked[-1], turns[-1]["content"] if self.continue_final_message else ""
+        begun = turns[-1]["content"] if self.continue_final_message else ""
+        return asked[-1], begun
 
     def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
         message = {"content": piece.text}
@@ -273,11 +273,11 @@ class Job:
                 if await request.is_disconnected():
                     break
         choices = [self.choice(row, None, False) for row in rows]
-        found = self.head | {"object": self.question.objects[0], "usage": self.usage, "choices": choices}
+        found = self.head | {"object": self.question.objects[0], "usage": self.usage}
         if self.verdict:
-            best_first = [choices[answer["index"]] for answer in self.verdict["answers"]]
-            found |= {"verdict": self.verdict, "choices": best_first}
-        return found
+            found["verdict"] = self.verdict
+            choices = [choices[answer["index"]] for answer in self.verdict["answers"]]
+        return found | {"choices": choices}
 
 
 def merged(news: deque[Piece]) -> list[Piece]:
@@ -302,15 +302,14 @@ def event(data, name: str = "") -> str:
 
 def text_logprobs(entries: list[dict], offset: int) -> dict:
     """As in /v1/completions; offset: characters of the text before."""
-    names = [entry["token"] for entry in entries]
-    lengths = [0 if name.startswith("bytes:") else len(name) for name in names]
-    tops = []
+    found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
-        top = entry["top_logprobs"]
-        tops.append(None if top is None else {one["token"]: one["logprob"] for one in top})
-    return {
-        "tokens": names,
-        "token_logprobs": [entry["logprob"] for entry in entries],
-        "top_logprobs": tops,
-        "text_offset": list(accumulate(lengths, initial=offset))[:-1],
-    }
+        name, top = entry["token"], entry["top_logprobs"]
+        if top is not None:
+            top = {one["token"]: one["logprob"] for one in top}
+        found["tokens"].append(name)
+        found["token_logprobs"].append(entry["logprob"])
+        found["top_logprobs"].append(top)
+        found["text_offset"].append(offset)
+        offset += 0 if name.startswith("bytes:") else len(name)
+    return found

@@ -84,7 +84,9 @@ class Pool:
     """
 
     def __init__(self, home: Path, device: torch.device, others: list[str], gib: float = 0.0):
-        self.home, self.device, self.others = home, device, others
+        self.home = home
+        self.device = device
+        self.others = others
         self.budget = int(gib * 2**30) or free_bytes(device) // 2
         self.loaded: dict[tuple, tuple] = {}  # key: (state of the files, model, bytes); last used, last
         self.guard = threading.Lock()
@@ -177,7 +179,8 @@ def about(name: str, folder: str, written: float) -> dict:
         "checkpoint": Path(folder).parent.name == "checkpoints",
         "context_length": config.get("max_position_embeddings") or config.get("n_positions"),
     }
-    meta |= {key: run.get(key) for key in ("stage", "parameters", "smoke")}
+    for key in ("stage", "parameters", "smoke"):
+        meta[key] = run.get(key)
     return {"id": name, "object": "model", "created": int(written), "owned_by": "modern-llm", "meta": meta}
 
 
@@ -245,7 +248,9 @@ class Row:
     """A row's text: gives to `emit` only what later tokens cannot change."""
 
     def __init__(self, index: int, stop: list[str], emit: Callable[[Piece], None]):
-        self.index, self.stop, self.emit = index, stop, emit
+        self.index = index
+        self.stop = stop
+        self.emit = emit
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of characters
         self.ids: list[int] = []
         self.computed = 0  # so many of the next tokens are the calculator's
@@ -302,7 +307,9 @@ class Generation:
     """Continues prompts and gives `emit` a Piece for each token, until `gone` is set."""
 
     def __init__(self, model: TextModel, prompts: list[list[int]], how: Sampling, emit, gone, turns: Turns):
-        self.model, self.prompts, self.how = model, prompts, how
+        self.model = model
+        self.prompts = prompts
+        self.how = how
         self.gone = gone
         self.turns = turns
         self.rows = [Row(r, how.stop, emit) for r in range(len(prompts) * how.n)]
@@ -369,11 +376,13 @@ class Generation:
 
     def token(self, r: int, token: int) -> None:
         """Called with every new token of row r."""
-        row, model, most = self.rows[r], self.model, self.how.alternatives
+        row, model = self.rows[r], self.model
         if row.finish:
             return
         row.ids.append(token)
-        entries = [] if most is None else [token_entry(model, self.log_p[r], token, most)]
+        entries = []
+        if self.how.alternatives is not None:
+            entries.append(token_entry(model, self.log_p[r], token, self.how.alternatives))
         special = token in model.tokenizer.special_ids.values()
         text = b"" if special else model.tokenizer.token_bytes(token)
         row.add(text, entries, "stop" if token in (model.eos, model.end) else None)

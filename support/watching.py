@@ -47,9 +47,10 @@ def summaries(home: Path) -> list[dict]:
     """What the list of runs shows, by starting time; see `summary`."""
     found = {}
     for name, folder in named_runs(home).items():
-        files = ("run.json", "metrics.jsonl", "results.json")
-        times = tuple(written_at(folder / file) for file in files)
-        found[name] = summary(name, folder, home, times, locked(folder))
+        times = []
+        for file in ("run.json", "metrics.jsonl", "results.json"):
+            times.append(written_at(folder / file))
+        found[name] = summary(name, folder, home, tuple(times), locked(folder))
     for begun in starting(home):
         run = found.get(begun["name"], {})
         if run.get("state") != "running":
@@ -74,7 +75,8 @@ def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -
 
 
 def summary_of_files(folder: Path, home: Path) -> dict:
-    run, newest = run_of(folder), {}
+    run = run_of(folder)
+    newest: dict = {}
     for line in parsed(last_bytes(folder / "metrics.jsonl", 8192)):
         newest |= line
     results = run.get("results") or {}
@@ -201,10 +203,13 @@ def results_table(folder: Path, home: Path) -> dict:
 def compare(folders: dict[str, Path]) -> dict:
     """The settings in which runs differ, and what their curves say."""
     settings = [run_of(folder).get("settings") or {} for folder in folders.values()]
+    keys: dict = {}
+    for some in settings:
+        keys |= some
     rows = []
-    for key in {key: None for some in settings for key in some if key not in ("name", "out")}:
+    for key in keys:
         values = [str(some.get(key, "")) for some in settings]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and key not in ("name", "out"):
             rows.append([key, *values])
     seen = {name: observed(folder)[0] for name, folder in folders.items()}
     return {"differences": {"head": ["setting", *folders], "rows": rows}, "observations": seen}

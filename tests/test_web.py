@@ -95,7 +95,8 @@ def test_a_run_is_started_paused_and_resumed_from_the_page(page, lab_home):
         enter = control.select_option if control.evaluate("e => e.tagName") == "SELECT" else control.fill
         enter(str(value))
     expect(page.locator("#start-go")).to_be_disabled()
-    page.check("#start-anyway")
+    page.click("#start-plan")
+    expect(page.locator("#start-text")).to_contain_text("the plan, for", timeout=120_000)
     page.click("#start-go")
     expect(page.locator("#run-state")).to_have_text("running", timeout=60_000)
     expect(page.locator(".chart[data-chart=loss]")).to_be_visible()

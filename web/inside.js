@@ -64,7 +64,7 @@ function read(text, parent = -1, earlier = null) {
 }
 
 function ask({ model, text, chat, position, target, off }) {
-  const body = { model, text, chat, position, target, heads_off: off, alternatives: 50 };
+  const body = { model, text, chat, position, target, heads_off: off };
   return api("lab/inside", body, work.signal);
 }
 
