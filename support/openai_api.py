@@ -16,7 +16,7 @@ from fastapi import Request
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from support.guard import Refused, error_body, to_json
-from support.serving import MOST_ROWS, Generation, Piece, Sampling, prompt_entries, rank_answers
+from support.serving import MOST_ROWS, Generation, Piece, Sampling, as_list, prompt_entries, rank_answers
 from support.tables import valid
 from support.text_model import TextModel
 
@@ -35,7 +35,9 @@ class Question(Sampling):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, given):
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None}
 
     def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
         """Pieces with the prompts, if they belong to the answer."""
@@ -44,8 +46,9 @@ class Question(Sampling):
 
 def as_prompts(given: object) -> object:
     """One prompt, as a text or as ids, becomes a list of one."""
-    one = isinstance(given, str) or (isinstance(given, list) and given and isinstance(given[0], int))
-    return [given] if one else given
+    if isinstance(given, list) and given and isinstance(given[0], int):
+        return [given]
+    return as_list(given)
 
 
 Prompt = str | Annotated[list[int], Field(min_length=1)]
@@ -77,11 +80,12 @@ class Completion(Question):
     def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
         """Each prompt is the first piece of each of its n rows, without what `prompts` added."""
         for i, ids in enumerate(prompts if self.echo else []):
-            added = len(model.bos or [model.eos]) if isinstance(self.prompt[i], str) else 0
-            text = model.tokenizer.decode(ids[added:])
+            added = 0
+            if isinstance(self.prompt[i], str):
+                added = len(model.bos or [model.eos])
             entries = [] if self.logprobs is None else prompt_entries(model, ids, self.logprobs)
             for row in range(i * self.n, (i + 1) * self.n):
-                yield Piece(row, text, tokens=entries[added:])
+                yield Piece(row, model.tokenizer.decode(ids[added:]), tokens=entries[added:])
 
     def problem(self) -> tuple[str, str]:
         """(problem, beginning of the answer), for the verifier."""
@@ -91,8 +95,10 @@ class Completion(Question):
 
     def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
         """The form of a piece; `sent`: the text of its row that was sent before, None if nothing was."""
-        logprobs = None if self.logprobs is None else text_logprobs(piece.tokens, len(sent or ""))
-        return {"text": piece.text, "logprobs": logprobs}
+        found = {"text": piece.text, "logprobs": None}
+        if self.logprobs is not None:
+            found["logprobs"] = text_logprobs(piece.tokens, len(sent or ""))
+        return found
 
 
 class Part(BaseModel):
@@ -101,9 +107,7 @@ class Part(BaseModel):
 
 
 def as_parts(content: object) -> object:
-    return (
-        [{"type": "text", "text": content or ""}] if content is None or isinstance(content, str) else content
-    )
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
 
 
 class Message(BaseModel):
@@ -147,7 +151,8 @@ class Chat(Question):
             )
         if not self.continue_final_message:
             return [model.conversation(turns)[0]]
-        return [[*model.conversation(turns[:-1])[0], *model.encode(turns[-1]["content"])]]
+        *before, last = turns
+        return [model.conversation(before)[0] + model.encode(last["content"])]
 
     def problem(self) -> tuple[str, str]:
         turns = [message.turn() for message in self.messages]
@@ -187,15 +192,18 @@ class Job:
         self.n_rows = len(self.prompts) * question.n
         if self.n_rows > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
-        most, longest = self.model.context_length, max(map(len, self.prompts))
+        most = self.model.context_length
+        longest = max(map(len, self.prompts))
         new = max(1, most - longest) if question.max_tokens is None else question.max_tokens
         if longest + new > most:
             words = f"this model's context length is {most} tokens; you asked for {longest + new}"
             words += f" ({longest} in the prompt, {new} to be generated)"
             raise Refused(400, words, "context_length_exceeded")
         self.question = question.model_copy(update={"max_tokens": new})
-        self.verifier = lab.pool.verifier(question.verifier, self.model) if question.verifier else None
-        self.problem = question.problem() if self.verifier else None
+        self.verifier = self.problem = None
+        if question.verifier:
+            self.verifier = lab.pool.verifier(question.verifier, self.model)
+            self.problem = question.problem()
         name = question.id_prefix + uuid.uuid4().hex
         self.head = {"id": name, "created": int(time.time()), "model": question.model}
         self.usage = self.verdict = None  # known when the answer is complete
@@ -297,7 +305,8 @@ def merged(news: deque[Piece]) -> list[Piece]:
 
 def event(data, name: str = "") -> str:
     """A server-sent event."""
-    return f"event: {name}\n" * bool(name) + f"data: {to_json(data)}\n\n"
+    begin = f"event: {name}\n" if name else ""
+    return f"{begin}data: {to_json(data)}\n\n"
 
 
 def text_logprobs(entries: list[dict], offset: int) -> dict:

@@ -141,8 +141,10 @@ class Pool:
         state = [weights_of(folder) for folder in folders]
         on_disk = state[0][1]
         if on_disk > self.budget:
-            gib = f"{on_disk / 2**30:.1f} GiB of weights; models may take {self.budget / 2**30:.1f} GiB"
-            raise TrainError(f"{key[0]} has {gib} (--memory)")
+            have, most = on_disk / 2**30, self.budget / 2**30
+            raise TrainError(
+                f"{key[0]} has {have:.1f} GiB of weights; models may take {most:.1f} GiB (--memory)"
+            )
         with self.guard:
             entry = self.loaded.pop(key, None)
             if entry is None or entry[0] != state:
@@ -395,17 +397,18 @@ def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) ->
         raw = model.tokenizer.token_bytes(i)
         return {"token": token_text(raw), "bytes": list(raw), "logprob": value}
 
-    top = log_p.topk(most)
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return named(token, float(log_p[token])) | {"top_logprobs": [named(i, value) for i, value in pairs]}
+    values, ids = log_p.topk(most)
+    top = map(named, ids.tolist(), values.tolist())
+    return named(token, float(log_p[token])) | {"top_logprobs": list(top)}
 
 
 @torch.no_grad()
 def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
     """`token_entry` of every token of a prompt given those before it; the first one's logprob is None."""
     log_p = logits_of(model, ids).log_softmax(-1)
-    first = token_entry(model, log_p[0], ids[0], 0) | {"logprob": None, "top_logprobs": None}
-    return [first, *(token_entry(model, log_p[t], i, most) for t, i in enumerate(ids[1:]))]
+    entries = [token_entry(model, log_p[t - 1], i, most) for t, i in enumerate(ids)]
+    entries[0] |= {"logprob": None, "top_logprobs": None}
+    return entries
 
 
 # -----------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | Non
 def thinned(lines: list[dict], most: int) -> list[dict]:
     """Every k-th line, so that `most` remain; also the last one and those of evaluations."""
     every = -(-len(lines) // most)
-    return [x for i, x in enumerate(lines, 1) if i % every == 0 or i == len(lines) or "val_loss" in x]
+    found = [x for i, x in enumerate(lines[:-1]) if i % every == 0 or "val_loss" in x]
+    return [*found, lines[-1]]
 
 
 # -----------------------------------------------------------------------------
@@ -195,7 +196,9 @@ def results_table(folder: Path, home: Path) -> dict:
         entry = found.entry
         if found.file.resolve().is_relative_to(folder.resolve()):
             where = f"{entry.get('task')} ({entry.get('split', '')})"
-            values = [f"{METRICS.get(key, key)} {value_of(key, x)}" for key, x in entry["metrics"].items()]
+            values = []
+            for key, metric in entry["metrics"].items():
+                values.append(f"{METRICS.get(key, key)} {value_of(key, metric)}")
             rows.append([where, found.way, entry.get("items"), "; ".join(values), found.notes])
     return {"head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
 
