@@ -176,7 +176,7 @@ async function reply(turn, pane, box) {
   };
   try {
     const { path, body } = await question(turn, pane);
-    await stream(path, body, work.signal, onEvent);
+    await stream(path, { ...body, stream_options: { include_usage: true } }, work.signal, onEvent);
     note();
   } catch (error) {
     note();
@@ -200,7 +200,7 @@ const wordsOf = (answer) => answer?.parts.map(([words]) => words).join("") ?? ""
 async function question(turn, pane) {
   const model = state.models[pane];
   const begun = wordsOf(turn.replies[pane]);
-  const body = { model, stream: true, stream_options: { include_usage: true }, calculator: state.calculator };
+  const body = { model, stream: true, calculator: state.calculator };
   for (const name of Object.keys(SAMPLING)) if (state[name] !== "") body[name] = Number(state[name]);
   body.seed = turn.seed;
   if (!known[model].chat) {
