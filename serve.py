@@ -23,9 +23,7 @@ import contextlib
 import os
 import secrets
 import socket
-import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -36,10 +34,10 @@ from configs import ROOT, parse_config, read_file
 
 try:
     import uvicorn
-    from fastapi import APIRouter, FastAPI, Query, Request
+    from fastapi import APIRouter, Depends, FastAPI, Query, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from fastapi.responses import Response, StreamingResponse
     from fastapi.staticfiles import StaticFiles
     from pydantic import BaseModel, Field
     from starlette.exceptions import HTTPException
@@ -49,25 +47,14 @@ except ImportError as error:
 import torch
 
 from support.attention import attention_weights
-from support.forms import config_class, forms
-from support.guard import LOOPBACK, Guard, explained
+from support.forms import config_class, forms, settings_of
+from support.guard import LOOPBACK, Guard, Json, NotFound, Refused, error_response
 from support.inside import check_length, look_inside
 from support.machine import pick_device
 from support.openai_api import Chat, Completion, Job, event
 from support.serving import Pool, use_cores
 from support.tables import valid
-from support.watching import (
-    NotFound,
-    Tail,
-    Watch,
-    compare,
-    describe,
-    finite,
-    named_runs,
-    pause,
-    resume,
-    start,
-)
+from support.watching import STAGES, compare, describe, named_runs, pause, resume, start, summaries, tail
 
 MOST_STREAMS = 32  # open at a time
 FOLDERS = ("tokens", "logs", "stamps", "report", "experiments", "eval")  # in out/, that are no runs
@@ -86,135 +73,116 @@ class ServeConfig:
 
 
 class Lab:
-    """What the requests share: models in memory, the state of runs, and the streams that are open."""
+    """What the requests share: the folder of runs, models in memory, and the number of open streams."""
 
     def __init__(self, cfg: ServeConfig):
-        self.cfg, self.home = cfg, Path(cfg.out)
-        others = tuple(name.strip() for name in cfg.models.split(",") if name.strip())
+        self.home = Path(cfg.out)
+        others = [name.strip() for name in cfg.models.split(",") if name.strip()]
         self.pool = Pool(self.home, pick_device(cfg.device), others, cfg.memory)
-        self.watch, self.guard, self.planning = Watch(self.home), threading.Lock(), threading.Lock()
+        self.may_train = cfg.host in LOOPBACK or cfg.allow_training
+        self.streams = 0
         self.threads = ThreadPoolExecutor(MOST_STREAMS, "generation")
-        self.plan: subprocess.Popen | None = None
-        self.streams: set[threading.Event] = set()  # one each; set when its client has disconnected
-        self.training = cfg.host in LOOPBACK or cfg.allow_training
+        self.planning = asyncio.Lock()
 
     def folder(self, name: str) -> Path:
-        found = named_runs(self.home).get(name)
-        if found is None:
+        """The folder of a run; one that failed early has none yet."""
+        if all(run["name"] != name for run in summaries(self.home)):
             raise NotFound(f"there is no run {name!r} in {self.home}")
-        return found
-
-    def summaries(self) -> list[dict]:
-        with self.guard:
-            return self.watch.summaries()
+        return self.home / name
 
     def refuse_if_full(self) -> None:
-        if len(self.streams) >= MOST_STREAMS:
-            raise HTTPException(429, f"{MOST_STREAMS} streams are open: close one, or try again later")
+        if self.streams >= MOST_STREAMS:
+            raise Refused(429, f"{MOST_STREAMS} streams are open: close one, or try again later")
 
     @contextlib.contextmanager
-    def stream(self, gone: threading.Event):
-        """Counts an open stream. Raises HTTPException 429 if there are too many."""
-        self.refuse_if_full()
-        self.streams.add(gone)
+    def stream(self):
+        """Counts an open stream."""
+        self.streams += 1
         try:
             yield
         finally:
-            self.streams.discard(gone)
+            self.streams -= 1
 
-    def close(self) -> None:
-        """Ends all streams and plans. Training goes on."""
-        for gone in list(self.streams):
-            gone.set()
-        if self.plan:
-            self.plan.kill()
+
+def lab_of(request: Request) -> Lab:
+    return request.app.state.lab
+
+
+def lab_that_trains(request: Request) -> Lab:
+    lab = lab_of(request)
+    if not lab.may_train:
+        raise Refused(403, "training from the page is off: start serve.py with --allow_training")
+    return lab
+
+
+AnyLab = Annotated[Lab, Depends(lab_of)]
+TrainingLab = Annotated[Lab, Depends(lab_that_trains)]
+Stage = Literal[tuple(STAGES)]
+router = APIRouter()
 
 
 # -----------------------------------------------------------------------------
 # OpenAI's API
 
-router = APIRouter()
-
 
 @router.get("/health")
-def health(request: Request) -> dict:
-    return {"status": "ok", "streams": len(request.app.state.lab.streams)}
+def health(lab: AnyLab):
+    return {"status": "ok", "streams": lab.streams}
 
 
 @router.get("/v1/models")
-def list_models(request: Request) -> dict:
-    pool = request.app.state.lab.pool
-    found = []
-    for about in pool.listing():
-        meta = {k: v for k, v in about.items() if k not in ("id", "created", "folder")}
-        one = {"id": about["id"], "object": "model", "created": about["created"], "owned_by": "modern-llm"}
-        found.append(one | {"meta": meta})
-    verifiers = [run["name"] for run in request.app.state.lab.summaries() if run.get("verifier")]
-    return {"object": "list", "data": found, "verifiers": verifiers}
+def list_models(lab: AnyLab):
+    verifiers = [run["name"] for run in summaries(lab.home) if run.get("verifier")]
+    return {"object": "list", "data": lab.pool.listing(), "verifiers": verifiers}
 
 
 @router.get("/v1/models/{name:path}")
-def one_model(request: Request, name: str) -> dict:
-    for found in list_models(request)["data"]:
+def one_model(lab: AnyLab, name: str):
+    for found in lab.pool.listing():
         if found["id"] == name:
             return found
     raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
 
 
 @router.post("/v1/completions")
-async def completions(request: Request, question: Completion):
-    return await answer(request, question)
+async def completions(lab: AnyLab, request: Request, question: Completion):
+    return await answer(lab, request, question)
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(request: Request, question: Chat):
-    return await answer(request, question)
+async def chat_completions(lab: AnyLab, request: Request, question: Chat):
+    return await answer(lab, request, question)
 
 
-async def answer(request: Request, question: Completion | Chat):
-    request.app.state.lab.refuse_if_full()
-    job = await run_in_threadpool(Job, request.app.state.lab, question)
+async def answer(lab: Lab, request: Request, question: Completion | Chat):
+    lab.refuse_if_full()
+    job = await run_in_threadpool(Job, lab, question)
     if question.stream:
         return StreamingResponse(job.stream(), media_type="text/event-stream")
     return await job.whole(request)
 
 
-@router.api_route("/v1/{path:path}", methods=["GET", "POST"])
-def nowhere(path: str):
-    raise NotFound(f"there is no /v1/{path}")
-
-
 class TokenizeRequest(BaseModel):
     model: str
-    prompt: str = ""
-    content: str = ""  # as llama.cpp calls it
-    tokens: list[int] = []
+    prompt: str
 
 
 @router.post("/tokenize")
-def tokenize(request: Request, words: TokenizeRequest) -> dict:
-    model = request.app.state.lab.pool.get(words.model)
-    ids = model.encode(valid(words.prompt or words.content))
+def tokenize(lab: AnyLab, words: TokenizeRequest):
+    model = lab.pool.get(words.model)
+    ids = model.encode(valid(words.prompt))
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
-
-
-@router.post("/detokenize")
-def detokenize(request: Request, words: TokenizeRequest) -> dict:
-    text = request.app.state.lab.pool.get(words.model).tokenizer.decode(words.tokens)
-    return {"prompt": text, "content": text}
 
 
 # -----------------------------------------------------------------------------
 # The lab: runs
 
-
 Names = Annotated[list[str], Query()]  # ?runs=base&runs=sft
 
 
 @router.get("/lab/watch")
-async def watch(request: Request, runs: Names = ()):
+async def watch(lab: AnyLab, runs: Names = ()):
     """Server-sent events: "runs" (all summaries); new lines of the chosen runs as "curve" and "samples"."""
-    lab = request.app.state.lab
     lab.refuse_if_full()
     known = await run_in_threadpool(named_runs, lab.home)
     names = [name for name in runs if name in known][:50]
@@ -224,145 +192,125 @@ async def watch(request: Request, runs: Names = ()):
 async def watch_events(lab: Lab, names: list[str]) -> AsyncIterator[str]:
     logs = []
     for name in names:
-        logs.append((name, "curve", Tail(lab.home / name / "metrics.jsonl")))
-        logs.append((name, "samples", Tail(lab.home / name / "samples.jsonl", 60)))
-    before, idle, gone = None, 0, threading.Event()
-    with lab.stream(gone):
-        while not gone.is_set():
-            summaries = await run_in_threadpool(lab.summaries)
-            events = [event(summaries, "runs")] if summaries != before else []
-            before = summaries
+        logs.append((name, "curve", tail(lab.home / name / "metrics.jsonl")))
+        logs.append((name, "samples", tail(lab.home / name / "samples.jsonl", 60)))
+    known = ""
+    with lab.stream():
+        while True:
+            newest = event(await run_in_threadpool(summaries, lab.home), "runs")
+            if newest != known:
+                yield newest
+            known = newest
             for name, kind, log in logs:
-                if news := await run_in_threadpool(log.news):
-                    events.append(event({"run": name, "reset": news[0], "lines": news[1]}, kind))
-            idle = 0 if events else idle + 1
-            if idle == 30:  # 15 s without news: a comment keeps the connection open
-                events, idle = [": nothing new\n\n"], 0
-            for text in events:
-                yield text
+                if news := await run_in_threadpool(next, log):
+                    yield event({"run": name, "reset": news[0], "lines": news[1]}, kind)
             await asyncio.sleep(0.5)
 
 
 @router.get("/lab/run")
-def run(request: Request, name: str) -> dict:
-    lab = request.app.state.lab
-    known = any(run["name"] == name for run in lab.summaries())  # one that failed early has no folder yet
-    return describe(name, lab.home / name if known else lab.folder(name), lab.home)
+def run(lab: AnyLab, name: str):
+    return describe(name, lab.folder(name), lab.home)
 
 
 @router.get("/lab/compare")
-def compare_runs(request: Request, runs: Names) -> dict:
-    return compare(runs, [request.app.state.lab.folder(name) for name in runs[:50]])
+def compare_runs(lab: AnyLab, runs: Names):
+    return compare({name: lab.folder(name) for name in runs[:50]})
 
 
 class RunRequest(BaseModel):
     """Body of /lab/plan and /lab/start."""
 
-    stage: Literal["train", "finetune", "sft", "dpo", "verifier"]
-    config: str = Field("", pattern=r"^[A-Za-z0-9_]*$")
+    stage: Stage
+    config: str = ""
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$|^$")
     changes: dict[str, bool | int | float | str] = {}
 
-    def settings(self) -> dict:
-        """The stage's defaults, then the values of the config file."""
-        defaults = {field.name: field.default for field in fields(config_class(self.stage))}
-        return defaults | (show_config(self.stage, self.config) if self.config else {})
-
     def argv(self, out: Path) -> list[str]:
-        """The command line. Raises ValueError for settings that the stage does not have."""
-        unknown = [name for name in self.changes if name not in forms()[self.stage]["names"]]
-        if unknown:
-            raise ValueError(f"{self.stage}.py has no setting {unknown[0]!r} that can be changed here")
+        """The command line. Raises ValueError for settings that cannot be changed here."""
+        known = {field.name for field in settings_of(self.stage)}
+        if unknown := self.changes.keys() - known:
+            raise ValueError(f"{self.stage}.py has no setting {unknown.pop()!r} that can be changed here")
+        changes = {"name": self.name} if self.name else {}
+        for name, value in configured(self.stage, self.config).items():
+            if str(value).startswith("out/"):  # a path in the folder that is served
+                changes[name] = out / value.removeprefix("out/")
+        changes |= self.changes | {"out": out}
         files = [f"configs/{self.config}.py"] if self.config else []
-        changes = in_folder(self.settings(), out) | self.changes
-        flags = [f"--{name}={value}" for name, value in changes.items()]
-        return [*files, *flags, *([f"--name={self.name}"] if self.name else []), f"--out={out}"]
+        return files + [f"--{name}={value}" for name, value in changes.items()]
 
 
-def in_folder(settings: dict, out: Path) -> dict:
-    """Settings whose value is a path in out/, rewritten to the folder that is served."""
-    named = {name: value for name, value in settings.items() if str(value).startswith("out/")}
-    return {name: str(out / value.removeprefix("out/")) for name, value in named.items() if str(out) != "out"}
+def configured(stage: str, config: str) -> dict:
+    """All settings of a stage with the values of a config file; with none the defaults."""
+    Config = config_class(stage)
+    settings = {field.name: field.default for field in fields(Config)}
+    if not config:
+        return settings
+    if config not in forms()[stage]["configs"]:
+        raise NotFound(f"there is no config {config!r} of {stage}.py")
+    found = read_file(ROOT / f"configs/{config}.py", settings, Config)
+    return {name: found[name] for name in settings}  # others are those of other scripts
+
+
+# What reads configs is `async`, to run in one thread: Python 3.11's ast.parse is not safe in several.
+
+
+@router.get("/lab/forms")
+async def show_forms(lab: AnyLab):
+    return {"stages": forms(), "allow_training": lab.may_train}
+
+
+@router.get("/lab/config")
+async def show_config(stage: Stage, config: str):
+    return configured(stage, config)
+
+
+@router.post("/lab/plan")
+async def plan(lab: AnyLab, wish: RunRequest):
+    """What a run would cost, by lab/plan.py; one at a time."""
+    command = [sys.executable, "-m", "lab.plan", f"{wish.stage}.py", *wish.argv(lab.home.resolve())]
+    if lab.planning.locked():
+        raise Refused(429, "another plan is being computed: try again when it is done")
+    pipe = asyncio.subprocess.PIPE
+    async with lab.planning:
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=pipe, stderr=pipe)
+        try:
+            text, errors = await asyncio.wait_for(process.communicate(), 180)
+        except asyncio.TimeoutError:
+            return {"ok": False, "text": "planning took longer than three minutes"}
+        finally:
+            if process.returncode is None:
+                process.kill()
+    return {"ok": process.returncode == 0, "text": (text or errors).decode("utf-8", "replace")}
+
+
+@router.post("/lab/start")
+async def start_run(lab: TrainingLab, wish: RunRequest):
+    name = wish.name or configured(wish.stage, wish.config)["name"]
+    if not name or name in FOLDERS:
+        raise ValueError(f"name: give the run a name, and not that of a folder with other things ({name})")
+    if name in named_runs(lab.home):
+        raise ValueError(f"there is already a run {name!r}: choose another name, or resume that run")
+    command = wish.argv(lab.home)
+    if lab.pool.device.type != "cpu":
+        lab.pool.clear()  # frees GPU memory for the run
+    start(lab.home, name, wish.stage, command)
+    return {"name": name}
 
 
 class RunName(BaseModel):
     name: str
 
 
-@router.get("/lab/forms")
-def show_forms(request: Request) -> dict:
-    lab = request.app.state.lab
-    return {"stages": forms(), "allow_training": lab.training}
-
-
-reading = threading.Lock()  # Python 3.11's ast.parse is not safe in several threads
-
-
-@router.get("/lab/config")
-def show_config(stage: Literal["train", "finetune", "sft", "dpo", "verifier"], config: str) -> dict:
-    if config not in forms()[stage]["configs"]:
-        raise NotFound(f"there is no config {config!r} of {stage}.py")
-    Config = config_class(stage)
-    defaults = {field.name: field.default for field in fields(Config)}
-    with reading:
-        found = read_file(ROOT / f"configs/{config}.py", defaults, Config)
-    return {name: value for name, value in found.items() if name in defaults and value != defaults[name]}
-
-
-@router.post("/lab/plan")
-def plan(request: Request, wish: RunRequest) -> dict:
-    """What a run would cost, by plan.py; one at a time."""
-    lab = request.app.state.lab
-    command = [sys.executable, str(ROOT / "plan.py"), f"{wish.stage}.py", *wish.argv(lab.home)]
-    if not lab.planning.acquire(blocking=False):
-        raise HTTPException(429, "another plan is being computed: try again when it is done")
-    try:
-        pipe = subprocess.PIPE
-        lab.plan = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
-        said, errors = lab.plan.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        lab.plan.kill()
-        return {"ok": False, "text": "planning took longer than three minutes"}
-    finally:
-        lab.planning.release()
-    return {"ok": lab.plan.returncode == 0, "text": said or errors}
-
-
-@router.post("/lab/start")
-def start_run(request: Request, wish: RunRequest) -> dict:
-    lab = lab_with_training(request)
-    name = wish.name or wish.settings()["name"]
-    if not name:
-        raise ValueError("name: give the run a name")
-    if name in FOLDERS:
-        raise ValueError(f"{name} is the name of a folder with other things: choose another name")
-    if name in named_runs(lab.home):
-        raise ValueError(f"there is already a run {name!r}: choose another name, or resume that run")
-    if lab.pool.device.type != "cpu":
-        lab.pool.clear()  # frees GPU memory for the run
-    start(lab.home, name, wish.stage, wish.argv(lab.home))
-    return {"name": name}
-
-
 @router.post("/lab/pause")
-def pause_run(request: Request, named: RunName) -> dict:
-    pause(lab_with_training(request).folder(named.name))
+def pause_run(lab: TrainingLab, run: RunName):
+    pause(lab.folder(run.name))
     return {}
 
 
 @router.post("/lab/resume")
-def resume_run(request: Request, named: RunName) -> dict:
-    lab = lab_with_training(request)
-    resume(lab.home, named.name, lab.folder(named.name))
+async def resume_run(lab: TrainingLab, run: RunName):
+    resume(lab.home, run.name, lab.folder(run.name))
     return {}
-
-
-def lab_with_training(request: Request) -> Lab:
-    """The lab, if training may be started and stopped from here."""
-    lab = request.app.state.lab
-    if not lab.training:
-        raise HTTPException(403, "training from the page is off: start serve.py with --allow_training")
-    return lab
 
 
 # -----------------------------------------------------------------------------
@@ -376,46 +324,42 @@ class InspectRequest(BaseModel):
     position: int = Field(-1, ge=-1)
     target: int | None = None
     heads_off: list[tuple[int, int]] = []
-    alternatives: int = Field(10, ge=1, le=50)
     layer: int = Field(0, ge=0)
 
     def ids(self, model) -> list[int]:
+        text = valid(self.text)
         if self.chat:
-            return model.conversation([{"role": "user", "content": valid(self.text)}])[0]
+            return model.conversation([{"role": "user", "content": text}])[0]
         begin = model.before or ([model.eos] if model.kind == "causal" else [])
-        return [*begin, *model.encode(valid(self.text)), *model.behind]
+        return [*begin, *model.encode(text), *model.behind]
 
 
 @router.post("/lab/inside")
-def inside(request: Request, look: InspectRequest) -> dict:
-    pool = request.app.state.lab.pool
-    model = pool.get(look.model)
+def inside(lab: AnyLab, look: InspectRequest):
+    model = lab.pool.get(look.model)
     if model.kind != "causal":
         raise ValueError(f"{look.model} is not a decoder: only its attention can be shown")
     use_cores(model)
-    with pool.turns:
-        found = look_inside(
-            model, look.ids(model), look.position, look.target, look.heads_off, look.alternatives
-        )
-    return finite(found)
+    with lab.pool.turns:
+        ids = look.ids(model)
+        return look_inside(model, ids, look.position, look.target, look.heads_off, alternatives=50)
 
 
 @router.post("/lab/attention")
-def attention(request: Request, look: InspectRequest) -> Response:
+def attention(lab: AnyLab, look: InspectRequest):
     """The weights of one layer on a text, heads x T x T bytes: 255 is a weight of 1."""
-    pool = request.app.state.lab.pool
-    model = pool.get(look.model)
+    model = lab.pool.get(look.model)
     ids = look.ids(model)
     check_length(model, ids)
     use_cores(model)
-    with pool.turns:
+    with lab.pool.turns:
         given = torch.tensor([ids], device=model.device)
         layers = attention_weights(model.model, given, lambda w: (w * 255).round().to(torch.uint8))
     if look.layer >= len(layers):
         raise ValueError(f"the model has {len(layers)} layers")
     weights = layers[look.layer, 0]
-    about = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids)), "X-Layers": str(len(layers))}
-    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=about)
+    shape = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids))}
+    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=shape)
 
 
 # -----------------------------------------------------------------------------
@@ -425,26 +369,13 @@ def attention(request: Request, look: InspectRequest) -> Response:
 def make_app(cfg: ServeConfig) -> FastAPI:
     if cfg.host not in LOOPBACK and not cfg.token:
         cfg.token = secrets.token_urlsafe(24)
-    lab = Lab(cfg)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_):
-        yield
-        lab.close()
-
-    app = FastAPI(
-        title="Modern LLM", lifespan=lifespan, docs_url=None, redoc_url=None
-    )  # they load from the web
-    app.state.lab = lab
+    app = FastAPI(title="Modern LLM", docs_url=None, redoc_url=None, default_response_class=Json)
+    app.state.lab = Lab(cfg)
     app.include_router(router)
     app.mount("/", StaticFiles(directory=ROOT / "web", html=True))
     app.add_middleware(Guard, host=cfg.host, token=cfg.token)
-
-    async def explain(_, error: Exception) -> JSONResponse:
-        return explained(error)
-
     for kind in (HTTPException, RequestValidationError, ValueError, OSError, RuntimeError, Exception):
-        app.add_exception_handler(kind, explain)
+        app.add_exception_handler(kind, error_response)
     return app
 
 
@@ -456,34 +387,21 @@ def main() -> None:
     except (ValueError, OSError, OverflowError) as error:
         raise SystemExit(f"serve.py: cannot serve at {cfg.host}, port {cfg.port}: {error}") from None
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    address = f"http://{host}:{listener.getsockname()[1]}/" + f"#token={cfg.token}" * bool(cfg.token)
-    print(
-        f"{address}\nshows the runs in {cfg.out}; the API is at /v1. Ctrl-C ends it; training goes on.",
-        flush=True,
-    )
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-    handle_exit = server.handle_exit
-
-    def close_first(number: int, frame) -> None:
-        app.state.lab.close()
-        handle_exit(number, frame)
-
-    server.handle_exit = close_first
+    print(f"http://{host}:{listener.getsockname()[1]}/" + f"#token={cfg.token}" * bool(cfg.token))
+    print(f"shows the runs in {cfg.out}; the API is at /v1. Ctrl-C ends it; training goes on.", flush=True)
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="none")
     try:
-        server.run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         os._exit(130)  # a thread may still load or judge; nothing is lost with it
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Its protocol is named, or asyncio sets no TCP_NODELAY: 45 ms a request, not 1."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    if os.name == "posix":
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.listen(128)
-    return listener
+    listener = socket.create_server((host, port), family=family, backlog=128)
+    # A socket made from a descriptor knows its protocol. Without it asyncio sets no TCP_NODELAY, and a
+    # request takes 45 ms instead of 1.
+    return socket.socket(fileno=listener.detach())
 
 
 if __name__ == "__main__":

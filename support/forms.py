@@ -2,8 +2,7 @@
 
 import importlib
 import runpy
-import sys
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import cache
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -11,49 +10,51 @@ from typing import get_args, get_type_hints
 from configs import ROOT, alternatives, field_comments
 from support.watching import STAGES
 
-CLASSES = {"train": "TrainConfig", "finetune": "FinetuneConfig", "sft": "SFTConfig", "dpo": "DPOConfig"}
-CLASSES |= {"verifier": "VerifierConfig"}
 NOT_HERE = "out name overwrite plan measure vram card list verifier problem answer wandb".split()
+KINDS = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def config_class(stage: str):
-    return getattr(importlib.import_module(stage), CLASSES[stage])
+    return getattr(importlib.import_module(stage), STAGES[stage])
+
+
+def settings_of(stage: str) -> list[Field]:
+    """Settings that the page may change."""
+    return [field for field in fields(config_class(stage)) if field.name not in NOT_HERE]
 
 
 @cache
 def forms() -> dict:
-    found = {}
-    for stage in STAGES:
-        Config, groups, names = config_class(stage), {}, []
-        kinds, helps = get_type_hints(Config), field_comments(Config)
-        for field in fields(Config):
-            if field.name in NOT_HERE:
-                continue
-            owner = next(
-                c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {})
-            )
-            groups.setdefault((owner.__doc__ or owner.__name__).splitlines()[0], []).append(
-                {"name": field.name, "default": field.default, "help": helps.get(field.name, "")}
-                | kind_of_field(kinds[field.name])
-            )
-            names.append(field.name)
-        doc = sys.modules[Config.__module__].__doc__.splitlines()[0]
-        configs = [file.stem for file in sorted(ROOT.glob("configs/[!_]*.py")) if stage_of(file) == stage]
-        grouped = [{"title": title, "fields": some} for title, some in groups.items()]
-        found[stage] = {"doc": doc, "configs": configs, "groups": grouped, "names": names}
-    return found
+    return {stage: form(stage) for stage in STAGES}
 
 
-def kind_of_field(kind) -> dict:
-    """{"kind": "int" ..., "choices": [...]} of a setting's type."""
-    choices = [value for one in alternatives(kind) for value in get_args(one)]
+def form(stage: str) -> dict:
+    """Settings in groups, one for each dataclass that `Config` extends."""
+    Config, groups = config_class(stage), {}
+    types, helps = get_type_hints(Config), field_comments(Config)
+    for field in settings_of(stage):
+        owner = next(c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {}))
+        title = owner.__doc__.splitlines()[0]
+        about = {"name": field.name, "default": field.default, "help": helps.get(field.name, "")}
+        about |= kind_of(types[field.name])
+        groups.setdefault(title, []).append(about)
+    files = sorted(ROOT.glob("configs/[!_]*.py"))
+    return {
+        "doc": importlib.import_module(stage).__doc__.splitlines()[0],
+        "configs": [file.stem for file in files if stage_of(file) == stage],
+        "groups": [{"title": title, "fields": some} for title, some in groups.items()],
+    }
+
+
+def kind_of(annotation) -> dict:
+    """{"kind": "bool", "int", "float", "str" or "choice", "choices": [...]} of a setting's type."""
+    types = alternatives(annotation)
+    choices = [value for one in types for value in get_args(one)]
+    if choices and bool in types:
+        choices += [True, False]
     if choices:
-        return {
-            "kind": "choice",
-            "choices": [*choices, *([True, False] if bool in alternatives(kind) else [])],
-        }
-    names = {bool: "bool", int: "int", float: "float"}
-    return {"kind": next((names[one] for one in alternatives(kind) if one in names), "str"), "choices": []}
+        return {"kind": "choice", "choices": choices}
+    return {"kind": next(KINDS[one] for one in types if one in KINDS), "choices": []}
 
 
 def stage_of(config: Path) -> str:

@@ -1,25 +1,33 @@
-"""Access control for serve.py, and error responses.
+"""Access control for serve.py, and its JSON: answers, and errors in the form of OpenAI's API.
 
 By default the server listens on this computer alone. A page of another site could still send requests through
 the user's browser, directly or by DNS rebinding, so Host and Origin are checked before a body is read. On any
 other address every API request needs the token.
 """
 
-import asyncio
 import hmac
+import json
 import sys
 from urllib.parse import urlsplit
 
+import anyio
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from support.memory import is_out_of_memory
-from support.watching import ContextTooLong, NotFound
 
 MOST_BYTES = 2**20  # of a request's body
+SECONDS = 20  # in which it must arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CSP = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+HEADERS = {  # they keep a browser from doing more than the page needs
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 
 class Guard:
@@ -29,110 +37,122 @@ class Guard:
         self.app, self.token, self.loopback = app, token, host in LOOPBACK
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+
+        async def protected(message):
+            if message["type"] == "http.response.start":
+                extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
         try:
-            refusal = self.refusal(scope["method"], scope["path"], headers)
-        except ValueError:  # of urlsplit
-            refusal = 400, "malformed Host or Origin"
-        body = b""
-        if refusal is None and scope["method"] == "POST":
-            try:
-                body = await asyncio.wait_for(read_body(receive), 20)
-            except asyncio.TimeoutError:
-                refusal = 408, "the body of the request did not arrive within 20 seconds"
-            if body is None:
-                refusal = 413, f"the body is larger than {MOST_BYTES} bytes"
-        if refusal is not None:
-            return await failure(*refusal)(scope, receive, protected(send))
+            self.check(scope["method"], scope["path"], Headers(scope=scope))
+            if scope["method"] == "POST":
+                receive = with_body(await read_body(receive), receive)
+        except (HTTPException, ValueError) as error:  # ValueError: urlsplit's
+            return await (await error_response(None, error))(scope, receive, protected)
+        return await self.app(scope, receive, protected)
 
-        given = [{"type": "http.request", "body": body}]
-
-        async def again():  # the body that was read; after that, what the client does
-            return given.pop() if given else await receive()
-
-        await self.app(scope, again if scope["method"] == "POST" else receive, protected(send))
-
-    def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+    def check(self, method: str, path: str, headers: Headers) -> None:
+        """Raises Refused, or ValueError for a Host or Origin that is no address."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:
-            return (
-                403,
-                f"the Host header {host!r} is not a name of this server",
-            )  # a DNS name that was pointed at this computer
-        if not path.startswith(("/v1", "/lab", "/tokenize", "/detokenize")):
-            return None if method in ("GET", "HEAD") else (405, "only GET is allowed here")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return 403, f"pages of {origin} may not use this server"
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            return 403, "pages of other sites may not use this server"
+        if self.loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:  # a rebound DNS name
+            raise Refused(403, f"the Host header {host!r} is not a name of this server")
+        if not path.startswith(("/v1", "/lab", "/tokenize")):
+            if method not in ("GET", "HEAD"):
+                raise Refused(405, "only GET is allowed here")
+            return
+        foreign = origin is not None and urlsplit(origin).netloc != host
+        if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise Refused(403, "pages of other sites may not use this server")
         given = headers.get("authorization", "").partition(" ")[2]
         if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
-            return 401, "this server needs its token: Authorization: Bearer ... (serve.py printed it)"
-        if (
-            method == "POST"
-            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
-        ):
-            return 415, "the body must be application/json"
-        if int_of(headers.get("content-length", "0")) > MOST_BYTES:
-            return 413, f"the body is larger than {MOST_BYTES} bytes"
-        return None
+            raise Refused(401, "this server needs its token: Authorization: Bearer ... (serve.py printed it)")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and kind != "application/json":
+            raise Refused(415, "the body must be application/json")
 
 
-def int_of(text: str) -> int:
-    return int(text) if text.isascii() and text.isdecimal() else MOST_BYTES + 1
-
-
-async def read_body(receive) -> bytes | None:
-    """A request's body; None if it is larger than MOST_BYTES, or the client has left."""
+async def read_body(receive) -> bytes:
     body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MOST_BYTES or message["type"] == "http.disconnect":
-            return None
-        more = message.get("more_body", False)
+    with anyio.move_on_after(SECONDS):
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MOST_BYTES:
+                raise Refused(413, f"the body is larger than {MOST_BYTES} bytes")
+    if more:
+        raise Refused(408, f"the body of the request did not arrive within {SECONDS} seconds")
     return body
 
 
-def protected(send):
-    """Wraps `send`: adds headers that keep a browser from doing more than the page needs."""
-    extra = {"content-security-policy": CSP, "x-content-type-options": "nosniff"}
-    extra |= {"referrer-policy": "no-referrer", "cache-control": "no-cache"}
+def with_body(body: bytes, receive):
+    """`receive`, which first gives the body that was already read."""
+    unread = [{"type": "http.request", "body": body}]
 
-    async def with_extra(message):
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
-        await send(message)
+    async def again():
+        return unread.pop() if unread else await receive()
 
-    return with_extra
+    return again
 
 
-def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
-    """An error as OpenAI's API words it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, status)
+# -----------------------------------------------------------------------------
+# Answers and errors
 
 
-def explained(error: Exception) -> JSONResponse:
-    """Turns an exception of a request into an error body of OpenAI's API."""
+class Refused(HTTPException):
+    """An error with a status, and a code of OpenAI's API."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(status, message)
+        self.code = code
+
+
+class NotFound(Refused):
+    """There is no run or model of this name (any more)."""
+
+    def __init__(self, message: str):
+        super().__init__(404, message, "model_not_found")
+
+
+def to_json(data) -> str:
+    """JSON, in which NaN and infinity are null."""
+    try:
+        return json.dumps(data, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None))
+
+
+class Json(JSONResponse):
+    def render(self, content) -> bytes:
+        return to_json(content).encode()
+
+
+def status_and_message(error: Exception) -> tuple[int, str]:
     if isinstance(error, HTTPException):
-        return failure(error.status_code, str(error.detail))
+        return error.status_code, str(error.detail)
     if isinstance(error, RequestValidationError):
         found = error.errors()[0]
         where = ".".join(str(part) for part in found["loc"] if part != "body")
-        return failure(400, f"{where}: {found['msg']}" if where else found["msg"])
-    if isinstance(error, NotFound):
-        return failure(404, str(error), "model_not_found")
+        return 400, f"{where}: {found['msg']}" if where else found["msg"]
     if is_out_of_memory(error):
-        return failure(503, "out of memory: a smaller n, fewer tokens or a smaller model may fit")
+        return 503, "out of memory: a smaller n, fewer tokens or a smaller model may fit"
     if isinstance(error, (ValueError, OSError)):
-        return failure(
-            400, str(error), "context_length_exceeded" if isinstance(error, ContextTooLong) else None
-        )
+        return 400, str(error)
     print(f"serve.py: {type(error).__name__}: {error}", file=sys.stderr)
-    return failure(500, f"{type(error).__name__}: {error}")
+    return 500, f"{type(error).__name__}: {error}"
+
+
+def error_body(error: Exception) -> tuple[int, dict]:
+    """Status and body, in the form of OpenAI's API, for the exception of a request."""
+    status, message = status_and_message(error)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    code = error.code if isinstance(error, Refused) else None
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+async def error_response(_, error: Exception) -> JSONResponse:
+    status, body = error_body(error)
+    return JSONResponse(body, status)

@@ -5,347 +5,320 @@ Fields and errors are those of vLLM and llama.cpp, with extras: see serve.py.
 
 import asyncio
 import contextlib
-import json
-import secrets
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import replace
-from itertools import accumulate
-from typing import Annotated
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
-from support.guard import explained
-from support.serving import Generation, Piece, Sampling, check_context, prompt_entries, rank_answers
+from support.guard import Refused, error_body, to_json
+from support.serving import MOST_ROWS, Generation, Piece, Sampling, as_list, prompt_entries, rank_answers
 from support.tables import valid
+from support.text_model import TextModel
 
-MOST_ROWS = 64  # texts that one request generates
+# -----------------------------------------------------------------------------
+# Requests
 
 
-class Question(BaseModel):
-    """Fields of /v1/completions and /v1/chat/completions. A null counts as absent."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
+class Question(Sampling):
+    """What /v1/completions and /v1/chat/completions have in common. A null counts as absent."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: float = Field(1.0, ge=0, le=100)  # below 1e-5: greedy
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=10**9)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
-    n: int = Field(1, ge=1, le=MOST_ROWS)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] = []
     stream: bool = False
     stream_options: dict = {}
-    calculator: bool = False
     verifier: str = ""
-    heads_off: list[tuple[int, int]] = []
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, given):
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None}
 
-    def sampling(self, new: int, logprobs: int | None) -> Sampling:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if len(stop) > 16 or not all(0 < len(text) <= 1000 for text in stop):
-            raise ValueError("stop: at most 16 texts, none of them empty")
-        names = "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty n calculator"
-        given = {name: getattr(self, name) for name in names.split()}
-        given["temperature"] = 0.0 if self.temperature < 1e-5 else self.temperature
-        seed = secrets.randbelow(2**31) if self.seed is None else self.seed % 2**31
-        return Sampling(
-            new, **given, top_k=max(0, self.top_k), logit_bias=self.logit_bias, seed=seed, stop=tuple(stop),
-            logprobs=logprobs, heads_off=tuple(self.heads_off),
-        )  # fmt: skip
+    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
+        """Pieces with the prompts, if they belong to the answer."""
+        return ()
+
+
+def as_prompts(given: object) -> object:
+    """One prompt, as a text or as ids, becomes a list of one."""
+    if isinstance(given, list) and given and isinstance(given[0], int):
+        return [given]
+    return as_list(given)
+
+
+Prompt = str | Annotated[list[int], Field(min_length=1)]
 
 
 class Completion(Question):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    id_prefix: ClassVar = "cmpl-"
+    objects: ClassVar = ("text_completion", "text_completion")  # whole, streamed
+
+    prompt: Annotated[list[Prompt], BeforeValidator(as_prompts), Field(min_length=1, max_length=MOST_ROWS)]
     echo: bool = False
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     suffix: str = Field("", max_length=0)
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self, model: TextModel) -> list[list[int]]:
+        """The ids of each prompt. A text gets the token that begins a document, ids are left as they are."""
+        found = []
+        for prompt in self.prompt:
+            if isinstance(prompt, str):
+                prompt = [*(model.bos or [model.eos]), *model.encode(valid(prompt))]
+            found.append(prompt)
+        return found
+
+    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
+        """Each prompt is the first piece of each of its n rows, without what `prompts` added."""
+        for i, ids in enumerate(prompts if self.echo else []):
+            added = 0
+            if isinstance(self.prompt[i], str):
+                added = len(model.bos or [model.eos])
+            entries = [] if self.logprobs is None else prompt_entries(model, ids, self.logprobs)
+            for row in range(i * self.n, (i + 1) * self.n):
+                yield Piece(row, model.tokenizer.decode(ids[added:]), tokens=entries[added:])
+
+    def problem(self) -> tuple[str, str]:
+        """(problem, beginning of the answer), for the verifier."""
+        if self.echo or len(self.prompt) != 1 or not isinstance(self.prompt[0], str):
+            raise ValueError("verifier: give one prompt as a text, without echo")
+        return self.prompt[0], ""
+
+    def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
+        """The form of a piece; `sent`: the text of its row that was sent before, None if nothing was."""
+        found = {"text": piece.text, "logprobs": None}
+        if self.logprobs is not None:
+            found["logprobs"] = text_logprobs(piece.tokens, len(sent or ""))
+        return found
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+def as_parts(content: object) -> object:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
 
 
 class Message(BaseModel):
     role: str
-    content: str | list[dict] | None = None
+    content: Annotated[list[Part], BeforeValidator(as_parts)] = []
 
     def turn(self) -> dict:
-        """As a chat template expects it. Raises ValueError for content that is no text."""
-        parts = self.content
-        if not isinstance(parts, list):
-            parts = [{"type": "text", "text": parts or ""}]
-        if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in parts):
-            raise ValueError("messages: only text content is supported")
+        """As a chat template expects it."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": valid("".join(part["text"] for part in parts))}
+        return {"role": role, "content": valid("".join(part.text for part in self.content))}
 
 
 class Chat(Question):
+    id_prefix: ClassVar = "chatcmpl-"
+    objects: ClassVar = ("chat.completion", "chat.completion.chunk")
+
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(
+        None, ge=0, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
+    )
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     continue_final_message: bool = False
     tools: list = Field([], max_length=0)
-    response_format: dict = {}
+    response_format: dict[Literal["type"], Literal["text"]] = {}
 
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
-class Job:
-    """One validated request: prompt ids, sampling settings, the form of the response."""
+    def prompts(self, model: TextModel) -> list[list[int]]:
+        """The conversation as ids, up to where the assistant goes on."""
+        if not model.chat:
+            raise ValueError(
+                f"{self.model} is not a chat model: use /v1/completions, or a model that sft.py made"
+            )
+        turns = [message.turn() for message in self.messages]
+        if self.continue_final_message != (turns[-1]["role"] == "assistant"):
+            raise ValueError(
+                "continue_final_message: set it if, and only if, the last message is the assistant's"
+            )
+        if not self.continue_final_message:
+            return [model.conversation(turns)[0]]
+        *before, last = turns
+        return [model.conversation(before)[0] + model.encode(last["content"])]
 
-    def __init__(self, lab, question: Completion | Chat):
-        self.lab, self.question, self.chat = lab, question, isinstance(question, Chat)
-        self.model = model = lab.pool.get(question.model)
-        if model.kind != "causal":
-            raise ValueError(f"{question.model} is not a decoder (kind: {model.kind})")
-        # The first `hidden` ids of a prompt are ours: they are not echoed.
-        self.prompts, self.hidden = ([self.chat_ids()], [0]) if self.chat else self.prompt_ids()
-        known = model.model.config.vocab_size
-        if not all(0 <= i < known for ids in [*self.prompts, [*question.logit_bias]] for i in ids):
-            raise ValueError(f"token ids must be from 0 to {known - 1}")
-        if len(self.prompts) * question.n > MOST_ROWS:
-            raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
-        new = question.max_tokens
-        if self.chat:
-            new = question.max_completion_tokens or new
-            new = max(1, model.context_length - len(self.prompts[0])) if new is None else new
-        new = 16 if new is None else new
-        check_context(model, self.prompts, new)
-        logprobs = question.logprobs
-        if self.chat:
-            logprobs = question.top_logprobs if question.logprobs else None
-        self.how = question.sampling(new, logprobs)
-        self.verifier = lab.pool.verifier(question.verifier, model) if question.verifier else None
-        self.problem, self.begun = self.judged_texts() if self.verifier else ("", "")
-        kind = "chatcmpl" if self.chat else "cmpl"
-        self.head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": question.model}
-        self.new_tokens = 0
-
-    def judged_texts(self) -> tuple[str, str]:
-        """(problem, beginning of the answer) for the verifier."""
-        question = self.question
-        if not self.chat:
-            texts = [question.prompt] if isinstance(question.prompt, str) else question.prompt
-            if question.echo or len(texts) != 1 or not isinstance(texts[0], str):
-                raise ValueError("verifier: give one prompt as a text, without echo")
-            return texts[0], ""
-        turns = [message.turn() for message in question.messages]
+    def problem(self) -> tuple[str, str]:
+        turns = [message.turn() for message in self.messages]
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         if not asked:
             raise ValueError("verifier: no user message has a problem")
-        return asked[-1], turns[-1]["content"] if question.continue_final_message else ""
+        begun = turns[-1]["content"] if self.continue_final_message else ""
+        return asked[-1], begun
 
-    def chat_ids(self) -> list[int]:
-        """The conversation as ids, up to where the assistant goes on."""
-        question, model = self.question, self.model
-        if not model.chat:
-            raise ValueError(
-                f"{question.model} is not a chat model: use /v1/completions, or a model that sft.py made"
-            )
-        if question.response_format.get("type", "text") != "text":
-            raise ValueError("response_format: only text")
-        turns = [message.turn() for message in question.messages]
-        if not question.continue_final_message:
-            if turns[-1]["role"] == "assistant":
-                raise ValueError(
-                    "the last message is the assistant's: set continue_final_message to continue it"
-                )
-            return model.conversation(turns)[0]
-        if turns[-1]["role"] != "assistant":
-            raise ValueError("continue_final_message: the last message must be the assistant's")
-        return [*model.conversation(turns[:-1])[0], *model.encode(turns[-1]["content"])]
+    def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
+        message = {"content": piece.text}
+        if sent is None:
+            message["role"] = "assistant"
+        logprobs = {"content": piece.tokens} if self.logprobs else None
+        return {"delta" if streaming else "message": message, "logprobs": logprobs}
 
-    def prompt_ids(self) -> tuple[list[list[int]], list[int]]:
-        """(ids, hidden) of each prompt. A text gets the token that begins a document, ids are left as is."""
-        given, model = self.question.prompt, self.model
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]
-        if not given or len(given) > MOST_ROWS:
-            raise ValueError(f"prompt: give 1 to {MOST_ROWS} prompts")
-        begin = model.bos or [model.eos]
-        prompts = [ids if isinstance(ids, list) else [*begin, *model.encode(valid(ids))] for ids in given]
-        if not all(prompts):
-            raise ValueError("prompt: a list of ids must hold at least one")
-        return prompts, [0 if isinstance(ids, list) else len(begin) for ids in given]
 
-    # ---- computing
+# -----------------------------------------------------------------------------
+# Responses
+
+
+class Job:
+    """A request whose model, prompts and limits have been checked: computes the answer, and sends it."""
+
+    def __init__(self, lab, question: Completion | Chat):
+        self.lab = lab
+        self.model = lab.pool.get(question.model)
+        if self.model.kind != "causal":
+            raise ValueError(f"{question.model} is not a decoder (kind: {self.model.kind})")
+        if question.heads_off and not self.model.ours:
+            raise ValueError("heads_off is for models that model.py computes")
+        self.prompts = question.prompts(self.model)
+        known = self.model.model.config.vocab_size
+        for ids in [*self.prompts, question.logit_bias]:
+            if not all(0 <= i < known for i in ids):
+                raise ValueError(f"token ids must be from 0 to {known - 1}")
+        self.n_rows = len(self.prompts) * question.n
+        if self.n_rows > MOST_ROWS:
+            raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
+        most = self.model.context_length
+        longest = max(map(len, self.prompts))
+        new = max(1, most - longest) if question.max_tokens is None else question.max_tokens
+        if longest + new > most:
+            words = f"this model's context length is {most} tokens; you asked for {longest + new}"
+            words += f" ({longest} in the prompt, {new} to be generated)"
+            raise Refused(400, words, "context_length_exceeded")
+        self.question = question.model_copy(update={"max_tokens": new})
+        self.verifier = self.problem = None
+        if question.verifier:
+            self.verifier = lab.pool.verifier(question.verifier, self.model)
+            self.problem = question.problem()
+        name = question.id_prefix + uuid.uuid4().hex
+        self.head = {"id": name, "created": int(time.time()), "model": question.model}
+        self.usage = self.verdict = None  # known when the answer is complete
+
+    # ---- computing, in a thread
+
+    def compute(self, emit: Callable[[Piece], None], gone: threading.Event) -> None:
+        turns = self.lab.pool.turns
+        with turns:
+            for piece in self.question.echoed(self.model, self.prompts):
+                emit(piece)
+                turns.hand_on()
+                if gone.is_set():
+                    return
+        rows = Generation(self.model, self.prompts, self.question, emit, gone, turns).run()
+        asked = sum(map(len, self.prompts))
+        new = sum(len(row.ids) for row in rows)
+        self.usage = {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}
+        if self.verifier is None or gone.is_set():
+            return
+        how = self.question.model_copy(update={"n": 1, "temperature": 0.0, "logprobs": None})
+        rows += Generation(self.model, self.prompts, how, lambda _: None, gone, turns).run()
+        problem, begun = self.problem
+        *answers, greedy = (begun + row.text for row in rows)
+        with turns:
+            self.verdict = rank_answers(self.verifier, problem, answers, greedy)
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What is new, every hundredth of a second. Leaving the loop stops the computation."""
-        loop, news, wake, gone = asyncio.get_running_loop(), deque(), asyncio.Event(), threading.Event()
-
-        def emit(piece: Piece) -> None:
-            news.append(piece)
-            if len(news) == 1:  # the reader takes all that is there: no need to wake it for each token
-                loop.call_soon_threadsafe(wake.set)
-
-        with self.lab.stream(gone):
-            if getattr(self.question, "echo", False):
-                for index in range(len(self.prompts)):
-                    yield await run_in_threadpool(self.echoed, index)
-            turns = self.lab.pool.turns
-            generation = Generation(self.model, self.prompts, self.how, emit, gone, turns)
-            done = loop.run_in_executor(self.lab.threads, generation.run)
-            done.add_done_callback(lambda _: wake.set())
+        news: deque[Piece] = deque()
+        gone = threading.Event()
+        with self.lab.stream():
+            loop = asyncio.get_running_loop()
+            done = loop.run_in_executor(self.lab.threads, self.compute, news.append, gone)
             try:
                 while not done.done() or news:
-                    await wake.wait()
-                    await asyncio.sleep(0.01)
-                    wake.clear()
-                    found = []
-                    while news:  # until it is empty: `emit` wakes the reader for the first piece alone
-                        found.append(news.popleft())
-                    if found:
-                        yield joined(found)
-                    if done.done():
-                        wake.set()
-                self.new_tokens = await done
+                    yield merged(news)
+                    await asyncio.wait([done], timeout=0.01)
+                await done
             finally:
                 gone.set()
 
-    def echoed(self, index: int) -> list[Piece]:
-        """A prompt as the first piece of each of its n rows, with log-probabilities if asked for."""
-        ids, hidden, n, entries = self.prompts[index], self.hidden[index], self.how.n, []
-        if self.how.logprobs is not None:
-            with self.lab.pool.turns:
-                entries = prompt_entries(self.model, ids, self.how.logprobs)
-        text = self.model.tokenizer.decode(ids[hidden:])
-        return [Piece(row, text, tokens=entries[hidden:]) for row in range(index * n, index * n + n)]
+    # ---- sending
 
-    async def judged(self, texts: list[str]) -> dict:
-        """The verifier's verdict on the answers to the last question; the client may leave meanwhile."""
-        gone = threading.Event()
-        loop = asyncio.get_running_loop()
-        with self.lab.stream(gone):
-            try:
-                return await loop.run_in_executor(self.lab.threads, self.judge, texts, gone)
-            finally:
-                gone.set()
-
-    def judge(self, texts: list[str], gone: threading.Event) -> dict:
-        greedy: list[Piece] = []
-        how = replace(self.how, n=1, temperature=0.0, logprobs=None)
-        turns = self.lab.pool.turns
-        Generation(self.model, self.prompts, how, greedy.append, gone, turns).run()
-        with turns:
-            plain = "".join(piece.text for piece in greedy)
-            answers = [self.begun + text for text in (*texts, plain)]
-            return rank_answers(self.verifier, self.problem, answers[:-1], answers[-1])
-
-    # ---- the form of the answer
-
-    def usage(self) -> dict:
-        n = sum(map(len, self.prompts))
-        return {"prompt_tokens": n, "completion_tokens": self.new_tokens, "total_tokens": n + self.new_tokens}
-
-    def choice(self, piece: Piece, streaming: bool, before: str | None = None) -> dict:
-        """One choice; `before`: the text that was sent of it, None if nothing was."""
-        found = {"index": piece.row, "finish_reason": piece.finish, "logprobs": None}
-        if piece.calculator:
-            found["calculator"] = True
-        if self.how.logprobs is not None:
-            found["logprobs"] = chat_logprobs(piece) if self.chat else text_logprobs(piece, len(before or ""))
-        if not self.chat:
-            return found | {"text": piece.text}
-        said = {"content": piece.text}
-        if before is None:
-            said["role"] = "assistant"
-        return found | {"delta" if streaming else "message": said}
+    def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
+        found = {"index": piece.row, "finish_reason": piece.finish, "calculator": piece.calculator}
+        return found | self.question.choice(piece, sent, streaming)
 
     async def stream(self) -> AsyncIterator[str]:
         """The answer as server-sent events."""
-        head = self.head | {"object": "chat.completion.chunk" if self.chat else "text_completion"}
-        texts: list[str | None] = [None] * (len(self.prompts) * self.how.n)
+        head = self.head | {"object": self.question.objects[1], "choices": []}
+        sent: list[str | None] = [None] * self.n_rows
         try:
             async with contextlib.aclosing(self.pieces()) as news:
                 async for pieces in news:
                     for piece in pieces:
-                        before = texts[piece.row]
-                        texts[piece.row] = (before or "") + piece.text
-                        yield event(head | {"choices": [self.choice(piece, True, before)]})
-            if self.verifier:
-                yield event(head | {"choices": [], "verdict": await self.judged(texts)})
+                        before = sent[piece.row]
+                        sent[piece.row] = (before or "") + piece.text
+                        yield event(head | {"choices": [self.choice(piece, before, True)]})
+            if self.verdict:
+                yield event(head | {"verdict": self.verdict})
             if self.question.stream_options.get("include_usage"):
-                yield event(head | {"choices": [], "usage": self.usage()})
+                yield event(head | {"usage": self.usage})
         except Exception as error:  # the response has begun, so the error is sent as an event
-            yield event(json.loads(explained(error).body))
+            yield event(error_body(error)[1])
         yield "data: [DONE]\n\n"
 
     async def whole(self, request: Request) -> dict:
         """The answer in one piece; with a verifier, the best choice first."""
-        rows = [Piece(r) for r in range(len(self.prompts) * self.how.n)]
-        leaving = asyncio.ensure_future(until_gone(request))
+        rows = [Piece(r) for r in range(self.n_rows)]
         async with contextlib.aclosing(self.pieces()) as news:
             async for pieces in news:
                 for piece in pieces:
-                    add(rows[piece.row], piece)
-                if leaving.done():
+                    rows[piece.row].add(piece)
+                if await request.is_disconnected():
                     break
-        left = leaving.done()
-        leaving.cancel()
-        found = self.head | {"object": "chat.completion" if self.chat else "text_completion"}
-        choices = [self.choice(row, False) for row in rows]
-        if self.verifier and not left:
-            found["verdict"] = await self.judged([row.text for row in rows])
-            choices = [choices[answer["index"]] for answer in found["verdict"]["answers"]]
-        return found | {"choices": choices, "usage": self.usage()}
+        choices = [self.choice(row, None, False) for row in rows]
+        found = self.head | {"object": self.question.objects[0], "usage": self.usage}
+        if self.verdict:
+            found["verdict"] = self.verdict
+            choices = [choices[answer["index"]] for answer in self.verdict["answers"]]
+        return found | {"choices": choices}
 
 
-async def until_gone(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
-
-
-def add(row: Piece, piece: Piece) -> None:
-    row.text, row.tokens, row.finish = row.text + piece.text, row.tokens + piece.tokens, piece.finish
-
-
-def joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one row as one piece, except for what the calculator wrote."""
+def merged(news: deque[Piece]) -> list[Piece]:
+    """Takes the pieces that are there; those of one row and one author become one."""
     found: list[Piece] = []
-    for piece in pieces:
-        same = found and (found[-1].row, found[-1].calculator) == (piece.row, piece.calculator)
-        if same:
-            add(found[-1], piece)
+    newest: dict[int, Piece] = {}
+    while news:
+        piece = news.popleft()
+        before = newest.get(piece.row)
+        if before and before.calculator == piece.calculator:
+            before.add(piece)
         else:
             found.append(piece)
+            newest[piece.row] = piece
     return found
 
 
 def event(data, name: str = "") -> str:
     """A server-sent event."""
-    return f"event: {name}\n" * bool(name) + f"data: {json.dumps(data)}\n\n"
+    begin = f"event: {name}\n" if name else ""
+    return f"{begin}data: {to_json(data)}\n\n"
 
 
-def text_logprobs(piece: Piece, offset: int) -> dict:
-    """As in /v1/completions; offset: characters of the text before this piece."""
-    names = [entry["token"] for entry in piece.tokens]
-    tops = [
-        None if entry["top"] is None else {top["token"]: top["logprob"] for top in entry["top"]}
-        for entry in piece.tokens
-    ]
-    lengths = [0 if name.startswith("bytes:") else len(name) for name in names]
-    offsets = list(accumulate(lengths, initial=offset))[: len(names)]
-    values = [entry["logprob"] for entry in piece.tokens]
-    return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
-
-
-def chat_logprobs(piece: Piece) -> dict:
-    """As in /v1/chat/completions."""
-    content = []
-    for entry in piece.tokens:
-        token = {"token": entry["token"], "bytes": entry["bytes"], "logprob": entry["logprob"]}
-        content.append(token | {"top_logprobs": entry["top"]})
-    return {"content": content}
+def text_logprobs(entries: list[dict], offset: int) -> dict:
+    """As in /v1/completions; offset: characters of the text before."""
+    found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        name, top = entry["token"], entry["top_logprobs"]
+        if top is not None:
+            top = {one["token"]: one["logprob"] for one in top}
+        found["tokens"].append(name)
+        found["token_logprobs"].append(entry["logprob"])
+        found["top_logprobs"].append(top)
+        found["text_offset"].append(offset)
+        offset += 0 if name.startswith("bytes:") else len(name)
+    return found

@@ -1,5 +1,11 @@
 """What several test files share."""
 
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import pytest
 
 
@@ -44,36 +50,52 @@ def tiny(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder / name) for name in ("base", "gpt2")}
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that make(folder) fills once, also where several processes run the tests: each gets a copy."""
+    import fcntl
+
+    mine = factory.getbasetemp()
+    session = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+    folder, done = session / f"once-{name}", session / f"once-{name}.done"
+    with open(session / f"once-{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder if session == mine else shutil.copytree(folder, mine / f"once-{name}")
+
+
 @pytest.fixture(scope="session")
 def tuned(tiny, tmp_path_factory) -> str:
     """A run that was taught word problems: it knows the form of an answer, and rarely the right one."""
     import torch
 
+    torch.set_num_threads(1)
+    return str(made_once(tmp_path_factory, "tuned", partial(train_tuned, tiny["base"])) / "sft")
+
+
+def train_tuned(base: str, out: Path) -> None:
     import sft
 
-    torch.set_num_threads(1)
-    cfg = sft.SFTConfig(model=tiny["base"], out=str(tmp_path_factory.mktemp("tuned")), name="sft")
+    cfg = sft.SFTConfig(model=base, out=str(out), name="sft")
     cfg.device, cfg.dtype, cfg.batch_size, cfg.data = "cpu", "float32", 8, "arithmetic"
     cfg.max_steps, cfg.learning_rate, cfg.warmup_steps = 150, 1e-2, 10
     cfg.eval_examples, cfg.eval_every = 20, 0
     sft.sft(cfg)
-    return f"{cfg.out}/{cfg.name}"
 
 
 @pytest.fixture(scope="session")
 def lab_home(tiny, tuned, tmp_path_factory):
     """A folder as `out`: tokens, a base that was trained for some steps, sft, its verifier, and a GPT-2."""
-    import shutil
+    return made_once(tmp_path_factory, "lab", partial(train_lab, tiny, tuned))
 
-    import torch
 
+def train_lab(tiny: dict[str, str], tuned: str, home: Path) -> None:
     from tasks.stories import storyworld
     from tokenizer import Tokenizer, write_tokens
     from train import TrainConfig, pretrain
     from verifier import VerifierConfig, train_verifier
 
-    torch.set_num_threads(1)
-    home = tmp_path_factory.mktemp("lab")
     shutil.copytree(tuned, home / "sft")
     shutil.copytree(tiny["gpt2"], home / "models" / "gpt2")
     tokenizer, tokens = Tokenizer.load(tiny["base"]), home / "tokens"
@@ -90,16 +112,13 @@ def lab_home(tiny, tuned, tmp_path_factory):
     cfg.problems, cfg.n, cfg.held_n, cfg.gold, cfg.eval_every = 30, 4, 4, 50, 0
     cfg.validation_problems = cfg.test_problems = 20
     train_verifier(cfg)
-    return home
 
 
 @pytest.fixture(scope="session")
 def lab_server(lab_home):
     """A serve.py over `lab_home`: (its address, its process)."""
-    import os
     import subprocess
     import sys
-    from pathlib import Path
 
     command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), f"--out={lab_home}", "--port=0"]
     command += [f"--models={lab_home}/models/gpt2", "--device=cpu"]

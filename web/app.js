@@ -1,27 +1,20 @@
 // Starts the page: theme, keys, tooltips, the section that the address names, models, the watch stream.
 
-import { $, api, attempt, on, runQuery, stored, stream, takeToken } from "./lib.js";
+import { $, api, attempt, on, runQuery, stored, stream, takeToken, tried } from "./lib.js";
 import { onWatch, showRuns, startRuns } from "./runs.js";
 import { startStart } from "./start.js";
 import { chatModels, startChat, stopChat } from "./chat.js";
 import { insideModels, showInside, startInside, stopInside } from "./inside.js";
 
 const SECTIONS = ["runs", "start", "chat", "inside"];
-const NEXT_THEME = { auto: "light", light: "dark", dark: "auto" };
+const THEMES = ["auto", "light", "dark"];
 const look = stored("look", { theme: "auto" });
 let connection = new AbortController();
 
-function decoded(address) {
-  try {
-    return decodeURIComponent(address);
-  } catch {
-    return ""; // %, and nothing behind it
-  }
-}
-
 /** Shows #runs, #runs/NAME, #start, #chat or #inside. */
 function route() {
-  const [wanted, ...name] = decoded(location.hash.slice(1)).split("/");
+  const address = tried(() => decodeURIComponent(location.hash.slice(1)), "");
+  const [wanted, ...name] = address.split("/");
   const section = SECTIONS.includes(wanted) ? wanted : "runs";
   for (const one of SECTIONS) {
     $(one).hidden = one !== section;
@@ -34,7 +27,10 @@ function route() {
 /** 1 to 4: a section; Escape: stop; Enter in a textarea: send, unless with Shift. */
 function onKey(event) {
   const { target, key, shiftKey, isComposing, ctrlKey, metaKey, altKey } = event;
-  if (key === "Escape") [stopChat, stopInside].forEach((stop) => stop());
+  if (key === "Escape") {
+    stopChat();
+    stopInside();
+  }
   if (key === "Enter" && target.matches("textarea") && target.form && !shiftKey && !isComposing) {
     event.preventDefault();
     target.form.requestSubmit();
@@ -56,27 +52,22 @@ function showTip({ target }) {
   tip.style.top = `${fits ? bottom + 6 : Math.max(4, top - tip.offsetHeight - 6)}px`;
 }
 
-function showTheme() {
+function showTheme(step) {
+  look.theme = THEMES[(THEMES.indexOf(look.theme) + step) % THEMES.length] ?? "auto";
   document.documentElement.dataset.theme = look.theme;
   $("theme").textContent = `◐ ${look.theme}`;
-}
-
-function nextTheme() {
-  look.theme = NEXT_THEME[look.theme];
-  showTheme();
 }
 
 /** The one watch stream: opened anew when other runs are selected, and after a while when it broke. */
 async function watch(runs) {
   connection.abort();
   const { signal } = (connection = new AbortController());
-  const path = `lab/watch?${runQuery(runs)}`;
   const onEvent = (data, name) => {
     connected(true);
     onWatch(data, name);
   };
   while (!signal.aborted) {
-    await stream(path, undefined, signal, onEvent).catch(() => null);
+    await stream(`lab/watch?${runQuery(runs)}`, undefined, signal, onEvent).catch(() => null);
     if (!signal.aborted) connected(false);
     await new Promise((resume) => setTimeout(resume, 3000));
   }
@@ -89,15 +80,17 @@ function connected(yes) {
 
 async function loadModels() {
   const models = await attempt(() => api("v1/models"));
-  for (const show of models ? [chatModels, insideModels] : []) show(models);
+  if (!models) return;
+  chatModels(models);
+  insideModels(models.data);
 }
 
 takeToken();
 for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, showTip);
 document.addEventListener("keydown", onKey);
 addEventListener("hashchange", route);
-on("click", { theme: nextTheme });
-showTheme();
+on("click", { theme: () => showTheme(1) });
+showTheme(0);
 startChat();
 startInside();
 startStart();

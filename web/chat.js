@@ -1,8 +1,8 @@
 // Chat and completion in up to four panes (same question, same seed), and best of n by a verifier.
 // A turn is {user, seed, replies: one a pane, best}; a reply is {parts: [[text, by calculator], ...], note}.
 
-import { $, api, attempt, button, fillSelect, h, hint, number, on } from "./lib.js";
-import { percent, stored, stream, tie } from "./lib.js";
+import { $, api, attempt, button, fillSelect, h, hint, modelGroups, number } from "./lib.js";
+import { on, percent, stored, stream, tie } from "./lib.js";
 
 const MOST_TURNS = 100; // kept in the page and in this browser
 const SAMPLING = {
@@ -20,6 +20,7 @@ const state = stored("chat", {
   ...{ temperature: 0.8, top_p: 0.95, top_k: 0, min_p: 0, repetition_penalty: 1, seed: "", max_tokens: "" },
 });
 let known = {}; // id of a model -> its meta
+let groups = {}; // of the models
 let work = null; // AbortController of what is being written
 let editing = -1; // the turn that the composer changes; -1: none
 
@@ -36,18 +37,12 @@ export function startChat() {
   on("click", { "chat-stop": stopChat, "chat-save": save, "chat-clear": clear });
 }
 
-/** Models that continue texts, for a select. */
-export function modelGroups(metas) {
-  const ids = Object.keys(metas).filter((id) => metas[id].kind === "causal");
-  const pick = (checkpoint) => ids.filter((id) => Boolean(metas[id].checkpoint) === checkpoint);
-  return { models: pick(false), checkpoints: pick(true) };
-}
-
 /** The models that the server has; a pane without one gets another: chat models, the newest first. */
 export function chatModels({ data, verifiers }) {
   known = Object.fromEntries(data.map((model) => [model.id, model.meta]));
+  groups = modelGroups(data);
   const rank = (id) => (known[id].stage === "verifier" ? -1 : Number(known[id].chat));
-  const newest = modelGroups(known).models.reverse().sort((a, b) => rank(b) - rank(a));
+  const newest = groups.models.toReversed().sort((a, b) => rank(b) - rank(a));
   state.models = [0, 1, 2, 3].map((i) => (known[state.models[i]] ? state.models[i] : newest[i] ?? newest[0]));
   fillSelect($("best-verifier"), { verifiers });
   $("best-go").disabled = !verifiers.length;
@@ -86,7 +81,7 @@ function show() {
 
 function paneHead(id, pane) {
   const select = h("select", { class: "pane-model", "aria-label": `model of pane ${pane + 1}` });
-  fillSelect(select, modelGroups(known), id);
+  fillSelect(select, groups, id);
   select.addEventListener("change", () => {
     state.models = state.models.with(pane, select.value);
     show();
@@ -181,8 +176,7 @@ async function reply(turn, pane, box) {
   };
   try {
     const { path, body } = await question(turn, pane);
-    body.stream_options = { include_usage: true };
-    await stream(path, body, work.signal, onEvent);
+    await stream(path, { ...body, stream_options: { include_usage: true } }, work.signal, onEvent);
     note();
   } catch (error) {
     note();
@@ -194,10 +188,9 @@ async function reply(turn, pane, box) {
 function append(answer, { text, delta, calculator }) {
   const words = text ?? delta?.content;
   if (!words) return 0;
-  const tool = Boolean(calculator ?? delta?.calculator);
   const part = answer.parts.at(-1);
-  if (part?.[1] === tool) part[0] += words;
-  else answer.parts.push([words, tool]);
+  if (part?.[1] === calculator) part[0] += words;
+  else answer.parts.push([words, calculator]);
   return 1;
 }
 

@@ -1,8 +1,7 @@
 // Look inside: what a model makes of a text: surprise, next token, lens, contributions, heads, attention.
 
-import { $, api, attempt, button, fillSelect, h, hint, number, on, percent, request } from "./lib.js";
-import { stored, stream, table, tie, visible } from "./lib.js";
-import { modelGroups } from "./chat.js";
+import { $, api, attempt, barRow, button, fillSelect, h, hint, modelGroups, number } from "./lib.js";
+import { on, percent, request, stored, stream, table, tie, visible } from "./lib.js";
 
 const HELP = {
   tokens: "Surprise: -log2 p of a token given those before it, in bits (a coin toss: 1). Mean: the loss.",
@@ -34,8 +33,8 @@ export function startInside() {
   tie("inside-chat", state, "chat", () => choose(LAST));
 }
 
-export function insideModels({ data }) {
-  const groups = modelGroups(Object.fromEntries(data.map((model) => [model.id, model.meta])));
+export function insideModels(models) {
+  const groups = modelGroups(models);
   const ids = Object.values(groups).flat();
   if (!ids.includes(state.model)) Object.assign(state, { model: ids[0] ?? "", off: [], target: null });
   fillSelect($("inside-model"), groups, state.model);
@@ -65,7 +64,7 @@ function read(text, parent = -1, earlier = null) {
 }
 
 function ask({ model, text, chat, position, target, off }) {
-  const body = { model, text, chat, position, target, heads_off: off, alternatives: 50 };
+  const body = { model, text, chat, position, target, heads_off: off };
   return api("lab/inside", body, work.signal);
 }
 
@@ -85,8 +84,8 @@ async function look() {
 
 const end = () => view.tokens.length - 1;
 const at = () => (state.position < 0 ? end() : Math.min(state.position, end()));
-const heading = (title, help) => h("h2", {}, title, " ", hint(help));
-const card = (title, help, ...inner) => h("div", { class: "card" }, heading(title, help), ...inner);
+const card = (title, help, ...inner) =>
+  h("div", { class: "card" }, h("h2", {}, title, " ", hint(help)), ...inner);
 
 function show() {
   const other = h("p", { class: "note" }, OTHER);
@@ -164,12 +163,12 @@ function nextRow({ id, text, logit }, p, earlier, compared) {
   const append = () => read(textOf(0, at() + 1) + text, state.node);
   const grow = button(visible(text), append, { class: "grow", disabled });
   const fill = (name, share) => h("span", { class: name, width: `${100 * (share ?? 0)}%` });
-  const track = h("span", { class: "track" }, fill("fill", p), compared ? fill("fill thin", earlier) : null);
+  const bars = compared ? [fill("fill", p), fill("fill thin", earlier)] : fill("fill", p);
   const share = (q) => (q === undefined ? "rank > 50" : percent(q));
-  const figure = h("span", { class: "figure" }, compared ? `${share(earlier)} → ${share(p)}` : share(p));
+  const figure = compared ? `${share(earlier)} → ${share(p)}` : share(p);
   const tip = `Who put its logit (${number(logit)}) there?`;
-  const why = button("why", () => choose({ target: id }), { class: "quiet why", "data-tip": tip });
-  return h("div", { class: "bar-row" }, grow, track, figure, why);
+  const why = button("why", () => choose({ target: id }), { class: "quiet", "data-tip": tip });
+  return barRow(grow, bars, figure, why);
 }
 
 function treeCard() {
@@ -223,8 +222,7 @@ function partsCard() {
   const row = ({ name, value }) => {
     const width = `${(50 * Math.abs(value)) / most}%`;
     const fill = h("span", { class: value < 0 ? "fill minus" : "fill plus", width });
-    const figure = h("span", { class: "figure" }, value.toFixed(3));
-    return h("div", { class: "bar-row" }, h("span", {}, name), h("span", { class: "track" }, fill), figure);
+    return barRow(h("span", {}, name), fill, value.toFixed(3));
   };
   const logit = `logit of ${visible(target.text)} ${target.logit.toFixed(5)}`;
   const total = `sum of the parts ${sum.toFixed(5)}; ${logit}`;

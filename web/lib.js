@@ -27,6 +27,19 @@ export function table(head, rows, more = {}) {
   return h("div", { class: "scroll", tabindex: 0, ...more }, h("table", {}, h("thead", {}, top), body));
 }
 
+/** A row of a bar chart: label, bars on one track, figure, more. */
+export function barRow(label, bars, figure, ...more) {
+  const track = h("span", { class: "track" }, bars);
+  return h("div", { class: "bar-row" }, label, track, h("span", { class: "figure" }, figure), ...more);
+}
+
+/** Models that continue texts, as groups for `fillSelect`. */
+export function modelGroups(models) {
+  const ids = (checkpoint) =>
+    models.filter(({ meta }) => meta.kind === "causal" && meta.checkpoint === checkpoint).map(({ id }) => id);
+  return { models: ids(false), checkpoints: ids(true) };
+}
+
 /** Options of a select: {label: [value, ...], ...}; empty groups are left out. */
 export function fillSelect(select, groups, chosen) {
   const option = (value) => h("option", { value }, value);
@@ -55,26 +68,30 @@ export function tie(id, state, name, changed) {
   });
 }
 
-/** The object in a JSON text, else {}: what a browser has stored may be damaged. */
-function parsed(json) {
+/** What work() returns, or `otherwise` if it throws. */
+export function tried(work, otherwise) {
   try {
-    return JSON.parse(json) ?? {};
+    return work();
   } catch {
-    return {};
+    return otherwise;
   }
 }
 
-/** An object that survives a reload: what is assigned to its properties is stored in this browser. */
+/**
+ * An object that survives a reload: what is assigned to its properties is stored, for this tab alone
+ * (sessionStorage) and as what a new tab starts from (localStorage).
+ */
 export function stored(key, initial) {
-  const state = { ...initial };
-  for (const [name, value] of Object.entries(parsed(localStorage.getItem(`lab.${key}`)))) {
-    const usual = initial[name] ?? [];
+  const [id, state] = [`lab.${key}`, { ...initial }];
+  const kept = sessionStorage.getItem(id) ?? localStorage.getItem(id);
+  for (const [name, value] of Object.entries(tried(() => JSON.parse(kept), null) ?? {})) {
+    const usual = initial[name] ?? []; // a value of another type is damaged
     if (typeof value === typeof usual && Array.isArray(value) === Array.isArray(usual)) state[name] = value;
   }
   const set = (_, name, value) => {
     state[name] = value;
     try {
-      localStorage.setItem(`lab.${key}`, JSON.stringify(state));
+      for (const storage of [sessionStorage, localStorage]) storage.setItem(id, JSON.stringify(state));
     } catch {
       toast("This browser's storage is full: a reload will forget the latest changes.");
     }
@@ -108,8 +125,9 @@ export function duration(seconds) {
 /** Takes the token out of the address (#token=...), so that it is neither shown nor bookmarked. */
 export function takeToken() {
   const [, token] = /token=([^&]+)/.exec(location.hash) ?? [];
-  if (token) sessionStorage.setItem("lab.token", token);
-  if (token) history.replaceState(null, "", "#runs");
+  if (!token) return;
+  sessionStorage.setItem("lab.token", token);
+  history.replaceState(null, "", "#runs");
 }
 
 /** GET without a body, POST with one; throws an Error whose message is for the person. */
