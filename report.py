@@ -32,18 +32,17 @@ from pathlib import Path
 
 from configs import ConfigError, parse_config
 from data import TASKS
-from support.charts import BLUE, GREY, RED, Line, Panel, chart, line
-from support.metrics import perplexity, proportion
+from support.charts import BLUE, GREY, Line, Panel, chart, line
+from support.curves import curve_rows, loss_curves, overlaid, preferences
+from support.metrics import proportion
 from support.pages import (
     Block,
     Code,
-    Figure,
     Sections,
     Table,
     Text,
     fill,
     interval,
-    minutes,
     percent,
     points,
     row,
@@ -51,7 +50,7 @@ from support.pages import (
     table,
     write,
 )
-from support.results import METRICS, SMOKE, Comparison, Records, Run, load_run, value_of
+from support.results import METRICS, SMOKE, Comparison, Records, Run, value_of
 from support.tables import read_jsonl
 from tasks.mistakes import KINDS
 
@@ -144,22 +143,20 @@ def ledger(records: Records) -> list[Block]:
     """Where the time went, beside what the plan had said."""
     if not records.ledger:
         return [Text("No time ledger: `bash run_all.sh` keeps one.")]
-    planned = {stage: float(seconds) for stage, seconds, _ in records.plan}
-    rows, took, plan = [], 0.0, 0.0
+    plan = {stage: float(seconds) for stage, seconds, _ in records.plan}
+    spent = []
     for stage, seconds, command in records.ledger:
-        took, plan = took + float(seconds), plan + planned.get(stage, 0)
-        cells = {"stage": stage, "minutes": minutes(float(seconds))}
-        cells["planned"] = minutes(planned[stage]) if stage in planned else ""
-        rows.append(cells | {"command": command})
-    rows.append({"stage": "all", "minutes": minutes(took), "planned": minutes(plan) if planned else ""})
-    return [table("ledger", rows)]
+        spent.append({"stage": stage, "took": float(seconds), "plan": plan.get(stage), "command": command})
+    planned = sum(x["plan"] or 0 for x in spent) if plan else None
+    spent.append({"stage": "all", "took": sum(x["took"] for x in spent), "plan": planned, "command": ""})
+    template = "stage: {stage} | minutes: {took:minutes} | planned: {plan:minutes} | command: {command}"
+    return [table("ledger", [row(template, x) for x in spent])]
 
 
 # -----------------------------------------------------------------------------
 # Training
 
 CURVES = 16  # runs whose curves a page has room for
-CLOCKS = {"step": "step", "tokens": "tokens read", "minutes": "minutes"}  # column of a log: label
 TRAINED = """
 run: {run.shown} | stage: {run.stage} | parameters: {parameters:count} | state: {status}
 last validation loss: {run.last[val_loss]:.4f} at {run.last[step]:,}
@@ -185,111 +182,30 @@ def training(records: Records) -> list[Block]:
         blocks.append(Text(words))
     groups: dict[tuple, list] = {}  # of one stage, tokenizer and validation text: their losses compare
     for run, lines in drawn:
-        if run.validation.get("fingerprint"):
-            key = (run.stage, run.record.get("tokenizer"), run.validation["fingerprint"])
-            groups.setdefault(key, []).append((run.shown, lines))
-    several = [group for group in groups.items() if len(group[1]) > 1]
-    blocks += [overlaid(f"curves-together-{i}-{key[0]}", some) for i, (key, some) in enumerate(several, 1)]
+        key = (run.stage, run.record.get("tokenizer"), run.validation.get("fingerprint"))
+        groups.setdefault(key, []).append((run.shown, lines))
+    several = [(key, group) for key, group in groups.items() if key[-1] and len(group) > 1]
+    for i, (key, group) in enumerate(several, 1):
+        blocks.append(overlaid(f"curves-together-{i}-{key[0]}", group))
     for run, lines in drawn:
         blocks += [loss_curves(run, lines), *preferences(run, lines)]
     return blocks
-
-
-def curve_rows(run: Run) -> list[dict]:
-    """metrics.jsonl with the columns that figures need beside: minutes and perplexities."""
-    lines = run.metrics()
-    for x in lines:
-        x["minutes"] = x.get("seconds", 0) / 60
-        for key in ("loss", "val_loss"):
-            if key in x:
-                x[f"perplexity of {key}"] = perplexity(x[key], 1)
-    return lines
 
 
 def training_row(run: Run, lines: list[dict], plan: list[list[str]]) -> dict:
     steps = [x for x in lines if "tokens_per_second" in x]
     # DPO and a verifier's head count what they compare, not its tokens.
     unit = " pairs" if run.stage == "dpo" else " answers" if run.record.get("verifier") == "head" else ""
+    gib = {stage.removeprefix("finetune-"): float(size) for stage, _, size in plan}
+    planned = gib.get("pretrain" if run.stage == "train" else run.folder.name)
     values = {"parameters": 0, "seconds": 0, "status": "unreadable"} | run.record
-    values |= {"run": run, "unit": unit, "planned": "", "speed": 0}
+    values |= {"run": run, "unit": unit, "planned": fill(" ({size:.2f})", {"size": planned})}
     values["memory"] = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
-    if steps:
-        values["speed"] = statistics.median(x["tokens_per_second"] for x in steps)
+    values["speed"] = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
     if steps and not unit:
         values["tokens"] = steps[-1].get("tokens", 0)
         values["flops"] = 6 * values["parameters"] * values["tokens"]
-    for stage, _, gib in plan:
-        if stage.removeprefix("finetune-") == ("pretrain" if run.stage == "train" else run.folder.name):
-            values["planned"] = f" ({float(gib):.2f})"
     return row(TRAINED, values)
-
-
-def overlaid(name: str, runs: list[tuple[str, list[dict]]]) -> Figure:
-    """Losses of several runs against steps, tokens and minutes."""
-    panels = []
-    for clock, label in CLOCKS.items():
-        curves = []
-        for i, (run, lines) in enumerate(runs):
-            curves.append(line(lines, clock, "loss", color=f"C{i}", lw=0.8, alpha=0.4))
-            curves.append(line(lines, clock, "val_loss", run, "o-", color=f"C{i}"))
-        panels.append(Panel(curves, label, "loss"))
-    caption = "Validation losses, with points, and training losses, thin, of runs on one text."
-    return chart(name, caption, panels)
-
-
-def loss_curves(run: Run, lines: list[dict]) -> Figure:
-    """Loss against steps, tokens (and epochs) and minutes; what the optimizer did; perplexity."""
-    labels = CLOCKS.copy()
-    if epochs := lines[-1].get("epoch"):
-        labels["tokens"] += f" ({epochs:.2g} epochs)"
-    losses = (("loss", "training", "-", BLUE), ("val_loss", "validation", "o-", RED))
-    panels = []
-    for clock, label in labels.items():
-        curves = [line(lines, clock, key, name, form, color=color) for key, name, form, color in losses]
-        panels.append(Panel(curves, label, "loss"))
-    for clock, key, label in OPTIMIZER:
-        panels.append(Panel([line(lines, clock, key, color=GREY)], labels[clock], label))
-    caption = f"{run.shown}: loss while it was trained, and what the optimizer and the clock did."
-    if predicts_text(run):
-        curves = [line(lines, "step", f"perplexity of {key}", name, form, color=color)
-                  for key, name, form, color in losses]  # fmt: skip
-        panels.append(Panel(curves, "step", "perplexity", log="y"))
-        caption = caption.replace("loss", "loss and perplexity")
-    return chart(f"curves-{run.folder.name}", caption, panels, columns=4, size=(3.2, 2.6), title=run.shown)
-
-
-OPTIMIZER = (  # clock, column of the log, label
-    ("step", "learning_rate", "learning rate"),
-    ("tokens", "grad_norm", "gradient norm"),
-    ("minutes", "tokens_per_second", "tokens/s"),
-    ("step", "peak_memory_gib", "peak memory, GiB"),
-)
-
-
-PREFERENCES = {  # columns of the log: label
-    ("reward_accuracy",): "share of pairs right",
-    ("reward_margin",): "margin, nats",
-    ("chosen", "rejected"): "log p of an answer, nats",
-}
-
-
-def predicts_text(run: Run) -> bool:
-    """True if the loss is in nats per token and so has a perplexity. That of pairs or of classes has none."""
-    heads = "head" in (run.record.get("verifier"), run.record.get("kind"))
-    return run.stage != "dpo" and not heads
-
-
-def preferences(run: Run, lines: list[dict]) -> list[Block]:
-    """Of a run that learns from pairs: accuracy and margin of the reward, log-probabilities of both sides."""
-    checks = [x for x in lines if "reward_margin" in x]
-    if not checks:
-        return []
-    panels = []
-    for keys, label in PREFERENCES.items():
-        panels.append(Panel([line(checks, "step", key, key, "o-") for key in keys], "step", label))
-    caption = f"{run.shown}: held-out pairs. If both sides fall together, the model unlearns instead of "
-    caption += "preferring."
-    return [chart(f"preferences-{run.folder.name}", caption, panels)]
 
 
 # -----------------------------------------------------------------------------
@@ -320,10 +236,9 @@ def samples(records: Records) -> list[Block]:
 def by_step(name: str, lines: list[dict]) -> Table:
     """Samples {"step", "prompt", "text"}: a row per prompt, a column per step; of many steps a few."""
     steps = sorted({x.get("step", 0) for x in lines})
-    if len(steps) > COLUMNS:
-        steps = [steps[round(i * (len(steps) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
+    every = -(-len(steps) // COLUMNS)
     rows: dict[str, dict] = {}
-    for step in steps:
+    for step in steps[::-every][::-1]:
         for x in lines:
             if x.get("step", 0) == step:
                 prompt = shorten(x.get("prompt", "")) or "(start of a text)"
@@ -375,13 +290,11 @@ def chosen(run: Run, entry: dict) -> list[Block]:
 
 
 def budget_curve(way: str, found: dict[str, dict]) -> Line:
-    """Percent right against the number of answers, with intervals where all have one."""
-    oracle, ends = way == "pass", []
-    for end in ("value", "low", "high"):
-        ends.append([100 * x[end] for x in found.values() if end in x])
-    value, low, high = ends
-    style = ("pass (oracle)", "--") if oracle else (way, "o-")
-    return Line(list(map(int, found)), value, *style, *((low, high) if len(low) == len(value) else ()))
+    """Percent right against the number of answers, with intervals where there are some."""
+    ends = ("value", "low", "high")
+    value, low, high = ([100 * x.get(end, x["value"]) for x in found.values()] for end in ends)
+    label, form = ("pass (oracle)", "--") if way == "pass" else (way, "o-")
+    return Line(list(map(int, found)), value, label, form, low, high)
 
 
 def verifiers(records: Records) -> list[Block]:
@@ -410,9 +323,6 @@ def verifiers(records: Records) -> list[Block]:
 # -----------------------------------------------------------------------------
 # Mistakes
 
-FLAWS = "flaw: {words} | summaries: {n} | % of all: {of_all:percent} | ROUGE-L of these: {rouge:.1f}"
-REVIEWS = "the review has: {words} | reviews: {n} | wrong: {wrong} | % wrong: {of_these:percent}"
-SOLUTIONS = "first mistake: {words} | answers: {n} | % of the wrong ones: {of_wrong:percent}"
 VIOLATION = """
 margin: {margin:.1f} | prompt: {prompt:shorten} | chosen: {chosen:shorten} | rejected: {rejected:shorten}
 """
@@ -484,22 +394,23 @@ def mistakes(model: str, name: str, entry: dict, answers: list[dict]) -> list[Bl
     """How many answers are of which kind, with an example of each; what a kind is, tasks/mistakes.py says."""
     task = TASKS[entry["task"]]
     summaries = task.metric == "rouge"
-    template = FLAWS if summaries else REVIEWS if task.labels else SOLUTIONS
     wrong = [r for r in answers if (r["kinds"] != ["other"] if summaries else not r["correct"])]
+    column = "% of all" if summaries else "% of these wrong" if task.labels else "% of the wrong ones"
     rows, examples = [], []
     for kind, words in KINDS.items():
-        some = [r for r in answers if kind in r["kinds"]]
-        bad = [r for r in wrong if kind in r["kinds"]]
+        some, bad = ([r for r in group if kind in r["kinds"]] for group in (answers, wrong))
         if some:
-            values = {"words": words, "n": len(some), "wrong": len(bad)}
-            values["of_all"] = proportion(len(some), len(answers))
-            values["of_these"] = proportion(len(bad), len(some))
-            values["of_wrong"] = proportion(len(bad), max(1, len(wrong)))
-            values["rouge"] = 100 * statistics.fmean(r.get("rougeL", 0) for r in some)
-            rows.append(row(template, values))
+            total = {"% of all": answers, "% of these wrong": some, "% of the wrong ones": wrong}[column]
+            cells = {"kind": words, "answers": len(some), "wrong": len(bad)}
+            cells[column] = percent(proportion(len(bad), len(total)))
+            if summaries:
+                cells["ROUGE-L"] = f"{100 * statistics.fmean(r['rougeL'] for r in some):.1f}"
+            rows.append(cells)
         if bad:
-            said = bad[0].get("output", bad[0].get("prediction"))  # a class, where nothing is written
-            examples.append({"kind": words} | row(EXAMPLE, bad[0] | {"said": said}))
+            said = {
+                "said": bad[0].get("output", bad[0].get("prediction"))
+            }  # a class, where nothing is written
+            examples.append({"kind": words} | row(EXAMPLE, bad[0] | said))
     found = f"{len(wrong):,} of {len(answers):,}"
     found = f"has a flaw that can be counted in {found} summaries" if summaries else f"is wrong on {found}"
     shots = f", {entry['shots']} examples in the prompt" if entry.get("shots") else ""
@@ -599,24 +510,23 @@ def sources(data: object, split: str = "train") -> list[dict]:
 
 def comparison(folders: list[Path]) -> list[Block]:
     """Settings that differ, losses in one picture, the last difference and how much of it is noise."""
-    runs = {str(folder): load_run(folder, folder.parent) for folder in folders}
-    for name, run in runs.items():
-        if not run.record:
-            raise ConfigError(f"{name} holds no run that can be read")
-    if len({folder.name for folder in folders}) == len(folders):
-        runs = {run.folder.name: run for run in runs.values()}
+    alike = len({folder.name for folder in folders}) < len(folders)
+    runs = {str(folder) if alike else folder.name: Run(folder, folder.parent) for folder in folders}
     rows = []
+    for run in runs.values():
+        if not run.record:
+            raise ConfigError(f"{run.folder} holds no run that can be read")
     for key in dict.fromkeys(key for run in runs.values() for key in run.settings):
         values = {name: run.settings.get(key, "") for name, run in runs.items()}
         if key != "name" and len(set(map(json.dumps, values.values()))) > 1:
             rows.append({"setting": key} | values)
-    blocks: list[Block] = [Text("Settings that differ:" if rows else "No setting differs.")]
-    blocks += [table("settings", rows)] if rows else []
+    blocks: list[Block] = [Text("Settings that differ:"), table("settings", rows)]
+    blocks = blocks if rows else [Text("No setting differs.")]
     blocks.append(overlaid("comparison", [(name, curve_rows(run)) for name, run in runs.items()]))
     first, rows = next(iter(runs)), []
     for name, run in runs.items():
         cells = {"run": name} | row("last validation loss: {val_loss:.4f}", run.last)
-        if rows and "val_loss" in run.last and "val_loss" in runs[first].last:
+        if "val_loss" in run.last and "val_loss" in runs[first].last:
             cells[f"minus {first}"] = f"{run.last['val_loss'] - runs[first].last['val_loss']:+.4f}"
         rows.append(cells)
     return [*blocks, table("last", rows), *noise(list(runs.values()))]
@@ -626,22 +536,22 @@ def noise(runs: list[Run]) -> list[Block]:
     """Groups of runs that differ in nothing but the seed: mean and spread, and differences between groups in
     units of their standard error.
     """
-    groups: dict[str, dict] = {}  # settings: {seed: (folder, loss)}
+    groups: dict[str, dict] = {}  # settings: {seed: run}
     for run in runs:
         if "val_loss" in run.last:
-            seeds = groups.setdefault(settings_but_seed(run), {})
-            seeds.setdefault(run.settings.get("seed"), (str(run.folder), run.last["val_loss"]))
-    values = [[loss for _, loss in seeds.values()] for seeds in groups.values()]
-    free = sum(len(losses) - 1 for losses in values)
+            groups.setdefault(settings_but_seed(run), {}).setdefault(run.settings.get("seed"), run)
+    losses = [[run.last["val_loss"] for run in seeds.values()] for seeds in groups.values()]
+    free = sum(len(group) - 1 for group in losses)
     if not free:
         return [Text("What of a difference is noise, one run each cannot tell: repeat them with --seed=2.")]
-    spread = math.sqrt(sum(statistics.pvariance(losses) * len(losses) for losses in values) / free)
+    spread = math.sqrt(sum(statistics.pvariance(group) * len(group) for group in losses) / free)
     rows = []
-    for seeds, losses in zip(groups.values(), values, strict=True):
-        gap = statistics.fmean(losses) - statistics.fmean(values[0])
-        error = spread * math.sqrt(1 / len(losses) + 1 / len(values[0]))
-        cells = {"runs": ", ".join(folder for folder, _ in seeds.values())}
-        cells["mean of the last loss"] = f"{statistics.fmean(losses):.4f}"
+    for seeds, group in zip(groups.values(), losses, strict=True):
+        mean = statistics.fmean(group)
+        gap = mean - statistics.fmean(losses[0])
+        error = spread * math.sqrt(1 / len(group) + 1 / len(losses[0]))
+        cells = {"runs": ", ".join(str(run.folder) for run in seeds.values())}
+        cells["mean of the last loss"] = f"{mean:.4f}"
         if rows and error:
             cells["minus the first"] = f"{gap:+.4f}, {abs(gap) / error:.1f} standard errors"
         rows.append(cells)

@@ -12,7 +12,7 @@ from pathlib import Path
 from support.charts import BLUE, GREY, Panel, chart, line
 from support.observations import observations
 from support.pages import Block, Figure, Sections, Text, blocks_of, fill, points, row, table
-from support.results import SMOKE, Comparison, Records, Run, load_run, read_json, value_of
+from support.results import SMOKE, Comparison, Records, Run, read_json, value_of
 from support.tables import read_jsonl
 
 FASTER = 1.05  # a change counts as faster from this ratio of its tokens/s to the baseline's
@@ -97,59 +97,82 @@ def lab_findings(found: dict) -> list[dict]:
     experiments, rows = found.get("experiments") or {}, []
     if found.get("quick") or "tokens_per_second" not in experiments.get("baseline", {}):
         return []
-    speed = experiments["baseline"]["tokens_per_second"]["mean"]
     for family, names in found["families"].items():
-        gaps = {name: experiments.get(name, {}).get("difference", {}) for name in names}
-        names = sorted((name for name in names if "low" in gaps[name]), key=lambda name: gaps[name]["mean"])
+        names = [name for name in names if "low" in experiments.get(name, {}).get("difference", {})]
+        names.sort(key=lambda name: experiments[name]["difference"]["mean"])
         if not names:
             continue
-        better = [name for name in names if gaps[name]["high"] < 0]
-        worse = [name for name in names if gaps[name]["low"] > 0]
-        unclear = [name for name in names if not clear(gaps[name])]
-        ratios = {name: experiments[name]["tokens_per_second"]["mean"] / speed for name in names}
-        advice = [f"use {name} at {ratios[name]:.2f} times the speed" for name in better]
-        for name in unclear:
-            if ratios[name] >= FASTER:
-                advice.append(f"{name}: no difference in loss found, at {ratios[name]:.2f} times the speed")
-        advice += [] if better else ["keep the baseline unless speed or memory decides"]
-        advice += [f"leave out {', '.join(worse)}"] if worse else []
-        cells = {
-            "family": f"{found['corpus']}, {family}",
-            "lowest bits/byte": f"{names[0]}, {experiments[names[0]]['bits_per_byte']['mean']:.4f}",
-            "better": ", ".join(f"{name} {gaps[name]['mean']:+.4f}" for name in better),
-            "worse": ", ".join(f"{name} {gaps[name]['mean']:+.4f}" for name in worse),
-            "no difference found": ", ".join(unclear),
-            "recommendation": "; ".join(advice),
-        }
-        rows.append(cells)
+        lowest = fill("{bits_per_byte[mean]:.4f}", experiments[names[0]])
+        cells = {"family": f"{found['corpus']}, {family}", "lowest bits/byte": f"{names[0]}, {lowest}"}
+        alike = {verdict: [] for verdict in ("better", "worse", "no difference found")}
+        for name in names:
+            alike[experiments[name]["verdict"]].append(name)
+        for verdict, some in alike.items():
+            gaps = [f"{name} {experiments[name]['difference']['mean']:+.4f}" for name in some]
+            cells[verdict] = ", ".join(gaps)
+        rows.append(cells | {"recommendation": lab_advice(experiments, *alike.values())})
     return rows
 
 
-# -----------------------------------------------------------------------------
-# Entries: an entry is a row of the summary and paragraphs, both made from the same values
+def lab_advice(experiments: dict, better: list[str], worse: list[str], unclear: list[str]) -> str:
+    """What to adopt (best first), what is faster without a measured loss, and what to leave out."""
+    speed = {name: experiments[name]["tokens_per_second"]["mean"] for name in ("baseline", *better, *unclear)}
+    words = []
+    for name in better + unclear:
+        ratio = speed[name] / speed["baseline"]
+        if name in better:
+            words.append(f"use {name} at {ratio:.2f} times the speed")
+        elif ratio >= FASTER:
+            words.append(f"{name}: no difference in loss found, at {ratio:.2f} times the speed")
+    words += [] if better else ["keep the baseline unless speed or memory decides"]
+    words += [f"leave out {', '.join(worse)}"] if worse else []
+    return "; ".join(words)
 
-SUMMARY = """
-run: {run} | stage: {stage} | date: {started:.10} | validation loss: {val_loss:.4f}
-training loss: {train_loss:.4f} | tokens/s: {speed:,.0f} | minus baseline: {gap} | outcome: {outcome}
+
+# -----------------------------------------------------------------------------
+# Entries: a row of the summary, and paragraphs of which those without a value are left out
+
+RUN_ROW = """
+run: {run.shown} | stage: {run.stage} | date: {run.record[started]:.10}
+validation loss: {run.best[val_loss]:.4f} | training loss: {loss:.4f} | tokens/s: {speed:,.0f}
+minus baseline: {gaps[0]} | outcome: {observed[0]}
 """
-ENTRY = """
-Date: {started}
-Hypothesis: {hypothesis}
-Change: {change}
-Results: {results}
+RUN = """
+Date: {run.record[started]}
+Hypothesis: {run.settings[hypothesis]}
+Change: `{run.record[command]}`
+Results: {best}
+Training: loss {loss:.4f} at {speed:,.0f} tokens/s
+Time: {run.record[seconds]:minutes} minutes
 Comparison: {comparison}
 Curves: {curves}
 wandb: {wandb}
 Observations: {observations}
 Next steps: {next}
 """
-RESULTS = (
-    "{found}",
-    "training loss {train_loss:.4f}",
-    "{speed:,.0f} tokens/s",
-    "mean of {seeds} seeds",
-    "{seconds:minutes} minutes",
-)
+LAB_ROW = """
+run: {name} | stage: lab, {folder} | date: {run.record[started]:.10} | validation loss: {val_loss[mean]:.4f}
+training loss: {loss:.4f} | tokens/s: {tokens_per_second[mean]:,.0f}
+minus baseline: {difference:difference} bits/byte | outcome: {verdict}
+"""
+LAB = """
+Date: {run.record[started]}
+Hypothesis: {hypothesis}
+Change: {change}
+Results: {bits_per_byte[mean]:.4f} bits/byte, {tokens_per_second[mean]:,.0f} tokens/s, mean of {n} seeds
+Validation loss: {val_loss[mean]:.4f}
+Training loss: {loss:.4f}
+Comparison: {difference:difference} bits/byte from the baseline, 95 % interval over the seeds: {verdict}
+wandb: {wandb}
+Observations: {observations}
+Next steps: {next}
+"""
+NEXT = {  # by the verdict of experiments.py
+    "better": "Adopt it, if its speed and memory allow.",
+    "worse": "Leave it out.",
+    "no difference found": "Decide by speed and memory; no difference was found.",
+    "one seed: no finding": "One seed: no finding. Run it again with --seeds=3.",
+}
 
 
 def log(records: Records, made: Sections) -> Sections:
@@ -158,29 +181,24 @@ def log(records: Records, made: Sections) -> Sections:
     rows, entries = [], {}
     for run in records.runs:
         values = run_values(run, records, figures)
-        rows.append(row(SUMMARY, values))
-        entries[run.shown] = entry(values)
+        rows.append(row(RUN_ROW, values))
+        entries[run.shown] = entry(RUN, values)
     for folder, found in records.labs.items():
         for name, e in (found.get("experiments") or {}).items():
             if "bits_per_byte" in e:
-                runs = {
-                    seed: load_run(folder / f"{name}-s{seed}", records.home) for seed in e.get("seeds") or ()
-                }
-                values = lab_values(folder, found, name, e, runs)
-                rows.append(row(SUMMARY, values))
+                values = lab_values(folder, found, name, e)
+                rows.append(row(LAB_ROW, values))
                 heading = f"{name}, {folder.name}" + f" ({SMOKE})" * bool(found.get("quick"))
-                entries[heading] = entry(values)
-                if any(run.record for run in runs.values()):
-                    entries[heading].append(lab_curves(folder, name, runs))
+                entries[heading] = entry(LAB, values)
+                if values["loss"] is not None:
+                    entries[heading].append(lab_curves(folder, name, e["seeds"]))
     if not rows:
         return {"No runs": [Text("No run folders here: `bash run_all.sh cpu` makes them.")]}
     return {"All runs": [table("experiments", rows)], "Findings": findings(records), **entries}
 
 
-def entry(values: dict) -> list[Block]:
-    results = ", ".join(filter(None, (fill(template, values) for template in RESULTS)))
-    words = row(ENTRY, values | {"results": results})
-    return [Text(f"**{key}**: {value}") for key, value in words.items() if value]
+def entry(template: str, values: dict) -> list[Block]:
+    return [Text(f"**{key}**: {value}") for key, value in row(template, values).items() if value]
 
 
 def train_loss_of(lines: list[dict]) -> float | None:
@@ -190,31 +208,24 @@ def train_loss_of(lines: list[dict]) -> float | None:
 
 
 def run_values(run: Run, records: Records, figures: set[str]) -> dict:
-    """What the log says about a run."""
-    lines = run.metrics()
+    """What the templates name of a run."""
+    lines, gaps = run.metrics(), compared_with(run, records)
     observed, todo = observations(lines)
     speeds = [x["tokens_per_second"] for x in lines if "tokens_per_second" in x]
-    gaps = compared_with(run, records)
+    best = [f"{key} {value:.4g}" for key, value in run.best.items() if isinstance(value, int | float)]
     names = [f"{kind}-{run.folder.name}" for kind in ("curves", "preferences")]
-    found = [f"{key} {value:.4g}" for key, value in run.best.items() if isinstance(value, int | float)]
     return {
-        "run": run.shown,
-        "stage": run.stage,
-        "started": str(run.record.get("started", "unknown")),
-        "hypothesis": run.settings.get("hypothesis") or "none given",
-        "change": f"`{run.record.get('command', 'unknown')}`",
-        "found": ", ".join(found),
-        "val_loss": run.best.get("val_loss"),
-        "train_loss": train_loss_of(lines),
+        "run": run,
+        "best": ", ".join(best),
+        "loss": train_loss_of(lines),
         "speed": statistics.median(speeds) if speeds else None,
-        "seconds": run.record.get("seconds"),
-        "gap": gaps[0] if gaps else "",
+        "gaps": gaps,
         "comparison": "; ".join(gaps) or "none: no other run here measured the same",
         "curves": ", ".join(f"[{name}](figures/{name}.png)" for name in names if name in figures),
         "wandb": wandb_words(run),
+        "observed": observed,
         "observations": " ".join(observed),
-        "outcome": observed[0],
-        "next": f"{SMOKE}: run it in full." if run.smoke else " ".join(todo) or "none",
+        "next": f"{SMOKE}: run it in full." if run.smoke else " ".join(todo),
     }
 
 
@@ -222,17 +233,17 @@ def compared_with(run: Run, records: Records) -> list[str]:
     """Differences of this run: on tasks to its base, in loss to the baseline that its config names."""
     found = []
     for c in records.comparisons:
-        for other in (c.base, c.prompted, c.scratch):
-            mine = c.tuned and c.tuned.model == run.name and other is not c.tuned
-            if gap := c.minus(other) if mine else None:
-                way = f"{other.model}, {other.way}"
-                found.append(f"{' '.join(c.tuned.where)}: {points(gap)} points over {way}")
+        if c.tuned and c.tuned.model == run.name:
+            for other in (c.base, c.prompted, c.scratch):
+                if other is not c.tuned and (gap := c.minus(other)):
+                    way = f"{other.model}, {other.way}"
+                    found.append(f"{' '.join(c.tuned.where)}: {points(gap)} points over {way}")
     baseline = Path(str(run.settings.get("baseline") or "")).stem
     for other in records.runs:
-        alike = other.record.get("tokenizer") == run.record.get("tokenizer")
-        alike = alike and other.validation.get("fingerprint") == run.validation.get("fingerprint") is not None
-        if other.folder.name == baseline and alike and "val_loss" in run.last and "val_loss" in other.last:
-            gap = run.last["val_loss"] - other.last["val_loss"]
+        texts = [(x.record.get("tokenizer"), x.validation.get("fingerprint")) for x in (run, other)]
+        losses = [x.last.get("val_loss") for x in (run, other)]
+        if other.folder.name == baseline and texts[0] == texts[1] and texts[0][1] and None not in losses:
+            gap = losses[0] - losses[1]
             found.append(f"validation loss {gap:+.4f} from {baseline} (one seed: no finding)")
     return found
 
@@ -243,34 +254,29 @@ def wandb_words(run: Run) -> str:
     return fill("run `{id}`, [{url}]({url})", about) or fill("run `{id}`, offline", about)
 
 
-def lab_values(folder: Path, found: dict, name: str, e: dict, runs: dict[str, Run]) -> dict:
-    """What the log says about an experiment of the lab, over its runs {seed: run}."""
-    first, baseline = next(iter(runs), None), name == "baseline"
-    lines = {seed: run.metrics() for seed, run in runs.items()}
-    losses = [loss for some in lines.values() if (loss := train_loss_of(some)) is not None]
-    means = {key: e[key]["mean"] for key in ("train_loss", "val_loss", "bits_per_byte") if key in e}
-    if losses:
-        means.setdefault("train_loss", statistics.fmean(losses))
-    gap = fill("{difference:difference} bits/byte", e)
-    verdict = "the baseline" if baseline else e.get("verdict", "")
+def lab_values(folder: Path, found: dict, name: str, e: dict) -> dict:
+    """What the templates name of an experiment of the lab, over its seeds."""
+    runs = {seed: Run(folder / f"{name}-s{seed}", folder.parents[1]) for seed in e.get("seeds") or {}}
+    lines = [run.metrics() for run in runs.values()]
+    losses = [loss for some in lines if (loss := train_loss_of(some)) is not None]
     addresses = [f"seed {seed}: {words}" for seed, run in runs.items() if (words := wandb_words(run))]
-    bits = "{bits_per_byte:.4f} bits/byte"
-    return means | {
-        "found": fill("validation loss {val_loss:.4f}, " + bits, means) or fill(bits, means),
-        "run": name,
-        "stage": f"lab, {folder.name}",
-        "started": str(runs[first].record.get("started", "unknown")) if runs else "unknown",
-        "hypothesis": e.get("hypothesis") or ("what the others are compared with" if baseline else "none"),
-        "change": change_of(folder, name, first, e),
-        "speed": e["tokens_per_second"]["mean"],
-        "seeds": len(runs) or found.get("seeds", 1),
-        "gap": gap,
-        "comparison": f"{gap} from the baseline, 95 % interval over the seeds: {verdict}" if gap else "",
-        "curves": "",
+    again = f"{SMOKE}: run it in full, `python experiments.py --only={name}`."
+    verdict = e.get("verdict", "the baseline" if name == "baseline" else "")
+    return e | {
+        "name": name,
+        "folder": folder.name,
+        "run": next(iter(runs.values()), None),
+        "loss": e["train_loss"]["mean"]
+        if "train_loss" in e
+        else statistics.fmean(losses)
+        if losses
+        else None,
+        "n": len(runs) or found.get("seeds", 1),
+        "change": change_of(folder, name, next(iter(runs), None), e),
+        "verdict": verdict,
         "wandb": "; ".join(addresses),
-        "observations": " ".join(observations(lines[first])[0]) if lines and lines[first] else "",
-        "outcome": verdict,
-        "next": lab_next_step(found, name, e),
+        "observations": " ".join(observations(lines[0])[0]) if losses else "",
+        "next": again if found.get("quick") else NEXT.get(verdict),
     }
 
 
@@ -285,20 +291,6 @@ def change_of(folder: Path, name: str, seed: str | None, e: dict) -> str:
             changes.append(f"{key}={value}")
     command = f"`{e.get('command', 'unknown')}`"
     return f"`{', '.join(changes)}`; {command}" if changes else command
-
-
-def lab_next_step(found: dict, name: str, e: dict) -> str:
-    """The next step that the interval suggests."""
-    gap = e.get("difference") or {}
-    if found.get("quick"):
-        return f"{SMOKE}: run it in full, `python experiments.py --only={name}`."
-    if name == "baseline" or not gap:
-        return "none"
-    if "low" not in gap:
-        return f"One seed: no finding. `python experiments.py --only={name} --seeds=3`."
-    if not clear(gap):
-        return "Decide by speed and memory; no difference was found."
-    return "Leave it out." if gap["low"] > 0 else "Adopt it, if its speed and memory allow."
 
 
 def lab_curves(folder: Path, name: str, seeds: Iterable[str]) -> Figure:

@@ -81,7 +81,7 @@ def fill(template: str, values: dict) -> str:
     """
     try:
         return Filler().vformat(template, (), values)
-    except (KeyError, TypeError):
+    except (KeyError, IndexError, TypeError, AttributeError):
         return ""
 
 

@@ -54,69 +54,37 @@ def value_of(name: str, metric: dict) -> str:
 # Runs
 
 
-@dataclass(eq=False)
 class Run:
-    """The folder of a run, of one of its checkpoints, or of a hub model that was measured."""
+    """The folder of a run, of one of its checkpoints, or of a hub model that was measured.
 
-    folder: Path
-    home: Path  # the folder that holds the runs
-    lineage: list[Path]  # the folder, then its ancestors: parent, grandparent, ...
-    records: list[dict]  # run.json of each of the lineage; {} where there is none
+    lineage: the folder, then its ancestors: parent, grandparent, ...; records: run.json of each, or {}.
+    """
 
-    @property
-    def record(self) -> dict:
-        return self.records[0]
-
-    @property
-    def stage(self) -> str:
-        return self.record.get("stage") or ""
-
-    @property
-    def settings(self) -> dict:
-        return self.record.get("settings") or {}
-
-    @property
-    def data(self) -> dict:
-        return self.record.get("data") or {}
-
-    @property
-    def validation(self) -> dict:
-        """The validation data."""
-        return self.data.get("validation") or {}
-
-    @property
-    def last(self) -> dict:
-        """The last evaluation on validation text."""
-        return (self.record.get("results") or {}).get("last") or {}
-
-    @property
-    def best(self) -> dict:
-        return (self.record.get("results") or {}).get("best") or {}
-
-    @property
-    def smoke(self) -> bool:
-        """True if the run or an ancestor was shortened. For runs of the lab: if it was --quick."""
-        if self.folder.parent.parent == self.home / "experiments":
-            return self.folder.parent.name.endswith("-quick")
-        return any(record.get("smoke") for record in self.records)
-
-    @property
-    def name(self) -> str:
-        return label(self.folder, self.home)
-
-    @property
-    def shown(self) -> str:
-        """The name, with a mark if it was a smoke run."""
-        return self.name + f" ({SMOKE})" * self.smoke
-
-    @property
-    def origin(self) -> str:
-        """The name of the first ancestor; a base model's own name."""
-        parent = self.records[-1].get("parent")
-        if not parent:
-            return label(self.lineage[-1], self.home)
-        # A model of the hub, by its id or in a folder.
-        return Path(parent).name if (Path(parent) / "results.json").exists() else parent
+    def __init__(self, folder: Path, home: Path):
+        self.folder, self.home = folder, home  # home: the folder that holds the runs
+        self.lineage: list[Path] = []
+        self.records: list[dict] = []
+        ancestor: Path | None = folder
+        while ancestor is not None and ancestor not in self.lineage:
+            self.lineage.append(ancestor)
+            self.records.append(run_of(ancestor))
+            ancestor = parent_of(self.records[-1], home)
+        self.record = self.records[0]
+        self.stage = self.record.get("stage") or ""
+        self.settings = self.record.get("settings") or {}
+        self.data = self.record.get("data") or {}
+        self.validation = self.data.get("validation") or {}  # the validation data
+        results = self.record.get("results") or {}
+        self.last, self.best = (results.get(key) or {} for key in ("last", "best"))  # evaluations on it
+        self.smoke = any(record.get("smoke") for record in self.records)
+        if folder.parent.parent == home / "experiments":  # the lab caps its examples on purpose
+            self.smoke = folder.parent.name.endswith("-quick")
+        self.name = label(folder, home)
+        self.shown = self.name + f" ({SMOKE})" * self.smoke
+        # Its first ancestor; that may be a model of the hub, by its id or in a folder.
+        self.origin = self.records[-1].get("parent") or label(self.lineage[-1], home)
+        if (Path(self.origin) / "results.json").exists():
+            self.origin = Path(self.origin).name
 
     def metrics(self) -> list[dict]:
         """metrics.jsonl. Evaluations get the tokens and seconds of the training step before them."""
@@ -135,15 +103,6 @@ class Run:
     def answers_file(self, key: str) -> Path:
         """The answers behind an entry of results.json."""
         return self.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
-
-
-def load_run(folder: Path, home: Path) -> Run:
-    lineage, records = [], []
-    while folder is not None and folder not in lineage:
-        lineage.append(folder)
-        records.append(run_of(folder))
-        folder = parent_of(records[-1], home)
-    return Run(lineage[0], home, lineage, records)
 
 
 def run_of(folder: Path) -> dict:
@@ -171,7 +130,7 @@ def label(folder: Path, home: Path) -> str:
 
 
 def is_smoke(folder: Path, home: Path) -> bool:
-    return load_run(folder, home).smoke
+    return Run(folder, home).smoke
 
 
 def has_metrics(entry: object) -> bool:
@@ -184,52 +143,25 @@ def has_metrics(entry: object) -> bool:
 # Measurements
 
 
-@dataclass(eq=False)
 class Measurement:
-    """An entry of results.json, or the final evaluation of finetune.py."""
+    """An entry of results.json, or the final evaluation of finetune.py; `file` holds the answers."""
 
-    run: Run
-    entry: dict
-    file: Path  # holds the answers
-
-    @property
-    def model(self) -> str:
-        return self.run.name
-
-    @cached_property
-    def origin(self) -> str:
-        return self.run.origin
-
-    @cached_property
-    def smoke(self) -> bool:
-        return bool(self.entry.get("smoke")) or self.run.smoke
-
-    @property
-    def where(self) -> tuple:
-        """(task, split)"""
-        return self.entry.get("task") or "", self.entry.get("split") or ""
-
-    @property
-    def items(self) -> int:
-        return self.entry.get("items", 0)
-
-    @property
-    def headline(self) -> str | None:
-        """The metric used in comparisons."""
-        return next((name for name in HEADLINES if name in self.entry["metrics"]), None)
-
-    @property
-    def way(self) -> str:
-        """How the model came to its answers."""
-        run, first, settings = self.run.record, self.run.records[-1], self.run.settings
-        task = run.get("task") or settings.get("task")
-        if self.entry.get("shots"):
-            return f"prompted, {self.entry['shots']} examples"
-        if self.run.stage == "finetune" and task == self.entry.get("task"):
-            rate = (first.get("settings") or {}).get("learning_rate")
-            return "from scratch" if first.get("stage") == "train" and rate == 0 else "fine-tuned"
-        ways = {"finetune": f"fine-tuned on {task}", "sft": "instruction-tuned", "dpo": "preference-tuned"}
-        return ways.get(self.run.stage, "base")
+    def __init__(self, run: Run, entry: dict, file: Path):
+        self.run, self.entry, self.file = run, entry, file
+        self.model, self.origin = run.name, run.origin
+        self.smoke = bool(entry.get("smoke")) or run.smoke
+        self.where = (entry.get("task") or "", entry.get("split") or "")
+        self.items = entry.get("items", 0)
+        # The metric used in comparisons.
+        self.headline = next((name for name in HEADLINES if name in entry["metrics"]), None)
+        self.way = way_of(run, entry)
+        notes = {
+            SMOKE: self.smoke,
+            f"a sample of {entry.get('of', 0):,}": self.items < entry.get("of", 0),
+            "calibrated": entry.get("calibrated"),
+            f"{entry.get('samples')} samples": entry.get("samples"),
+        }
+        self.notes = ", ".join(note for note, holds in notes.items() if holds)
 
     @cached_property
     def scores(self) -> dict[str, float]:
@@ -237,17 +169,18 @@ class Measurement:
         key = "rougeL" if self.headline == "rougeL" else "correct"
         return {r["text"]: float(r[key]) for r in read_jsonl(self.file) if "text" in r and key in r}
 
-    @property
-    def notes(self) -> str:
-        entry = self.entry
-        found = [SMOKE] if self.smoke else []
-        if self.items < entry.get("of", 0):
-            found.append(f"a sample of {entry['of']:,}")
-        if entry.get("calibrated"):
-            found.append("calibrated")
-        if entry.get("samples"):
-            found.append(f"{entry['samples']} samples")
-        return ", ".join(found)
+
+def way_of(run: Run, entry: dict) -> str:
+    """How a model came to its answers."""
+    if entry.get("shots"):
+        return f"prompted, {entry['shots']} examples"
+    task = run.record.get("task") or run.settings.get("task")
+    if run.stage == "finetune" and task == entry.get("task"):
+        first = run.records[-1]
+        rate = (first.get("settings") or {}).get("learning_rate")
+        return "from scratch" if first.get("stage") == "train" and rate == 0 else "fine-tuned"
+    ways = {"finetune": f"fine-tuned on {task}", "sft": "instruction-tuned", "dpo": "preference-tuned"}
+    return ways.get(run.stage, "base")
 
 
 def measurements(home: Path) -> list[Measurement]:
@@ -266,11 +199,11 @@ def measurements(home: Path) -> list[Measurement]:
 def measured_runs(home: Path) -> list[Run]:
     """Every folder in `home` with a run or results, and parents outside of it, such as a hub model."""
     folders = {file.parent for name in ("results.json", "run.json") for file in home.rglob(name)}
-    runs = {folder.resolve(): load_run(folder, home) for folder in folders}
+    runs = {folder.resolve(): Run(folder, home) for folder in folders}
     for run in list(runs.values()):
         parent = run.lineage[1] if len(run.lineage) > 1 else Path(run.record.get("parent") or "")
         if (parent / "results.json").exists():
-            runs.setdefault(parent.resolve(), load_run(parent, home))
+            runs.setdefault(parent.resolve(), Run(parent, home))
     return sorted(runs.values(), key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
@@ -332,7 +265,7 @@ class Records:
 
     def __init__(self, home: Path):
         self.home = home
-        runs = [load_run(file.parent, home) for file in home.glob("*/run.json")]
+        runs = [Run(file.parent, home) for file in home.glob("*/run.json")]
         self.runs = sorted(runs, key=lambda run: (str(run.record.get("started")), run.folder.name))
         self.measurements = measurements(home)
         self.comparisons = side_by_side(self.measurements)
@@ -344,13 +277,13 @@ class Records:
 
     def run(self, model: str) -> Run:
         """The run of a path such as out/sft, also if the folder was copied."""
-        return load_run(self.home / Path(model).name, self.home)
+        return Run(self.home / Path(model).name, self.home)
 
     def folders_with(self, file: str) -> list[Run]:
         """Runs, checkpoints and models of the hub whose folder holds this file."""
         patterns = (f"*/{file}", f"*/checkpoints/*/{file}", f"eval/*/{file}")
         folders = {found.parent for pattern in patterns for found in self.home.glob(pattern)}
-        return [load_run(folder, self.home) for folder in sorted(folders)]
+        return [Run(folder, self.home) for folder in sorted(folders)]
 
 
 def read_columns(file: Path) -> list[list[str]]:

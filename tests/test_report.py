@@ -233,15 +233,15 @@ samples generations-made: b: step 5 = c
 choosing differences-dpo-arithmetic: majority - greedy: points [95 %] = +1.2 [-0.3, +2.7]
 choosing gating-dpo-verifier: 0.5: answers a problem = 2.2; right = 72.3 [69.4, 75.0]
 verifiers verifier-verifier: channel: AUC = 0.810; AUC within a problem = 0.770; best of n = 72.3 [69.4, 75.0]
-failures errors-sft-arithmetic-test: another wrong step, or one too many: answers = 2
+failures errors-sft-arithmetic-test: another wrong step, or one too many: answers = 2; wrong = 2
 failures errors-sft-arithmetic-test: 2: % of the wrong ones = 100.0 [34.2, 100.0]
 failures examples-sft-arithmetic-test: p0: said = sft 0; should be = t
 failures changed-dpo-arithmetic-test-sft: mended: problem = p1; sft = sft 1; dpo = dpo 1
 failures changed-dpo-arithmetic-test-verifier: mended: problem = p0; verifier = v 0; it says = 0.00
-failures errors-rev-a-sst2-validation: a negation: reviews = 1; wrong = 1
-failures errors-rev-a-sst2-validation: none of these: reviews = 2; wrong = 1
+failures errors-rev-a-sst2-validation: a negation: answers = 1; wrong = 1
+failures errors-rev-a-sst2-validation: none of these: answers = 2; % of these wrong = 50.0 [9.5, 90.5]
 failures doubtful-sst2-validation: r0: label = good; mean probability = 0.97; models = rev-a, rev-b
-failures errors-sum-samsum-test: less than half as long as the true one: summaries = 2; ROUGE-L of these = 5.0
+failures errors-sum-samsum-test: less than half as long as the true one: answers = 2; ROUGE-L = 5.0
 failures violations-pairs: q: margin = -2.0; chosen = y; rejected = n
 lab lab-storyworld: muon: minus baseline [95 %] = -0.1250 [-0.1562, -0.0938]; verdict = better
 lab gqa-storyworld: kv_heads_1: decoded tokens/s = 18,044
@@ -251,7 +251,7 @@ lab shapes-storyworld: rows-4: GiB = 0.35
 lab transfer-storyworld: sentiment: scratch, tuned = 66.7 [60.1, 70.2]
 findings findings: storyworld, ablations: lowest bits/byte = muon, 0.3750; better = muon -0.1250
 findings findings: storyworld, ablations: worse = gelu +0.2500
-findings findings: storyworld, gqa: better = ; no difference found = kv_heads_1
+findings findings: storyworld, gqa: better = ; no difference found = kv_heads_1 +0.0625
 making data: stories: run = made; split = train; licence = MIT; tokens = 1,234; SHA-256 = 0123456789ab
 making data: sums: split = validation
 """  # section table: a cell of the row: column = cell; ...
@@ -276,10 +276,10 @@ def test_tables_and_sentences_are_what_the_files_say(everything):
     sections = {name: section(everything, name) for name in set(re.findall(r"^\w+", CELLS + WORDS, re.M))}
     for text in CELLS.strip().splitlines():
         name, table, key, cells = re.fullmatch(r"(\w+) (\S+): (.+): (.+)", text).groups()
-        (found,) = [x for x in sections[name].table(table) if key in x.values()]
+        (found,) = [x for x in sections[name].table(table) if key in map(str, x.values())]
         for cell in cells.split(";"):
             column, value = (x.strip() for x in cell.split("=", 1))
-            assert found[column] == value, text
+            assert str(found[column]) == value, text
     for text in WORDS.strip().splitlines():
         name, words = text.split(": ", 1)
         assert words in sections[name].words, text
