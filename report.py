@@ -37,7 +37,6 @@ from support.curves import curve_rows, loss_curves, overlaid, preferences
 from support.metrics import proportion
 from support.pages import (
     Block,
-    Code,
     Sections,
     Table,
     Text,
@@ -50,7 +49,7 @@ from support.pages import (
     table,
     write,
 )
-from support.results import METRICS, SMOKE, Comparison, Records, Run, value_of
+from support.results import METRICS, SMOKE, Comparison, Records, Run, differing, value_of
 from support.tables import read_jsonl
 from tasks.mistakes import KINDS
 
@@ -483,11 +482,11 @@ def making(records: Records) -> list[Block]:
         used = ", ".join(f"{library} {version}" for library, version in versions.items())
         machine = fill("{device}, {threads} threads", run.record.get("hardware")) or "unknown machine"
         blocks.append(Text(f"**{run.shown}**, commit {run.record.get('git')}, {machine}; {used}"))
-        blocks.append(Code(str(run.record.get("command", ""))))
+        blocks.append(Text(f"`{run.record.get('command', '')}`"))
         chosen = {key: run.settings.get(key) for key in run.record.get("changed", [])}
         chosen = [f"{key}={value}" for key, value in chosen.items() if value not in ("", None)]
         if chosen:
-            blocks += [Text("Settings other than the defaults:"), Code(" ".join(chosen))]
+            blocks.append(Text(f"Settings other than the defaults: `{' '.join(chosen)}`"))
         read += [{"run": run.folder.name} | source for source in sources(run.data)]
     if read:
         blocks += [Text("What the runs read:"), table("data", read)]
@@ -512,14 +511,11 @@ def comparison(folders: list[Path]) -> list[Block]:
     """Settings that differ, losses in one picture, the last difference and how much of it is noise."""
     alike = len({folder.name for folder in folders}) < len(folders)
     runs = {str(folder) if alike else folder.name: Run(folder, folder.parent) for folder in folders}
-    rows = []
     for run in runs.values():
         if not run.record:
             raise ConfigError(f"{run.folder} holds no run that can be read")
-    for key in dict.fromkeys(key for run in runs.values() for key in run.settings):
-        values = {name: run.settings.get(key, "") for name, run in runs.items()}
-        if key != "name" and len(set(map(json.dumps, values.values()))) > 1:
-            rows.append({"setting": key} | values)
+    differ = differing({name: run.settings for name, run in runs.items()})
+    rows = [{"setting": key} | values for key, values in differ.items()]
     blocks: list[Block] = [Text("Settings that differ:"), table("settings", rows)]
     blocks = blocks if rows else [Text("No setting differs.")]
     blocks.append(overlaid("comparison", [(name, curve_rows(run)) for name, run in runs.items()]))

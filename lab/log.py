@@ -4,7 +4,6 @@ Every sentence is computed from run.json, metrics.jsonl, results.json and experi
 difference whose 95 % interval excludes 0; smoke runs and quick runs of the lab produce none.
 """
 
-import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from support.charts import BLUE, GREY, Panel, chart, line
 from support.observations import observations
 from support.pages import Block, Figure, Sections, Text, blocks_of, fill, points, row, table
-from support.results import SMOKE, Comparison, Records, Run, read_json, value_of
+from support.results import SMOKE, Comparison, Records, Run, differing, read_json, value_of
 from support.tables import read_jsonl
 
 FASTER = 1.05  # a change counts as faster from this ratio of its tokens/s to the baseline's
@@ -282,15 +281,13 @@ def lab_values(folder: Path, found: dict, name: str, e: dict) -> dict:
 
 def change_of(folder: Path, name: str, seed: str | None, e: dict) -> str:
     """The settings that differ from the baseline's, where both run folders are here, and the command."""
-    files = [folder / f"{run}-s{seed}" / "run.json" for run in (name, "baseline")]
-    settings, baseline = (read_json(file).get("settings") or {} for file in files)
-    changes = []
-    for key, value in settings.items():
-        differs = baseline and json.dumps(value) != json.dumps(baseline.get(key))
-        if differs and key not in ("name", "hypothesis", "baseline", "seed"):
-            changes.append(f"{key}={value}")
-    command = f"`{e.get('command', 'unknown')}`"
-    return f"`{', '.join(changes)}`; {command}" if changes else command
+    records = {run: read_json(folder / f"{run}-s{seed}" / "run.json") for run in ("baseline", name)}
+    settings = {run: record.get("settings") or {} for run, record in records.items()}
+    differ = differing(settings) if all(settings.values()) else {}
+    changes = [
+        f"{key}={values[name]}" for key, values in differ.items() if key not in ("hypothesis", "baseline")
+    ]
+    return f"`{', '.join(changes)}`; " * bool(changes) + f"`{e.get('command', 'unknown')}`"
 
 
 def lab_curves(folder: Path, name: str, seeds: Iterable[str]) -> Figure:

@@ -315,7 +315,10 @@ MEMORY = """
 training step of: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
 plan is off by %: {off:+.1f}
 """
-ATTENTION = "of: {shape} | torch: {torch:.1f} | in blocks: {in blocks:.1f} | times torch: {times:.1f}"
+ATTENTION = """
+of: {shape} | torch: {milliseconds[torch]:.1f} | in blocks: {milliseconds[in blocks]:.1f}
+times torch: {times:.1f}
+"""
 STEP = """
 config: {config} | rows: {rows} | step: {way} | tokens/s: {rate:,.0f} | % of matrix products: {share:.0f}
 """
@@ -340,41 +343,48 @@ def one_machine(found: dict, more: str) -> list[Block]:
     words = fill("**{device}**, {threads} threads", found["hardware"])
     peaks = [f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in found.get("matmul", {}).items()]
     blocks: list[Block] = [Text(words + (f"; matrix products reach {', '.join(peaks)}." if peaks else "."))]
-    if measured := found.get("memory"):
-        blocks.append(Text(f"Memory that a training step asks for, within {found['cap_gib']:g} GiB:"))
-        blocks.append(table(f"memory{more}", [memory_row(r) for r in measured]))
-    if measured := found.get("training"):
-        blocks += training_steps(measured, more)
-    if measured := found.get("attention"):
-        rows = []
-        for r in measured:
-            times = r["milliseconds"]
-            rows.append(row(ATTENTION, r | times | {"times": times["torch"] / times["in blocks"]}))
-        blocks.append(Text("Attention on a CPU, forward and backward, milliseconds:"))
-        blocks.append(table(f"attention-speed{more}", rows))
-    if measured := found.get("decoding"):
-        rows = []
-        for r in measured:
-            rows += speed_rows("decoding", r["task"], r["tokens_per_second"])
-        blocks.append(table(f"decoding{more}", rows))
-    if peers := found.get("peers"):
-        blocks += other_libraries(peers, more)
-    if rate := found.get("data", {}).get("encoded_mb_per_second_and_core"):
-        blocks.append(Text(f"One core tokenises {rate:.1f} MB/s."))
+    for part, show in PARTS_OF_A_MACHINE.items():
+        if found.get(part):
+            blocks += show(found, more)
     return blocks
 
 
-def memory_row(r: dict) -> dict:
-    """Planned and measured memory of a training step; or why it was not measured, such as out of memory."""
-    if "measured" not in r:
-        return row(MEMORY, r) | {"GiB measured": r["error"]}
-    return row(MEMORY, r | {"off": 100 * (r["planned"] / r["measured"] - 1)})
+def memory(found: dict, more: str) -> list[Block]:
+    """Planned and measured memory of training steps; or why it was not measured, such as out of memory."""
+    rows = []
+    for r in found["memory"]:
+        if "measured" in r:
+            rows.append(row(MEMORY, r | {"off": 100 * (r["planned"] / r["measured"] - 1)}))
+        else:
+            rows.append(row(MEMORY, r) | {"GiB measured": r["error"]})
+    words = f"Memory that a training step asks for, within {found['cap_gib']:g} GiB:"
+    return [Text(words), table(f"memory{more}", rows)]
 
 
-def training_steps(measured: list[dict], more: str) -> list[Block]:
+def attention_speed(found: dict, more: str) -> list[Block]:
+    rows = []
+    for r in found["attention"]:
+        times = r["milliseconds"]["torch"] / r["milliseconds"]["in blocks"]
+        rows.append(row(ATTENTION, r | {"times": times}))
+    words = "Attention on a CPU, forward and backward, milliseconds:"
+    return [Text(words), table(f"attention-speed{more}", rows)]
+
+
+def decoding(found: dict, more: str) -> list[Block]:
+    rows = []
+    for r in found["decoding"]:
+        rows += speed_rows("decoding", r["task"], r["tokens_per_second"])
+    return [table(f"decoding{more}", rows)]
+
+
+def data_speed(found: dict, more: str) -> list[Block]:
+    return [Text(fill("One core tokenises {encoded_mb_per_second_and_core:.1f} MB/s.", found["data"]))]
+
+
+def training_steps(found: dict, more: str) -> list[Block]:
     """Speed of the configs' training steps, GPU time by kind of kernel, and the parts of an eager step."""
     speeds, kernels, parts = [], [], []
-    for r in measured:
+    for r in found["training"]:
         for way, rate in r["tokens_per_second"].items():
             speeds.append(row(STEP, r | {"way": way, "rate": rate, "share": 100 * r["share_of_matmul"][way]}))
         for way, seconds in r.get("kernels", {}).items():
@@ -402,7 +412,8 @@ def speed_rows(column: str, what: str, rates: dict[str, float]) -> list[dict]:
     return rows
 
 
-def other_libraries(peers: dict, more: str) -> list[Block]:
+def other_libraries(found: dict, more: str) -> list[Block]:
+    peers = found["peers"]
     rows = speed_rows("what", "a training step", peers["step"]["tokens_per_second"])
     for task, rates in peers["decoding"].items():
         rows += speed_rows("what", f"decoding, {task}", rates)
@@ -415,3 +426,13 @@ def other_libraries(peers: dict, more: str) -> list[Block]:
         words += f" Our step, {best.removeprefix('ours, ')}, runs at {shares[best]:.1%} of what large matrix "
         words += "products reach."
     return [Text(words), table(f"peers{more}", rows)]
+
+
+PARTS_OF_A_MACHINE = {  # of hardware.json
+    "memory": memory,
+    "training": training_steps,
+    "attention": attention_speed,
+    "decoding": decoding,
+    "peers": other_libraries,
+    "data": data_speed,
+}

@@ -1,6 +1,6 @@
 """A page made of blocks, written as HTML, Markdown, LaTeX and CSV.
 
-A section of a page is a list of blocks: Text, Code, Table or Figure. All formats are written from the same
+A section of a page is a list of blocks: Text, Table or Figure. All formats are written from the same
 blocks, so they cannot disagree. The pages' frames are support/page.html and support/paper.tex.
 """
 
@@ -26,11 +26,6 @@ class Text:
 
 
 @dataclass
-class Code:
-    words: str
-
-
-@dataclass
 class Table:
     name: str  # of the CSV file
     columns: list[str]
@@ -46,7 +41,7 @@ class Figure:
     png: bytes
 
 
-Block = Text | Code | Table | Figure
+Block = Text | Table | Figure
 Sections = dict[str, list[Block]]  # {heading: blocks}
 
 
@@ -167,8 +162,6 @@ def html_block(block: Block) -> str:
     match block:
         case Text(words):
             return f"<p>{html_text(words)}</p>"
-        case Code(words):
-            return f"<pre>{html.escape(words)}</pre>"
         case Table():
             return html_table(block)
     caption, data = html.escape(block.caption), base64.b64encode(block.png).decode()
@@ -202,8 +195,6 @@ def markdown_block(block: Block) -> str:
     match block:
         case Text(words):
             return words
-        case Code(words):
-            return f"```\n{words}\n```"
         case Table():
             lines = [block.columns, ["---"] * len(block.columns), *block.rows]
             return "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
@@ -288,7 +279,7 @@ def latex_table(block: Table) -> list[str]:
 
 def latex_block(block: Block) -> list[str]:
     match block:
-        case Text(words) | Code(words):
+        case Text(words):
             return ["", latex_text(words), ""]
         case Table():
             return latex_table(block)

@@ -133,6 +133,16 @@ def is_smoke(folder: Path, home: Path) -> bool:
     return Run(folder, home).smoke
 
 
+def differing(settings: dict[str, dict]) -> dict[str, dict]:
+    """{setting: {run: its value}} of the settings, beside the name, in which runs differ."""
+    found = {}
+    for key in dict.fromkeys(key for some in settings.values() for key in some):
+        values = {run: some.get(key, "") for run, some in settings.items()}
+        if key != "name" and len(set(map(json.dumps, values.values()))) > 1:
+            found[key] = values
+    return found
+
+
 def has_metrics(entry: object) -> bool:
     """True for {"metrics": {name: {"value": ...}}, ...}."""
     metrics = entry.get("metrics") if isinstance(entry, dict) else None
@@ -237,23 +247,29 @@ def most_items(some: Iterable[Measurement]) -> Measurement | None:
 def side_by_side(found: list[Measurement]) -> list[Comparison]:
     """For each task and split, a row for every tuned model; a base without tuned models gets its own row."""
     rows = []
-    found = [m for m in found if m.headline]
-    for where in dict.fromkeys(m.where for m in found):
-        some = [m for m in found if m.where == where]
+    for where in dict.fromkeys(m.where for m in found if m.headline):
+        some = [m for m in found if m.where == where and m.headline]
         scratch = [m for m in some if m.way == "from scratch"]
         for origin in dict.fromkeys(m.origin for m in some if m not in scratch):
-            mine = [m for m in some if m.origin == origin]
-            base = most_items(m for m in mine if m.model == origin and m.way == "base")
-            shots = [m for m in mine if m.model == origin and m.entry.get("shots")]
-            prompted = max(shots, key=lambda m: (m.entry["shots"], m.items), default=None)
-            tuned: dict[str, Measurement] = {}
-            for m in mine:
-                if m.model != origin and not m.entry.get("shots"):
-                    tuned[m.model] = most_items([tuned.get(m.model, m), m])
-            for m in tuned.values() or [None]:
-                seeds = [x for x in scratch if m and x.run.settings.get("seed") == m.run.settings.get("seed")]
-                rows.append(Comparison(m, base, prompted, next(iter(seeds or scratch), None)))
+            rows += from_one_origin([m for m in some if m.origin == origin], scratch)
     return rows
+
+
+def from_one_origin(some: list[Measurement], scratch: list[Measurement]) -> list[Comparison]:
+    """The rows of one base model on one task; a twin from scratch has the same seed, if there is one."""
+    own = [m for m in some if m.model == m.origin]
+    shots = [m for m in own if m.entry.get("shots")]
+    base = most_items(m for m in own if m not in shots)
+    prompted = max(shots, key=lambda m: (m.entry["shots"], m.items), default=None)
+    tuned: dict[str, Measurement] = {}
+    for m in some:
+        if m not in own and not m.entry.get("shots"):
+            tuned[m.model] = most_items([tuned.get(m.model, m), m])
+    rows = []
+    for m in tuned.values():
+        twins = [x for x in scratch if x.run.settings.get("seed") == m.run.settings.get("seed")]
+        rows.append(Comparison(m, base, prompted, next(iter(twins or scratch), None)))
+    return rows or [Comparison(None, base, prompted, next(iter(scratch), None))]
 
 
 # -----------------------------------------------------------------------------

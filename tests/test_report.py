@@ -13,7 +13,7 @@ import pytest
 import report
 from lab.paper import paper, write_paper
 from support.observations import observations
-from support.pages import Code, Figure, Table, Text, as_html, as_latex, as_markdown, fill, row, write
+from support.pages import Figure, Table, Text, as_html, as_latex, as_markdown, fill, row, write
 from support.results import SMOKE, Records
 
 ROOT = Path(report.__file__).parent
@@ -521,7 +521,7 @@ def test_the_paper_is_valid_latex_and_a_long_table_goes_to_its_end(everything, t
     assert text.index("\nend\n") < text.index(r"\onecolumn") < text.index(r"\begin{longtable}")
     assert r"\caption{All of it.}" in text and "empty" not in text and r"\bfseries A \& B}" in text
     words = Text("100 % of a_b & **c** {d} # ~ ^ \\\\ <x> | é ⏎ 漢 $")
-    text = as_latex("t", {"s": [words, Code("--name=a_b")]})
+    text = as_latex("t", {"s": [words]})
     assert r"100 \% of a\_b \& c \{d\} \# " in text and "漢" not in text
     write_paper(tmp_path, Records(everything), report.sections_of(Records(everything)))
     text = (tmp_path / "paper.tex").read_text()
