@@ -281,9 +281,8 @@ def chosen(run: Run, entry: dict) -> list[Block]:
         caption = f"{run.shown}: paired differences between ways to choose an answer."
         blocks.append(table(f"differences-{name}", rows, caption))
     for label, gates in entry.get("gating", {}).items():
-        blocks.append(
-            Text(f"Sampling until the verifier ({label}) is sure (above 1: never), with {run.shown}:")
-        )
+        words = f"Sampling until the verifier ({label}) is sure (above 1: never), with {run.shown}:"
+        blocks.append(Text(words))
         blocks.append(table(f"gating-{run.folder.name}-{label}", [row(GATE, gate) for gate in gates]))
     return blocks
 
@@ -328,18 +327,6 @@ margin: {margin:.1f} | prompt: {prompt:shorten} | chosen: {chosen:shorten} | rej
 EXAMPLE = "asked: {text:shorten} | said: {said:shorten} | should be: {target:shorten}"
 
 
-@dataclass
-class Change:
-    """Two answers to one problem."""
-
-    problem: str
-    before: str
-    was_right: bool
-    after: str
-    is_right: bool
-    sure: float | None = None  # the probability that who chose the second one gave it
-
-
 def failures(records: Records) -> list[Block]:
     """What kinds of mistakes a model makes, what a verifier mends and breaks, what a stage did to its parent,
     and which labels are doubtful.
@@ -352,15 +339,17 @@ def failures(records: Records) -> list[Block]:
             name = f"{run.folder.name}-{task}-{split}"
             blocks += mistakes(run.shown, name, entry, answers)
             for label in entry.get("verifiers", {}):
-                picked = [picked_by(label, r) for r in answers if label in r]
-                blocks += changed(f"{name}-{label}", "greedy", label, picked)
+                pairs = []  # the greedy answer and the one that the verifier picked
+                for r in answers:
+                    if label in r:
+                        picked = {"output": r[label], "correct": r[f"{label} correct"]}
+                        pairs.append((r, picked | {"sure": r.get(f"{label} sure")}))
+                blocks += changed(f"{name}-{label}", "greedy", label, pairs)
             before = known.get((parent, task, split), {})
             known[run.folder.name, task, split] = {r["text"]: r for r in answers}
             if TASKS[task].metric == "exact_match":
-                both = [(before[r["text"]], r) for r in answers if r["text"] in before]
-                changes = [Change(r["text"], old["output"], old["correct"], r["output"], r["correct"])
-                           for old, r in both]  # fmt: skip
-                blocks += changed(f"{name}-{parent}", parent, run.shown, changes)
+                pairs = [(before[r["text"]], r) for r in answers if r["text"] in before]
+                blocks += changed(f"{name}-{parent}", parent, run.shown, pairs)
             for r in answers:
                 if "sure" in r:
                     by_text = verdicts.setdefault(f"{task}-{split}", {})
@@ -368,12 +357,6 @@ def failures(records: Records) -> list[Block]:
     for name, by_text in verdicts.items():
         blocks += doubtful(name, by_text)
     return blocks or [Text("No mistakes to sort: `python eval.py RUN --tasks=...` records them.")]
-
-
-def picked_by(label: str, r: dict) -> Change:
-    """A greedy answer and the one that a verifier picked."""
-    sure = r.get(f"{label} sure")
-    return Change(r["text"], r["output"], r["correct"], r[label], r[f"{label} correct"], sure)
 
 
 def answers_by_task(run: Run) -> dict[tuple, tuple]:
@@ -406,10 +389,8 @@ def mistakes(model: str, name: str, entry: dict, answers: list[dict]) -> list[Bl
                 cells["ROUGE-L"] = f"{100 * statistics.fmean(r['rougeL'] for r in some):.1f}"
             rows.append(cells)
         if bad:
-            said = {
-                "said": bad[0].get("output", bad[0].get("prediction"))
-            }  # a class, where nothing is written
-            examples.append({"kind": words} | row(EXAMPLE, bad[0] | said))
+            said = bad[0].get("output", bad[0].get("prediction"))  # a class, where nothing is written
+            examples.append({"kind": words} | row(EXAMPLE, bad[0] | {"said": said}))
     found = f"{len(wrong):,} of {len(answers):,}"
     found = f"has a flaw that can be counted in {found} summaries" if summaries else f"is wrong on {found}"
     shots = f", {entry['shots']} examples in the prompt" if entry.get("shots") else ""
@@ -440,21 +421,21 @@ def doubtful(name: str, by_text: dict[str, list[dict]]) -> list[Block]:
     return [Text(words), *([table(f"doubtful-{name}", rows[:10])] if rows else [])]
 
 
-def changed(name: str, a: str, b: str, changes: list[Change]) -> list[Block]:
-    """How many answers of `a` were mended and broken by `b`; three of each, of the broken those that b was
-    surest of.
+def changed(name: str, a: str, b: str, pairs: list[tuple[dict, dict]]) -> list[Block]:
+    """How many answers of `a` were mended and broken by `b`, from the records of both; three of each, of the
+    broken those that b was surest of.
     """
-    mended = [c for c in changes if c.is_right and not c.was_right]
-    broken = [c for c in changes if c.was_right and not c.is_right]
+    mended = [(old, new) for old, new in pairs if new["correct"] and not old["correct"]]
+    broken = [(old, new) for old, new in pairs if old["correct"] and not new["correct"]]
     if not (mended or broken):
         return []
-    broken.sort(key=lambda c: -(c.sure or 0))
+    broken.sort(key=lambda pair: -(pair[1].get("sure") or 0))
     rows = []
-    for c in mended[:3] + broken[:3]:
-        cells = {"": "broken" if c.was_right else "mended", "problem": shorten(c.problem)}
-        cells |= {a: shorten(c.before), b: shorten(c.after)}
-        rows.append(cells if c.sure is None else cells | {"it says": f"{c.sure:.2f}"})
-    words = f"**{b}** is right where {a} is wrong on {len(mended)} of {len(changes):,} problems, "
+    for old, new in mended[:3] + broken[:3]:
+        cells = {"": "broken" if old["correct"] else "mended", "problem": shorten(old["text"])}
+        cells |= {a: shorten(old["output"]), b: shorten(new["output"])}
+        rows.append(cells if new.get("sure") is None else cells | {"it says": f"{new['sure']:.2f}"})
+    words = f"**{b}** is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, "
     words += f"wrong where {a} is right on {len(broken)}. Three of each:"
     return [Text(words), table(f"changed-{name}", rows)]
 

@@ -43,10 +43,10 @@ def stem_of(run: Run) -> str:
 
 def head_scores(file: str, name: str, scores: dict[str, list]) -> Figure:
     """Every score as an image (layers, heads)."""
-    fig, grid = canvas(1, len(scores), 11, 2.8, layout="constrained")
+    fig, grid = canvas(1, len(scores), 11, 2.8)
     for axes, (score, values) in zip(grid.flat, scores.items(), strict=True):
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set(title=score, xlabel="head", ylabel="layer")
+        axes.set(title=score, xlabel="head", ylabel="layer" if axes is grid[0, 0] else "")
         axes.locator_params(integer=True, min_n_ticks=1)
     fig.colorbar(image, ax=grid, fraction=0.02)
     caption = f"{name}: scores of every head on random tokens that come twice. 1: all of its attention; "
@@ -59,7 +59,7 @@ def attention_maps(file: str, name: str, example: dict) -> Figure:
     across = min(len(heads), 2 if len(heads) <= 4 else 4)
     down, side = -(-len(heads) // across), 11 / across  # inches
     size = max(3, min(7, 45 * side / len(labels)))  # of letters, in points
-    fig, grid = canvas(down, across, side * across, side * down, layout="constrained")
+    fig, grid = canvas(down, across, side * across, side * down)
     for axes in grid.flat[len(heads) :]:
         axes.set_axis_off()
     for axes, head in zip(grid.flat, heads, strict=False):
@@ -68,6 +68,7 @@ def attention_maps(file: str, name: str, example: dict) -> Figure:
         axes.set_title(f"{most}layer {head['layer']}, head {head['head']}", fontsize=10)
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
         axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    fig.tight_layout()
     fig.colorbar(image, ax=grid, fraction=0.02)
     seen = [f"{head['most']}, {SEEN[head['most']]}" for head in heads if head.get("most") in SEEN]
     caption = f"{name}: rows look at columns."

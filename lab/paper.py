@@ -103,7 +103,7 @@ def paper(records: Records, made: Sections) -> Sections:
         "Abstract": [Text(abstract(records, trained))],
         "Introduction": texts(INTRODUCTION, what_follows(records)),
         "Related work": texts(RELATED),
-        "Method": texts(METHOD, about(trained, SIZE) or "Pretraining: not run."),
+        "Method": texts(METHOD, about(trained, SIZE) if trained else "Pretraining: not run."),
         "Data": texts(about(trained, DATA) or "Not run."),
         "Training": first_blocks(made["Training"], 1, 1),
         "Results on tasks": texts(*(task_findings(records) or [none])) + tables.get("side-by-side", []),
@@ -123,7 +123,7 @@ def paper(records: Records, made: Sections) -> Sections:
 
 
 def texts(*paragraphs: str) -> list[Block]:
-    return [Text(" ".join(words.split())) for words in paragraphs]
+    return [Text(" ".join(words.split())) for words in paragraphs if words]
 
 
 def about(runs: list[Run], template: str) -> str:

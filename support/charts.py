@@ -62,6 +62,7 @@ def chart(
     for axes, panel in zip(grid.flat, panels, strict=False):
         draw(axes, panel)
     fig.suptitle(title)
+    fig.tight_layout()
     return saved(name, caption, fig)
 
 
@@ -103,11 +104,11 @@ def draw_line(axes, curve: Line) -> None:
         axes.fill_between(curve.x, curve.low, curve.high, color=drawn.get_color(), alpha=0.12, lw=0)
 
 
-def canvas(rows: int, columns: int, width: float, height: float, layout: str = "tight"):
+def canvas(rows: int, columns: int, width: float, height: float):
     """(matplotlib's figure, its axes (rows, columns)). Not through pyplot, which would keep every figure."""
     from matplotlib.figure import Figure as Canvas
 
-    fig = Canvas(figsize=(width, height), layout=layout)
+    fig = Canvas(figsize=(width, height))
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
