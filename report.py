@@ -14,57 +14,42 @@ It reads run folders and JSON, no model and no torch: copied folders on a laptop
 What is missing gets a sentence that says which command makes it; a run that is still going is shown as far as
 it got. A run that was cut short is marked as a smoke run wherever its name stands.
 
-A section is a function from the home folder to a list of blocks (support/pages.py). The sections of the lab,
-the log and the paper are in lab/.
+A section is a function from the records of a folder (support/results.py) to blocks (support/pages.py). To add
+one, write the function and name it in SECTIONS.
 """
 
 from support.terminal import run_script
 
-import contextlib
 import json
 import math
+import pkgutil
 import statistics
-import subprocess
 import sys
-import time
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import ConfigError, parse_config
 from data import TASKS
-from lab.log import findings, log
-from lab.pages import lab, machine, streams
-from lab.paper import paper, write_paper
-from support.metrics import perplexity, proportion
+from support.charts import BLUE, GREY, Line, Panel, chart, line
+from support.curves import curve_rows, loss_curves, overlaid, preferences
+from support.metrics import proportion
 from support.pages import (
     Block,
-    Code,
-    Figure,
+    Sections,
     Table,
     Text,
-    count,
-    figure,
-    minutes,
+    fill,
+    interval,
     percent,
-    plt,
+    points,
+    row,
     shorten,
-    signed,
-    thinned,
+    table,
     write,
 )
-from support.results import (
-    METRICS,
-    SMOKE,
-    Comparison,
-    Measurement,
-    measurements,
-    read_json,
-    run_folders,
-    shown_name,
-    side_by_side,
-    value_of,
-)
+from support.results import METRICS, SMOKE, Comparison, Records, Run, differing, value_of
 from support.tables import read_jsonl
 from tasks.mistakes import KINDS
 
@@ -82,674 +67,489 @@ class ReportConfig:
 # -----------------------------------------------------------------------------
 # The life of the model
 
+WAYS = {  # of answering, as columns
+    "exact_match": "greedy",
+    "calculator": "greedy + calculator",
+    "mean_sample": "one sampled answer",
+}
 
-def stages(home: Path) -> list[Block]:
-    """The life of the model, a line a stage."""
-    pipeline = read_json(home / "pipeline.json")
-    if not pipeline.get("rows"):
+
+def stages(records: Records) -> list[Block]:
+    """The life of the model, a row per stage."""
+    measured = records.pipeline.get("rows")
+    if not measured:
         return [Text("No table of stages yet: `bash run_all.sh cpu eval` makes it.")]
-    rows = pipeline["rows"]
-    columns = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict)))
-    headings = {
-        "exact_match": "greedy",
-        "calculator": "greedy + calculator",
-        "mean_sample": "one sampled answer",
-    }
-    several = len({row["task"] for row in rows if row.get("task")}) > 1
-    cells = []
-    for row in rows:
-        name = shown_name(home / Path(row["model"]).name, home)
-        line = [f"{name}, {row['task']}" if several and row.get("task") else name]
-        for column in columns:
-            x = row.get(column)
-            line.append("" if not x else f"{x['value']:.3f}" if "bits" in column else percent(x))
-        cells.append([*line, f"{row.get('minutes', 0):.1f}"])
+    rows = []
+    for stage in measured:
+        cells = {"model": records.run(stage["model"]).shown, "task": stage.get("task", "")}
+        cells["minutes of training"] = f"{stage.get('minutes', 0):.1f}"
+        for key, metric in stage.items():
+            if isinstance(metric, dict):
+                cells[WAYS.get(key, key)] = interval(metric, 1, 3) if "bits" in key else percent(metric)
+        rows.append(cells)
     words = "Percent of problems solved, of one training run each, with 95 % intervals over the problems; "
     words += "bits per byte where it says so."
-    columns = ["model", *(headings.get(c, c) for c in columns), "minutes of training"]
+    return [Text(words), table("stages", rows, "The life of the model, in percent of problems solved.")]
+
+
+def results(records: Records) -> list[Block]:
+    """Every number that was measured, and on each task what training changed."""
+    if not records.measurements:
+        return [Text("Nothing was measured: `python eval.py RUN --tasks=...` does it.")]
+    words = (
+        "The same task by a base, by the base with examples in its prompt, by what was trained from it, and "
+        "by a model that learnt the task from nothing. Differences are paired, in points with 95 % intervals "
+        "over the items that both answered."
+    )
+    caption = "Results by task: base, prompted, trained; paired differences in points."
+    rows = []
+    for m in sorted(records.measurements, key=lambda m: m.where):
+        for name, metric in m.entry["metrics"].items():
+            cells = {"task": m.where[0], "split": m.where[1], "model": m.model, "way": m.way}
+            cells |= {"metric": METRICS.get(name, name), "value [95 %]": value_of(name, metric)}
+            rows.append(cells | {"items": metric.get("n", m.items), "note": m.notes})
     return [
         Text(words),
-        Table("stages", columns, cells, "The life of the model, in percent of problems solved."),
+        table("side-by-side", [compared(c) for c in records.comparisons], caption),
+        Text("Every number that was measured, shares in percent:"),
+        table("results", rows, "Every result.", folded=len(rows) > 20),
     ]
 
 
-def results(home: Path) -> list[Block]:
-    """Every number that was measured, and on each task what training changed."""
-    found = measurements(home)
-    if not found:
-        return [Text("Nothing was measured: `python eval.py RUN --tasks=...` does it.")]
-    columns = ["task", "model", "metric", "items", "base", "prompted", "after training", "from scratch"]
-    columns += ["after - base", "after - prompted", "after - scratch"]
-    rows = [compared(c) for c in side_by_side(found)]
-    words = (
-        "The same task by a base, by the base with examples in its prompt, by what was trained from it, and "
-    )
-    words += (
-        "by a model that learnt the task from nothing. Differences are paired, in points with 95 % intervals "
-    )
-    words += "over the items that both answered."
-    caption = "Results by task: base, prompted, trained; paired differences in points."
-    blocks: list[Block] = [Text(words), Table("side-by-side", columns, rows, caption)]
-    rows = []
-    for m in found:
-        for name, metric in m.entry["metrics"].items():
-            n = metric.get("n", m.entry.get("items", ""))
-            value = value_of(name, metric)
-            rows.append([*m.where, m.model, m.way, METRICS.get(name, name), value, n, m.notes])
-    rows.sort(key=lambda row: (row[0] or "", row[1] or ""))
-    columns = ["task", "split", "model", "way", "metric", "value [95 %]", "items", "note"]
-    blocks.append(Text("Every number that was measured, shares in percent:"))
-    return [*blocks, Table("results", columns, rows, "Every result.", folded=len(rows) > 20)]
-
-
-def compared(c: Comparison) -> list:
+def compared(c: Comparison) -> dict:
     """A row of the table that sets results side by side."""
     first = c.tuned or c.base or c.prompted
     metric = first.headline
-
-    def cell(m: Measurement | None) -> str:
-        if m is None or metric not in m.entry["metrics"]:
-            return ""
-        value = value_of(metric, m.entry["metrics"][metric])
-        notes = [SMOKE] if m.smoke else []
-        notes += [f"{m.entry['items']} items"] if m.entry.get("items") != first.entry.get("items") else []
-        return f"{value} ({', '.join(notes)})" if notes else value
-
     model = f"{c.tuned.model}, {c.tuned.way}" if c.tuned else first.model
-    task = first.entry["task"] + (f", {first.entry['split']}" if first.entry.get("split") else "")
+    cells = {"task": ", ".join(filter(None, first.where)), "model": model, "metric": METRICS[metric]}
+    cells["items"] = first.items
     after = c.tuned if c.tuned is not c.scratch else None
-    differences = []
-    for other in (c.base, c.prompted, c.scratch):
-        d = c.minus(other)
-        n = f" ({d['n']} items)" if d and d.get("n") != first.entry.get("items") else ""
-        differences.append(signed(d) + n)
-    return [task, model, METRICS[metric], first.entry.get("items", ""), cell(c.base), cell(c.prompted),
-            cell(after), cell(c.scratch), *differences]  # fmt: skip
+    shown = {"base": c.base, "prompted": c.prompted, "after training": after, "from scratch": c.scratch}
+    for column, m in shown.items():
+        cells[column] = ""
+        if m and metric in m.entry["metrics"]:
+            notes = [SMOKE] * m.smoke + [f"{m.items} items"] * (m.items != first.items)
+            value = value_of(metric, m.entry["metrics"][metric])
+            cells[column] = f"{value} ({', '.join(notes)})" if notes else value
+    for column, other in {"base": c.base, "prompted": c.prompted, "scratch": c.scratch}.items():
+        gap = c.minus(other)
+        fewer = f" ({gap['n']} items)" if gap and gap["n"] != first.items else ""
+        cells[f"after - {column}"] = points(gap) + fewer
+    return cells
 
 
-def ledger(home: Path) -> list[Block]:
+def ledger(records: Records) -> list[Block]:
     """Where the time went, beside what the plan had said."""
-    took, planned = (
-        columns_of(home / "ledger.tsv"),
-        {x[0]: float(x[1]) for x in columns_of(home / "plan.tsv")},
-    )
-    if not took:
+    if not records.ledger:
         return [Text("No time ledger: `bash run_all.sh` keeps one.")]
-    rows = [[name, minutes(float(s)), minutes(planned[name]) if name in planned else "", command]
-            for name, s, command in took]  # fmt: skip
-    said = minutes(sum(planned.get(x[0], 0.0) for x in took)) if planned else ""
-    rows.append(["all", minutes(sum(float(x[1]) for x in took)), said, ""])
-    return [Table("ledger", ["stage", "minutes", "planned", "command"], rows)]
+    plan = {stage: float(seconds) for stage, seconds, _ in records.plan}
+    spent = []
+    for stage, seconds, command in records.ledger:
+        spent.append({"stage": stage, "took": float(seconds), "plan": plan.get(stage), "command": command})
+    planned = sum(x["plan"] or 0 for x in spent) if plan else None
+    spent.append({"stage": "all", "took": sum(x["took"] for x in spent), "plan": planned, "command": ""})
+    template = "stage: {stage} | minutes: {took:minutes} | planned: {plan:minutes} | command: {command}"
+    return [table("ledger", [row(template, x) for x in spent])]
 
 
-def columns_of(file: Path) -> list[list[str]]:
-    """The lines of run_all.sh's ledger or of the plan: a stage and two columns more."""
-    try:
-        lines = [x.split("\t") for x in file.read_text().splitlines()]
-    except OSError:
-        return []
-    return [x for x in lines if len(x) == 3]
-
+# -----------------------------------------------------------------------------
+# Training
 
 CURVES = 16  # runs whose curves a page has room for
+TRAINED = """
+run: {run.shown} | stage: {run.stage} | parameters: {parameters:count} | state: {status}
+last validation loss: {run.last[val_loss]:.4f} at {run.last[step]:,}
+best: {run.best[val_loss]:.4f} at {run.best[step]:,}
+tokens: {tokens:count} | FLOPs, 6 N tokens: {flops:.1e} | minutes: {seconds:minutes}
+tokens/s: {speed:,.0f}{unit} | GiB (planned): {memory:.2f}{planned}
+"""
 
 
-def training(home: Path) -> list[Block]:
+def training(records: Records) -> list[Block]:
     """What was trained, how fast, and how the loss fell."""
-    rows, drawn, alike = [], deque(maxlen=CURVES), {}  # long runs are not kept in memory
-    planned = {x[0].removeprefix("finetune-"): float(x[2]) for x in columns_of(home / "plan.tsv")}
-    for folder in run_folders(home):
-        run, lines = read_json(folder / "run.json"), read_jsonl(folder / "metrics.jsonl")
-        steps = [x for x in lines if "tokens_per_second" in x]
-        last, best = ((run.get("results") or {}).get(key, {}) for key in ("last", "best"))
-        loss = [f"{x['val_loss']:.4f} at {x['step']:,}" if "val_loss" in x else "" for x in (last, best)]
-        speed = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
-        memory = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
-        size = planned.get("pretrain" if run.get("stage") == "train" else folder.name)
-        held = f"{memory:.2f}" + (f" ({size:.2f})" if size else "")
-        name, state = shown_name(folder, home), run.get("status", "unreadable")
-        # DPO and a verifier's head count what they compare, not its tokens.
-        unit = " pairs" if run.get("stage") == "dpo" else " answers" if run.get("verifier") == "head" else ""
-        read = 0 if unit or not steps else steps[-1].get("tokens", 0)
-        spent = [count(read), f"{6 * run.get('parameters', 0) * read:.1e}"] if read else ["", ""]
-        rows.append([name, run.get("stage", ""), count(run.get("parameters", 0)), state, *loss, *spent,
-                     minutes(run.get("seconds", 0)), f"{speed:,.0f}{unit}", held])  # fmt: skip
-        steps = [x for x in steps if "loss" in x]  # a step whose loss was not finite has none
-        if steps:
-            drawn.append((folder.name, name, lines, predicts_text(run)))
-            held_out = run.get("data", {}).get("validation", {}).get("fingerprint")
-            some = alike.setdefault((run.get("stage"), run.get("tokenizer"), held_out), deque(maxlen=CURVES))
-            some.append((name, [x for x in lines if "val_loss" in x], thinned(steps, 200)))
+    rows, drawn = [], deque(maxlen=CURVES)  # the other logs are not kept in memory
+    for run in records.runs:
+        lines = curve_rows(run)
+        rows.append(training_row(run, lines, records.plan))
+        if any("loss" in x for x in lines):  # a step whose loss was not finite has none
+            drawn.append((run, lines))
     if not rows:
         return [Text("No run folders here: `bash run_all.sh cpu` makes them.")]
-    columns = "run|stage|parameters|state|last validation loss|best|tokens|FLOPs, 6 N tokens".split("|")
-    columns += ["minutes", "tokens/s", "GiB (planned)" if planned else "GiB"]
-    blocks = beside(alike)
-    for folder, name, lines, is_text in drawn:
-        blocks += [curves(folder, name, lines, is_text), *preferences(folder, name, lines)]
+    blocks: list[Block] = [table("runs", rows, "What was trained.")]
     if len(rows) > CURVES:
         words = f"Curves of the {CURVES} newest of {len(rows)} runs; `report.py --compare=A,B` draws any."
-        blocks.insert(0, Text(words))
-    return [Table("runs", columns, rows, "What was trained."), *blocks]
+        blocks.append(Text(words))
+    groups: dict[tuple, list] = {}  # of one stage, tokenizer and validation text: their losses compare
+    for run, lines in drawn:
+        key = (run.stage, run.record.get("tokenizer"), run.validation.get("fingerprint"))
+        groups.setdefault(key, []).append((run.shown, lines))
+    several = [(key, group) for key, group in groups.items() if key[-1] and len(group) > 1]
+    for i, (key, group) in enumerate(several, 1):
+        blocks.append(overlaid(f"curves-together-{i}-{key[0]}", group))
+    for run, lines in drawn:
+        blocks += [loss_curves(run, lines), *preferences(run, lines)]
+    return blocks
 
 
-def beside(alike: dict) -> list[Block]:
-    """Runs of one stage with the same tokenizer and validation text, overlaid: these losses compare."""
-    several = [(stage, some) for (stage, _, held_out), some in alike.items() if len(some) > 1 and held_out]
-    return [overlaid(f"curves-together-{i}-{stage}", some) for i, (stage, some) in enumerate(several, 1)]
+def training_row(run: Run, lines: list[dict], plan: list[list[str]]) -> dict:
+    steps = [x for x in lines if "tokens_per_second" in x]
+    # DPO and a verifier's head count what they compare, not its tokens.
+    unit = " pairs" if run.stage == "dpo" else " answers" if run.record.get("verifier") == "head" else ""
+    gib = {stage.removeprefix("finetune-"): float(size) for stage, _, size in plan}
+    planned = gib.get("pretrain" if run.stage == "train" else run.folder.name)
+    values = {"parameters": 0, "seconds": 0, "status": "unreadable"} | run.record
+    values |= {"run": run, "unit": unit, "planned": fill(" ({size:.2f})", {"size": planned})}
+    values["memory"] = max((x.get("peak_memory_gib", 0) for x in steps), default=0)
+    values["speed"] = statistics.median(x["tokens_per_second"] for x in steps) if steps else 0
+    if steps and not unit:
+        values["tokens"] = steps[-1].get("tokens", 0)
+        values["flops"] = 6 * values["parameters"] * values["tokens"]
+    return row(TRAINED, values)
 
 
-def overlaid(name: str, runs) -> Figure:
-    """Losses of several runs [(name, checks, steps)] against steps, tokens and minutes: validation as lines
-    with points, training thin behind them.
-    """
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
-    for i, (run, checks, steps) in enumerate(runs):
-        at = {x["step"]: x for x in steps}
-        for panel, (key, label, scale) in zip(axes, CLOCKS, strict=True):
-            panel.plot([x.get(key, 0) / scale for x in steps], [x["loss"] for x in steps], color=f"C{i}",
-                       lw=0.8, alpha=0.4)  # fmt: skip
-            nearest = [at[min(at, key=lambda step: abs(step - c["step"]))] for c in checks if at]
-            x, y = [step.get(key, 0) / scale for step in nearest], [c["val_loss"] for c in checks if at]
-            panel.plot(x, y, "o-", color=f"C{i}", ms=4, label=run)
-            panel.set_xlabel(label)
-    axes[0].set_ylabel("loss")
-    axes[-1].legend(frameon=False, fontsize=8)
-    fig.tight_layout()
-    return figure(
-        name, "Validation losses, with points, and training losses, thin, of runs on one text.", fig
-    )
+# -----------------------------------------------------------------------------
+# What it writes
+
+COLUMNS = 5  # steps that a table has room for beside each other
 
 
-CLOCKS = (("step", "step", 1), ("tokens", "tokens read", 1), ("seconds", "minutes", 60))
-
-
-def predicts_text(run: dict) -> bool:
-    """Whether the loss is in nats a token and so has a perplexity. That of pairs or of classes has none."""
-    if run.get("stage") == "verifier":
-        return run.get("verifier") != "head"
-    return run.get("stage") != "dpo" and run.get("kind") != "head"
-
-
-def curves(folder: str, name: str, lines: list[dict], is_text: bool) -> Figure:
-    """Loss against steps, tokens (and epochs) and minutes, and perplexity; below, what the optimizer did."""
-    steps, checks = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
-    at = {x["step"]: x for x in steps}
-    steps = thinned(steps)
-    fig, axes = plt.subplots(2, 4, figsize=(13, 5.2), height_ratios=[2, 1])
-    for panel, (key, label, scale) in zip(axes[0], CLOCKS, strict=False):
-        x = [line.get(key, 0) / scale for line in steps]
-        panel.plot(x, [line["loss"] for line in steps], color="#4477aa", label="training", lw=1)
-        held = [(at[c["step"]].get(key, 0) / scale, c["val_loss"]) for c in checks if c["step"] in at]
-        if held:
-            panel.plot(*zip(*held, strict=True), "o-", color="#ee6677", label="validation", ms=4)
-        panel.set_xlabel(label)
-    axes[0, 0].set_ylabel("loss")
-    axes[0, 0].legend(frameon=False)
-    if is_text:
-        for some, key, style in ((steps, "loss", {"lw": 1}), (checks, "val_loss", {"marker": "o", "ms": 4})):
-            values = [perplexity(x[key], 1) for x in some]
-            colour = "#4477aa" if key == "loss" else "#ee6677"
-            axes[0, 3].plot([x["step"] for x in some], values, color=colour, **style)
-        axes[0, 3].set(xlabel="step", ylabel="perplexity", yscale="log")
-        axes[0, 3].yaxis.set_major_formatter("{x:g}")
-        axes[0, 3].yaxis.set_minor_formatter("")
-    else:
-        axes[0, 3].set_axis_off()
-    panels = zip(axes[1], OPTIMIZER, strict=True)
-    for panel, (clock, key, label) in panels:
-        _, clock_label, scale = next(c for c in CLOCKS if c[0] == clock)
-        some = [x for x in steps if key in x]
-        panel.plot([x.get(clock, 0) / scale for x in some], [x[key] for x in some], color="#666666", lw=1)
-        panel.set(xlabel=clock_label, ylabel=label)
-    axes[1, 2].set_ylim(0, None)
-    if epochs := steps[-1].get("epoch"):
-        axes[1, 1].set_xlabel(f"tokens read ({epochs:.2g} epochs)")
-    fig.suptitle(name)
-    fig.tight_layout()
-    caption = (
-        f"{name}: loss and perplexity while it was trained; below, what the optimizer and the clock did."
-    )
-    return figure(f"curves-{folder}", caption if is_text else caption.replace(" and perplexity", ""), fig)
-
-
-OPTIMIZER = (  # clock, key in metrics.jsonl, label
-    ("step", "learning_rate", "learning rate"),
-    ("tokens", "grad_norm", "gradient norm"),
-    ("seconds", "tokens_per_second", "tokens/s"),
-    ("step", "peak_memory_gib", "peak memory, GiB"),
-)
-
-
-def preferences(folder: str, name: str, lines: list[dict]) -> list[Block]:
-    """Of a run that learns from pairs: accuracy and margin of the reward, log-probabilities of both sides."""
-    checks = [x for x in lines if "reward_margin" in x]
-    if not checks:
-        return []
-    fig, axes = plt.subplots(1, 3, figsize=(11, 2.8))
-    x = [c["step"] for c in checks]
-    axes[0].plot(x, [100 * c["reward_accuracy"] for c in checks], "o-", ms=4, color="#228833")
-    axes[0].set(xlabel="step", ylabel="% of pairs right")
-    axes[1].plot(x, [c["reward_margin"] for c in checks], "o-", ms=4, color="#aa3377")
-    axes[1].set(xlabel="step", ylabel="margin of the reward, nats")
-    for side in ("chosen", "rejected"):
-        axes[2].plot(x, [c[side] for c in checks], "o-", ms=4, label=side)
-    axes[2].set(xlabel="step", ylabel="log p of an answer, nats")
-    axes[2].legend(frameon=False)
-    fig.tight_layout()
-    caption = (
-        f"{name}: held-out pairs. If both sides fall together, the model unlearns instead of preferring."
-    )
-    return [figure(f"preferences-{folder}", caption, fig)]
-
-
-COLUMNS = 5  # steps or models that a table has room for beside each other
-
-
-def samples(home: Path) -> list[Block]:
+def samples(records: Records) -> list[Block]:
     """What it writes: the same prompts by checkpoint, and by stage."""
     blocks: list[Block] = []
-    for folder in run_folders(home):
+    for run in records.runs:
         for file, words in (("samples", "while it was trained"), ("generations", "asked afterwards")):
-            lines = [x for x in read_jsonl(folder / f"{file}.jsonl") if "text" in x]
+            lines = [x for x in read_jsonl(run.folder / f"{file}.jsonl") if "text" in x]
             if lines:
-                blocks.append(Text(f"**{shown_name(folder, home)}** {words}, the same prompt by step:"))
-                blocks.append(by_step(f"{file}-{folder.name}", lines))
-    answered = read_json(home / "pipeline.json").get("battery", {})
-    if answered:
-        asked = next(iter(answered.values()))
-        models = [m for m, said in answered.items() if len(said) == len(asked)]
-        rows = []
-        for i, item in enumerate(asked[:12]):
-            texts = [item["asked"], item["meant"], *(answered[m][i]["said"] for m in models)]
-            rows.append([shorten(text) for text in texts])
-        names = [shown_name(home / Path(m).name, home) for m in models]
-        blocks += [Text("The same instructions by stage, the first dozen:")]
-        blocks += [Table("battery", ["asked", "expected", *names], rows)]
+                blocks.append(Text(f"**{run.shown}** {words}, the same prompt by step:"))
+                blocks.append(by_step(f"{file}-{run.folder.name}", lines))
+    if battery := records.pipeline.get("battery"):
+        asked = next(iter(battery.values()))
+        rows = [row("asked: {asked:shorten} | expected: {meant:shorten}", x) for x in asked]
+        for model, answers in battery.items():
+            for cells, answer in zip(rows, answers, strict=False):
+                cells[records.run(model).shown] = shorten(answer["said"])
+        blocks += [Text("The same instructions by stage, the first dozen:"), table("battery", rows[:12])]
     return blocks or [Text("No samples: training runs write them at each evaluation.")]
 
 
 def by_step(name: str, lines: list[dict]) -> Table:
-    """Samples {"step", "prompt", "text"}: a row a prompt, a column a step; of many steps a few."""
+    """Samples {"step", "prompt", "text"}: a row per prompt, a column per step; of many steps a few."""
     steps = sorted({x.get("step", 0) for x in lines})
-    if len(steps) > COLUMNS:
-        steps = [steps[round(i * (len(steps) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
-    texts: dict[str, dict] = {}
-    for x in lines:
-        texts.setdefault(x.get("prompt", ""), {})[x.get("step", 0)] = x["text"]
-    rows = []
-    for prompt, said in texts.items():
-        cells = [shorten(said.get(step, ""), 400) for step in steps]
-        if any(cells):
-            rows.append([shorten(prompt) or "(start of a text)", *cells])
-    return Table(name, ["prompt", *(f"step {step:,}" for step in steps)], rows)
+    every = -(-len(steps) // COLUMNS)
+    rows: dict[str, dict] = {}
+    for step in steps[::-every][::-1]:
+        for x in lines:
+            if x.get("step", 0) == step:
+                prompt = shorten(x.get("prompt", "")) or "(start of a text)"
+                rows.setdefault(prompt, {"prompt": prompt})[f"step {step:,}"] = shorten(x["text"])
+    return table(name, list(rows.values()))
 
 
-def choosing(home: Path) -> list[Block]:
+# -----------------------------------------------------------------------------
+# Many answers, and the verifier
+
+CHOOSING = (
+    "{run.shown}: how many of {items:,} problems are right when one of n answers is chosen, with 95 % "
+    "intervals. A calculator is a tool; the oracle knows the right answer and bounds them all."
+)
+SCORE = "AUC: {auc:.3f} | AUC within a problem: {auc_within[value]:.3f} | best of n: {best_of_n:percent}"
+GATE = "sure from: {threshold} | answers a problem: {samples:.1f} | right: {right:percent}"
+
+
+def choosing(records: Records) -> list[Block]:
     """What answering many times adds, and what the verifier is worth."""
     blocks: list[Block] = []
-    for folder in run_folders(home):
-        for entry in read_json(folder / "results.json").get("results", {}).values():
-            if isinstance(entry, dict) and entry.get("curves"):
-                blocks += chosen(folder.name, shown_name(folder, home), entry)
+    for run in records.runs:
+        for entry in run.results().values():
+            if entry.get("curves"):
+                blocks += chosen(run, entry)
     return blocks or [Text("No model was sampled more than once: `python eval.py RUN --samples=16` does it.")]
 
 
-def chosen(folder: str, name: str, entry: dict) -> list[Block]:
-    """Curves over the number of answers, differences, errors of one model."""
-    fig, axes = plt.subplots(figsize=(6.4, 4.2))
-    budgets = sorted({int(k) for curve in entry["curves"].values() for k in curve})
-    for way, curve in entry["curves"].items():
-        points = [(int(k), x) for k, x in curve.items()]
-        x, y = [k for k, _ in points], [100 * p["value"] for _, p in points]
-        (line,) = axes.plot(
-            x, y, "--" if way == "pass" else "o-", label="pass (oracle)" if way == "pass" else way
-        )
-        if all("low" in p for _, p in points):
-            low, high = ([100 * p[key] for _, p in points] for key in ("low", "high"))
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
-    greedy = entry["metrics"].get("exact_match", {}).get("value")
-    if greedy is not None:
-        axes.axhline(100 * greedy, color="#888888", ls=":", label="greedy")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, budgets)
-    axes.set(xlabel="answers a problem", ylabel="% right", title=f"{name}, {entry['task']}, {entry['split']}")
-    axes.legend(frameon=False, fontsize=8)
-    caption = (
-        f"{name}: how many of {entry['items']:,} problems are right when one of n answers is chosen, with "
-        "95 % intervals. A calculator is a tool; the oracle knows the right answer and bounds them all."
-    )
-    rows = [[way, signed(d)] for way, d in entry.get("differences", {}).items()]
-    blocks: list[Block] = [figure(f"choosing-{folder}-{entry['task']}", caption, fig)]
-    if rows:
-        blocks.append(
-            Table(
-                f"differences-{folder}-{entry['task']}",
-                ["paired difference", "points [95 %]"],
-                rows,
-                f"{name}: paired differences between ways to choose an answer.",
-            )
-        )
+def chosen(run: Run, entry: dict) -> list[Block]:
+    """Curves over the number of answers, differences, and sampling until the verifier is sure."""
+    name = f"{run.folder.name}-{entry['task']}"
+    curves = [budget_curve(way, found) for way, found in entry["curves"].items()]
+    panel = Panel(curves, "answers per problem", "% right", f"{run.shown}, {entry['task']}", log="x")
+    panel.ticks = {n: str(n) for curve in curves for n in curve.x}
+    if greedy := entry["metrics"].get("exact_match"):
+        panel.level, panel.level_label = 100 * greedy["value"], "greedy"
+    caption = fill(CHOOSING, entry | {"run": run})
+    blocks: list[Block] = [chart(f"choosing-{name}", caption, [panel], size=(6.4, 4.2))]
+    if differences := entry.get("differences"):
+        rows = [{"paired difference": way, "points [95 %]": points(x)} for way, x in differences.items()]
+        caption = f"{run.shown}: paired differences between ways to choose an answer."
+        blocks.append(table(f"differences-{name}", rows, caption))
     for label, gates in entry.get("gating", {}).items():
-        rows = [
-            [g["threshold"] if g["threshold"] <= 1 else "never", f"{g['samples']:.1f}", percent(g["right"])]
-            for g in gates
-        ]
-        blocks.append(Text(f"Sampling until the verifier ({label}) is sure, with {name}:"))
-        blocks.append(Table(f"gating-{folder}-{label}", ["sure from", "answers a problem", "right"], rows))
+        words = f"Sampling until the verifier ({label}) is sure (above 1: never), with {run.shown}:"
+        blocks.append(Text(words))
+        blocks.append(table(f"gating-{run.folder.name}-{label}", [row(GATE, gate) for gate in gates]))
     return blocks
 
 
-def verifiers(home: Path) -> list[Block]:
+def budget_curve(way: str, found: dict[str, dict]) -> Line:
+    """Percent right against the number of answers, with intervals where there are some."""
+    ends = ("value", "low", "high")
+    value, low, high = ([100 * x.get(end, x["value"]) for x in found.values()] for end in ends)
+    label, form = ("pass (oracle)", "--") if way == "pass" else (way, "o-")
+    return Line(list(map(int, found)), value, label, form, low, high)
+
+
+def verifiers(records: Records) -> list[Block]:
     """Whether a verifier's probabilities are true."""
     blocks: list[Block] = []
-    for folder in run_folders(home):
-        found = read_json(folder / "run.json").get("verification")
+    for run in records.runs:
+        found = run.record.get("verification")
         if not found:
             continue
-        name = shown_name(folder, home)
-        rows = [[who, f"{x['auc']:.3f}", f"{x['auc_within']['value']:.3f}", percent(x["best_of_n"])]
-                for who, x in found.items() if isinstance(x, dict) and "auc_within" in x]  # fmt: skip
-        blocks.append(Text(f"**{name}** on {found['answers']:,} answers to {found['problems']:,} problems:"))
-        columns = ["score", "AUC", "AUC within a problem", "best of n right"]
-        blocks.append(Table(f"verifier-{folder.name}", columns, rows))
-        bins = [b for b in found.get("calibration", {}).get("bins", []) if b.get("n")]
+        scores = {score: x for score, x in found.items() if isinstance(x, dict) and "auc_within" in x}
+        rows = [{"score": score} | row(SCORE, x) for score, x in scores.items()]
+        words = fill(" on {answers:,} answers to {problems:,} problems:", found)
+        blocks.append(Text(f"**{run.shown}**{words}"))
+        blocks.append(table(f"verifier-{run.folder.name}", rows))
+        bins = [x for x in found.get("calibration", {}).get("bins", []) if x.get("n")]
         if bins:
-            fig, axes = plt.subplots(figsize=(4.2, 4))
-            axes.plot([0, 1], [0, 1], ":", color="#888888")
-            axes.plot([b["said"] for b in bins], [b["is"] for b in bins], "o-", color="#4477aa")
-            axes.set(xlabel="probability it says", ylabel="share that is right", title=name)
-            error = 100 * found["calibration"]["ece"]
-            caption = f"{name}: on the dotted line its probabilities are true; mean error {error:.1f} %."
-            blocks.append(figure(f"reliability-{folder.name}", caption, fig))
+            true = Line([0, 1], [0, 1], form=":", style={"color": GREY})
+            lines = [true, line(bins, "said", "is", form="o-", color=BLUE)]
+            panel = Panel(lines, "probability it says", "share that is right", run.shown)
+            error = f"mean error {100 * found['calibration']['ece']:.1f} %."
+            caption = f"{run.shown}: on the dotted line its probabilities are true; {error}"
+            blocks.append(chart(f"reliability-{run.folder.name}", caption, [panel], size=(4.2, 4)))
     return blocks or [Text("No verifier: `python verifier.py configs/verifier.py` trains one.")]
 
 
-def failures(home: Path) -> list[Block]:
+# -----------------------------------------------------------------------------
+# Mistakes
+
+VIOLATION = """
+margin: {margin:.1f} | prompt: {prompt:shorten} | chosen: {chosen:shorten} | rejected: {rejected:shorten}
+"""
+EXAMPLE = "asked: {text:shorten} | said: {said:shorten} | should be: {target:shorten}"
+
+
+def failures(records: Records) -> list[Block]:
     """What kinds of mistakes a model makes, what a verifier mends and breaks, what a stage did to its parent,
     and which labels are doubtful.
     """
-    blocks, before, verdicts = [], {}, {}
-    for folder in run_folders(home):
-        shown = shown_name(folder, home)
-        blocks += violations(folder, shown)
-        found = read_json(folder / "results.json").get("results", {})
-        last = {}  # of a task's evaluations: with more examples in the prompt, or with many answers
-        for key, e in found.items():
-            if isinstance(e, dict) and e.get("task") in TASKS:
-                records = read_jsonl(folder / "answers" / f"{key.replace(' ', '-')}.jsonl")
-                if records := [r for r in records if "kinds" in r]:
-                    last[e["task"], e["split"]] = records, e
-        for (task, split), (records, entry) in last.items():
-            name = f"{folder.name}-{task}-{split}"
-            blocks += sorted_mistakes(shown, name, task, records, entry)
+    blocks, known, verdicts = [], {}, {}  # known: {(run, task, split): {text: record}}
+    for run in records.runs:
+        blocks += violations(run)
+        parent = Path(str(run.record.get("parent"))).name
+        for (task, split), (entry, answers) in answers_by_task(run).items():
+            name = f"{run.folder.name}-{task}-{split}"
+            blocks += mistakes(run.shown, name, entry, answers)
             for label in entry.get("verifiers", {}):
-                keys = ("text", "output", "correct", label, f"{label} correct", f"{label} sure")
-                pairs = [tuple(r.get(k) for k in keys) for r in records if label in r]
+                pairs = []  # the greedy answer and the one that the verifier picked
+                for r in answers:
+                    if label in r:
+                        picked = {"output": r[label], "correct": r[f"{label} correct"]}
+                        pairs.append((r, picked | {"sure": r.get(f"{label} sure")}))
                 blocks += changed(f"{name}-{label}", "greedy", label, pairs)
-            before[folder.name, task, split] = {r["text"]: r for r in records if "output" in r}
-            parent = Path(str(read_json(folder / "run.json").get("parent"))).name
-            if (old := before.get((parent, task, split))) and TASKS[task].metric == "exact_match":
-                both = [(old[r["text"]], r) for r in records if r["text"] in old]
-                pairs = [(r["text"], o["output"], o["correct"], r["output"], r["correct"]) for o, r in both]
-                blocks += changed(f"{name}-{parent}", parent, shown, pairs)
-            for r in records:
+            before = known.get((parent, task, split), {})
+            known[run.folder.name, task, split] = {r["text"]: r for r in answers}
+            if TASKS[task].metric == "exact_match":
+                pairs = [(before[r["text"]], r) for r in answers if r["text"] in before]
+                blocks += changed(f"{name}-{parent}", parent, run.shown, pairs)
+            for r in answers:
                 if "sure" in r:
-                    verdicts.setdefault((task, split), {}).setdefault(r["text"], []).append((folder.name, r))
-    for (task, split), by_text in verdicts.items():
-        blocks += doubtful(f"{task}-{split}", by_text)
+                    by_text = verdicts.setdefault(f"{task}-{split}", {})
+                    by_text.setdefault(r["text"], []).append(r | {"model": run.folder.name})
+    for name, by_text in verdicts.items():
+        blocks += doubtful(name, by_text)
     return blocks or [Text("No mistakes to sort: `python eval.py RUN --tasks=...` records them.")]
 
 
-def sorted_mistakes(model: str, name: str, task: str, records: list[dict], entry: dict) -> list[Block]:
+def answers_by_task(run: Run) -> dict[tuple, tuple]:
+    """{(task, split): (entry, answers)} where mistakes were sorted. Of several evaluations the last counts:
+    with more examples in the prompt, or with many answers.
+    """
+    found = {}
+    for key, entry in run.results().items():
+        if entry.get("task") in TASKS:
+            answers = [r for r in read_jsonl(run.answers_file(key)) if "kinds" in r]
+            if answers:
+                found[entry["task"], entry["split"]] = entry, answers
+    return found
+
+
+def mistakes(model: str, name: str, entry: dict, answers: list[dict]) -> list[Block]:
     """How many answers are of which kind, with an example of each; what a kind is, tasks/mistakes.py says."""
-    kinds = {k: [r for r in records if k in r["kinds"]] for k in KINDS}
-    kinds = {k: some for k, some in kinds.items() if some}
-    if TASKS[task].metric == "rouge":
-        flawed = sum(r["kinds"] != ["other"] for r in records)
-        words = f"has a flaw that can be counted in {flawed:,} of {len(records):,} summaries."
-        columns = ["flaw", "summaries", "% of all", "ROUGE-L of these"]
-        rouge = {k: 100 * statistics.fmean(r["rougeL"] for r in some) for k, some in kinds.items()}
-        rows = [[KINDS[k], len(some), percent(proportion(len(some), len(records))), f"{rouge[k]:.1f}"]
-                for k, some in kinds.items()]  # fmt: skip
-        shown = {k: some for k, some in kinds.items() if k != "other"}
-    else:
-        wrong = [r for r in records if not r["correct"]]
-        words = f"is wrong on {len(wrong):,} of {len(records):,}."
-        shown = {k: [r for r in some if not r["correct"]] for k, some in kinds.items()}
-        if TASKS[task].labels:
-            columns = ["the review has", "reviews", "wrong", "% wrong"]
-            rows = [[KINDS[k], len(some), len(shown[k]), percent(proportion(len(shown[k]), len(some)))]
-                    for k, some in kinds.items()]  # fmt: skip
-        else:
-            columns = ["first mistake", "answers", "% of the wrong ones"]
-            rows = [[KINDS[k], len(some), percent(proportion(len(some), len(wrong)))]
-                    for k, some in kinds.items()]  # fmt: skip
+    task = TASKS[entry["task"]]
+    summaries = task.metric == "rouge"
+    wrong = [r for r in answers if (r["kinds"] != ["other"] if summaries else not r["correct"])]
+    column = "% of all" if summaries else "% of these wrong" if task.labels else "% of the wrong ones"
+    rows, examples = [], []
+    for kind, words in KINDS.items():
+        some, bad = ([r for r in group if kind in r["kinds"]] for group in (answers, wrong))
+        if some:
+            total = {"% of all": answers, "% of these wrong": some, "% of the wrong ones": wrong}[column]
+            cells = {"kind": words, "answers": len(some), "wrong": len(bad)}
+            cells[column] = percent(proportion(len(bad), len(total)))
+            if summaries:
+                cells["ROUGE-L"] = f"{100 * statistics.fmean(r['rougeL'] for r in some):.1f}"
+            rows.append(cells)
+        if bad:
+            said = bad[0].get("output", bad[0].get("prediction"))  # a class, where nothing is written
+            examples.append({"kind": words} | row(EXAMPLE, bad[0] | {"said": said}))
+    found = f"{len(wrong):,} of {len(answers):,}"
+    found = f"has a flaw that can be counted in {found} summaries" if summaries else f"is wrong on {found}"
     shots = f", {entry['shots']} examples in the prompt" if entry.get("shots") else ""
-    blocks: list[Block] = [Text(f"**{model}**, {task}, {entry['split']}{shots}: {words}")]
+    about = f"{entry['task']}, {entry['split']}"
+    blocks: list[Block] = [Text(f"**{model}**, {about}{shots}: {found}.")]
     if rows:
-        blocks.append(
-            Table(f"errors-{name}", columns, rows, f"Mistakes of {model}, {task}, {entry['split']}.")
-        )
-    examples = []
-    for kind, first in ((k, some[0]) for k, some in shown.items() if some):
-        said = first.get("output", first.get("prediction"))  # a class, where nothing is written
-        examples.append([KINDS[kind], *(shorten(x) for x in (first["text"], said, first["target"]))])
+        blocks.append(table(f"errors-{name}", rows, f"Mistakes of {model}, {about}."))
     if examples:
-        blocks.append(Table(f"examples-{name}", ["kind", "asked", "said", "should be"], examples))
+        blocks.append(table(f"examples-{name}", examples))
     return blocks
 
 
-def doubtful(name: str, by_text: dict[str, list[tuple]]) -> list[Block]:
-    """Labels that several models contradict with one voice and a probability above 0.9: look at them."""
-    found = []
-    for text, said in by_text.items():
-        answers = {r["prediction"] for _, r in said}
-        sure = statistics.fmean(r["sure"] for _, r in said)
-        if len(said) > 1 and len(answers) == 1 and not said[0][1]["correct"] and sure > 0.9:
-            models = ", ".join(model for model, _ in said)
-            found.append([shorten(text), said[0][1]["target"], answers.pop(), f"{sure:.2f}", models])
-    found.sort(key=lambda row: row[3], reverse=True)
-    several = max((len(said) for said in by_text.values()), default=0) > 1
-    if not several:
+def doubtful(name: str, by_text: dict[str, list[dict]]) -> list[Block]:
+    """Labels that all of several models contradict with a mean probability above 0.9: look at them."""
+    if all(len(verdicts) < 2 for verdicts in by_text.values()):
         return []
-    words = f"**{name}**: {len(found)} labels that all models contradict, with a mean probability above 0.9; "
+    template = "text: {text:shorten} | label: {target} | all models say: {prediction}"
+    rows = []
+    for verdicts in by_text.values():
+        first, sure = verdicts[0], statistics.fmean(r["sure"] for r in verdicts)
+        unanimous = len(verdicts) > 1 and len({r["prediction"] for r in verdicts}) == 1
+        if unanimous and not first["correct"] and sure > 0.9:
+            models = ", ".join(r["model"] for r in verdicts)
+            rows.append(row(template, first) | {"mean probability": f"{sure:.2f}", "models": models})
+    rows.sort(key=lambda cells: cells["mean probability"], reverse=True)
+    words = f"**{name}**: {len(rows)} labels that all models contradict, with a mean probability above 0.9; "
     words += "they may be wrong."
-    columns = ["text", "label", "all models say", "mean probability", "models"]
-    return [Text(words), *([Table(f"doubtful-{name}", columns, found[:10])] if found else [])]
+    return [Text(words), *([table(f"doubtful-{name}", rows[:10])] if rows else [])]
 
 
-def changed(name: str, a: str, b: str, pairs: list[tuple]) -> list[Block]:
-    """Of (problem, a's answer, right?, b's answer, right?, its probability?): how many b mended and broke;
-    three of each, of the broken those that b was surest of.
+def changed(name: str, a: str, b: str, pairs: list[tuple[dict, dict]]) -> list[Block]:
+    """How many answers of `a` were mended and broken by `b`, from the records of both; three of each, of the
+    broken those that b was surest of.
     """
-    mended = [p for p in pairs if p[4] and not p[2]]
-    broken = [p for p in pairs if p[2] and not p[4]]
+    mended = [(old, new) for old, new in pairs if new["correct"] and not old["correct"]]
+    broken = [(old, new) for old, new in pairs if old["correct"] and not new["correct"]]
     if not (mended or broken):
         return []
-    sure = len(pairs[0]) > 5 and pairs[0][5] is not None
-    if sure:
-        broken.sort(key=lambda p: -p[5])
-    rows = [[what, *(shorten(p[i], 400) for i in (0, 1, 3)), *([f"{p[5]:.2f}"] if sure else [])]
-            for what, some in (("mended", mended), ("broken", broken)) for p in some[:3]]  # fmt: skip
+    broken.sort(key=lambda pair: -(pair[1].get("sure") or 0))
+    rows = []
+    for old, new in mended[:3] + broken[:3]:
+        cells = {"": "broken" if old["correct"] else "mended", "problem": shorten(old["text"])}
+        cells |= {a: shorten(old["output"]), b: shorten(new["output"])}
+        rows.append(cells if new.get("sure") is None else cells | {"it says": f"{new['sure']:.2f}"})
     words = f"**{b}** is right where {a} is wrong on {len(mended)} of {len(pairs):,} problems, "
     words += f"wrong where {a} is right on {len(broken)}. Three of each:"
-    columns = ["", "problem", a, b, *(["it says"] if sure else [])]
-    return [Text(words), Table(f"changed-{name}", columns, rows)]
+    return [Text(words), table(f"changed-{name}", rows)]
 
 
-def violations(folder: Path, name: str) -> list[Block]:
+def violations(run: Run) -> list[Block]:
     """Held-out pairs that a model which learnt preferences moved the wrong way, the worst first."""
-    found = read_jsonl(folder / "violations.jsonl")
-    of = read_json(folder / "run.json").get("data", {}).get("validation", {}).get("pairs")
-    if not found or not of:
+    found, pairs = read_jsonl(run.folder / "violations.jsonl"), run.validation.get("pairs")
+    if not found or not pairs:
         return []
-    rows = [[f"{x['margin']:.1f}", *(shorten(x[key], 400) for key in ("prompt", "chosen", "rejected"))]
-            for x in found[:3]]  # fmt: skip
-    words = f"**{name}** moved {len(found)} of {of} held-out pairs the wrong way; the three worst:"
-    return [Text(words), Table(f"violations-{folder.name}", ["margin", "prompt", "chosen", "rejected"], rows)]
+    words = f"**{run.shown}** moved {len(found)} of {pairs} held-out pairs the wrong way; the three worst:"
+    return [Text(words), table(f"violations-{run.folder.name}", [row(VIOLATION, x) for x in found[:3]])]
 
 
-SEEN = {  # score of a head: what its map shows
-    "previous": "a line just below the diagonal: every token looks at the one before",
-    "first": "a full first column: heads park their attention there when nothing else fits",
-    "induction": "spots off the diagonal: what followed the same word last time",
-    "entropy": "an even shade: the head averages over all it may see",
-}
+# -----------------------------------------------------------------------------
+# How to make it again
+
+DATA = "source: {source:shorten} | licence: {licence} | tokens: {tokens:,} | SHA-256: {fingerprint:.12}"
 
 
-def attention(home: Path) -> list[Block]:
-    """What the heads look at."""
-    blocks: list[Block] = []
-    for folder in folders_with(home, "attention.json"):
-        found = read_json(folder / "attention.json")
-        if not found.get("scores"):
-            continue
-        stem, name = stem_of(folder, home), shown_name(folder, home)
-        fig, axes = plt.subplots(1, len(found["scores"]), figsize=(11, 2.8))
-        for panel, (score, values) in zip(axes, found["scores"].items(), strict=True):
-            image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            panel.set(title=score, xlabel="head")
-            panel.locator_params(integer=True, min_n_ticks=1)
-        axes[0].set_ylabel("layer")
-        fig.colorbar(image, ax=axes, fraction=0.02)
-        caption = f"{name}: scores of every head on random tokens that come twice. 1: all of its attention; "
-        caption += "of entropy: spread evenly."
-        blocks.append(figure(f"heads-{stem}", caption, fig))
-        if copies := found.get("copies"):
-            shares = " and ".join(f"{share:.0%} of those of {kind}" for kind, share in copies.items())
-            blocks.append(Text(f"Told again, {shares} are copied (digits; a guess gets a quarter or so)."))
-        for i, example in enumerate(found["maps"], 1):
-            blocks.append(attention_map(f"attention-{stem}-{i}", name, example))
-            if example.get("inside"):
-                blocks.append(inside(f"inside-{stem}-{i}", name, example["inside"]))
-    return blocks or [Text("No maps: `python eval.py out/base --attention` makes them.")]
-
-
-def attention_map(file: str, name: str, example: dict) -> Figure:
-    """The heads of one text: every row is a token, which looks at the columns."""
-    labels = [printable(token) for token in example["tokens"]]
-    heads = example["heads"]
-    across = min(len(heads), 2 if len(heads) <= 4 else 4)
-    down = math.ceil(len(heads) / across)
-    side = min(11 / across, 6.5, 2 + len(labels) / 4)  # inches
-    size = max(3, min(7, 72 * side / (1.6 * len(labels))))
-    fig, axes = plt.subplots(down, across, figsize=(side * across, 0.95 * side * down), squeeze=False)
-    for panel in axes.flat[len(heads) :]:
-        panel.set_axis_off()
-    for panel, head in zip(axes.flat, heads, strict=False):
-        image = panel.imshow(head["weights"], vmin=0, vmax=1, cmap="viridis")
-        most = f"most {head['most']}: " if head.get("most") else ""
-        panel.set_title(f"{most}layer {head['layer']}, head {head['head']}", fontsize=10)
-        panel.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
-        panel.set_yticks(range(len(labels)), labels, fontsize=size)
-    fig.tight_layout()
-    fig.colorbar(image, ax=axes, fraction=0.02)
-    seen = "; ".join(f"{h['most']}, {SEEN[h['most']]}" for h in heads if h.get("most") in SEEN)
-    return figure(file, f"{name}: rows look at columns." + f" To look for: {seen}." * bool(seen), fig)
-
-
-def inside(file: str, name: str, found: dict) -> Figure:
-    """One text: how surprising each token was, and, where model.py computed it, who chose the next one."""
-    explained = found["lens"] and "parts" in (found["parts"] or {})
-    fig, axes = plt.subplots(1, 3 if explained else 1, figsize=(11, 3.4), squeeze=False)
-    labels = [printable(token["text"]) for token in found["tokens"]]
-    bits = [0 if said is None else said["bits"] for said in found["surprise"]]
-    axes[0, 0].bar(range(len(bits)), bits, color="#4c78a8")
-    axes[0, 0].set(ylabel="bits", title="surprise")
-    axes[0, 0].set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-    likely = found["next"][0]
-    caption = (
-        f"{name}: surprise of each token; the likeliest next one is {likely['text']!r} ({likely['p']:.0%})."
-    )
-    if explained:
-        lens, parts = found["lens"], found["parts"]["parts"]
-        axes[0, 1].plot(range(len(lens)), [row["target_p"] for row in lens], marker=".")
-        axes[0, 1].set(title=f"logit lens: p({printable(found['parts']['target']['text'])})", ylim=(0, 1))
-        axes[0, 1].set_xticks(
-            range(len(lens)), [printable(row["top"][0][0]) + f"\n{row['layer']}" for row in lens]
-        )
-        largest = sorted(parts, key=lambda part: -abs(part["value"]))[:12][::-1]
-        axes[0, 2].barh([part["name"] for part in largest], [part["value"] for part in largest])
-        axes[0, 2].set_title("contributions to its logit")
-        caption += f" All {len(parts)} parts sum to {found['parts']['sum']:.4f}, the logit is "
-        caption += (
-            f"{found['parts']['target']['logit']:.4f}. Below the lens: what each layer would have said."
-        )
-    fig.tight_layout()
-    return figure(file, caption, fig)
-
-
-def printable(token: str) -> str:
-    return token.replace("\n", "⏎").replace(" ", "␣").replace("$", r"\$")
-
-
-def beyond(home: Path) -> list[Block]:
-    """Texts longer than the context, of models of one's own."""
-    blocks: list[Block] = []
-    for folder in folders_with(home, "streams.json"):
-        found = read_json(folder / "streams.json")
-        if found.get("perplexity"):
-            blocks.append(Text(f"**{shown_name(folder, home)}**, {found['source']}:"))
-            blocks += streams(stem_of(folder, home), {"own": found})
-    return blocks or [Text("Not measured: `python eval.py out/base --streams` does it.")]
-
-
-def folders_with(home: Path, name: str) -> list[Path]:
-    """Folders of runs, of their checkpoints and of models of the hub that hold this file."""
-    found = {*home.glob(f"*/{name}"), *home.glob(f"*/checkpoints/*/{name}"), *home.glob(f"eval/*/{name}")}
-    return sorted(file.parent for file in found)
-
-
-def stem_of(folder: Path, home: Path) -> str:
-    """The name of a model's folder as a part of file names."""
-    return "-".join(part for part in folder.relative_to(home).parts if part != "checkpoints")
-
-
-def making(home: Path) -> list[Block]:
-    """How to make all of it again."""
+def making(records: Records) -> list[Block]:
+    """Commit, machine, versions, command, settings and data of every run."""
     blocks, read = [], []
-    for folder in run_folders(home):
-        run = read_json(folder / "run.json")
-        hardware, versions = run.get("hardware", {}), run.get("versions", {})
-        told = [f"{k} {v}" for k, v in versions.items()]
-        machine = f"{hardware.get('device', 'unknown')}, {hardware.get('threads', '?')} threads"
-        blocks.append(
-            Text(f"**{shown_name(folder, home)}**, commit {run.get('git')}, {machine}; {', '.join(told)}")
-        )
-        blocks.append(Code(str(run.get("command", ""))))
-        settings = run.get("settings", {})
-        chosen = [f"{k}={settings[k]}" for k in run.get("changed", []) if settings.get(k) not in ("", None)]
+    for run in records.runs:
+        versions = run.record.get("versions", {})
+        used = ", ".join(f"{library} {version}" for library, version in versions.items())
+        machine = fill("{device}, {threads} threads", run.record.get("hardware")) or "unknown machine"
+        blocks.append(Text(f"**{run.shown}**, commit {run.record.get('git')}, {machine}; {used}"))
+        blocks.append(Text(f"`{run.record.get('command', '')}`"))
+        chosen = {key: run.settings.get(key) for key in run.record.get("changed", [])}
+        chosen = [f"{key}={value}" for key, value in chosen.items() if value not in ("", None)]
         if chosen:
-            blocks += [Text("Settings other than the defaults:"), Code(" ".join(chosen))]
-        read += [[folder.name, *source] for source in sources(run.get("data"))]
+            blocks.append(Text(f"Settings other than the defaults: `{' '.join(chosen)}`"))
+        read += [{"run": run.folder.name} | source for source in sources(run.data)]
     if read:
-        columns = ["run", "split", "source", "licence", "tokens", "SHA-256"]
-        blocks += [Text("What the runs read:"), Table("data", columns, read)]
+        blocks += [Text("What the runs read:"), table("data", read)]
     return blocks or [Text("No run folders here.")]
 
 
-def sources(data, split: str = "train") -> list[list]:
-    """[split, source, licence, tokens, fingerprint] of what a run's record names, however it is nested."""
+def sources(data: object, split: str = "train") -> list[dict]:
+    """What a run's record names as its data, however it is nested."""
     if not isinstance(data, dict):
-        return [row for item in data for row in sources(item, split)] if isinstance(data, list) else []
+        return []
+    rows = [{"split": split} | row(DATA, data)] if "source" in data else []
+    for key, inner in data.items():
+        rows += sources(inner, key)
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# Runs beside each other
+
+
+def comparison(folders: list[Path]) -> list[Block]:
+    """Settings that differ, losses in one picture, the last difference and how much of it is noise."""
+    alike = len({folder.name for folder in folders}) < len(folders)
+    runs = {str(folder) if alike else folder.name: Run(folder, folder.parent) for folder in folders}
+    for run in runs.values():
+        if not run.record:
+            raise ConfigError(f"{run.folder} holds no run that can be read")
+    differ = differing({name: run.settings for name, run in runs.items()})
+    rows = [{"setting": key} | values for key, values in differ.items()]
+    blocks: list[Block] = [Text("Settings that differ:"), table("settings", rows)]
+    blocks = blocks if rows else [Text("No setting differs.")]
+    blocks.append(overlaid("comparison", [(name, curve_rows(run)) for name, run in runs.items()]))
+    first, rows = next(iter(runs)), []
+    for name, run in runs.items():
+        cells = {"run": name} | row("last validation loss: {val_loss:.4f}", run.last)
+        if "val_loss" in run.last and "val_loss" in runs[first].last:
+            cells[f"minus {first}"] = f"{run.last['val_loss'] - runs[first].last['val_loss']:+.4f}"
+        rows.append(cells)
+    return [*blocks, table("last", rows), *noise(list(runs.values()))]
+
+
+def noise(runs: list[Run]) -> list[Block]:
+    """Groups of runs that differ in nothing but the seed: mean and spread, and differences between groups in
+    units of their standard error.
+    """
+    groups: dict[str, dict] = {}  # settings: {seed: run}
+    for run in runs:
+        if "val_loss" in run.last:
+            groups.setdefault(settings_but_seed(run), {}).setdefault(run.settings.get("seed"), run)
+    losses = [[run.last["val_loss"] for run in seeds.values()] for seeds in groups.values()]
+    free = sum(len(group) - 1 for group in losses)
+    if not free:
+        return [Text("What of a difference is noise, one run each cannot tell: repeat them with --seed=2.")]
+    spread = math.sqrt(sum(statistics.pvariance(group) * len(group) for group in losses) / free)
     rows = []
-    if "source" in data:
-        tokens = data.get("tokens")
-        rows.append(
-            [
-                split,
-                shorten(data["source"], 80),
-                data.get("licence", ""),
-                f"{tokens:,}" if isinstance(tokens, int) else "",
-                str(data.get("fingerprint") or "")[:12],
-            ]
-        )
-    return rows + [row for key, inner in data.items() for row in sources(inner, key)]
+    for seeds, group in zip(groups.values(), losses, strict=True):
+        mean = statistics.fmean(group)
+        gap = mean - statistics.fmean(losses[0])
+        error = spread * math.sqrt(1 / len(group) + 1 / len(losses[0]))
+        cells = {"runs": ", ".join(str(run.folder) for run in seeds.values())}
+        cells["mean of the last loss"] = f"{mean:.4f}"
+        if rows and error:
+            cells["minus the first"] = f"{gap:+.4f}, {abs(gap) / error:.1f} standard errors"
+        rows.append(cells)
+    words = f"Runs of equal settings with other seeds differ with a standard deviation of {spread:.4f}."
+    return [Text(words), table("noise", rows)]
 
 
-SECTIONS = {
-    "What was found": findings,
+def settings_but_seed(run: Run) -> str:
+    """The settings without seed and name; the same run in another folder is the same run."""
+    out = f"{run.settings.get('out', '')}/"
+    kept = {key: str(value).removeprefix(out) for key, value in run.settings.items()}
+    return json.dumps(kept | {"seed": "", "name": "", "out": ""}, sort_keys=True)
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+# The lab stands above the lesson, which does not import it: its sections are named, as "module:function".
+LOG, PAPER = "lab.log:log", "lab.paper:write_paper"
+SECTIONS: dict[str, Callable | str] = {
+    "What was found": "lab.log:findings",
     "What each stage gained": stages,
     "Every result": results,
     "Where the time went": ledger,
@@ -758,127 +558,51 @@ SECTIONS = {
     "Choosing among many answers": choosing,
     "The verifier": verifiers,
     "Where it fails": failures,
-    "What the heads look at": attention,
-    "Beyond the context": beyond,
-    "The lab": lab,
-    "The machine": machine,
+    "What the heads look at": "lab.pages:attention",
+    "Beyond the context": "lab.pages:beyond",
+    "The lab": "lab.pages:lab",
+    "The machine": "lab.pages:machine",
     "How to make it again": making,
 }
 
 
-def comparison(folders: list[Path]) -> list[Block]:
-    """Runs beside each other: settings that differ, losses in one picture, the last difference."""
-    runs = {folder: read_json(folder / "run.json") for folder in folders}
-    for folder, run in runs.items():
-        if not run:
-            raise ConfigError(f"{folder} holds no run that can be read")
-    settings = [run.get("settings", {}) for run in runs.values()]
-    differ = [key for key in dict.fromkeys(k for s in settings for k in s)
-              if key != "name" and len({json.dumps(s.get(key)) for s in settings}) > 1]  # fmt: skip
-    alike = len({folder.name for folder in folders}) < len(folders)
-    names = [str(folder) if alike else folder.name for folder in folders]
-    blocks: list[Block] = [Text("Settings that differ:" if differ else "No setting differs.")]
-    if differ:
-        blocks.append(
-            Table("settings", ["setting", *names], [[k, *(s.get(k, "") for s in settings)] for k in differ])
-        )
-    lines = {folder: read_jsonl(folder / "metrics.jsonl") for folder in folders}
-    drawn = [(f.name, [x for x in some if "val_loss" in x], thinned([x for x in some if "loss" in x]))
-             for f, some in lines.items()]  # fmt: skip
-    blocks.append(overlaid("comparison", drawn))
-    last = [(run.get("results") or {}).get("last", {}).get("val_loss") for run in runs.values()]
-    rows = [[n, "" if x is None else f"{x:.4f}", "" if None in (x, last[0]) else f"{x - last[0]:+.4f}"]
-            for n, x in zip(names, last, strict=True)]  # fmt: skip
-    blocks.append(Table("last", ["run", "last validation loss", f"minus {names[0]}"], rows))
-    return [*blocks, *noise(runs)]
+def sections_of(records: Records, only: str = "") -> Sections:
+    """{heading: blocks} of all sections, or of those whose functions `only` names, joined by commas."""
+    found = {}
+    for heading, section in SECTIONS.items():
+        found[heading] = pkgutil.resolve_name(section) if isinstance(section, str) else section
+    known = [section.__name__ for section in found.values()]
+    wanted = [name for name in only.split(",") if name] or known
+    if unknown := set(wanted).difference(known):
+        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
+    return {heading: section(records) for heading, section in found.items() if section.__name__ in wanted}
 
 
-def noise(runs: dict[Path, dict]) -> list[Block]:
-    """Groups of runs that differ in nothing but the seed: mean and spread, and differences between groups in
-    units of their standard error.
-    """
-    groups: dict[str, dict] = {}  # settings: {seed: (name, loss)}
-    for folder, run in runs.items():
-        settings = dict(run.get("settings", {}))
-        out = str(settings.pop("out", "")) + "/"  # the same run in another folder is the same run
-        settings = {k: v.removeprefix(out) if isinstance(v, str) else v for k, v in settings.items()}
-        same = json.dumps(settings | {"seed": 0, "name": ""}, sort_keys=True)
-        loss = (run.get("results") or {}).get("last", {}).get("val_loss")
-        if loss is not None:
-            seed = run.get("settings", {}).get("seed")
-            groups.setdefault(same, {}).setdefault(seed, (str(folder), loss))
-    values = [[loss for _, loss in group.values()] for group in groups.values()]
-    free = sum(len(x) - 1 for x in values)
-    if not free:
-        return [Text("What of a difference is noise, one run each cannot tell: repeat them with --seed=2.")]
-    spread = math.sqrt(sum(statistics.variance(x) * (len(x) - 1) for x in values if len(x) > 1) / free)
-    rows = []
-    for group, x in zip(groups.values(), values, strict=True):
-        gap = statistics.fmean(x) - statistics.fmean(values[0])
-        error = spread * math.sqrt(1 / len(x) + 1 / len(values[0]))
-        told = f"{gap:+.4f}, {abs(gap) / error:.1f} standard errors" if x is not values[0] and error else ""
-        rows.append([", ".join(name for name, _ in group.values()), f"{statistics.fmean(x):.4f}", told])
-    words = f"Runs of equal settings with other seeds differ with a standard deviation of {spread:.4f}."
-    return [Text(words), Table("noise", ["runs", "mean of the last loss", "minus the first"], rows)]
-
-
-# -----------------------------------------------------------------------------
-# The log: one entry a run, with what its curves say
-
-
-# -----------------------------------------------------------------------------
-# The paper: a draft from the same blocks, "not run" where something was not
-
-
-# -----------------------------------------------------------------------------
-# Writing
-
-
-def what_was_written(folder: Path, since: float) -> list[str]:
-    """Which files of the folder are newer than `since` (seconds), and which of them git shows as changed."""
-    files = [f for f in folder.rglob("*") if f.is_file() and f.stat().st_mtime >= since]
-    kinds = Counter({".png": "figures", ".csv": "tables"}.get(f.suffix, "pages") for f in files)
-    counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-    lines = [f"wrote {len(files)} files in {folder}/: {counts}"]
-    git = ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "."]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(git, capture_output=True, text=True, errors="replace", timeout=30, check=True)
-        if changed := found.stdout.splitlines():
-            lines.append(
-                f"{len(changed)} of them are tracked by git and have changed: git diff --stat {folder}"
-            )
-            lines.append(f"to have the committed ones back: git checkout {folder}")
-    return lines
+def make_report(cfg: ReportConfig) -> Path:
+    """Writes the page, and unless it shows a part only, the log and the paper; returns the page's path."""
+    home = Path(cfg.home)
+    to = Path(cfg.to) if cfg.to else home / "report"
+    if cfg.compare:
+        folders = [Path(folder) for folder in cfg.compare.split(",") if folder]
+        return write(to, "Modern LLM: report", {"Comparison": comparison(folders)})
+    if not home.is_dir():
+        raise ConfigError(f"there is no folder {home}: run bash run_all.sh cpu, or name another by --home")
+    records = Records(home)
+    sections = sections_of(records, cfg.only)
+    if not cfg.only:
+        write(to, "Modern LLM: experiments", pkgutil.resolve_name(LOG)(records, sections), "experiments")
+        pkgutil.resolve_name(PAPER)(to / "paper", records, sections)
+    return write(to, "Modern LLM: report", sections)
 
 
 def main() -> None:
     cfg = parse_config(ReportConfig, __doc__)
-    home = Path(cfg.home)
-    to = Path(cfg.to) if cfg.to else home / "report"
     try:
-        if cfg.compare:
-            folders = [Path(f) for f in cfg.compare.split(",") if f]
-            sections = {"Comparison": comparison(folders)}
-        elif not home.is_dir():
-            raise ConfigError(
-                f"there is no folder {home}: bash run_all.sh cpu makes it, or name another by --home"
-            )
-        else:
-            wanted = {name for name in cfg.only.split(",") if name}
-            if unknown := wanted - {section.__name__ for section in SECTIONS.values()}:
-                known = ", ".join(section.__name__ for section in SECTIONS.values())
-                raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {known}")
-            chosen = {h: s for h, s in SECTIONS.items() if not wanted or s.__name__ in wanted}
-            sections = {heading: section(home) for heading, section in chosen.items()}
-        before = time.time() - 1  # a file system's clock may be a little behind
-        page = write(to, "Modern LLM: report", sections)
-        if not (cfg.compare or cfg.only):
-            write(to, "Modern LLM: experiments", log(home, sections), "experiments")
-            write_paper(to / "paper", "The whole life of a small language model", paper(home, sections))
-        print("\n".join(what_was_written(to, before)), file=sys.stderr)
-        print(page)
+        page = make_report(cfg)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"report.py: {error}") from None
+    print(f"wrote the page, its tables and figures to {page.parent}/", file=sys.stderr)
+    print(page)
 
 
 if __name__ == "__main__":

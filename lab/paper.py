@@ -9,9 +9,21 @@ import subprocess
 from pathlib import Path
 
 from lab.log import sampling_findings, task_findings
-from support.pages import Block, Figure, Table, Text, as_latex, as_markdown, count, minutes, percent
-from support.results import is_smoke, measurements, read_json, run_folders, shown_name, side_by_side
+from support.pages import (
+    Block,
+    Figure,
+    Sections,
+    Table,
+    Text,
+    as_latex,
+    as_markdown,
+    blocks_of,
+    fill,
+    percent,
+)
+from support.results import Records, Run, read_json
 
+TITLE = "The whole life of a small language model"
 REFERENCES = (
     "Ainslie et al. (2023). GQA: training generalized multi-query transformer models. EMNLP.",
     "Clark et al. (2019). What does BERT look at? An analysis of BERT's attention. BlackboxNLP.",
@@ -65,153 +77,122 @@ repeated a run.
 """
 
 
-def paragraph(words: str) -> Text:
-    return Text(" ".join(words.split()))
+STAGES = {
+    "train": "pretraining",
+    "finetune": "fine-tuning",
+    "sft": "instruction tuning",
+    "dpo": "preferences",
+    "verifier": "verification",
+}
+SIZE = (
+    "{run.shown} has {parameters:count} parameters and read {step:,} batches ({seconds:minutes} minutes on "
+    "{hardware[device]})."
+)
+DATA = "{run.shown} read {data[source]} ({data[licence]}), {data[tokens]:count} tokens."
 
 
-def paper(home: Path, made: dict[str, list[Block]]) -> dict[str, list[Block]]:
+def paper(records: Records, made: Sections) -> Sections:
     """The sections of the draft. `made`: the sections of the report, whose blocks it uses."""
-    runs = {folder: read_json(folder / "run.json") for folder in run_folders(home)}
-    trained = {folder: run for folder, run in runs.items() if run.get("stage") == "train"}
-    tables = {block.name: block for blocks in made.values() for block in blocks if isinstance(block, Table)}
-    versions = next((run.get("versions", {}) for run in runs.values()), {})
-    used = ", ".join(f"{k} {v}" for k, v in versions.items())
-    rows = side_by_side(measurements(home))
-    on_tasks = [Text(sentence) for sentence in task_findings(rows)]
-    on_tasks = on_tasks or [Text("No difference between a base and what was trained from it was measured.")]
-    every = [tables["results"]] if "results" in tables else [Text("Not run.")]
+    trained = [run for run in records.runs if run.stage == "train"]
+    tables = {block.name: [block] for block in blocks_of(made, Table)}
+    none = "No difference between a base and what was trained from it was measured."
+    versions = records.runs[0].record.get("versions", {}) if records.runs else {}
+    used = ", ".join(f"{library} {version}" for library, version in versions.items())
+    choosing = first_blocks(made["Choosing among many answers"], 1, 1)
     return {
-        "Abstract": [Text(abstract(home, trained))],
-        "Introduction": [paragraph(INTRODUCTION), Text(what_follows(runs))],
-        "Related work": [paragraph(RELATED)],
-        "Method": [paragraph(METHOD), Text(sizes(trained, home))],
-        "Data": [Text(" ".join(data_of(trained, home)) or "Not run.")],
+        "Abstract": [Text(abstract(records, trained))],
+        "Introduction": texts(INTRODUCTION, what_follows(records)),
+        "Related work": texts(RELATED),
+        "Method": texts(METHOD, about(trained, SIZE) if trained else "Pretraining: not run."),
+        "Data": texts(about(trained, DATA) or "Not run."),
         "Training": first_blocks(made["Training"], 1, 1),
-        "Results on tasks": [*on_tasks, *[tables[n] for n in ("side-by-side",) if n in tables]],
+        "Results on tasks": texts(*(task_findings(records) or [none])) + tables.get("side-by-side", []),
         "What each stage gained": made["What each stage gained"],
-        "Choosing among many answers": choosing(home, made["Choosing among many answers"]),
-        "Attention": heads(home, made["What the heads look at"]),
-        "Ablations": [
-            *([tables["findings"]] if "findings" in tables else []),
-            *first_blocks(made["The lab"], 1, 1),
-        ],
+        "Choosing among many answers": texts(*sampling_findings(records)) + choosing,
+        "Attention": heads(records, made["What the heads look at"]),
+        "Ablations": tables.get("findings", []) + first_blocks(made["The lab"], 1, 1),
         "Errors": first_blocks(made["Where it fails"], 1, 0),
-        "Limitations": [paragraph(LIMITATIONS)],
-        "Reproducibility": [
-            Text(f"Versions: {used or 'not run'}."),
-            Text("Every run folder holds its command, settings, seed, commit and its data's fingerprint."),
-        ],
-        "References": [Text(reference) for reference in REFERENCES],
-        "Appendix: every result": every,
+        "Limitations": texts(LIMITATIONS),
+        "Reproducibility": texts(
+            f"Versions: {used or 'not run'}.",
+            "Every run folder holds its command, settings, seed, commit and its data's fingerprint.",
+        ),
+        "References": texts(*REFERENCES),
+        "Appendix: every result": tables.get("results", texts("Not run.")),
     }
+
+
+def texts(*paragraphs: str) -> list[Block]:
+    return [Text(" ".join(words.split())) for words in paragraphs if words]
+
+
+def about(runs: list[Run], template: str) -> str:
+    """A sentence per run, where its record has what the template names."""
+    return " ".join(filter(None, (fill(template, run.record | {"run": run}) for run in runs)))
 
 
 def first_blocks(blocks: list[Block], tables: int, figures: int) -> list[Block]:
     """The texts before the first table or figure, then the first `tables` tables and `figures` figures."""
-    found: list[Block] = []
-    for block in blocks:
-        some = [b for b in found if isinstance(b, type(block))]
-        if isinstance(block, Text) and not any(isinstance(b, Table | Figure) for b in found):
-            found.append(block)
-        elif (
-            isinstance(block, Table)
-            and len(some) < tables
-            or isinstance(block, Figure)
-            and len(some) < figures
-        ):
-            found.append(block)
+    kinds = [type(block) for block in blocks]
+    begin = next((i for i, kind in enumerate(kinds) if kind in (Table, Figure)), len(blocks))
+    found = [block for block in blocks[:begin] if isinstance(block, Text)]
+    for kind, most in ((Table, tables), (Figure, figures)):
+        found += [block for block in blocks if isinstance(block, kind)][:most]
     return found
 
 
-def abstract(home: Path, trained: dict[Path, dict]) -> str:
+def abstract(records: Records, trained: list[Run]) -> str:
     """The abstract, with numbers from the tables."""
     words = ["We follow a small language model through its whole life on consumer hardware."]
-    for folder, run in list(trained.items())[:1]:
-        loss = (run.get("results") or {}).get("last", {}).get("bits_per_byte")
-        reached = "" if loss is None else f" and reaches {loss:.3f} bits a byte of its own validation text"
-        if not is_smoke(folder, home):
-            words.append(f"The base has {count(run.get('parameters', 0))} parameters{reached}.")
-    rows = [row for row in read_json(home / "pipeline.json").get("rows", []) if row.get("exact_match")]
+    if trained and not trained[0].smoke:
+        words.append(fill("The base has {parameters:count} parameters.", trained[0].record))
+        reached = "It reaches {bits_per_byte:.3f} bits a byte of its own validation text."
+        words.append(fill(reached, trained[0].last))
+    rows = [row for row in records.pipeline.get("rows", []) if row.get("exact_match")]
     rows = [row for row in rows if row.get("task") == rows[0].get("task")]
-    rows = [row for row in rows if not is_smoke(home / Path(row["model"]).name, home)]
+    rows = [row for row in rows if not records.run(row["model"]).smoke]
     for row in rows:
-        words.append(
-            f"{Path(row['model']).name} solves {percent(row['exact_match'])} % of the problems greedily."
-        )
-    best = {k: x for k, x in (rows[-1] if rows else {}).items() if isinstance(x, dict) and ", best of" in k}
-    for way, x in best.items():
-        words.append(f"With the {way} answers it solves {percent(x)} %.")
-    return " ".join(words if rows else [*words, "Alignment: not run."])
+        name = records.run(row["model"]).name
+        words.append(f"{name} solves {percent(row['exact_match'])} % of the problems greedily.")
+    for way, metric in (rows[-1] if rows else {}).items():
+        if ", best of" in way:
+            words.append(f"With the {way} answers it solves {percent(metric)} %.")
+    return " ".join(filter(None, words if rows else [*words, "Alignment: not run."]))
 
 
-def what_follows(runs: dict[Path, dict]) -> str:
-    names = {
-        "train": "pretraining",
-        "finetune": "fine-tuning",
-        "sft": "instruction tuning",
-        "dpo": "preferences",
-    }
-    names["verifier"] = "verification"
-    done = dict.fromkeys(names[run["stage"]] for run in runs.values() if run.get("stage") in names)
-    missing = [name for name in names.values() if name not in done]
+def what_follows(records: Records) -> str:
+    done = [name for stage, name in STAGES.items() if any(run.stage == stage for run in records.runs)]
+    missing = [name for name in STAGES.values() if name not in done]
     words = f"This draft reports {', '.join(done) or 'no stage'}."
     return words + (f" Not run: {', '.join(missing)}." if missing else "")
 
 
-def sizes(trained: dict[Path, dict], home: Path) -> str:
-    words = []
-    for folder, run in trained.items():
-        device = run.get("hardware", {}).get("device", "unknown")
-        words.append(
-            f"{shown_name(folder, home)} has {count(run.get('parameters', 0))} parameters and read "
-            f"{run.get('step', 0):,} batches ({minutes(run.get('seconds', 0))} minutes on {device})."
-        )
-    return " ".join(words) or "Pretraining: not run."
-
-
-def data_of(trained: dict[Path, dict], home: Path) -> list[str]:
-    sentences = []
-    for folder, run in trained.items():
-        source = run.get("data")
-        if isinstance(source, dict):
-            about = (
-                f"{source.get('source')} ({source.get('licence')}), {count(source.get('tokens', 0))} tokens"
-            )
-            sentences.append(f"{shown_name(folder, home)} read {about}.")
-    return sentences
-
-
-def choosing(home: Path, blocks: list[Block]) -> list[Block]:
-    return [*(Text(sentence) for sentence in sampling_findings(home)), *first_blocks(blocks, 1, 1)]
-
-
-def heads(home: Path, blocks: list[Block]) -> list[Block]:
+def heads(records: Records, blocks: list[Block]) -> list[Block]:
     """The head with the highest value of each attention score, from attention.json of the runs."""
     sentences = []
-    for folder in run_folders(home):
-        scores = read_json(folder / "attention.json").get("scores")
-        if not isinstance(scores, dict) or is_smoke(folder, home):
-            continue
+    for run in records.runs:
+        scores = {} if run.smoke else read_json(run.folder / "attention.json").get("scores") or {}
         tops = []
         for score, layers in scores.items():
             value, layer, head = max((v, i, j) for i, row in enumerate(layers) for j, v in enumerate(row))
             tops.append(f"{score}: layer {layer}, head {head} ({value:.2f})")
-        sentences.append(Text(f"The heads of {folder.name} with the highest scores are {'; '.join(tops)}."))
-    return [*sentences, *first_blocks(blocks, 0, 2)] if sentences else [Text("Attention: not run.")]
+        if tops:
+            sentences.append(f"The heads of {run.name} with the highest scores are {'; '.join(tops)}.")
+    return texts(*sentences) + first_blocks(blocks, 0, 2) if sentences else texts("Attention: not run.")
 
 
-def write_paper(folder: Path, title: str, sections: dict[str, list[Block]]) -> None:
+def write_paper(folder: Path, records: Records, made: Sections) -> None:
     """Writes paper.md and paper.tex, and paper.pdf if pdflatex is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    markdown = as_markdown(title, sections).replace("](figures/", "](../figures/")
+    sections = paper(records, made)
+    markdown = as_markdown(TITLE, sections).replace("](figures/", "](../figures/")
     (folder / "paper.md").write_text(markdown, encoding="utf-8")
-    (folder / "paper.tex").write_text(as_latex(title, sections), encoding="utf-8")
+    (folder / "paper.tex").write_text(as_latex(TITLE, sections), encoding="utf-8")
     if not shutil.which("pdflatex"):
         return
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
-    pipe, errors = subprocess.PIPE, subprocess.STDOUT
     for _ in range(2):  # longtable takes its column widths from the previous run
-        done = subprocess.run(command, cwd=folder, stdout=pipe, stderr=errors, text=True, errors="replace")
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode:
             print(f"{folder}/paper.tex: pdflatex failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))
             break

@@ -1,18 +1,31 @@
 """What the curves of one run say: overfitting, still falling, spikes; as sentences, with what to do."""
 
-import math
 import statistics
+
+WINDOW = 5  # training losses of a moving average
 
 
 def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
     """Sentences about a run, computed from its metrics, and what to do about them."""
     losses = [(x["step"], x["loss"]) for x in lines if "loss" in x]
     checks = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]
-    sentences, todo = trend(losses, checks)
-    if len(checks) >= 1 and len(losses) >= 10:
-        gap = checks[-1][1] - smooth(losses)[-1][1]
+    smooth = []
+    for i in range(WINDOW, len(losses) + 1):
+        smooth.append((losses[i - 1][0], statistics.fmean(loss for _, loss in losses[i - WINDOW : i])))
+    jumps = [(b[0], b[1] - a[1]) for a, b in zip(losses, losses[1:], strict=False)]
+    if len(checks) >= 3:
+        sentences, todo = trend(checks, "validation", 0)
+    else:
+        # Every step has another batch, hence noise in the difference of two means of WINDOW losses. A jump is
+        # the difference of two losses: its variance is twice theirs.
+        late = [jump for _, jump in jumps[len(jumps) // 2 :]]
+        noise = statistics.pstdev(late) / WINDOW**0.5 if late else 0
+        sentences, todo = trend(smooth, "training", 3 * noise)
+    if checks and len(losses) >= 10:
+        gap = checks[-1][1] - smooth[-1][1]
         sentences.append(f"At the end the validation loss was {gap:+.4f} from the training loss.")
-    if spikes := spikes_of(losses):
+    usual = statistics.median(abs(jump) for _, jump in jumps) if len(jumps) >= 10 else float("inf")
+    if spikes := [x for x in jumps if x[1] > 8 * usual]:
         step, jump = max(spikes, key=lambda x: x[1])
         several = f"{len(spikes)} spike{'s' * (len(spikes) > 1)} of the training loss"
         sentences.append(f"{several}, the largest at step {step:,} ({jump:+.3f}).")
@@ -23,64 +36,33 @@ def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
     return sentences or ["Too short to say anything."], todo
 
 
-def trend(losses: list[tuple], checks: list[tuple]) -> tuple[list[str], list[str]]:
+CURES = {  # (loss, its trend): what to do
+    ("validation", "rose"): "Stop there, read more data, or use dropout.",
+    ("training", "rose"): "Lower the rate.",
+    ("validation", "flat"): "More steps alone will not help; a larger model or more data may.",
+    ("training", "flat"): "Look at the validation loss more often: the training loss is too noisy to tell.",
+}
+
+
+def trend(curve: list[tuple], what: str, noise: float) -> tuple[list[str], list[str]]:
     """Overfitting, still falling or flat, as a sentence and its cure; nothing for fewer than three points.
 
-    losses, checks: (step, training loss), (step, validation loss). The validation loss is used, or the
-    smoothed training loss if there are fewer than three checks.
-    Overfitting: the final loss is more than 1 % above the lowest. Still falling: it fell by more than 1 %
-    over the last fifth of the steps. A difference of training losses must also exceed three times its noise,
-    since every step has another batch.
+    curve: (step, loss). Overfitting: the final loss is more than 1 % above the lowest. Still falling: it fell
+    by more than 1 % over the last fifth of the steps. Both differences must exceed `noise`, too.
     """
-    curve, what = (checks, "validation") if len(checks) >= 3 else (smooth(losses), "training")
     if len(curve) < 3:
         return [], []
-    lowest, last = min(curve, key=lambda p: p[1]), curve[-1][1]
-    since, before = [p for p in curve if p[0] <= 0.8 * curve[-1][0] or p is curve[0]][-1]
-    margin = max(0.01 * abs(lowest[1]), 0.001)
-    if what == "training":
-        margin = max(margin, 3 * noise_of(losses))
-    if last > lowest[1] + margin:
-        cures = {"validation": "Stop there, read more data, or use dropout.", "training": "Lower the rate."}
-        sentence = (
-            f"The {what} loss was lowest at step {lowest[0]:,} ({lowest[1]:.4f}) and rose to {last:.4f}."
-        )
-        return [sentence], [cures[what]]
-    if before - last > margin:
-        drop = 100 * (before - last) / abs(before)
-        sentence = f"The {what} loss was still falling: by {drop:.1f} % since step {since:,}."
-        return [sentence], ["Train longer."]
-    known = "1 %" if what == "validation" else "can be told from noise"
-    if what == "validation":
-        cure = "More steps alone will not help; a larger model or more data may."
+    lowest, last = min(curve, key=lambda point: point[1]), curve[-1]
+    since, before = [point for point in curve if point[0] <= 0.8 * last[0] or point is curve[0]][-1]
+    margin = max(0.01 * abs(lowest[1]), 0.001, noise)
+    if last[1] > lowest[1] + margin:
+        found = f"was lowest at step {lowest[0]:,} ({lowest[1]:.4f}) and rose to {last[1]:.4f}"
+        cure = CURES[what, "rose"]
+    elif before - last[1] > margin:
+        found = f"was still falling: by {100 * (before - last[1]) / abs(before):.1f} % since step {since:,}"
+        cure = "Train longer."
     else:
-        cure = "Look at the validation loss more often: the training loss is too noisy to tell."
-    return [f"The {what} loss was flat since step {since:,} (lower by less than {known})."], [cure]
-
-
-def jumps_of(losses: list[tuple]) -> list[float]:
-    """Differences of neighbouring training losses."""
-    return [b[1] - a[1] for a, b in zip(losses, losses[1:], strict=False)]
-
-
-def noise_of(losses: list[tuple]) -> float:
-    """Standard deviation of the difference of two means of five losses, from the second half of the run."""
-    jumps = jumps_of(losses)
-    return statistics.pstdev(jumps[len(jumps) // 2 :]) / math.sqrt(2) * math.sqrt(2 / 5)
-
-
-def spikes_of(losses: list[tuple]) -> list[tuple]:
-    """[(step, jump)]: rises of more than eight times the median change; [] for fewer than ten changes."""
-    jumps = jumps_of(losses)
-    if len(jumps) < 10:
-        return []
-    usual = statistics.median(abs(j) for j in jumps)
-    return [(losses[i + 1][0], j) for i, j in enumerate(jumps) if j > 8 * usual]
-
-
-def smooth(points: list[tuple], window: int = 5) -> list[tuple]:
-    """Moving averages of the values; each stands at the last step of its window."""
-    return [
-        (points[i][0], statistics.fmean(p[1] for p in points[i + 1 - window : i + 1]))
-        for i in range(window - 1, len(points))
-    ]
+        known = "1 %" if what == "validation" else "can be told from noise"
+        found = f"was flat since step {since:,} (lower by less than {known})"
+        cure = CURES[what, "flat"]
+    return [f"The {what} loss {found}."], [cure]

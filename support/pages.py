@@ -1,23 +1,18 @@
 """A page made of blocks, written as HTML, Markdown, LaTeX and CSV.
 
-A section of a page is a list of blocks: Text, Code, Table or Figure. All formats are written from the same
-blocks, so they cannot disagree. Needs matplotlib, but not torch.
+A section of a page is a list of blocks: Text, Table or Figure. All formats are written from the same
+blocks, so they cannot disagree. The pages' frames are support/page.html and support/paper.tex.
 """
 
 import base64
 import csv
 import html
-import io
 import re
 import struct
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from string import Formatter, Template
 
 # -----------------------------------------------------------------------------
 # Blocks
@@ -27,11 +22,6 @@ from matplotlib.ticker import MaxNLocator
 class Text:
     """A paragraph; may contain **bold**, `code` and [text](address)."""
 
-    words: str
-
-
-@dataclass
-class Code:
     words: str
 
 
@@ -51,44 +41,72 @@ class Figure:
     png: bytes
 
 
-Block = Text | Code | Table | Figure
+Block = Text | Table | Figure
+Sections = dict[str, list[Block]]  # {heading: blocks}
 
 
-def figure(name: str, caption: str, fig) -> Figure:
-    """A matplotlib figure as a block: adds the common style, saves it as PNG and closes it."""
-    for axes in fig.axes:
-        if "tokens" in axes.get_xlabel():
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
-        if not axes.images and axes.get_label() != "<colorbar>":
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
-    file = io.BytesIO()
-    fig.savefig(file, format="png", dpi=80, bbox_inches="tight")
-    plt.close(fig)
-    return Figure(name, caption, file.getvalue())
+def blocks_of(sections: Sections, kind: type) -> Iterable:
+    """All blocks of one kind."""
+    for blocks in sections.values():
+        yield from (block for block in blocks if isinstance(block, kind))
 
 
 # -----------------------------------------------------------------------------
-# Numbers and texts in a cell
+# Rows and sentences from templates
+
+
+def table(name: str, rows: list[dict], caption: str = "", folded: bool = False) -> Table:
+    """A table of rows {column: cell}; a cell that a row lacks stays empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    return Table(name, columns, cells, caption, folded)
+
+
+def row(template: str, values: dict) -> dict[str, str]:
+    """A row of a table. Template: "column: cell" on every line or between " | ", each cell as in `fill`."""
+    parts = [part.split(": ", 1) for part in re.split(r"\n| \| ", template.strip())]
+    return {column.strip(): fill(cell, values) for column, cell in parts}
+
+
+def fill(template: str, values: dict) -> str:
+    """str.format with the formats below; "" if a value is missing or None.
+
+    >>> fill("{loss[mean]:.2f} after {seconds:minutes} minutes", {"loss": {"mean": 0.5}, "seconds": 90})
+    '0.50 after 1.5 minutes'
+    """
+    try:
+        return Filler().vformat(template, (), values)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return ""
+
+
+class Filler(Formatter):
+    def format_field(self, value: object, spec: str) -> str:
+        if value is None:
+            raise KeyError
+        return FORMATS[spec](value) if spec in FORMATS else format(value, spec)
+
+
+def interval(x: dict | None, scale: float = 1, digits: int = 1, sign: str = "") -> str:
+    """12.3 [11.2, 13.4] of {"value" or "mean", and perhaps "low", "high"}; "" of {} or None."""
+    numbers = [scale * x[key] for key in ("value", "mean", "low", "high") if x and x.get(key) is not None]
+    texts = [f"{number:{sign}.{digits}f}" for number in numbers]
+    return texts[0] + f" [{', '.join(texts[1:])}]" * (len(texts) > 1) if texts else ""
 
 
 def percent(x: dict | None) -> str:
     """72.3 [69.4, 75.0] of {"value": 0.723, ...}."""
-    if not x or x.get("value") is None:
-        return ""
-    interval = f" [{100 * x['low']:.1f}, {100 * x['high']:.1f}]" if x.get("low") is not None else ""
-    return f"{100 * x['value']:.1f}{interval}"
+    return interval(x, 100)
 
 
-def signed(x: dict | None, scale: float = 100, digits: int = 1) -> str:
-    """+1.2 [-0.3, +2.7], a difference: {"value" or "mean", "low", "high"} times `scale`."""
-    if not x:
-        return ""
-    text = f"{scale * x.get('value', x.get('mean')):+.{digits}f}"
-    if "low" in x:
-        text += f" [{scale * x['low']:+.{digits}f}, {scale * x['high']:+.{digits}f}]"
-    return text
+def points(x: dict | None) -> str:
+    """+1.2 [-0.3, +2.7], a difference of shares."""
+    return interval(x, 100, 1, "+")
+
+
+def difference(x: dict | None) -> str:
+    """-0.0123 [-0.0200, -0.0040], a difference of losses."""
+    return interval(x, 1, 4, "+")
 
 
 def count(n: float) -> str:
@@ -103,241 +121,188 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f}"
 
 
-def shorten(text: str, most: int = 240) -> str:
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f}"
+
+
+def shorten(text: object, most: int = 300) -> str:
     text = " ⏎ ".join(str(text).strip().split("\n"))
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def thinned(lines: list, most: int = 1000) -> list:
-    """At most about `most` of the lines, evenly spaced: more points cannot be seen in a figure."""
-    return lines[:: max(1, len(lines) // most)]
-
+FORMATS = {f.__name__: f for f in (interval, percent, points, difference, count, minutes, gib, shorten)}
 
 # -----------------------------------------------------------------------------
 # HTML
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfdfb; --line: #d8d8d2; --soft: #f1f1ec }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e0; --paper: #17181a; --line: #3a3c40; --soft: #212327 } }
-body { margin: 0 auto; max-width: 74rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
-.wide { overflow-x: auto }
-table { border-collapse: separate; border-spacing: 0; font-size: .86rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
-  min-width: 3.5rem; max-width: 28rem; overflow-wrap: break-word }
-thead th { background: var(--soft) }
-summary { cursor: pointer; margin: .6rem 0 }
-figure { margin: 1.2rem 0 }
-img { max-width: 100%; background: white; border-radius: 4px }
-figcaption { font-size: .86rem; opacity: .8; position: sticky; left: 0 }
-@media (max-width: 45rem) {  /* phones: wide tables scroll, the first column stays */
-  figure { overflow-x: auto }
-  img { max-width: 42rem }
-  td { max-width: 14rem }
-  td:first-child, th:first-child { position: sticky; left: 0; max-width: 8rem }
-  td:first-child { background: var(--paper) } }
-small { white-space: nowrap; opacity: .8 }
-pre { background: var(--soft); padding: .6rem; overflow-x: auto; font-size: .82rem }
-"""
 LINK = re.compile(r"\[([^][]+)\]\(((?:https?://|figures/|[\w-]+\.(?:html|md)\b)[^()\s\"'<>]*)\)")
+INTERVAL = re.compile(r"^(\S+) (\[[^][]+\])(?: (\([^()]+\)))?$")
 
 
 def html_text(text: str) -> str:
     """The words of a paragraph as HTML; all other markup is escaped."""
-    parts = html.escape(text).split("**")
-    parts = [f"<b>{p}</b>" if i % 2 and i < len(parts) - 1 else p for i, p in enumerate(parts)]
-    codes = LINK.sub(r"<a href='\2'>\1</a>", "".join(parts)).split("`")
-    return "".join(f"<code>{c}</code>" if i % 2 else c for i, c in enumerate(codes))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", LINK.sub(r"<a href='\2'>\1</a>", text))
 
 
-def html_table(table: Table) -> list[str]:
-    def cell(x) -> str:
-        """A cell; an interval goes below its number, to keep tables narrow."""
-        interval = r"^(\S+) (\[[^][]+\])(?: (\([^()]+\)))?$"
-        return re.sub(interval, r"\1<br><small>\2</small> \3", html.escape(str(x)))
-
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in table.columns)
+def html_table(block: Table) -> str:
+    """An interval goes below its number, to keep tables narrow."""
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in block.columns)
     out = [f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>"]
-    for row in table.rows:
-        out.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>")
+    for row in block.rows:
+        cells = (INTERVAL.sub(r"\1<br><small>\2</small> \3", html.escape(str(cell))) for cell in row)
+        out.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     out.append("</tbody></table></div>")
-    if table.folded:
-        return [f"<details><summary>{len(table.rows)} rows</summary>", *out, "</details>"]
-    return out
+    if block.folded:
+        out = [f"<details><summary>{len(block.rows)} rows</summary>", *out, "</details>"]
+    return "\n".join(out)
 
 
-def as_html(title: str, sections: dict[str, list[Block]]) -> str:
+def html_block(block: Block) -> str:
+    match block:
+        case Text(words):
+            return f"<p>{html_text(words)}</p>"
+        case Table():
+            return html_table(block)
+    caption, data = html.escape(block.caption), base64.b64encode(block.png).decode()
+    picture = f"<img alt='{caption}' src='data:image/png;base64,{data}'>"
+    return f"<figure>{picture}\n<figcaption>{caption}</figcaption></figure>"
+
+
+def as_html(title: str, sections: Sections) -> str:
     """The HTML page. All texts are escaped: generated text cannot become markup."""
-    out = ["<!doctype html><html lang=en><meta charset=utf-8>"]
-    out.append("<meta name=viewport content='width=device-width, initial-scale=1'>")
-    out.append(f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+    out = []
     for heading, blocks in sections.items():
-        out.append(f"<h2>{html.escape(heading)}</h2>")
-        for block in blocks:
-            if isinstance(block, Text):
-                out.append(f"<p>{html_text(block.words)}</p>")
-            elif isinstance(block, Code):
-                out.append(f"<pre>{html.escape(block.words)}</pre>")
-            elif isinstance(block, Table):
-                out += html_table(block)
-            else:
-                data, caption = base64.b64encode(block.png).decode(), html.escape(block.caption, quote=True)
-                out.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'>")
-                out.append(f"<figcaption>{caption}</figcaption></figure>")
-    return "\n".join(out) + "\n"
+        out += [f"<h2>{html.escape(heading)}</h2>", *map(html_block, blocks)]
+    return filled("page.html", html.escape(title), out)
+
+
+def filled(frame: str, title: str, lines: list[str]) -> str:
+    """A file of support/ with $title and $body replaced."""
+    text = (Path(__file__).parent / frame).read_text(encoding="utf-8")
+    return Template(text).substitute(title=title, body="\n".join(lines))
 
 
 # -----------------------------------------------------------------------------
 # Markdown and CSV
 
 
-def as_markdown(title: str, sections: dict[str, list[Block]]) -> str:
-    def cell(x) -> str:
-        return html.escape(str(x), quote=False).replace("|", "\\|").replace("\n", " ")
+def markdown_cell(cell: object) -> str:
+    return html.escape(str(cell), quote=False).replace("|", "\\|").replace("\n", " ")
 
-    out = [f"# {title}", ""]
+
+def markdown_block(block: Block) -> str:
+    match block:
+        case Text(words):
+            return words
+        case Table():
+            lines = [block.columns, ["---"] * len(block.columns), *block.rows]
+            return "\n".join("| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines)
+    caption = markdown_cell(block.caption)
+    return f"![{caption}](figures/{block.name}.png)\n\n*{caption}*"
+
+
+def as_markdown(title: str, sections: Sections) -> str:
+    parts = [f"# {title}"]
     for heading, blocks in sections.items():
-        out += [f"## {heading}", ""]
-        for block in blocks:
-            if isinstance(block, Text):
-                out += [block.words, ""]
-            elif isinstance(block, Code):
-                out += ["```", block.words, "```", ""]
-            elif isinstance(block, Table):
-                lines = [block.columns, ["---"] * len(block.columns), *block.rows]
-                out += ["| " + " | ".join(cell(c) for c in line) + " |" for line in lines] + [""]
-            else:
-                caption = cell(block.caption)
-                out += [f"![{caption}](figures/{block.name}.png)", "", f"*{caption}*", ""]
-    return "\n".join(out)
+        parts += [f"## {heading}", *map(markdown_block, blocks)]
+    return "\n\n".join(parts) + "\n"
 
 
-def write(folder: Path, title: str, sections: dict[str, list[Block]], name: str = "index") -> Path:
+def write(folder: Path, title: str, sections: Sections, name: str = "index") -> Path:
     """NAME.html, NAME.md, the figures and the CSV files; returns the path of the HTML page."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for block in (b for blocks in sections.values() for b in blocks):
-        if isinstance(block, Figure):
-            (folder / "figures" / f"{block.name}.png").write_bytes(block.png)
-        elif isinstance(block, Table):
-            with open(folder / f"{block.name}.csv", "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([block.columns, *block.rows])
+    for block in blocks_of(sections, Figure):
+        (folder / "figures" / f"{block.name}.png").write_bytes(block.png)
+    for block in blocks_of(sections, Table):
+        with open(folder / f"{block.name}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([block.columns, *block.rows])
     (folder / f"{name}.md").write_text(as_markdown(title, sections), encoding="utf-8")
     (folder / f"{name}.html").write_text(as_html(title, sections), encoding="utf-8")
     return folder / f"{name}.html"
 
 
 # -----------------------------------------------------------------------------
-# LaTeX: an article similar to ACL's style, with only the packages and fonts of texlive-latex-base (no Times)
+# LaTeX
 
-PREAMBLE = r"""
-\documentclass[11pt,a4paper,twocolumn]{article}
-\usepackage[utf8]{inputenc}
-\usepackage{graphicx}
-\usepackage{array,longtable}
-\usepackage[margin=2.5cm]{geometry}
-\setlength\columnsep{0.6cm}
-\setlength\tabcolsep{4pt}
-\setlength\LTcapwidth{\textwidth}
-\sloppy
-\makeatletter
-\renewcommand\section{\@startsection{section}{1}{\z@}{-2ex plus -.5ex minus -.2ex}{1.5ex plus .3ex
-  minus .2ex}{\large\bfseries\raggedright}}
-\renewenvironment{abstract}{\centerline{\large\bfseries Abstract}\begin{list}{}{\setlength\leftmargin{.6cm}
-  \setlength\rightmargin{.6cm}}\item\small\ignorespaces}{\end{list}}
-\makeatother
-""".strip()
 LONG = 30  # a table with more rows goes to the end of the paper and may span pages
+NARROW, WIDE = 7.7, 16  # cm: a column of the paper, and both
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "⏎": "/", "␣": " "}
 SPECIAL |= {"…": r"\dots{}", "±": r"$\pm$", "×": r"$\times$"} | {c: "\\" + c for c in "&%$#_{}"}
 
 
-def latex_text(text) -> str:
+def latex_text(text: object) -> str:
     """Escapes LaTeX's special characters; removes bold and code marks and the addresses of links."""
-    text = LINK.sub(r"\1", str(text)).replace("**", "").replace("`", "")
-    known = "".join(c if c in SPECIAL or c.isascii() or c.isalpha() and ord(c) < 256 else "?" for c in text)
-    return "".join(SPECIAL.get(c, c) for c in known)
+    out = ""
+    for c in LINK.sub(r"\1", str(text)).replace("**", "").replace("`", ""):
+        typeset = c.isascii() or (c.isalpha() and ord(c) < 256)
+        out += SPECIAL.get(c, c if typeset else "?")
+    return out
 
 
-def latex_columns(table: Table, total: float, character: float) -> tuple[str, bool]:
-    """Column types for a table of at most `total` cm, and whether every column got its full width.
+def latex_columns(lines: list[list[str]], total: float, character: float) -> str:
+    """Column types for a table of at most `total` cm, of cells with `character` cm per character.
 
-    `character`: cm per character. Columns narrower than an equal share keep their width; the others share the
-    rest and wrap their lines.
+    Columns narrower than an equal share keep their width; the others share the rest and wrap their cells
+    between words.
     """
-    wants, words = [], []
-    for i in range(len(table.columns)):
-        cells = [str(row[i]) for row in [table.columns, *table.rows]]
-        wants.append(character * max(len(cell) for cell in cells))
-        words.append(character * max(len(word) for cell in cells for word in cell.split() or [""]))
-    left, widths = total - 0.3 * len(wants), {}
-    for n, i in enumerate(sorted(range(len(wants)), key=lambda i: wants[i])):
-        share = max(words[i], left / (len(wants) - n))
-        widths[i] = min(wants[i], share)
-        left -= widths[i]
-    fits = all(widths[i] == want for i, want in enumerate(wants))
-    kinds = []
-    for i, want in enumerate(wants):
-        kinds.append("l" if widths[i] == want else rf">{{\raggedright\arraybackslash}}p{{{widths[i]:.2f}cm}}")
-    return "".join(kinds), fits
+    columns = list(zip(*lines, strict=True))
+    wants = [character * max(map(len, cells)) for cells in columns]
+    words = [character * max(map(len, " ".join(cells).split(" "))) for cells in columns]
+    left, kinds = total - 0.3 * len(wants), ["l"] * len(wants)
+    for done, i in enumerate(sorted(range(len(wants)), key=wants.__getitem__)):
+        share = max(words[i], left / (len(wants) - done))
+        if wants[i] > share:
+            kinds[i] = rf">{{\raggedright\arraybackslash}}p{{{share:.2f}cm}}"
+        left -= min(wants[i], share)
+    return "".join(kinds)
 
 
-def without_empty_columns(table: Table) -> Table:
-    kept = [i for i in range(len(table.columns)) if any(str(row[i]) for row in table.rows)]
-    rows = [[row[i] for i in kept] for row in table.rows]
-    return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
+def latex_table(block: Table) -> list[str]:
+    """A float in one or both columns of the page, or a longtable that may span pages. No empty columns."""
+    columns = [cells for cells in zip(block.columns, *block.rows, strict=True) if any(map(str, cells[1:]))]
+    lines = [[str(cell) for cell in line] for line in zip(*columns, strict=True)]
+    caption = rf"\caption{{{latex_text(block.caption or block.name)}}}"
+    head, *body = [" & ".join(map(latex_text, line)) + r" \\" for line in lines]
+    if len(body) > LONG:
+        layout = latex_columns(lines, WIDE, 0.14)
+        begin = [r"\scriptsize", rf"\begin{{longtable}}{{{layout}}}", caption + r" \\"]
+        return [*begin, r"\hline", head, r"\hline\endhead", *body, r"\hline", r"\end{longtable}"]
+    kind, size, layout = "table", "footnotesize", latex_columns(lines, NARROW, 0.18)
+    if "p{" in layout:  # too wide for one column
+        kind, size, layout = "table*", "scriptsize", latex_columns(lines, WIDE, 0.15)
+    begin = [rf"\begin{{{kind}}}[t]\centering\{size}", rf"\begin{{tabular}}{{{layout}}}"]
+    end = [r"\end{tabular}", caption, rf"\end{{{kind}}}"]
+    return [*begin, r"\hline", head, r"\hline", *body, r"\hline", *end]
 
 
-def latex_table(table: Table) -> list[str]:
-    """A float in one or both columns of the page, or a longtable that may span pages."""
-    table = without_empty_columns(table)
-    caption = rf"\caption{{{latex_text(table.caption or table.name)}}}"
-    head, *lines = [" & ".join(map(latex_text, row)) + r" \\" for row in [table.columns, *table.rows]]
-    if len(table.rows) > LONG:
-        layout, _ = latex_columns(table, 16, 0.14)
-        out = [r"\scriptsize", rf"\begin{{longtable}}{{{layout}}}", caption + r" \\"]
-        return [*out, r"\hline", head, r"\hline\endhead", *lines, r"\hline", r"\end{longtable}"]
-    layout, narrow = latex_columns(table, 7.7, 0.18)
-    if not narrow:
-        layout, _ = latex_columns(table, 16, 0.15)
-    kind, size = ("table", "footnotesize") if narrow else ("table*", "scriptsize")
-    out = [rf"\begin{{{kind}}}[t]\centering\{size}"]
-    out += [rf"\begin{{tabular}}{{{layout}}}", r"\hline", head, r"\hline", *lines, r"\hline"]
-    return [*out, r"\end{tabular}", caption, rf"\end{{{kind}}}"]
-
-
-def latex_figure(block: Figure) -> list[str]:
+def latex_block(block: Block) -> list[str]:
+    match block:
+        case Text(words):
+            return ["", latex_text(words), ""]
+        case Table():
+            return latex_table(block)
     width, height = struct.unpack(">II", block.png[16:24])  # from the PNG header
     kind = "figure*" if width > 2 * height else "figure"
     picture = rf"\includegraphics[width=\linewidth]{{../figures/{block.name}.png}}"
-    return [rf"\begin{{{kind}}}[t]\centering", picture, rf"\caption{{{latex_text(block.caption)}}}",
-            rf"\end{{{kind}}}"]  # fmt: skip
+    caption = rf"\caption{{{latex_text(block.caption)}}}"
+    return [rf"\begin{{{kind}}}[t]\centering", picture, caption, rf"\end{{{kind}}}"]
 
 
-def as_latex(title: str, sections: dict[str, list[Block]]) -> str:
+def as_latex(title: str, sections: Sections) -> str:
     """The article. The section "Abstract" becomes the abstract; "References" gets no number."""
-    out = [PREAMBLE, rf"\title{{\Large\bfseries {latex_text(title)}}}", r"\author{}", r"\date{}"]
-    out += [r"\begin{document}", r"\maketitle"]
-    late = []  # tables that are too long for a column
+    out, late = [], []  # late: tables that are too long for a column
     for heading, blocks in sections.items():
         if heading == "Abstract":
-            words = [latex_text(b.words) for b in blocks if isinstance(b, Text)]
+            words = [line for block in blocks for line in latex_block(block)]
             out += [r"\begin{abstract}", *words, r"\end{abstract}"]
             continue
         out += ["", rf"\section{'*' * (heading == 'References')}{{{latex_text(heading)}}}"]
         for block in blocks:
-            if heading == "References":
-                out += ["", r"\noindent\hangindent=1em " + latex_text(block.words)]
-            elif isinstance(block, Text | Code):
-                out += ["", latex_text(block.words), ""]
-            elif isinstance(block, Table) and len(block.rows) > LONG:
+            if isinstance(block, Table) and len(block.rows) > LONG:
                 late += latex_table(block)
-                out += ["", "The table is at the end.", ""]
-            elif isinstance(block, Table):
-                out += latex_table(block)
-            else:
-                out += latex_figure(block)
+                block = Text("The table is at the end.")
+            out += [r"\noindent\hangindent=1em"] * (heading == "References") + latex_block(block)
     out += [r"\clearpage\onecolumn", *late] if late else []
-    return "\n".join([*out, r"\end{document}"]) + "\n"
+    return filled("paper.tex", latex_text(title), out)

@@ -1,4 +1,4 @@
-"""Reads a folder of runs: run folders, their measurements, and comparisons on the same items.
+"""Reads a folder of runs into records: the runs, their measurements, and comparisons on the same items.
 
 eval.py writes results.json and answers/ into the folder of a run, an adapter or a checkpoint, and into
 eval/MODEL for a model of the hub. finetune.py ends with an evaluation in run.json and predictions.jsonl.
@@ -6,11 +6,13 @@ Missing and half-written files are tolerated: a run may still be in progress.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from support.metrics import paired_bootstrap
+from support.pages import interval
 from support.tables import read_jsonl
 
 SMOKE = "SMOKE RUN, no result"  # mark of a run that was shortened
@@ -43,52 +45,81 @@ def read_json(file: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def value_of(name: str, metric: dict) -> str:
+    """A metric with its interval; shares are in percent."""
+    return interval(metric, 1, DIGITS[name]) if name in DIGITS else interval(metric, 100)
+
+
 # -----------------------------------------------------------------------------
 # Runs
 
 
-def run_folders(home: Path) -> list[Path]:
-    """The run folders in `home`, by starting time. (Those of the lab are in out/experiments/.)"""
-    found = [file.parent for file in home.glob("*/run.json")]
-    return sorted(found, key=lambda folder: (str(read_json(folder / "run.json").get("started")), folder.name))
+class Run:
+    """The folder of a run, of one of its checkpoints, or of a hub model that was measured.
+
+    lineage: the folder, then its ancestors: parent, grandparent, ...; records: run.json of each, or {}.
+    """
+
+    def __init__(self, folder: Path, home: Path):
+        self.folder, self.home = folder, home  # home: the folder that holds the runs
+        self.lineage: list[Path] = []
+        self.records: list[dict] = []
+        ancestor: Path | None = folder
+        while ancestor is not None and ancestor not in self.lineage:
+            self.lineage.append(ancestor)
+            self.records.append(run_of(ancestor))
+            ancestor = parent_of(self.records[-1], home)
+        self.record = self.records[0]
+        self.stage = self.record.get("stage") or ""
+        self.settings = self.record.get("settings") or {}
+        self.data = self.record.get("data") or {}
+        self.validation = self.data.get("validation") or {}  # the validation data
+        results = self.record.get("results") or {}
+        self.last, self.best = (results.get(key) or {} for key in ("last", "best"))  # evaluations on it
+        self.smoke = any(record.get("smoke") for record in self.records)
+        if folder.parent.parent == home / "experiments":  # the lab caps its examples on purpose
+            self.smoke = folder.parent.name.endswith("-quick")
+        self.name = label(folder, home)
+        self.shown = self.name + f" ({SMOKE})" * self.smoke
+        # Its first ancestor; that may be a model of the hub, by its id or in a folder.
+        self.origin = self.records[-1].get("parent") or label(self.lineage[-1], home)
+        if (Path(self.origin) / "results.json").exists():
+            self.origin = Path(self.origin).name
+
+    def metrics(self) -> list[dict]:
+        """metrics.jsonl. Evaluations get the tokens and seconds of the training step before them."""
+        clock, lines = {}, read_jsonl(self.folder / "metrics.jsonl")
+        for i, line in enumerate(lines):
+            clock |= {key: line[key] for key in ("tokens", "seconds") if key in line}
+            lines[i] = clock | line
+        return lines
+
+    def results(self) -> dict[str, dict]:
+        """The entries of results.json that are measurements."""
+        entries = read_json(self.folder / "results.json").get("results")
+        entries = entries if isinstance(entries, dict) else {}
+        return {key: entry for key, entry in entries.items() if has_metrics(entry)}
+
+    def answers_file(self, key: str) -> Path:
+        """The answers behind an entry of results.json."""
+        return self.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
 
 
 def run_of(folder: Path) -> dict:
     """run.json of a run folder, or of the run that a checkpoint belongs to; {} if its parts are damaged."""
     run = read_json((folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json")
-    whole = all(isinstance(run.get(part) or {}, dict) for part in ("settings", "results", "data"))
-    return run if whole else {}
+    parts = [run.get(part) or {} for part in ("settings", "results", "data")]
+    return run if all(isinstance(part, dict) for part in parts) else {}
 
 
 def parent_of(run: dict, home: Path) -> Path | None:
     """The folder of the run that this one started from, also if `home` was copied; None if it is missing."""
-    name = run.get("parent")
-    if not name:
+    if not run.get("parent"):
         return None
-    settings = run.get("settings") or {}
-    out = Path(settings.get("out") or home)
-    parts = [home / Path(name).relative_to(out)] if Path(name).is_relative_to(out) else []
-    for folder in [*parts, home / Path(name).name, Path(name)]:
-        if (folder / "run.json").exists():
-            return folder
-    return None
-
-
-def ancestors(folder: Path, home: Path) -> list[Path]:
-    """The folders of this run's parent, the parent's parent, ..."""
-    found = []
-    parent = parent_of(run_of(folder), home)
-    while parent is not None and parent not in found:
-        found.append(parent)
-        parent = parent_of(run_of(parent), home)
-    return found
-
-
-def is_smoke(folder: Path, home: Path) -> bool:
-    """Whether a run or one of its ancestors was shortened. For runs of the lab: whether it was --quick."""
-    if folder.parent.parent == home / "experiments":
-        return folder.parent.name.endswith("-quick")
-    return any(run_of(f).get("smoke") for f in (folder, *ancestors(folder, home)))
+    parent, out = Path(run["parent"]), Path((run.get("settings") or {}).get("out") or home)
+    inside = [home / parent.relative_to(out)] if parent.is_relative_to(out) else []
+    folders = [*inside, home / parent.name, parent]
+    return next((folder for folder in folders if (folder / "run.json").exists()), None)
 
 
 def label(folder: Path, home: Path) -> str:
@@ -98,35 +129,49 @@ def label(folder: Path, home: Path) -> str:
     return folder.name.replace("--", "/") if folder.parent == home / "eval" else folder.name
 
 
-def shown_name(folder: Path, home: Path) -> str:
-    """The label, with SMOKE if it was a smoke run."""
-    return label(folder, home) + f" ({SMOKE})" * is_smoke(folder, home)
+def is_smoke(folder: Path, home: Path) -> bool:
+    return Run(folder, home).smoke
+
+
+def differing(settings: dict[str, dict]) -> dict[str, dict]:
+    """{setting: {run: its value}} of the settings, beside the name, in which runs differ."""
+    found = {}
+    for key in dict.fromkeys(key for some in settings.values() for key in some):
+        values = {run: some.get(key, "") for run, some in settings.items()}
+        if key != "name" and len(set(map(json.dumps, values.values()))) > 1:
+            found[key] = values
+    return found
+
+
+def has_metrics(entry: object) -> bool:
+    """True for {"metrics": {name: {"value": ...}}, ...}."""
+    metrics = entry.get("metrics") if isinstance(entry, dict) else None
+    return isinstance(metrics, dict) and all(isinstance(m, dict) and "value" in m for m in metrics.values())
 
 
 # -----------------------------------------------------------------------------
 # Measurements
 
 
-@dataclass
 class Measurement:
-    """An entry of results.json, or the final evaluation of finetune.py."""
+    """An entry of results.json, or the final evaluation of finetune.py; `file` holds the answers."""
 
-    model: str  # label
-    origin: str  # label of its first ancestor; for a base model its own label
-    way: str  # base, prompted, fine-tuned, from scratch, ...
-    smoke: bool
-    seed: int | None  # of the training
-    entry: dict
-    file: Path  # holds the answers
-
-    @property
-    def where(self) -> tuple:
-        return self.entry.get("task"), self.entry.get("split")
-
-    @property
-    def headline(self) -> str | None:
-        """The metric used in comparisons."""
-        return next((name for name in HEADLINES if name in self.entry["metrics"]), None)
+    def __init__(self, run: Run, entry: dict, file: Path):
+        self.run, self.entry, self.file = run, entry, file
+        self.model, self.origin = run.name, run.origin
+        self.smoke = bool(entry.get("smoke")) or run.smoke
+        self.where = (entry.get("task") or "", entry.get("split") or "")
+        self.items = entry.get("items", 0)
+        # The metric used in comparisons.
+        self.headline = next((name for name in HEADLINES if name in entry["metrics"]), None)
+        self.way = way_of(run, entry)
+        notes = {
+            SMOKE: self.smoke,
+            f"a sample of {entry.get('of', 0):,}": self.items < entry.get("of", 0),
+            "calibrated": entry.get("calibrated"),
+            f"{entry.get('samples')} samples": entry.get("samples"),
+        }
+        self.notes = ", ".join(note for note, holds in notes.items() if holds)
 
     @cached_property
     def scores(self) -> dict[str, float]:
@@ -134,84 +179,42 @@ class Measurement:
         key = "rougeL" if self.headline == "rougeL" else "correct"
         return {r["text"]: float(r[key]) for r in read_jsonl(self.file) if "text" in r and key in r}
 
-    @property
-    def notes(self) -> str:
-        entry = self.entry
-        found = [SMOKE] if self.smoke else []
-        if entry.get("items", 0) < entry.get("of", 0):
-            found.append(f"a sample of {entry['of']:,}")
-        if entry.get("calibrated"):
-            found.append("calibrated")
-        if entry.get("samples"):
-            found.append(f"{entry['samples']} samples")
-        return ", ".join(found)
+
+def way_of(run: Run, entry: dict) -> str:
+    """How a model came to its answers."""
+    if entry.get("shots"):
+        return f"prompted, {entry['shots']} examples"
+    task = run.record.get("task") or run.settings.get("task")
+    if run.stage == "finetune" and task == entry.get("task"):
+        first = run.records[-1]
+        rate = (first.get("settings") or {}).get("learning_rate")
+        return "from scratch" if first.get("stage") == "train" and rate == 0 else "fine-tuned"
+    ways = {"finetune": f"fine-tuned on {task}", "sft": "instruction-tuned", "dpo": "preference-tuned"}
+    return ways.get(run.stage, "base")
 
 
 def measurements(home: Path) -> list[Measurement]:
     """All measurements in `home`, by the starting time of the runs."""
-    folders = {file.parent for name in ("results.json", "run.json") for file in home.rglob(name)}
-    for folder in list(folders):
-        run = run_of(folder)
-        # A parent may be outside `home`, such as a folder with a hub model.
-        parent = parent_of(run, home) or Path(run.get("parent") or "")
-        if (parent / "results.json").exists():
-            folders.add(parent)
-    found, seen = [], set()
-    for folder in sorted(folders, key=lambda f: (str(run_of(f).get("started", "")), str(f))):
-        if folder.resolve() in seen:
-            continue
-        seen.add(folder.resolve())
-        entries = read_json(folder / "results.json").get("results")
-        for key, entry in (entries if isinstance(entries, dict) else {}).items():
-            if has_metrics(entry):
-                file = folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
-                found.append(measurement(folder, home, entry, file))
-        run = read_json(folder / "run.json")
-        own = run.get("evaluation")
+    found = []
+    for run in measured_runs(home):
+        found += [Measurement(run, entry, run.answers_file(key)) for key, entry in run.results().items()]
+        own = run.record.get("evaluation")
         if has_metrics(own):
             items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
-            entry = {"task": run.get("task"), "shots": 0, "items": items} | own
-            found.append(measurement(folder, home, entry, folder / "predictions.jsonl"))
+            entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
+            found.append(Measurement(run, entry, run.folder / "predictions.jsonl"))
     return found
 
 
-def has_metrics(entry) -> bool:
-    """Whether an entry is one: {"metrics": {name: {"value": ...}}, ...}."""
-    metrics = entry.get("metrics") if isinstance(entry, dict) else None
-    return isinstance(metrics, dict) and all(isinstance(m, dict) and "value" in m for m in metrics.values())
-
-
-def measurement(folder: Path, home: Path, entry: dict, file: Path) -> Measurement:
-    line = [folder, *ancestors(folder, home)]
-    runs = [run_of(f) for f in line]
-    origin = label(line[-1], home)
-    if parent := runs[-1].get("parent"):  # a model of the hub, by its id or in a folder
-        origin = Path(parent).name if (Path(parent) / "results.json").exists() else parent
-    smoke = bool(entry.get("smoke")) or is_smoke(folder, home)
-    seed = (runs[0].get("settings") or {}).get("seed")
-    return Measurement(label(folder, home), origin, way_of(runs, entry), smoke, seed, entry, file)
-
-
-def way_of(runs: list[dict], entry: dict) -> str:
-    """How a model came to its answers; `runs` are its record and those of what it came from."""
-    run, first = runs[0], runs[-1].get("settings") or {}
-    task = run.get("task") or (run.get("settings") or {}).get("task")
-    if entry.get("shots"):
-        return f"prompted, {entry['shots']} examples"
-    if run.get("stage") == "finetune" and task == entry.get("task"):
-        untrained = runs[-1].get("stage") == "train" and first.get("learning_rate") == 0
-        return "from scratch" if untrained else "fine-tuned"
-    stages = {"finetune": f"fine-tuned on {task}", "sft": "instruction-tuned", "dpo": "preference-tuned"}
-    return stages.get(run.get("stage"), "base")
-
-
-def value_of(name: str, metric: dict) -> str:
-    """A metric with its interval; shares are in percent."""
-    scale, digits = (1, DIGITS[name]) if name in DIGITS else (100, 1)
-    text = f"{scale * metric['value']:.{digits}f}"
-    if metric.get("low") is not None:
-        text += f" [{scale * metric['low']:.{digits}f}, {scale * metric['high']:.{digits}f}]"
-    return text
+def measured_runs(home: Path) -> list[Run]:
+    """Every folder in `home` with a run or results, and parents outside of it, such as a hub model."""
+    folders = {file.parent for name in ("results.json", "run.json") for file in home.rglob(name)}
+    runs = {folder.resolve(): Run(folder, home) for folder in folders}
+    for run in list(runs.values()):
+        parent = run.lineage[1] if len(run.lineage) > 1 else Path(run.record.get("parent") or "")
+        if (parent / "results.json").exists():
+            runs.setdefault(parent.resolve(), Run(parent, home))
+    return sorted(runs.values(), key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
 # -----------------------------------------------------------------------------
@@ -229,38 +232,80 @@ class Comparison:
 
     def minus(self, other: Measurement | None) -> dict | None:
         """The paired difference, tuned minus other, over the items that both answered."""
-        return paired(self.tuned, other) if self.tuned and other else None
+        if not (self.tuned and other):
+            return None
+        both = [text for text in self.tuned.scores if text in other.scores]
+        pairs = [[m.scores[text] for text in both] for m in (self.tuned, other)]
+        return paired_bootstrap(*pairs) if both else None
 
 
-def paired(a: Measurement, b: Measurement) -> dict | None:
-    both = [text for text in a.scores if text in b.scores]
-    if not both or a.where != b.where:
-        return None
-    return paired_bootstrap([a.scores[text] for text in both], [b.scores[text] for text in both])
+def most_items(some: Iterable[Measurement]) -> Measurement | None:
+    """Of several measurements of a model on a task, the one on the most items."""
+    return max(some, key=lambda m: m.items, default=None)
 
 
 def side_by_side(found: list[Measurement]) -> list[Comparison]:
-    """For each task and split, a row for every tuned model; a base without tuned models gets its own row.
-
-    If a model was measured several times on a task, the measurement with the most items is used.
-    """
+    """For each task and split, a row for every tuned model; a base without tuned models gets its own row."""
     rows = []
     for where in dict.fromkeys(m.where for m in found if m.headline):
         some = [m for m in found if m.where == where and m.headline]
-        some.sort(key=lambda m: -m.entry.get("items", 0))
         scratch = [m for m in some if m.way == "from scratch"]
-        origins = dict.fromkeys(m.origin for m in found if m in some and m not in scratch)
-        for origin in origins:
-            mine = [m for m in some if m.origin == origin]
-            base = next((m for m in mine if m.model == origin and m.way == "base"), None)
-            shots = [m for m in mine if m.model == origin and m.entry.get("shots")]
-            prompted = max(shots, key=lambda m: m.entry["shots"], default=None)
-            tuned: dict[str, Measurement] = {}
-            for m in mine:
-                if m.model != origin and not m.entry.get("shots"):
-                    tuned.setdefault(m.model, m)
-            for m in sorted(tuned.values(), key=found.index) or [None]:
-                seed = m.seed if m else None
-                twin = next((x for x in scratch if x.seed == seed), scratch[0] if scratch else None)
-                rows.append(Comparison(m, base, prompted, twin))
+        for origin in dict.fromkeys(m.origin for m in some if m not in scratch):
+            rows += from_one_origin([m for m in some if m.origin == origin], scratch)
     return rows
+
+
+def from_one_origin(some: list[Measurement], scratch: list[Measurement]) -> list[Comparison]:
+    """The rows of one base model on one task; a twin from scratch has the same seed, if there is one."""
+    own = [m for m in some if m.model == m.origin]
+    shots = [m for m in own if m.entry.get("shots")]
+    base = most_items(m for m in own if m not in shots)
+    prompted = max(shots, key=lambda m: (m.entry["shots"], m.items), default=None)
+    tuned: dict[str, Measurement] = {}
+    for m in some:
+        if m not in own and not m.entry.get("shots"):
+            tuned[m.model] = most_items([tuned.get(m.model, m), m])
+    rows = []
+    for m in tuned.values():
+        twins = [x for x in scratch if x.run.settings.get("seed") == m.run.settings.get("seed")]
+        rows.append(Comparison(m, base, prompted, next(iter(twins or scratch), None)))
+    return rows or [Comparison(None, base, prompted, next(iter(scratch), None))]
+
+
+# -----------------------------------------------------------------------------
+# Everything that a folder holds
+
+
+class Records:
+    """A folder of runs, read once; the sections of a page take it."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        runs = [Run(file.parent, home) for file in home.glob("*/run.json")]
+        self.runs = sorted(runs, key=lambda run: (str(run.record.get("started")), run.folder.name))
+        self.measurements = measurements(home)
+        self.comparisons = side_by_side(self.measurements)
+        self.pipeline = read_json(home / "pipeline.json")  # the life of one model, by eval.py
+        files = sorted(home.glob("experiments/*/experiments.json"))
+        self.labs = {file.parent: read_json(file) for file in files}  # {folder: what experiments.py found}
+        self.ledger = read_columns(home / "ledger.tsv")  # stage, seconds, command
+        self.plan = read_columns(home / "plan.tsv")  # stage, seconds, GiB
+
+    def run(self, model: str) -> Run:
+        """The run of a path such as out/sft, also if the folder was copied."""
+        return Run(self.home / Path(model).name, self.home)
+
+    def folders_with(self, file: str) -> list[Run]:
+        """Runs, checkpoints and models of the hub whose folder holds this file."""
+        patterns = (f"*/{file}", f"*/checkpoints/*/{file}", f"eval/*/{file}")
+        folders = {found.parent for pattern in patterns for found in self.home.glob(pattern)}
+        return [Run(folder, self.home) for folder in sorted(folders)]
+
+
+def read_columns(file: Path) -> list[list[str]]:
+    """The complete lines of run_all.sh's ledger or of the plan, three columns each; [] without the file."""
+    try:
+        lines = [line.split("\t") for line in file.read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+    return [line for line in lines if len(line) == 3]

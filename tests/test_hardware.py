@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-import report
 from configs import ConfigError
 from lab import hardware
 from lab.hardware import HardwareConfig, measure
-from report import Table
+from lab.pages import machine
+from support.pages import Table
+from support.results import Records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +34,7 @@ def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path):
     assert [r["task"] for r in found["decoding"]] == ["1 row", "16 rows", "16 answers to one prompt"]
     assert all(set(r["tokens_per_second"]) == {"transformers", "ours"} for r in found["decoding"])
     assert found["data"]["encoded_mb_per_second_and_core"] > 0 and found["memory"] == []
-    blocks = report.machine(tmp_path)
+    blocks = machine(Records(tmp_path))
     tables = {b.name: [dict(zip(b.columns, row, strict=True)) for row in b.rows]
               for b in blocks if isinstance(b, Table)}  # fmt: skip
     assert tables["steps"][0]["tokens/s"] == f"{rate:,.0f}" and len(tables["decoding"]) == 6
@@ -66,7 +67,7 @@ def test_peers_stand_side_by_side_and_other_machines_too(cfg, tmp_path, monkeypa
     (tmp_path / "hardware-card.json").write_text(
         json.dumps(found | {"hardware": {"device": "B", "threads": 3}})
     )
-    tables = [b for b in report.machine(tmp_path) if isinstance(b, Table)]
+    tables = [b for b in machine(Records(tmp_path)) if isinstance(b, Table)]
     assert [t.name for t in tables] == ["peers", "peers-2"]
     assert tables[0].rows[1] == ["a training step", "ours, eager", "150", "1.50"]
     assert tables[0].rows[3] == ["decoding, batch 1", "ours", "100", "2.00"]
@@ -81,7 +82,7 @@ def test_what_a_card_did_is_shown(tmp_path):
     }
     about = {"hardware": {"device": "a card", "threads": 2}, "cap_gib": 11.0}
     (tmp_path / "hardware.json").write_text(json.dumps(about | {"training": [row]}))
-    table = next(b for b in report.machine(tmp_path) if isinstance(b, Table) and b.name == "kernels")
+    table = next(b for b in machine(Records(tmp_path)) if isinstance(b, Table) and b.name == "kernels")
     assert table.rows == [["tiny", "compiled", "2.00", "20.0", "1.0"]]
 
 
@@ -92,6 +93,6 @@ def test_memory_is_shown_beside_the_plan(tmp_path):
     ]
     about = {"hardware": {"device": "a card", "threads": 2}, "cap_gib": 11.0}
     (tmp_path / "hardware.json").write_text(json.dumps(about | {"memory": rows}))
-    (table,) = [b for b in report.machine(tmp_path) if isinstance(b, Table)]
-    assert table.rows[0] == ["a", 8, "2.00", "2.50", "-20.0"]
+    (table,) = [b for b in machine(Records(tmp_path)) if isinstance(b, Table)]
+    assert table.rows[0] == ["a", "8", "2.00", "2.50", "-20.0"]
     assert table.rows[1][3] == "out of memory within 11 GiB"
