@@ -605,13 +605,8 @@ class ModernDecoderLM(nn.Module):
         uniforms = uniform_numbers(seed, rows, max_new_tokens).to(self.device)
         seen = None
         if options.get("repetition_penalty", 1.0) != 1.0:
-            seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=self.device)
-            for r in range(rows):
-                seen[r, list(prompts[r // n])] = True
-
-        texts: list[list[int]] = [[] for _ in range(rows)]
-        queue: list[list[int]] = [[] for _ in range(rows)]  # forced tokens that wait for their turn
-        done: set[int] = set()
+            seen = tokens_in(prompts, n, self.config.vocab_size).to(self.device)
+        texts = Texts(rows, stop_tokens, stream, force)
         alive = list(range(rows))  # the row of each line of the batch
 
         def draw(logits: Tensor, uniform: Tensor, token: Tensor | None = None) -> Tensor:
@@ -621,11 +616,6 @@ class ModernDecoderLM(nn.Module):
             logits = adjust(alive, logits) if adjust else logits
             return sample(logits, uniform, seen=seen, **options)
 
-        def forced(row: int, drawn: int) -> int:
-            if not queue[row] and row not in done:
-                queue[row] = list(force(row, texts[row]))
-            return queue[row].pop(0) if queue[row] else drawn
-
         decoder = Decoder(self, cache, draw, n, compile=compile, record=not (force or adjust))
         token = draw(decoder.prefill(prompts, max_new_tokens), uniforms[:, 0])
         # Reading a token makes a GPU wait: at every step only if somebody wants to see or change it.
@@ -633,27 +623,21 @@ class ModernDecoderLM(nn.Module):
         unread = []
         for step in range(1, max_new_tokens + 1):
             if force:
-                token = torch.tensor([*map(forced, alive, token.tolist())], device=self.device)
+                token = torch.tensor([*map(texts.forced, alive, token.tolist())], device=self.device)
             unread.append(token)
             if len(unread) == look_every or step == max_new_tokens:
-                for r, new in zip(alive, torch.stack(unread, dim=1).tolist(), strict=True):
-                    for t in new if r not in done else []:
-                        texts[r].append(t)
-                        if stream:
-                            stream(r, t)
-                        if t in stop_tokens:
-                            done.add(r)
-                            break
+                for row, new in zip(alive, torch.stack(unread, dim=1).tolist(), strict=True):
+                    texts.add(row, new)
                 unread = []
-                if len(done) == rows or step == max_new_tokens:
+                if len(texts.ended) == rows or step == max_new_tokens:
                     break
-                left = decoder.shrink([j for j, r in enumerate(alive) if r not in done])
+                left = decoder.shrink([j for j, row in enumerate(alive) if row not in texts.ended])
                 if left:  # the others have ended
                     alive, index = [alive[j] for j in left], torch.tensor(left, device=self.device)
                     token, uniforms = token[index], uniforms[index]
                     seen = seen[index] if seen is not None else None
             token = decoder.next(token, uniforms[:, step])
-        return texts
+        return texts.rows
 
     def empty_cache(self, prompts: Sequence, new: int, window: int, keep: int) -> tuple["KVCache", int]:
         """A cache with room for all prompts and their new tokens, which may be fewer than asked."""
@@ -692,6 +676,35 @@ class ModernDecoderLM(nn.Module):
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
         return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+
+
+class Texts:
+    """The new tokens of every row, and which rows have ended."""
+
+    def __init__(
+        self, rows: int, stop_tokens: Sequence[int], stream: Callable | None, force: Callable | None
+    ):
+        self.stop_tokens, self.stream, self.force = stop_tokens, stream, force
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+        self.queue: list[list[int]] = [[] for _ in range(rows)]  # forced tokens that wait for their turn
+        self.ended: set[int] = set()
+
+    def forced(self, row: int, drawn: int) -> int:
+        """The next token: the drawn one, or what `force` puts in its place."""
+        if not self.queue[row] and row not in self.ended:
+            self.queue[row] = list(self.force(row, self.rows[row]))
+        return self.queue[row].pop(0) if self.queue[row] else drawn
+
+    def add(self, row: int, new: list[int]) -> None:
+        """Appends tokens up to the first stop token, behind which the row has ended."""
+        for token in new:
+            if row in self.ended:
+                return
+            self.rows[row].append(token)
+            if self.stream:
+                self.stream(row, token)
+            if token in self.stop_tokens:
+                self.ended.add(row)
 
 
 class KVCache:
@@ -860,6 +873,14 @@ def uniform_numbers(seed: int | Sequence[int], rows: int, steps: int) -> Tensor:
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} rows")
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def tokens_in(prompts: Sequence[Sequence[int]], n: int, vocab_size: int) -> Tensor:
+    """(rows, V), True for the tokens of each row's prompt."""
+    seen = torch.zeros(len(prompts) * n, vocab_size, dtype=torch.bool)
+    for row in range(len(seen)):
+        seen[row, list(prompts[row // n])] = True
+    return seen
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""What CONTRIBUTING.md and the README tell people to do, done."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import parse_config
+from data import TASKS, load_task
+from train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def example(kind: str) -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.search(rf"```python {kind}\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_task_of_the_example_is_found_and_asked(monkeypatch):
+    monkeypatch.setattr("data.TASKS", dict(TASKS))
+    exec(example("task"), {})
+    found = load_task("parity", "test")
+    examples = found[0] if isinstance(found, tuple) else found
+    assert len(examples) == 1000 and {e.answer for e in examples} == {0, 1}
+
+
+def test_the_stage_of_the_example_trains_and_resumes(tiny, tmp_path):
+    (tmp_path / "copying.py").write_text(example("stage"), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "copying.py"), f"--model={tiny['base']}", f"--out={tmp_path}"]
+    command += ["--name=copy", "--device=cpu", "--batch_size=4", "--warmup_steps=2", "--learning_rate=1e-2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    for steps in (20, 20):  # the second time there is nothing to do
+        done = subprocess.run([*command, f"--max_steps={steps}"], env=env, capture_output=True, text=True)
+        assert done.returncode == 0 or "AlreadyFinished" in done.stderr, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "copy/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_the_experiment_of_the_example_is_a_config(tmp_path):
+    (tmp_path / "wide.py").write_text(example("experiment"), encoding="utf-8")
+    cfg = parse_config(TrainConfig, argv=[str(tmp_path / "wide.py")])
+    assert (cfg.n_layers, cfg.d_ff, cfg.d_model) == (2, 704, 128) and cfg.hypothesis
+
+
+def commands() -> list[str]:
+    """Of the scripts with plain settings, as the README and the guide write them."""
+    found = []
+    for file in ("README.md", "report/guide.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["python"] and words[1].endswith(".py"):
+                    found.append(shlex.join(words[1:]))
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_settings_of_every_command_in_the_readme_exist(command):
+    script, *words = shlex.split(command)
+    have = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for word in words:
+        if word.startswith("--") and word != "--help":
+            assert word.split("=")[0] in have, f"{script} has no {word}"
+        elif word.endswith(".py"):
+            assert (ROOT / word).exists()
