@@ -16,42 +16,48 @@ is not made again.
 
 from support.terminal import run_script
 
-import gzip
 import hashlib
 import heapq
-import json
-import os
-import re
-import signal
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 from configs import parse_config
 from data import DataError, corpus_info, documents
-from support.processes import alone_in, without_interrupts, worker_pool
+from support.files import write_json
+from support.processes import CORES, alone_in, tqdm
+from support.runs import read_json
+from support.seams import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.tables import valid
+from support.token_files import open_tokens, tokens_folder, write_tokens
+from support.tokenizer_json import (
+    byte_letters,
+    check_tokenizer,
+    gpt2_merges,
+    parse_tokenizer,
+    read_tokenizer,
+    write_tokenizer,
+)
 
 # <|endoftext|> stands between documents, and serves transformers as bos, eos and pad. The others make a chat:
 # <|user|>Hello!<|end|><|assistant|>Hi.<|end|>
 EOT = "<|endoftext|>"
 SPECIAL_TOKENS = [EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
-# No token reaches across the borders that this pattern draws: contractions; words, numbers and runs of signs,
-# each with a space before it; runs of whitespace, whose last character goes to the next word if it can. It is
-# GPT-2's, with possessive quantifiers (`++`), which keep a regex engine from giving characters back in vain.
+# First this pattern splits text into words, which no token crosses: contractions; letters, numbers and runs
+# of signs, each with a space before it; runs of whitespace, whose last character goes to the next word if it
+# can. It is GPT-2's, with possessive quantifiers (`++`), which avoid useless backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same with every digit alone: then 47 + 5 is about digits, not about whether "47" was a frequent word.
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}++", r"\p{N}")
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SEAM_PATTERNS = (GPT2_PATTERN, DIGITS_PATTERN)  # with these, long texts may be cut: support/seams.py
 
 
 @dataclass
@@ -72,23 +78,44 @@ class TokenizerStageConfig(TokenizerConfig):
 
     learn_megabytes: int = 200  # of training text to learn from; more changes next to nothing. 0: all
     train_megabytes: float = 0.0  # of training text to encode, where a run reads less than there is. 0: all
-    workers: int = 0  # threads and processes; 0: one for each core
+    workers: int = 0  # threads that encode; 0: one for each core
     overwrite: bool = False  # make everything in the folder again
 
 
 # -----------------------------------------------------------------------------
-# Cutting text into words
+# Learning: split text into words, count them, merge the most frequent pair again and again
 
-# Now and then a long text must be cut, and in a place that surely separates two words. With our patterns, no
-# word has whitespace behind a non-space, and only the last of several whitespace characters can belong to
-# what follows. So there is such a *seam* before every whitespace character that a non-space follows.
-SEAM_PATTERNS = (GPT2_PATTERN, DIGITS_PATTERN)
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # as Unicode; Python's \s has more
-SEAM = f"[{SPACE}][^{SPACE}]"
-SPACED_WORDS = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
-UP_TO_LAST_SEAM = re.compile(f"(?s).+(?={SEAM})")
-SLAB = 1 << 16  # characters; with so many in one call, tiktoken's core is at its fastest
-SLABS = re.compile(rf"(?s).{{1,{SLAB}}}(?={SEAM}|\Z)|.+?(?={SEAM}|\Z)")  # longer if no seam is near
+
+def train_bpe(
+    input_path: str | Path | Iterable[str],
+    vocab_size: int,
+    special_tokens: list[str],
+    pattern: str = GPT2_PATTERN,
+    split_digits: bool = False,
+    workers: int = 1,  # accepted and not used: one process counts 20 MB in a second
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """Learn a byte-level BPE vocabulary from a UTF-8 text file, or from an iterable of documents.
+
+    Returns `vocab`, id -> bytes, and `merges`, pairs of bytes in the order learnt. Ids 0-255 are the bytes
+    themselves, then come the merges, then the special tokens. `vocab_size` counts all three; a small text may
+    not have so many pairs. Special tokens separate texts; nothing is learnt from them. `split_digits` stands
+    for DIGITS_PATTERN, and then the Tokenizer needs that pattern too.
+    """
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone are {least}")
+    pattern = DIGITS_PATTERN if split_digits else pattern
+    if isinstance(input_path, (str, Path)):
+        with open(input_path, encoding="utf-8", newline="") as file:
+            parts = at_seams(
+                iter(partial(file.read, 32 * SLAB), ""), special_tokens, pattern in SEAM_PATTERNS
+            )
+            words = count_words(parts, pattern, special_tokens)
+    else:
+        words = count_words(input_path, pattern, special_tokens)
+    merges = learn_merges(words, vocab_size - least)
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    return dict(enumerate(tokens + [token.encode() for token in special_tokens])), merges
 
 
 @cache
@@ -98,204 +125,80 @@ def compiled(pattern: str):
     return regex.compile(pattern)
 
 
-@cache
-def special_regex(special_tokens: tuple[str, ...]) -> re.Pattern:
-    """Splits text at special tokens, and keeps them. Where two begin at one place, the longer wins."""
-    longest_first = sorted(special_tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
-
-def last_seam(text: str, special_tokens: tuple[str, ...] = ()) -> int:
-    """The last place where `text` may be cut however it goes on; 0 if there is none yet."""
-    longest = max(map(len, special_tokens), default=0)
-    found = UP_TO_LAST_SEAM.match(text, 0, max(0, len(text) - longest + 1))
-    cut = found.end() if found else 0
-    # Not within a special token; nor in the whitespace before one, which ends a text and so stays together.
-    for token in special_regex(special_tokens).finditer(text):
-        if token.start() - 1 <= cut < token.end():
-            return token.start()
-    return cut
-
-
-def count_words(pattern: str, special_tokens: tuple[str, ...], texts: list[str]) -> Counter:
+def count_words(texts: Iterable[str], pattern: str, special_tokens: Collection[str] = ()) -> Counter:
     """How often each word, that is each piece that `pattern` cuts, occurs between special tokens.
 
     Text repeats itself, so a quick cut at spaces comes first, and the slow pattern sees every *different*
     piece of that once: 2x faster than the pattern alone on 20 MB of English.
     """
-    cut, separator = compiled(pattern).findall, special_regex(special_tokens)
-    quick_cut = SPACED_WORDS.findall if pattern in SEAM_PATTERNS else cut
+    find_words = compiled(pattern).findall
+    quick = SPACED_WORDS.findall if pattern in SEAM_PATTERNS else find_words
     spaced, words = Counter(), Counter()
     for text in texts:
-        for part in separator.split(text)[::2]:  # text, special token, text, ...
-            spaced.update(quick_cut(part))
+        for part in special_regex(tuple(special_tokens)).split(text)[::2]:  # text, special token, text, ...
+            spaced.update(quick(part))
     for piece, n in spaced.items():
-        for word in cut(piece):
+        for word in find_words(piece):
             words[word] += n
     return words
-
-
-BATCH = 1 << 21  # characters to count at once: some 30 MB of Python strings
-SERIAL_BATCHES = 16  # less text than that is counted before other processes would have started
-
-
-def count_all_words(texts: Iterable[str], pattern: str, special_tokens: tuple[str, ...], workers: int):
-    """`count_words` of any amount of text, a few batches at a time in memory; of much text, on all cores."""
-    batches, words = in_batches(texts, BATCH), Counter()
-    count = partial(count_words, pattern, special_tokens)
-    head = list(islice(batches, SERIAL_BATCHES))
-    if len(head) < SERIAL_BATCHES or workers == 1:
-        for batch in chain(head, batches):
-            words.update(count(batch))
-        return words
-    with worker_pool(workers, remedy="--workers=1") as pool:
-        for part in map_ahead(pool, count, chain(head, batches), ahead=2 * workers):
-            words.update(part)
-    return words
-
-
-def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of texts of about `size` characters in all."""
-    batch, length = [], 0
-    for text in texts:
-        batch.append(text)
-        length += len(text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def map_ahead(pool, function, items: Iterable, ahead: int) -> Iterator:
-    """Results in order like `pool.map`'s, but reading `ahead` items at most before they are wanted."""
-    waiting = deque()
-    try:
-        for item in items:
-            with without_interrupts():
-                waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def read_text(path: Path, pattern: str, special_tokens: tuple[str, ...]) -> Iterator[str]:
-    """A text file, plain or gzipped, in parts that end at seams. Line ends stay as they are."""
-    rest = ""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            while part := file.read(BATCH):
-                rest += part
-                if pattern not in SEAM_PATTERNS:
-                    continue
-                cut = last_seam(rest, special_tokens)
-                yield rest[:cut]
-                rest = rest[cut:]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
-    yield rest
-
-
-# -----------------------------------------------------------------------------
-# Learning the merges
-
-
-def train_bpe(
-    input_path: str | Path | Iterable[str],
-    vocab_size: int,
-    special_tokens: list[str],
-    pattern: str = GPT2_PATTERN,
-    split_digits: bool = False,
-    workers: int | None = None,
-) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """Learn a byte-level BPE vocabulary from a UTF-8 text file, or from an iterable of documents.
-
-    Returns `vocab`, id -> bytes, and `merges`, pairs of bytes in the order learnt. Ids 0-255 are the bytes
-    themselves, then come the merges, then the special tokens. `vocab_size` counts all three; a small text may
-    not have so many pairs. Special tokens separate texts; nothing is learnt from them. `split_digits` stands
-    for DIGITS_PATTERN, and then the Tokenizer needs that pattern too.
-    """
-    n_merges = vocab_size - 256 - len(special_tokens)
-    if n_merges < 0:
-        least = 256 + len(special_tokens)
-        raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone are {least}")
-    pattern = DIGITS_PATTERN if split_digits else pattern
-    special_tokens = tuple(special_tokens)
-    if isinstance(input_path, (str, Path)):
-        input_path = read_text(Path(input_path), pattern, special_tokens)
-    words = count_all_words(input_path, pattern, special_tokens, workers or CORES)
-    merges = learn_merges(words, n_merges)
-    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    return dict(enumerate(tokens + [token.encode() for token in special_tokens])), merges
 
 
 def learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
     """The heart of BPE: again and again, the most frequent pair of neighbours becomes one token.
 
-    Of equally frequent pairs the lexicographically greater (bytes, bytes) goes first. To count all pairs
-    again after each merge would take hours. Three things make it seconds:
-
-    - Only words with the merged pair change. `where` lists them.
-    - A pair, once there, only gets rarer; those that appear have the new token in them. So the counts in the
-      heap may be out of date: what comes out too high goes back with its present count.
-    - A word is a Python string with a character for each token, `chr(id)`. Then `split` and `join` replace a
-      pair at the speed of C, from left to right and without overlap, just as encoding will: aaa -> (aa)a.
+    Of equally frequent pairs the greater (bytes, bytes) goes first. Counting all pairs after each merge would
+    take hours; three things make it seconds. Only the words that have the pair change: `where` lists them. A
+    pair only gets rarer, so a heap finds the most frequent one: an entry whose count is too high goes back
+    with its present count. And a word is a string with one character for each token, `chr(id)`: `split` and
+    `join` replace a pair at the speed of C, from left to right, as encoding does: aaa -> (aa)a.
     """
     tokens = [bytes([b]) for b in range(256)]
-    # heapq gives the least, so counts are negated, and bytes turned round to 255 - b. A mark above all others
-    # ends them, for "ab" must come before its own beginning "a".
-    turned = [chr(255 - b) + "\u0100" for b in range(256)]
-
-    def heap_entry(pair: str) -> tuple[int, str, str]:
-        return -counts[pair], turned[ord(pair[0])] + turned[ord(pair[1])], pair
-
+    descending = [(-b, 1) for b in range(256)]  # a heap gives the least; the 1 puts "ab" before "a"
     frequency = list(words.values())
     spelled = [valid(word).encode().decode("latin-1") for word in words]  # so far, a character for each byte
-    counts: dict[str, int] = {}
-    where: dict[str, list[int]] = {}  # pair -> words; some may have lost the pair since, or be listed twice
+    counts: dict[str, int] = defaultdict(int)
+    where: dict[str, list[int]] = defaultdict(list)  # pair -> words, perhaps twice, or no longer
+
+    def heap_entry(pair: str) -> tuple:
+        return -counts[pair], descending[ord(pair[0])], descending[ord(pair[1])], pair
+
+    def replace(old: str, new: str, i: int) -> None:
+        counts[old] -= frequency[i]
+        counts[new] += frequency[i]
+        where[new].append(i)
+        appeared.add(new)
+
     for i, word in enumerate(spelled):
         for a, b in pairwise(word):
-            counts[a + b] = counts.get(a + b, 0) + frequency[i]
-            where.setdefault(a + b, []).append(i)
+            counts[a + b] += frequency[i]
+            where[a + b].append(i)
     heap = [heap_entry(pair) for pair in counts]
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < n_merges:
-        count, _, pair = heapq.heappop(heap)
+        count, _, _, pair = heapq.heappop(heap)
         if -count != counts[pair]:
             if counts[pair]:
                 heapq.heappush(heap, heap_entry(pair))
             continue
-        a, b, new = *pair, chr(len(tokens))
+        a, b, ab = *pair, chr(len(tokens))
         merges.append((tokens[ord(a)], tokens[ord(b)]))
         tokens.append(tokens[ord(a)] + tokens[ord(b)])
-        turned.append(turned[ord(a)][:-1] + turned[ord(b)])
-        born = defaultdict(list)  # new pair -> words, as often as it occurs in each
-        for i in dict.fromkeys(where.pop(pair)):  # each word once, however often it has the pair
-            pieces = spelled[i].split(pair)
-            spelled[i] = new.join(pieces)
-            n = frequency[i]
-            for x in pieces[:-1]:
-                if x:  # x a becomes x new
-                    counts[x[-1] + a] -= n
-                    born[x[-1] + new].append(i)
-            for y in pieces[1:]:
-                if y:  # b y becomes new y
-                    counts[b + y[0]] -= n
-                    born[new + y[0]].append(i)
-            for between in pieces[1:-1]:
-                if not between:  # a b a b becomes new new
-                    counts[b + a] -= n
-                    born[new + new].append(i)
+        descending.append(descending[ord(a)][:-1] + descending[ord(b)])
+        appeared = set()
+        for i in dict.fromkeys(where.pop(pair)):
+            pieces = spelled[i].split(pair)  # between every two pieces there was a pair
+            spelled[i] = ab.join(pieces)
+            for n, (left, right) in enumerate(pairwise(pieces)):
+                if left:
+                    replace(left[-1] + a, left[-1] + ab, i)
+                elif n:  # right after another pair
+                    replace(b + a, ab + ab, i)
+                if right:
+                    replace(b + right[0], ab + right[0], i)
         counts[pair] = 0
-        where.update(born)
-        for pair, places in born.items():
-            counts[pair] = sum(frequency[i] for i in places)
-            heapq.heappush(heap, heap_entry(pair))
+        for new in appeared:
+            heapq.heappush(heap, heap_entry(new))
     return merges
 
 
@@ -342,15 +245,15 @@ class Tokenizer:
 
         # The bytes, and what is merged from them, must be there; and a later merge must have a higher id.
         try:
-            self._ranks = {bytes([b]): ids[bytes([b])] for b in range(256)}
-            self._pair_ids: dict[tuple[int, int], int] = {}
+            self.ranks = {bytes([b]): ids[bytes([b])] for b in range(256)}
+            self.pair_ids: dict[tuple[int, int], int] = {}
             for a, b in self.merges:
-                self._ranks[a + b] = self._pair_ids[self._ranks[a], self._ranks[b]] = ids[a + b]
+                self.ranks[a + b] = self.pair_ids[self.ranks[a], self.ranks[b]] = ids[a + b]
         except KeyError as error:
             raise ValueError(f"the vocabulary lacks {error}, which its merges need") from None
-        if any(i >= j for i, j in pairwise(self._pair_ids.values())):
+        if any(i >= j for i, j in pairwise(self.pair_ids.values())):
             raise ValueError("the merges are not in the order of their ids")
-        self._words: dict[str, list[int]] = {}  # encode_plain's memory
+        self._words: dict[str, list[int]] = {}  # ids of the words that encode_plain has met
         self.chat_template: str | None = None  # the folder's, if it has one
 
     @property
@@ -390,6 +293,51 @@ class Tokenizer:
 
     # Encoding
 
+    def encode_plain(self, text: str, allowed_special: str | Collection[str] = "all") -> list[int]:
+        """The ids that `encode` gives, in plain Python.
+
+        (`regex` knows newer Unicode than tiktoken: they may differ on letters added after Unicode 16.)
+        """
+        ids = []
+        for part in self.split_special(text, allowed_special):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for word in compiled(self.pattern).findall(part):
+                if word not in self._words:
+                    self._words[word] = self.merge_word(valid(word).encode())
+                ids += self._words[word]
+        return ids
+
+    def merge_word(self, word: bytes) -> list[int]:
+        """BPE itself: start from bytes; while neighbours can merge, merge the pair that was learnt first."""
+        ids = [self.ranks[word[i : i + 1]] for i in range(len(word))]
+        never = self.vocab_size
+        while len(ids) > 1:
+            pair = min(pairwise(ids), key=lambda pair: self.pair_ids.get(pair, never))
+            if pair not in self.pair_ids:
+                break
+            merged, i = [], 0
+            while i < len(ids):
+                if tuple(ids[i : i + 2]) == pair:
+                    merged.append(self.pair_ids[pair])
+                    i += 2
+                else:
+                    merged.append(ids[i])
+                    i += 1
+            ids = merged
+        return ids
+
+    def split_special(self, text: str, allowed_special: str | Collection[str]) -> Iterator[int | str]:
+        """`text` cut at the special tokens: their ids, and the text between them."""
+        for i, part in enumerate(special_regex(self.allowed(allowed_special)).split(text)):
+            yield self.special_ids[part] if i % 2 else part
+
+    def allowed(self, allowed_special: str | Collection[str]) -> tuple[str, ...]:
+        if allowed_special == "all":
+            return self.special_tokens
+        return tuple(sorted(allowed_special, key=self.special_id))  # raises ValueError for any other text
+
     def encode(self, text: str, allowed_special: str | Collection[str] = "all") -> list[int]:
         """The ids of `text`.
 
@@ -397,22 +345,21 @@ class Tokenizer:
         way to encode what users and documents say, which could otherwise end a turn or a document.
         """
         ids = []
-        for part in self._parts(text, allowed_special):
+        for part in self.split_special(text, allowed_special):
             if isinstance(part, int):
                 ids.append(part)
-            elif len(part) <= SLAB or self.pattern not in SEAM_PATTERNS:
-                ids += self._core.encode_ordinary(part)
-            else:  # because a million spaces before a word would make tiktoken panic
-                for slab in SLABS.findall(part):
-                    ids += self._core.encode_ordinary(slab)
+                continue
+            slabs = SLABS.findall(part) if self.pattern in SEAM_PATTERNS else [part]
+            for slab in slabs:  # a million spaces before a word would make tiktoken panic
+                ids += self.core.encode_ordinary(slab)
         return ids
 
     @cached_property
-    def _core(self):
+    def core(self):
         """tiktoken's encoder for this vocabulary.
 
-        tiktoken is told ids, not merges: it joins the neighbours that spell the token with the lowest id. May
-        it stand in for merging in order? For a vocabulary that BPE has learnt, always:
+        tiktoken gets ids, not merges: it joins the neighbours that spell the token with the lowest id. Does
+        that equal merging in order? For a vocabulary that BPE has learnt, always:
         (1) As long as nothing merges across the two ends of a stretch of text, its inside merges as it would
         alone. (2) So the bytes of a learnt token, alone, become that token: when it was learnt from l and r,
         these were neighbours in some word; by (1), its bytes alone are l, r at that step too.
@@ -423,30 +370,15 @@ class Tokenizer:
         import tiktoken
 
         special = {EOT: self.eot_id} if EOT in self.special_ids else {}
-        ranks = self._ranks
+        ranks = self.ranks
         return tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
-
-    def _parts(self, text: str, allowed_special: str | Collection[str]) -> Iterator[int | str]:
-        """`text` cut at the special tokens: theirs as ids, and what is between them."""
-        for i, part in enumerate(special_regex(self._allowed(allowed_special)).split(text)):
-            yield self.special_ids[part] if i % 2 else part
-
-    def _allowed(self, allowed_special: str | Collection[str]) -> tuple[str, ...]:
-        if allowed_special == "all":
-            return self.special_tokens
-        return tuple(sorted(allowed_special, key=self.special_id))  # which refuses what is none
 
     def encode_batch(
         self, texts: Iterable[str], threads: int | None = None, allowed_special: str | Collection[str] = "all"
     ) -> list[list[int]]:
-        """The ids of each text. All cores work, since the Rust core lets go of Python's lock."""
-
-        def encode_each(batch: list[str]) -> list[list[int]]:
-            return [self.encode(text, allowed_special) for text in batch]
-
-        # 64 KB to a task: with 4 KB, handing tasks out costs a third of the time.
+        """The ids of each text. All cores work, since the Rust core releases Python's lock."""
         with ThreadPoolExecutor(threads or CORES) as pool:
-            return list(chain.from_iterable(pool.map(encode_each, in_batches(texts, SLAB))))
+            return list(pool.map(partial(self.encode, allowed_special=allowed_special), texts))
 
     def encode_iterable(
         self, texts: Iterable[str], allowed_special: str | Collection[str] = "all"
@@ -455,54 +387,8 @@ class Tokenizer:
 
         Holds some 16 thousand characters; more only if there are more from one space to the next.
         """
-        held, length, enough = [], 0, SLAB // 4
-        for text in texts:
-            held.append(text)
-            length += len(text)
-            if length >= enough and self.pattern in SEAM_PATTERNS:
-                whole = "".join(held)
-                cut = last_seam(whole, self._allowed(allowed_special))
-                yield from self.encode(whole[:cut], allowed_special)
-                held, length = [whole[cut:]], len(whole) - cut
-                enough = max(SLAB // 4, 2 * length)  # twice: looking for a seam in vain stays linear
-        yield from self.encode("".join(held), allowed_special)
-
-    def encode_plain(self, text: str, allowed_special: str | Collection[str] = "all") -> list[int]:
-        """The ids that `encode` gives, in plain Python. Most words have been seen before: they are looked up.
-
-        (`regex` knows newer Unicode than tiktoken: they may differ on letters added after Unicode 16.)
-        """
-        ids, words = [], self._words
-        for part in self._parts(text, allowed_special):
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            for word in compiled(self.pattern).findall(part):
-                if word not in words:
-                    if len(words) >= 1 << 18:
-                        words.clear()
-                    words[word] = self.merge_word(valid(word).encode())
-                ids += words[word]
-        return ids
-
-    def merge_word(self, word: bytes) -> list[int]:
-        """BPE itself: start from bytes; while neighbours can merge, merge the pair that was learnt first."""
-        ids = [self._ranks[word[i : i + 1]] for i in range(len(word))]
-        never = self.vocab_size
-        while len(ids) > 1:
-            pair = min(pairwise(ids), key=lambda pair: self._pair_ids.get(pair, never))
-            if pair not in self._pair_ids:
-                break
-            merged, i = [], 0
-            while i < len(ids):
-                if tuple(ids[i : i + 2]) == pair:
-                    merged.append(self._pair_ids[pair])
-                    i += 2
-                else:
-                    merged.append(ids[i])
-                    i += 1
-            ids = merged
-        return ids
+        for part in at_seams(texts, self.allowed(allowed_special), self.pattern in SEAM_PATTERNS):
+            yield from self.encode(part, allowed_special)
 
     # Decoding, and chat
 
@@ -521,18 +407,16 @@ class Tokenizer:
 
     @cached_property
     def merge_order(self) -> dict[int, int]:
-        """{id: the how-manieth merge made it, from 1}; bytes and special tokens are in no merge."""
-        return {merged: n for n, merged in enumerate(self._pair_ids.values(), start=1)}
+        """{id: number of the merge that made it, from 1}; bytes and special tokens are in no merge."""
+        return {merged: n for n, merged in enumerate(self.pair_ids.values(), start=1)}
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation: [{"role": "user", "content": "Hello!"}, ...].
 
-        As from transformers' `apply_chat_template`, except that what is said is never a special token.
+        As from transformers' `apply_chat_template`, but a message's text never becomes a special token.
         """
         ids = []
         for message in messages:
-            if message["role"] not in ROLES:
-                raise ValueError(f"unknown role {message['role']!r}: use {', '.join(ROLES)}")
             ids.append(self.special_id(f"<|{message['role']}|>"))
             ids += self.encode(message["content"].strip(), allowed_special=())
             ids.append(self.special_id("<|end|>"))
@@ -553,19 +437,6 @@ class Tokenizer:
         `context_length`: the model's, in tokens, at which transformers warns or truncates; 0: not known.
         `chat_template`: by default the one that was loaded, else ours where its special tokens are there.
         """
-        content = json.loads(TOKENIZER_JSON)
-        if self.pattern != GPT2_PATTERN:  # GPT-2's is built into the step "ByteLevel"
-            split = {"type": "Split", "pattern": {"Regex": self.pattern}}
-            split |= {"behavior": "Isolated", "invert": False}
-            byte_level = content["pre_tokenizer"] | {"use_regex": False}
-            content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        special = {i: token for token, i in self.special_ids.items()}
-        content["added_tokens"] = [{"id": i, "content": special[i]} | flags for i in sorted(special)]
-        tokens = ((special.get(i) or spell(token), i) for i, token in sorted(self.vocab.items()))
-        content["model"]["vocab"] = dict(tokens)
-        content["model"]["merges"] = [[spell(a), spell(b)] for a, b in self.merges]
-
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if EOT in self.special_ids:
             config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
@@ -576,269 +447,35 @@ class Tokenizer:
         ours = CHAT_TEMPLATE if self.special_ids.keys() >= set(SPECIAL_TOKENS) else None
         if template := chat_template or self.chat_template or ours:
             config["chat_template"] = template
-        write_json(Path(folder) / "tokenizer_config.json", config | {"tokenizer_hash": self.hash})
-        write_json(Path(folder) / "tokenizer.json", content)
+        config["tokenizer_hash"] = self.hash
+        pattern = None if self.pattern == GPT2_PATTERN else self.pattern
+        write_tokenizer(Path(folder), self.vocab, self.merges, self.special_ids, pattern, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Read a folder that `save` wrote, or one with any `tokenizer.json` of a GPT-2-like tokenizer."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f'there is no {path}; "python tokenizer.py" makes one')
-        content, config = read_json(path), path.with_name("tokenizer_config.json")
-        settings = read_json(config) if config.exists() else {}
-        template = path.with_name("chat_template.jinja")  # where transformers 5 writes it
+        content, config = read_tokenizer(Path(folder))
         try:
-            special = {token["content"]: token["id"] for token in content["added_tokens"]}
-            vocab = {i: token.encode() for token, i in special.items()}
-            vocab |= {i: unspell(t) for t, i in content["model"]["vocab"].items() if t not in special}
-            merges = [tuple(map(unspell, _halves(pair))) for pair in content["model"]["merges"]]
-            tokenizer = cls(vocab, merges, special, _pattern_of(content))
-            tokenizer.chat_template = settings.get("chat_template")
-            if template.exists():
-                tokenizer.chat_template = template.read_text(encoding="utf-8")
-            if settings.get("tokenizer_hash") != tokenizer.hash:
-                for token, i in tokenizer._ranks.items():  # not from `save`: does _core's proof hold?
+            vocab, merges, special_ids, pattern = parse_tokenizer(content)
+            tokenizer = cls(vocab, merges, special_ids, pattern or GPT2_PATTERN)
+            if config.get("tokenizer_hash") != tokenizer.hash:
+                for token, i in tokenizer.ranks.items():  # not from `save`: does the proof in `core` hold?
                     if tokenizer.merge_word(token) != [i]:
                         raise ValueError(f"token {i}, {token!r}, is not what its own merges make")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is not a byte-level BPE tokenizer that we can read: {error}") from None
+            raise ValueError(
+                f"{folder}/tokenizer.json is not a byte-level BPE tokenizer that we can read: {error}"
+            ) from None
+        tokenizer.chat_template = config.get("chat_template")
         check_tokenizer(Path(folder), tokenizer.hash)
         return tokenizer
 
     @classmethod
     def gpt2(cls) -> "Tokenizer":
-        """GPT-2's 50,257 tokens, then the chat tokens. tiktoken downloads the merges once and keeps them."""
-        from tiktoken.load import read_file_cached
-
-        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-        sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-        beside_the_data = os.path.join(os.environ.get("DATA_DIR") or "data", "tiktoken_cache")
-        if os.path.isdir(beside_the_data):
-            os.environ.setdefault("TIKTOKEN_CACHE_DIR", beside_the_data)
-        try:
-            lines = read_file_cached(url, sha256).decode().splitlines()
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"GPT-2's merges are not here and cannot be fetched: {type(error).__name__}: {error!s:.120}\n"
-                "  Connect to the network once; or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has\n"
-                "  kept them, on another machine perhaps; or learn a vocabulary with --tokenizer=bpe"
-            ) from None
-        merges = [tuple(map(unspell, line.split(" "))) for line in lines[1:]]  # the first line is a version
+        """GPT-2's 50,257 tokens, then the chat tokens."""
+        merges = gpt2_merges()
         tokens = [bytes([b]) for b in byte_letters()] + [a + b for a, b in merges] + [EOT.encode()]
         return cls(dict(enumerate(tokens)), merges, SPECIAL_TOKENS)
-
-
-HUB_MARK = "hub-"  # begins the hash of a tokenizer that transformers reads
-
-
-class ForeignTokenizer(ValueError):
-    """tokenizer.json is not the one that the weights beside it were trained with."""
-
-
-def check_tokenizer(folder: Path, found: str) -> None:
-    """Compares the hash of a run folder's tokenizer with those that run.json and tokenizer_config.json hold.
-
-    Weights read with another vocabulary give nonsense without an error. A folder without run.json is not
-    checked: other programs add tokens to a tokenizer and leave our hash in tokenizer_config.json. Nor is a
-    hash compared with one that was computed in the other way: ours, or support.hub_models.HubTokenizer's.
-    """
-    if not (folder / "run.json").exists():
-        return
-    config = folder / "tokenizer_config.json"
-    recorded = [read_json(folder / "run.json").get("tokenizer")]
-    if config.exists():
-        recorded.append(read_json(config).get("tokenizer_hash"))
-    for expected in recorded:
-        if not isinstance(expected, str) or expected == found:
-            continue
-        if expected.startswith(HUB_MARK) != found.startswith(HUB_MARK):
-            continue
-        raise ForeignTokenizer(
-            f"{folder / 'tokenizer.json'} is not the tokenizer of this run: its hash is {found[:8]}, the "
-            f"weights were trained with {expected[:8]}. Copy tokenizer.json back from {folder}/checkpoints, "
-            "or train the run again"
-        )
-
-
-@cache
-def byte_letters() -> dict[int, str]:
-    """How GPT-2 writes bytes as text, in the order of its ids: as in Latin-1, or if invisible from U+0100."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
-
-
-@cache
-def letter_bytes() -> dict[str, int]:
-    return {letter: b for b, letter in byte_letters().items()}
-
-
-def spell(token: bytes) -> str:
-    return "".join(map(byte_letters().__getitem__, token))
-
-
-def unspell(text: str) -> bytes:
-    return bytes(map(letter_bytes().__getitem__, text))
-
-
-TOKENIZER_JSON = """{
-"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-"post_processor": null,
-"decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-"model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-"end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false}}"""
-
-
-def _halves(pair: str | list[str]) -> list[str]:
-    return pair.split(" ") if isinstance(pair, str) else pair  # older files have "a b"
-
-
-def _pattern_of(content: dict) -> str:
-    """The pattern of a tokenizer.json. ValueError if it does what we could not do identically."""
-    *before, last = (content["pre_tokenizer"] or {}).get("pretokenizers", [content["pre_tokenizer"] or {}])
-    if content["model"]["type"] != "BPE" or content["normalizer"] or last.get("type") != "ByteLevel":
-        raise ValueError("it is of another kind")
-    if last["add_prefix_space"] or any(t["lstrip"] or t["rstrip"] for t in content["added_tokens"]):
-        raise ValueError("it adds or strips spaces")
-    if not before and last.get("use_regex", True):
-        return GPT2_PATTERN
-    if [step["type"] for step in before] != ["Split"] or last.get("use_regex", True):
-        raise ValueError("it cuts words in its own way")
-    return before[0]["pattern"]["Regex"]
-
-
-# -----------------------------------------------------------------------------
-# Token files
-
-
-@contextmanager
-def atomic_open(path: Path, outdates: Path | None = None):
-    """A file to write that will be there whole, or not at all. `outdates` goes right before it comes."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if outdates:
-            outdates.unlink(missing_ok=True)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        # A write that fails (the disk is full) does not say where.
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, f"cannot write, {error.strerror}", str(path)) from None
-        raise
-
-
-def write_json(path: Path, content: dict) -> None:
-    with atomic_open(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and make it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (it holds no object): delete it and make it again")
-    return found
-
-
-def tokens_folder(cfg: TokenizerConfig) -> Path:
-    """Where the tokenizer and the token files of these settings are."""
-    kind = str(cfg.vocab_size) if cfg.tokenizer == "bpe" else file_name(cfg.tokenizer)
-    digits = "-digits" if cfg.split_digits and cfg.tokenizer == "bpe" else ""
-    return Path(cfg.tokens or Path(cfg.out) / "tokens" / f"{file_name(cfg.corpus)}-{kind}{digits}")
-
-
-def file_name(text: str) -> str:
-    """A name as it is; for a path, a glob or a mix, what is readable of it, and a checksum."""
-    if re.fullmatch(r"\w+", text):
-        return text
-    readable = re.sub(r"\W+", "_", text).strip("_")[-40:]
-    return f"{readable}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def write_tokens(
-    tokenizer: Tokenizer,
-    texts: Iterable[str],
-    folder: str | Path,
-    split: str,
-    info: dict | None = None,
-    threads: int | None = None,
-) -> dict:
-    """Encode documents into `{folder}/{split}.bin`; returns what `{split}.json` then says about it.
-
-    The .bin is nothing but ids, little-endian uint16 (uint32 for more than 65,536 tokens): an <|endoftext|>
-    at the start and one after each document. `info` (source, licence, fingerprint) joins the .json. Documents
-    stream through: a corpus need not fit in memory. The .json comes last, so what has one is complete.
-    """
-    import numpy as np
-
-    path, threads = Path(folder) / f"{split}.bin", threads or CORES
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    meta = {"tokenizer": tokenizer.hash, "dtype": dtype, "tokens": 0, "documents": 0, "bytes": 0}
-    checksum = hashlib.sha256()
-    with atomic_open(path, outdates=path.with_suffix(".json")) as file, ThreadPoolExecutor(threads) as pool:
-        start = ([tokenizer.eot_id], 0, 0)
-        parts = map_ahead(pool, partial(_encode_documents, tokenizer), in_batches(texts, SLAB), 4 * threads)
-        for ids, n_documents, n_bytes in chain([start], parts):
-            data = np.asarray(ids, np.dtype(dtype).newbyteorder("<")).tobytes()
-            file.write(data)
-            checksum.update(data)
-            meta["tokens"] += len(ids)
-            meta["documents"] += n_documents
-            meta["bytes"] += n_bytes  # of text in UTF-8, without separators: what bits per byte divides by
-        if not meta["documents"]:
-            raise ValueError(f"no documents to write to {path}")
-    meta |= {"sha256": checksum.hexdigest()} | (info or {})
-    write_json(path.with_suffix(".json"), meta)
-    return meta
-
-
-def _encode_documents(tokenizer: Tokenizer, texts: list[str]) -> tuple:
-    """Ids of documents, an <|endoftext|> after each; the number of documents; their bytes."""
-    joined = EOT.join([*texts, ""])
-    try:
-        n_bytes = len(joined.encode()) - len(EOT) * len(texts)
-    except UnicodeEncodeError:
-        return _encode_documents(tokenizer, [valid(text) for text in texts])
-    if joined.count(EOT) == len(texts) and len(joined) < 4 * SLAB:
-        # All in one call, into an array: 1.4x faster than lists of ids for documents of 1 KB.
-        ids = tokenizer._core.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
-    else:  # one is very long, or spells <|endoftext|> and must not end there
-        ids = [i for text in texts for i in (*tokenizer.encode(text, allowed_special=()), tokenizer.eot_id)]
-    return ids, len(texts), n_bytes
-
-
-def open_tokens(folder: str | Path, split: str, tokenizer: "Tokenizer | str | None" = None) -> tuple:
-    """A token file mapped into memory, and its .json: (np.memmap (tokens,), dict).
-
-    FileNotFoundError if it is not there; ValueError if it is cut short, or made with another tokenizer than
-    `tokenizer` (or the one with this hash).
-    """
-    import numpy as np
-
-    path = Path(folder) / f"{split}.bin"
-    remedy = 'run "python tokenizer.py" with this run\'s settings'
-    if not (path.exists() and path.with_suffix(".json").exists()):
-        raise FileNotFoundError(f"there is no {path} with a .json beside it: {remedy}")
-    meta = read_json(path.with_suffix(".json"))
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    size, expected = path.stat().st_size, meta["tokens"] * dtype.itemsize
-    if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, its .json says {expected:,}: delete it and {remedy}")
-    wanted = getattr(tokenizer, "hash", tokenizer)
-    if wanted and meta["tokenizer"] != wanted:
-        was, now = meta["tokenizer"][:8], wanted[:8]
-        raise ValueError(f"{path} was made with tokenizer {was}.., this run uses {now}..: {remedy}")
-    return np.memmap(path, dtype, mode="r"), meta
 
 
 # -----------------------------------------------------------------------------
@@ -849,34 +486,11 @@ def prepare_tokens(cfg: TokenizerStageConfig) -> tuple[Tokenizer, Path]:
     """The tokenizer and the folder of these settings, after making what is not there yet."""
     folder = tokens_folder(cfg)
     with alone_in(folder):
-        return make_tokens(cfg, folder), folder
-
-
-def make_tokens(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
-    tokenizer = prepare_tokenizer(cfg, folder)
-    print(f"{folder}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens)} of them special")
-    for split in ("train", "validation", "test"):
-        try:
-            info = corpus_info(cfg.corpus, split)
-        except DataError as error:
-            if split != "test":
-                raise
-            print(f"test: {str(error).splitlines()[0]}")
-            continue
-        meta, rate = None, "was there"
-        with suppress(OSError, ValueError):  # missing, cut short or foreign
-            meta = open_tokens(folder, split, tokenizer)[1]
-        most = cfg.train_megabytes if split == "train" else 0
-        info |= {"megabytes": most} if most else {}
-        if not meta or any(meta.get(k) != info.get(k) for k in ("fingerprint", "megabytes")) or cfg.overwrite:
-            start = time.perf_counter()
-            texts = at_most(documents(cfg.corpus, split, about=info), 1e6 * (most or float("inf")))
-            texts = with_progress(texts, f"encoding {split}")
-            meta = write_tokens(tokenizer, texts, folder, split, info, cfg.workers)
-            rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"
-        per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"
-        print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}; {rate}")
-    return tokenizer
+        tokenizer = prepare_tokenizer(cfg, folder)
+        print(f"{folder}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens)} of them special")
+        for split in ("train", "validation", "test"):
+            prepare_split(cfg, folder, tokenizer, split)
+    return tokenizer, folder
 
 
 def prepare_tokenizer(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
@@ -898,7 +512,7 @@ def prepare_tokenizer(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
     tokenizer = new_tokenizer(cfg)
     write_json(note, settings)
     tokenizer.save(folder)
-    report(tokenizer, next(documents(cfg.corpus, "validation")))
+    print_report(tokenizer, next(documents(cfg.corpus, "validation")))
     return tokenizer
 
 
@@ -908,35 +522,57 @@ def new_tokenizer(cfg: TokenizerStageConfig) -> Tokenizer:
     if cfg.tokenizer != "bpe":
         return Tokenizer.load(cfg.tokenizer)
     start, pattern = time.perf_counter(), DIGITS_PATTERN if cfg.split_digits else GPT2_PATTERN
-    texts = at_most(documents(cfg.corpus, "train"), 1e6 * (cfg.learn_megabytes or float("inf")))
-    texts = with_progress(texts, "counting words")
-    vocab, merges = train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS, pattern, workers=cfg.workers)
+    texts = at_most(documents(cfg.corpus, "train"), cfg.learn_megabytes)
+    vocab, merges = train_bpe(with_progress(texts, "counting words"), cfg.vocab_size, SPECIAL_TOKENS, pattern)
     print(f"learnt {len(merges):,} merges in {time.perf_counter() - start:.1f} s")
     if len(vocab) < cfg.vocab_size:
         print(f"no pairs are left to merge: {len(vocab):,} tokens, not {cfg.vocab_size:,}")
     return Tokenizer(vocab, merges, SPECIAL_TOKENS, pattern)
 
 
-def at_most(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
+def prepare_split(cfg: TokenizerStageConfig, folder: Path, tokenizer: Tokenizer, split: str) -> None:
+    """Writes the token file of one split, unless it is there already."""
+    try:
+        info = corpus_info(cfg.corpus, split)
+    except DataError as error:
+        if split != "test":
+            raise
+        print(f"test: {str(error).splitlines()[0]}")
+        return
+    megabytes = cfg.train_megabytes if split == "train" else 0
+    if megabytes:
+        info["megabytes"] = megabytes
+    meta, rate = {}, "was there"
+    with suppress(OSError, ValueError):  # missing, truncated or of another tokenizer
+        meta = open_tokens(folder, split, tokenizer)[1]
+    same = all(meta.get(key) == info.get(key) for key in ("fingerprint", "megabytes"))
+    if cfg.overwrite or not meta or not same:
+        start = time.perf_counter()
+        texts = at_most(documents(cfg.corpus, split, about=info), megabytes)
+        meta = write_tokens(
+            tokenizer, with_progress(texts, f"encoding {split}"), folder, split, info, cfg.workers
+        )
+        rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"
+    per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"
+    print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}; {rate}")
+
+
+def at_most(texts: Iterable[str], megabytes: float) -> Iterator[str]:
+    """The first `megabytes` of the texts, up to the end of a text; 0: all."""
+    left = 1e6 * megabytes or float("inf")
     for text in texts:
-        if n_bytes <= 0:
+        if left <= 0:
             return
-        n_bytes -= len(text.encode("utf-8", "replace"))
+        left -= len(text.encode("utf-8", "replace"))
         yield text
 
 
-def with_progress(texts: Iterable[str], what: str) -> Iterator[str]:
-    """`texts`, with a bar that counts characters where somebody watches."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text))
+def with_progress(texts: Iterable[str], what: str) -> Iterable[str]:
+    return tqdm()(texts, what, unit=" documents", unit_scale=True, disable=None, leave=False)
 
 
-def report(tokenizer: Tokenizer, sample: str) -> None:
-    """What one wants to see of a new vocabulary: its longest tokens, and where it cuts."""
+def print_report(tokenizer: Tokenizer, sample: str) -> None:
+    """Prints the longest tokens of a new vocabulary, and how it cuts some texts."""
     learnt = sorted((a + b for a, b in tokenizer.merges), key=len, reverse=True)
     print("longest tokens:", ", ".join(repr(token.decode("utf-8", "replace")[:30]) for token in learnt[:8]))
     sample = " ".join(sample.split())[:200]
@@ -947,12 +583,8 @@ def report(tokenizer: Tokenizer, sample: str) -> None:
 
 def main() -> None:
     cfg = parse_config(TokenizerStageConfig, __doc__)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the way that cleans up
     try:
         prepare_tokens(cfg)
-    except KeyboardInterrupt:
-        print("interrupted; nothing is half-written, the same command goes on", file=sys.stderr)
-        raise
     except (DataError, OSError, ValueError) as error:
         sys.exit(f"tokenizer.py: {error}")
 

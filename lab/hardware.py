@@ -346,7 +346,7 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
 def data(cfg: HardwareConfig, device: torch.device) -> dict:
     """Megabytes of text that one core encodes a second, and what TinyStories' 2.2 GB take at that rate."""
     texts = list(islice(documents("storyworld", "train"), 3000))
-    tokenizer = Tokenizer(*train_bpe(texts, 8192, SPECIAL_TOKENS, workers=1), SPECIAL_TOKENS)
+    tokenizer = Tokenizer(*train_bpe(texts, 8192, SPECIAL_TOKENS), SPECIAL_TOKENS)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
 
     def encode():

@@ -192,10 +192,10 @@ def tokenizers(cfg: PeersConfig) -> None:
     import tokenizers as hf
     from tokenizers import models, pre_tokenizers, trainers
 
-    texts = list(at_most(documents(cfg.corpus, "train"), 20e6))
+    texts = list(at_most(documents(cfg.corpus, "train"), 20))
 
     def ours():
-        return train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS, workers=cfg.workers)
+        return train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS)
 
     def hugging_face():
         model = hf.Tokenizer(models.BPE())
@@ -217,7 +217,7 @@ def tokenizers(cfg: PeersConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         mine.save(folder)
         theirs = hf.Tokenizer.from_file(f"{folder}/tokenizer.json")
-    core, whole = mine._core, "".join(texts)[: 100 * SLAB]
+    core, whole = mine.core, "".join(texts)[: 100 * SLAB]
     texts = [whole[i : i + SLAB] for i in range(0, len(whole), SLAB)]
 
     def plain_anew():

@@ -25,7 +25,8 @@ from support.chat_template import without_generation_marks
 from support.files import write_atomically
 from support.hf_format import LLAMA, SWITCHES, architecture, gpt2_names
 from support.results import read_json
-from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer, spell
+from support.tokenizer_json import spell
+from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer
 
 # transformers' name of an architecture -> llama.cpp's. Its "llama" also computes Mixtral's experts.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen3": "qwen3", "gpt2": "gpt2"}

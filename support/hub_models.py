@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import check_sampling, sample
 from support.tables import valid
-from tokenizer import HUB_MARK, letter_bytes, unspell
+from support.tokenizer_json import HUB_MARK, letter_bytes, unspell
 
 
 class HubTokenizer:

@@ -20,7 +20,8 @@ from support.hub_models import HubTokenizer
 from support.machine import pick_dtype
 from support.runs import TrainError, read_json, weights_hash
 from support.text_model import KINDS, TextModel, class_name
-from tokenizer import EOT, ForeignTokenizer, Tokenizer, check_tokenizer
+from support.tokenizer_json import ForeignTokenizer, check_tokenizer
+from tokenizer import EOT, Tokenizer
 
 
 def load_model(

@@ -32,11 +32,11 @@ from support.hub_models import HubTokenizer
 from support.hub_models import generate as hub_generate
 from support.machine import pick_dtype
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
-from support.processes import become_worker, tqdm, worker_pool
+from support.processes import become_worker, map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
 from support.tables import read_jsonl
 from tasks.calculator import calculator_answer
-from tokenizer import CHAT_TEMPLATE, ROLES, Tokenizer, map_ahead
+from tokenizer import CHAT_TEMPLATE, ROLES, Tokenizer
 
 KINDS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 

@@ -19,7 +19,8 @@ from support.machine import pick_device
 from support.memory import shape_of
 from support.runs import TrainError, read_json
 from support.text_model import TextModel, ask, hf_context
-from tokenizer import ForeignTokenizer, Tokenizer
+from support.tokenizer_json import ForeignTokenizer
+from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

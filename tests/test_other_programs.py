@@ -15,7 +15,8 @@ from finetune import FinetuneConfig, finetune, merge
 from support.loading import adapter_base, kind_of, load_model
 from support.runs import TrainError, read_json, read_jsonl
 from support.text_model import ask, label_order
-from tokenizer import EOT, SPECIAL_TOKENS, ForeignTokenizer, Tokenizer
+from support.tokenizer_json import ForeignTokenizer
+from tokenizer import EOT, SPECIAL_TOKENS, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

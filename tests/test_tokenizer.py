@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -21,8 +20,23 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import tokenizer as T
-from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer, train_bpe
+from support import seams
+from support.runs import read_json
+from support.tokenizer_json import spell, unspell
+from tokenizer import (
+    DIGITS_PATTERN,
+    EOT,
+    GPT2_PATTERN,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    TokenizerConfig,
+    count_words,
+    learn_merges,
+    open_tokens,
+    tokens_folder,
+    train_bpe,
+    write_tokens,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
@@ -34,10 +48,10 @@ TEXT = """The cat can't see what they'll do; we've said it's 3 o'clock, 2024-06-
 aaaa aaa aaaaaaa abab ababab banana bananas the then there these other others <|endoftext|> <|end <|end|>
 """
 WORDS = (
-    "the cat sat on a mat and then another cat can't bear 12 or 345 bananas , it said . low lower newer wide"
+    "the cat sat on a mat and then another can't bear 12 or 345 bananas , it said . low lower newer".split()
 )
 rng = random.Random(1)
-CORPUS = TEXT + " ".join(rng.choice(WORDS.split()) for _ in range(5000)) + "\n" + TEXT
+CORPUS = TEXT + " ".join(rng.choices(WORDS, k=5000)) + "\n" + TEXT
 
 
 def real(name: str) -> str:
@@ -54,9 +68,8 @@ def small() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def digits() -> Tokenizer:
-    return Tokenizer(
-        *train_bpe([CORPUS], 500, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS, DIGITS_PATTERN
-    )
+    learnt = train_bpe([CORPUS], 500, SPECIAL_TOKENS, split_digits=True)
+    return Tokenizer(*learnt, SPECIAL_TOKENS, DIGITS_PATTERN)
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +87,8 @@ def any_tokenizer(request) -> Tokenizer:
 
 # Letters newer than the regex engines' common Unicode version may be cut differently by each.
 known = st.characters(exclude_categories=("Cs", "Cn")).filter(lambda c: unicodedata.category(c) != "Cn")
-awkward = st.lists(
-    st.sampled_from(
-        [*SPECIAL_TOKENS, *TEXT.split(" "), " ", "  ", "\n", "\r\n", "a", "<|", "|>", "'", "'r", "e"]
-    )
-).map("".join)
-texts = st.one_of(st.text(known), awkward, st.text("ab '\n 1"))
+odd = [*SPECIAL_TOKENS, *TEXT.split(" "), " ", "  ", "\n", "\r\n", "a", "<|", "|>", "'", "'r", "e"]
+texts = st.one_of(st.text(known), st.lists(st.sampled_from(odd)).map("".join), st.text("ab '\n 1"))
 
 
 # -----------------------------------------------------------------------------
@@ -107,23 +116,23 @@ def slow_bpe(text: str, n_merges: int, special_tokens: list[str], pattern: str) 
 
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, DIGITS_PATTERN, r"\S+|\s+"])
-def test_merges_are_those_of_a_slow_implementation(pattern):
+def test_merges_are_those_of_a_slow_implementation(pattern, tmp_path):
     text = CORPUS[:4000]
-    assert train_bpe([text], 400, SPECIAL_TOKENS, pattern)[1] == slow_bpe(text, 139, SPECIAL_TOKENS, pattern)
+    learnt = train_bpe([text], 400, SPECIAL_TOKENS, pattern)
+    assert learnt[1] == slow_bpe(text, 139, SPECIAL_TOKENS, pattern)
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    assert train_bpe(tmp_path / "text.txt", 400, SPECIAL_TOKENS, pattern) == learnt
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text("aab c"), st.integers(0, 30))
 @example("aaaa aaa aa a aaaaa", 8)
 @example("abababab ababab bababa", 8)
+@example("ab zy zyx", 3)  # ties go to the greater pair of bytes
+@example("aaa", 5)  # fewer pairs than asked for
 def test_merges_of_overlapping_pairs_are_those_of_a_slow_implementation(text, n):
-    assert train_bpe([text], 256 + n, [])[1] == slow_bpe(text, n, [], GPT2_PATTERN)
-
-
-def test_ties_go_to_the_greater_pair_of_bytes():
-    assert train_bpe(["ab zy zyx"], 257, [])[1] == [(b"z", b"y")]
-    assert train_bpe(["ab ba"], 258, [])[1] == [(b"b", b"a"), (b"a", b"b")]
-    assert train_bpe(["abx"], 260, [])[1] == [(b"b", b"x"), (b"a", b"bx")]
+    vocab, merges = train_bpe([text], 256 + n, [])
+    assert merges == slow_bpe(text, n, [], GPT2_PATTERN) and len(vocab) == 256 + len(merges)
 
 
 def test_merges_agree_with_the_tokenizers_library_up_to_ties():
@@ -134,11 +143,10 @@ def test_merges_agree_with_the_tokenizers_library_up_to_ties():
     text = real("tinystories/TinyStories-train-first-2MiB.txt.gz")[:1_000_000].replace(EOT, "")
     theirs = Theirs(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=656, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=656, show_progress=False, initial_alphabet=alphabet)
     theirs.train_from_iterator([text], trainer)
-    merges = [tuple(map(T.unspell, pair)) for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    merges = [tuple(map(unspell, pair)) for pair in json.loads(theirs.to_str())["model"]["merges"]]
     ours = train_bpe([text], 656, [])[1]
     assert ours[:79] == merges[:79] and len(set(ours) - set(merges)) <= 2
     assert sum(set(ours[:k]) == set(merges[:k]) for k in range(400)) > 300
@@ -148,56 +156,25 @@ def test_one_long_word_takes_a_time_that_grows_with_its_length_alone():
     random.seed(1)
     for word in ("a" * 200_000, "".join(random.choices("ACGT", k=200_000))):
         begun = time.process_time()
-        T.learn_merges({word: 1}, 40)
+        learn_merges({word: 1}, 40)
         assert time.process_time() - begun < 2  # it was quadratic: 20,000 letters took longer
 
 
-def test_special_tokens_are_not_learnt_from_merged_or_split():
+def test_special_tokens_are_not_learnt_from_and_ids_are_bytes_then_merges_then_special_tokens():
     text = f"low low{EOT}lower<|end|>end " * 50
     vocab, merges = train_bpe([text], 300, SPECIAL_TOKENS)
-    assert all(b"<|" not in a + b and b"|>" not in a + b and b"endof" not in a + b for a, b in merges)
-    assert [vocab[len(vocab) - 5 + i].decode() for i in range(5)] == SPECIAL_TOKENS
     assert merges == train_bpe(regex.split(r"<\|\w+\|>", text), 300, SPECIAL_TOKENS)[1]
+    learnt = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
+    assert vocab == dict(enumerate(learnt + [token.encode() for token in SPECIAL_TOKENS]))
     tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
     assert tokenizer.encode(f"low{EOT}") == [*tokenizer.encode("low"), tokenizer.eot_id]
-
-
-def test_ids_are_bytes_then_merges_then_special_tokens():
-    vocab, merges = train_bpe([CORPUS], 300, SPECIAL_TOKENS)
-    assert list(vocab) == list(range(300))
-    assert [vocab[i] for i in range(256)] == [bytes([i]) for i in range(256)]
-    assert [vocab[256 + i] for i in range(39)] == [a + b for a, b in merges]
-
-
-def test_a_text_with_too_few_pairs_gives_a_smaller_vocabulary():
-    vocab, merges = train_bpe(["aaa"], 1000, [EOT])
-    assert merges == [(b"a", b"a"), (b"aa", b"a")] and len(vocab) == 259
-
-
-def test_a_vocabulary_without_room_for_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size=200"):
-        train_bpe(["text"], 200, SPECIAL_TOKENS)
-
-
-@pytest.mark.parametrize("pattern", [GPT2_PATTERN, r"\S+\s?|\s+"])
-def test_counting_in_processes_and_in_batches_gives_the_same_words(monkeypatch, tmp_path, pattern):
-    special = tuple(SPECIAL_TOKENS)
-    whole = T.count_words(pattern, special, [CORPUS])
-    path = tmp_path / "text.txt"
-    path.write_bytes(CORPUS.encode())
-    monkeypatch.setattr(T, "BATCH", 500)  # so that a small text has many batches, cut at seams
-    for workers in (1, 2):
-        texts = T.read_text(path, pattern, special)
-        assert T.count_all_words(texts, pattern, special, workers) == whole
-    monkeypatch.setattr(T, "SERIAL_BATCHES", 10**9)
-    assert train_bpe(path, 400, SPECIAL_TOKENS, pattern) == train_bpe([CORPUS], 400, SPECIAL_TOKENS, pattern)
 
 
 @settings(max_examples=200, deadline=None)
 @given(texts)
 def test_counting_at_spaces_first_changes_no_count(text):
-    assert T.count_words(GPT2_PATTERN, (), [text]) == Counter(regex.findall(GPT2_PATTERN, text))
-    assert T.count_words(DIGITS_PATTERN, (), [text]) == Counter(regex.findall(DIGITS_PATTERN, text))
+    for pattern in (GPT2_PATTERN, DIGITS_PATTERN):
+        assert count_words([text], pattern) == Counter(regex.findall(pattern, text))
 
 
 def test_gpt2_pattern_cuts_as_the_original():
@@ -206,74 +183,41 @@ def test_gpt2_pattern_cuts_as_the_original():
         assert regex.findall(GPT2_PATTERN, text) == regex.findall(original, text)
 
 
-def test_a_small_text_is_learnt_in_about_a_second_by_one_process(monkeypatch):
-    monkeypatch.setattr(T, "worker_pool", None)  # starting one would fail
-    start = time.process_time()
-    train_bpe([CORPUS * 6], 500, SPECIAL_TOKENS)
-    assert len(CORPUS) * 6 > 133_000 and time.process_time() - start < 1.5
-
-
-def test_text_that_is_not_utf8_is_refused_by_name(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 100)
-    with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
-        train_bpe(tmp_path / "latin.txt", 300, [])
-
-
 def test_lone_surrogates_are_learnt_encoded_and_written_as_replacement(tmp_path, small):
     text = "ab \ud800 c"
     train_bpe([text], 300, SPECIAL_TOKENS)
     assert small.decode(small.encode(text)) == small.decode(small.encode_plain(text)) == "ab \ufffd c"
-    assert T.write_tokens(small, [text], tmp_path, "train")["bytes"] == len("ab \ufffd c".encode())
+    assert write_tokens(small, [text], tmp_path, "train")["bytes"] == len("ab \ufffd c".encode())
 
 
 # -----------------------------------------------------------------------------
 # Encoding
 
 
-@settings(max_examples=150, deadline=None)
-@given(texts)
-def test_what_is_encoded_decodes_to_itself(small, digits, text):
-    for tokenizer in (small, digits):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.decode(tokenizer.encode(text, allowed_special=())) == text
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text())
-def test_any_unicode_decodes_to_itself(digits, text):
-    assert digits.decode(digits.encode(text)) == text
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.binary())
-def test_any_bytes_can_be_spelled_and_decoded(small, data):
-    assert small.decode(list(data)) == data.decode("utf-8", "replace")  # ids 0-255 are the bytes
-    assert small.decode(small.merge_word(data)) == data.decode("utf-8", "replace")
-    assert T.unspell(T.spell(data)) == data
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 600)))
-def test_decoding_any_ids_never_fails(small, ids):
-    assert small.decode(ids) == small.decode(np.array(ids, dtype=np.int64))
-
-
-def test_ids_that_do_not_exist_decode_to_the_replacement_character(small):
-    assert small.decode([104, small.vocab_size, 105]) == "h\ufffdi"
-
-
 @settings(max_examples=200, deadline=None)
 @given(texts)
-def test_the_plain_encoder_agrees_with_the_rust_core(small, digits, text):
+def test_both_encoders_agree_and_what_is_encoded_decodes_to_itself(small, digits, text):
     for tokenizer in (small, digits):
-        assert tokenizer.encode_plain(text) == tokenizer.encode(text)
-        assert tokenizer.encode_plain(text, ()) == tokenizer.encode(text, ())
+        for allowed in ("all", ()):
+            ids = tokenizer.encode(text, allowed)
+            assert tokenizer.decode(ids) == text and tokenizer.encode_plain(text, allowed) == ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(), st.text(), st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 600)))
+def test_any_unicode_and_bytes_can_be_encoded_and_any_ids_decoded(small, digits, data, text, ids):
+    assert digits.decode(digits.encode(text)) == text
+    assert small.decode(list(data)) == data.decode("utf-8", "replace")  # ids 0-255 are the bytes
+    assert small.decode(small.merge_word(data)) == data.decode("utf-8", "replace")
+    assert unspell(spell(data)) == data
+    assert small.decode(ids) == small.decode(np.array(ids, dtype=np.int64))
+    assert small.decode([104, small.vocab_size, 105]) == "h\ufffdi"
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("abc", min_size=0, max_size=60), st.integers(0, 40), st.text("abc", max_size=30))
 def test_rank_order_and_merge_order_agree_for_any_learnt_vocabulary(corpus, n, text):
-    """The claim in Tokenizer._core, where it would break first: of few letters, tokens nest and overlap."""
+    """The claim in Tokenizer.core, where it would break first: of few letters, tokens nest and overlap."""
     tokenizer = Tokenizer(*train_bpe([corpus], 256 + n, []))
     assert tokenizer.encode(text) == tokenizer.encode_plain(text)
     assert len(set(tokenizer.vocab.values())) == len(tokenizer.vocab)
@@ -284,12 +228,11 @@ def test_the_plain_encoder_agrees_on_real_text(any_tokenizer):
     assert any_tokenizer.encode_plain(text) == any_tokenizer.encode(text)
 
 
-def test_a_vocabulary_that_was_not_learnt_is_refused(tmp_path, small):
+def test_a_vocabulary_that_was_not_learnt_is_refused(tmp_path):
     """Here "abc" is spelled ab + c, but b + c comes first: alone, its bytes are a, bc."""
     merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    wrong = Tokenizer(dict(enumerate(tokens)), merges)
-    wrong.save(tmp_path)
+    Tokenizer(dict(enumerate(tokens)), merges).save(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="not what its own merges make"):
         Tokenizer.load(tmp_path)
@@ -299,10 +242,9 @@ def test_merges_out_of_order_or_out_of_vocabulary_are_refused():
     vocab = dict(enumerate([bytes([b]) for b in range(256)] + [b"ab", b"bc"]))
     with pytest.raises(ValueError, match="order"):
         Tokenizer(vocab, [(b"b", b"c"), (b"a", b"b")])
-    with pytest.raises(ValueError, match="lacks"):
-        Tokenizer(vocab, [(b"a", b"c")])
-    with pytest.raises(ValueError, match="lacks"):
-        Tokenizer({0: b"a"}, [])
+    for few, merges in ((vocab, [(b"a", b"c")]), ({0: b"a"}, [])):
+        with pytest.raises(ValueError, match="lacks"):
+            Tokenizer(few, merges)
 
 
 def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
@@ -311,7 +253,6 @@ def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
     theirs = tiktoken.get_encoding("gpt2")
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.eot_id == 50256 and gpt2.special_ids["<|end|>"] == 50260 and gpt2.vocab_size == 50261
-    assert gpt2._ranks == theirs._mergeable_ranks
     assert gpt2.encode(TEXT) == gpt2.encode_plain(TEXT)
     for text in (TEXT.replace("<|end|>", ""), real("wikitext-2/wiki.test.tokens.gz")):
         assert gpt2.encode(text) == theirs.encode(text, allowed_special="all")
@@ -320,11 +261,8 @@ def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
 def test_long_texts_are_cut_without_a_trace(monkeypatch, small):
     pieces = [CORPUS, " " * 3000 + "x", "\n \t" * 500, "y" * 3000, " \n" * 1000]
     text = "".join(rng.sample(pieces * 3, 15))
-    expected = small.encode_plain(text)
-    assert small.encode(text) == expected
-    monkeypatch.setattr(T, "SLAB", 100)
-    monkeypatch.setattr(T, "SLABS", regex.compile(T.SLABS.pattern.replace("65536", "100")))
-    assert small.encode(text) == expected
+    monkeypatch.setattr("tokenizer.SLABS", regex.compile(seams.SLABS.pattern.replace("65536", "100")))
+    assert small.encode(text) == small.encode_plain(text)
 
 
 def test_a_million_spaces_or_letters_are_encoded(small):
@@ -338,30 +276,24 @@ def test_encode_iterable_equals_encode_wherever_the_text_is_cut(small, text, cut
     cuts = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     chunks = [text[a:b] for a, b in pairwise(cuts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "SLAB", 4 * enough)  # how much it waits for
-        assert list(small.encode_iterable(chunks)) == small.encode(text)
-        assert list(small.encode_iterable(chunks, ())) == small.encode(text, ())
+        patch.setattr(seams, "SLAB", 4 * enough)  # how much it waits for
+        for allowed in ("all", ()):
+            assert list(small.encode_iterable(chunks, allowed)) == small.encode(text, allowed)
 
 
-def test_encode_iterable_with_special_tokens_that_have_spaces_and_overlap(small):
+def test_encode_iterable_with_special_tokens_that_have_spaces_and_overlap(small, monkeypatch):
     special = ["<a b>", "<a b> <c>", " <", "b> x"]
     tokenizer = Tokenizer(small.vocab, small.merges, special)
+    monkeypatch.setattr(seams, "SLAB", 4)
     for seed in range(300):
-        draw = random.Random(seed)
-        text = "".join(draw.choice([*special, "<a", " b>", " ", "  ", "x", "\n"]) for _ in range(30))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(T, "SLAB", 4)
-            assert (
-                list(tokenizer.encode_iterable(iter(text)))
-                == tokenizer.encode(text)
-                == tokenizer.encode_plain(text)
-            )
+        text = "".join(random.Random(seed).choices([*special, "<a", " b>", " ", "  ", "x", "\n"], k=30))
+        ids = tokenizer.encode(text)
+        assert list(tokenizer.encode_iterable(iter(text))) == ids == tokenizer.encode_plain(text)
 
 
 def test_encode_iterable_is_lazy_and_bounded_in_memory(small):
     ids = small.encode_iterable("a line of an endless text\n" for _ in count())
-    for _ in range(100):
-        next(ids)
+    next(ids)
     tracemalloc.start()
     for _ in range(500_000):
         next(ids)
@@ -370,49 +302,41 @@ def test_encode_iterable_is_lazy_and_bounded_in_memory(small):
 
 
 def test_encode_batch_equals_encode(small):
-    batch = [CORPUS[i : i + 3000] for i in range(0, len(CORPUS), 3000)] * 10
-    assert small.encode_batch(batch) == [small.encode(text) for text in batch]
-    assert small.encode_batch(["a<|end|>", ""], threads=1, allowed_special=()) == [
-        small.encode("a<|end|>", ()),
-        [],
-    ]
+    batch = [CORPUS[i : i + 3000] for i in range(0, len(CORPUS), 3000)] + ["a<|end|>", ""]
+    for allowed in ("all", ()):
+        assert small.encode_batch(batch, 2, allowed) == [small.encode(text, allowed) for text in batch]
 
 
-def test_special_tokens_become_ids_only_where_they_are_allowed(small):
-    text = f"a{EOT}b<|end|>"
-    eot, end = small.eot_id, small.special_ids["<|end|>"]
+def test_special_tokens_become_ids_only_where_they_are_allowed_and_the_longest_wins(small):
+    text, eot, end = f"a{EOT}b<|end|>", small.eot_id, small.special_ids["<|end|>"]
     assert small.encode(text) == [ord("a"), eot, ord("b"), end]
     assert eot not in small.encode(text, allowed_special=())
     assert [i for i in small.encode(text, allowed_special={EOT}) if i >= small.eot_id] == [eot]
-    with pytest.raises(ValueError, match="no special token <|pad|>".replace("|", r"\|")):
+    with pytest.raises(ValueError, match=r"no special token <\|pad\|>"):
         small.encode(text, allowed_special={"<|pad|>"})
     assert small.decode(small.encode(text), skip_special_tokens=True) == "ab"
-
-
-def test_of_overlapping_special_tokens_the_longest_wins(small):
     tokenizer = Tokenizer(small.vocab, small.merges, [EOT, EOT + EOT])
     assert tokenizer.encode(EOT * 3) == [tokenizer.special_ids[EOT + EOT], tokenizer.special_ids[EOT]]
     assert list(tokenizer.encode_iterable([EOT] * 3)) == tokenizer.encode(EOT * 3)
 
 
 def test_digits_stay_single(digits, small):
-    ids = digits.encode("12345 + 67 = 12412, 1999, ٣٤")
-    numbers = [digits.decode([i]) for i in ids]
-    assert all(sum(c.isdigit() for c in token) <= 1 for token in numbers)
-    assert all(len(token) == 1 for token in numbers if any(c in "0123456789" for c in token))
+    tokens = [digits.decode([i]) for i in digits.encode("12345 + 67 = 12412, 1999, ٣٤")]
+    assert all(sum(c.isdigit() for c in token) <= 1 for token in tokens)
+    assert all(len(token) == 1 for token in tokens if any(c in "0123456789" for c in token))
     assert any(len(small.decode([i]).strip()) > 1 for i in small.encode(" 345 12"))
 
 
 def test_the_hash_tells_everything_that_changes_ids(small, digits):
-    same = Tokenizer(small.vocab, small.merges, SPECIAL_TOKENS)
+    vocab, merges = small.vocab, small.merges
     others = [
         digits,
-        Tokenizer(small.vocab, small.merges[:-1], SPECIAL_TOKENS),
-        Tokenizer(small.vocab, small.merges, [EOT]),
-        Tokenizer(small.vocab, small.merges, SPECIAL_TOKENS, DIGITS_PATTERN),
+        Tokenizer(vocab, merges[:-1], SPECIAL_TOKENS),
+        Tokenizer(vocab, merges, [EOT]),
+        Tokenizer(vocab, merges, SPECIAL_TOKENS, DIGITS_PATTERN),
     ]
-    assert same.hash == small.hash and len({small.hash, *(t.hash for t in others)}) == 5
-    assert len(small.hash) == 64
+    assert Tokenizer(vocab, merges, SPECIAL_TOKENS).hash == small.hash
+    assert len({small.hash, *(t.hash for t in others)}) == 5
 
 
 # -----------------------------------------------------------------------------
@@ -429,19 +353,17 @@ def auto(folder):
 def test_transformers_loads_what_we_save_and_gives_the_same_ids(any_tokenizer, tmp_path, model_type):
     """Whatever model lies beside it: for some model types transformers would rather rebuild the tokenizer."""
     any_tokenizer.save(tmp_path)
+    eos = any_tokenizer.eot_id
     if model_type:
-        eos = any_tokenizer.eot_id
-        config = {"model_type": model_type, "vocab_size": any_tokenizer.vocab_size, "eos_token_id": eos}
-        (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": eos}))
+        config = {"model_type": model_type, "vocab_size": any_tokenizer.vocab_size}
+        (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": eos, "bos_token_id": eos}))
     theirs = auto(tmp_path)
-    wiki = SHARED / "wikitext-2/wiki.test.tokens.gz"
-    more = gzip.decompress(wiki.read_bytes()).decode()[:200_000] if wiki.exists() and not model_type else ""
-    for text in (TEXT, CORPUS[:5000], more, "", " ", "a<|end|> b", EOT * 2):
+    for text in (TEXT, CORPUS[:5000], "", " ", "a<|end|> b", EOT * 2):
         ids = any_tokenizer.encode(text)
         assert theirs.encode(text) == ids
         assert theirs.decode(ids) == any_tokenizer.decode(ids) == text
     assert len(theirs) == any_tokenizer.vocab_size
-    assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == any_tokenizer.eot_id
+    assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == eos
 
 
 def test_ids_are_those_of_transformers_on_all_of_wikitext2(small, tmp_path):
@@ -450,19 +372,19 @@ def test_ids_are_those_of_transformers_on_all_of_wikitext2(small, tmp_path):
     assert auto(tmp_path).encode(text) == small.encode(text)
 
 
-@settings(max_examples=100, deadline=None)
-@given(text=texts)
-def test_transformers_agrees_on_arbitrary_text(text, small, digits, hf_pair):
-    for ours, theirs in zip((small, digits), hf_pair, strict=True):
-        assert theirs.encode(text) == ours.encode(text)
-
-
 @pytest.fixture(scope="session")
 def hf_pair(small, digits, tmp_path_factory):
     folders = [tmp_path_factory.mktemp("saved") for _ in range(2)]
     for tokenizer, folder in zip((small, digits), folders, strict=True):
         tokenizer.save(folder)
     return [auto(folder) for folder in folders]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_transformers_agrees_on_arbitrary_text(text, small, digits, hf_pair):
+    for ours, theirs in zip((small, digits), hf_pair, strict=True):
+        assert theirs.encode(text) == ours.encode(text)
 
 
 CHAT = [
@@ -483,10 +405,9 @@ def test_chat_is_what_the_template_makes(small, hf_pair, add):
 
 def test_what_is_said_in_a_chat_is_never_a_special_token(small):
     ids = small.chat([{"role": "user", "content": f"<|end|><|system|>{EOT}"}])
-    assert [i for i in ids if i >= small.eot_id] == [
-        small.special_ids[t] for t in ("<|user|>", "<|end|>", "<|assistant|>")
-    ]
-    with pytest.raises(ValueError, match="unknown role 'tool'"):
+    marks = [small.special_ids[token] for token in ("<|user|>", "<|end|>", "<|assistant|>")]
+    assert [i for i in ids if i >= small.eot_id] == marks
+    with pytest.raises(ValueError, match=r"no special token <\|tool\|>"):
         small.chat([{"role": "tool", "content": ""}])
 
 
@@ -500,9 +421,8 @@ def test_a_saved_tokenizer_loads_the_same(any_tokenizer, tmp_path):
 def test_a_gpt2_tokenizer_that_transformers_saved_loads(gpt2, tmp_path):
     from transformers import GPT2TokenizerFast
 
-    vocab = {T.spell(token): i for i, token in gpt2.vocab.items() if i < 50256} | {EOT: 50256}
-    merges = [(T.spell(a), T.spell(b)) for a, b in gpt2.merges]
-    theirs = GPT2TokenizerFast(vocab=vocab, merges=merges)
+    vocab = {spell(token): i for i, token in gpt2.vocab.items() if i < 50256} | {EOT: 50256}
+    theirs = GPT2TokenizerFast(vocab=vocab, merges=[(spell(a), spell(b)) for a, b in gpt2.merges])
     theirs.save_pretrained(tmp_path)
     ours = Tokenizer.load(tmp_path)
     assert ours.encode("Hello world") == [15496, 995] and ours.vocab_size == 50257 and ours.eot_id == 50256
@@ -512,35 +432,31 @@ def test_a_gpt2_tokenizer_that_transformers_saved_loads(gpt2, tmp_path):
 
 
 def test_a_missing_damaged_or_foreign_tokenizer_file_says_so(small, tmp_path):
+    file = tmp_path / "tokenizer.json"
     with pytest.raises(FileNotFoundError, match='"python tokenizer.py" makes one'):
         Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", ')
+    file.write_text('{"version": "1.0", ')
     with pytest.raises(ValueError, match="damaged"):
         Tokenizer.load(tmp_path)
     small.save(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    for key, value in {
-        "model": {"type": "Unigram"},
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": None,
-    }.items():
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {key: value}))
+    content = json.loads(file.read_text())
+    for other in ({"model": {"type": "Unigram"}}, {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None}):
+        file.write_text(json.dumps(content | other))
         with pytest.raises(ValueError, match="not a byte-level BPE"):
             Tokenizer.load(tmp_path)
 
 
 def test_gpt2_without_network_or_cache_says_what_to_do(tmp_path):
     code = "from tokenizer import Tokenizer; Tokenizer.gpt2()"
-    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    env = (
-        os.environ
-        | nowhere
-        | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "DATA_DIR": str(tmp_path), "NO_PROXY": ""}
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
+    nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:9")
+    nowhere |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "DATA_DIR": str(tmp_path), "NO_PROXY": ""}
+    done = run("-c", code, env=os.environ | nowhere)
     assert done.returncode and "TIKTOKEN_CACHE_DIR" in done.stderr and "--tokenizer=bpe" in done.stderr
+
+
+def run(*words: str, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
+    args = {"cwd": cwd, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run([sys.executable, *words], **args)
 
 
 # -----------------------------------------------------------------------------
@@ -550,81 +466,70 @@ def test_gpt2_without_network_or_cache_says_what_to_do(tmp_path):
 def test_token_files_hold_every_document_between_separators(small, tmp_path):
     docs = ["One day.", "", "Two\n\ndays ", f"says {EOT} itself", "é" * 10, CORPUS * 8]
     info = {"source": "here", "licence": "MIT", "fingerprint": "f"}
-    meta = T.write_tokens(small, iter(docs), tmp_path, "train", info)
-    tokens, same = T.open_tokens(tmp_path, "train", small)
+    meta = write_tokens(small, iter(docs), tmp_path, "train", info)
+    tokens, same = open_tokens(tmp_path, "train", small)
     assert meta == same and meta["documents"] == len(docs) and meta["dtype"] == "uint16" == str(tokens.dtype)
     assert meta["bytes"] == sum(len(doc.encode()) for doc in docs) and info.items() <= meta.items()
     borders = np.flatnonzero(tokens == small.eot_id)
     assert len(borders) == len(docs) + 1 and borders[0] == 0 and borders[-1] == len(tokens) - 1
-    assert [small.decode(tokens[a + 1 : b]) for a, b in pairwise(borders)] == docs
     assert [small.encode(doc, ()) for doc in docs] == [list(tokens[a + 1 : b]) for a, b in pairwise(borders)]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "train.json"}
 
 
 def test_more_than_65536_tokens_need_uint32(tmp_path):
     vocab = dict(enumerate([bytes([b]) for b in range(256)])) | {70_000: EOT.encode()}
-    T.write_tokens(Tokenizer(vocab, [], [EOT]), ["abc"], tmp_path, "train")
-    tokens, meta = T.open_tokens(tmp_path, "train")
+    write_tokens(Tokenizer(vocab, [], [EOT]), ["abc"], tmp_path, "train")
+    tokens, meta = open_tokens(tmp_path, "train")
     assert meta["dtype"] == "uint32" and tokens.tolist() == [70_000, 97, 98, 99, 70_000]
 
 
 def test_a_token_file_that_is_missing_cut_short_or_foreign_is_refused_by_name(small, digits, tmp_path):
     with pytest.raises(FileNotFoundError, match="train.bin.*python tokenizer.py"):
-        T.open_tokens(tmp_path, "train", small)
-    T.write_tokens(small, ["One", "two"], tmp_path, "train")
-    with pytest.raises(
-        ValueError, match=f"train.bin was made with tokenizer {small.hash[:8]}.*{digits.hash[:8]}"
-    ):
-        T.open_tokens(tmp_path, "train", digits)
-    with open(tmp_path / "train.bin", "r+b") as file:
-        file.truncate(3)
+        open_tokens(tmp_path, "train", small)
+    write_tokens(small, ["One", "two"], tmp_path, "train")
+    with pytest.raises(ValueError, match=f"train.bin.*tokenizer {small.hash[:8]}.*{digits.hash[:8]}"):
+        open_tokens(tmp_path, "train", digits)
+    os.truncate(tmp_path / "train.bin", 3)
     with pytest.raises(ValueError, match="train.bin has 3 bytes"):
-        T.open_tokens(tmp_path, "train", small)
+        open_tokens(tmp_path, "train", small)
     (tmp_path / "train.json").unlink()
     with pytest.raises(FileNotFoundError, match="train.bin"):
-        T.open_tokens(tmp_path, "train", small)
+        open_tokens(tmp_path, "train", small)
 
 
-def test_a_full_disk_leaves_no_half_file_and_keeps_the_old_one(small, tmp_path, monkeypatch):
-    before = T.write_tokens(small, ["the old text"], tmp_path, "train")
+def test_a_full_disk_or_an_interrupt_leaves_no_half_file_and_keeps_the_old_one(small, tmp_path, monkeypatch):
+    def interrupted():
+        yield CORPUS * 10
+        raise KeyboardInterrupt
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    before = write_tokens(small, ["the old text"], tmp_path, "train")
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(small, interrupted(), tmp_path, "train")
+    with pytest.raises(ValueError, match="no documents"):
+        write_tokens(small, [], tmp_path, "train")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device.*train.bin"):
-        T.write_tokens(small, ["a new text"], tmp_path, "train")
+        write_tokens(small, ["a new text"], tmp_path, "train")
     with pytest.raises(OSError, match=r"tokenizer_config\.json"):
         small.save(tmp_path)
-    assert T.open_tokens(tmp_path, "train", small)[1] == before
+    assert open_tokens(tmp_path, "train", small)[1] == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.bin", "train.json"]
-
-
-def test_documents_that_fail_midway_leave_nothing(small, tmp_path):
-    def docs():
-        yield CORPUS * 10
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        T.write_tokens(small, docs(), tmp_path, "train")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="no documents"):
-        T.write_tokens(small, [], tmp_path, "train")
 
 
 def test_folders_have_clean_names_that_tell_settings_apart():
     def folder(**settings):
-        return T.tokens_folder(T.TokenizerConfig(**settings)).as_posix()
+        return tokens_folder(TokenizerConfig(**settings)).as_posix()
 
     assert folder() == "out/tokens/storyworld-4096"
     assert folder(vocab_size=512, split_digits=True, out="o") == "o/tokens/storyworld-512-digits"
     assert folder(tokenizer="gpt2", vocab_size=1, split_digits=True) == "out/tokens/storyworld-gpt2"
     assert folder(tokens="mine/here") == "mine/here"
-    odd = [
-        folder(corpus=c)
-        for c in ("a/*.txt", "a_/.txt", "tinystories:0.9,arithmetic:0.1", "tinystories:0.1,arithmetic:0.9")
-    ]
-    assert len(set(odd)) == 4 and all(regex.fullmatch(r"out/tokens/\w+-4096", name) for name in odd)
+    corpora = ("a/*.txt", "a_/.txt", "tinystories:0.9,arithmetic:0.1", "tinystories:0.1,arithmetic:0.9")
+    names = {folder(corpus=corpus) for corpus in corpora}
+    assert len(names) == 4 and all(regex.fullmatch(r"out/tokens/\w+-4096", name) for name in names)
 
 
 # -----------------------------------------------------------------------------
@@ -634,14 +539,12 @@ def test_folders_have_clean_names_that_tell_settings_apart():
 @pytest.fixture()
 def notes(tmp_path) -> Path:
     for i in range(40):
-        (tmp_path / f"note{i:02}.txt").write_text(" ".join(rng.choice(WORDS.split()) for _ in range(300)))
+        (tmp_path / f"note{i:02}.txt").write_text(" ".join(rng.choices(WORDS, k=300)))
     return tmp_path
 
 
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"DATA_DIR": str(cwd / "data")}
-    args = [sys.executable, str(ROOT / "tokenizer.py"), *words]
-    return subprocess.run(args, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return run(str(ROOT / "tokenizer.py"), *words, cwd=cwd, env=os.environ | {"DATA_DIR": str(cwd / "data")})
 
 
 def test_the_command_does_everything_once_and_refuses_to_change_it(notes):
@@ -651,8 +554,7 @@ def test_the_command_does_everything_once_and_refuses_to_change_it(notes):
     assert "bytes per token" in first.stdout and "longest tokens" in first.stdout and "the| " in first.stdout
     stamps = {path: path.stat().st_mtime_ns for path in (notes / "tokens").iterdir()}
     assert {p.name for p in stamps} >= {"tokenizer.json", "train.bin", "validation.json", "test.json"}
-    again = command(*args, cwd=notes)
-    assert again.returncode == 0 and again.stdout.count("was there") == 3
+    assert command(*args, cwd=notes).stdout.count("was there") == 3
     assert stamps == {path: path.stat().st_mtime_ns for path in (notes / "tokens").iterdir()}
     (notes / "tokens" / "validation.json").unlink()  # as if killed between the two files
     assert command(*args, cwd=notes).stdout.count("was there") == 2
@@ -668,77 +570,30 @@ def test_less_training_text_may_be_encoded_and_another_amount_is_encoded_anew(no
     args = ["--corpus=note*.txt", "--vocab_size=300", "--tokens=tokens"]
 
     def sizes() -> list[int]:
-        return [T.read_json(notes / "tokens" / f"{s}.json")["bytes"] for s in ("train", "validation")]
+        return [read_json(notes / "tokens" / f"{s}.json")["bytes"] for s in ("train", "validation")]
 
     command(*args, cwd=notes)
-    whole = sizes()
+    all_of_it = sizes()
     assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 2
-    assert 10_000 <= sizes()[0] < 15_000 < whole[0] and sizes()[1] == whole[1]
+    assert 10_000 <= sizes()[0] < 15_000 < all_of_it[0] and sizes()[1] == all_of_it[1]
     assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 3
-    assert command(*args, cwd=notes).returncode == 0 and sizes() == whole
+    assert command(*args, cwd=notes).returncode == 0 and sizes() == all_of_it
 
 
-def test_what_a_user_can_cause_ends_in_a_message(notes):
+@pytest.mark.parametrize(
+    "bad", ["--corpus=none*.txt", "--tokens=file", "--vocab_size=100", "--tokenizer=none"]
+)
+def test_what_a_user_can_cause_ends_in_a_message(notes, bad):
     (notes / "file").write_text("in the way")
-    for words, message in {
-        ("--corpus=none*.txt",): "none*.txt",
-        ("--corpus=note*.txt", "--tokens=file"): "file",
-        ("--corpus=note*.txt", "--vocab_size=100"): "vocab_size=100",
-        ("--corpus=note*.txt", "--tokenizer=nowhere"): "nowhere",
-    }.items():
-        done = command(*words, cwd=notes)
-        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_end_with_their_parent(kill, tmp_path):
-    code = """
-import itertools, signal, sys, tokenizer as T
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits "ignore"
-T.BATCH, T.SERIAL_BATCHES = 1 << 16, 2
-def texts():
-    for i in itertools.count():
-        if i == 40: print("running", flush=True)
-        yield "some words of text " * 4000
-try:
-    T.train_bpe(texts(), 300, [], workers=2)
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    parent.stdout.readline()
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    assert len(children) >= 2
-    parent.send_signal(kill)
-    try:
-        parent.wait(timeout=20)
-    finally:
-        parent.kill()  # its text never ends
-    for _ in range(100):
-        alive = [pid for pid in children if Path(f"/proc/{pid}").exists() and "Z" not in _state(pid)]
-        if not alive:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"left behind: {alive}")
-
-
-def _state(pid: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return "Z"
+    done = command("--corpus=note*.txt", bad, cwd=notes)
+    name, value = bad.removeprefix("--").split("=")
+    message = f"{name}={value}" if name == "vocab_size" else value
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_the_tokenizer_needs_no_torch_and_starts_at_once():
     heavy = {"torch", "transformers", "numpy", "tiktoken", "regex", "datasets"}
-    code = f"import sys, tokenizer; print({heavy} & set(sys.modules) or 'none')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run("-c", f"import sys, tokenizer; print({heavy} & set(sys.modules) or 'none')")
     assert done.stdout.strip() == "none", done.stdout + done.stderr
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "tokenizer.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert "--vocab_size" in done.stdout and time.perf_counter() - start < 5
+    assert "--vocab_size" in run("tokenizer.py", "--help").stdout and time.perf_counter() - start < 5
