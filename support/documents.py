@@ -1,70 +1,120 @@
 """Files as documents (.txt, .jsonl, .parquet, plain or gzipped); a held-out tail where no split is given."""
 
 import hashlib
+import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from glob import escape, glob
 from itertools import islice
 
 from support.tables import TABLE, DataError, columns_of, read_rows, shortened, text_lines, text_of
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 1_000  # documents, at most, in a validation or test split that is cut from a tail
-HOLD_OUT = {  # what is said about it
+HOLD_OUT = {  # how a source names it
     "train": "all but the held-out tail",
     "test": f"held out: the 5 % before the last 5 %, at most {HELD_OUT:,} documents",
     "validation": f"held out: the last 5 %, at most {HELD_OUT:,} documents",
 }
 PASSAGE = 2_000  # characters; text without <|endoftext|> is cut at the next blank line after so many
+DOCUMENTS = re.compile(r"\.(txt|tokens|raw|jsonl|parquet)(\.gz)?$")
 
 
-def kind_of_file(path: str) -> str:
-    match = re.search(r"\.(txt|tokens|raw|jsonl|parquet)(\.gz)?$", path)
-    return match[1] if match else ""
+@dataclass
+class Source:
+    """One split of a corpus, found: how to read it, and what a run records about it."""
+
+    read: Callable[[dict], Iterator[str]]  # counts rows without text in the given dict, as "left_out"
+    source: str
+    licence: str
+    fingerprint: Callable[[], str]
+    running_text: Callable[[], bool] = lambda: False  # True if its documents are pieces of longer texts
+    size: int | None = None  # documents to take from a generator, which would never end
 
 
-def read_file(path: str, articles: bool = False, about: dict | None = None) -> Iterator[str]:
-    """The documents of a file: rows of .jsonl and .parquet (field "text"); of .txt what stands between
+def own_files(corpus: str) -> list[str]:
+    """The files of a path, a folder or a glob. An existing path is no glob, even with [ ] or * in it."""
+    if os.path.isdir(corpus):
+        found = glob(os.path.join(escape(corpus), "**"), recursive=True)
+        return sorted(path for path in found if os.path.isfile(path) and DOCUMENTS.search(path))
+    if os.path.isfile(corpus):
+        return [corpus]
+    return sorted(path for path in glob(corpus, recursive=True) if os.path.isfile(path))
+
+
+def from_files(
+    paths: list[str],
+    names: list[str],
+    licence: str,
+    hold_out: str | None = None,
+    torn: bool = False,
+    articles: bool = False,
+) -> Source:
+    """`names` are what is shown of `paths`. `hold_out`: these files have no splits, so this one is cut from
+    their tail. `torn`: the last document is incomplete. `articles`: they are WikiText.
+    """
+    for path in paths:
+        if not DOCUMENTS.search(path):
+            raise DataError(f"{path}: cannot read this; .txt, .jsonl and .parquet can be read, also as .gz")
+        if os.path.getsize(path) == 0:
+            raise DataError(f"{path} is empty")
+    source = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
+    source += f" ({HOLD_OUT[hold_out]})" if hold_out else ""
+
+    def read(about: dict) -> Iterator[str]:
+        docs = (doc for path in paths for doc in read_file(path, articles, about))
+        return hold_out_tail(docs, hold_out, torn) if hold_out else docs
+
+    def fingerprint() -> str:
+        return sha256(block for path in paths for block in blocks_of_file(path))
+
+    def running_text() -> bool:
+        return articles or not any(TABLE.search(path) or has_marks(path) for path in paths)
+
+    return Source(read, source, licence, fingerprint, running_text)
+
+
+def read_file(path: str, articles: bool, about: dict) -> Iterator[str]:
+    """The documents of a file: rows of .jsonl and .parquet (field "text"); of .txt the texts between
     <|endoftext|> marks, or else passages of about PASSAGE characters. `articles`: it is WikiText. Rows
     without text are counted in `about`["left_out"].
     """
-    about = {} if about is None else about
     if articles:  # kept to the byte: its perplexity is compared with other people's
         yield from articles_of(wikitext_lines(path))
         return
     if TABLE.search(path):
-        yield from texts_of_table(path, about)
-        return
-    lines = text_lines(path)
-    docs = between_marks(lines) if has_marks(path) else passages(lines)
-    docs = filter(None, map(str.strip, docs))
-    first = next(docs, None)
-    if first is None:
+        docs = texts_of_table(path, about)
+    else:
+        lines = text_lines(path)
+        docs = filter(None, map(str.strip, between_marks(lines) if has_marks(path) else passages(lines)))
+    empty = True
+    for doc in docs:
+        empty = False
+        yield doc
+    if empty:
         raise DataError(f"{path} holds no text")
-    yield first
-    yield from docs
 
 
 def texts_of_table(path: str, about: dict) -> Iterator[str]:
-    rows, empty, found = 0, [], False
-    for row in read_rows(path, ("text",)):
-        rows += 1
-        text = text_of(row.get("text"), f'{path}, row {rows}, "text"')
+    empty, found = [], False
+    for number, row in enumerate(read_rows(path, ("text",)), 1):
+        text = text_of(row.get("text"), f'{path}, row {number}, "text"')
         if text is not None:
             found = True
             yield text
             continue
         about["left_out"] = about.get("left_out", 0) + 1
-        if len(empty) < 100:
-            empty.append(row)
-    if not rows:
-        raise DataError(f"{path} holds no text")
-    if not found:
+        empty = empty or [row]
+    if empty and not found:
         raise nothing_to_read(path, empty, 'a "text"')
 
 
 def nothing_to_read(source: str, rows: list[dict], what: str) -> DataError:
     """The error for a data set in which no row has its text."""
+    if not rows:
+        return DataError(f"{source} holds no rows")
     return DataError(
         f"{source}: no row has {what}; the columns are {columns_of(rows)} (row 1: {shortened(rows[0])})"
     )

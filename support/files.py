@@ -29,7 +29,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # an error of write(), such as a full disk, lacks it
+        if error.errno:
+            error.filename = error.filename or str(path)  # an error of write(), such as a full disk, lacks it
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,19 +13,29 @@ is left out; a row in an unknown format is a DataError.
 """
 
 import re
+from dataclasses import dataclass
 
 from support.tables import DataError, shortened, text_of
 
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
-TEXT_PARTS = ("text", "input_text", "output_text")
+TURNS = ("messages", "conversations", "conversation")  # names of a column with messages
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A conversation that ends with the user's turn, and two answers to it."""
+
+    messages: list[dict]  # [{"role": "system", "user" or "assistant", "content": ...}, ...]
+    chosen: str
+    rejected: str
 
 
 def talk(question: str, answer: str = "") -> list[dict]:
     """A question, and an answer if there is one, as messages."""
     turns = [{"role": "user", "content": question}]
-    return turns + [{"role": "assistant", "content": answer}] * bool(answer)
+    return turns + [{"role": "assistant", "content": answer}] if answer else turns
 
 
 def first_question(messages: list[dict]) -> str:
@@ -34,23 +44,57 @@ def first_question(messages: list[dict]) -> str:
     return questions[0] if questions else messages[0]["content"]
 
 
-def content_text(content, where: str) -> str | None:
-    """The text of a message's content: a string, or a list of parts that must all be text."""
-    if not isinstance(content, list):
-        return text_of(content, where)
-    texts = []
-    for part in content:
-        if isinstance(part, str):
-            part = {"text": part}
-        if not isinstance(part, dict):
-            raise DataError(f"{where}: a part of a message should be text, but is {shortened(part)}")
-        kind = part.get("type", "text")
-        if kind not in TEXT_PARTS:
-            raise DataError(
-                f"{where}: a message has a part of type {kind!r}: only text is supported; remove such rows"
-            )
-        texts.append(text_of(part.get("text"), where) or "")
-    return text_of("\n".join(texts), where)
+def messages_of(row: dict, where: str = "") -> list[dict]:
+    """A row as a conversation; [] if it has no text or no assistant turn."""
+    turns = first_of(row, TURNS)
+    if turns is not None:
+        messages = as_messages(turns, where)
+        return messages if any(m["role"] == "assistant" for m in messages) else []
+    instances = row.get("instances")  # self-instruct's seed tasks
+    if isinstance(instances, list) and instances and isinstance(instances[0], dict):
+        row = instances[0] | row
+    asked = question_of(row, where)
+    answer = as_answer(first_of(row, ("output", "response", "completion", "answer")), where)
+    return asked + answer if asked and answer else []
+
+
+def preference_of(row: dict, where: str = "") -> Preference | None:
+    """A row as a Preference; None if it lacks a side, or if its sides answer different questions."""
+    asked = question_of(row, where) or as_messages(first_of(row, TURNS) or [], where)
+    if asked and asked[-1]["role"] != "user":
+        asked = []
+    sides = []
+    for name in ("chosen", "rejected"):
+        side = as_answer(row.get(name), where)
+        if isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:"):
+            side = transcript(row[name].strip())
+        if not side or side[-1]["role"] != "assistant":
+            return None
+        before = (
+            asked if asked and len(side) == 1 else side[:-1]
+        )  # else this side holds the whole conversation
+        sides.append((before, side[-1]["content"]))
+    (messages, chosen), (others, rejected) = sides
+    return Preference(messages, chosen, rejected) if messages and messages == others else None
+
+
+def question_of(row: dict, where: str) -> list[dict]:
+    """The prompt of a row, as messages."""
+    asked = first_of(row, ("instruction", "prompt", "question"))
+    if isinstance(asked, list):
+        return as_messages(asked, where)
+    asked, more = text_of(asked, where), text_of(first_of(row, ("input", "context")), where)
+    if asked is None:
+        return []
+    return talk(f"{asked}\n\n{more}" if more else asked)
+
+
+def as_answer(value, where: str) -> list[dict]:
+    """A cell that holds an answer, or messages that end in one, as messages; [] if it has no text."""
+    if isinstance(value, list):
+        return as_messages(value, where)
+    turn = value if isinstance(value, dict) else {"content": value}
+    return as_messages([{"role": "assistant"} | turn], where)
 
 
 def as_messages(turns, where: str) -> list[dict]:
@@ -73,6 +117,20 @@ def as_messages(turns, where: str) -> list[dict]:
     return messages
 
 
+def content_text(content, where: str) -> str | None:
+    """The text of a message's content: a string, or a list of parts that must all be text."""
+    if not isinstance(content, list):
+        return text_of(content, where)
+    texts = []
+    for part in content:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text"):
+            raise DataError(f"{where}: only text is supported, but a message has a part {shortened(part)}")
+        texts.append(text_of(part.get("text"), where) or "")
+    return text_of("\n".join(texts), where)
+
+
 def first_of(row: dict, names: tuple[str, ...]):
     """The first of these columns that is there and not empty: None, NaN, [] or a text without a word."""
     for name in names:
@@ -83,73 +141,8 @@ def first_of(row: dict, names: tuple[str, ...]):
     return None
 
 
-def question_of(row: dict, where: str) -> list[dict]:
-    """The prompt of a row, as messages."""
-    asked = first_of(row, ("instruction", "prompt", "question"))
-    if isinstance(asked, list):
-        return as_messages(asked, where)
-    asked, more = text_of(asked, where), text_of(first_of(row, ("input", "context")), where)
-    if asked is None:
-        return []
-    return talk(f"{asked}\n\n{more}" if more else asked)
-
-
-def messages_of(row: dict, where: str = "") -> list[dict]:
-    """A row as a conversation; [] if it has no text or no assistant turn."""
-    turns = first_of(row, ("messages", "conversations", "conversation"))
-    if turns is not None:
-        messages = as_messages(turns, where)
-        return messages if any(m["role"] == "assistant" for m in messages) else []
-    answer = first_of(row, ("output", "response", "completion", "answer"))
-    instances = row.get("instances")  # self-instruct's seed tasks
-    if answer is None and isinstance(instances, list) and instances and isinstance(instances[0], dict):
-        row = row | {"input": instances[0].get("input")}
-        answer = instances[0].get("output")
-    asked, answer = question_of(row, where), as_answer(answer, where)
-    return asked + answer if asked and answer else []
-
-
-def pair_of(row: dict, where: str = "") -> tuple[list[dict], str, str]:
-    """A row as (messages, chosen answer, rejected answer); ([], "", "") if one of them is missing
-    or the two answers belong to different prompts.
-    """
-    asked = question_of(row, where)
-    turns = first_of(row, ("messages", "conversations", "conversation"))
-    if not asked and turns is not None:
-        asked = as_messages(turns, where)
-    if asked and asked[-1]["role"] != "user":
-        asked = []
-    sides = []
-    for name in ("chosen", "rejected"):
-        side = as_answer(row.get(name), where)
-        if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
-            side = _transcript(side[0]["content"])
-        if side and (not asked or side[0]["role"] != "assistant"):
-            before, answer = side[:-1], side[-1:]  # this side holds the whole conversation
-        else:
-            before, answer = asked, side
-        if not before or len(answer) != 1 or answer[0]["role"] != "assistant":
-            return [], "", ""
-        sides.append((before, answer[0]["content"]))
-    (messages, chosen), (others, rejected) = sides
-    return (messages, chosen, rejected) if messages == others else ([], "", "")
-
-
-def as_answer(value, where: str) -> list[dict]:
-    """A cell that holds an answer, or messages that end in one, as messages; [] if it has no text."""
-    if isinstance(value, dict):
-        return as_messages([{"role": "assistant"} | value], where)
-    if isinstance(value, list):
-        return as_messages(value, where)
-    text = text_of(value, where)
-    return [] if text is None else [{"role": "assistant", "content": text}]
-
-
-def _transcript(text: str) -> list[dict]:
+def transcript(text: str) -> list[dict]:
     """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line."""
-    messages = []
-    pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)[1:]
-    for name, text in zip(pieces[::2], pieces[1::2], strict=True):
-        role = "user" if name == "Human" else "assistant"
-        messages.append({"role": role, "content": text.strip()})
-    return messages
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)
+    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in pieces[::2])
+    return [{"role": role, "content": t.strip()} for role, t in zip(roles, pieces[1::2], strict=True)]

@@ -5,12 +5,12 @@ She has <<3+4=7>>7 nuts.
 #### 7
 """
 
+import operator
 import random
 import re
 from collections.abc import Iterator
-from itertools import islice
 
-from tasks.grammar import SEED, Slots, fill, number, parse, pick, split_of
+from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
 from tasks.stories import BOYS, GIRLS
 
 ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
@@ -18,7 +18,7 @@ beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs bal
 crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
 ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
 THINGS = [*GIRLS, *BOYS, *(word for pair in ITEMS for word in pair)]
-STEPS = {  # what is told, and what the solution says
+STEPS = {  # sentence of the question, sentence of the solution
     "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.", ""),
     "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}."),
     "buy": ("{He} (buys|finds) {k} more {item}.|{He} gets {k} more {item} from {other}.|{other} gives "
@@ -33,6 +33,7 @@ STEPS = {  # what is told, and what the solution says
     "fewer": ("{other} has {k} fewer {item} than {name}.", "{other} has {sum} {item}."),
     "together": ("{other} has {k} {item}.", "Together they have {sum} {item}."),
 }  # fmt: skip
+CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "more": "+", "fewer": "-", "together": "+"}
 LARGEST = {"start": 24, "boxes": 9, "buy boxes": 9, "times": 5}
 OF_OTHER = "How many {item} does {other} have?"
@@ -58,36 +59,37 @@ def arithmetic_problem(rng: random.Random, steps: int | None = None, traps: int 
 
     It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
     somebody, more or fewer, together. One or two sentences (`traps`) have a number that plays no part, or
-    would if something else were asked. `steps`: 1 to 4.
+    would if another question were asked. `steps`: 1 to 4.
     """
     steps = steps or pick(rng, (1, 2, 2, 3, 3, 4))
     traps = pick(rng, (1, 2)) if traps is None else traps
     while True:
-        problem = _attempt(rng, steps, traps)
+        problem = attempt(rng, steps, traps)
         if problem:
             return problem
 
 
-def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
-    """None if a number left the range: the caller tries again."""
-    he, names, others = pick(rng, (("she", GIRLS, BOYS), ("he", BOYS, GIRLS)))  # neither is ever in doubt
+def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
+    """A problem; None if a number left the range: the caller tries again."""
+    he, names, others = pick(rng, (("she", GIRLS, BOYS), ("he", BOYS, GIRLS)))  # no pronoun is ambiguous
     name, other, third = pick(rng, names), pick(rng, others), pick(rng, others)
     (item, box), (thing, _) = pick(rng, ITEMS), pick(rng, ITEMS)
     if item == thing or other == third:
         return None
     slots = Slots(name=name, other=other, third=third, he=he, item=item, box=box, thing=thing)
-    told, worked, total, kind = [], [], 0, pick(rng, ("start", "start", "start", "boxes"))
+    sentences, solution = [], []
 
     def work(kind: str, a: int, sign: str, b: int) -> int:
-        result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+        result = CALCULATE[sign](a, b)
         slots["sum"] = f"<<{a}{sign}{b}={result}>>{result}"
-        worked.append(fill(rng, parse(STEPS[kind][1]), slots))
+        solution.append(fill(rng, parse(STEPS[kind][1]), slots))
         return result
 
+    total, kind = 0, pick(rng, ("start", "start", "start", "boxes"))
     while True:
         n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 16))
         slots.update(n=str(n), k=str(k))
-        told.append(fill(rng, parse(STEPS[kind][0]), slots))
+        sentences.append(fill(rng, parse(STEPS[kind][0]), slots))
         if kind == "start":
             total = k
         elif kind == "boxes":
@@ -98,19 +100,20 @@ def _attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
             total = work(kind, total, SIGNS[kind], 2 if kind == "double" else k)
         if not 1 <= total <= LIMIT:
             return None
-        left = steps - len(worked)
+        left = steps - len(solution)
         if left == 0:
             break
         last = ["times", "more", "fewer", "together"] if left == 1 else ["buy boxes"]  # of others at the end
         kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
+
     question = QUESTIONS.get(kind, QUESTIONS[""])
     possible = list(parse(TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"))
     for _ in range(traps):
         slots.update(m=str(number(rng, 2, 24)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
         trap = fill(rng, [possible.pop(number(rng, 0, len(possible) - 1))], slots)  # nobody has two ages
-        told.insert(number(rng, 1, len(told)), trap)
-    question = fill(rng, parse(question), slots)
-    return {"question": " ".join([*told, question]), "answer": "\n".join([*worked, f"#### {total}"])}
+        sentences.insert(number(rng, 1, len(sentences)), trap)
+    sentences.append(fill(rng, parse(question), slots))
+    return {"question": " ".join(sentences), "answer": "\n".join([*solution, f"#### {total}"])}
 
 
 def arithmetic(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
@@ -120,16 +123,11 @@ def arithmetic(split: str, n: int | None = None, seed: int = SEED) -> Iterator[d
     other names in it.
     """
 
-    def problems() -> Iterator[dict]:
-        rng, seen = random.Random(f"arithmetic {split} {seed}"), set()
-        while True:
-            problem = arithmetic_problem(rng)
-            calculation = " ".join(re.findall("<<(.*?)>>", problem["answer"]))
-            if split_of(calculation) == split and problem["question"] not in seen:
-                seen.add(problem["question"])
-                yield problem
+    def make(rng: random.Random) -> tuple[dict, str]:
+        problem = arithmetic_problem(rng)
+        return problem, " ".join(re.findall("<<(.*?)>>", problem["answer"]))
 
-    return islice(problems(), n)
+    return generated("arithmetic", make, split, n, seed)
 
 
 def arithmetic_text(split: str) -> Iterator[str]:
@@ -142,43 +140,43 @@ def arithmetic_text(split: str) -> Iterator[str]:
     rng = random.Random(f"equations {split} {SEED}")
     for problem in arithmetic(split):
         yield f"{problem['question']}\n{problem['answer']}"
-        yield "\n".join(_equation(rng) for _ in range(8))
+        yield "\n".join(equation(rng) for _ in range(8))
 
 
 def numbers_text(split: str) -> Iterator[str]:
-    """Text with everything that word problems need except how to solve one: problems told, equations solved,
-    and lists told again.
+    """Text with everything that word problems need except how to solve one: questions, equations that are
+    solved, and lists repeated word for word.
 
-    For a base that shall be taught to solve them afterwards: what it can do then, it learnt then. Solving
-    begins with looking numbers up, which is the work of induction heads: find where the last words stood
-    before, and say what came next (Olsson et al., 2022). A model comes by them all at once or not at all.
-    Short lists of random things, each told four times, bring that about within 2M tokens; then the parts of
-    problems that are told again are copied as well, and names in stories. Without lists none of our bases
-    could copy, and SFT, which had to teach it, failed with one in four (report/alignment.md). Half of the
-    equations have the annotated form that solutions use.
+    For a base that is taught to solve problems later. Solving begins with copying numbers from the question,
+    which is the work of induction heads: find where the last words occurred before, and repeat what followed
+    (Olsson et al., 2022). A model learns them all at once or not at all. Short lists of random things, four
+    times each, bring that about within 2M tokens; then repeated parts of problems are copied as well, and
+    names in stories. Without lists none of our bases could copy, and SFT, which had to teach it, failed with
+    one in four (report/alignment.md). Half of the equations have the annotated form that solutions use.
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
         yield "\n".join([problem["question"], told_again(rng, problem["question"], 0.5)]).strip()
-        yield "\n".join(_equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
+        yield "\n".join(equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
         yield from ("\n".join([things(rng)] * 4) for _ in range(2))
 
 
 def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
-    """Some of a problem's sentences in another order, without what is asked."""
-    *told, _ = re.split(r"(?<=[.?]) ", question)
-    some = [sentence for sentence in told if rng.random() < share]
+    """Some of a problem's sentences in another order, without the question itself."""
+    sentences = re.split(r"(?<=[.?]) ", question)[:-1]
+    some = [sentence for sentence in sentences if rng.random() < share]
     return " ".join(sorted(some, key=lambda _: rng.random()))
 
 
 def things(rng: random.Random) -> str:
     """A list of eight random things, a quarter of them numbers."""
-    return " ".join(
-        pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)) for _ in range(8)
-    )
+    words = []
+    for _ in range(8):
+        words.append(pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)))
+    return " ".join(words)
 
 
-def _equation(rng: random.Random, annotated: bool = False) -> str:
+def equation(rng: random.Random, annotated: bool = False) -> str:
     sign = pick(rng, "++-*")
     if sign == "*":
         b = number(rng, 2, 12)
@@ -186,5 +184,5 @@ def _equation(rng: random.Random, annotated: bool = False) -> str:
     else:
         a = number(rng, 2, LIMIT - 1)
         b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    result = CALCULATE[sign](a, b)
     return f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{a}{sign}{b}={result}"

@@ -7,7 +7,7 @@ Max: Yes, it is behind the shed.
 import random
 from collections.abc import Iterator
 
-from tasks.grammar import SEED, Slots, fill, generated, parse, pick
+from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
 from tasks.stories import BOYS, ELDERS, GIRLS
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -15,33 +15,50 @@ PLACES = "the lake|the market|the old mill|the library|the beach|the bridge|the 
 TIMES = "nine|ten|noon|two|three|four|five|six".split("|")
 BELONGINGS = "ladder|tent|drum|kite|lamp|bike|camera|umbrella|sled|hammer|basket|guitar".split("|")
 CHORES = "paint the fence|clean the shed|carry the boxes|bake a cake|fix the roof|dig the garden".split("|")
-DUTIES = "visit {elder}|look after my brother|go to the dentist|practise for a concert|finish a report".split(
-    "|"
-)
+DUTIES = "visit {elder}|look after my brother|go to the dentist|practise for a concert|finish a report"
+DUTIES = DUTIES.split("|")
 SPOTS = "under the bench|behind the shed|on the bus|in the hall|next to the stove|at the bakery".split("|")
-# What is said, a line a turn, and what a summary says of it. A and B are the speakers.
-CHATS = (
-    "A: (Are you coming|Shall we go) to {place} on {day}?\n"
-    "B: (Yes|Sure|Gladly)(!|, at {time2}?) (How about {time}?|Let us say {time}.)\n"
-    "A: {Time} it is.\n"
-    "B: I will bring (the|my) {thing}.",
-    "{A} and {B} are going to {place} on {day} at {time}. {B} will bring the {thing}.",
-    "A: (Can|Could) you help me {chore} on {day}?\n"
-    "B: (Sorry|I am sorry), I have to {duty}.\n"
-    "A: (Never mind|No problem), I will ask {elder2}.",
-    "{B} cannot help {A} {chore} on {day}. {A} will ask {elder2}.",
-    "A: Have you seen my {thing}(| anywhere)?\n"
-    "B: (Yes, it is|I saw it|There is one) {spot}.\n"
-    "A: (Thank you|Oh, thanks)! I looked everywhere.",
-    "{A} has lost {a_his} {thing}. {B} saw it {spot}.",
-    "A: (May|Can) I borrow your {thing}?\n"
-    "B: (Yes|Of course), but I need it (back |)on {day}.\n"
-    "A: You will have it (then|by {time}), I promise.",
-    "{B} lends {A} {b_his} {thing} until {day}.",
-)  # fmt: skip
+CHATS = (  # (turns, a line each, of the speakers A and B; their summary)
+    (
+        "A: (Are you coming|Shall we go) to {place} on {day}?\n"
+        "B: (Yes|Sure|Gladly)(!|, at {time2}?) (How about {time}?|Let us say {time}.)\n"
+        "A: {Time} it is.\n"
+        "B: I will bring (the|my) {thing}.",
+        "{A} and {B} are going to {place} on {day} at {time}. {B} will bring the {thing}.",
+    ),
+    (
+        "A: (Can|Could) you help me {chore} on {day}?\n"
+        "B: (Sorry|I am sorry), I have to {duty}.\n"
+        "A: (Never mind|No problem), I will ask {elder2}.",
+        "{B} cannot help {A} {chore} on {day}. {A} will ask {elder2}.",
+    ),
+    (
+        "A: Have you seen my {thing}(| anywhere)?\n"
+        "B: (Yes, it is|I saw it|There is one) {spot}.\n"
+        "A: (Thank you|Oh, thanks)! I looked everywhere.",
+        "{A} has lost {a_his} {thing}. {B} saw it {spot}.",
+    ),
+    (
+        "A: (May|Can) I borrow your {thing}?\n"
+        "B: (Yes|Of course), but I need it (back |)on {day}.\n"
+        "A: You will have it (then|by {time}), I promise.",
+        "{B} lends {A} {b_his} {thing} until {day}.",
+    ),
+)
 SMALL_TALK = (
     "Lovely weather today.|I am so tired.|How is {elder3}?|I had soup for lunch.|My {thing2} is broken again."
 )
+
+
+DRAWN = {  # slots that are filled alike, in this order
+    "day": DAYS,
+    "place": PLACES,
+    "thing thing2": BELONGINGS,
+    "elder elder2 elder3": list(ELDERS),
+    "time time2": TIMES,
+    "chore": CHORES,
+    "spot": SPOTS,
+}
 
 
 def dialogue(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
@@ -50,20 +67,20 @@ def dialogue(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dic
     def make(rng: random.Random) -> tuple[dict, str]:
         girl, boy = (pick(rng, GIRLS), "her"), (pick(rng, BOYS), "his")
         (a, a_his), (b, b_his) = pick(rng, ((girl, boy), (boy, girl)))
-        slots = Slots(a=a, b=b, a_his=a_his, b_his=b_his, day=pick(rng, DAYS), place=pick(rng, PLACES))
-        slots |= {name: pick(rng, BELONGINGS) for name in ("thing", "thing2")}
-        slots |= {name: pick(rng, list(ELDERS)) for name in ("elder", "elder2", "elder3")}
-        slots |= {name: pick(rng, TIMES) for name in ("time", "time2")}
-        slots |= {"chore": pick(rng, CHORES), "spot": pick(rng, SPOTS)}
+        slots = Slots(a=a, b=b, a_his=a_his, b_his=b_his)
+        for names, options in DRAWN.items():
+            for name in names.split():
+                slots[name] = pick(rng, options)
         slots["duty"] = fill(rng, parse(pick(rng, DUTIES)), slots)
-        which = int(rng.random() * (len(CHATS) // 2))
-        turns = fill(rng, parse(CHATS[2 * which]), slots).split("\n")
-        for _ in range(int(rng.random() * 3)):
+        chat, summary = pick(rng, CHATS)
+        turns = fill(rng, parse(chat), slots).split("\n")
+        for _ in range(number(rng, 0, 2)):
             speaker = pick(rng, "AB")
-            turns.insert(int(rng.random() * len(turns)), f"{speaker}: {fill(rng, parse(SMALL_TALK), slots)}")
+            place = number(rng, 0, len(turns) - 1)
+            turns.insert(place, f"{speaker}: {fill(rng, parse(SMALL_TALK), slots)}")
         names = {"A": a, "B": b}
         chat = "\n".join(f"{names[turn[0]]}{turn[1:]}" for turn in turns)
-        summary = fill(rng, parse(CHATS[2 * which + 1]), slots)
+        summary = fill(rng, parse(summary), slots)
         return {"dialogue": chat, "summary": summary}, summary
 
     return generated("dialogue", make, split, n, seed)

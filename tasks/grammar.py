@@ -71,15 +71,18 @@ def number(rng: random.Random, low: int, high: int) -> int:
 
 
 def generated(name: str, make: Callable, split: str, n: int | None, seed: int) -> Iterator[dict]:
-    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature)."""
+    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature).
+
+    Rows are the same if their first column is. Signature None: `make` itself keeps the splits apart.
+    """
 
     def rows() -> Iterator[dict]:
         rng, seen = random.Random(f"{name} {split} {seed}"), set()
         while True:
             row, signature = make(rng)
-            text = next(iter(row.values()))
-            if split_of(signature) == split and text not in seen:
-                seen.add(text)
+            key = str(next(iter(row.values())))
+            if key not in seen and (signature is None or split_of(signature) == split):
+                seen.add(key)
                 yield row
 
     return islice(rows(), n)

@@ -55,16 +55,74 @@ def kinds_of(name: str, record: dict) -> list[str]:
 # -----------------------------------------------------------------------------
 # Solutions with annotated steps: 3*4=<<3*4=12>>12
 
-
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-WORDS = {word: str(i) for i, word in enumerate(WORDS)} | {
+WORDS = {word: str(i) for i, word in enumerate(WORDS)}
+WORDS |= {
     "dozen": "12",
     "twice": "2",
     "double": "2",
     "half": "2",
+    "triple": "3",
+    "third": "3",
+    "quarter": "4",
 }
-WORDS |= {"triple": "3", "third": "3", "quarter": "4", "twenty": "20", "thirty": "30", "hundred": "100"}
-UNITS = set("0.01 0.5 1 2 4 7 12 24 30 52 60 100 365 1000".split())  # hours, weeks, cents: nobody tells them
+WORDS |= {"twenty": "20", "thirty": "30", "hundred": "100"}
+UNITS = set("0.01 0.5 1 2 4 7 12 24 30 52 60 100 365 1000".split())  # hours, weeks, cents: known to everybody
+
+
+def solution_kind(output: str, target: str, question: str = "") -> str:
+    """What is wrong with a wrong solution, at the first step where it leaves the true one."""
+    if extract_number(output) is None:
+        return "none"
+    steps, true_steps = ([(e.replace(",", ""), r) for e, r in equations(text)] for text in (output, target))
+    if true_steps and not steps:
+        return "bare"
+    for i in range(min(len(steps), len(true_steps))):
+        kind = step_kind(steps, true_steps, i, question)
+        if kind:
+            return kind
+    if "####" in target and "####" not in output:
+        return "unfinished"
+    if len(steps) == len(true_steps):
+        return "answer"
+    return "missed" if len(steps) < len(true_steps) else "plan"
+
+
+def step_kind(steps: list[tuple], true_steps: list[tuple], i: int, question: str) -> str:
+    """What is wrong with step `i`, (expression, result), if all steps before it are right; "" if nothing is.
+
+    A step with the true step's value is the same step, however it is written. The order decides where several
+    kinds would fit: a number from nowhere, then a step left out (the next one is what the true solution does
+    later), then a number of the question that the true solution never uses.
+    """
+    (expression, result), (true, true_result) = steps[i], true_steps[i]
+    same = value_of(expression) is not None and value_of(expression) == value_of(true)
+    if not same and operands(expression) != operands(true):
+        return wrong_numbers(steps, true_steps, i, question)
+    order_matters = set(operators(true)) & set("-/")  # 5-3 is not 3-5
+    if not same and (operators(expression) != operators(true) or (expression != true and order_matters)):
+        return "operation"
+    return "slip" if extract_number(result) != extract_number(true_result) else ""
+
+
+def wrong_numbers(steps: list[tuple], true_steps: list[tuple], i: int, question: str) -> str:
+    """The kind of a step with other numbers than the true one."""
+    used, in_question = set(operands(steps[i][0])), told_numbers(question)
+    before = results_of(steps[:i])
+    needed = {x for expression, _ in true_steps for x in operands(expression)}
+    if question and not used <= in_question | UNITS | needed | before:
+        return "made up"
+    new = used - before
+    if new and extract_number(true_steps[i][1]) not in results_of(steps[i + 1 :]):
+        for expression, _ in true_steps[i + 1 :]:
+            later = set(operands(expression)) - results_of(true_steps)
+            if new == later and operators(steps[i][0]) == operators(expression):
+                return "missed"
+    return "distractor" if new & in_question - needed else "plan"
+
+
+def results_of(steps: list[tuple]) -> set[str | None]:
+    return {extract_number(result) for _, result in steps}
 
 
 def operands(expression: str) -> list[str]:
@@ -75,16 +133,6 @@ def operators(expression: str) -> str:
     return re.sub(r"[\d.]+", "", expression)
 
 
-def told_numbers(question: str) -> set[str]:
-    """The numbers that a question gives: in digits, in words, or as shares of 100."""
-    told = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
-    told |= {number for word, number in WORDS.items() if re.search(rf"\b{word}s?\b", question.lower())}
-    for percent in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent)", question):
-        share = Fraction(percent) / 100
-        told |= {decimal_text(x) for x in (share, 1 - share, 1 + share, 100 * (1 - share), 100 * (1 + share))}
-    return told
-
-
 def value_of(expression: str) -> Fraction | None:
     try:
         return calculate(expression)
@@ -92,43 +140,15 @@ def value_of(expression: str) -> Fraction | None:
         return None
 
 
-def solution_kind(output: str, target: str, question: str = "") -> str:
-    """What is wrong with a wrong solution, at the first step where it leaves the true one.
-
-    A step with the true step's value is the same step, however it is written. The order decides where several
-    kinds would fit: a number from nowhere, then a step left out (the next one is what the true solution does
-    later), then a number of the question that the true solution never uses.
-    """
-    if extract_number(output) is None:
-        return "none"
-    said, meant = ([(e.replace(",", ""), r) for e, r in equations(text)] for text in (output, target))
-    if meant and not said:
-        return "bare"
-    told = told_numbers(question)
-    needed = {x for expression, _ in meant for x in operands(expression)}
-    own = {extract_number(value) for _, value in meant}  # results of the true solution
-    results = set()  # so far, the same for both
-    for i, ((expression, result), (true, value)) in enumerate(zip(said, meant, strict=False)):
-        used = operands(expression)
-        same = value_of(expression) is not None and value_of(expression) == value_of(true)
-        if not same and used != operands(true):
-            new = set(used) - results
-            if question and not set(used) <= told | UNITS | needed | results:
-                return "made up"
-            later = [(set(operands(e)) - own, operators(e)) for e, _ in meant[i + 1 :]]
-            comes_later = extract_number(value) in {extract_number(r) for _, r in said[i + 1 :]}
-            if new and (new, operators(expression)) in later and not comes_later:
-                return "missed"
-            return "distractor" if new & told - needed else "plan"
-        order_matters = set(operators(true)) & set("-/")  # 5-3 is not 3-5
-        if not same and (operators(expression) != operators(true) or (expression != true and order_matters)):
-            return "operation"
-        if extract_number(result) != extract_number(value):
-            return "slip"
-        results.add(extract_number(result))
-    if "####" in target and "####" not in output:
-        return "unfinished"
-    return "missed" if len(said) < len(meant) else "plan" if len(said) > len(meant) else "answer"
+def told_numbers(question: str) -> set[str]:
+    """The numbers that a question gives: in digits, in words, or as shares of 100."""
+    found = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
+    found |= {number for word, number in WORDS.items() if re.search(rf"\b{word}s?\b", question.lower())}
+    for percent in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent)", question):
+        share = Fraction(percent) / 100
+        shares = share, 1 - share, 1 + share, 100 * (1 - share), 100 * (1 + share)
+        found |= set(map(decimal_text, shares))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -156,13 +176,16 @@ def review_kinds(text: str) -> list[str]:
     """What makes a review hard; ["other"] if nothing does."""
     text = text.lower()
     words = set(re.findall(r"[a-z']+", text))
-    found = {
-        "negation": re.search(NEGATION, text),
-        "contrast": re.search(CONTRAST, text),
-        "mixed": words & PRAISE and words & BLAME,
-        "short": len(re.findall(r"[a-z][\w'-]*", text)) <= 5,
-    }
-    return [kind for kind, is_so in found.items() if is_so] or ["other"]
+    return those_of(
+        negation=re.search(NEGATION, text),
+        contrast=re.search(CONTRAST, text),
+        mixed=words & PRAISE and words & BLAME,
+        short=len(re.findall(r"[a-z][\w'-]*", text)) <= 5,
+    )
+
+
+def those_of(**found) -> list[str]:
+    return [kind.replace("_", " ") for kind, is_so in found.items() if is_so] or ["other"]
 
 
 # -----------------------------------------------------------------------------
@@ -178,13 +201,13 @@ def summary_kinds(dialogue: str, summary: str, reference: str) -> list[str]:
     def names(text: str) -> set[str]:
         return {word for word in words(text) if word[0].isupper()}
 
-    said, heard, meant = words(summary.lower()), f" {' '.join(words(dialogue.lower()))} ", words(reference)
-    runs = (" ".join(said[i : i + 8]) for i in range(len(said) - 7))
+    length, true_length = len(words(summary)), len(words(reference))
+    chat, summary_words = f" {' '.join(words(dialogue.lower()))} ", words(summary.lower())
+    runs = [f" {' '.join(summary_words[i : i + 8])} " for i in range(length - 7)]
     speakers = names(" ".join(re.findall(r"^([^:\n]{1,30}):", dialogue, flags=re.M)))
-    found = {
-        "copied": any(f" {run} " in heard for run in runs),
-        "speaker": (speakers & names(reference)) - names(summary),
-        "too short": 2 * len(said) < len(meant),
-        "too long": len(said) > 2 * len(meant),
-    }
-    return [kind for kind, is_so in found.items() if is_so] or ["other"]
+    return those_of(
+        copied=any(run in chat for run in runs),
+        speaker=(speakers & names(reference)) - names(summary),
+        too_short=2 * length < true_length,
+        too_long=length > 2 * true_length,
+    )

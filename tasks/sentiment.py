@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from tasks.grammar import SEED, Slots, fill, generated, parse, pick
+from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
 
 GOOD = "warm funny clever charming touching gripping graceful lively bright fresh moving tender".split()
 BAD = "dull clumsy slow shallow noisy stale tiresome pointless cold flat messy lifeless".split()
@@ -33,15 +33,16 @@ def sentiment(split: str, n: int | None = None, seed: int = SEED) -> Iterator[di
     """
 
     def make(rng: random.Random) -> tuple[dict, str]:
-        label = int(rng.random() * 2)
-        own, other = (GOOD, BAD) if label else (BAD, GOOD)
-        (aspect, is_), (aspect2, is2) = (pick(rng, ASPECTS).split(":") for _ in range(2))
-        slots = Slots(g=pick(rng, own), h=pick(rng, own), b=pick(rng, other), work=pick(rng, WORKS))
-        slots |= {"aspect": aspect, "is": is_, "aspect2": aspect2, "is2": is2}
-        if slots["g"] == slots["h"] or aspect == aspect2:
-            return make(rng)
+        while True:
+            label = number(rng, 0, 1)
+            own, other = (GOOD, BAD) if label else (BAD, GOOD)
+            (aspect, is_), (aspect2, is2) = (pick(rng, ASPECTS).split(":") for _ in range(2))
+            slots = Slots(g=pick(rng, own), h=pick(rng, own), b=pick(rng, other), work=pick(rng, WORKS))
+            slots |= {"aspect": aspect, "is": is_, "aspect2": aspect2, "is2": is2}
+            if slots["g"] != slots["h"] and aspect != aspect2:
+                break
         sentence = fill(rng, parse(pick(rng, REVIEWS)), slots)
-        told = set(re.findall("[a-z]+", sentence.lower())).intersection(slots.values()) - {"is", "are"}
-        return {"sentence": sentence, "label": label}, " ".join(sorted(told))
+        drawn = set(re.findall("[a-z]+", sentence.lower())).intersection(slots.values()) - {"is", "are"}
+        return {"sentence": sentence, "label": label}, " ".join(sorted(drawn))
 
     return generated("sentiment", make, split, n, seed)

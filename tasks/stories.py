@@ -72,20 +72,17 @@ def _cast(rng: random.Random) -> Slots:
     girl, boy = (pick(rng, GIRLS), "she", "girl"), (pick(rng, BOYS), "he", "boy")
     (hero, he, kind), (friend, f_he, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
     elder = pick(rng, list(ELDERS))
-    animals = rng.random() < 0.4
-    if animals:
+    slots = Slots(hero=hero, friend=friend, elder=elder)
+    if rng.random() < 0.4:  # animals
         kind, f_kind = pick(rng, list(DENS)), pick(rng, list(DENS))
-    slots = Slots(
-        hero=hero,
-        hero_kind=f"{pick(rng, CHARACTER)} {kind}",
-        friend=friend,
-        friend_the=f"{friend} the {f_kind}" if animals else f"{friend} from next door",
-        elder=elder,
-        house=DENS[kind] if animals else pick(rng, HOUSES),
-        near=pick(rng, NEAR),
-        hand="paw" if animals else "hand",
-        hands="paws" if animals else "hands",
-    )
+        slots["hero_kind"] = f"{pick(rng, CHARACTER)} {kind}"
+        slots.update(friend_the=f"{friend} the {f_kind}", house=DENS[kind], hand="paw", hands="paws")
+    else:
+        slots["hero_kind"] = f"{pick(rng, CHARACTER)} {kind}"
+        slots.update(
+            friend_the=f"{friend} from next door", house=pick(rng, HOUSES), hand="hand", hands="hands"
+        )
+    slots["near"] = pick(rng, NEAR)
     for prefix, pronoun in (("", he), ("f_", f_he), ("e_", ELDERS[elder])):
         for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
             slots[prefix + slot] = word
@@ -94,10 +91,10 @@ def _cast(rng: random.Random) -> Slots:
     return slots
 
 
-def _tell(rng: random.Random, beats: list, slots: Slots, facts: set[str]) -> str:
-    """The beats as text: sentences joined by spaces, paragraphs by line breaks. Fills `slots` and `facts`."""
+def _tell(rng: random.Random, plot: str, slots: Slots, facts: set[str]) -> str:
+    """A plot as text: sentences joined by spaces, paragraphs by line breaks. Fills `slots` and `facts`."""
     paragraphs = [[]]
-    for beat in beats:
+    for beat in _plots()[plot]:
         if beat is None:
             paragraphs.append([])
             continue
@@ -108,9 +105,9 @@ def _tell(rng: random.Random, beats: list, slots: Slots, facts: set[str]) -> str
             values = [fill(rng, cell, slots) for cell in pick(rng, alternatives)]
             slots.update(zip(drawn, values, strict=True))
             facts.update(values)
-        else:
-            paragraphs[-1].append(fill(rng, alternatives, slots).strip())
-    return "\n".join(" ".join(filter(None, sentences)) for sentences in paragraphs)
+        elif sentence := fill(rng, alternatives, slots).strip():
+            paragraphs[-1].append(sentence)
+    return "\n".join(map(" ".join, paragraphs))
 
 
 def story(index: int, seed: int = SEED) -> tuple[str, str]:
@@ -124,9 +121,9 @@ def story(index: int, seed: int = SEED) -> tuple[str, str]:
     slots, facts = _cast(rng), set()
     opening, ending, *plots = _plots()
     plot = pick(rng, plots)
-    text = _tell(rng, _plots()[opening], slots, facts) + " " + _tell(rng, _plots()[plot], slots, facts)
+    text = _tell(rng, opening, slots, facts) + " " + _tell(rng, plot, slots, facts)
     if rng.random() < 0.35:
-        text = f"{text} {_tell(rng, _plots()[ending], slots, facts)}".rstrip()
+        text = f"{text} {_tell(rng, ending, slots, facts)}".rstrip()
     return text, " ".join([plot, slots["hero"], slots["friend"], slots["elder"], *sorted(facts)])
 
 
@@ -135,5 +132,5 @@ def storyworld(split: str, n: int | None = None, seed: int = SEED) -> Iterator[s
 
     All stories with one signature are in one split, so a test story is never a training story in other words.
     """
-    told = (story(index, seed) for index in count())
-    return islice((text for text, signature in told if split_of(signature) == split), n)
+    stories = (story(index, seed) for index in count())
+    return islice((text for text, signature in stories if split_of(signature) == split), n)
