@@ -18,6 +18,7 @@ from support.terminal import run_script
 
 import hashlib
 import heapq
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -36,8 +37,9 @@ from support.processes import CORES, alone_in, tqdm
 from support.runs import read_json
 from support.seams import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.tables import valid
-from support.token_files import open_tokens, tokens_folder, write_tokens
+from support.token_files import at_most, open_tokens, tokens_folder, write_tokens
 from support.tokenizer_json import (
+    CHAT_TEMPLATE,
     byte_letters,
     check_tokenizer,
     gpt2_merges,
@@ -204,16 +206,6 @@ def learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, byte
 
 # -----------------------------------------------------------------------------
 # Text to tokens and back
-
-ROLES = ("system", "user", "assistant")
-CHAT_TEMPLATE = (  # Tokenizer.chat in the language that transformers, vLLM and others share
-    "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim + '<|end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] | trim + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 class Tokenizer:
@@ -482,15 +474,14 @@ class Tokenizer:
 # The stage
 
 
-def prepare_tokens(cfg: TokenizerStageConfig) -> tuple[Tokenizer, Path]:
-    """The tokenizer and the folder of these settings, after making what is not there yet."""
+def prepare_tokens(cfg: TokenizerStageConfig) -> None:
+    """Makes the tokenizer and the token files of these settings, unless they are there."""
     folder = tokens_folder(cfg)
     with alone_in(folder):
         tokenizer = prepare_tokenizer(cfg, folder)
         print(f"{folder}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens)} of them special")
         for split in ("train", "validation", "test"):
             prepare_split(cfg, folder, tokenizer, split)
-    return tokenizer, folder
 
 
 def prepare_tokenizer(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
@@ -522,7 +513,7 @@ def new_tokenizer(cfg: TokenizerStageConfig) -> Tokenizer:
     if cfg.tokenizer != "bpe":
         return Tokenizer.load(cfg.tokenizer)
     start, pattern = time.perf_counter(), DIGITS_PATTERN if cfg.split_digits else GPT2_PATTERN
-    texts = at_most(documents(cfg.corpus, "train"), cfg.learn_megabytes)
+    texts = at_most(documents(cfg.corpus, "train"), 1e6 * (cfg.learn_megabytes or math.inf))
     vocab, merges = train_bpe(with_progress(texts, "counting words"), cfg.vocab_size, SPECIAL_TOKENS, pattern)
     print(f"learnt {len(merges):,} merges in {time.perf_counter() - start:.1f} s")
     if len(vocab) < cfg.vocab_size:
@@ -548,23 +539,13 @@ def prepare_split(cfg: TokenizerStageConfig, folder: Path, tokenizer: Tokenizer,
     same = all(meta.get(key) == info.get(key) for key in ("fingerprint", "megabytes"))
     if cfg.overwrite or not meta or not same:
         start = time.perf_counter()
-        texts = at_most(documents(cfg.corpus, split, about=info), megabytes)
+        texts = at_most(documents(cfg.corpus, split, about=info), 1e6 * (megabytes or math.inf))
         meta = write_tokens(
             tokenizer, with_progress(texts, f"encoding {split}"), folder, split, info, cfg.workers
         )
         rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"
     per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"
     print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}; {rate}")
-
-
-def at_most(texts: Iterable[str], megabytes: float) -> Iterator[str]:
-    """The first `megabytes` of the texts, up to the end of a text; 0: all."""
-    left = 1e6 * megabytes or float("inf")
-    for text in texts:
-        if left <= 0:
-            return
-        left -= len(text.encode("utf-8", "replace"))
-        yield text
 
 
 def with_progress(texts: Iterable[str], what: str) -> Iterable[str]:

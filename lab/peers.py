@@ -192,7 +192,7 @@ def tokenizers(cfg: PeersConfig) -> None:
     import tokenizers as hf
     from tokenizers import models, pre_tokenizers, trainers
 
-    texts = list(at_most(documents(cfg.corpus, "train"), 20))
+    texts = list(at_most(documents(cfg.corpus, "train"), 20e6))
 
     def ours():
         return train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS)

@@ -7,7 +7,7 @@ and marks those of the assistant. So a model meets in use exactly the format of 
 
 import re
 
-from tokenizer import CHAT_TEMPLATE
+from support.tokenizer_json import CHAT_TEMPLATE
 
 # For a model that has no special tokens for turns. An assistant's turn ends with the end-of-text token.
 WORDS_TEMPLATE = (

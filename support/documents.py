@@ -76,6 +76,35 @@ def from_files(
     return Source(read, source, licence, fingerprint, running_text)
 
 
+def interleaved(shares: dict[str, float], sources: dict[str, Source], name_of_mix: str) -> Source:
+    """A mix in which, at every point, each corpus has had its share of the bytes to within a document.
+
+    A finite corpus is never repeated: the mix ends when the first one does. A generator goes on as long as
+    documents are read; of generators alone, the one with the largest share sets the length.
+    """
+
+    def read(about: dict) -> Iterator[str]:
+        readers = {name: source.read(about) for name, source in sources.items()}
+        if all(source.size for source in sources.values()):
+            leader = max(shares, key=shares.get)
+            readers[leader] = islice(readers[leader], sources[leader].size)
+        progress = dict.fromkeys(shares, 0.0)  # bytes so far / share
+        while True:
+            name = min(progress, key=progress.get)  # the one that is furthest behind
+            doc = next(readers[name], None)
+            if doc is None:
+                return
+            progress[name] += len(doc.encode()) / shares[name]
+            yield doc
+
+    return Source(
+        read,
+        "; ".join(f"{shares[name]:g} {name}: {source.source}" for name, source in sources.items()),
+        "; ".join(f"{name}: {source.licence}" for name, source in sources.items()),
+        lambda: sha256((name_of_mix + source.fingerprint()).encode() for source in sources.values()),
+    )
+
+
 def read_file(path: str, articles: bool, about: dict) -> Iterator[str]:
     """The documents of a file: rows of .jsonl and .parquet (field "text"); of .txt the texts between
     <|endoftext|> marks, or else passages of about PASSAGE characters. `articles`: it is WikiText. Rows

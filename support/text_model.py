@@ -35,8 +35,9 @@ from support.memory import Shape, generation_bytes, halving, likelihood_bytes, r
 from support.processes import become_worker, map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
 from support.tables import read_jsonl
+from support.tokenizer_json import CHAT_TEMPLATE, ROLES
 from tasks.calculator import calculator_answer
-from tokenizer import CHAT_TEMPLATE, ROLES, Tokenizer
+from tokenizer import Tokenizer
 
 KINDS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 

@@ -81,6 +81,15 @@ def encode_documents(tokenizer, texts: list[str]) -> tuple:
     return ids, len(texts), n_bytes
 
 
+def at_most(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
+    """The first texts, until they have `n_bytes`."""
+    for text in texts:
+        if n_bytes <= 0:
+            return
+        n_bytes -= len(text.encode("utf-8", "replace"))
+        yield text
+
+
 def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     """Lists of texts of about `size` characters in all."""
     batch, length = [], 0

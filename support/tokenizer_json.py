@@ -9,6 +9,15 @@ from support.files import write_json
 from support.runs import read_json
 
 HUB_MARK = "hub-"  # begins the hash of a tokenizer that transformers reads
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (  # Tokenizer.chat in Jinja, which transformers, vLLM and others render
+    "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 TEMPLATE = """{
 "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
 "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},

@@ -34,7 +34,16 @@ STEPS = {  # sentence of the question, sentence of the solution
     "together": ("{other} has {k} {item}.", "Together they have {sum} {item}."),
 }  # fmt: skip
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-SIGNS = {"buy": "+", "give": "-", "double": "*", "times": "*", "more": "+", "fewer": "-", "together": "+"}
+SIGNS = {
+    "buy": "+",
+    "buy boxes": "+",
+    "give": "-",
+    "double": "*",
+    "times": "*",
+    "more": "+",
+    "fewer": "-",
+    "together": "+",
+}
 LARGEST = {"start": 24, "boxes": 9, "buy boxes": 9, "times": 5}
 OF_OTHER = "How many {item} does {other} have?"
 QUESTIONS = {
@@ -90,14 +99,11 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 16))
         slots.update(n=str(n), k=str(k))
         sentences.append(fill(rng, parse(STEPS[kind][0]), slots))
-        if kind == "start":
-            total = k
-        elif kind == "boxes":
-            total = work(kind, n, "*", k)
-        elif kind == "buy boxes":
-            total = work(kind, total, "+", work("boxes", n, "*", k))
+        amount = work("boxes", n, "*", k) if "boxes" in kind else k
+        if kind in ("start", "boxes"):
+            total = amount
         else:
-            total = work(kind, total, SIGNS[kind], 2 if kind == "double" else k)
+            total = work(kind, total, SIGNS[kind], 2 if kind == "double" else amount)
         if not 1 <= total <= LIMIT:
             return None
         left = steps - len(solution)

@@ -3,7 +3,6 @@
 import ast
 import operator
 import re
-from collections import deque
 from fractions import Fraction
 
 NUMBER = re.compile(r"(?<![\d.])[-−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
@@ -16,21 +15,18 @@ def extract_number(text: str) -> str | None:
     number of all. None if there is none.
     """
     if "####" in text:
-        found = NUMBER.search(text.split("####")[1].split("\n")[0])
+        found = NUMBER.findall(text.split("####")[1].split("\n")[0])[:1]
     else:
-        marked = re.findall(r"(?:^\s*A:|answer is:?)(.*)$", text, flags=re.M | re.I)
-        found = NUMBER.search(marked[-1]) if marked else None
-        found = found or next(iter(deque(NUMBER.finditer(text), maxlen=1)), None)
+        marked = re.findall(r"(?:^\s*A:|answer is:?)(.*)$", text, flags=re.M | re.I)[-1:]
+        found = NUMBER.findall("".join(marked))[:1] or NUMBER.findall(text)[-1:]
     return plain_number(found[0]) if found else None
 
 
 def plain_number(text: str) -> str:
     """ "-$1,234.50" → "-1234.5": one spelling for one number, so that answers can be compared as strings."""
-    sign = "-" if text[0] in "-−" else ""
-    digits = re.sub(r"[^\d.]", "", text)
-    whole, _, decimals = digits.partition(".")
-    plain = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0")).rstrip(".")
-    return plain if plain == "0" else sign + plain
+    number, _, decimals = re.sub(r"[^\d.]", "", text).partition(".")
+    number = (number.lstrip("0") or "0") + f".{decimals.rstrip('0')}".rstrip(".")
+    return f"-{number}" if text[0] in "-−" and number != "0" else number
 
 
 class CalculatorError(ValueError):
@@ -38,8 +34,22 @@ class CalculatorError(ValueError):
 
 
 LONGEST, LARGEST = 200, 256  # characters of an expression, bits of a number
+
+
+def power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        raise CalculatorError(f"cannot raise {decimal_text(base)} to {decimal_text(exponent)}")
+    if abs(exponent) * bits(base) > 2 * LARGEST:  # before it is computed, not after
+        raise CalculatorError("a number is too large")
+    return base ** int(exponent)
+
+
+def bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+OPERATORS |= {ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculate(expression: str) -> Fraction:
@@ -66,16 +76,15 @@ def calculate(expression: str) -> Fraction:
 
 def value_of(node: ast.AST, text: str) -> Fraction:
     """The value of a node of the parsed `text`."""
+    compute = OPERATORS.get(type(getattr(node, "op", None)))
     if isinstance(node, ast.Constant):
         value = Fraction(ast.get_source_segment(text, node))
     elif isinstance(node, ast.Attribute) and node.attr == "percent":
         value = value_of(node.value, text) / 100
-    elif isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
-        value = SIGNS[type(node.op)](value_of(node.operand, text))
-    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](value_of(node.left, text), value_of(node.right, text))
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        value = power(value_of(node.left, text), value_of(node.right, text))
+    elif isinstance(node, ast.UnaryOp) and compute:
+        value = compute(value_of(node.operand, text))
+    elif isinstance(node, ast.BinOp) and compute:
+        value = compute(value_of(node.left, text), value_of(node.right, text))
     else:
         raise CalculatorError(f"{text!r} is not arithmetic")
     if bits(value) > LARGEST:
@@ -83,24 +92,11 @@ def value_of(node: ast.AST, text: str) -> Fraction:
     return value
 
 
-def power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1:
-        raise CalculatorError(f"cannot raise {decimal_text(base)} to {decimal_text(exponent)}")
-    if abs(exponent) * bits(base) > 2 * LARGEST:  # before it is computed, not after
-        raise CalculatorError("a number is too large")
-    return base ** int(exponent)
-
-
-def bits(value: Fraction) -> int:
-    return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
 def decimal_text(value: Fraction, places: int = 4) -> str:
     """A Fraction as people write it: "24", "2.5", and "0.3333" where the decimals do not end."""
-    scaled = round(abs(value) * 10**places)
-    whole, rest = divmod(scaled, 10**places)
-    text = f"{whole}.{rest:0{places}}".rstrip("0").rstrip(".") if rest else str(whole)
-    return f"-{text}" if value < 0 and scaled else text
+    number, decimals = divmod(round(abs(value) * 10**places), 10**places)
+    text = f"{number}.{decimals:0{places}}".rstrip("0").rstrip(".")
+    return f"-{text}" if value < 0 and text != "0" else text
 
 
 def calculator_answer(text: str) -> str | None:

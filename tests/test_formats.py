@@ -105,7 +105,10 @@ GOOD = {"messages": talk("q", "a")}
         ({"messages": [{"role": "tool", "content": "q"}]}, "row 2: unknown role 'tool'"),
         ({"messages": [7]}, "row 2: a message needs"),
         ({"messages": "q"}, "row 2: should be a list of messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "row 2.*type 'image_url'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "row 2: only text is.*image_url",
+        ),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "row 2: should be text"),
         ({"instruction": "q", "output": True}, "row 2: should be text, but is true"),
     ],
