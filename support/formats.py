@@ -66,16 +66,16 @@ def preference_of(row: dict, where: str = "") -> Preference | None:
     sides = []
     for name in ("chosen", "rejected"):
         side = as_answer(row.get(name), where)
-        if isinstance(row.get(name), str) and row[name].lstrip().startswith("Human:"):
-            side = transcript(row[name].strip())
-        if not side or side[-1]["role"] != "assistant":
+        if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
+            side = transcript(side[0]["content"])
+        before, answers = asked, side
+        if side and (not asked or side[0]["role"] != "assistant"):  # this side holds the whole conversation
+            before, answers = side[:-1], side[-1:]
+        if not before or [m["role"] for m in answers] != ["assistant"]:
             return None
-        before = (
-            asked if asked and len(side) == 1 else side[:-1]
-        )  # else this side holds the whole conversation
-        sides.append((before, side[-1]["content"]))
+        sides.append((before, answers[0]["content"]))
     (messages, chosen), (others, rejected) = sides
-    return Preference(messages, chosen, rejected) if messages and messages == others else None
+    return Preference(messages, chosen, rejected) if messages == others else None
 
 
 def question_of(row: dict, where: str) -> list[dict]:

@@ -42,6 +42,13 @@ HEAD_DIM = D_MODEL // HEADS
 # The adapters
 
 
+run_silu = F.silu  # what SwiGLU calls
+run_scaled_dot_product_attention, run_softmax, run_cross_entropy = attention, softmax, cross_entropy
+run_get_batch, run_gradient_clipping, run_get_lr_cosine_schedule = get_batch, clip_gradients, get_lr
+run_save_checkpoint, run_load_checkpoint = save_checkpoint, load_checkpoint
+get_tokenizer, run_train_bpe = Tokenizer, train_bpe
+
+
 def run_linear(d_in, d_out, weights, in_features):
     layer = Linear(d_in, d_out)
     layer.load_state_dict({"weight": weights})
@@ -59,14 +66,6 @@ def run_swiglu(d_model, d_ff, w1_weight, w2_weight, w3_weight, in_features):
     names = {"gate_proj.weight": w1_weight, "down_proj.weight": w2_weight, "up_proj.weight": w3_weight}
     layer.load_state_dict(names)
     return layer(in_features)
-
-
-def run_silu(in_features):
-    return F.silu(in_features)  # what SwiGLU calls
-
-
-def run_scaled_dot_product_attention(Q, K, V, mask=None):
-    return attention(Q, K, V, mask)
 
 
 def run_multihead_self_attention(d_model, num_heads, q, k, v, o, in_features):
@@ -132,46 +131,6 @@ def run_rmsnorm(d_model, eps, weights, in_features):
     layer = RMSNorm(d_model, eps)
     layer.load_state_dict({"weight": weights})
     return layer(in_features)
-
-
-def run_get_batch(dataset, batch_size, context_length, device):
-    return get_batch(dataset, batch_size, context_length, device)
-
-
-def run_softmax(in_features, dim):
-    return softmax(in_features, dim)
-
-
-def run_cross_entropy(inputs, targets):
-    return cross_entropy(inputs, targets)
-
-
-def run_gradient_clipping(parameters, max_l2_norm):
-    clip_gradients(parameters, max_l2_norm)
-
-
-def get_adamw_cls():
-    return AdamW
-
-
-def run_get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters):
-    return get_lr(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters)
-
-
-def run_save_checkpoint(model, optimizer, iteration, out):
-    save_checkpoint(model, optimizer, iteration, out)
-
-
-def run_load_checkpoint(src, model, optimizer):
-    return load_checkpoint(src, model, optimizer)
-
-
-def get_tokenizer(vocab, merges, special_tokens=None):
-    return Tokenizer(vocab, merges, special_tokens)
-
-
-def run_train_bpe(input_path, vocab_size, special_tokens, **kwargs):
-    return train_bpe(input_path, vocab_size, special_tokens)
 
 
 def halves_first(weight: Tensor, n_heads: int) -> Tensor:
@@ -374,7 +333,7 @@ def train_one_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def test_adamw_is_torchs():
-    found, expected = trained(get_adamw_cls(), 100), trained(torch.optim.AdamW, 100)
+    found, expected = trained(AdamW, 100), trained(torch.optim.AdamW, 100)
     assert close(found.weight, expected.weight, 1e-6)
 
 
