@@ -77,7 +77,7 @@ def calculate(expression: str) -> Fraction:
 def value_of(node: ast.AST, text: str) -> Fraction:
     """The value of a node of the parsed `text`."""
     compute = OPERATORS.get(type(getattr(node, "op", None)))
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.Constant) and node.value is not ...:
         value = Fraction(ast.get_source_segment(text, node))
     elif isinstance(node, ast.Attribute) and node.attr == "percent":
         value = value_of(node.value, text) / 100

@@ -20,31 +20,26 @@ BOYS = "Adam Anton Ben Emil Finn Hugo Jack Leo Luke Max Nico Noah Omar Oscar Ott
 ELDERS = dict.fromkeys(("Mama", "Grandma", "Aunt Rose"), "she")
 ELDERS |= dict.fromkeys(("Papa", "Grandpa", "Uncle Ned"), "he")
 PRONOUNS = {"she": ("she", "her", "her", "herself"), "he": ("he", "him", "his", "himself")}
-CHARACTER = ("little", "small", "young", "cheerful", "brave", "clever")
-HOUSES = ("a small white house", "a yellow house", "a little stone house", "a house with a green door")
-DENS = {  # where an animal lives
-    "rabbit": "a warm burrow", "mouse": "a snug little hole", "bear": "a dry cave", "fox": "a deep den",
-    "hedgehog": "a nest of leaves", "squirrel": "a hollow tree", "badger": "a wide burrow",
-    "otter": "a den of roots",
-}  # fmt: skip
-NEAR = (
-    "by the sea", "near the old mill", "at the edge of the wood", "on top of a hill", "beside a stream",
-    "at the end of a long road", "behind the market", "near a little bridge",
-)  # fmt: skip
-HABITS = (  # what the hero is like, and how that comes back at the end
-    ("loved to sing", "sang about it until {he} fell asleep"),
-    ("loved to draw", "drew a picture of it all and hung it over the bed"),
-    ("loved to dance", "danced three times around the kitchen table"),
-    ("loved soup", "ate two bowls of soup and asked for a third"),
-    ("loved pancakes", "ate five pancakes and could not say a word"),
-    ("loved stories", "made a story out of it and told it to the moon"),
-    ("counted everything", "counted the stars until {his} eyes closed"),
-    ("asked a hundred questions a day", "asked one last question and fell asleep before the answer"),
-    ("liked to hum", "sat at the window and hummed to the moon"),
-    ("could never sit still", "was so tired that {he} sat still at last"),
-    ("kept all {his} treasures in a tin box", "put a small stone in the tin box, to remember the day"),
-    ("laughed at almost everything", "laughed about it so much that the bed shook"),
-)
+CHARACTER = "little small young cheerful brave clever".split()
+HOUSES = "a small white house|a yellow house|a little stone house|a house with a green door".split("|")
+DENS = """rabbit:a warm burrow|mouse:a snug little hole|bear:a dry cave|fox:a deep den|
+hedgehog:a nest of leaves|squirrel:a hollow tree|badger:a wide burrow|otter:a den of roots"""
+DENS = dict(animal.strip().split(":") for animal in DENS.split("|"))  # where an animal lives
+NEAR = "by the sea|near the old mill|at the edge of the wood|on top of a hill|beside a stream"
+NEAR = f"{NEAR}|at the end of a long road|behind the market|near a little bridge".split("|")
+HABITS = """loved to sing / sang about it until {he} fell asleep
+loved to draw / drew a picture of it all and hung it over the bed
+loved to dance / danced three times around the kitchen table
+loved soup / ate two bowls of soup and asked for a third
+loved pancakes / ate five pancakes and could not say a word
+loved stories / made a story out of it and told it to the moon
+counted everything / counted the stars until {his} eyes closed
+asked a hundred questions a day / asked one last question and fell asleep before the answer
+liked to hum / sat at the window and hummed to the moon
+could never sit still / was so tired that {he} sat still at last
+kept all {his} treasures in a tin box / put a small stone in the tin box, to remember the day
+laughed at almost everything / laughed about it so much that the bed shook"""
+HABITS = [line.split(" / ") for line in HABITS.splitlines()]  # of the hero, and how it comes back at the end
 
 PLOTS = (Path(__file__).parent / "stories.txt").read_text(encoding="utf-8")
 
@@ -72,17 +67,20 @@ def _cast(rng: random.Random) -> Slots:
     girl, boy = (pick(rng, GIRLS), "she", "girl"), (pick(rng, BOYS), "he", "boy")
     (hero, he, kind), (friend, f_he, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
     elder = pick(rng, list(ELDERS))
-    slots = Slots(hero=hero, friend=friend, elder=elder)
-    if rng.random() < 0.4:  # animals
+    animals = rng.random() < 0.4
+    if animals:
         kind, f_kind = pick(rng, list(DENS)), pick(rng, list(DENS))
-        slots["hero_kind"] = f"{pick(rng, CHARACTER)} {kind}"
-        slots.update(friend_the=f"{friend} the {f_kind}", house=DENS[kind], hand="paw", hands="paws")
-    else:
-        slots["hero_kind"] = f"{pick(rng, CHARACTER)} {kind}"
-        slots.update(
-            friend_the=f"{friend} from next door", house=pick(rng, HOUSES), hand="hand", hands="hands"
-        )
-    slots["near"] = pick(rng, NEAR)
+    slots = Slots(
+        hero=hero,
+        hero_kind=f"{pick(rng, CHARACTER)} {kind}",
+        friend=friend,
+        friend_the=f"{friend} the {f_kind}" if animals else f"{friend} from next door",
+        elder=elder,
+        house=DENS[kind] if animals else pick(rng, HOUSES),
+        near=pick(rng, NEAR),
+        hand="paw" if animals else "hand",
+        hands="paws" if animals else "hands",
+    )
     for prefix, pronoun in (("", he), ("f_", f_he), ("e_", ELDERS[elder])):
         for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
             slots[prefix + slot] = word
