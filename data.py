@@ -30,9 +30,8 @@ from itertools import islice
 
 from configs import parse_config
 from support.documents import Source, from_files, interleaved, nothing_to_read, own_files, sha256
-from support.finding import data_folder, find_rows, first_file, note_left_out, nowhere
+from support.finding import data_folder, find_edition, find_rows, note_left_out
 from support.formats import Preference, first_question, messages_of, preference_of, talk
-from support.hub import hub_file
 from support.metrics import bootstrap, macro_f1, proportion, rouge
 from support.tables import DataError, read_rows, text_of
 from tasks.arithmetic import arithmetic, arithmetic_text, numbers_text
@@ -149,7 +148,7 @@ def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
             size=n_train if split == "train" else n_other,
         )
     if corpus in CORPORA:
-        return registered(corpus, split, data_dir)
+        return find_edition(corpus, CORPORA[corpus], split, data_dir)
     if re.fullmatch(r"[^:,]+:\d*\.?\d+(,[^:,]+:\d*\.?\d+)*", corpus) and not os.path.exists(corpus):
         return mix(corpus, split, data_dir)
     paths = own_files(corpus)
@@ -157,39 +156,6 @@ def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
         names = ", ".join([*EMBEDDED, *CORPORA])
         raise DataError(f'"{corpus}" is neither a file nor the name of a corpus; those are {names}')
     return from_files(paths, paths, "yours", hold_out=split)
-
-
-def registered(name: str, split: str, data_dir: str) -> Source:
-    """The first edition of which any file is in $DATA_DIR; failing that, the hub's."""
-    corpus = CORPORA[name]
-    folder = os.path.join(data_dir, corpus.folder)
-    edition = corpus.editions[0]
-    # One edition for all splits: the validation text of one may be the training text of another.
-    for other in reversed(corpus.editions):
-        if any(first_file(folder, files) for files in other.values()):
-            edition = other
-    part = next((part for part in ("all", "head", split) if part in edition), None)
-    if part is None:
-        raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
-    paths, names = [], []
-    for file in edition[part]:
-        path = first_file(folder, [file])
-        names.append(os.path.relpath(path, data_dir) if path else f"{corpus.hub} on Hugging Face, {file}")
-        paths.append(path or corpus_file(name, file, edition is corpus.editions[0], folder))
-    hold_out = split if part != split else None
-    articles = corpus.hub == "Salesforce/wikitext"
-    return from_files(paths, names, corpus.licence, hold_out, torn=part == "head", articles=articles)
-
-
-def corpus_file(name: str, file: str, on_hub: bool, folder: str) -> str:
-    """The path of a corpus' file in the cache of the hub."""
-    try:
-        if not on_hub:
-            raise DataError("this edition of it is not on the hub")
-        return hub_file(CORPORA[name].hub, file)
-    except DataError as error:
-        place = f"{os.path.join(folder, file)} (or .gz)"
-        raise nowhere(name, error, CORPORA[name].hub, place, "", "storyworld") from None
 
 
 def mix(text: str, split: str, data_dir: str) -> Source:

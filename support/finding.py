@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 
+from support.documents import Source, from_files
 from support.hub import hub_file, hub_rows
 from support.tables import DataError, read_rows
 
@@ -19,6 +20,38 @@ def first_file(data_dir: str, names: Iterable[str], kinds: Iterable[str] = ("",)
                 if os.path.exists(path):
                     return path
     return None
+
+
+def find_edition(name: str, corpus, split: str, data_dir: str) -> Source:
+    """One split of a data.Corpus: the first edition of which any file is in $DATA_DIR, or else the hub's."""
+    folder = os.path.join(data_dir, corpus.folder)
+    edition = corpus.editions[0]
+    # One edition for all splits: the validation text of one may be the training text of another.
+    for other in reversed(corpus.editions):
+        if any(first_file(folder, files) for files in other.values()):
+            edition = other
+    part = next((part for part in ("all", "head", split) if part in edition), None)
+    if part is None:
+        raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
+    paths, names = [], []
+    for file in edition[part]:
+        path, shown = first_file(folder, [file]), f"{corpus.hub} on Hugging Face, {file}"
+        names.append(os.path.relpath(path, data_dir) if path else shown)
+        paths.append(path or download(name, corpus, file, edition, folder))
+    hold_out = split if part != split else None
+    articles = corpus.hub == "Salesforce/wikitext"
+    return from_files(paths, names, corpus.licence, hold_out, torn=part == "head", articles=articles)
+
+
+def download(name: str, corpus, file: str, edition: dict, folder: str) -> str:
+    """The path of a corpus' file in the cache of the hub."""
+    try:
+        if edition is not corpus.editions[0]:
+            raise DataError("this edition of it is not on the hub")
+        return hub_file(corpus.hub, file)
+    except DataError as error:
+        place = f"{os.path.join(folder, file)} (or .gz)"
+        raise nowhere(name, error, corpus.hub, place, "", "storyworld") from None
 
 
 def find_rows(
