@@ -290,15 +290,15 @@ class Tokenizer:
 
         (`regex` knows newer Unicode than tiktoken: they may differ on letters added after Unicode 16.)
         """
-        ids = []
+        ids, known = [], self._words
         for part in self.split_special(text, allowed_special):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             for word in compiled(self.pattern).findall(part):
-                if word not in self._words:
-                    self._words[word] = self.merge_word(valid(word).encode())
-                ids += self._words[word]
+                if word not in known:
+                    known[word] = self.merge_word(valid(word).encode())
+                ids += known[word]
         return ids
 
     def merge_word(self, word: bytes) -> list[int]:
