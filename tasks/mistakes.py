@@ -20,7 +20,7 @@ KINDS = {
     # of a wrong solution, at the first step that is not the true one; one kind each
     "slip": "right equation, wrong result",
     "operation": "right numbers, wrong operation",
-    "made up": "a number that nobody told: copied wrong or invented",
+    "made up": "a number that is not in the problem: copied wrong or invented",
     "missed": "a step left out",
     "distractor": "a number that plays no part",
     "plan": "another wrong step, or one too many",
