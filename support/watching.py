@@ -237,10 +237,9 @@ def start(home: Path, name: str, stage: str, words: list[str]) -> None:
         subprocess.Popen(
             [sys.executable, str(ROOT / f"{stage}.py"), *words],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=() if held is None else (held,),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held] if os.name == "posix" else [],
         )  # fmt: skip
-    if held is not None:  # the process has inherited it
-        os.close(held)
+    os.close(held)  # the process has inherited it
 
 
 def starting(home: Path) -> list[dict]:
