@@ -78,8 +78,8 @@ def lock(folder: Path) -> int:
 
 
 def locked(folder: Path) -> bool:
-    """Whether a process is training in this folder. (Windows has no such locks: False.)"""
-    if not folder.is_dir():
+    """Whether a process is training in this folder, or holds the lock of a file. (Windows: False.)"""
+    if not folder.exists():
         return False
     handle = take_lock(folder, shared=True)
     if handle is not None:

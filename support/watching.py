@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs import ROOT
 from support.observations import observations
-from support.results import METRICS, is_smoke, measurements, read_json, run_of, value_of
+from support.results import METRICS, differing, is_smoke, measurements, read_json, run_of, value_of
 from support.runs import TrainError, checkpoints, lock, locked
 from support.tables import read_jsonl
 
@@ -205,15 +205,11 @@ def results_table(folder: Path, home: Path) -> dict:
 
 def compare(folders: dict[str, Path]) -> dict:
     """The settings in which runs differ, and what their curves say."""
-    settings = [run_of(folder).get("settings") or {} for folder in folders.values()]
-    keys: dict = {}
-    for some in settings:
-        keys |= some
+    settings = {name: run_of(folder).get("settings") or {} for name, folder in folders.items()}
     rows = []
-    for key in keys:
-        values = [str(some.get(key, "")) for some in settings]
-        if len(set(values)) > 1 and key not in ("name", "out"):
-            rows.append([key, *values])
+    for key, values in differing(settings).items():
+        if key != "out":
+            rows.append([key, *map(str, values.values())])
     seen = {name: observed(folder)[0] for name, folder in folders.items()}
     return {"differences": {"head": ["setting", *folders], "rows": rows}, "observations": seen}
 
@@ -241,10 +237,9 @@ def start(home: Path, name: str, stage: str, words: list[str]) -> None:
         subprocess.Popen(
             [sys.executable, str(ROOT / f"{stage}.py"), *words],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=() if held is None else (held,),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held] if os.name == "posix" else [],
         )  # fmt: skip
-    if held is not None:  # the process has inherited it
-        os.close(held)
+    os.close(held)  # the process has inherited it
 
 
 def starting(home: Path) -> list[dict]:
