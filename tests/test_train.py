@@ -1240,6 +1240,6 @@ def test_the_tokenizer_the_config_loader_and_chats_help_need_no_torch():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says it so")
 def test_peak_memory_is_that_of_this_process_and_not_of_its_parent():
     ballast = np.ones(100_000_000)  # 800 MB
-    program = "from train import peak_resident_bytes; print(peak_resident_bytes())"
+    program = "from support.machine import peak_resident_bytes; print(peak_resident_bytes())"
     child = int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True))
     assert 50e6 < child < 700e6 < ballast.nbytes <= machine.peak_resident_bytes()
