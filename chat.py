@@ -9,12 +9,12 @@
 Words appear as they are sampled; Ctrl-C stops a text, a second one (or an empty line) ends the program.
 """
 
-from support.terminal import run_script
+from support.terminal import bare_words, run_script
 
-import json
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,16 +46,16 @@ class ChatConfig:
 
 
 def main() -> None:
-    cfg = parse_config(ChatConfig, __doc__, with_model(sys.argv[1:]))
+    flags, models = bare_words(sys.argv[1:], ChatConfig)
+    cfg = parse_config(ChatConfig, __doc__, flags + [f"--model={name}" for name in models])
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     try:
         if cfg.checkpoints:
-            return ask_checkpoints(cfg)
-        model = load(cfg)
-        messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-        if cfg.prompt or cfg.start:
-            answer(model, cfg, cfg.prompt, messages)
+            ask_checkpoints(cfg, messages)
+        elif cfg.prompt or cfg.start:
+            answer(load(cfg), cfg, cfg.prompt, messages)
         else:
-            converse(model, cfg, messages)
+            converse(load(cfg), cfg, messages)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from None
     except EOFError:
@@ -65,58 +65,43 @@ def main() -> None:
         raise
 
 
-def with_model(words: list[str]) -> list[str]:
-    """`out/base` becomes --model=out/base: a bare word that is no config file and no flag's value."""
-    takes_value = {f"--{field.name}" for field in fields(ChatConfig) if field.type is not bool}
-    return [
-        word if word.startswith("-") or word.endswith(".py") or before in takes_value else f"--model={word}"
-        for before, word in zip(["", *words], words, strict=False)
-    ]
-
-
 def load(cfg: ChatConfig) -> "TextModel":
     """The model on its device: a run, a folder, a hub id or an adapter."""
     from support.loading import load_model
     from support.machine import pick_device
-    from support.runs import TrainError
     from support.text_model import TextModel
 
-    device = pick_device(cfg.device)
-    model = load_model(cfg.model, device)
+    model = load_model(cfg.model, pick_device(cfg.device))
     if model.kind != "causal":
-        raise TrainError(f"{cfg.model} does not continue texts: it is of kind {model.kind}")
+        raise ValueError(f"{cfg.model} does not continue texts: it is of kind {model.kind}")
     if model.ours:
         model.model.to(model.dtype)
     elif cfg.window or cfg.compile:
-        raise TrainError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
+        raise ValueError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
     return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
 
 
-def ask_checkpoints(cfg: ChatConfig) -> None:
+def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
     """The same prompts, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
-    from support.files import write_atomically
-    from support.runs import TrainError, checkpoints, step_of
+    from support.files import write_jsonl
+    from support.runs import checkpoints, step_of
     from support.tables import read_jsonl
 
-    found = checkpoints(Path(cfg.model))
+    found, file = checkpoints(Path(cfg.model)), Path(cfg.model) / "generations.jsonl"
     if not found:
-        raise TrainError(
+        raise ValueError(
             f"{cfg.model} holds no checkpoints: train with --save_every=N (steps from one to the next) "
             "and --keep_last=N (how many are kept)"
         )
     seed = cfg.seed if cfg.seed >= 0 else 1
-    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    file = Path(cfg.model) / "generations.jsonl"
-    prompts = [cfg.prompt] if cfg.prompt or cfg.start else iter(lambda: input("> "), "")
-    for prompt in prompts:
+    for prompt in [cfg.prompt] if cfg.prompt or cfg.start else iter(lambda: input("> "), ""):
         lines = [line for line in read_jsonl(file) if line.get("prompt") != prompt]
         for path in found:
             print(f"step {step_of(path):,}:")
             asked = replace(cfg, model=str(path), seed=seed)
             text = answer(load(asked), asked, prompt, messages)
             lines.append({"step": step_of(path), "prompt": prompt, "text": text})
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(file, lambda path, text=text: path.write_text(text))
+        write_jsonl(file, lines)
 
 
 def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:
@@ -124,47 +109,52 @@ def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:
     size = sum(p.numel() for p in model.model.parameters()) / 1e6
     print(f"{cfg.model}: {size:.1f}M parameters. An empty line ends.")
     while text := input("you: " if cfg.chat else "> "):
-        said = answer(model, cfg, text, messages)
+        reply = answer(model, cfg, text, messages)
         if cfg.chat:
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+
+class Screen:
+    """Prints tokens as they come; a character that is spread over several tokens, when it is complete."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.ids, self.printed = decode, [], ""
+
+    def add(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(self.printed) :], end="", flush=True)
+            self.printed = text
+
+    def end(self) -> str:
+        text = self.decode(self.ids)
+        print(text[len(self.printed) :])
+        return text
 
 
 def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict]) -> str:
-    """Streams the model's continuation of `text` (or its turn) to the screen; returns the last sample."""
+    """Prints cfg.n continuations of `text`, or answers to it, as they are sampled; returns the last one."""
     text = text.encode("utf-8", "replace").decode()  # half an emoji in the terminal's input is no text
+    ids = [*(model.bos or [model.eos]), *model.encode(text)]
     if cfg.chat:
         ids, _ = model.conversation([*messages, {"role": "user", "content": text}])
-    else:
-        ids = [*(model.bos or [model.eos]), *model.encode(text)]
-    how = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "min_p": cfg.min_p}
-    how |= {"repetition_penalty": cfg.repetition_penalty, "stop_tokens": [model.end, model.eos]}
-    if model.ours:
-        how |= {"window": cfg.window, "compile": cfg.compile}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    how = {name: getattr(cfg, name) for name in (*names, *(("window", "compile") if model.ours else ()))}
+    how["stop_tokens"] = [model.end, model.eos]
     count, begun = 0, time.perf_counter()
     for i in range(cfg.n):
-        print("" if cfg.chat else text, end="", flush=True)
-        new, printed = [], ""
-
-        def show(_row: int, token: int) -> None:
-            nonlocal printed
-            new.append(token)  # noqa: B023
-            so_far = model.decode(new)  # noqa: B023
-            if not so_far.endswith("\ufffd"):  # a character may be spread over several tokens
-                print(so_far[len(printed) :], end="", flush=True)
-                printed = so_far
-
+        print("---\n" * (i > 0) + text * (not cfg.chat), end="", flush=True)
+        screen = Screen(model.decode)
         seed = time.time_ns() % 2**31 if cfg.seed < 0 else cfg.seed + i
         try:
-            model.continuations([ids], cfg.max_new_tokens, seed=seed, stream=show, **how)
+            model.continuations([ids], cfg.max_new_tokens, seed=seed, stream=screen.add, **how)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        said = model.decode(new)
-        print(said[len(printed) :])
-        count += len(new)
-        if i + 1 < cfg.n:
-            print("---")
+        reply = screen.end()
+        count += len(screen.ids)
     print(f"[{count} tokens, {count / (time.perf_counter() - begun):.0f} tokens/s]", file=sys.stderr)
-    return said
+    return reply
 
 
 if __name__ == "__main__":

@@ -10,27 +10,27 @@ On policy (--data names a task whose answers can be checked): the model answers 
 --temperature, answers are judged, and a right one is paired with a wrong one; --rounds repeats that with the
 new model and fresh problems. A problem without a wrong answer still teaches by its right one (--nll).
 
-The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same under the reference)),
-the reference being the model at the start (Rafailov et al., 2023), whose log-probabilities are computed once
-and cached, so no second model is in memory. To it comes --nll times the mean log-loss of the chosen answer's
-tokens, without which the likelihood of both sides sinks (Pang et al., 2024). --first_difference compares only
-the first token where the two part: what they share cancels anyway, and what follows a wrong step is not worth
-unlearning.
+The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same under the reference)).
+The reference is the model at the start (Rafailov et al., 2023). Its log-probabilities are two numbers a pair,
+computed once before the first step, so no second model is in memory; a resumed run computes them again from
+the same weights. To the loss comes --nll times the mean log-loss of the chosen answer's tokens, without which
+the likelihood of both answers sinks (Pang et al., 2024). --first_difference compares only the first token
+where the two differ: what they share cancels anyway, and what follows a wrong step is not worth unlearning.
 
 It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
 model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
 right answers without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong
-way; reference.npz. With rounds, the earlier ones are in out/NAME/round-1, ...
+way. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 from support.terminal import run_script
 
 import hashlib
-import io
 import json
 import math
-import zipfile
+import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,13 +41,14 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
-from finetune import TrainingSet, is_smoke, subsample, weights_hash
+from finetune import TrainingSet, is_smoke, subsample
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
 from support.chat_template import TemplateError
-from support.files import write_atomically
+from support.files import write_jsonl
 from support.runs import AlreadyFinished, TrainError, run_folder
-from support.text_model import TextModel, ask, padded, sampled
+from support.samples import draw
+from support.text_model import TextModel, ask, padded
 
 
 @dataclass
@@ -76,12 +77,21 @@ class DPOConfig(AdaptConfig):
     epochs: float = 2.0  # times through the pairs
     learning_rate: float = 2e-4  # the highest
 
+    @property
+    def is_control(self) -> bool:
+        """A control learns the chosen answers alone: no pairs, no reference."""
+        return self.method in ("rft", "sft")
+
+    @property
+    def nll_weight(self) -> float:
+        return 1.0 if self.is_control else self.nll
+
 
 @dataclass
 class Pair:
     """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt.
 
-    `messages` and `answers` are the same as text, for the files that others read: the conversation before the
+    `messages` and `texts` are the same as text, for the files that others read: the conversation before the
     answers, and the better and (if there is one) the worse answer.
     """
 
@@ -89,7 +99,11 @@ class Pair:
     chosen: list[int]
     rejected: list[int] | None = None
     messages: tuple[dict, ...] = ()
-    answers: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
 
     def first_difference(self) -> int:
         """Index in the answers of the first token that differs; both end in an end token, so there is one."""
@@ -100,30 +114,10 @@ class Pair:
 # The loss
 
 
-def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor, others: Tensor | None = None):
-    """(B, T) log p of targets, 0 where -100; and of `others` in the same places, from the same pass."""
-    core = getattr(model, "module", model)
-    ours = isinstance(core, ModernDecoderLM)
-    logits = model(ids) if ours else model(input_ids=ids, use_cache=False).logits
-    asked = targets != -100
-    log_p = logits[asked].float().log_softmax(-1)  # (asked tokens, V)
-
-    def of(tokens: Tensor) -> Tensor:
-        found = torch.zeros(targets.shape, device=ids.device)
-        found[asked] = log_p.gather(1, tokens[asked].unsqueeze(1)).squeeze(1)
-        return found
-
-    return of(targets), None if others is None else of(others)
-
-
 def preference_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    reference: Tensor,
-    beta: float,
-    method: str = "dpo",
+    chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float, method: str = "dpo",
     label_smoothing: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(B) losses of pairs from log-probabilities (B) under the policy, and (B, 2) under the reference.
 
     DPO is equation 7 of Rafailov et al. (2023), ln 2 where policy and reference agree; label smoothing makes
@@ -136,82 +130,159 @@ def preference_loss(
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
-def collate_pairs(pairs: list[Pair], pad: int, both: bool) -> tuple[Tensor, ...]:
-    """ids and targets (B, T) of prompt and chosen answer, of the rejected one (T = 1 unless `both`), and
-    (B, T) the token that the rejected answer has at the first difference, -100 elsewhere.
+def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Tensor]:
+    """log p of one or more tensors of targets (B, T) after ids (B, T), from one forward pass; 0 where a
+    target is -100. Only the positions that the first tensor asks for are computed.
+    """
+    ours = isinstance(getattr(model, "module", model), ModernDecoderLM)
+    logits = model(ids) if ours else model(input_ids=ids, use_cache=False).logits
+    asked = targets[0] != -100
+    logits = logits[asked].float()  # (asked, V)
+    found = []
+    for tokens in targets:
+        log_p = torch.zeros(ids.shape, device=ids.device)
+        log_p[asked] = -F.cross_entropy(logits, tokens[asked], reduction="none")
+        found.append(log_p)
+    return found
+
+
+def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids and targets (B, T) of prompts and chosen answers; then what the loss compares them with.
+
+    `whole`: ids and targets (B, T') of prompts and rejected answers. Else no ids (B, 0), and as targets
+    (B, T) the token that the rejected answer has at the first difference. Targets are -100 elsewhere, and all
+    over a row that has no rejected answer.
     """
 
-    def laid_out(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
-        rows = [(p.prompt + a)[:-1] for p, a in zip(pairs, answers, strict=True)]
-        wanted = [[-100] * (len(p.prompt) - 1) + a for p, a in zip(pairs, answers, strict=True)]
-        return padded(rows, pad), padded(wanted, -100)
+    def rows(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids = [(pair.prompt + answer)[:-1] for pair, answer in zip(pairs, answers, strict=True)]
+        targets = [[-100] * (len(pair.prompt) - 1) + a for pair, a in zip(pairs, answers, strict=True)]
+        return padded(ids, pad), padded(targets, -100)
 
-    ids, targets = laid_out([p.chosen for p in pairs])
-    others = torch.full_like(targets, -100)
-    for row, p in enumerate(pairs):
-        if p.rejected is not None:
-            at = p.first_difference()
-            others[row, len(p.prompt) - 1 + at] = p.rejected[at]
-    if not both:
-        return ids, targets, ids[:, :1], torch.full_like(targets[:, :1], -100), others
-    return ids, targets, *laid_out([p.rejected or p.chosen for p in pairs]), others
+    ids, targets = rows([pair.chosen for pair in pairs])
+    if whole:
+        return ids, targets, *rows([pair.rejected or [] for pair in pairs])
+    differing = torch.full_like(targets, -100)
+    for row, pair in enumerate(pairs):
+        if pair.rejected is not None:
+            at = pair.first_difference()
+            differing[row, len(pair.prompt) - 1 + at] = pair.rejected[at]
+    return ids, targets, ids[:, :0], differing
 
 
-def pair_log_probs(
-    model: nn.Module, ids: Tensor, targets: Tensor, bad_ids: Tensor, bad_targets: Tensor, others: Tensor,
+def compare(
+    model: nn.Module, ids: Tensor, targets: Tensor, rejected_ids: Tensor, rejected_targets: Tensor,
     mean: bool = False,
-):  # fmt: skip
-    """What is compared: (B) log p(chosen), (B) log p(rejected), and (B, T) log p of the chosen tokens.
-
-    Whole answers if the rejected ones are there (with `mean`, per token), else one token at their first
-    difference.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The batch of `collate_pairs` -> (B) log p(chosen), (B) log p(rejected), and (B) the mean log p of a
+    token of the chosen answer. `mean`: of whole answers the means over tokens and not the sums.
     """
-    good, other = token_log_probs(model, ids, targets, others.clamp(min=0))
-    if bad_ids.shape[1] > 1:
-        bad, _ = token_log_probs(model, bad_ids, bad_targets)
-        if mean:
-            n_good, n_bad = ((t != -100).sum(1) for t in (targets, bad_targets))
-            return good.sum(1) / n_good, bad.sum(1) / n_bad, good
-        return good.sum(1), bad.sum(1), good
-    here = others != -100
-    return (good * here).sum(1), (other * here).sum(1), good
+    n_chosen, n_rejected = ((t != -100).sum(1).clamp(min=1) for t in (targets, rejected_targets))
+    if not rejected_ids.shape[1]:  # one token of each, after what both share
+        tokens, rejected = token_log_probs(model, ids, targets, rejected_targets)
+        chosen = (tokens * (rejected_targets != -100)).sum(1)
+        return chosen, rejected.sum(1), tokens.sum(1) / n_chosen
+    chosen = token_log_probs(model, ids, targets)[0].sum(1)
+    rejected = token_log_probs(model, rejected_ids, rejected_targets)[0].sum(1)
+    mean_chosen = chosen / n_chosen
+    return (mean_chosen, rejected / n_rejected, mean_chosen) if mean else (chosen, rejected, mean_chosen)
+
+
+def dpo_loss(
+    cfg: DPOConfig, model: nn.Module, ids: Tensor, targets: Tensor, rejected_ids: Tensor,
+    rejected_targets: Tensor, reference: Tensor,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """(sum of losses, number of pairs) of a batch of `collate_pairs`; reference (B, 2) log-probabilities."""
+    chosen, rejected, token = compare(
+        model, ids, targets, rejected_ids, rejected_targets, mean=cfg.mean_log_probs
+    )
+    loss = -cfg.nll_weight * token
+    if not cfg.is_control:
+        paired = (rejected_targets != -100).any(1)
+        loss = loss + paired * preference_loss(
+            chosen, rejected, reference, cfg.beta, cfg.method, cfg.label_smoothing
+        )
+    return loss.sum(), len(ids)
+
+
+@torch.no_grad()
+def log_probs(model: TextModel, pairs: list[Pair], whole: bool, mean: bool = False) -> np.ndarray:
+    """(n, 2) log p(chosen), log p(rejected) under the model as it is now, without dropout.
+
+    Before the first step the model is the reference: `train_round` calls this then and keeps the result.
+    """
+    found, training = np.zeros((len(pairs), 2), np.float32), model.model.training
+    model.model.eval()
+    for index in model.batch_indices([pair.length for pair in pairs], "log-probabilities"):
+        tensors = collate_pairs([pairs[i] for i in index], model.pad, whole)
+        chosen, rejected, _ = compare(model.model, *(t.to(model.device) for t in tensors), mean=mean)
+        found[index] = torch.stack([chosen, rejected], dim=1).cpu().numpy()
+    model.model.train(training)
+    return found
 
 
 # -----------------------------------------------------------------------------
 # Pairs
 
 
+def make_pairs(model: TextModel, cfg: DPOConfig) -> tuple[list[Pair], list[Pair], list[Example], dict]:
+    """Training pairs, validation pairs, validation problems (on policy), and the sources for run.json."""
+    held = []
+    if task := TASKS.get(cfg.data):
+        if task.metric != "exact_match":
+            raise TrainError(
+                f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
+            )
+        problems, source = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
+        held = subsample(load_task(cfg.data, "validation")[0], cfg.eval_examples, 0)
+        test, _ = load_task(cfg.data, "test")
+        refuse_overlap((e.text for e in problems), (e.text for e in test), cfg.data)
+        model.model.eval()
+        pairs, counts = on_policy(model, cfg, "train", problems)
+        val_pairs, val_counts = on_policy(model, cfg, "validation", held)
+        val_pairs = [pair for pair in val_pairs if pair.rejected is not None]
+    else:
+        pairs, source = from_collection(model, cfg, "train")
+        val_pairs, val_counts = from_collection(model, cfg, "validation")
+        counts = source
+    if not pairs or not (cfg.is_control or counts["pairs"]):
+        raise TrainError(f"there is no pair to learn from: {counts}")
+    if not val_pairs:
+        raise TrainError(f"there is no validation pair: {val_counts}; raise --eval_examples or --n")
+    if not cfg.is_control and not cfg.nll:
+        pairs = [pair for pair in pairs if pair.rejected is not None]  # the others would teach nothing
+    return pairs, val_pairs, held, {"train": source, "pairs": counts, "validation": val_counts}
+
+
 def on_policy(
     model: TextModel, cfg: DPOConfig, split: str, examples: list[Example]
 ) -> tuple[list[Pair], dict]:
-    """Pairs from the model's own answers, and what there was: problems, pairs, only right, only wrong."""
-    task, rng = TASKS[cfg.data], np.random.default_rng([cfg.seed, split == "train"])
-    answers = sampled(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed_samples)
-    repeated = [e for e in examples for _ in range(cfg.n)]
-    records, _ = judge(cfg.data, repeated, [a for some in answers for a in some])
-    pairs, counts = [], {"problems": len(examples), "right": sum(r["correct"] for r in records)}
+    """Pairs from the model's own answers, and what there was: problems, pairs, only right, only wrong.
+
+    Controls train on answers alone: rft on right ones of the model, sft on the true solutions of the same
+    problems. Their validation pairs are DPO's.
+    """
+    method = cfg.method if split == "train" else "dpo"
+    rng = np.random.default_rng([cfg.seed, split == "train"])
+    samples = draw(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed_samples)
+    pairs, counts = [], {"problems": len(examples), "right": int(samples.right.sum())}
     counts |= {"pairs": 0, "only_right": 0, "only_wrong": 0, "too_long": 0}
     for i, example in enumerate(examples):
-        mine = records[i * cfg.n : (i + 1) * cfg.n]
-        right, wrong = (
-            list(dict.fromkeys(r["output"] for r in mine if r["correct"] is c)) for c in (True, False)
-        )
+        right, wrong = samples.distinct(i, right=True), samples.distinct(i, right=False)
         if not right:
             counts["only_wrong"] += 1
             continue
-        if cfg.method == "sft":
-            right = [example.target.strip()]
-        right = [right[j] for j in rng.permutation(len(right))]
-        wrong = [wrong[j] for j in rng.permutation(len(wrong))]
         counts["only_right"] += not wrong
-        if cfg.method in ("rft", "sft"):
+        if method == "sft":
+            right = [example.target.strip()]
+        right, wrong = ([some[j] for j in rng.permutation(len(some))] for some in (right, wrong))
+        if method in ("rft", "sft"):
             wrong = []
-        prompt, _ = model.prompt(task, example.text)
+        prompt, _ = model.prompt(TASKS[cfg.data], example.text)
         for j in range(max(1, min(cfg.pairs, len(wrong)))):
-            sides = [right[j % len(right)], *wrong[j : j + 1]]
-            ids = [model.reply_ids(side) for side in sides]
-            pair = Pair(prompt, *ids, messages=tuple(talk(example.text)), answers=tuple(sides))
-            if length_of(pair) > model.context_length or pair.chosen == pair.rejected:
+            texts = (right[j % len(right)], *wrong[j : j + 1])
+            pair = Pair(prompt, *map(model.reply_ids, texts), messages=tuple(talk(example.text)), texts=texts)
+            if pair.length > model.context_length or pair.chosen == pair.rejected:
                 counts["too_long"] += 1
                 continue
             counts["pairs"] += pair.rejected is not None
@@ -223,12 +294,12 @@ def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[
     """Pairs of a data set; a conversation that is too long loses its first turns, or is left out. So is one
     that the model's chat template refuses, unless it refuses all.
     """
-    found, about = load_preferences(cfg.data, split)
-    found = subsample(found, cfg.max_train_examples if split == "train" else cfg.eval_examples, cfg.seed)
+    preferences, about = load_preferences(cfg.data, split)
+    most = cfg.max_train_examples if split == "train" else cfg.eval_examples
     pairs, left_out, refused = [], 0, None
-    for preference in found:
-        messages = preference.messages
-        chosen, rejected = (model.reply_ids(answer) for answer in (preference.chosen, preference.rejected))
+    for preference in subsample(preferences, most, cfg.seed):
+        messages, texts = preference.messages, (preference.chosen, preference.rejected)
+        chosen, rejected = map(model.reply_ids, texts)
         room = model.context_length - max(len(chosen), len(rejected))
         try:
             prompt = model.conversation(messages)[0]
@@ -240,11 +311,10 @@ def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[
             continue
         if len(prompt) > room or chosen == rejected:
             left_out += 1
-            continue
-        texts = (preference.chosen, preference.rejected)
-        if cfg.method in ("rft", "sft"):
-            rejected, texts = None, texts[:1]
-        pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
+        elif cfg.is_control and split == "train":
+            pairs.append(Pair(prompt, chosen, None, tuple(messages), texts[:1]))
+        else:
+            pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
     if refused and not pairs:
         raise refused
     return pairs, {"pairs": len(pairs), "too_long": left_out, **about}
@@ -257,184 +327,8 @@ def without_first_exchange(messages: list[dict]) -> list[dict]:
     return system + messages[asked[1] :] if len(asked) > 1 else []
 
 
-def length_of(pair: Pair) -> int:
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected or ()))
-
-
 def fingerprint(pairs: list[Pair]) -> str:
     return hashlib.sha256(json.dumps([[p.prompt, p.chosen, p.rejected] for p in pairs]).encode()).hexdigest()
-
-
-@torch.no_grad()
-def reference(model: TextModel, pairs: list[Pair], both: bool, mean: bool = False) -> np.ndarray:
-    """(n, 2) log p(chosen), log p(rejected) under the model as it is now."""
-    found, training = np.zeros((len(pairs), 2), np.float32), model.model.training
-    model.model.eval()
-    for index in model.batch_indices([length_of(p) for p in pairs], "reference"):
-        tensors = collate_pairs([pairs[i] for i in index], model.pad, both)
-        good, bad, _ = pair_log_probs(model.model, *(t.to(model.device) for t in tensors), mean)
-        found[index] = torch.stack([good, bad], dim=1).cpu().numpy()
-    model.model.train(training)
-    return found
-
-
-def read_reference(file: Path, key: str) -> np.ndarray | None:
-    """What `write_reference` has written for the same key; None if that is not there."""
-    try:
-        with np.load(file) as kept:
-            return kept["values"] if str(kept["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def write_reference(file: Path, key: str, values: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, key=key, values=values)
-    write_atomically(file, lambda path: path.write_bytes(buffer.getvalue()))
-
-
-# -----------------------------------------------------------------------------
-# Training
-
-
-def dpo(cfg: DPOConfig) -> dict:
-    """All rounds, each a run of its own that starts from the one before; returns the last one's run.json."""
-    if cfg.rounds < 1 or (cfg.rounds > 1 and cfg.data not in TASKS):
-        raise TrainError("--rounds counts rounds of sampling, from 1; pairs of a data set have one round")
-    name, start = cfg.name, cfg.model
-    for i in range(1, cfg.rounds + 1):
-        last = i == cfg.rounds
-        folder = name if last else f"{name}/round-{i}"
-        first = cfg.first_problem + (i - 1) * cfg.problems
-        settings = {"name": folder, "model": start, "first_problem": first, "seed": cfg.seed + i - 1}
-        try:
-            run = one_round(replace(cfg, **settings))
-        except AlreadyFinished:
-            if last:
-                raise
-        start = str(Path(cfg.out) / folder)
-    return run
-
-
-def one_round(cfg: DPOConfig) -> dict:
-    folder = run_folder(cfg)
-    model = aligned_model(cfg)
-    task = TASKS.get(cfg.data)
-    if task and task.metric != "exact_match":
-        raise TrainError(
-            f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
-        )
-    held = []
-    if task:
-        model.model.eval()
-        problems, data = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
-        held = subsample(load_task(cfg.data, "validation")[0], cfg.eval_examples, 0)
-        refuse_overlap((e.text for e in problems), (e.text for e in load_task(cfg.data, "test")[0]), cfg.data)
-        pairs, counts = on_policy(model, cfg, "train", problems)
-        val_pairs, val_counts = on_policy(model, replace(cfg, method="dpo"), "validation", held)
-        val_pairs = [p for p in val_pairs if p.rejected is not None]
-    else:
-        pairs, data = from_collection(model, cfg, "train")
-        val_pairs, val_counts = from_collection(model, replace(cfg, method="dpo"), "validation")
-        counts = data
-    if not pairs or (cfg.method in ("dpo", "ipo") and not counts["pairs"]):
-        raise TrainError(f"there is no pair to learn from: {counts}")
-    if not val_pairs:
-        raise TrainError(f"there is no validation pair: {val_counts}; raise --eval_examples or --n")
-    only_nll = cfg.method in ("rft", "sft")
-    both = not (cfg.first_difference or only_nll)
-    weight = 1.0 if only_nll else cfg.nll
-    if not only_nll and not cfg.nll:
-        pairs = [p for p in pairs if p.rejected is not None]  # without the log-loss the others teach nothing
-    known, key = np.zeros((len(pairs), 2), np.float32), ""
-    if not only_nll:
-        key = f"{weights_hash(cfg.model)} {fingerprint(pairs)} {both}" + " mean" * cfg.mean_log_probs
-        known = read_reference(folder / "reference.npz", key)
-        if known is None:
-            known = reference(model, pairs, both, cfg.mean_log_probs)
-    val_known = reference(model, val_pairs, both=True)
-    before = val_known.mean(0)
-    chosen_tokens = np.mean([len(p.chosen) for p in val_pairs])
-
-    def loss(core, ids, targets, bad_ids, bad_targets, others, known):
-        good, bad, tokens = pair_log_probs(
-            core, ids, targets, bad_ids, bad_targets, others, cfg.mean_log_probs
-        )
-        paired = (others != -100).any(1) & (not only_nll)
-        n_tokens = (targets != -100).sum(1)
-        per_pair = preference_loss(good, bad, known, cfg.beta, cfg.method, cfg.label_smoothing)
-        return (per_pair * paired - weight * tokens.sum(1) / n_tokens).sum(), len(ids)
-
-    def evaluate(core, final):
-        """On held-out pairs, whole answers: the loss of training, margins in nats times beta, accuracy."""
-        with torch.no_grad():
-            now, losses = reference(model, val_pairs, both=True), []
-            for i in range(0, len(val_pairs), cfg.batch_size):
-                some = val_pairs[i : i + cfg.batch_size]
-                tensors = collate_pairs(some, model.pad, both)
-                known = val_first[i : i + cfg.batch_size]
-                total, _ = loss(core, *(t.to(model.device) for t in (*tensors, torch.from_numpy(known))))
-                losses.append(total.item())
-        margins = cfg.beta * ((now[:, 0] - now[:, 1]) - (val_known[:, 0] - val_known[:, 1]))
-        lost = (before[0] - now[:, 0].mean()) / chosen_tokens
-        if cfg.collapse and lost > cfg.collapse:
-            raise TrainError(
-                f"the chosen answers lost {lost:.2f} nats a token: the model unlearns both sides of the "
-                "pairs. Lower --learning_rate, or raise --nll"
-            )
-        found = {"val_loss": sum(losses) / len(val_pairs), "reward_margin": float(margins.mean())}
-        found |= {"reward_accuracy": float((margins > 0).mean())}
-        found |= {"chosen": float(now[:, 0].mean()), "rejected": float(now[:, 1].mean())}
-        if final and trainer.rank == 0:
-            wrong = sorted((m, i) for i, m in enumerate(margins.tolist()) if m <= 0)
-            worst = [val_pairs[i] for _, i in wrong]
-            write_pairs(folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
-        if held and final:
-            core.eval()
-            _, metrics = judge(cfg.data, held, ask(model, cfg.data, held)[0])
-            found["exact_match"] = metrics["exact_match"]["value"]
-        return found
-
-    val_first = reference(model, val_pairs, both, mean=cfg.mean_log_probs)
-    batch = cfg.batch_size * cfg.grad_accum_steps * world()
-    order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch, cfg.seed, "causal", model.pad)
-
-    def rows(step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        index = order.members(step, first, count)
-        return *collate_pairs([pairs[i] for i in index], model.pad, both), torch.from_numpy(known[index])
-
-    all_steps = math.ceil(order.batches * cfg.epochs)
-    smoke = bool(0 < cfg.max_steps < all_steps)
-    cfg.max_steps = cfg.max_steps or all_steps
-    tokens = float(np.mean([length_of(p) for p in pairs]))
-    parameters = sum(p.numel() for p in model.model.parameters())
-    both_sides = [p for p in pairs if p.rejected is not None]
-    lengths = {"chosen": float(np.mean([len(p.chosen) for p in pairs]))}
-    if both_sides:
-        lengths["rejected"] = float(np.mean([len(p.rejected) for p in both_sides]))
-        lengths["chosen_longer"] = float(np.mean([len(p.chosen) > len(p.rejected) for p in both_sides]))
-    about = parents(cfg, model, train=data, pairs=counts, validation=val_counts, lengths=lengths)
-    about |= {"smoke": smoke or is_smoke(cfg.model), "pairs_hash": fingerprint(pairs)}
-
-    def write_files() -> None:
-        write_pairs(folder / "pairs.jsonl", pairs)
-        write_answers(folder / "answers.jsonl", pairs)
-        if not only_nll:
-            write_reference(folder / "reference.npz", key, known)
-
-    trainer = trainer_for(
-        cfg, model, rows, loss=loss, evaluate=evaluate, flops_per_row=6 * parameters * tokens * (1 + both),
-        tokens_per_row=1, epoch=lambda step: step / order.batches, about=about, on_begin=write_files,
-    )  # fmt: skip
-    where = f"{cfg.n} answers to each of {counts['problems']:,} problems, " if task else ""
-    longer = "" if not both_sides else f", {100 * lengths['chosen_longer']:.0f} % of the chosen are longer"
-    trainer.say(
-        f"{trainer.folder}: {cfg.model}, {cfg.method} on {where}{counts['pairs']:,} pairs and "
-        f"{len(pairs) - len(both_sides):,} answers alone{longer}; {cfg.max_steps} steps of {batch}"
-    )
-    if data.get("left_out"):
-        trainer.say(f"{cfg.data}: {data['left_out']:,} rows that are no pair of answers were left out")
-    return train_and_merge(cfg, trainer)
 
 
 def turn(answer: str) -> list[dict]:
@@ -446,10 +340,10 @@ def write_pairs(file: Path, pairs: list[Pair], **columns: list) -> None:
     rows = []
     for i, pair in enumerate(pairs):
         if pair.rejected is not None:
-            better, worse = pair.answers
-            row = {"prompt": list(pair.messages), "chosen": turn(better), "rejected": turn(worse)}
+            chosen, rejected = map(turn, pair.texts)
+            row = {"prompt": list(pair.messages), "chosen": chosen, "rejected": rejected}
             rows.append(row | {name: values[i] for name, values in columns.items()})
-    write_rows(file, rows)
+    write_jsonl(file, rows)
 
 
 def write_answers(file: Path, pairs: list[Pair]) -> None:
@@ -457,12 +351,129 @@ def write_answers(file: Path, pairs: list[Pair]) -> None:
     alone = [pair for pair in pairs if pair.rejected is None]
     file.unlink(missing_ok=True)
     if alone:
-        write_rows(file, [{"prompt": list(p.messages), "completion": turn(p.answers[0])} for p in alone])
+        write_jsonl(file, [{"prompt": list(p.messages), "completion": turn(p.texts[0])} for p in alone])
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
+# -----------------------------------------------------------------------------
+# Training
+
+
+class Validation:
+    """Held-out pairs and problems, and the log-probabilities of the pairs under the reference."""
+
+    def __init__(self, cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: list[Example]):
+        self.cfg, self.model, self.pairs, self.problems = cfg, model, pairs, problems
+        self.tokens = np.array([len(pair.chosen) for pair in pairs])
+        self.reference = log_probs(model, pairs, whole=True)  # (n, 2), of whole answers
+        self.compared_reference = self.compared()  # (n, 2), of what the loss compares
+
+    def compared(self) -> np.ndarray:
+        return log_probs(self.model, self.pairs, not self.cfg.first_difference, self.cfg.mean_log_probs)
+
+    def evaluate(self, core: nn.Module, final: bool) -> dict:
+        """The loss of training; margins of whole answers in nats times beta, and how many are above 0."""
+        cfg, now = self.cfg, log_probs(self.model, self.pairs, whole=True)
+        lost = (self.reference[:, 0] - now[:, 0]).mean() / self.tokens.mean()
+        if cfg.collapse and lost > cfg.collapse:
+            raise TrainError(
+                f"the chosen answers lost {lost:.2f} nats a token: the model unlearns both sides of the "
+                "pairs. Lower --learning_rate, or raise --nll"
+            )
+        losses = -cfg.nll_weight * torch.from_numpy(now[:, 0] / self.tokens)
+        if not cfg.is_control:
+            chosen, rejected = torch.from_numpy(self.compared()).T
+            reference = torch.from_numpy(self.compared_reference)
+            losses += preference_loss(chosen, rejected, reference, cfg.beta, cfg.method, cfg.label_smoothing)
+        margins = cfg.beta * ((now - self.reference) @ [1, -1])
+        found = {"val_loss": losses.mean(), "reward_margin": margins.mean()}
+        found |= {"reward_accuracy": (margins > 0).mean()}
+        found |= {"chosen": now[:, 0].mean(), "rejected": now[:, 1].mean()}
+        if final:
+            self.write_violations(margins)
+        if final and self.problems:
+            core.eval()
+            _, metrics = judge(cfg.data, self.problems, ask(self.model, cfg.data, self.problems)[0])
+            found["exact_match"] = metrics["exact_match"]["value"]
+        return found
+
+    def write_violations(self, margins: np.ndarray) -> None:
+        """Pairs that training moved the wrong way, the worst first."""
+        order = [i for i in margins.argsort(kind="stable") if margins[i] <= 0]
+        pairs, margin = [self.pairs[i] for i in order], margins[order].tolist()
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_pairs(Path(self.cfg.out) / self.cfg.name / "violations.jsonl", pairs, margin=margin)
+
+
+def train_round(cfg: DPOConfig) -> dict:
+    """Makes pairs with the model of cfg.model, trains it on them, and returns run.json."""
+    folder, model = run_folder(cfg), aligned_model(cfg)
+    pairs, val_pairs, problems, sources = make_pairs(model, cfg)
+    whole = not (cfg.first_difference or cfg.is_control)
+    reference = np.zeros((len(pairs), 2), np.float32)
+    if not cfg.is_control:  # no step was taken, so the model is still the reference
+        reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
+    validation = Validation(cfg, model, val_pairs, problems)
+    batch_size = cfg.batch_size * cfg.grad_accum_steps * world()
+    order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch_size, cfg.seed, "causal", model.pad)
+
+    def batch(step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        index = order.members(step, first, count)
+        tensors = collate_pairs([pairs[i] for i in index], model.pad, whole)
+        return *tensors, torch.from_numpy(reference[index])
+
+    def write_files() -> None:
+        write_pairs(folder / "pairs.jsonl", pairs)
+        write_answers(folder / "answers.jsonl", pairs)
+
+    all_steps = math.ceil(order.batches * cfg.epochs)
+    smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)
+    cfg.max_steps = cfg.max_steps or all_steps
+    lengths = length_bias(pairs)
+    tokens = float(np.mean([pair.length for pair in pairs]))
+    parameters = sum(p.numel() for p in model.model.parameters())
+    about = parents(cfg, model, **sources, lengths=lengths) | {
+        "smoke": smoke,
+        "pairs_hash": fingerprint(pairs),
+    }
+    trainer = trainer_for(
+        cfg, model, batch, loss=partial(dpo_loss, cfg), evaluate=validation.evaluate,
+        flops_per_row=6 * parameters * tokens * (1 + whole), tokens_per_row=1,
+        epoch=lambda step: step / order.batches, about=about, on_begin=write_files,
+    )  # fmt: skip
+    both = sources["pairs"]["pairs"]
+    trainer.say(
+        f"{trainer.folder}: {cfg.model}, {cfg.method} on {both:,} pairs, {lengths['chosen_longer']:.0%} "
+        f"of the chosen longer, {len(pairs) - both:,} answers alone; {cfg.max_steps} steps of {batch_size}"
+    )
+    if left_out := sources["train"].get("left_out"):
+        trainer.say(f"{cfg.data}: {left_out:,} rows that are no pair of answers were left out")
+    return train_and_merge(cfg, trainer)
+
+
+def length_bias(pairs: list[Pair]) -> dict[str, float]:
+    """Mean tokens of the answers of a pair, and how often the chosen one is the longer one."""
+    both = [(len(pair.chosen), len(pair.rejected)) for pair in pairs if pair.rejected is not None]
+    chosen, rejected = np.array(both or [(0, 0)]).T
+    means = {"chosen": float(chosen.mean()), "rejected": float(rejected.mean())}
+    return means | {"chosen_longer": float((chosen > rejected).mean())}
+
+
+def dpo(cfg: DPOConfig) -> dict:
+    """All rounds, each a run of its own that starts from the one before; returns the last one's run.json."""
+    if cfg.rounds < 1 or (cfg.rounds > 1 and cfg.data not in TASKS):
+        raise TrainError("--rounds counts rounds of sampling, from 1; pairs of a data set have one round")
+    start = cfg.model
+    for i in range(cfg.rounds):
+        last = i == cfg.rounds - 1
+        folder = cfg.name if last else f"{cfg.name}/round-{i + 1}"
+        first = cfg.first_problem + i * cfg.problems
+        try:
+            run = train_round(replace(cfg, name=folder, model=start, first_problem=first, seed=cfg.seed + i))
+        except AlreadyFinished:
+            if last:
+                raise
+        start = str(Path(cfg.out) / folder)
+    return run
 
 
 def main() -> None:

@@ -8,30 +8,29 @@
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
-A `channel` is a language model that is trained backwards, to tell the problem when it is given the answer.
-The score of an answer is log p(answer | problem) + lambda log p(problem | answer): the noisy channel of
-machine translation. The generator sees to the sums; the channel sees whether the answer tells the story of
-this problem, as a sentence that was forgotten is unlikely to be told again. It learns from true solutions
-turned around, from the generator's own right answers (or from --answers_of another model, such as the one it
-was before DPO), and from the wrong ones, which have to score less (--contrast). A `head` (Cobbe et al., 2021)
-is the generator with a number read off at every token of an answer, trained to tell right from wrong: one bit
-an answer, where a channel learns from every word.
+A `channel` is a language model that is trained backwards: it reads an answer and predicts the problem. The
+score of an answer is log p(answer | problem) + lambda log p(problem | answer), the noisy channel of machine
+translation. The first term, the generator's, checks the calculation. The second, the channel's, checks that
+the answer is about this problem: a sentence that the answer ignores is hard to predict from it. The channel
+learns from true solutions, from the generator's right answers (or those of --answers_of another model, such
+as the generator before DPO), and from wrong ones, which have to score less (--contrast). A `head` (Cobbe et
+al., 2021) is the generator with a linear layer that predicts at every token of an answer whether it will be
+right: it learns one bit an answer, a channel learns from every word of the problem.
 
 lambda is chosen, and scores become probabilities (Platt, 1999), on answers to the validation split; the test
 split is looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how
-well it verifies, beside the generator's own log-probability and the channel alone. What was judged is kept in
-judged/.
+well it verifies, beside the generator's own log-probability and the channel alone. The log-probabilities of
+judged answers are kept in judged/.
 """
 
 from support.terminal import run_script
 
 import hashlib
-import io
 import json
 import math
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,8 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, judge, load_task, read_rows, refuse_overlap, talk
-from finetune import FineTuner, TrainingSet, is_smoke, weights_hash, write_run
+from data import TASKS, DataError, Example, load_task, read_rows, refuse_overlap, talk
+from finetune import TrainingSet, is_smoke, weights_hash, write_run
 from model import ModernDecoderLM
 from sft import AdaptConfig, aligned_model, parents, trainer_for, world
 from support.files import write_atomically
@@ -50,7 +49,10 @@ from support.loading import load_model
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.runs import AlreadyFinished, TrainError, read_json, run_folder
-from support.text_model import TextModel, collate, length, sampled, target_logits
+from support.samples import Samples, draw
+from support.text_model import TextModel, collate, length, padded, target_logits
+
+Row = tuple[list[int], list[int]]  # ids of what is read, ids of what is predicted
 
 
 @dataclass
@@ -85,25 +87,19 @@ class VerifierConfig(AdaptConfig):
     answer: str = ""  # this answer
 
 
-LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 100.0)
-
-
 # -----------------------------------------------------------------------------
 # The public part: score an answer
 
 
+@dataclass
 class Verifier:
-    """A trained verifier, ready to judge answers.
+    """A trained verifier, ready to judge answers."""
 
-    `combine` is what was fitted on validation: lambda, and the logistic regression that makes a probability
-    of the log-likelihoods and the problem's length (its log-likelihood falls with its words, however good the
-    answer).
-    """
-
-    def __init__(
-        self, kind: str, generator: TextModel, core: "TextModel | HeadModel", combine: dict, name: str = ""
-    ):
-        self.kind, self.generator, self.core, self.combine, self.name = kind, generator, core, combine, name
+    kind: str
+    generator: TextModel
+    core: "TextModel | ValueHead"  # the channel, or the generator's twin with a value head
+    combine: dict  # fitted on validation: lambda, the sharpness of a vote, the coefficients of a probability
+    name: str = ""  # the run folder in whose judged/ log-likelihoods are kept; "": they are not
 
     @classmethod
     def load(
@@ -111,14 +107,11 @@ class Verifier:
     ) -> "Verifier":
         """From a run folder, for the generator it was trained for or another one with the same tokenizer.
 
-        keep: whether what it judges is kept in the folder's judged/.
-
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
         record = Path(folder) / "run.json"
         run = read_json(record) if record.exists() else {}
-        whole = run.get("parent") and {"parent_hash", "verifier", "data"} <= run.keys()
-        if not whole or "logistic" not in run.get("combine", {}):
+        if "verification" not in run:
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
             generator = load_model(run["parent"], pick_device(device))
@@ -128,23 +121,19 @@ class Verifier:
                 )
         if run["data"]["tokenizer"] != generator.tokenizer.hash:
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
-        core = read_core(run["verifier"], Path(folder), device)
+        core = load_core(run["verifier"], str(folder), device)
         return cls(run["verifier"], generator, core, run["combine"], str(folder) if keep else "")
 
     def score(self, problem: str, answer: str) -> float:
         """The probability, 0 to 1, that the answer is right."""
-        return float(self.probabilities([problem], [answer])[0])
-
-    def probabilities(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
-        """(n) of pairs of problem and answer."""
-        return self.judge(problems, answers, progress)[1]
+        return float(self.judge([problem], [answer])[1][0])
 
     def judge(
         self, problems: list[str], answers: list[str], progress: str = ""
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(n) scores, which rank answers to one problem, and (n) probabilities.
+        """(n) scores, which rank answers to one problem, and (n) probabilities that the answers are right.
 
-        The final number stands on a line of its own in the answers that it learnt from; so it is put there.
+        The final number is put on a line of its own, where it stands in the answers of training.
         """
         answers = [re.sub(r"\s*####\s*", "\n#### ", answer) for answer in answers]
         return self.verdict(problems, answers, self.parts(problems, answers, progress))
@@ -152,90 +141,175 @@ class Verifier:
     def verdict(
         self, problems: list[str], answers: list[str], parts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`judge`, from parts that are known."""
+        """`judge`, from `parts` that are known."""
         score = combined(self.kind, parts, self.combine["lambda"])
-        lengths = np.array([len(self.generator.encode(p)) for p in problems])
-        logit = evidence(parts, lengths) @ np.array(self.combine["logistic"])
+        logit = self.evidence(problems, parts) @ self.combine["logistic"]
         probability = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
         empty = np.array([not answer.strip() for answer in answers])
         return np.where(empty, -1e9, score), np.where(empty, 0.0, probability)
 
+    def evidence(self, problems: list[str], parts: np.ndarray) -> np.ndarray:
+        """(n, 4) what a probability depends on: the two columns of `parts`, 1, and the problem's tokens.
+
+        Each log-likelihood has a weight of its own: their sum ranks the answers to one problem, but between
+        problems it differs most by their lengths.
+        """
+        lengths = [len(self.generator.encode(problem)) for problem in problems]
+        return np.stack([*parts.T, np.ones(len(parts)), lengths], axis=1)
+
     def parts(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
         """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
-        answer), or the head's logit. They are kept in the verifier's folder, in judged/, and read from there
-        when the same answers are judged again.
+        answer), or the head's logit. Kept on disk, by weights and texts.
         """
         pairs = list(zip(problems, answers, strict=True))
-        index = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        index = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}  # the same answer is judged once
         file = self.kept(list(index)) if len(index) > 1 else None
         if file and file.exists():
-            return np.load(file)[[index[pair] for pair in pairs]]
-        forwards = [forward_row(self.generator, *pair) for pair in index]
-        own = self.generator.log_likelihoods(forwards, progress)
-        if self.kind == "head":
-            added = self.core.values(forwards)
-        else:
-            added = self.core.log_likelihoods([backward_row(self.core, *pair) for pair in index], progress)
-        parts = np.stack([own, added], axis=1)
+            return np.fromfile(file).reshape(-1, 2)[[index[pair] for pair in pairs]]
+        forward = [forward_row(self.generator, *pair) for pair in index]
+        rows = forward if self.kind == "head" else [backward_row(self.core, *pair) for pair in index]
+        added = self.core.log_likelihoods(rows, progress)
+        parts = np.stack([self.generator.log_likelihoods(forward, progress), added], axis=1)
         if file:
             file.parent.mkdir(exist_ok=True)
-            buffer = io.BytesIO()
-            np.save(buffer, parts)
-            write_atomically(file, lambda path: path.write_bytes(buffer.getvalue()))
+            write_atomically(file, parts.tofile)
         return parts[[index[pair] for pair in pairs]]
 
     def kept(self, pairs: list[tuple[str, str]]) -> Path | None:
-        """Where the parts of these pairs are kept; None if the weights are not in folders of this disk, or
-        the verifier has no name.
-        """
-        if not self.name:
+        """Where the parts of these pairs are kept; None if nowhere, as for weights that are in no folder."""
+        weights = [weights_hash(name) for name in (self.generator.name, self.name) if name]
+        if len(weights) < 2 or None in weights:
             return None
-        who = [weights_hash(self.generator.name), weights_hash(self.name)]
-        if None in who:
-            return None
-        core = self.core.text_model if self.kind == "head" else self.core
-        how = [who, self.generator.context_length, core.context_length, pairs]
-        what = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
-        return Path(self.name) / "judged" / f"{what}.npy"
+        key = [weights, self.generator.context_length, self.core.context_length, pairs]
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        return Path(self.name) / "judged" / f"{digest}.float64"
 
 
-def read_core(kind: str, folder: Path, device: str) -> "TextModel | HeadModel":
-    """What a verifier has beside its generator: the channel, or the generator's twin with a head."""
-    core = load_model(str(folder), pick_device(device))
-    return HeadModel.load(core, folder) if kind == "head" else core
+def load_core(kind: str, folder: str, device: str) -> "TextModel | ValueHead":
+    model = load_model(folder, pick_device(device))
+    if kind == "channel":
+        return model
+    head = ValueHead(model)
+    head.read_value(Path(folder))
+    return head
 
 
 def combined(kind: str, parts: np.ndarray, weight: float) -> np.ndarray:
-    """(n) scores: f + lambda channel; of a head its logit + lambda f."""
-    return parts[:, 1] + weight * parts[:, 0] if kind == "head" else parts[:, 0] + weight * parts[:, 1]
+    """(n) scores: log p(answer | problem) + lambda log p(problem | answer); of a head its logit."""
+    return parts[:, 1] if kind == "head" else parts[:, 0] + weight * parts[:, 1]
 
 
-def forward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids): the problem, then the answer. A long problem loses its end."""
-    said = model.reply_ids(answer)[: model.context_length // 2]
-    return model.prompt(TASKS["arithmetic"], problem, room=model.context_length - len(said))[0], said
+def forward_row(model: TextModel, problem: str, answer: str) -> Row:
+    """What the generator reads and predicts: the problem, then the answer. A long problem loses its end."""
+    predicted = model.reply_ids(answer)[: model.context_length // 2]
+    room = model.context_length - len(predicted)
+    return model.prompt(TASKS["arithmetic"], problem, room=room)[0], predicted
 
 
-def backward_row(model: TextModel, problem: str, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of the channel: the answer, then the problem.
+def backward_row(model: TextModel, problem: str, answer: str) -> Row:
+    """What the channel reads and predicts: the answer, then the problem. A long answer loses its beginning.
 
     A template that is not ours need not allow that the assistant begins: there the turns change their roles.
     """
-    told = model.reply_ids(problem)[: model.context_length // 2]
+    predicted = model.reply_ids(problem)[: model.context_length // 2]
     if model.marks:
-        given, _ = model.conversation([{"role": "assistant", "content": answer}])
-        given = [*given, model.tokenizer.special_id("<|user|>")]
+        read, _ = model.conversation([{"role": "assistant", "content": answer}])
+        read = [*read, model.tokenizer.special_id("<|user|>")]
     else:
-        given, _ = model.conversation(talk(answer or "-"))
-    return given[-(model.context_length - len(told)) :], told
+        read, _ = model.conversation(talk(answer or "-"))
+    return read[-(model.context_length - len(predicted)) :], predicted
 
 
 # -----------------------------------------------------------------------------
-# The head: Cobbe et al.'s verifier
+# The channel
+
+
+class Channel:
+    """Trains a language model to predict problems from answers.
+
+    It learns from true solutions and from the generator's right answers. Where the generator also gave wrong
+    answers to the problem, one of them is drawn at each step, and the problem has to be likelier after the
+    right answer (`channel_loss`): a language model that reads only right answers never learns that "sells 4
+    stamps" does not fit 4 nuts that were sold. Two thirds of the right answers have no wrong one beside them;
+    `repeats` uses only the others, so often, each time beside another wrong one.
+    """
+
+    def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples):
+        self.cfg, self.model = cfg, aligned_model(replace(cfg, model=cfg.start))
+        if self.model.tokenizer.hash != generator.tokenizer.hash:
+            raise TrainError(
+                f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family"
+            )
+        gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
+        answers = self.answers(learn)
+        contrasted = [answer for answer in answers if answer[1]]
+        used = contrasted * cfg.repeats or answers
+        self.rows = [(self.row(e.text, e.target), []) for e in gold] + used  # (right, [wrong, ...])
+        right = [row for row, _ in self.rows]
+        self.val_rows = [self.row(e.text, e.target) for e in held.examples if e.target]
+        self.val_rows = self.val_rows or [row for row, _ in self.answers(held)]
+        batch = cfg.batch_size * cfg.grad_accum_steps * world()
+        self.order = TrainingSet(right, batch, cfg.seed, "causal", self.model.pad)
+        self.batches, self.tokens = self.order.batches, float(self.order.lengths.mean())
+        self.data = {"answers": len(right), "gold": len(gold)}
+        self.summary = (
+            f"a channel from {cfg.start}, on {len(gold):,} true solutions and {len(used):,} right answers, "
+            f"{len(contrasted):,} of them beside wrong ones, such as {self.model.decode(sum(right[0], []))!r}"
+        )
+
+    def row(self, problem: str, answer: str) -> Row:
+        return backward_row(self.model, problem, answer.strip())
+
+    def answers(self, samples: Samples) -> list[tuple[Row, list[Row]]]:
+        """Every right answer, once, beside the wrong ones to its problem."""
+        found = []
+        for i, example in enumerate(samples.examples):
+            wrong = samples.distinct(i, right=False) if self.cfg.contrast else []
+            wrong = [self.row(example.text, answer) for answer in wrong]
+            found += [(self.row(example.text, answer), wrong) for answer in samples.distinct(i, right=True)]
+        return found
+
+    def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        """`collate` of right answers, then of wrong ones; and (wrong ones) the row of the right answer."""
+        rng, rows, drawn = np.random.default_rng([self.cfg.seed, step, first]), [], []
+        for at, i in enumerate(self.order.members(step, first, count)):
+            right, wrong = self.rows[i]
+            rows.append(right)
+            if wrong:
+                drawn.append((at, wrong[rng.integers(len(wrong))]))
+        rows += [row for _, row in drawn]
+        places = torch.tensor([at for at, _ in drawn], dtype=torch.long)
+        return *collate(rows, "causal", self.model.pad), places
+
+    def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return channel_loss(net, *tensors, self.cfg.contrast)
+
+    def evaluate(self, net: nn.Module, final: bool) -> dict:
+        tokens = sum(len(predicted) for _, predicted in self.val_rows)
+        return {"val_loss": -self.model.log_likelihoods(self.val_rows).sum() / tokens}
+
+
+def channel_loss(
+    model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, right: Tensor, contrast: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the problems given right answers, plus `contrast` times -log sigmoid of how much
+    likelier a problem is after a right answer than after a wrong one: (sum, tokens).
+
+    The last rows are the wrong answers, one for each place in `right`.
+    """
+    logits = target_logits(model, "causal", ids, mask, targets).float().transpose(1, 2)
+    nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").sum(1)
+    n = len(ids) - len(right)
+    loss = nats[:n].sum() - contrast * F.logsigmoid(nats[n:] - nats[right]).sum()
+    return loss, (targets[:n] != -100).sum()
+
+
+# -----------------------------------------------------------------------------
+# The value head: Cobbe et al.'s verifier
 
 
 class ValueModel(nn.Module):
-    """A decoder and a linear layer that reads a logit off every token: will this become a right answer?"""
+    """A decoder and a linear layer that gives a logit at every token: will this become a right answer?"""
 
     def __init__(self, lm: nn.Module):
         super().__init__()
@@ -254,138 +328,203 @@ class ValueModel(nn.Module):
         return out.logits, self.value(out.hidden_states[-1].float()).squeeze(-1)
 
 
-class HeadModel:
-    """A ValueModel with the tokenizer of its generator."""
+class ValueHead:
+    """A TextModel's decoder with a value head, as the Trainer needs it, and as a verifier asks it."""
 
-    def __init__(self, text_model: TextModel, net: ValueModel):
-        self.text_model, self.net = text_model, net
+    def __init__(self, text_model: TextModel):
+        self.text_model, self.tokenizer = text_model, text_model.tokenizer
+        self.model = ValueModel(text_model.model).to(text_model.device)
+        self.context_length = text_model.context_length
 
-    @classmethod
-    def load(cls, text_model: TextModel, folder: Path) -> "HeadModel":
+    def rows(self, samples: Samples) -> list[Row]:
+        return [forward_row(self.text_model, *pair) for pair in zip(*samples.flat(), strict=True)]
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        self.text_model.save(folder)
+        save_file(self.model.value.state_dict(), folder / "value.safetensors")
+
+    def read_weights(self, folder: Path) -> None:
+        self.text_model.read_weights(folder)
+        self.read_value(folder)
+
+    def read_value(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        net = ValueModel(text_model.model)
-        net.value.load_state_dict(load_file(folder / "value.safetensors"))
-        return cls(text_model, net.to(text_model.device).eval())
+        self.model.value.load_state_dict(load_file(folder / "value.safetensors"))
 
     @torch.no_grad()
-    def values(self, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
+    def log_likelihoods(self, rows: list[Row], progress: str = "") -> np.ndarray:
         """(n) logits at the end of each answer."""
         found = np.zeros(len(rows))
-        for index in self.text_model.batch_indices([length(r) for r in rows], ""):
-            ids, ends, _ = value_rows([rows[i] for i in index], self.text_model.pad)
-            _, values = self.net(ids.to(self.text_model.device))
-            found[index] = values.float().cpu()[torch.arange(len(index)), ends].double()
+        for index in self.text_model.batch_indices([length(row) for row in rows], progress):
+            ids, last, _ = value_rows([rows[i] for i in index], self.text_model.pad)
+            _, values = self.model(ids.to(self.text_model.device))
+            found[index] = values.cpu().float().gather(1, last.unsqueeze(1)).squeeze(1).double()
         return found
 
 
-def value_rows(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+class Head:
+    """Trains the generator with a value head on its answers, right and wrong, `group` of them a problem."""
+
+    def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples):
+        if cfg.grad_accum_steps * world() > 1:
+            raise TrainError("--kind=head trains in one process without accumulation")
+        self.cfg, self.right, self.held = cfg, learn.right, held
+        self.model = ValueHead(aligned_model(cfg))
+        self.rows, self.val_rows = self.model.rows(learn), self.model.rows(held)  # (P n)
+        self.problems = max(1, cfg.batch_size // cfg.group)  # a step
+        cfg.batch_size = self.problems * cfg.group
+        self.batches = max(1, len(self.right) // self.problems)
+        self.tokens, self.data = float(np.mean([length(row) for row in self.rows])), {}
+        self.summary = f"a head on {cfg.model}, {self.right.size:,} answers, {self.right.mean():.0%} right"
+
+    def members(self, step: int) -> np.ndarray:
+        """Indices of a step's rows: of each problem right and wrong answers by turns."""
+        epoch, at = divmod(step, self.batches)
+        order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
+        order = np.resize(order, self.batches * self.problems)
+        found = []
+        for p in order[at * self.problems : (at + 1) * self.problems]:
+            drawn = np.random.default_rng([self.cfg.seed, step, int(p)]).permutation(self.right.shape[1])
+            right = self.right[p, drawn]
+            rank = np.where(right, right.cumsum(), (~right).cumsum())  # among the answers of its kind
+            turns = drawn[
+                np.lexsort((~right, rank))
+            ]  # the first right one, the first wrong one, the second ...
+            found.append(p * self.right.shape[1] + np.resize(turns, self.cfg.group))
+        return np.concatenate(found)
+
+    def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        members = self.members(step)[first : first + count]
+        labels = torch.tensor(self.right.ravel()[members]).float()
+        return *value_rows([self.rows[i] for i in members], self.model.text_model.pad), labels
+
+    def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, int]:
+        return head_loss(net, *tensors, self.cfg)
+
+    def evaluate(self, net: nn.Module, final: bool) -> dict:
+        values, right = self.model.log_likelihoods(self.val_rows), self.held.right
+        loss = F.binary_cross_entropy_with_logits(torch.tensor(values), torch.tensor(right.ravel()).double())
+        return {
+            "val_loss": loss.item(),
+            "auc_within": auc_within(right, values.reshape(right.shape))["value"],
+        }
+
+
+def value_rows(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids (B, T), index of each row's last token (B), and which tokens belong to an answer (B, T)."""
-    ids = nn.utils.rnn.pad_sequence(
-        [torch.tensor(p + a) for p, a in rows], batch_first=True, padding_value=pad
-    )
-    at = torch.arange(ids.shape[1])
-    first, last = (
-        torch.tensor([f(p, a) for p, a in rows]) for f in (lambda p, a: len(p), lambda p, a: len(p + a) - 1)
-    )
-    return ids, last, (at >= first.unsqueeze(1)) & (at <= last.unsqueeze(1))
-
-
-class HeadTrainer(FineTuner):
-    """Saves the decoder as a model, and the linear layer beside it."""
-
-    def __init__(self, cfg: AdaptConfig, text_model: TextModel, net: ValueModel, *args, **kwargs):
-        super().__init__(cfg, text_model, *args, model=net, **kwargs)
-
-    def write_model(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        super().write_model(folder)
-        value = {k: v.cpu().contiguous() for k, v in self.model.value.state_dict().items()}
-        write_atomically(folder / "value.safetensors", lambda path: save_file(value, path))
-
-    def read_model(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        super().read_model(folder)
-        self.model.value.load_state_dict(load_file(folder / "value.safetensors"))
+    ids = padded([prompt + answer for prompt, answer in rows], pad)
+    inside = padded([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows], 0)
+    return ids, torch.tensor([length(row) - 1 for row in rows]), inside.bool()
 
 
 def head_loss(
     model: nn.Module, ids: Tensor, last: Tensor, inside: Tensor, labels: Tensor, cfg: VerifierConfig
-):
+) -> tuple[Tensor, int]:
     """Binary cross-entropy at every token of an answer, the language-model loss on right answers, and a
     comparison of right and wrong answers to one problem, `cfg.group` rows each: (sum, answers).
     """
     logits, values = model(ids)
-    n, right = len(ids), labels.bool()
-    each = F.binary_cross_entropy_with_logits(
-        values.float(), labels.unsqueeze(1).expand_as(values), reduction="none"
-    )
-    loss = ((each * inside).sum(1) / inside.sum(1)).sum()
+    values, right, tokens = values.float(), labels.bool(), inside.sum(1)
+    wanted = labels.unsqueeze(1).expand_as(values)
+    each = F.binary_cross_entropy_with_logits(values, wanted, reduction="none")
+    loss = ((each * inside).sum(1) / tokens).sum()
     if cfg.contrast:
-        final = values.float()[torch.arange(n, device=ids.device), last].view(-1, cfg.group)
-        good = right.view(-1, cfg.group)
-        pairs = good.unsqueeze(2) & ~good.unsqueeze(1)  # (problems, right, wrong)
+        final = values.gather(1, last.unsqueeze(1)).view(-1, cfg.group)  # (problems, group)
+        is_right = right.view(-1, cfg.group)
+        pairs = is_right.unsqueeze(2) & ~is_right.unsqueeze(1)  # (problems, right, wrong)
         apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
-        loss = loss + cfg.contrast * (apart * pairs).sum() / pairs.sum().clamp(min=1) * n
+        loss = loss + cfg.contrast * (apart * pairs).sum() / pairs.sum().clamp(min=1) * len(ids)
     if cfg.lm_weight:
-        told = (
-            F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-            * inside[:, 1:]
-        )
-        loss = loss + cfg.lm_weight * (told.sum(1) / inside.sum(1))[right].sum()
-    return loss, n
+        nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = loss + cfg.lm_weight * ((nats * inside[:, 1:]).sum(1) / tokens)[right].sum()
+    return loss, len(ids)
+
+
+# -----------------------------------------------------------------------------
+# Fitting and examining: how scores become choices and probabilities
+
+
+LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 100.0)
+SHARPNESSES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+def fit(kind: str, parts: np.ndarray, evidence: np.ndarray, right: np.ndarray) -> dict:
+    """lambda, the sharpness of a vote, and a logistic regression of `right` (P, n) on `evidence` (P n, 4).
+
+    lambda is the one that puts most right answers above wrong ones to the same problem. That changes
+    smoothly, where how often the best answer is right is decided by a few problems; and unlike the likelihood
+    of the right answers, it is not bent by the few wrong ones of which the generator is sure. The sharpness
+    of `vote_weights` is the one that gives right answers most of their problem's weight, in mean log.
+    """
+
+    def scores(weight: float) -> np.ndarray:
+        return combined(kind, parts, weight).reshape(right.shape)
+
+    def ordered(weight: float) -> float:
+        return auc_within(right, scores(weight))["value"]
+
+    best = 0.0 if kind == "head" else max(LAMBDAS, key=ordered)
+    mixed = right.any(1) & ~right.all(1)  # the others say nothing of a vote
+
+    def likelihood(sharpness: float) -> float:
+        weights = vote_weights(scores(best), sharpness)[mixed]
+        return np.log((weights * right[mixed]).sum(1) / weights.sum(1) + 1e-9).mean()
+
+    sharpness = max(SHARPNESSES, key=likelihood) if mixed.any() else 1.0
+    return {"lambda": best, "sharpness": sharpness, "logistic": logistic(evidence, right.ravel())}
+
+
+def vote_weights(scores: np.ndarray, sharpness: float) -> np.ndarray:
+    """(P, n) scores -> weights in a vote: softmax(sharpness x score), up to a factor for each problem."""
+    return np.exp(sharpness * (scores - scores.max(1, keepdims=True)))
+
+
+def logistic(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> list[float]:
+    """Coefficients (k) of a logistic regression of y (n) on x (n, k), almost without a penalty."""
+    scale = np.abs(x).mean(0) + 1e-9
+    inputs, labels = torch.tensor(x / scale), torch.tensor(y).double()
+    weights = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(inputs @ weights, labels, reduction="sum")
+        loss = loss + ridge / 2 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (weights.detach().numpy() / scale).tolist()
+
+
+def examine(verifier: Verifier, samples: Samples) -> dict:
+    """How well a verifier orders right and wrong answers, beside what each of its parts alone does."""
+    problems, answers = samples.flat()
+    parts = verifier.parts(problems, answers, "test")
+    score, probability = verifier.verdict(problems, answers, parts)
+    right, rows = samples.right, np.arange(len(samples.right))
+    found = {"problems": len(right), "answers": right.size, "right": float(right.mean())}
+    found["right_by_source"] = right.mean(0).tolist()  # of labelled solutions: each model's accuracy
+    found["oracle"] = proportion(int(right.any(1).sum()), len(right))
+    for name, overall, within in (
+        ("verifier", probability, score),
+        ("generator alone", parts[:, 0], parts[:, 0]),
+        (f"{verifier.kind} alone", parts[:, 1], parts[:, 1]),
+    ):
+        within = within.reshape(right.shape)
+        best = right[rows, within.argmax(1)]
+        found[name] = {"auc": auc(right.ravel(), overall), "auc_within": auc_within(right, within)}
+        found[name]["best_of_n"] = proportion(int(best.sum()), len(best))
+    agreed = (probability > 0.5) == right.ravel()
+    found["accuracy"] = proportion(int(agreed.sum()), right.size)
+    return found | {"calibration": calibration(right.ravel(), probability)}
 
 
 # -----------------------------------------------------------------------------
 # Training
-
-
-@dataclass
-class Samples:
-    """Problems, n answers each, and which of them are right."""
-
-    examples: list[Example]
-    answers: list[list[str]]
-    right: np.ndarray  # (problems, n) bool
-
-    def flat(self) -> tuple[list[str], list[str]]:
-        n = self.right.shape[1]
-        return [e.text for e in self.examples for _ in range(n)], [a for some in self.answers for a in some]
-
-
-def right_answers(samples: Samples) -> list[tuple[str, str]]:
-    """(problem, answer) of all right answers, each once."""
-    found = []
-    for example, answers, right in zip(samples.examples, samples.answers, samples.right, strict=True):
-        found += [
-            (example.text, a) for a in dict.fromkeys(a for a, r in zip(answers, right, strict=True) if r)
-        ]
-    return found
-
-
-def wrong_answers(samples: Samples) -> dict[str, list[str]]:
-    """{problem: its wrong answers, each once}."""
-    found = {}
-    for example, answers, right in zip(samples.examples, samples.answers, samples.right, strict=True):
-        found[example.text] = list(dict.fromkeys(a for a, r in zip(answers, right, strict=True) if not r))
-    return found
-
-
-def contrasted(right: list[tuple], wrong: dict[str, list[str]], repeats: int) -> list[tuple]:
-    """Those of the right answers that have a wrong one beside them, `repeats` times; all of them once if that
-    is 0, or if there are none.
-    """
-    return [pair for pair in right if wrong.get(pair[0])] * repeats or right
-
-
-def judged(
-    model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int
-) -> Samples:
-    answers = sampled(model, task, split, examples, n, temperature, seed)
-    records, _ = judge(task, [e for e in examples for _ in answers[0]], [a for some in answers for a in some])
-    return Samples(examples, answers, np.array([r["correct"] for r in records]).reshape(len(examples), -1))
 
 
 def labelled(file: str) -> list[Samples]:
@@ -394,22 +533,40 @@ def labelled(file: str) -> list[Samples]:
     A row has a question and, for each of its sources, {"solution", "is_correct"}: the form of GSM8K's
     example_model_solutions.jsonl. A final "A: 18" becomes "#### 18", as in everything else here.
     """
-    parts: list[list[dict]] = [[], [], []]
+    parts = [([], [], []) for _ in range(3)]  # examples, answers, right
     for row in read_rows(file):
         if not isinstance(row.get("question"), str):
             raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
-        parts[(0, 0, 1, 2)[zlib.crc32(row["question"].encode()) % 4]].append(row)
-    found = []
-    for rows in parts:
-        sides = [[v for v in row.values() if isinstance(v, dict) and "is_correct" in v] for row in rows]
-        if not rows or len({len(some) for some in sides}) != 1 or not sides[0]:
+        examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(row["question"].encode()) % 4]]
+        solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
+        examples.append(Example(row["question"], ""))
+        answers.append([re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions])
+        right.append([bool(solution["is_correct"]) for solution in solutions])
+    for _, _, right in parts:
+        if len({len(row) for row in right}) != 1:
             raise DataError(
                 f"{file}: every question needs the same number of labelled solutions, and more rows"
             )
-        answers = [[re.sub(r"\nA: ", "\n#### ", side["solution"]) for side in some] for some in sides]
-        right = np.array([[bool(side["is_correct"]) for side in some] for some in sides])
-        found.append(Samples([Example(row["question"], "") for row in rows], answers, right))
-    return found
+    return [Samples(examples, answers, np.array(right)) for examples, answers, right in parts]
+
+
+def sample(cfg: VerifierConfig, generator: TextModel) -> tuple[Samples, Samples, Samples, dict]:
+    """Answers to learn from, to fit on and to report on, and the source of the first ones."""
+    if cfg.solutions:
+        learn, held, test = labelled(cfg.solutions)
+        return learn, held, test, {"source": cfg.solutions, "examples": len(learn.examples)}
+    teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
+    if not teacher.chat:
+        raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned model")
+    problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
+    learn = draw(teacher, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)
+    held = []
+    for split, count in (("validation", cfg.validation_problems), ("test", cfg.test_problems)):
+        some = load_task(cfg.task, split)[0][: count or None]
+        held.append(
+            draw(generator, cfg.task, split, some, cfg.held_n, cfg.held_temperature, cfg.seed_samples)
+        )
+    return learn, *held, about
 
 
 def train_verifier(cfg: VerifierConfig) -> dict:
@@ -420,274 +577,60 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     generator = load_model(cfg.model, pick_device(cfg.device))
     if generator.kind != "causal" or not generator.chat:
         raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")
-    if cfg.solutions:
-        learnt, held, examined = labelled(cfg.solutions)
-        about = {"source": cfg.solutions, "examples": len(learnt.examples)}
-    else:
-        teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
-        if not teacher.chat:
-            raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned model")
-        problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
-        validation = load_task(cfg.task, "validation")[0][: cfg.validation_problems or None]
-        test = load_task(cfg.task, "test")[0][: cfg.test_problems or None]
-        learnt = judged(teacher, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)
-        held, examined = (
-            judged(generator, cfg.task, split, some, cfg.held_n, cfg.held_temperature, cfg.seed_samples)
-            for split, some in (("validation", validation), ("test", test))
-        )
-    known = (e.text for e in [*learnt.examples, *held.examples])
-    refuse_overlap(known, (e.text for e in examined.examples), cfg.task)
-    if learnt.right.all() or not learnt.right.any():
-        raise TrainError(
-            f"all of {learnt.right.size:,} answers are {'right' if learnt.right.all() else 'wrong'}: "
-            "there is nothing to tell apart"
-        )
-    train = train_head if cfg.kind == "head" else train_channel
+    learn, held, test, about = sample(cfg, generator)
+    known = (e.text for e in [*learn.examples, *held.examples])
+    refuse_overlap(known, (e.text for e in test.examples), cfg.task)
+    if learn.right.all() or not learn.right.any():
+        kind = "right" if learn.right.all() else "wrong"
+        raise TrainError(f"all of {learn.right.size:,} answers are {kind}: there is nothing to tell apart")
     try:
-        run = train(cfg, generator, learnt, held, about)
+        run = train_core(cfg, generator, learn, held, about)
     except AlreadyFinished as finished:
         run = finished.run
         if "verification" in run:
             raise
-    core = read_core(cfg.kind, folder, cfg.device)
+    core = load_core(cfg.kind, str(folder), cfg.device)
     verifier = Verifier(cfg.kind, generator, core, {}, str(folder))
-    parts = verifier.parts(*held.flat(), "validation")
-    lengths = np.array([len(generator.encode(p)) for p in held.flat()[0]])
-    run["combine"] = verifier.combine = fit(cfg.kind, parts, held.right, lengths)
-    run["verification"] = {"split": "test", **examine(verifier, examined)}
+    problems, answers = held.flat()
+    parts = verifier.parts(problems, answers, "validation")
+    verifier.combine |= fit(cfg.kind, parts, verifier.evidence(problems, parts), held.right)
+    run |= {"combine": verifier.combine, "verification": {"split": "test", **examine(verifier, test)}}
     write_run(folder, run)
     return run
 
 
-def fit(kind: str, parts: np.ndarray, right: np.ndarray, lengths: np.ndarray) -> dict:
-    """lambda, sharpness, and the logistic regression of right on the log-likelihoods and the length.
-
-    lambda orders the most pairs of a right and a wrong answer to one problem rightly. That changes smoothly,
-    where how often the best answer is right is decided by a few problems; and unlike the likelihood of the
-    right answers, it is not bent by the few wrong ones of which the generator is sure. The sharpness gives
-    each answer a share of its problem, softmax(sharpness x score), to vote with, and is chosen for the
-    likelihood of the right ones.
-    """
-    weights = (0.0,) if kind == "head" else LAMBDAS
-    scores = {w: combined(kind, parts, w).reshape(right.shape) for w in weights}
-    ordered = {w: auc_within(right, score)["value"] for w, score in scores.items()}
-    weight = max(weights, key=ordered.get)
-    mixed, score = right.any(1) & ~right.all(1), scores[weight]
-
-    def likelihood(sharpness: float) -> float:
-        share = np.exp(sharpness * (score - score.max(1, keepdims=True)))
-        return np.log((share * right).sum(1) / share.sum(1) + 1e-9)[mixed].mean()
-
-    choices = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-    sharpness = max(choices, key=likelihood) if mixed.any() else 1.0
-    coefficients = logistic(evidence(parts, lengths), right.ravel())
-    best_of = {str(w): float(right[np.arange(len(right)), s.argmax(1)].mean()) for w, s in scores.items()}
-    return {"lambda": weight, "sharpness": sharpness, "logistic": coefficients, "validation": best_of}
-
-
-def evidence(parts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(n, 4) what the probability of an answer depends on: the two log-likelihoods, 1, the problem's tokens.
-
-    Each log-likelihood has a weight of its own. Their sum, which ranks the answers to one problem, differs
-    most between problems: fitted on it alone, a wrong sum (some nats in log p(answer | problem)) hardly
-    counted.
-    """
-    return np.stack([parts[:, 0], parts[:, 1], np.ones(len(parts)), lengths], axis=1)
-
-
-def logistic(x: np.ndarray, y: np.ndarray, rounds: int = 50, ridge: float = 1e-3) -> list[float]:
-    """Coefficients of a logistic regression of y (n) on x (n, k), by Newton's method."""
-    scale = np.abs(x).mean(0) + 1e-9
-    x, w = x / scale, np.zeros(x.shape[1])
-    for _ in range(rounds):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
-        gradient = x.T @ (p - y) + ridge * w
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + (ridge + 1e-6) * np.eye(len(w))
-        change = np.linalg.solve(hessian, gradient)
-        w -= change
-        if np.abs(change).max() < 1e-8:
-            break
-    return [float(v) for v in w / scale]
-
-
-def examine(verifier: Verifier, samples: Samples) -> dict:
-    """How well a verifier tells right answers from wrong ones, beside what each of its parts alone does."""
-    problems, answers = samples.flat()
-    parts = verifier.parts(problems, answers, "test")
-    score, probability = verifier.verdict(problems, answers, parts)
-    right, shape = samples.right.ravel(), samples.right.shape
-    scores = {"verifier": probability, "generator alone": parts[:, 0], f"{verifier.kind} alone": parts[:, 1]}
-    found = {"problems": shape[0], "answers": len(right), "right": float(right.mean())}
-    found["right_by_source"] = samples.right.mean(0).tolist()  # of labelled solutions: each model's accuracy
-    found["oracle"] = proportion(int(samples.right.any(1).sum()), shape[0])
-    for name, values in scores.items():
-        ranked = score if name == "verifier" else values
-        best = samples.right[np.arange(shape[0]), ranked.reshape(shape).argmax(1)]
-        found[name] = {
-            "auc": auc(right, values),
-            "auc_within": auc_within(samples.right, ranked.reshape(shape)),
-        }
-        found[name] |= {"best_of_n": proportion(int(best.sum()), len(best))}
-    found["accuracy"] = proportion(int(((probability > 0.5) == right).sum()), len(right))
-    return found | {"calibration": calibration(right, probability)}
-
-
-def train_channel(
-    cfg: VerifierConfig, generator: TextModel, learnt: Samples, held: Samples, about: dict
-) -> dict:
-    """A language model that tells problems from answers: from true solutions, and the generator's right ones.
-
-    Where the generator also gave wrong answers, one is drawn at each step, and the problem has to be likelier
-    after the right one: a logistic loss on the difference, weighted by `contrast`. A language model alone
-    learns from what is right; it would never see that "sells 4 stamps" is no way to tell of 4 nuts that were
-    sold. Two thirds of the right answers have no wrong one beside them: with `repeats` the time goes to the
-    others, each beside another wrong one every time, and the language is learnt from true solutions.
-    """
-    channel = aligned_model(VerifierConfig(**{**cfg.__dict__, "model": cfg.start}))
-    if channel.tokenizer.hash != generator.tokenizer.hash:
-        raise TrainError(f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family")
-    gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
-    wrong = wrong_answers(learnt) if cfg.contrast else {}
-    told = [(e.text, e.target.strip()) for e in gold] + contrasted(right_answers(learnt), wrong, cfg.repeats)
-    rows = [backward_row(channel, *pair) for pair in told]
-    rivals = [[backward_row(channel, problem, a) for a in wrong.get(problem, ())] for problem, _ in told]
-    val_told = [(e.text, e.target.strip()) for e in held.examples if e.target] or right_answers(held)
-    val_rows = [backward_row(channel, p, a) for p, a in val_told]
-    order = TrainingSet(
-        rows, cfg.batch_size * cfg.grad_accum_steps * world(), cfg.seed, "causal", channel.pad
-    )
-    smoke = bool(cfg.max_steps) or is_smoke(cfg.model) or is_smoke(cfg.start)
-    cfg.max_steps = cfg.max_steps or math.ceil(order.batches * cfg.epochs)
-
-    def batch_of(step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        members, rng = order.members(step, first, count), np.random.default_rng([cfg.seed, step, first])
-        drawn = [(at, rivals[i][rng.integers(len(rivals[i]))]) for at, i in enumerate(members) if rivals[i]]
-        tensors = collate([rows[i] for i in members] + [row for _, row in drawn], "causal", channel.pad)
-        return *tensors, torch.tensor([at for at, _ in drawn], dtype=torch.long)
-
-    def evaluate(core, final):
-        return {"val_loss": -channel.log_likelihoods(val_rows).sum() / sum(len(a) for _, a in val_rows)}
-
-    tokens, parameters = float(order.lengths.mean()), sum(p.numel() for p in channel.model.parameters())
+def train_core(cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples, about: dict) -> dict:
+    """Trains the channel or the head; returns run.json."""
+    lesson = (Head if cfg.kind == "head" else Channel)(cfg, generator, learn, held)
+    record = {"verifier": cfg.kind, "smoke": bool(cfg.max_steps) or is_smoke(cfg.model)}
+    if cfg.kind == "channel":
+        record |= {"start_hash": weights_hash(cfg.start), "smoke": record["smoke"] or is_smoke(cfg.start)}
+    cfg.max_steps = cfg.max_steps or math.ceil(lesson.batches * cfg.epochs)
+    parameters = sum(p.numel() for p in lesson.model.model.parameters())
     trainer = trainer_for(
-        cfg, channel, batch_of, loss=lambda core, *t: channel_loss(core, *t, cfg.contrast),
-        evaluate=evaluate, flops_per_row=6 * parameters * tokens,
-        tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / order.batches,
-        about=parents(cfg, generator, train=about | {"answers": len(rows), "gold": len(gold)})
-        | {"verifier": "channel", "start_hash": weights_hash(cfg.start), "smoke": smoke},
-        free_to_change=["verifier", "problem", "answer"],
-        keeps_best=False,  # val_loss says how well it tells stories; what counts is the order of answers
+        cfg, lesson.model, lesson.batch, loss=lesson.loss, evaluate=lesson.evaluate,
+        flops_per_row=6 * parameters * lesson.tokens,
+        tokens_per_row=1 if cfg.kind == "head" else max(1, round(lesson.tokens)),  # the head's loss is a mean
+        epoch=lambda step: step / lesson.batches,
+        about=parents(cfg, generator, train=about | lesson.data) | record,
+        keeps_best=cfg.kind == "head",  # the val_loss of a channel does not say how it orders answers
     )  # fmt: skip
-    trainer.say(
-        f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
-        f"{len(rows) - len(gold):,} right answers of {cfg.solutions or cfg.answers_of or cfg.model}, "
-        f"{sum(map(bool, rivals)):,} with wrong ones beside them; {cfg.max_steps} steps of {order.batch}"
-    )
-    trainer.say(f"one of them: {channel.decode(rows[0][0])!r} -> {channel.decode(rows[0][1])!r}")
+    trainer.say(f"{trainer.folder}: {lesson.summary}; {cfg.max_steps} steps of {trainer.batch} rows")
     return trainer.run_all_steps()
 
 
-def channel_loss(
-    model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, right: Tensor, contrast: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the problems given right answers, and -log sigmoid of how much likelier a problem is
-    after a right answer than after a wrong one: (sum, tokens).
-
-    The last rows are the wrong answers, one for each place in `right`.
-    """
-    logits = target_logits(model, "causal", ids, mask, targets)
-    nats = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none").sum(
-        1
-    )
-    n = len(ids) - len(right)
-    loss = nats[:n].sum() - contrast * F.logsigmoid(nats[n:] - nats[right]).sum()
-    return loss, (targets[:n] != -100).sum()
-
-
-def train_head(
-    cfg: VerifierConfig, generator: TextModel, learnt: Samples, held: Samples, about: dict
-) -> dict:
-    """The generator with a head, on all its answers, right and wrong: `group` of them a problem at a time."""
-    text_model = aligned_model(cfg)
-    net = ValueModel(text_model.model)
-    head = HeadModel(text_model, net)
-    rows = [
-        [forward_row(text_model, e.text, a) for a in some]
-        for e, some in zip(learnt.examples, learnt.answers, strict=True)
-    ]
-    batch = max(1, cfg.batch_size // cfg.group)  # problems
-    cfg.batch_size = batch * cfg.group
-    if cfg.grad_accum_steps * world() > 1:
-        raise TrainError("--kind=head trains in one process without accumulation")
-    batches = max(1, len(rows) // batch)
-    smoke = bool(cfg.max_steps) or is_smoke(cfg.model)
-    cfg.max_steps = cfg.max_steps or math.ceil(batches * cfg.epochs)
-
-    def members(step: int) -> list[tuple[int, int]]:
-        """(problem, answer) of a step: of each problem, right and wrong answers by turns while there are."""
-        epoch, at = divmod(step, batches)
-        order = np.random.default_rng([cfg.seed, epoch]).permutation(len(rows))
-        chosen = []
-        for p in np.resize(order, batches * batch)[at * batch : (at + 1) * batch]:
-            drawn = np.random.default_rng([cfg.seed, step, int(p)]).permutation(learnt.right.shape[1])
-            right, wrong = ([j for j in drawn if learnt.right[p, j] == c] for c in (True, False))
-            turns = [j for pair in zip(right, wrong, strict=False) for j in pair]
-            turns = np.resize(turns + [j for j in drawn if j not in turns], cfg.group)
-            chosen += [(int(p), int(j)) for j in turns]
-        return chosen
-
-    def batch_of(step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        some = members(step)[first : first + count]
-        labels = torch.tensor([float(learnt.right[p, j]) for p, j in some])
-        return *value_rows([rows[p][j] for p, j in some], text_model.pad), labels
-
-    val_rows = [forward_row(text_model, p, a) for p, a in zip(*held.flat(), strict=True)]
-    labels = torch.tensor(held.right.ravel()).double()
-
-    def evaluate(core, final):
-        values = torch.tensor(head.values(val_rows))
-        found = {"val_loss": F.binary_cross_entropy_with_logits(values, labels).item()}
-        return found | {
-            "auc_within": auc_within(held.right, values.numpy().reshape(held.right.shape))["value"]
-        }
-
-    tokens = float(np.mean([length(r) for some in rows for r in some]))
-    trainer = HeadTrainer(
-        cfg, text_model, net, batch_of, loss=lambda core, *t: head_loss(core, *t, cfg), evaluate=evaluate,
-        tokenizer=text_model.tokenizer,
-        flops_per_row=6 * tokens * sum(p.numel() for p in net.parameters()), tokens_per_row=1,
-        epoch=lambda step: step / batches,
-        about=parents(cfg, generator, train=about) | {"verifier": "head", "smoke": smoke},
-    )  # fmt: skip
-    trainer.say(
-        f"{trainer.folder}: a head on {cfg.model}, {learnt.right.size:,} answers, "
-        f"{100 * learnt.right.mean():.0f} % right; {cfg.max_steps} steps"
-    )
-    return trainer.run_all_steps()
-
-
-def area(auc: float) -> str:
-    """An AUC as text; there is none if all answers are right or all wrong."""
-    return "n/a" if math.isnan(auc) else f"{auc:.3f}"
-
-
-def describe(run: dict) -> list[str]:
-    found = run["verification"]
+def describe(run: dict) -> str:
+    found, combine = run["verification"], run["combine"]
     lines = [
-        f"{found['answers']:,} answers to {found['problems']:,} test problems, "
-        f"{100 * found['right']:.1f} % right; lambda {run['combine']['lambda']}"
+        f"{found['answers']:,} answers to {found['problems']:,} test problems; lambda {combine['lambda']}"
     ]
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
         m = found[name]
-        lines.append(
-            f"  {name:16} AUC {area(m['auc'])}, within a problem {area(m['auc_within']['value'])}, "
-            f"best of n {100 * m['best_of_n']['value']:.1f}"
-        )
-    return [
-        *lines,
-        f"  accuracy {100 * found['accuracy']['value']:.1f}, "
-        f"calibration error {100 * found['calibration']['ece']:.1f} %",
-    ]
+        best, within = m["best_of_n"]["value"], m["auc_within"]["value"]
+        lines.append(f"{name:16} AUC {m['auc']:.3f}, within a problem {within:.3f}, best of n {best:.1%}")
+    accuracy, error = found["accuracy"]["value"], found["calibration"]["ece"]
+    lines.append(f"accuracy {accuracy:.1%}, calibration error {error:.1%}; {found['right']:.1%} are right")
+    return "\n  ".join(lines)
 
 
 def main() -> None:
@@ -696,9 +639,9 @@ def main() -> None:
         if cfg.verifier:
             print(f"{Verifier.load(cfg.verifier, cfg.device).score(cfg.problem, cfg.answer):.4f}")
             return
-        print("\n".join(describe(train_verifier(cfg))))
+        print(describe(train_verifier(cfg)))
     except AlreadyFinished as finished:
-        print("\n".join(describe(finished.run)))
+        print(describe(finished.run))
         print("nothing to do: --overwrite trains it anew, --name trains another")
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"verifier.py: {error}") from None

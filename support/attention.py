@@ -5,19 +5,22 @@ adapter. `python eval.py MODEL --attention` writes the results to attention.json
 """
 
 import random
+import re
 from collections.abc import Callable
-from itertools import islice
-from typing import TYPE_CHECKING
+from itertools import islice, product
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model import ModernDecoderLM
-from support.inside import look_inside
+from support.files import write_json
+from support.inside import check_length, logits_of, look_inside
+from support.loading import explained, is_adapter, load_model, load_tokenizer, read_config
+from support.results import read_json
+from support.text_model import TextModel
 from tasks.arithmetic import arithmetic, things, told_again
-
-if TYPE_CHECKING:
-    from support.text_model import TextModel
 
 EXAMPLE_TEXTS = (
     "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
@@ -92,8 +95,8 @@ def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32
     }
 
 
-def copying(model: "TextModel", seed: int, n: int = 200) -> dict[str, float]:
-    """Copy accuracy on repeated digits: {"facts": share, "lists": share}.
+def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
+    """Copy accuracy on repeated digits: {"facts": fraction, "lists": fraction}.
 
     A digit counts as copied if it is the most likely token, given the true tokens before it. `facts`: n word
     problems, each followed by its sentences in another order. `lists`: n lists of eight random things, each
@@ -102,32 +105,29 @@ def copying(model: "TextModel", seed: int, n: int = 200) -> dict[str, float]:
     rng = random.Random(seed)
     questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
     lists = [things(rng) for _ in range(n)]
-    texts = {"facts": [(q, told_again(rng, q)) for q in questions], "lists": [(text, text) for text in lists]}
-    return {kind: copied_digits(model, pairs) for kind, pairs in texts.items()}
+    facts = copied_digits(model, [(question, told_again(rng, question)) for question in questions])
+    return {"facts": facts, "lists": copied_digits(model, [(text, text) for text in lists])}
 
 
-def copied_digits(model: "TextModel", pairs: list[tuple[str, str]]) -> float:
-    """The share of digits in the second text of each pair that the model predicts after reading the first."""
+def copied_digits(model: TextModel, pairs: list[tuple[str, str]]) -> float:
+    """The fraction of digits in the second text of each pair that the model predicts after the first text."""
     hits = []
-    for before, again in pairs:
-        start = [model.eos, *model.encode(f"{before}\n")]
-        ids = torch.tensor([*start, *model.encode(again)], device=model.device)
-        with torch.inference_mode():
-            logits = model.model(ids[None, :-1])
-            logits = logits if isinstance(logits, Tensor) else logits.logits
-            likeliest = logits[0].argmax(-1).tolist()
-        for predicted, true in zip(likeliest[len(start) - 1 :], ids[len(start) :].tolist(), strict=True):
+    for first, second in pairs:
+        start = [model.eos, *model.encode(f"{first}\n")]
+        ids = [*start, *model.encode(second)]
+        predicted = logits_of(model, ids[:-1]).argmax(-1).tolist()
+        for token, true in zip(predicted[len(start) - 1 :], ids[len(start) :], strict=True):
             if model.decode([true]).strip().isdigit():
-                hits.append(predicted == true)
+                hits.append(token == true)
     return sum(hits) / len(hits)
 
 
 def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]:
     """{score: (layer, head) with the highest value}."""
     found = {}
-    for name, layers in scores.items():
-        _, layer, head = max((value, -i, -j) for i, row in enumerate(layers) for j, value in enumerate(row))
-        found[name] = (-layer, -head)
+    for name, values in scores.items():
+        layer, head = np.unravel_index(np.argmax(values), np.shape(values))
+        found[name] = int(layer), int(head)
     return found
 
 
@@ -137,37 +137,70 @@ def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, in
     """
     if layer < 0 and head < 0:
         return [(name, *at) for name, at in foremost(scores).items()]
-    rows = next(iter(scores.values()))
-    for flag, chosen, n in (("layer", layer, len(rows)), ("head", head, len(rows[0]))):
+    ranges = []
+    for flag, chosen, n in zip(("layer", "head"), (layer, head), np.shape(scores["previous"]), strict=True):
         if chosen >= n:
             raise ValueError(f"--{flag}={chosen}: the model has {n}, from 0 to {n - 1}")
-    layers = range(len(rows)) if layer < 0 else [layer]
-    heads = range(len(rows[0])) if head < 0 else [head]
-    return [("", i, j) for i in layers for j in heads]
+        ranges.append(range(n) if chosen < 0 else [chosen])
+    return [("", i, j) for i, j in product(*ranges)]
 
 
-def attention(model: "TextModel", seed: int, text: str = "", layer: int = -1, head: int = -1) -> dict:
-    """Scores of all heads, and attention maps of the chosen heads on `text`.
+def attention_map(model: TextModel, text: str, heads: list[tuple[str, int, int]]) -> dict:
+    """The weights of some heads on a text; for decoders also what support/inside.py says of the text."""
+    ids = [*model.before, *model.encode(text), *model.behind]
+    check_length(model, ids)
+    weights = attention_weights(model.model, torch.tensor([ids], device=model.device))[:, 0]
+    found = {"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": []}
+    for score, i, j in heads:
+        about = {"most": score, "layer": i, "head": j}
+        found["heads"].append(about | {"weights": rounded(weights[i, j], 3)})
+    return found | ({"inside": look_inside(model, ids)} if model.kind == "causal" else {})
 
-    Of decoders also what support/inside.py says of the text. Without a text: two example texts, and for
-    decoders also the copy accuracy.
+
+def rounded(values: Tensor, digits: int) -> list:
+    return np.round(values.double().numpy(), digits).tolist()
+
+
+def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: int, head: int) -> None:
+    """Writes and prints the scores of all heads and the maps of some, on `text` or on two example texts;
+    without a text for decoders also the copy accuracy.
+
+    attention.json keeps the maps of other texts and heads as long as the weights, and so the scores, are the
+    same.
     """
     scores = head_scores(model.model, seed, length=min(32, model.context_length // 2))
-    scores = {name: [[round(x, 4) for x in row] for row in s.tolist()] for name, s in scores.items()}
-    chosen, maps = chosen_heads(scores, layer, head), []
-    for example in [text] if text else EXAMPLE_TEXTS:
-        ids = [*model.before, *model.encode(example), *model.behind]
-        if len(ids) > model.context_length:
-            raise ValueError(
-                f"the context of {model.name} is {model.context_length} tokens, but the text has {len(ids)}"
-            )
-        weights = attention_weights(model.model, torch.tensor([ids], device=model.device))[:, 0]
-        heads = []
-        for name, i, j in chosen:
-            rows = [[round(x, 3) for x in row] for row in weights[i, j].tolist()]
-            heads.append({"most": name, "layer": i, "head": j, "weights": rows})
-        maps.append({"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": heads})
-        if model.kind == "causal":
-            maps[-1]["inside"] = look_inside(model, ids)
+    scores = {name: rounded(values, 4) for name, values in scores.items()}
+    heads = chosen_heads(scores, layer, head)
+    maps = [attention_map(model, example, heads) for example in ([text] if text else EXAMPLE_TEXTS)]
     found = {"model": model.name, "scores": scores, "maps": maps}
-    return found | ({"copies": copying(model, seed)} if model.kind == "causal" and not text else {})
+    if model.kind == "causal" and not text:
+        found["copies"] = copying(model, seed)
+    file = folder / "attention.json"
+    before = read_json(file) if text else {}
+    if before.get("scores") == scores:
+        new = [what_is_shown(example) for example in maps]
+        found["maps"] = [old for old in before["maps"] if what_is_shown(old) not in new] + maps
+        found = before | found
+    write_json(file, found, indent=None)
+    for score, (i, j) in foremost(scores).items():
+        print(f"  most {score}: layer {i}, head {j}: {scores[score][i][j]:.3f}")
+    for kind, accuracy in found.get("copies", {}).items():
+        print(f"  copy accuracy on repeated digits, {kind}: {accuracy:.0%}")
+    print(f"  attention maps of {len(found['maps'])} text(s) in {file}; python report.py draws them")
+
+
+def what_is_shown(example: dict) -> tuple:
+    return example["tokens"], [(head["layer"], head["head"]) for head in example["heads"]]
+
+
+def load_for_attention(name: str, device: torch.device, *how) -> TextModel:
+    """`load_model`, but of an encoder such as BERT no head, whose weights need not be there."""
+    architecture = "".join(read_config(name).get("architectures") or ())
+    if is_adapter(name) or not re.search("MaskedLM|PreTraining|(?<!LMHead)Model$", architecture):
+        return load_model(name, device, *how)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with explained(name):
+        encoder = transformers.AutoModel.from_pretrained(name, attn_implementation="eager")
+    return TextModel(encoder.to(device).eval(), load_tokenizer(name), "head", name)

@@ -108,34 +108,29 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
         raise ValueError("post-norm: the logit is not a sum of what the layers added")
     norm = model.model["norm"]
     x, row = found.residual[-1].double(), model.head[target].double()
+    scale = torch.ones_like(x)
     if c.norm == "rms":
         scale = norm.weight.double() / (x.square().mean() + c.norm_eps).sqrt()
     elif c.norm == "layer":
         scale = norm.weight.double() / (x.var(unbiased=False) + c.norm_eps).sqrt()
-    else:
-        scale = torch.ones_like(x)
+    parts: list[dict] = []
 
-    def value(part: Tensor) -> float:
+    def add(name: str, part: Tensor, layer: int, head: int | None = None) -> None:
         part = part.double()
-        if c.norm == "layer":
-            part = part - part.mean()
-        return float((part * scale) @ row)
+        centred = part - part.mean() if c.norm == "layer" else part
+        parts.append({"name": name, "layer": layer, "head": head, "value": float((centred * scale) @ row)})
 
-    parts = [{"name": "embedding", "layer": -1, "head": None, "value": value(found.residual[0])}]
+    add("embedding", found.residual[0], -1)
     for layer, block in enumerate(model.model["layers"]):
         out = block.self_attn.o_proj
-        for head, read in enumerate(found.heads[layer]):
-            columns = out.weight[:, head * c.head_dim : (head + 1) * c.head_dim].float()
-            part = {"name": f"L{layer} H{head}", "layer": layer, "head": head}
-            parts.append(part | {"value": value(columns @ read)})
+        for head, columns in enumerate(out.weight.float().split(c.head_dim, dim=1)):
+            add(f"L{layer} H{head}", columns @ found.heads[layer, head], layer, head)
         if out.bias is not None:
-            parts.append({"name": f"L{layer} bias", "layer": layer, "head": None, "value": value(out.bias)})
-        parts.append(
-            {"name": f"L{layer} MLP", "layer": layer, "head": None, "value": value(found.ffn[layer])}
-        )
-    if getattr(norm, "bias", None) is not None:
-        bias = float(norm.bias.double() @ row)
-        parts.append({"name": "final bias", "layer": c.n_layers, "head": None, "value": bias})
+            add(f"L{layer} bias", out.bias, layer)
+        add(f"L{layer} MLP", found.ffn[layer], layer)
+    if getattr(norm, "bias", None) is not None:  # it is added behind the norm's scale
+        value = float(norm.bias.double() @ row)
+        parts.append({"name": "final bias", "layer": c.n_layers, "head": None, "value": value})
     return parts
 
 
@@ -174,16 +169,11 @@ def surprise_of(log_p: Tensor, ids: list[int], names, most: int = 5) -> list[dic
     log_p (T, V): natural logarithms of the probabilities of the next token.
     """
     found: list[dict | None] = [None]
-    for t, i in enumerate(ids[1:]):
-        p, best = log_p[t, i], log_p[t].topk(min(most, log_p.shape[1]))
-        found.append(
-            {
-                "bits": float(-p / math.log(2)),
-                "rank": int((log_p[t] > p).sum()) + 1,
-                "p": float(p.exp()),
-                "top": [[j, names(j), math.exp(x)] for x, j in zip(*map(Tensor.tolist, best), strict=True)],
-            }
-        )
+    for row, i in zip(log_p, ids[1:], strict=False):
+        p, best = row[i], row.topk(min(most, len(row)))
+        top = [[j, names(j), math.exp(x)] for x, j in zip(*map(Tensor.tolist, best), strict=True)]
+        rank = int((row > p).sum()) + 1
+        found.append({"bits": float(-p / math.log(2)), "rank": rank, "p": float(p.exp()), "top": top})
     return found
 
 
@@ -220,9 +210,9 @@ def look_inside(
     the contributions. Raises ValueError for ids, heads or positions that do not exist.
     """
     check_length(model, ids)
+    config = model.model.config
     position = len(ids) - 1 if position == -1 else position
-    known = model.model.config.vocab_size
-    if not 0 <= position < len(ids) or not (target is None or 0 <= target < known):
+    if not 0 <= position < len(ids) or not (target is None or 0 <= target < config.vocab_size):
         raise ValueError(f"position {position} or target {target} is outside of the text or the vocabulary")
     if off and not model.ours:
         raise ValueError("heads can be switched off only in models that model.py computes")
@@ -230,27 +220,20 @@ def look_inside(
     def names(i: int) -> str:
         return token_text(model.tokenizer.token_bytes(i))
 
-    if model.ours:  # in float32, so that the parts sum to the logit
-        plain = without_heads(model.model).float()
-        logits = plain(torch.tensor([ids], device=model.device))[0]
-    else:
-        logits = logits_of(model, ids)
+    net = without_heads(model.model).float() if model.ours else None  # float32: the parts sum to the logit
+    logits = net(torch.tensor([ids], device=model.device))[0] if model.ours else logits_of(model, ids)
     found = {
         "tokens": [token_of(model, i) for i in ids],
         "surprise": surprise_of(logits.log_softmax(-1), ids, names),
         "next": likeliest(logits[position], names, alternatives),
-        "next_off": None,
-        "lens": None,
-        "parts": None,
-        "layers": None,
-        "heads": None,
         "context_length": model.context_length,
+        "layers": getattr(config, "n_layers" if model.ours else "num_hidden_layers", None),
+        "heads": getattr(config, "n_heads" if model.ours else "num_attention_heads", None),
+        **dict.fromkeys(("next_off", "lens", "parts")),
     }
     if not model.ours:
-        config = model.model.config
-        shape = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
-        return found | {name: getattr(config, theirs, None) for name, theirs in shape.items()}
-    net = without_heads(plain, off)
+        return found
+    net = without_heads(net, off)
     seen = trace(net, torch.tensor(ids, device=model.device), position)
     if off:
         found["next_off"] = likeliest(seen.logits[position], names, alternatives)
@@ -262,19 +245,18 @@ def look_inside(
         found["parts"] = {"target": about, "sum": math.fsum(p["value"] for p in parts), "parts": parts}
     except ValueError as error:
         found["parts"] = {"why_not": str(error)}
-    return found | {"layers": net.config.n_layers, "heads": net.config.n_heads}
+    return found
 
 
 def lens_table(model: ModernDecoderLM, found: Trace, names, target: int, most: int = 5) -> list[dict]:
     """A row for each layer: its likeliest next tokens, the probability of `target`, the stream's norm."""
     rows = []
     for layer, logits in enumerate(logit_lens(model, found)):
-        best = likeliest(logits, names, most)
         rows.append(
             {
                 "layer": layer,
                 "name": f"layer {layer - 1}" if layer else "embedding",
-                "top": [[token["text"], token["p"]] for token in best],
+                "top": [[token["text"], token["p"]] for token in likeliest(logits, names, most)],
                 "target_p": float(logits.softmax(-1)[target]),
                 "norm": float(found.residual[layer].norm()),
             }

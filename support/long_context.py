@@ -7,18 +7,25 @@ sinks; Xiao et al., 2024). `python eval.py MODEL --streams` and the lab's family
 import math
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import TASKS, documents
 from model import ModelConfig, ModernDecoderLM
 from support.attention import attention_weights
 from support.caches import RollingCache
+from support.files import write_json
+from support.results import read_json
+from support.runs import TrainError
+from support.text_model import TextModel
 
 STREAM = 16  # length of a stream, in contexts
 KEPT = (0, 1, 4)  # how many first tokens a rolling cache keeps
+ENDLESS = 5_000  # tokens that are generated through a rolling cache
 
 
 @torch.no_grad()
@@ -75,9 +82,11 @@ def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int = 0) -> Tenso
 
 def by_position(losses: Tensor, T: int) -> dict[str, float]:
     """Perplexity by position, in contexts of T tokens: {"0-1": ..., "1-2": ..., "2-4": ...}."""
-    edges = [0, *(2**i for i in range(int(math.log2(losses.shape[1] // T + 1)) + 1))]
-    pairs = zip(edges, edges[1:], strict=False)
-    return {f"{a}-{b}": math.exp(losses[:, a * T : b * T].mean().item()) for a, b in pairs}
+    found, first, last = {}, 0, 1
+    while last * T <= losses.shape[1]:
+        found[f"{first}-{last}"] = math.exp(losses[:, first * T : last * T].mean().item())
+        first, last = last, 2 * last
+    return found
 
 
 def first_token_mass(model: ModernDecoderLM, ids: Tensor, first: int = 1) -> list[float]:
@@ -155,3 +164,36 @@ def endless(model: ModernDecoderLM, tokens: int, T: int = 0) -> dict:
         rates.append(round(tokens // 10 / (time.perf_counter() - begun), 1))
         sizes.append(cache.nbytes())
     return {"tokens": tokens, "cache_bytes": sizes, "tokens_per_second": rates}
+
+
+def read_streams(model: TextModel, corpus: str, split: str, rows: int) -> Tensor:
+    """(rows or fewer, 16 T + 1) ids of documents that follow each other, T being the model's context."""
+    length, ids = STREAM * model.context_length + 1, []
+    for text in documents(corpus, split):
+        ids += [model.eos, *model.encode(text)]
+        if len(ids) > rows * length:
+            break
+    rows = min(rows, len(ids) // length)
+    if not rows:
+        raise TrainError(
+            f"{corpus}, {split} has {len(ids):,} tokens, a stream {length:,}: take another corpus by "
+            "--tasks, or a shorter --context_length"
+        )
+    return torch.tensor(ids[: rows * length], device=model.device).view(rows, length)
+
+
+def show_streams(model: TextModel, folder: Path, tasks: list[str], split: str, rows: int) -> None:
+    """Writes streams.json: of the first corpus among the tasks, or of the one the model was trained on."""
+    own = read_json(Path(model.name) / "run.json").get("settings", {}).get("corpus") or "storyworld"
+    corpus = next((task for task in tasks if task not in TASKS), re.split("[:,]", own)[0])
+    T, ids = model.context_length, read_streams(model, corpus, split, rows)
+    source = f"{len(ids)} streams of {STREAM} contexts of {T} tokens of {corpus}, {split}"
+    found = {"model": model.name, "source": source}
+    found |= streams(model.model, ids, model.tokenizer, model.model, T)
+    found["endless"] = endless(model.model, ENDLESS, T)
+    write_json(folder / "streams.json", found, indent=1)
+    print(f"  {source}; perplexity by position, in contexts:")
+    for way, values in found["perplexity"].items():
+        print(f"    {way:24}" + "  ".join(f"{at} {value:.2f}" for at, value in values.items()))
+    mass = ", ".join(f"{x:.0%}" for x in found["attention to the first token"])
+    print(f"  attention to the first token, by layer: {mass}\n  {folder}/streams.json; report.py draws it")

@@ -1,6 +1,7 @@
-"""Metrics, every one with its 95 % interval as {"value", "low", "high", "n"}; choosing among many answers."""
+"""Metrics, every one with its 95 % interval as {"value", "low", "high", "n"}."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 
@@ -16,7 +17,7 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 
 def proportion(hits: int, n: int) -> dict:
-    """A share with Wilson's interval (1927), which stays within [0, 1] and holds for few or no hits, too."""
+    """A proportion with Wilson's interval (1927), which stays within [0, 1] and also holds for few hits."""
     z = 1.959964
     p, spread = hits / n, z * math.sqrt(hits / n * (1 - hits / n) / n + (z / (2 * n)) ** 2)
     middle, scale = p + z * z / (2 * n), 1 + z * z / n
@@ -79,45 +80,12 @@ def pass_at(k: int, n: int, correct: int) -> float:
 
 def majority(answers: Iterable[str | None]) -> str | None:
     """The most frequent answer (self-consistency, Wang et al., 2022); of equals, the one given first."""
-    counts: dict[str, int] = {}
-    for answer in answers:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    return max(counts, key=counts.get, default=None)  # max keeps the first
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=counts.get, default=None)
 
 
 # -----------------------------------------------------------------------------
-# Choosing among many answers
-
-
-def best_of(scores: Iterable[float]) -> int | None:
-    """Index of the highest score; of equals the first, of none None."""
-    scores = list(scores)
-    return max(range(len(scores)), key=scores.__getitem__) if scores else None
-
-
-def weighted_vote(answers: Iterable[str | None], weights: Iterable[float]) -> str | None:
-    """The answer whose weights add up to most (Li et al., 2023); samples without an answer have no vote."""
-    totals: dict[str, float] = {}
-    for answer, weight in zip(answers, weights, strict=True):
-        if answer is not None:
-            totals[answer] = totals.get(answer, 0.0) + weight
-    return max(totals, key=totals.get, default=None)
-
-
-def gate(probabilities: Iterable[float], threshold: float) -> tuple[int, int]:
-    """Sampling on until one is good enough: (index of the best so far, samples spent)."""
-    best, spent = 0, 0
-    probabilities = list(probabilities)
-    for spent, p in enumerate(probabilities, 1):
-        best = best if p <= probabilities[best] else spent - 1
-        if probabilities[best] >= threshold:
-            break
-    return best, spent
-
-
-# -----------------------------------------------------------------------------
-# Judging a verifier: scores against labels
+# Judging a verifier: its scores against what is right
 
 
 def auc(labels, scores) -> float:
@@ -127,22 +95,21 @@ def auc(labels, scores) -> float:
     labels, scores = np.asarray(labels, bool), np.asarray(scores, float)
     if labels.all() or not labels.any():
         return math.nan
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]  # of equals, the mean of their ranks
-    n = labels.sum()
-    return float((ranks[labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
+    wrong = np.sort(scores[~labels])
+    below, not_above = (np.searchsorted(wrong, scores[labels], side) for side in ("left", "right"))
+    return float((below + not_above).mean() / (2 * len(wrong)))
 
 
 def auc_within(labels, scores) -> dict:
-    """The mean over problems of `auc` of each one's answers, (problems, n); how hard a problem is has no say.
+    """The mean over problems of `auc` of each one's answers, (problems, n): blind to how hard a problem is.
 
-    Problems with only right or only wrong answers say nothing, and are not counted.
+    Problems with only right or only wrong answers are not counted.
     """
     import numpy as np
 
-    each = [auc(a, s) for a, s in zip(labels, scores, strict=True)]
-    each = [a for a in each if not math.isnan(a)]
-    return bootstrap(np.array(each), rounds=500) if each else {"value": math.nan, "n": 0}
+    each = np.array([auc(a, s) for a, s in zip(labels, scores, strict=True)])
+    each = each[~np.isnan(each)]
+    return bootstrap(each, rounds=500) if len(each) else {"value": math.nan, "n": 0}
 
 
 def calibration(labels, probabilities, bins: int = 10) -> dict:
@@ -150,17 +117,15 @@ def calibration(labels, probabilities, bins: int = 10) -> dict:
     import numpy as np
 
     labels, probabilities = np.asarray(labels, float), np.asarray(probabilities, float)
-    which = np.minimum((probabilities * bins).astype(int), bins - 1)
-    found = []
-    for b in range(bins):
-        here = which == b
-        if here.any():
-            found.append(
-                {
-                    "n": int(here.sum()),
-                    "said": float(probabilities[here].mean()),
-                    "is": float(labels[here].mean()),
-                }
-            )
-    error = sum(b["n"] * abs(b["said"] - b["is"]) for b in found) / len(labels)
+    bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
+    found, error = [], 0.0
+    for b in np.unique(bin_of):
+        inside = bin_of == b
+        n, predicted, true = (
+            int(inside.sum()),
+            float(probabilities[inside].mean()),
+            float(labels[inside].mean()),
+        )
+        found.append({"n": n, "said": predicted, "is": true})
+        error += n * abs(predicted - true) / len(labels)
     return {"ece": error, "bins": found}

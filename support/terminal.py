@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells expect
@@ -33,6 +34,16 @@ def run_script(main: Callable[[], None]) -> None:
         take_over_interrupts()
         stop_workers()
         raise SystemExit(INTERRUPTED) from None
+
+
+def bare_words(argv: list[str], Config) -> tuple[list[str], list[str]]:
+    """Splits a command line: flags with their values and config files; and other words, such as out/base."""
+    takes_value = {f"--{field.name}" for field in fields(Config) if field.type is not bool}
+    rest, words = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        bare = not word.startswith("-") and not word.endswith(".py") and before not in takes_value
+        (words if bare else rest).append(word)
+    return rest, words
 
 
 def take_over_interrupts() -> None:

@@ -40,12 +40,17 @@ def run(tmp_path_factory) -> str:
     return str(folder)
 
 
-def said(monkeypatch, capsys, *words: str) -> tuple[str, str]:
-    """What `python chat.py words` prints, on stdout and on stderr."""
-    monkeypatch.setattr(sys, "argv", ["chat.py", *words])
-    capsys.readouterr()
-    chat.main()
-    return capsys.readouterr()
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """said(*words): what `python chat.py words` prints, on stdout and on stderr."""
+
+    def run(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["chat.py", *words])
+        capsys.readouterr()
+        chat.main()
+        return capsys.readouterr()
+
+    return run
 
 
 def greedy(run: str, text: str, n_tokens: int) -> str:
@@ -60,25 +65,24 @@ def greedy(run: str, text: str, n_tokens: int) -> str:
     return tokenizer.decode(new)
 
 
-def test_greedy_text_is_the_plain_argmax(run, monkeypatch, capsys):
+def test_greedy_text_is_the_plain_argmax(run, said):
     for text in ("the cat", PROMPT):
-        out, err = said(
-            monkeypatch, capsys, run, f"--prompt={text}", "--temperature=0", "--max_new_tokens=30"
-        )
+        out, err = said(run, f"--prompt={text}", "--temperature=0", "--max_new_tokens=30")
         assert out == text + greedy(run, text, 30) + "\n"
         assert re.fullmatch(r"\[\d+ tokens, \d+ tokens/s\]\n", err)
 
 
-def test_the_model_may_be_a_bare_word_and_flags_may_stand_apart_from_their_values(run, monkeypatch, capsys):
-    usual = said(
-        monkeypatch, capsys, f"--model={run}", "--prompt=the cat", "--temperature=0", "--max_new_tokens=9"
-    )
-    for words in (
-        [run, "--prompt", "the cat", "--temperature", "0", "--max_new_tokens", "9"],
-        ["--temperature=0", "--max_new_tokens=9", run, "--prompt", "the cat"],
-        ["--temperature=0", "--max_new_tokens=9", "--prompt", "the cat", run],
-    ):
-        assert said(monkeypatch, capsys, *words)[0] == usual[0]
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RUN --prompt cat --temperature 0 --max_new_tokens 9",
+        "--temperature=0 --max_new_tokens=9 RUN --prompt cat",
+        "--temperature=0 --max_new_tokens=9 --prompt cat RUN",
+    ],
+)
+def test_the_model_may_be_a_bare_word_and_flags_may_stand_apart_from_their_values(run, said, words):
+    usual = said(f"--model={run}", "--prompt=cat", "--temperature=0", "--max_new_tokens=9")
+    assert said(*words.replace("RUN", run).split())[0] == usual[0]
 
 
 def test_characters_spread_over_tokens_are_printed_whole(run, monkeypatch, capsys):
@@ -102,28 +106,26 @@ def test_characters_spread_over_tokens_are_printed_whole(run, monkeypatch, capsy
     assert "tokens/s" in speed
 
 
-def test_n_samples_differ_and_a_seed_repeats_them(run, monkeypatch, capsys):
+def test_n_samples_differ_and_a_seed_repeats_them(run, said):
     words = [run, "--prompt=the", "--n=2", "--seed=5", "--max_new_tokens=20", "--temperature=1.5"]
-    first = said(monkeypatch, capsys, *words)[0]
+    first = said(*words)[0]
     one, two = first.split("---\n")
     assert one.startswith("the") and two.startswith("the") and one != two
-    assert said(monkeypatch, capsys, *words)[0] == first
-    assert said(monkeypatch, capsys, *words, "--seed=77")[0] != first
+    assert said(*words)[0] == first != said(*words, "--seed=77")[0]
 
 
-def test_ids_that_no_text_uses_are_printed_as_replacement(run, monkeypatch, capsys):
+def test_ids_that_no_text_uses_are_printed_as_replacement(run, said, monkeypatch):
     def generate(self, prompts, max_new_tokens, stream, **_):
         stream(0, 319)  # a padding row of the embedding
         return [[319]]
 
     monkeypatch.setattr(ModernDecoderLM, "generate", generate)
-    assert said(monkeypatch, capsys, run, "--prompt=x")[0] == "x\N{REPLACEMENT CHARACTER}\n"
+    assert said(run, "--prompt=x")[0] == "x\N{REPLACEMENT CHARACTER}\n"
 
 
-def test_a_prompt_longer_than_the_context_is_answered(run, monkeypatch, capsys):
+def test_a_prompt_longer_than_the_context_is_answered(run, said):
     text = "the cat sat " * 60
-    out = said(monkeypatch, capsys, run, f"--prompt={text}", "--max_new_tokens=5", "--temperature=0")[0]
-    assert out.startswith(text)
+    assert said(run, f"--prompt={text}", "--max_new_tokens=5", "--temperature=0")[0].startswith(text)
 
 
 def chat_process(*words: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -140,7 +142,7 @@ def test_a_piped_conversation_ends_with_its_input(run):
     assert done.stderr.count("tokens/s") == 2
 
 
-def test_a_conversation_is_put_in_the_chat_template(run, monkeypatch, capsys):
+def test_a_conversation_is_put_in_the_chat_template(run, said, monkeypatch):
     prompts, tokenizer = [], Tokenizer.load(run)
 
     def generate(self, ids, max_new_tokens, stream, stop_tokens, **_):
@@ -154,45 +156,37 @@ def test_a_conversation_is_put_in_the_chat_template(run, monkeypatch, capsys):
     lines = iter(["cat?", "and then <|end|>?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr(ModernDecoderLM, "generate", generate)
-    out = said(monkeypatch, capsys, run, "--chat", "--system=Be brief")[0]
+    out = said(run, "--chat", "--system=Be brief")[0]
     turns = [("system", "Be brief"), ("user", "cat?"), ("assistant", "a mat"), ("user", "and then <|end|>?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert prompts == [tokenizer.chat(messages[:2]), tokenizer.chat(messages)]
     assert "a mat\n" in out and "<|end|>" not in out
 
 
-def test_what_is_missing_or_damaged_is_a_message_and_not_a_traceback(run, tmp_path, monkeypatch):
+def test_what_is_missing_or_damaged_is_a_message_and_not_a_traceback(run, tmp_path, said, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the hub")  # for what is the name of a run
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     (tmp_path / "empty").mkdir()
-    half = tmp_path / "half"
-    ModernDecoderLM(ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=64)).save_pretrained(half)
+    shape = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=64)
+    ModernDecoderLM(shape).save_pretrained(tmp_path / "half")
     for words, message in [
         (["out/nothing-there"], "there is no folder out/nothing-there"),
         ([str(tmp_path / "empty")], "holds neither config.json"),
-        ([str(half)], "tokenizer.json"),
-        ([run, "--device=cuda"], "sees no CUDA" if not torch.cuda.is_available() else ""),
+        ([str(tmp_path / "half")], "tokenizer.json"),
         ([run, "--device=banana"], "--device=banana"),
+        *([] if torch.cuda.is_available() else [([run, "--device=cuda"], "sees no CUDA")]),
     ]:
-        monkeypatch.setattr(sys, "argv", ["chat.py", *words, "--prompt=x"])
-        if message:
-            with pytest.raises(SystemExit, match=message):
-                chat.main()
+        with pytest.raises(SystemExit, match=message):
+            said(*words, "--prompt=x")
     done = chat_process("out/nothing-there", "--prompt=x")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
 
 
-def test_a_missing_run_is_not_looked_for_on_the_network(monkeypatch):
-    import huggingface_hub
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("asked the hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    monkeypatch.setattr(sys, "argv", ["chat.py", "out/nothing-there", "--prompt=x"])
-    with pytest.raises(SystemExit, match="there is no folder out/nothing-there"):
-        chat.main()
-
-
-def test_all_checkpoints_are_asked_the_same(run, tmp_path, monkeypatch, capsys):
+def test_all_checkpoints_are_asked_the_same(run, said, tmp_path):
     folder = tmp_path / "run"
     for step, scale in ((5, 1.0), (10, -1.0)):
         model = ModernDecoderLM.from_pretrained(run)
@@ -202,7 +196,7 @@ def test_all_checkpoints_are_asked_the_same(run, tmp_path, monkeypatch, capsys):
         Tokenizer.load(run).save(folder / "checkpoints" / f"step-{step}")
     words = [str(folder), "--checkpoints", "--max_new_tokens=8", "--temperature=0", "--device=cpu"]
     for prompt in ("the cat", "the mat", "the cat"):
-        out, _ = said(monkeypatch, capsys, *words, f"--prompt={prompt}")
+        out, _ = said(*words, f"--prompt={prompt}")
         assert re.findall(r"^step (\d+):$", out, re.M) == ["5", "10"]
     lines = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     asked = [(line["prompt"], line["step"]) for line in lines]
@@ -211,4 +205,4 @@ def test_all_checkpoints_are_asked_the_same(run, tmp_path, monkeypatch, capsys):
         checkpoint = folder / "checkpoints" / f"step-{line['step']}"
         assert line["text"] == greedy(str(checkpoint), line["prompt"], 8)
     with pytest.raises(SystemExit, match="holds no checkpoints: train with --save_every=N"):
-        said(monkeypatch, capsys, run, "--checkpoints", "--prompt=x")
+        said(run, "--checkpoints", "--prompt=x")

@@ -1,35 +1,41 @@
 """Verifiers: the public score, both kinds, their training, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dpo
 import verifier as script
-from data import TASKS, Example, load_task
+from data import Example, load_task
+from sft import aligned_model
 from support.loading import load_model
 from support.metrics import auc, auc_within, calibration
 from support.runs import TrainError, read_json
+from support.samples import Samples
 from support.text_model import collate
 from verifier import (
-    Samples,
+    Channel,
+    ValueModel,
     Verifier,
     VerifierConfig,
     backward_row,
     channel_loss,
-    combined,
-    contrasted,
     fit,
     forward_row,
+    head_loss,
     logistic,
-    right_answers,
-    wrong_answers,
+    value_rows,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PROBLEM = "Anna has 3 nuts. She buys 4 nuts. How many nuts does she have now?"
+GOOD, BAD = "3+4=<<3+4=7>>7\n#### 7", "4-3=<<4-3=1>>1\n#### 1"
+KINDS = pytest.mark.parametrize("kind", ["channel", "head"])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def trained(tuned, tiny, tmp_path_factory):
     """trained("channel") is the folder of a small verifier; each kind is made once."""
     made = {}
 
-    def make(kind: str, **more) -> str:
+    def make(kind: str) -> str:
         if kind not in made:
             cfg = VerifierConfig(name=f"verifier-{kind}", kind=kind, model=tuned, start=tiny["base"])
             cfg.out, cfg.device, cfg.dtype = str(tmp_path_factory.mktemp("verifier")), "cpu", "float32"
@@ -51,27 +57,32 @@ def trained(tuned, tiny, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("kind", ["channel", "head"])
+@pytest.fixture
+def model(tuned):
+    return load_model(tuned, torch.device("cpu"))
+
+
+# -----------------------------------------------------------------------------
+# The score
+
+
+@KINDS
 def test_a_verifier_scores_alone_as_in_a_batch(trained, kind):
     verifier = Verifier.load(trained(kind), "cpu")
     examples = load_task("arithmetic", "test")[0][:6]
     problems, answers = [e.text for e in examples], [e.target.strip() for e in examples]
-    together = verifier.probabilities(problems, answers)
     alone = [verifier.score(p, a) for p, a in zip(problems, answers, strict=True)]
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(verifier.judge(problems, answers)[1], alone, atol=1e-5)
     assert all(0 <= p <= 1 for p in alone)
     assert verifier.score(problems[0], "") == 0.0 == verifier.score(problems[0], "  ")
     assert 0 <= verifier.score("why? " * 400, "because " * 400) <= 1  # longer than the context
 
 
-@pytest.mark.parametrize("kind", ["channel", "head"])
+@KINDS
 def test_what_was_judged_is_not_judged_again(trained, kind, monkeypatch):
-    verifier = Verifier.load(trained(kind), "cpu")
-    examples = load_task("arithmetic", "test")[0][10:14]
-    problems, answers = (
-        [e.text for e in examples] * 2,
-        [e.target.strip() for e in examples] + ["1", "2", "3", ""],
-    )
+    verifier, examples = Verifier.load(trained(kind), "cpu"), load_task("arithmetic", "test")[0][10:14]
+    problems = [e.text for e in examples] * 2
+    answers = [e.target.strip() for e in examples] + ["1", "2", "3", ""]
     first = verifier.judge(problems, answers)
     again = Verifier.load(trained(kind), "cpu")
     monkeypatch.setattr(again.generator, "log_likelihoods", None)
@@ -83,7 +94,7 @@ def test_what_was_judged_is_not_judged_again(trained, kind, monkeypatch):
         again.judge(problems, answers)
 
 
-@pytest.mark.parametrize("kind", ["channel", "head"])
+@KINDS
 def test_the_record_says_how_well_it_verifies_beside_its_parts(trained, kind):
     run = read_json(Path(trained(kind)) / "run.json")
     found = run["verification"]
@@ -93,57 +104,102 @@ def test_the_record_says_how_well_it_verifies_beside_its_parts(trained, kind):
     assert len(run["combine"]["logistic"]) == 4
 
 
-def test_a_channel_reads_the_answer_and_tells_the_problem(tuned):
-    model = load_model(tuned, torch.device("cpu"))
-    given, told = backward_row(model, "How many?", "3 #### 3")
+def test_a_channel_reads_the_answer_and_predicts_the_problem(model):
     decode = model.tokenizer.decode
-    assert (decode(given), decode(told)) == ("<|assistant|>3 #### 3<|end|><|user|>", "How many?<|end|>")
-    asked, said = forward_row(model, "How many?", "3 #### 3")
-    assert (decode(asked), decode(said)) == ("<|user|>How many?<|end|><|assistant|>", "3 #### 3<|end|>")
-
-
-def test_a_right_answer_has_to_score_above_a_wrong_one(tuned):
-    """The loss of one pair, from likelihoods that are computed elsewhere; and which answers are paired."""
-    model = load_model(tuned, torch.device("cpu"))
-    problem = "Anna has 3 nuts. She buys 4 nuts. How many nuts does she have now?"
-    good, bad = "3+4=<<3+4=7>>7\n#### 7", "4-3=<<4-3=1>>1\n#### 1"
-    samples = Samples(
-        [Example(problem, "")], [[good, bad, "#### 2", good, bad]], np.array([[1, 0, 0, 1, 0]], bool)
-    )
-    assert right_answers(samples) == [(problem, good)]
-    assert wrong_answers(samples) == {problem: [bad, "#### 2"]}
-    right, wrong = [("a", "1"), ("a", "2"), ("b", "3")], {"a": ["4"], "b": []}
-    assert contrasted(right, wrong, 2) == 2 * [("a", "1"), ("a", "2")]
-    assert contrasted(right, wrong, 0) == contrasted(right, {}, 2) == right
-    rows = [backward_row(model, problem, a) for a in (good, bad)]
-    told = model.log_likelihoods(rows)
-    loss, tokens = channel_loss(model.model, *collate(rows, "causal", model.pad), torch.tensor([0]), 2.0)
-    assert tokens == len(rows[0][1])
-    assert loss.item() == pytest.approx(-told[0] + 2.0 * np.log1p(np.exp(told[1] - told[0])), rel=1e-4)
-    alone = *collate(rows[:1], "causal", model.pad), torch.tensor([], dtype=torch.long)
-    assert channel_loss(model.model, *alone, 2.0)[0].item() == pytest.approx(-told[0], rel=1e-4)
+    read, predicted = backward_row(model, "How many?", "3 #### 3")
+    assert (decode(read), decode(predicted)) == ("<|assistant|>3 #### 3<|end|><|user|>", "How many?<|end|>")
+    read, predicted = forward_row(model, "How many?", "3 #### 3")
+    assert (decode(read), decode(predicted)) == ("<|user|>How many?<|end|><|assistant|>", "3 #### 3<|end|>")
 
 
 def test_the_score_is_the_generator_plus_lambda_times_the_channel(trained):
     verifier = Verifier.load(trained("channel"), "cpu")
-    p, a = "Anna has 3 nuts. How many nuts does Anna have now?", "She has 3 nuts.\n#### 3"
-    own = verifier.generator.log_likelihoods([forward_row(verifier.generator, p, a)])[0]
-    back = verifier.core.log_likelihoods([backward_row(verifier.core, p, a)])[0]
-    score, _ = verifier.judge([p], [a])
+    own = verifier.generator.log_likelihoods([forward_row(verifier.generator, PROBLEM, GOOD)])[0]
+    back = verifier.core.log_likelihoods([backward_row(verifier.core, PROBLEM, GOOD)])[0]
+    score, _ = verifier.judge([PROBLEM], [GOOD])
     assert score[0] == pytest.approx(own + verifier.combine["lambda"] * back, abs=1e-4)
+
+
+def test_a_verifier_of_another_tokenizer_or_generator_is_refused(trained, tmp_path):
+    folder = shutil.copytree(trained("channel"), tmp_path / "v")
+    run = read_json(folder / "run.json")
+    for changed, why in (
+        ({"data": run["data"] | {"tokenizer": "x"}}, "another tokenizer"),
+        ({"parent_hash": "x"}, "another model"),
+    ):
+        (folder / "run.json").write_text(json.dumps(run | changed))
+        with pytest.raises(TrainError, match=why):
+            Verifier.load(folder, "cpu")
+    with pytest.raises(TrainError, match="no finished verifier"):
+        Verifier.load(run["parent"], "cpu")
+
+
+# -----------------------------------------------------------------------------
+# The losses
+
+
+def test_a_right_answer_has_to_score_above_a_wrong_one(model):
+    """The loss of one pair, from likelihoods that are computed elsewhere."""
+    rows = [backward_row(model, PROBLEM, a) for a in (GOOD, BAD)]
+    good, bad = model.log_likelihoods(rows)
+    loss, tokens = channel_loss(model.model, *collate(rows, "causal", model.pad), torch.tensor([0]), 2.0)
+    assert tokens == len(rows[0][1])
+    assert loss.item() == pytest.approx(-good + 2.0 * np.log1p(np.exp(bad - good)), rel=1e-4)
+    alone = *collate(rows[:1], "causal", model.pad), torch.tensor([], dtype=torch.long)
+    assert channel_loss(model.model, *alone, 2.0)[0].item() == pytest.approx(-good, rel=1e-4)
+
+
+def test_a_channel_learns_each_right_answer_beside_the_wrong_ones_to_its_problem(tuned, model):
+    right = np.array([[1, 0, 0, 1, 0], [1, 1, 1, 1, 1]], bool)
+    answers = [[GOOD, BAD, "#### 2", GOOD, BAD], ["#### 5"] * 5]
+    samples = Samples([Example(PROBLEM, ""), Example("Two and three?", "")], answers, right)
+    cfg = VerifierConfig(model=tuned, start=tuned, device="cpu", gold=2, repeats=0, batch_size=2)
+    first, second = (backward_row(model, PROBLEM, a) for a in (BAD, "#### 2"))
+    channel = Channel(cfg, model, samples, samples)
+    assert [len(wrong) for _, wrong in channel.rows] == [0, 0, 2, 0] and channel.rows[2][1] == [first, second]
+    assert channel.rows[2][0] == backward_row(model, PROBLEM, GOOD)
+    cfg.repeats = 3
+    assert [len(wrong) for _, wrong in Channel(cfg, model, samples, samples).rows] == [0, 0, 2, 2, 2]
+    ids, _, _, places = channel.batch(0, 0, 2)
+    members = channel.order.members(0, 0, 2)
+    assert places.tolist() == [at for at, i in enumerate(members) if i == 2] and len(ids) == 2 + len(places)
+
+
+@pytest.mark.parametrize("more", [{"contrast": 0, "lm_weight": 0}, {"contrast": 2, "lm_weight": 0.5}])
+def test_the_loss_of_the_head_is_a_plain_loop(tuned, more):
+    cfg = VerifierConfig(model=tuned, device="cpu", group=2, **more)
+    torch.manual_seed(0)
+    net = ValueModel(aligned_model(cfg).model).eval()
+    torch.nn.init.normal_(net.value.weight)
+    rows = [([1, 2], [3, 4]), ([1, 2], [5])]  # the right and the wrong answer to one problem
+    ids, last, inside = value_rows(rows, 0)
+    assert last.tolist() == [3, 2]
+    assert inside.tolist() == [[False, False, True, True], [False, False, True, False]]
+    loss, n = head_loss(net, ids, last, inside, torch.tensor([1.0, 0.0]), cfg)
+    logits, values = net(ids)
+    expected = -F.logsigmoid(values[0, 2:4]).mean() - F.logsigmoid(-values[1, 2])
+    expected += 2 * cfg.contrast * -F.logsigmoid(values[0, 3] - values[1, 2])  # times the answers
+    log_p = logits[0].log_softmax(-1)
+    expected -= cfg.lm_weight * (log_p[1, 3] + log_p[2, 4]) / 2
+    assert n == 2 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# Fitting, and how well it verifies
 
 
 def test_lambda_is_the_one_that_chooses_best():
     rng = np.random.default_rng(0)
     right = rng.random((400, 4)) < 0.5
-    told = right.ravel()
-    parts = np.stack([told * 0.7 + rng.normal(size=1600), told * 2.0 + rng.normal(size=1600)], axis=1)
-    found = fit("channel", parts, right, np.full(1600, 10))
+    parts = np.stack([right.ravel() * w + rng.normal(size=1600) for w in (0.7, 2.0)], axis=1)
+
+    def fitted(parts: np.ndarray) -> dict:
+        return fit("channel", parts, np.stack([*parts.T, np.ones(1600)], axis=1), right)
+
+    found = fitted(parts)
     assert 2.0 <= found["lambda"] <= 4.0 and found["logistic"][0] > 0  # 2 / 0.7 is best
-    assert fit("channel", parts[:, ::-1], right, np.full(1600, 10))["lambda"] <= 0.5
-    sure = fit("channel", parts * 4, right, np.full(1600, 10))  # scores that are too sure of themselves
-    assert sure["sharpness"] < found["sharpness"]
-    np.testing.assert_array_equal(combined("channel", np.array([[1.0, 2.0]]), 3.0), [7.0])
+    assert fitted(parts[:, ::-1])["lambda"] <= 0.5
+    assert fitted(parts * 4)["sharpness"] < found["sharpness"]  # scores that are too sure of themselves
 
 
 def test_logistic_regression_agrees_with_scikit_learn():
@@ -153,10 +209,8 @@ def test_logistic_regression_agrees_with_scikit_learn():
     x = np.stack([rng.normal(size=500) * 20, np.ones(500), rng.integers(20, 60, 500)], axis=1)
     y = rng.random(500) < 1 / (1 + np.exp(-(x[:, 0] * 0.1 - 1 + 0.02 * x[:, 2])))
     theirs = LogisticRegression(C=1e6, tol=1e-8, max_iter=10_000).fit(x[:, [0, 2]], y)
-    a, b, c = logistic(x, y)
-    np.testing.assert_allclose(
-        [a, b, c], [theirs.coef_[0, 0], theirs.intercept_[0], theirs.coef_[0, 1]], rtol=0.02
-    )
+    expected = [theirs.coef_[0, 0], theirs.intercept_[0], theirs.coef_[0, 1]]
+    np.testing.assert_allclose(logistic(x, y), expected, rtol=0.02)
 
 
 def test_auc_and_calibration_agree_with_scikit_learn():
@@ -177,60 +231,21 @@ def test_auc_within_problems_does_not_see_how_hard_they_are():
     by_problem = labels.mean(1, keepdims=True) + np.zeros((3, 4))
     assert auc(labels.ravel(), by_problem.ravel()) > 0.8
     assert auc_within(labels, by_problem)["value"] == 0.5
-    assert auc_within(labels, labels.astype(float))["value"] == 1.0
-    assert auc_within(labels, labels.astype(float))["n"] == 2  # the third says nothing
+    found = auc_within(labels, labels.astype(float))
+    assert found["value"] == 1.0 and found["n"] == 2  # the third says nothing
 
 
-def test_the_head_sees_groups_with_right_and_wrong_answers(trained, tuned):
-    from sft import aligned_model
-    from verifier import ValueModel, head_loss, value_rows
-
-    cfg = VerifierConfig(model=tuned, device="cpu", group=2, lm_weight=0.0)
-    model = aligned_model(cfg)
-    net = ValueModel(model.model)
-    rows = [([1, 2], [3, 4]), ([1, 2], [5])]
-    ids, last, inside = value_rows(rows, 0)
-    assert last.tolist() == [3, 2] and inside.tolist() == [
-        [False, False, True, True],
-        [False, False, True, False],
-    ]
-    loss, n = head_loss(net, ids, last, inside, torch.tensor([1.0, 0.0]), cfg)
-    assert n == 2 and loss.item() == pytest.approx(
-        2 * np.log(2) + 2 * np.log(2), rel=1e-5
-    )  # values start at 0
-
-
-def test_a_verifier_of_another_tokenizer_or_generator_is_refused(trained, tmp_path, tiny):
-    import shutil
-
-    folder = shutil.copytree(trained("channel"), tmp_path / "v")
-    run = read_json(folder / "run.json")
-    (folder / "run.json").write_text(json.dumps(run | {"data": run["data"] | {"tokenizer": "x"}}))
-    with pytest.raises(TrainError, match="another tokenizer"):
-        Verifier.load(folder, "cpu")
-    (folder / "run.json").write_text(json.dumps(run | {"parent_hash": "x"}))
-    with pytest.raises(TrainError, match="another model"):
-        Verifier.load(folder, "cpu")
-    with pytest.raises(TrainError, match="no finished verifier"):
-        Verifier.load(run["parent"], "cpu")
+# -----------------------------------------------------------------------------
+# Training
 
 
 def test_dpo_and_the_verifier_learn_from_the_same_answers(tuned, tiny, tmp_path):
     """Those of the SFT model, sampled once, whatever the seed of training."""
-    same = {
-        "model": tuned,
-        "out": str(tmp_path),
-        "problems": 30,
-        "first_problem": 5000,
-        "n": 8,
-        "max_steps": 2,
-    }
-    same |= {"device": "cpu", "dtype": "float32", "learning_rate": 1e-4, "eval_every": 0}
-    dpo.dpo(dpo.DPOConfig(**same, name="dpo", seed=7, eval_examples=60))
+    same = dict(out=str(tmp_path), problems=30, first_problem=5000, n=8, max_steps=2, device="cpu")
+    same |= dict(dtype="float32", learning_rate=1e-4, eval_every=0)
+    dpo.dpo(dpo.DPOConfig(**same, model=tuned, name="dpo", seed=7, eval_examples=60))
     before = set(Path(tuned, "samples").glob("*-train-*"))
-    cfg = VerifierConfig(
-        **same | {"model": f"{tmp_path}/dpo"}, answers_of=tuned, start=tuned, gold=10, seed=8
-    )
+    cfg = VerifierConfig(**same, model=f"{tmp_path}/dpo", answers_of=tuned, start=tuned, gold=10, seed=8)
     cfg.validation_problems = cfg.test_problems = 20
     script.train_verifier(cfg)
     assert set(Path(tuned, "samples").glob("*-train-*")) == before
@@ -240,14 +255,35 @@ def test_dpo_and_the_verifier_learn_from_the_same_answers(tuned, tiny, tmp_path)
         script.train_verifier(cfg)
 
 
+def test_labelled_solutions_are_learnt_without_sampling(tuned, tiny, tmp_path):
+    rows = []
+    for i in range(60):
+        right, wrong = f"It is {i + 1}.\nA: {i + 1}", "No.\nA: 0"
+        sources = {
+            "a": {"solution": right, "is_correct": True},
+            "b": {"solution": wrong, "is_correct": False},
+        }
+        rows.append({"question": f"What is {i} + 1?", **sources})
+    file = tmp_path / "solutions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    cfg = VerifierConfig(
+        model=tuned, start=tiny["base"], solutions=str(file), out=str(tmp_path), device="cpu"
+    )
+    cfg.max_steps, cfg.batch_size, cfg.gold, cfg.dtype = 2, 4, 4, "float32"
+    run = script.train_verifier(cfg)
+    assert run["verification"]["right_by_source"] == [1.0, 0.0]
+    assert run["data"]["train"]["source"] == str(file)
+    file.write_text("\n".join(json.dumps(row) for row in [*rows, {"question": "What?"}]))
+    with pytest.raises(script.DataError, match="same number of labelled solutions"):
+        script.labelled(str(file))
+
+
 def test_samples_of_one_kind_are_refused(tuned, tiny, monkeypatch, tmp_path):
     def only_wrong(model, task, split, examples, *rest):
         return Samples(examples, [["#### 0"] * 2 for _ in examples], np.zeros((len(examples), 2), bool))
 
-    monkeypatch.setattr(script, "judged", only_wrong)
-    cfg = VerifierConfig(model=tuned, start=tiny["base"], out=str(tmp_path), device="cpu", problems=5)
-    with pytest.raises(TrainError, match="nothing to tell apart"):
-        script.train_verifier(cfg)
-    with pytest.raises(TrainError, match="not instruction-tuned"):
-        script.train_verifier(VerifierConfig(model=tiny["base"], out=str(tmp_path), device="cpu"))
-    assert TASKS["arithmetic"].metric == "exact_match"
+    monkeypatch.setattr(script, "draw", only_wrong)
+    for model, why in ((tuned, "nothing to tell apart"), (tiny["base"], "not instruction-tuned")):
+        cfg = VerifierConfig(model=model, start=tiny["base"], out=str(tmp_path), device="cpu", problems=5)
+        with pytest.raises(TrainError, match=why):
+            script.train_verifier(cfg)

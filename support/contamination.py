@@ -1,0 +1,62 @@
+"""Contamination: does the text that a run was trained on hold the items that it is tested on?"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data import CORPORA, EMBEDDED, TASKS, documents, load_conversations
+from support.results import read_json
+
+
+def ngrams(text: str, n: int) -> set[str]:
+    """The runs of n words of a text, without case and punctuation."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def contamination(items: list[str], training_texts: Iterable[str], n: int) -> dict:
+    """How many items share n words in a row with the training texts (GPT-3, appendix C, used 13).
+
+    Items of fewer than n words cannot be checked and are counted apart. One pass over the training texts;
+    only the items' runs of words are held in memory.
+    """
+    runs = [ngrams(item, n) for item in items]
+    wanted, seen = set().union(*runs), set()
+    for text in training_texts:
+        seen |= wanted & ngrams(text, n)
+    found = [item for item, grams in zip(items, runs, strict=True) if grams & seen]
+    checked = sum(bool(grams) for grams in runs)
+    return {
+        "words": n,
+        "items": len(found),
+        "checked": checked,
+        "too_short": len(items) - checked,
+        "share": len(seen) / max(1, len(wanted)),
+        "examples": [item[:200] for item in found[:5]],
+    }
+
+
+def trained_on(name: str) -> list[tuple[str, str]]:
+    """What a run and its parents were trained on, by their records: [("corpus" or "task", its name)].
+
+    A task here is also a set of conversations.
+    """
+    found, corpora = [], (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys()
+    while run := read_json(Path(name or "") / "run.json"):
+        settings = run.get("settings", {})
+        found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
+        sources = [settings["data"]] if settings.get("data") in TASKS else []
+        if run.get("stage") == "sft":
+            sources = [source for source in run["data"] if source != "tokenizer"]
+        found += [("corpus" if source in corpora else "task", source) for source in sources]
+        name = run.get("parent")
+    return found
+
+
+def training_texts(sources: list[tuple[str, str]]) -> Iterator[str]:
+    for kind, name in sources:
+        if kind == "corpus":
+            yield from documents(name, "train")
+            continue
+        for conversation in load_conversations(name, "train")[0]:
+            yield " ".join(message["content"] for message in conversation)

@@ -1,0 +1,54 @@
+"""Sampled answers to problems whose answers can be checked: drawn, judged, and laid out as arrays.
+
+DPO makes pairs of them, a verifier learns from them, and eval.py measures ways to choose among them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+
+from data import Example, judge
+from support.text_model import TextModel, sampled
+from tasks.calculator import extract_number
+
+
+@dataclass
+class Samples:
+    """n answers to each of P problems."""
+
+    examples: list[Example]  # (P)
+    answers: list[list[str]]  # (P, n)
+    right: np.ndarray  # (P, n) bool: the final number is the true one
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """(P, n) the final number of every answer, as text; "" if it has none."""
+        return np.array([[extract_number(answer) or "" for answer in row] for row in self.answers])
+
+    def flat(self) -> tuple[list[str], list[str]]:
+        """(P n) problems and (P n) answers, in the order of `right.ravel()`."""
+        n = self.right.shape[1]
+        return [example.text for example in self.examples for _ in range(n)], [*chain(*self.answers)]
+
+    def distinct(self, i: int, right: bool) -> list[str]:
+        """The right answers to problem i, or the wrong ones: each once, in the order of drawing."""
+        kept = [
+            answer
+            for answer, is_right in zip(self.answers[i], self.right[i], strict=True)
+            if is_right == right
+        ]
+        return list(dict.fromkeys(kept))
+
+
+def draw(
+    model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int,
+    calculator: bool = False,
+) -> Samples:  # fmt: skip
+    """n answers to each example, judged; temperature 0 is greedy. See `sampled` for the cache on disk."""
+    answers = sampled(model, task, split, examples, n, temperature, seed, calculator)
+    repeated = [example for example, row in zip(examples, answers, strict=True) for _ in row]
+    records, _ = judge(task, repeated, [*chain(*answers)])
+    right = np.array([record["correct"] for record in records])
+    return Samples(examples, answers, right.reshape(len(examples), -1))
