@@ -41,13 +41,13 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
-from finetune import TrainingSet, is_smoke, subsample, weights_hash
+from finetune import TrainingSet, is_smoke, rows_per_step, subsample, weights_hash
 from model import ModernDecoderLM
-from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
+from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for
 from support.chat_template import TemplateError
 from support.files import write_atomically
 from support.runs import AlreadyFinished, TrainError, run_folder
-from support.text_model import TextModel, ask, padded, sampled
+from support.text_model import TextModel, answer_task, pad_rows, sample_answers
 
 
 @dataclass
@@ -144,7 +144,7 @@ def collate_pairs(pairs: list[Pair], pad: int, both: bool) -> tuple[Tensor, ...]
     def laid_out(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
         rows = [(p.prompt + a)[:-1] for p, a in zip(pairs, answers, strict=True)]
         wanted = [[-100] * (len(p.prompt) - 1) + a for p, a in zip(pairs, answers, strict=True)]
-        return padded(rows, pad), padded(wanted, -100)
+        return pad_rows(rows, pad), pad_rows(wanted, -100)
 
     ids, targets = laid_out([p.chosen for p in pairs])
     others = torch.full_like(targets, -100)
@@ -186,7 +186,7 @@ def on_policy(
 ) -> tuple[list[Pair], dict]:
     """Pairs from the model's own answers, and what there was: problems, pairs, only right, only wrong."""
     task, rng = TASKS[cfg.data], np.random.default_rng([cfg.seed, split == "train"])
-    answers = sampled(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed_samples)
+    answers = sample_answers(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed_samples)
     repeated = [e for e in examples for _ in range(cfg.n)]
     records, _ = judge(cfg.data, repeated, [a for some in answers for a in some])
     pairs, counts = [], {"problems": len(examples), "right": sum(r["correct"] for r in records)}
@@ -391,12 +391,12 @@ def one_round(cfg: DPOConfig) -> dict:
             write_pairs(folder / "violations.jsonl", worst, margin=[m for m, _ in wrong])
         if held and final:
             core.eval()
-            _, metrics = judge(cfg.data, held, ask(model, cfg.data, held)[0])
+            _, metrics = judge(cfg.data, held, answer_task(model, cfg.data, held)[0])
             found["exact_match"] = metrics["exact_match"]["value"]
         return found
 
     val_first = reference(model, val_pairs, both, mean=cfg.mean_log_probs)
-    batch = cfg.batch_size * cfg.grad_accum_steps * world()
+    batch = rows_per_step(cfg)
     order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch, cfg.seed, "causal", model.pad)
 
     def rows(step: int, first: int, count: int) -> tuple[Tensor, ...]:

@@ -87,11 +87,11 @@ from data import (
     load_conversations,
     load_task,
 )
-from finetune import show, subsample
+from finetune import format_metric, subsample
 from sft import mixture
 from support.attention import attention, foremost
 from support.files import write_atomically
-from support.loading import explained, is_adapter, load_model, load_tokenizer, read_config, task_of
+from support.loading import explained, is_adapter, load_model, load_tokenizer, read_run, resolve
 from support.long_context import STREAM, endless, streams
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
 from support.metrics import (
@@ -109,7 +109,7 @@ from support.metrics import (
 from support.model_card import write_model_card
 from support.results import METRICS
 from support.runs import TrainError, read_json
-from support.text_model import TextModel, ask, sampled
+from support.text_model import TextModel, answer_task, sample_answers
 from tasks.calculator import calculates, extract_number
 from tasks.mistakes import KINDS, kinds_of, solution_kind
 from verifier import Verifier
@@ -301,7 +301,9 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
         examples = subsample(everything, cfg.limit, cfg.seed)
         try:
             shown = few_shot(name, shots, cfg.seed)
-            outputs, notes = ask(model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}")
+            outputs, notes = answer_task(
+                model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}"
+            )
         except TrainError as error:
             if model.kind != "head":
                 raise
@@ -365,10 +367,10 @@ def reason(model: TextModel, name: str, cfg: EvalConfig, verifiers: dict[str, Ve
     split = cfg.split or task.test
     everything, about = load_task(name, split)
     examples = subsample(everything, cfg.limit, cfg.seed)
-    drawn = sampled(model, name, split, examples, n, cfg.temperature, cfg.seed)
+    drawn = sample_answers(model, name, split, examples, n, cfg.temperature, cfg.seed)
     seconds = time.perf_counter() - begun
-    greedy = [a[0] for a in sampled(model, name, split, examples, 1, 0.0, cfg.seed)]
-    tool = [a[0] for a in sampled(model, name, split, examples, 1, 0.0, cfg.seed, calculator=True)]
+    greedy = [a[0] for a in sample_answers(model, name, split, examples, 1, 0.0, cfg.seed)]
+    tool = [a[0] for a in sample_answers(model, name, split, examples, 1, 0.0, cfg.seed, calculator=True)]
     truth = [extract_number(e.target) for e in examples]
     numbers = [[extract_number(a) for a in some] for some in drawn]
     right = np.array(
@@ -482,7 +484,7 @@ def tell(entry: dict) -> list[str]:
         label = {"exact_match": "greedy", "calculator": "greedy, calculator (a tool)"}.get(
             name, "mean single sample"
         )
-        lines.append(f"{label:32}{show(entry['metrics'][name])}")
+        lines.append(f"{label:32}{format_metric(entry['metrics'][name])}")
     for name, d in entry["differences"].items():
         d = {k: 100 * v for k, v in d.items()}
         lines.append(f"{name:48} {d['value']:+5.1f} [{d['low']:+.1f}, {d['high']:+.1f}]")
@@ -543,7 +545,7 @@ def describe(entry: dict) -> list[str]:
                 value, low, high = (f"{metric[k]:.{digits}f}" for k in ("value", "low", "high"))
                 parts.append(f"{label} {value} [{low}, {high}]")
             else:
-                parts.append(f"{label} {show(metric).split(' (n=')[0]}")
+                parts.append(f"{label} {format_metric(metric).split(' (n=')[0]}")
     notes = [f"{entry['items']:,} items"]
     if "documents_alone" in entry:
         alone, in_windows = entry["documents_alone"], entry["documents_in_windows"]
@@ -702,7 +704,7 @@ def with_maps(before: list[dict], new: list[dict]) -> list[dict]:
 
 def load_for_attention(name: str, cfg: EvalConfig, device: torch.device) -> TextModel:
     """A model whose attention can be read: also an encoder without a head, such as BERT."""
-    architecture = "".join(read_config(name).get("architectures") or ())
+    architecture = "".join(resolve(name).config.get("architectures") or ())
     if is_adapter(name) or not re.search("MaskedLM|PreTraining|(?<!LMHead)Model$", architecture):
         return load_model(name, device, cfg.backend, cfg.context_length, pick_eval_dtype(cfg, device))
     import transformers
@@ -802,7 +804,9 @@ def main() -> None:
             size = sum(p.numel() for p in model.model.parameters()) / 1e6
             smoke = (Path(name) / "run.json").exists() and read_json(Path(name) / "run.json").get("smoke")
             print(f"{name}: {size:.1f}M parameters, {model.kind}" + "; SMOKE RUN, no result" * bool(smoke))
-            taught = model.chat or task_of(name)  # a base's samples hold no answers to choose among
+            taught = model.chat or read_run(name).get("settings", {}).get(
+                "task"
+            )  # a base's samples hold no answers to choose among
             for task in tasks:
                 checkable = task in TASKS and TASKS[task].metric == "exact_match"
                 if cfg.samples and checkable and not taught:

@@ -42,15 +42,15 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_task, read_rows, refuse_overlap, talk
-from finetune import FineTuner, TrainingSet, is_smoke, weights_hash, write_run
+from finetune import FineTuner, TrainingSet, is_smoke, rows_per_step, weights_hash, write_run
 from model import ModernDecoderLM
-from sft import AdaptConfig, aligned_model, parents, trainer_for, world
+from sft import AdaptConfig, aligned_model, parents, trainer_for
 from support.files import write_atomically
 from support.loading import load_model
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.runs import AlreadyFinished, TrainError, read_json, run_folder
-from support.text_model import TextModel, collate, length, sampled, target_logits
+from support.text_model import TextModel, collate, length, sample_answers, target_logits
 
 
 @dataclass
@@ -383,7 +383,7 @@ def contrasted(right: list[tuple], wrong: dict[str, list[str]], repeats: int) ->
 def judged(
     model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int
 ) -> Samples:
-    answers = sampled(model, task, split, examples, n, temperature, seed)
+    answers = sample_answers(model, task, split, examples, n, temperature, seed)
     records, _ = judge(task, [e for e in examples for _ in answers[0]], [a for some in answers for a in some])
     return Samples(examples, answers, np.array([r["correct"] for r in records]).reshape(len(examples), -1))
 
@@ -553,9 +553,7 @@ def train_channel(
     rivals = [[backward_row(channel, problem, a) for a in wrong.get(problem, ())] for problem, _ in told]
     val_told = [(e.text, e.target.strip()) for e in held.examples if e.target] or right_answers(held)
     val_rows = [backward_row(channel, p, a) for p, a in val_told]
-    order = TrainingSet(
-        rows, cfg.batch_size * cfg.grad_accum_steps * world(), cfg.seed, "causal", channel.pad
-    )
+    order = TrainingSet(rows, rows_per_step(cfg), cfg.seed, "causal", channel.pad)
     smoke = bool(cfg.max_steps) or is_smoke(cfg.model) or is_smoke(cfg.start)
     cfg.max_steps = cfg.max_steps or math.ceil(order.batches * cfg.epochs)
 
@@ -581,7 +579,7 @@ def train_channel(
     trainer.say(
         f"{trainer.folder}: a channel from {cfg.start}, on {len(gold):,} true solutions and "
         f"{len(rows) - len(gold):,} right answers of {cfg.solutions or cfg.answers_of or cfg.model}, "
-        f"{sum(map(bool, rivals)):,} with wrong ones beside them; {cfg.max_steps} steps of {order.batch}"
+        f"{sum(map(bool, rivals)):,} with wrong ones beside them; {cfg.max_steps} steps of {order.batch_size}"
     )
     trainer.say(f"one of them: {channel.decode(rows[0][0])!r} -> {channel.decode(rows[0][1])!r}")
     return trainer.run_all_steps()
@@ -617,7 +615,7 @@ def train_head(
     ]
     batch = max(1, cfg.batch_size // cfg.group)  # problems
     cfg.batch_size = batch * cfg.group
-    if cfg.grad_accum_steps * world() > 1:
+    if rows_per_step(cfg) > cfg.batch_size:
         raise TrainError("--kind=head trains in one process without accumulation")
     batches = max(1, len(rows) // batch)
     smoke = bool(cfg.max_steps) or is_smoke(cfg.model)

@@ -108,7 +108,7 @@ def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(sett
     examples = sorted(some, key=lambda e: len(e.text) + len(e.target))[:4]  # they fit into 160 tokens
     gold = [e.target.strip() for e in examples]
     answers = [[gold[0], "#### 0"], [gold[1], gold[1]], ["", "#### 0"], [gold[3], ""]]
-    monkeypatch.setattr(script, "sampled", lambda *a: answers)
+    monkeypatch.setattr(script, "sample_answers", lambda *a: answers)
     model = load_model(tuned, torch.device("cpu"))
     pairs, counts = on_policy(model, settings(n=2), "train", examples)
     assert (counts["pairs"], counts["only_right"], counts["only_wrong"], counts["right"]) == (2, 1, 1, 4)

@@ -426,38 +426,38 @@ def test_a_calculator_confirms_a_solution(text, fine):
 def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypatch):
     from data import load_task
     from support.loading import load_model
-    from support.text_model import sampled
+    from support.text_model import sample_answers
 
     model = load_model(tiny["base"], torch.device("cpu"))
     examples = load_task("arithmetic", "test")[0][:5]
-    four = sampled(model, "arithmetic", "test", examples, 4, seed=3)
-    two = sampled(model, "arithmetic", "test", examples, 2, seed=3)
+    four = sample_answers(model, "arithmetic", "test", examples, 4, seed=3)
+    two = sample_answers(model, "arithmetic", "test", examples, 2, seed=3)
     assert [some[:2] for some in four] == two and len({a for some in four for a in some}) > 5
-    other = sampled(model, "arithmetic", "test", examples, 2, seed=4)
+    other = sample_answers(model, "arithmetic", "test", examples, 2, seed=4)
     assert other != two
     monkeypatch.setattr(model, "generate", lambda *a: pytest.fail("sampled again"))
-    assert sampled(model, "arithmetic", "test", examples, 4, seed=3) == four
+    assert sample_answers(model, "arithmetic", "test", examples, 4, seed=3) == four
     with pytest.raises(pytest.fail.Exception):
-        sampled(model, "arithmetic", "test", examples[:3], 4, seed=3)
+        sample_answers(model, "arithmetic", "test", examples[:3], 4, seed=3)
 
 
 @pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
 def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path, damage):
-    from support.text_model import sampled
+    from support.text_model import sample_answers
 
     shutil.copytree(tiny["base"], tmp_path / "base", ignore=shutil.ignore_patterns("samples"))
     model = load_model(str(tmp_path / "base"), CPU)
     examples = load_task("arithmetic", "test")[0][:3]
     # str.splitlines() would cut this row in two
     examples[1] = replace(examples[1], text=examples[1].text + "\u2028How many\x85?")
-    first = sampled(model, "arithmetic", "test", examples, 2)
+    first = sample_answers(model, "arithmetic", "test", examples, 2)
     (file,) = (tmp_path / "base" / "samples").iterdir()
     complete = file.read_bytes()
     lines = complete.split(b"\n")[:-1]
     damaged = {"a row is missing": lines[:2], "another order": lines[::-1], "not UTF-8": [b"\xff"]}
     damaged["fewer samples"] = [json.dumps(json.loads(x) | {"samples": ["1"]}).encode() for x in lines]
     file.write_bytes(b"\n".join(damaged[damage]))
-    assert sampled(model, "arithmetic", "test", examples, 2) == first
+    assert sample_answers(model, "arithmetic", "test", examples, 2) == first
     assert file.read_bytes() == complete
 
 
@@ -522,7 +522,7 @@ def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, mon
     wrong = "#### 0"
     drawn = [[gold[0], wrong, gold[0], gold[0]], [wrong, wrong, wrong, gold[1]], [wrong] * 4, [gold[3]] * 4]
 
-    def sampled(model, name, split, some, n, temperature=0.8, seed=1, calculator=False):
+    def sample_answers(model, name, split, some, n, temperature=0.8, seed=1, calculator=False):
         return drawn if n == 4 else [[a[0]] for a in drawn]
 
     class Oracle:
@@ -533,7 +533,7 @@ def test_reasoning_writes_curves_that_agree_with_the_samples(tiny, tmp_path, mon
             p = np.array([0.9 if truth[q] == a else 0.1 for q, a in zip(problems, answers, strict=True)])
             return np.log(p), p
 
-    monkeypatch.setattr(script, "sampled", sampled)
+    monkeypatch.setattr(script, "sample_answers", sample_answers)
     cfg = script.EvalConfig(samples=4, limit=0)
     monkeypatch.setattr(script, "load_task", lambda name, split: (examples, {}))
     result = script.reason(
