@@ -41,14 +41,14 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
-from finetune import TrainingSet, is_smoke, subsample
+from finetune import TrainingSet, is_smoke, rows_per_step, subsample
 from model import ModernDecoderLM
-from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for, world
+from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for
 from support.chat_template import TemplateError
 from support.files import write_jsonl
 from support.runs import AlreadyFinished, TrainError, run_folder
 from support.samples import draw
-from support.text_model import TextModel, ask, padded
+from support.text_model import TextModel, answer_task, pad_rows
 
 
 @dataclass
@@ -157,7 +157,7 @@ def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, Ten
     def rows(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids = [(pair.prompt + answer)[:-1] for pair, answer in zip(pairs, answers, strict=True)]
         targets = [[-100] * (len(pair.prompt) - 1) + a for pair, a in zip(pairs, answers, strict=True)]
-        return padded(ids, pad), padded(targets, -100)
+        return pad_rows(ids, pad), pad_rows(targets, -100)
 
     ids, targets = rows([pair.chosen for pair in pairs])
     if whole:
@@ -392,7 +392,7 @@ class Validation:
             self.write_violations(margins)
         if final and self.problems:
             core.eval()
-            _, metrics = judge(cfg.data, self.problems, ask(self.model, cfg.data, self.problems)[0])
+            _, metrics = judge(cfg.data, self.problems, answer_task(self.model, cfg.data, self.problems)[0])
             found["exact_match"] = metrics["exact_match"]["value"]
         return found
 
@@ -413,7 +413,7 @@ def train_round(cfg: DPOConfig) -> dict:
     if not cfg.is_control:  # no step was taken, so the model is still the reference
         reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
     validation = Validation(cfg, model, val_pairs, problems)
-    batch_size = cfg.batch_size * cfg.grad_accum_steps * world()
+    batch_size = rows_per_step(cfg)
     order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch_size, cfg.seed, "causal", model.pad)
 
     def batch(step: int, first: int, count: int) -> tuple[Tensor, ...]:

@@ -93,7 +93,7 @@ from finetune import subsample
 from support.attention import load_for_attention, show_attention
 from support.contamination import contamination, trained_on, training_texts
 from support.evaluations import Result, compare, describe, results_folder, write_results
-from support.loading import load_model, task_of
+from support.loading import load_model, read_run
 from support.long_context import show_streams
 from support.machine import pick_device, pick_dtype
 from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at, perplexity, proportion
@@ -101,7 +101,7 @@ from support.pipeline import follow_instructions, write_pipeline
 from support.results import read_json
 from support.runs import TrainError
 from support.samples import draw
-from support.text_model import TextModel, ask
+from support.text_model import TextModel, answer_task
 from tasks.calculator import calculates
 from tasks.mistakes import KINDS, kinds_of
 from verifier import Verifier, vote_weights
@@ -247,7 +247,7 @@ def evaluate_task(
     if model.kind == "head" and shots:
         raise TrainError("a classification head takes no examples")
     shown = few_shot(name, shots, cfg.seed)
-    outputs, found = ask(model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}")
+    outputs, found = answer_task(model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}")
     probabilities = found.pop("sure", None)  # of the class that was chosen
     records, found["metrics"] = judge(name, examples, outputs)
     for i, record in enumerate(records):
@@ -403,7 +403,7 @@ def evaluate_model(
 
     for task in tasks:
         sampled = cfg.samples and task in TASKS and TASKS[task].metric == "exact_match"
-        if sampled and (model.chat or task_of(name)):
+        if sampled and (model.chat or read_run(name).get("settings", {}).get("task")):
             paths = filter(None, cfg.verifier.split(","))
             verifiers = [Verifier.load(path, cfg.device, model) for path in paths]
             keep(evaluate_samples(model, task, cfg, verifiers))

@@ -51,7 +51,7 @@ from support.long_context import STREAM, endless, streams
 from support.machine import git_commit, hardware, peak_resident_bytes, pick_device, versions
 from support.processes import worker_pool
 from support.runs import TrainError, read_json, read_jsonl
-from support.text_model import ask
+from support.text_model import answer_task
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 from train import FREE_TO_CHANGE, TrainConfig, model_config
 
@@ -713,7 +713,7 @@ def transfer(cfg: ExperimentConfig, runs: list[Run], device: torch.device) -> di
             model = load_model(str(folders["transfer-pretrained", seed]), device)
             asked = subsample(examples, 50 if cfg.quick else 500, seed)
             for shots in (0, 4):
-                outputs, _ = ask(model, task, asked, few_shot(task, shots, seed))
+                outputs, _ = answer_task(model, task, asked, few_shot(task, shots, seed))
                 scores.setdefault(f"prompted, {shots} shots", []).append(
                     points(judge(task, asked, outputs)[1])
                 )

@@ -41,16 +41,16 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, DataError, Example, load_task, read_rows, refuse_overlap, talk
-from finetune import TrainingSet, is_smoke, weights_hash, write_run
+from finetune import TrainingSet, is_smoke, rows_per_step, weights_hash, write_run
 from model import ModernDecoderLM
-from sft import AdaptConfig, aligned_model, parents, trainer_for, world
+from sft import AdaptConfig, aligned_model, parents, trainer_for
 from support.files import write_atomically
 from support.loading import load_model
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.runs import AlreadyFinished, TrainError, read_json, run_folder
 from support.samples import Samples, draw
-from support.text_model import TextModel, collate, length, padded, target_logits
+from support.text_model import TextModel, collate, length, pad_rows, target_logits
 
 Row = tuple[list[int], list[int]]  # ids of what is read, ids of what is predicted
 
@@ -248,7 +248,7 @@ class Channel:
         right = [row for row, _ in self.rows]
         self.val_rows = [self.row(e.text, e.target) for e in held.examples if e.target]
         self.val_rows = self.val_rows or [row for row, _ in self.answers(held)]
-        batch = cfg.batch_size * cfg.grad_accum_steps * world()
+        batch = rows_per_step(cfg)
         self.order = TrainingSet(right, batch, cfg.seed, "causal", self.model.pad)
         self.batches, self.tokens = self.order.batches, float(self.order.lengths.mean())
         self.data = {"answers": len(right), "gold": len(gold)}
@@ -369,7 +369,7 @@ class Head:
     """Trains the generator with a value head on its answers, right and wrong, `group` of them a problem."""
 
     def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples):
-        if cfg.grad_accum_steps * world() > 1:
+        if rows_per_step(cfg) > cfg.batch_size:
             raise TrainError("--kind=head trains in one process without accumulation")
         self.cfg, self.right, self.held = cfg, learn.right, held
         self.model = ValueHead(aligned_model(cfg))
@@ -415,8 +415,8 @@ class Head:
 
 def value_rows(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids (B, T), index of each row's last token (B), and which tokens belong to an answer (B, T)."""
-    ids = padded([prompt + answer for prompt, answer in rows], pad)
-    inside = padded([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows], 0)
+    ids = pad_rows([prompt + answer for prompt, answer in rows], pad)
+    inside = pad_rows([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows], 0)
     return ids, torch.tensor([length(row) - 1 for row in rows]), inside.bool()
 
 

@@ -40,7 +40,7 @@ from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig
 from lab.hardware import GIB, timed
 from model import ModelConfig, ModernDecoderLM
-from sft import SFTConfig, answer_loss, mixture
+from sft import SFTConfig, conversation_loss, mixture
 from support.costs import count_parameters, estimate_flops, estimate_memory
 from support.files import write_atomically
 from support.hf_format import from_hf_config
@@ -447,7 +447,7 @@ class Here:
         if loss == "packed":  # three conversations a row, of whose tokens half are the assistant's
             at = torch.arange(T, device=self.device).expand(rows, T)
             batch = ids, ids.where(at % 2 == 0, -100), at % (T // 3 + 1), at // (T // 3 + 1)
-            step = Step(c, cfg, self.device, compiled, answer_loss, batch)
+            step = Step(c, cfg, self.device, compiled, conversation_loss, batch)
         elif loss == "answers":  # the second half of each row
             right = torch.arange(rows // 2, device=self.device)
             batch = ids, torch.ones_like(ids), ids[:, T // 2 :], right

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model import ModernDecoderLM
 from support.files import write_json
 from support.inside import check_length, logits_of, look_inside
-from support.loading import explained, is_adapter, load_model, load_tokenizer, read_config
+from support.loading import explained, is_adapter, load_model, load_tokenizer, resolve
 from support.results import read_json
 from support.text_model import TextModel
 from tasks.arithmetic import arithmetic, things, told_again
@@ -195,7 +195,7 @@ def what_is_shown(example: dict) -> tuple:
 
 def load_for_attention(name: str, device: torch.device, *how) -> TextModel:
     """`load_model`, but of an encoder such as BERT no head, whose weights need not be there."""
-    architecture = "".join(read_config(name).get("architectures") or ())
+    architecture = "".join(resolve(name).config.get("architectures") or ())
     if is_adapter(name) or not re.search("MaskedLM|PreTraining|(?<!LMHead)Model$", architecture):
         return load_model(name, device, *how)
     import transformers

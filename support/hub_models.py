@@ -7,17 +7,21 @@ arguments of ModernDecoderLM.generate. So every stage works on any decoder of th
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from model import check_sampling, sample
+from model import ModernDecoderLM, check_sampling, sample
+from support.hf_format import write_generation_config
 from support.tables import valid
 from support.tokenizer_json import HUB_MARK, letter_bytes, unspell
+from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 
 class HubTokenizer:
@@ -155,7 +159,8 @@ def generate(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    filters = (temperature, top_k, top_p, min_p, repetition_penalty)
+    check_sampling(*filters)
     rows = [prompt for prompt in prompts for _ in range(n)]
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -163,21 +168,20 @@ def generate(
     for row, prompt in enumerate(rows):
         where = slice(width - len(prompt), None) if decoder_only else slice(len(prompt))
         ids[row, where], mask[row, where] = torch.tensor(prompt), 1
-    how = GenerationConfig(
+    config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
         eos_token_id=list(stop_tokens) or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
-    seeds = [seed + r for r in range(len(rows))] if isinstance(seed, int) else list(seed)
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    filters["repetition_penalty"] = repetition_penalty
+    seeds = [seed + r for r in range(len(rows))] if isinstance(seed, int) else seed
+    uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
     start = width if decoder_only else 1
-    draw = Draw(rows, start, seeds, max_new_tokens, filters, set(stop_tokens), stream, force, adjust)
+    draw = Draw(start, rows, torch.stack(uniforms), filters, stop_tokens, stream, force, adjust)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
         found = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how,
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
             logits_processor=LogitsProcessorList([draw]),
         )  # fmt: skip
     finally:
@@ -187,59 +191,111 @@ def generate(
 
 def cut_behind_stop(ids: list[int], stop_tokens: Sequence[int]) -> list[int]:
     """A row up to and including its first stop token; transformers fills the rest with padding."""
-    ends = [i for i, token in enumerate(ids) if token in stop_tokens]
-    return ids[: ends[0] + 1] if ends else ids
+    for i, token in enumerate(ids):
+        if token in stop_tokens:
+            return ids[: i + 1]
+    return ids
 
 
 class Draw:
     """A transformers logits processor that samples the next token of every row.
 
-    Each row has its own random stream, the same as in ModernDecoderLM.generate.
+    Each row has its own random stream `uniforms` (rows, max_new_tokens), as in ModernDecoderLM.generate.
     """
 
-    def __init__(
-        self,
-        prompts,
-        start: int,
-        seeds,
-        max_new_tokens: int,
-        filters: dict,
-        stops: set,
-        stream=None,
-        force=None,
-        adjust=None,
-    ):
-        self.start, self.filters, self.stops = start, filters, stops
-        self.stream, self.force, self.adjust = stream, force, adjust
-        streams = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        self.uniforms = torch.stack(streams)  # (rows, max_new_tokens)
-        self.prompts, self.queues, self.ended = prompts, [[] for _ in prompts], [False] * len(prompts)
+    def __init__(self, start, prompts, uniforms, filters, stop_tokens, stream, force, adjust):
+        self.start, self.prompts, self.uniforms, self.stop_tokens = start, prompts, uniforms, stop_tokens
+        self.filters, self.stream, self.force, self.adjust = filters, stream, force, adjust
+        self.queues, self.ended = [[] for _ in prompts], [False] * len(prompts)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
-        step = input_ids.shape[1] - self.start
-        uniform, seen = self.uniforms[:, step].to(scores.device), None
-        scores = self.adjust(list(range(len(scores))), scores) if self.adjust else scores
-        if self.filters["repetition_penalty"] != 1.0:
+        new, seen = input_ids[:, self.start :], None
+        if self.adjust:
+            scores = self.adjust(list(range(len(scores))), scores)
+        if self.filters[-1] != 1.0:  # repetition_penalty
             seen = torch.zeros_like(scores, dtype=torch.bool)
             for row, prompt in enumerate(self.prompts):
                 seen[row, list(prompt)] = True
-            seen.scatter_(1, input_ids[:, self.start :], True)
-        token = sample(scores, uniform, **self.filters, seen=seen)
+            seen.scatter_(1, new, True)
+        token = sample(scores, self.uniforms[:, new.shape[1]].to(scores.device), *self.filters, seen)
         if self.force or self.stream:
-            token = self.next_tokens(token.tolist(), input_ids[:, self.start :].tolist()).to(scores.device)
+            token = self.next_tokens(token.tolist(), new.tolist()).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     def next_tokens(self, drawn: list[int], new: list[list[int]]) -> Tensor:
         """The drawn tokens, replaced where `force` gives others. Unfinished rows are passed to `stream`."""
-        for row in range(len(drawn)):
+        for row, queue in enumerate(self.queues):
             if self.ended[row]:
                 continue
-            if self.force and not self.queues[row]:
-                self.queues[row] = list(self.force(row, new[row]))
-            if self.queues[row]:
-                drawn[row] = self.queues[row].pop(0)
+            if self.force and not queue:
+                queue.extend(self.force(row, new[row]))
+            if queue:
+                drawn[row] = queue.pop(0)
             if self.stream:
                 self.stream(row, drawn[row])
-            self.ended[row] = drawn[row] in self.stops
+            self.ended[row] = drawn[row] in self.stop_tokens
         return torch.tensor(drawn)
+
+
+def hf_context(config, tokenizer) -> int:
+    """The context length of a transformers model."""
+    for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
+        if getattr(config, key, None):
+            return getattr(config, key)
+    inner = getattr(tokenizer, "inner", None)  # ours states no limit
+    return min(getattr(inner, "model_max_length", 1024), 1024)
+
+
+def save_hub_model(model: nn.Module, folder: Path, ids: dict) -> None:
+    """save_pretrained with the token ids of `generation_ids`; of a PEFT model only the adapter."""
+    set_token_ids(model, ids)
+    adapters = getattr(model, "peft_config", {})
+    for adapter in adapters.values():
+        base = adapter.base_model_name_or_path
+        if base and Path(base).is_dir():  # PEFT would write a relative path
+            adapter.base_model_name_or_path = os.path.abspath(base)
+    # The embeddings of new tokens are saved by themselves.
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapters else {}))
+    if not (folder / "generation_config.json").exists():  # PEFT writes none
+        write_generation_config(folder, ids)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
+
+
+def set_token_ids(model: nn.Module, ids: dict) -> None:
+    """Puts them where transformers keeps them; its save_pretrained writes both configs."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for key, value in ids.items():
+            if config is not None:
+                setattr(config, key, value)
+
+
+def add_chat_tokens(model: nn.Module, tokenizer) -> tuple:
+    """Gives a model without them the special tokens of our conversations: its new tokenizer, and their ids.
+
+    Their embeddings begin as the mean of all others.
+    """
+    tokenizer = tokenizer.with_special_tokens(SPECIAL_TOKENS[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.vocab_size > model.config.vocab_size:
+        model.resize_token_embeddings(tokenizer.vocab_size)
+    return tokenizer, [tokenizer.special_ids[token] for token in SPECIAL_TOKENS[1:]]
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Dropout of `p` wherever the model has it; on embeddings in transformers' Llama, which has next to none.
+
+    A small model that sees the same phrases again and again soon knows them by heart (report/real-text.md).
+    """
+    if isinstance(model, ModernDecoderLM):
+        return model.set_dropout(p)
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for layer in layers:
+        layer.p = p
+    for module in model.modules():  # some attention layers keep a number instead
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, p)
+    if not layers:
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, _, output: F.dropout(output, p, module.training))

@@ -1,11 +1,10 @@
 """Which model a name means: a run of ours, a folder or an id of the hub, an adapter; and how it is loaded."""
 
 import contextlib
-import importlib.util
 import logging
 import pickle
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,108 +18,96 @@ from support.hub import unreachable
 from support.hub_models import HubTokenizer
 from support.machine import pick_dtype
 from support.runs import TrainError, read_json, weights_hash
-from support.text_model import KINDS, TextModel, class_name
+from support.text_model import TextModel, class_name
 from support.tokenizer_json import ForeignTokenizer, check_tokenizer
 from tokenizer import EOT, Tokenizer
 
-
-def load_model(
-    name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
-    dtype: torch.dtype | None = None,
-) -> TextModel:  # fmt: skip
-    """Loads a run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, for inference.
-
-    backend: "ours" computes with model.py, "transformers" with transformers; "auto" uses model.py where it
-    can compute the model, after merging an adapter into its base in memory. dtype: of the weights and
-    activations of transformers (default: the fast one of a GPU, float32 on a CPU); our weights stay float32
-    and are cast when used. Raises TrainError, ValueError or OSError with a message for the user.
-    """
-    config = read_config(name)
-    kind, adapter = kind_of(name, config), is_adapter(name)
-    why_not = why_not_ours(kind, config)
-    if adapter and config.get("num_local_experts"):  # transformers holds all experts as one matrix
-        why_not = why_not or "an adapter on a mixture of experts"
-    if backend == "ours" and why_not:
-        raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
-    tokenizer = load_tokenizer(name, ours=backend != "transformers")
-    dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
-    if (kind, dtype) == ("seq2seq", torch.float16):  # T5's activations exceed 65,504
-        dtype = torch.float32
-    if backend != "transformers" and not why_not:
-        if adapter:
-            merged = with_adapter(name, kind, merge=True)
-            model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
-        else:
-            model = ModernDecoderLM.from_pretrained(name)
-        model = model.to(device)
-    else:
-        load = with_adapter if adapter else from_hub
-        model = load(name, kind, dtype=dtype).to(device).eval()
-    return TextModel(model, tokenizer, kind, name, context_length, is_chat(name, tokenizer, config))
+KINDS = {  # kind of a TextModel: class of transformers, task type of PEFT
+    "causal": ("AutoModelForCausalLM", "CAUSAL_LM"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    "head": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def why_not_ours(kind: str, config: dict) -> str:
-    """Why model.py cannot compute a model; "" if it can."""
-    if kind != "causal":
-        return kind
-    try:
-        from_hf_config(config)
-    except (ValueError, KeyError) as error:
-        return str(error)
-    except (TypeError, AttributeError) as error:
-        return f"its config.json is damaged: {error}"
-    return ""
+@dataclass
+class Source:
+    """What a model's name stands for: its JSON files, read once."""
+
+    name: str
+    base: str  # folder or hub id of the weights: an adapter's base, else the name
+    adapter: dict  # adapter_config.json; {} for a model without one
+    config: dict  # config.json of the base
+    run: dict  # run.json of the run folder, or of the checkpoint's run; {}
+    kind: str  # "causal", "seq2seq" or "head"
+
+    def why_not_ours(self) -> str:
+        """Why model.py cannot compute it; "" if it can."""
+        if self.kind != "causal":
+            return self.kind
+        try:
+            from_hf_config(self.config)
+        except (ValueError, KeyError) as error:
+            return str(error)
+        except (TypeError, AttributeError) as error:
+            return f"its config.json is damaged: {error}"
+        if self.adapter and self.config.get("num_local_experts"):  # transformers holds experts as one matrix
+            return "an adapter on a mixture of experts"
+        return ""
+
+    def is_chat(self, tokenizer: Tokenizer | HubTokenizer) -> bool:
+        """Whether the model was instruction-tuned, so that prompts must be turns of a conversation.
+
+        run.json knows. Other models are chat models if they have a chat template; but all our tokenizers have
+        ours, so there the sign is a config with two end-of-text tokens.
+        """
+        if self.run:
+            return bool(self.run.get("chat"))
+        if is_ours(tokenizer.chat_template):
+            return isinstance(self.config.get("eos_token_id"), list)
+        return tokenizer.chat_template is not None
+
+
+def resolve(name: str) -> Source:
+    """Finds the model that a name means. Raises TrainError or OSError with a message for the user."""
+    adapter, base, run = {}, name, read_run(name)
+    if is_adapter(name):
+        adapter = read_json(Path(name) / "adapter_config.json")
+        base = adapter_base(
+            Path(name).absolute(), adapter.get("base_model_name_or_path") or run.get("parent")
+        )
+    config = read_config(base)
+    return Source(name, base, adapter, config, run, kind_of(name, adapter, config))
 
 
 def is_adapter(name: str) -> bool:
     return (Path(name) / "adapter_config.json").exists()
 
 
-def is_chat(name: str, tokenizer: Tokenizer | HubTokenizer, config: dict) -> bool:
-    """Whether a model was instruction-tuned, so that prompts must be turns of a conversation.
-
-    A run says so in run.json. Other models are chat models if they have a chat template. Exception: all our
-    tokenizers have our template, so there the sign is a config with two end-of-text tokens.
-    """
-    run = record_of(name)
-    if run.exists():
-        return bool(read_json(run).get("chat"))
-    if is_ours(tokenizer.chat_template):
-        return isinstance(config.get("eos_token_id"), list)
-    return tokenizer.chat_template is not None
-
-
-def record_of(name: str) -> Path:
-    """run.json of a run folder, or of the run that a checkpoint belongs to."""
+def read_run(name: str) -> dict:
+    """run.json of a run folder, or of the run that a checkpoint belongs to; {} if there is none."""
     folder = Path(name)
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
+    file = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
+    return read_json(file) if file.exists() else {}
 
 
-def adapter_base(name: str) -> str:
+def adapter_base(folder: Path, base: object) -> str:
     """The base model of an adapter: a folder or a hub id.
 
     PEFT records the path that was given in training. It is tried as it is, then relative to the adapter's
     folder and to each of its parents. If an absolute path no longer exists (all runs were moved), its last
     parts are tried in the same folders.
     """
-    folder = Path(name).absolute()
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    run = folder / "run.json"
-    if not base and run.exists():
-        base = read_json(run).get("parent")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise TrainError(
-            f"{name}/adapter_config.json names no base model: set "
-            "base_model_name_or_path to its folder or hub id"
+            f"{folder}/adapter_config.json names no base model: set base_model_name_or_path to its folder or "
+            "hub id"
         )
-    if not isinstance(base, str):
-        raise TrainError(f"{name}/adapter_config.json: base_model_name_or_path must be a text, not {base!r}")
     if Path(base).is_dir():
         return base
     parts = [part for part in Path(base).parts if part not in ("/", ".")]
     for parent in (folder, *folder.parents):
-        ends = range(len(parts)) if Path(base).is_absolute() else (0,)
-        for first in ends:
+        for first in range(len(parts)) if Path(base).is_absolute() else (0,):
             found = parent.joinpath(*parts[first:])
             if (found / "config.json").exists() and found != folder:
                 return str(found)
@@ -128,10 +115,8 @@ def adapter_base(name: str) -> str:
 
 
 def read_config(name: str) -> dict:
-    """config.json of a model; for an adapter, that of its base."""
+    """config.json of a folder or of a model of the hub."""
     folder = Path(name)
-    if is_adapter(name):
-        return read_config(adapter_base(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise TrainError(
@@ -147,26 +132,50 @@ def read_config(name: str) -> dict:
         return AutoConfig.from_pretrained(name).to_dict()
 
 
-def kind_of(name: str, config: dict) -> str:
-    """The kind of a TextModel: "causal", "seq2seq" or "head"."""
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.exists() and (kind := adapter_kind(read_json(adapter), name)):
-        return kind
-    if "ForSequenceClassification" in str(config.get("architectures")):
+def kind_of(name: str, adapter: dict, config: dict) -> str:
+    """The kind of a TextModel, from adapter_config.json, or else from config.json."""
+    if task_type := adapter.get("task_type"):
+        kinds = {theirs: kind for kind, (_, theirs) in KINDS.items()}
+        if task_type not in kinds:
+            raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
+        return kinds[task_type]
+    heads = {"classifier", "score", "classification_head"} & {*map(str, adapter.get("modules_to_save") or ())}
+    if heads or "ForSequenceClassification" in str(config.get("architectures")):
         return "head"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"
 
 
-def adapter_kind(settings: dict, name: str) -> str | None:
-    """The kind of model in adapter_config.json; None if it has none: then it is the kind of the base."""
-    task_type = str(settings.get("task_type") or "")
-    kinds = {theirs: ours for ours, theirs in LORA_KINDS.items()}
-    if task_type and task_type not in kinds:
-        raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
-    if task_type:
-        return kinds[task_type]
-    trained = map(str, settings.get("modules_to_save") or ())
-    return "head" if {"classifier", "score", "classification_head"} & set(trained) else None
+def load_model(
+    name: str, device: torch.device, backend: str = "auto", context_length: int = 0,
+    dtype: torch.dtype | None = None,
+) -> TextModel:  # fmt: skip
+    """Loads a run folder of ours, a Hugging Face folder or hub id, or a PEFT adapter, for inference.
+
+    backend: "ours" computes with model.py, "transformers" with transformers; "auto" uses model.py where it
+    can compute the model, after merging an adapter into its base in memory. dtype: of the weights and
+    activations of transformers (default: the fast one of a GPU, float32 on a CPU); our weights stay float32
+    and are cast when used. Raises TrainError, ValueError or OSError with a message for the user.
+    """
+    source = resolve(name)
+    why_not = source.why_not_ours()
+    if backend == "ours" and why_not:
+        raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
+    ours = backend != "transformers" and not why_not
+    tokenizer = load_tokenizer(name, ours=backend != "transformers")
+    if ours:
+        if source.adapter:
+            merged = with_adapter(source, merge=True)
+            model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
+        else:
+            model = ModernDecoderLM.from_pretrained(name)
+        model = model.to(device)
+    else:
+        dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
+        if source.kind == "seq2seq" and dtype == torch.float16:  # T5's activations exceed 65,504
+            dtype = torch.float32
+        load = with_adapter if source.adapter else from_hub
+        model = load(source, dtype=dtype).to(device).eval()
+    return TextModel(model, tokenizer, source.kind, name, context_length, source.is_chat(tokenizer))
 
 
 @contextlib.contextmanager
@@ -192,24 +201,26 @@ def explained(name: str):
         ) from None
 
 
-def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
-    """A transformers model, by default in float32; `labels`: with a classification head for them."""
+def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
+    """The base as a transformers model, in float32 by default; with a classification head for `labels`."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # no warnings about a new head or a slow tokenizer
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
-    config = read_config(name)
+    name, config = source.base, source.config
     if config.get("model_type") == "modern_llm":
         raise TrainError(
             f"{name} was built with switches for which transformers has no architecture (`architecture` in "
-            "model.py says which), so it cannot be tuned here; train.py --init_from and eval.py can use it"
+            "support/hf_format.py says which), so it cannot be tuned here; train.py --init_from and eval.py "
+            "can use it"
         )
-    if labels and not knows_labels(config, labels):
+    known = sorted(map(class_name, (config.get("id2label") or {}).values()))
+    if labels and known != sorted(map(class_name, labels)):
         names = dict(enumerate(label.strip() for label in labels))
-        kwargs |= {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+        kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     with explained(name):
-        load = getattr(transformers, KINDS[kind]).from_pretrained
+        load = getattr(transformers, KINDS[source.kind][0]).from_pretrained
         model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
     embedding = model.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:
@@ -222,24 +233,17 @@ def from_hub(name: str, kind: str, labels: tuple[str, ...] = (), **kwargs) -> nn
     return model
 
 
-def knows_labels(config: dict, labels: Sequence[str]) -> bool:
-    """Whether a checkpoint has a classification head for exactly these labels, in any order."""
-    names = (config.get("id2label") or {}).values()
-    return sorted(map(class_name, names)) == sorted(map(class_name, labels))
-
-
-def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
+def with_adapter(source: Source, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
     """The base model with the PEFT adapter of a folder. `kwargs`: passed to from_hub."""
-    base_name, run = adapter_base(name), Path(name) / "run.json"
-    record = read_json(run) if run.exists() else {}
-    tuned_on = record.get("base_hash", record.get("parent_hash"))
-    if tuned_on and tuned_on != weights_hash(base_name):
+    run, name = source.run, source.name
+    tuned_on = run.get("base_hash", run.get("parent_hash"))
+    if tuned_on and tuned_on != weights_hash(source.base):
         raise TrainError(
-            f"{name} was trained on other weights than {base_name} now has: "
-            "the base was trained again, so fine-tune again"
+            f"{name} was trained on other weights than {source.base} now has: the base was trained again, so "
+            "fine-tune again"
         )
-    labels = tuple(TASKS[task].labels) if kind == "head" and (task := task_of(name)) else ()
-    base = from_hub(base_name, kind, labels, **kwargs)
+    task = TASKS.get(run.get("settings", {}).get("task"))
+    base = from_hub(source, task.labels if task and source.kind == "head" else (), **kwargs)
     n_tokens = load_tokenizer(name).vocab_size
     if n_tokens > base.config.vocab_size:  # training added chat tokens
         base.resize_token_embeddings(n_tokens)
@@ -249,18 +253,7 @@ def with_adapter(name: str, kind: str, merge: bool = False, trainable: bool = Fa
         model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
         if merge:
             return model.merge_and_unload()
-    if not trainable and (dtype := kwargs.get("dtype")):
-        model = model.to(dtype)
-    return model
-
-
-def task_of(name: str) -> str | None:
-    """The task that a run folder, or one of its checkpoints, was tuned on."""
-    run = record_of(name)
-    return read_json(run).get("settings", {}).get("task") if run.exists() else None
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return model if trainable else model.to(base.dtype)
 
 
 def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
@@ -283,36 +276,12 @@ def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
     return tokenizer
 
 
-def head_layers(model: nn.Module) -> list[str]:
-    """The new layers of a classifier, which LoRA trains and saves as they are: all outside of the model that
-    was trained before, and BERT's pooler, which it may not have had. PEFT by itself knows the last one only.
-    """
-    inside = model.base_model_prefix
-    outside = [n for n, m in model.named_children() if n != inside and any(True for _ in m.parameters())]
-    poolers = [n for n, _ in model.named_modules() if n.endswith(".pooler")]
-    return outside + poolers
+def is_smoke(name: str) -> bool:
+    """Whether a model is a run that was cut short, or came from one."""
+    return bool(read_run(name).get("smoke"))
 
 
-def all_linear(model: nn.Module, head: list[str]) -> str | list[str]:
-    """The layers that LoRA corrects by default, without those of a head. PEFT would add experts that are one
-    matrix of three dimensions, and it corrects these without dropout only: they stay as they are.
-    """
-    if not head and all(p.ndim < 3 for p in model.parameters()):
-        return "all-linear"
-    output = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
-    return [name for name in linear if not any(f"{name}.".startswith(f"{part}.") for part in head)]
-
-
-def four_bit(device: torch.device) -> dict:
-    """How transformers is told to load weights in 4 bits: NF4, whose scales are quantized as well."""
-    if not importlib.util.find_spec("bitsandbytes"):
-        raise TrainError('--load_in_4bit needs the package bitsandbytes: pip install ".[qlora]"')
-    from transformers import BitsAndBytesConfig
-
-    compute = pick_dtype("auto", device)
-    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **how), "device_map": {"": device}}
-
-
-LORA_KINDS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "head": "SEQ_CLS"}
+def origin(name: str) -> dict:
+    """What run.json says of the model that a run started from."""
+    source, about = resolve(name), {"parent": name, "parent_hash": weights_hash(name)}
+    return about | ({"base_hash": weights_hash(source.base)} if source.adapter else {})

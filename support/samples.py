@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 
 from data import Example, judge
-from support.text_model import TextModel, sampled
+from support.text_model import TextModel, sample_answers
 from tasks.calculator import extract_number
 
 
@@ -46,8 +46,8 @@ def draw(
     model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int,
     calculator: bool = False,
 ) -> Samples:  # fmt: skip
-    """n answers to each example, judged; temperature 0 is greedy. See `sampled` for the cache on disk."""
-    answers = sampled(model, task, split, examples, n, temperature, seed, calculator)
+    """n answers to each example, judged; temperature 0 is greedy. `sample_answers` keeps them on the disk."""
+    answers = sample_answers(model, task, split, examples, n, temperature, seed, calculator)
     repeated = [example for example, row in zip(examples, answers, strict=True) for _ in row]
     records, _ = judge(task, repeated, [*chain(*answers)])
     right = np.array([record["correct"] for record in records])

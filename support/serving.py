@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from support.guard import NotFound
 from support.inside import logits_of, token_text, without_heads
-from support.loading import is_adapter, is_chat, kind_of, load_model, load_tokenizer, read_config
+from support.loading import is_adapter, load_model, load_tokenizer, resolve
 from support.memory import free_bytes, free_cached_memory, weight_bytes
 from support.metrics import majority
 from support.results import run_of
@@ -173,10 +173,11 @@ def weights_of(folder: str | Path) -> tuple[float, int]:
 @lru_cache(2048)
 def about(name: str, folder: str, written: float) -> dict:
     """What /v1/models says of a model. Raises ValueError or OSError for one that cannot be read."""
-    run, config = run_of(Path(folder)), read_config(folder)
-    chat = run.get("chat") if run else is_chat(folder, load_tokenizer(folder, ours=False), config)
+    run, source = run_of(Path(folder)), resolve(folder)
+    chat = run.get("chat") if run else source.is_chat(load_tokenizer(folder, ours=False))
+    config = source.config
     meta = {
-        "kind": kind_of(folder, config),
+        "kind": source.kind,
         "chat": bool(chat),
         "checkpoint": Path(folder).parent.name == "checkpoints",
         "context_length": config.get("max_position_embeddings") or config.get("n_positions"),

@@ -1,10 +1,10 @@
 """TextModel: a model with its tokenizer, asked for prompts, likelihoods, classes and texts."""
 
 import bisect
+import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ from support.chat_template import (
 )
 from support.files import write_atomically
 from support.hf_format import write_generation_config
-from support.hub_models import HubTokenizer
+from support.hub_models import HubTokenizer, hf_context, save_hub_model
 from support.hub_models import generate as hub_generate
 from support.machine import pick_dtype
 from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
@@ -39,18 +39,14 @@ from support.tokenizer_json import CHAT_TEMPLATE, ROLES
 from tasks.calculator import calculator_answer
 from tokenizer import Tokenizer
 
-KINDS = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
-
-
-KINDS |= {"head": "AutoModelForSequenceClassification"}
-
 
 class TextModel:
     """A model and its tokenizer with three operations: likelihoods of answers, class scores, generation.
 
     `kind`: "causal" (decoder), "seq2seq" (encoder-decoder) or "head" (classifier). `model` is a
-    ModernDecoderLM or a transformers model, with or without a PEFT adapter; a test asserts that both give the
-    same numbers. `chat`: prompts are turns of a conversation, for instruction-tuned models.
+    ModernDecoderLM or a transformers model; a test asserts that both give the same numbers. `chat`: prompts
+    are turns of a conversation, for instruction-tuned models. `adapter`: the LoRA layers in `model`
+    (finetune.Adapter), which save, load and merge themselves.
     """
 
     def __init__(
@@ -61,12 +57,13 @@ class TextModel:
         name: str = "",
         context_length: int = 0,
         chat: bool = False,
+        adapter=None,
     ):
-        self.chat = chat
         self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
+        self.chat, self.adapter = chat, adapter
         self.ours = isinstance(model, ModernDecoderLM)
-        own = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
-        self.context_length = min(own, context_length or own)
+        self.longest = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
+        self.context_length = min(self.longest, context_length or self.longest)
         self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head finds the end of a text by it
             model.config.pad_token_id = self.pad
@@ -109,26 +106,28 @@ class TextModel:
         Examples (`shots`) stand before the question. If they do not fit, the first ones are removed; if the
         rest is still too long, the end of `text` is cut, but never the question.
         """
-        room, shown, lost = room or self.context_length, list(shots), ""
+        room, shots, cut = room or self.context_length, list(shots), ""
 
-        def asked(text: str) -> list[int]:
+        def prompt_ids(text: str) -> list[int]:
             if self.chat:
-                turns = [m for s in shown for m in talk(task.question.replace("{}", s.text), s.target)]
+                turns = []
+                for shot in shots:
+                    turns += talk(task.question.replace("{}", shot.text), shot.target)
                 return self.conversation(turns + talk(task.question.replace("{}", text)))[0]
-            before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shown)
+            before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shots)
             return self.before + self.encode(before + task.prompt(text)) + self.behind
 
-        ids = asked(text)
-        while len(ids) > room and shown:
-            shown, lost = shown[1:], "shots"
-            ids = asked(text)
+        ids = prompt_ids(text)
+        while len(ids) > room and shots:
+            del shots[0]
+            ids, cut = prompt_ids(text), "shots"
         if len(ids) > room:
             # Bisection over characters: a truncated list of tokens need not decode and encode to itself.
-            size = bisect.bisect(range(len(text)), room, key=lambda n: len(asked(text[:n].rstrip()))) - 1
-            if size < 1:
+            size = bisect.bisect(range(len(text)), room, key=lambda n: len(prompt_ids(text[:n].rstrip())))
+            if size < 2:
                 raise TrainError(f"{room} tokens are too few for a prompt: raise --context_length")
-            ids, lost = asked(text[:size].rstrip()), "text"
-        return ids, lost
+            ids, cut = prompt_ids(text[: size - 1].rstrip()), "text"
+        return ids, cut
 
     def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, and whether each is the assistant's (its end-of-turn token is).
@@ -169,47 +168,36 @@ class TextModel:
         if self.kind == "seq2seq":
             return self.encode(answer.strip())
         anchor = task.template.split("{}")[1]
-        before, whole = self.encode(anchor), self.encode(anchor + answer)
-        return whole[len(before) :] if whole[: len(before)] == before else self.encode(answer)
+        before, joined = self.encode(anchor), self.encode(anchor + answer)
+        return joined[len(before) :] if joined[: len(before)] == before else self.encode(answer)
 
     # ---- likelihoods, class scores, generation
-
-    def target_logits(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, K, V) of the target positions, the last K (see `collate`); for a head (B, C)."""
-        return target_logits(self.model, self.kind, ids, mask, targets)
 
     def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
         """log p(answer | prompt) in nats, (n), for n pairs of ids (prompt, answer)."""
 
         @torch.no_grad()
-        def summed(index: list[int]) -> list[float]:
-            ids, mask, targets = self.collated([rows[i] for i in index])
-            logits = self.target_logits(ids, mask, targets).flatten(0, 1)
+        def log_probs(index: list[int]) -> list[float]:
+            ids, mask, targets = self.collate([rows[i] for i in index])
+            logits = target_logits(self.model, self.kind, ids, mask, targets).flatten(0, 1)
             loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
             return (-loss.view_as(targets).double().sum(-1)).tolist()
 
-        found, batches = np.zeros(len(rows)), list(self.batch_indices([length(row) for row in rows], ""))
-        sums = on_all_cores(partial(halving, summed), batches, self.device, progress)
-        for index, some in zip(batches, sums, strict=True):
-            found[index] = some
-        return found
+        return np.array(self.in_batches(log_probs, [length(row) for row in rows], None, progress))
 
-    @torch.no_grad()
     def class_scores(self, task: Task, prompts: list[list[int]], progress: str = "") -> np.ndarray:
         """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
-        if self.kind == "head":
-            found = np.zeros((len(prompts), len(task.labels)))
+        if self.kind != "head":
+            answers = [self.answer_ids(task, label) for label in task.labels]
+            rows = [(prompt, answer) for prompt in prompts for answer in answers]
+            return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
 
-            def scores(index: list[int]) -> list[list[float]]:
-                logits = self.target_logits(*self.collated([(prompts[i], 0) for i in index]))
-                return logits.float().log_softmax(-1).tolist()
+        @torch.no_grad()
+        def log_probs(index: list[int]) -> list[list[float]]:
+            logits = target_logits(self.model, "head", *self.collate([(prompts[i], 0) for i in index]))
+            return logits.float().log_softmax(-1).tolist()
 
-            for index in self.batch_indices([len(ids) for ids in prompts], progress):
-                found[index] = halving(scores, index)
-            return found
-        answers = [self.answer_ids(task, label) for label in task.labels]
-        rows = [(prompt, answer) for prompt in prompts for answer in answers]
-        return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
+        return np.array(self.in_batches(log_probs, [len(ids) for ids in prompts], None, progress))
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = "", n: int = 1,
@@ -221,29 +209,28 @@ class TextModel:
         first samples. With `calculator`, the result after an open `<<9*3=` is computed, not generated.
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
-        texts = [""] * (len(prompts) * n)
         rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
-        how = {"temperature": temperature, "stop_tokens": stops}
-        how["force"] = self.calculator if calculator else None
+        options = {"temperature": temperature, "stop_tokens": stops}
+        options["force"] = self.calculator if calculator else None
 
-        def drawn(index: list[int], samples: list[int]) -> list[list[int]]:
-            draws = (np.random.SeedSequence([seed, i, j]) for i in index for j in samples)
-            seeds = [int(s.generate_state(1)[0]) for s in draws]  # torch's generator takes 32 bits
+        def draw(index: list[int], samples: list[int]) -> list[list[int]]:
+            seeds = []
+            for i in index:
+                for j in samples:  # torch's generator takes 32 bits
+                    seeds.append(int(np.random.SeedSequence([seed, i, j]).generate_state(1)[0]))
             some = [prompts[i] for i in index]
-            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
+            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **options)
 
-        def continued(index: list[int]) -> list[list[int]]:
-            if len(index) > 1 or n == 1:
-                return drawn(index, list(range(n)))
-            return halving(partial(drawn, index), list(range(n)), rows(len(prompts[index[0]])))
+        def samples_of(index: list[int]) -> list[list[list[int]]]:
+            """The n samples of each prompt; those of a single prompt may be divided, too."""
+            most = rows(len(prompts[index[0]])) if len(index) == 1 else n
+            new = halving(partial(draw, index), list(range(n)), most) if n > most else draw(index, range(n))
+            return [new[i : i + n] for i in range(0, len(new), n)]
 
-        batches = list(self.batch_indices([len(p) for p in prompts], "", lambda prompt: rows(prompt) // n))
-        work = partial(halving, continued)
-        for index, new in zip(batches, on_all_cores(work, batches, self.device, progress), strict=True):
-            for row, ids in enumerate(new):
-                text = self.decode(ids)
-                texts[index[row // n] * n + row % n] = text.split(stop)[0] if stop else text
-        return texts
+        lengths = [len(prompt) for prompt in prompts]
+        found = self.in_batches(samples_of, lengths, lambda longest: rows(longest) // n, progress)
+        texts = [self.decode(ids) for samples in found for ids in samples]
+        return [text.split(stop)[0] for text in texts] if stop else texts
 
     def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
         """Generated ids; see ModernDecoderLM.generate for the arguments."""
@@ -251,11 +238,10 @@ class TextModel:
         half = self.dtype != torch.float32 and not overflows
         with torch.autocast(self.device.type, self.dtype, enabled=half):
             if self.ours:
-                return self.model.generate(prompts, max_new_tokens, **how)
-            decoder_only = self.kind == "causal"
-            return hub_generate(
-                self.model, prompts, max_new_tokens, pad=self.pad, decoder_only=decoder_only, **how
-            )
+                with self.adapter.merged() if self.adapter else contextlib.nullcontext():
+                    return self.model.generate(prompts, max_new_tokens, **how)
+            how |= {"pad": self.pad, "decoder_only": self.kind == "causal"}
+            return hub_generate(self.model, prompts, max_new_tokens, **how)
 
     def calculator(self, _row: int, new: list[int]) -> list[int]:
         """Ids to force next: the result, if the new tokens end in an open annotation (see `calculate`)."""
@@ -263,46 +249,6 @@ class TextModel:
             return []
         result = calculator_answer(self.decode(new))
         return self.encode(result) if result else []
-
-    # ---- files
-
-    def save(self, folder: Path) -> None:
-        """Writes the model (for a PEFT model only the adapter), the tokenizer and the chat template."""
-        ids = generation_ids(self)
-        if self.ours:
-            self.model.save_pretrained(folder, **ids)
-        else:
-            set_ids(self.model, ids)
-            for adapter in getattr(self.model, "peft_config", {}).values():
-                base = adapter.base_model_name_or_path
-                if base and Path(base).is_dir():  # PEFT would write a relative path
-                    adapter.base_model_name_or_path = os.path.abspath(base)
-            adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
-            self.model.save_pretrained(folder, **adapter)  # new tokens are saved separately
-            if not (folder / "generation_config.json").exists():  # PEFT writes none
-                write_generation_config(folder, ids)
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
-        own = self.model.config.context_length if self.ours else hf_context(self.model.config, self.tokenizer)
-        about = {"context_length": own}
-        if self.chat:
-            about["chat_template"] = with_generation_marks(self.template)
-            about["end_token"] = self.tokenizer.decode([self.end])
-        self.tokenizer.save(folder, **about)
-
-    def read_weights(self, folder: Path) -> None:
-        """The inverse of `save`: loads the weights into the existing model."""
-        from safetensors.torch import load_file
-
-        if self.ours:
-            weights = ModernDecoderLM.from_pretrained(folder, self.device).state_dict()
-        elif (folder / "adapter_model.safetensors").exists():
-            import peft
-
-            peft.set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"))
-            return
-        else:
-            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
-        self.model.load_state_dict(weights)
 
     @cached_property
     def _pieces(self) -> list[str]:
@@ -314,30 +260,107 @@ class TextModel:
     def tokens_with(self, stop: str) -> list[int]:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
 
+    # ---- files
+
+    def save(self, folder: Path) -> None:
+        """Writes the model (of an adapted one only the adapter), the tokenizer and the chat template."""
+        ids = self.generation_ids()
+        if self.adapter:
+            self.adapter.save(folder)
+            write_generation_config(folder, ids)
+        elif self.ours:
+            self.model.save_pretrained(folder, **ids)
+        else:
+            save_hub_model(self.model, folder, ids)
+        about = {"context_length": self.longest}
+        if self.chat:
+            about["chat_template"] = with_generation_marks(self.template)
+            about["end_token"] = self.tokenizer.decode([self.end])
+        self.tokenizer.save(folder, **about)
+
+    def read_weights(self, folder: Path) -> None:
+        """The inverse of `save`: loads the weights into the existing model."""
+        adapter = folder / "adapter_model.safetensors"
+        if self.adapter:
+            self.adapter.load(folder)
+        elif self.ours:
+            weights = ModernDecoderLM.from_pretrained(folder, self.device).state_dict()
+            self.model.load_state_dict(weights)
+        elif adapter.exists():
+            import peft
+            from safetensors.torch import load_file
+
+            peft.set_peft_model_state_dict(self.model, load_file(adapter))
+        else:
+            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+            self.model.load_state_dict(weights)
+
+    def generation_ids(self) -> dict:
+        """bos, eos and pad for config.json and generation_config.json: where an answer ends, and wherever the
+        model stopped before. A head does not generate; it needs pad to find the end of a text.
+        """
+        ids = {"pad_token_id": self.pad}
+        if self.kind == "head":
+            return ids
+        before = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        before = before if isinstance(before, list) else [before]
+        ends = [i for i in dict.fromkeys([self.end, self.eos, *before]) if i is not None]
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        if self.bos:
+            ids["bos_token_id"] = self.bos[0]
+        return ids
+
     # ---- batches
 
-    def batches(self, rows: list[tuple], progress: str) -> Iterator[tuple[list[int], tuple]]:
-        """Batches of rows of similar lengths, as (indices, tensors)."""
-        for index in self.batch_indices([length(row) for row in rows], progress):
-            yield index, self.collated([rows[i] for i in index])
-
-    def collated(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    def collate(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
+
+    def in_batches(
+        self, function: Callable[[list[int]], list], lengths: list[int],
+        rows: Callable[[int], int] | None = None, progress: str = "",
+    ) -> list:  # fmt: skip
+        """function(indices) on batches of rows of similar lengths; its results, one per row, in their order.
+
+        Out of memory: half as many rows at a time. On a CPU every core computes batches of its own.
+        """
+        batches = list(self.batch_indices(lengths, "", rows))
+        results = on_all_cores(partial(halving, function), batches, self.device, progress)
+        found = [None] * len(lengths)
+        for index, some in zip(batches, results, strict=True):
+            for i, result in zip(index, some, strict=True):
+                found[i] = result
+        return found
+
+    def batch_indices(
+        self, lengths: list[int], progress: str = "", rows: Callable[[int], int] | None = None
+    ) -> Iterator[list[int]]:
+        """Batches of indices, from the longest row to the shortest.
+
+        A batch has rows(length of its first row) rows; by default as many as their logits fit into memory.
+        """
+        rows = rows or self.rows_of_likelihoods()
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
+            while order:
+                size = max(1, rows(lengths[order[0]]))
+                index, order = order[:size], order[size:]
+                yield index
+                bar.update(len(index))
 
     def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
         """A function from the length of the longest prompt to the number of rows of a batch (n per prompt).
 
         1,024, or 256 on a CPU, where more are not faster; less if keys and values do not fit.
         """
-        most, on_cpu = (256, True) if self.device.type == "cpu" else (1024, False)
-        dtype = self.dtype if self.ours else self.weight_dtype
-        available, how = self.room(dtype), dict(size=dtype.itemsize, sampled=sampled, on_cpu=on_cpu)
+        on_cpu = self.device.type == "cpu"
+        dtype = self.dtype if self.ours else self.model.dtype
+        free = self.free_bytes(dtype)
+        need = partial(generation_bytes, self.shape, new=new, n=n, size=dtype.itemsize, sampled=sampled)
 
-        def fits(prompt: int) -> int:
-            need = partial(generation_bytes, self.shape, prompt=prompt, new=new, n=n, **how)
-            return rows_that_fit(need, most, available)
+        def rows(prompt: int) -> int:
+            return rows_that_fit(partial(need, prompt=prompt, on_cpu=on_cpu), 256 if on_cpu else 1024, free)
 
-        return fits
+        return rows
 
     def rows_of_likelihoods(self) -> Callable[[int], int]:
         """A function from the length of the longest row to the number of rows of a batch.
@@ -345,50 +368,38 @@ class TextModel:
         At most 32,768 tokens (4,096 on a CPU, where more are not faster) and 1 GiB of float32 logits; less if
         they do not fit.
         """
-        budget = 32_768 if self.device.type == "cuda" else 4096
-        budget = min(budget, 2**28 // self.model.config.vocab_size)
-        dtype = self.model.dtype if self.ours else self.weight_dtype
-        available, how = self.room(dtype), dict(size=dtype.itemsize, on_cpu=self.device.type == "cpu")
+        tokens = 32_768 if self.device.type == "cuda" else 4096
+        tokens = min(tokens, 2**28 // self.model.config.vocab_size)
+        dtype = self.model.dtype
+        free = self.free_bytes(dtype)
+        need = partial(likelihood_bytes, self.shape, size=dtype.itemsize, on_cpu=self.device.type == "cpu")
 
-        def fits(length: int) -> int:
-            need = partial(likelihood_bytes, self.shape, length=length, columns=length, **how)
-            return rows_that_fit(need, min(256, budget // max(1, length)), available)
+        def rows(length: int) -> int:
+            most = min(256, tokens // max(1, length))
+            return rows_that_fit(partial(need, length=length, columns=length), most, free)
 
-        return fits
+        return rows
 
     @cached_property
     def shape(self) -> Shape:
         return shape_of(self.model.config, self.kind, self.ours)
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-
-    def room(self, dtype: torch.dtype) -> int:
+    def free_bytes(self, dtype: torch.dtype) -> int:
         """Bytes available for a batch in `dtype`.
 
         A share of the free memory, minus the copy of the weights that autocast or `generate` makes. On a CPU
         several processes share it (`on_all_cores`).
         """
         processes = torch.get_num_threads() if self.device.type == "cpu" and sys.platform == "linux" else 1
-        copied = dtype.itemsize if self.ours and dtype != self.weight_dtype else 0
+        copied = dtype.itemsize if self.ours and dtype != self.model.head.dtype else 0
         return room(self.device, processes) - copied * sum(p.numel() for p in self.model.parameters())
 
-    def batch_indices(
-        self, lengths: list[int], progress: str, fits: Callable[[int], int] | None = None
-    ) -> Iterator[list[int]]:
-        """Batches of indices, from the longest row to the shortest.
 
-        A batch has fits(length of its first row) rows; by default as many as their logits fit into memory.
-        """
-        fits = fits or self.rows_of_likelihoods()
-        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
-            while order:
-                size = max(1, fits(lengths[order[0]]))
-                index, order = order[:size], order[size:]
-                yield index
-                bar.update(len(index))
+# -----------------------------------------------------------------------------
+# Batches
+
+
+_work: Callable  # the function of the processes of `on_all_cores`, inherited when they are forked
 
 
 def call_work(item):
@@ -422,15 +433,6 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
                 bar.update()
 
 
-def hf_context(config, tokenizer) -> int:
-    """The context length of a transformers model."""
-    for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
-        if getattr(config, key, None):
-            return getattr(config, key)
-    inner = getattr(tokenizer, "inner", None)  # ours states no limit
-    return min(getattr(inner, "model_max_length", 1024), 1024)
-
-
 def length(row: tuple[list[int], list[int] | int]) -> int:
     """Number of tokens of a (prompt, answer) pair for `collate`; a class has none."""
     prompt, answer = row
@@ -447,22 +449,22 @@ def collate(
     Encoder-decoder: ids are the prompt, targets (B, K) the output of the decoder. Head: targets (B) are
     classes. Padding is on the right, where causal attention of the text never sees it.
     """
+    inputs = [prompt for prompt, _ in rows]
     if kind == "head":
         targets = torch.tensor([answer for _, answer in rows])
     elif kind == "seq2seq":
-        targets = padded([answer for _, answer in rows], -100)
+        targets = pad_rows([answer for _, answer in rows], -100)
     else:
-        skip = min(len(prompt) for prompt, _ in rows) - 1
-        wanted = [[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows]
-        targets = padded(wanted, -100)
-        rows = [((prompt + answer)[:-1], None) for prompt, answer in rows]
-    ids = padded([prompt for prompt, _ in rows], pad)
-    lengths = torch.tensor([len(prompt) for prompt, _ in rows])
+        skip = min(map(len, inputs)) - 1
+        targets = pad_rows([[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows], -100)
+        inputs = [(prompt + answer)[:-1] for prompt, answer in rows]
+    ids = pad_rows(inputs, pad)
+    lengths = torch.tensor([len(row) for row in inputs])
     mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
     return ids, mask, targets
 
 
-def padded(rows: list[list[int]], value: int) -> Tensor:
+def pad_rows(rows: list[list[int]], value: int) -> Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -471,25 +473,30 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
     """Logits for the targets of `collate`: (B, K, V), for a head (B, C)."""
     if kind == "head":
         return model(input_ids=ids, attention_mask=mask).logits
-    K = targets.shape[1]
+    K, core = targets.shape[1], getattr(model, "module", model)  # unwraps DistributedDataParallel
     if kind == "seq2seq":  # teacher forcing: a start token, then the targets so far
-        core = getattr(model, "module", model)  # unwraps DistributedDataParallel
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
         shifted = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
-    if isinstance(model, ModernDecoderLM):
+    if not isinstance(core, ModernDecoderLM):
+        return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # padding needs no mask
+    if model is core:
         return F.linear(model.hidden(ids)[:, -K:], model.head)
-    return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # causal: padding needs no mask
+    return model(ids)[:, -K:]  # gradients are averaged only if the forward pass goes through the wrapper
 
 
-def ask(
+# -----------------------------------------------------------------------------
+# Tasks: the one protocol for prompted and for fine-tuned models
+
+
+def answer_task(
     model: TextModel, name: str, examples: list[Example], shots: list[Example] = (), calibrate: bool = False,
     progress: str = "", calculator: bool = False,
 ) -> tuple[list, dict]:  # fmt: skip
     """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
 
     Classes are compared by the log-likelihood of their names; "sure" has the probability of each winner.
-    `calibrate` subtracts what the model says of an empty text, N/A, which takes away its liking for one of
+    `calibrate` subtracts the scores of an empty text, N/A, which removes the model's preference for one of
     the names (Zhao et al., 2021). Answers are generated greedily, the sums in them by a `calculator` if
     wanted.
     """
@@ -499,25 +506,26 @@ def ask(
     # An encoder-decoder's answer has a context of its own; everybody else's shares it with the question.
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
-    room = model.context_length - (0 if model.kind != "causal" else longest)
-    asked = [model.prompt(task, example.text, shots, room) for example in examples]
-    prompts = [ids for ids, _ in asked]
-    about = {"cut": sum(lost == "text" for _, lost in asked)}
-    about["shots_dropped"] = sum(lost == "shots" for _, lost in asked)
+    room = model.context_length - (longest if model.kind == "causal" else 0)
+    prompts, notes = [], {"cut": 0, "shots_dropped": 0}
+    for example in examples:
+        ids, cut = model.prompt(task, example.text, shots, room)
+        prompts.append(ids)
+        notes["cut"] += cut == "text"
+        notes["shots_dropped"] += cut == "shots"
     if not task.labels:
-        return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), about
-    order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else None
+        return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), notes
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
-    if order:
-        scores = scores[:, order]
+    if model.kind == "head":
+        scores = scores[:, label_order(model.model.config.id2label, task.labels)]
     odds = np.exp(scores - scores.max(-1, keepdims=True))
-    about["sure"] = (odds.max(-1) / odds.sum(-1)).tolist()
-    return scores.argmax(-1).tolist(), about
+    notes["sure"] = (odds.max(-1) / odds.sum(-1)).tolist()
+    return scores.argmax(-1).tolist(), notes
 
 
-def sampled(
+def sample_answers(
     model: TextModel, name: str, split: str, examples: list[Example], n: int, temperature: float = 0.8,
     seed: int = 1, calculator: bool = False,
 ) -> list[list[str]]:  # fmt: skip
@@ -532,50 +540,25 @@ def sampled(
     prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
     how = {"task": name, "split": split, "n": n, "temperature": temperature, "seed": seed}
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
-    asked = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
-    file = folder / "samples" / f"{name}-{split}-{n}x-{asked}.jsonl"
+    key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
+    file = folder / "samples" / f"{name}-{split}-{n}x-{key}.jsonl"
     n = 1 if temperature == 0 else n
-    known = read_jsonl(file)
-    if [row.get("question") for row in known] == [e.text for e in examples]:
-        answers = [row.get("samples") for row in known]
+    kept = read_jsonl(file)
+    if [row.get("question") for row in kept] == [e.text for e in examples]:
+        answers = [row.get("samples") for row in kept]
         if all(isinstance(some, list) and len(some) == n for some in answers):
             return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )
-    found = [[text.strip() for text in texts[i : i + n]] for i in range(0, len(texts), n)]
+    texts = [text.strip() for text in texts]
+    found = [texts[i : i + n] for i in range(0, len(texts), n)]
     if how["model"]:
         file.parent.mkdir(exist_ok=True)
-        rows = [{"question": e.text, "samples": s} for e, s in zip(examples, found, strict=True)]
+        rows = [{"question": e.text, "samples": some} for e, some in zip(examples, found, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
     return found
-
-
-def generation_ids(text_model: TextModel) -> dict:
-    """bos, eos and pad of a tuned model for config.json and generation_config.json: where an answer ends, and
-    wherever the model stopped before. A head does not generate; it needs pad to find the end of a text.
-    """
-    ids = {"pad_token_id": text_model.pad}
-    if text_model.kind == "head":
-        return ids
-    before = getattr(text_model.model, "generation_config", None)
-    before = getattr(before, "eos_token_id", None)
-    before = before if isinstance(before, list) else [before]
-    ends = dict.fromkeys([text_model.end, text_model.eos, *before])
-    ends = [i for i in ends if i is not None]
-    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    if text_model.bos:
-        ids["bos_token_id"] = text_model.bos[0]
-    return ids
-
-
-def set_ids(model: nn.Module, ids: dict) -> None:
-    """Puts them where transformers keeps them; its save_pretrained writes both configs."""
-    for config in (model.config, getattr(model, "generation_config", None)):
-        for key, value in ids.items():
-            if config is not None:
-                setattr(config, key, value)
 
 
 SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours
@@ -598,8 +581,8 @@ def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
     nameless = all(name in (f"label_{i}", str(i)) for i, name in names.items())
     if nameless and len(names) in (0, len(wanted)):
         return list(range(len(wanted)))
-    index = {name: i for i, name in names.items()}
     if sorted(names.values()) != sorted(wanted):
         known = ", ".join(names.values())
         raise TrainError(f"the classification head knows {known}; the task asks for {', '.join(wanted)}")
+    index = {name: i for i, name in names.items()}
     return [index[label] for label in wanted]

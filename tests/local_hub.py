@@ -5,66 +5,52 @@ hub's HTTP API that `huggingface_hub`, `transformers` and `datasets` use.
         ...
 
 The repositories have their real ids, file names, columns and oddities, with a few rows each. The models have
-random weights. The text comes from the embedded generators, or from `real`, a folder with the real data sets
-as plain files, where it is given.
+random weights, and the text comes from the embedded generators.
 """
 
 import contextlib
 import gzip
 import hashlib
 import json
-import shutil
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 
 COMMIT = "c0ffee" + 34 * "0"  # the revision that every repository is at
 MOVED = {"gpt2": "openai-community/gpt2"}  # the hub redirects the old name
 GATED = {"GAIR/lima"}  # files are refused to whoever has not accepted the terms
-LARGE_FILES = (
-    ".parquet",
-    ".safetensors",
-    ".gz",
-    ".txt",
-    ".model",
-)  # kept apart from git, sent by another host
+LARGE_FILES = (".parquet", ".safetensors", ".gz", ".txt", ".model")  # sent by another host, as LFS does
 
 # -----------------------------------------------------------------------------
 # Data sets: rows, then files
 
 
-def make_hub(folder: Path, real: Path | None = None) -> Path:
+def make_hub(folder: Path) -> Path:
     """Writes all repositories under `folder`; returns it."""
     datasets = folder / "datasets"
-    make_glue(datasets / "nyu-mll/glue", real)
-    make_samsum(datasets / "knkarthick/samsum", real)
-    make_gsm8k(datasets / "openai/gsm8k", real)
-    make_tinystories(datasets / "roneneldan/TinyStories", real)
-    make_fineweb(datasets / "HuggingFaceFW/fineweb-edu", real)
-    make_alpaca(datasets / "tatsu-lab/alpaca", real)
+    make_glue(datasets / "nyu-mll/glue")
+    make_samsum(datasets / "knkarthick/samsum")
+    make_gsm8k(datasets / "openai/gsm8k")
+    make_tinystories(datasets / "roneneldan/TinyStories")
+    make_fineweb(datasets / "HuggingFaceFW/fineweb-edu")
+    make_alpaca(datasets / "tatsu-lab/alpaca")
     make_dolly(datasets / "databricks/databricks-dolly-15k")
-    make_hh(datasets / "Anthropic/hh-rlhf", real)
+    make_hh(datasets / "Anthropic/hh-rlhf")
     make_ultrafeedback(datasets / "HuggingFaceH4/ultrafeedback_binarized")
     make_lima(datasets / "GAIR/lima")
-    make_gpt2(folder / "models/openai-community/gpt2", real)
+    make_gpt2(folder / "models/openai-community/gpt2")
     make_flan_t5(folder / "models/google/flan-t5-small")
     return folder
 
 
-def make_glue(folder: Path, real: Path | None) -> None:
+def make_glue(folder: Path) -> None:
     """SST-2 of GLUE: sentences end in a space, and the labels of the test split are hidden."""
     from tasks.sentiment import sentiment
 
-    for split, n, file in (("train", 160, "train"), ("validation", 40, "dev"), ("test", 16, "test")):
+    for split, n in (("train", 160), ("validation", 40), ("test", 16)):
         rows = [{"sentence": row["sentence"], "label": row["label"]} for row in sentiment(split, n)]
-        if real:
-            lines = real_lines(real / f"sst2/{file}.tsv.gz", n + 1)[1:]
-            cells = [line.rstrip("\n").split("\t") for line in lines]
-            hidden = split == "test"  # its columns are index and sentence
-            rows = [{"sentence": c[hidden], "label": -1 if hidden else int(c[1])} for c in cells]
         for i, row in enumerate(rows):
             row["sentence"] = row["sentence"].strip() + " "
             row["label"] = -1 if split == "test" else int(row["label"])
@@ -74,17 +60,14 @@ def make_glue(folder: Path, real: Path | None) -> None:
     write_card(folder, {"sst2": ("sst2", ("train", "validation", "test"))}, features)
 
 
-def make_samsum(folder: Path, real: Path | None) -> None:
+def make_samsum(folder: Path) -> None:
     """Three CSV files; in one training row the dialogue is empty, which `datasets` reads as None."""
     import csv
 
     from tasks.dialogue import dialogue
 
     for split, n in (("train", 80), ("validation", 16), ("test", 16)):
-        rows = list(dialogue(split, n))
-        if real:
-            rows = real_rows(real / f"samsum/{split}.jsonl.gz", n)
-        rows = [{"dialogue": row["dialogue"], "summary": row["summary"]} for row in rows]
+        rows = [{"dialogue": row["dialogue"], "summary": row["summary"]} for row in dialogue(split, n)]
         for row in rows:
             row["dialogue"] = row["dialogue"].replace("\r\n", "\n").replace("\n", "\r\n")
         if split == "train":
@@ -98,28 +81,23 @@ def make_samsum(folder: Path, real: Path | None) -> None:
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n", encoding="utf-8")
 
 
-def make_gsm8k(folder: Path, real: Path | None) -> None:
+def make_gsm8k(folder: Path) -> None:
     """There is no validation split: data.py takes the last 500 rows of train."""
     from tasks.arithmetic import arithmetic
 
     for split, n in (("train", 560), ("test", 12)):
         rows = [{"question": r["question"], "answer": r["answer"]} for r in arithmetic(split, n)]
-        if real:
-            rows = real_rows(real / f"gsm8k/{split}.jsonl.gz", n)
         write_parquet(folder / f"main/{split}-00000-of-00001.parquet", rows)
         write_parquet(folder / f"socratic/{split}-00000-of-00001.parquet", rows)
     configs = {name: (name, ("train", "test")) for name in ("main", "socratic")}
     write_card(folder, configs, (("question", "string"), ("answer", "string")))
 
 
-def make_tinystories(folder: Path, real: Path | None) -> None:
+def make_tinystories(folder: Path) -> None:
     """Stories between lines of <|endoftext|>, in files of two editions."""
     from tasks.stories import storyworld
 
     stories = list(storyworld("train", 400))
-    if real:
-        text = "".join(real_lines(real / "tinystories/TinyStories-train-first-2MiB.txt.gz"))
-        stories = [story.strip() for story in text.split("<|endoftext|>")[:400]]
     held_out = list(storyworld("validation", 40))
     folder.mkdir(parents=True, exist_ok=True)
     for edition in ("TinyStoriesV2-GPT4", "TinyStories"):
@@ -129,12 +107,10 @@ def make_tinystories(folder: Path, real: Path | None) -> None:
     (folder / "README.md").write_text("---\nlicense: cdla-sharing-1.0\n---\n", encoding="utf-8")
 
 
-def make_fineweb(folder: Path, real: Path | None) -> None:
+def make_fineweb(folder: Path) -> None:
     from tasks.stories import storyworld
 
     texts = list(storyworld("train", 400))
-    if real:
-        texts = [row["text"] for row in real_rows(real / "webtext/c4_demo.jsonl.gz", 200)]
     rows = []
     for i, text in enumerate(texts):
         about = {"id": f"<urn:uuid:{i:08}>", "dump": "CC-MAIN-2024-10", "url": f"http://example.org/{i}"}
@@ -145,12 +121,9 @@ def make_fineweb(folder: Path, real: Path | None) -> None:
     (folder / "README.md").write_text("---\nlicense: odc-by\n---\n", encoding="utf-8")
 
 
-def make_alpaca(folder: Path, real: Path | None) -> None:
+def make_alpaca(folder: Path) -> None:
     """Columns instruction, input, output and text; some outputs are empty."""
     rows = [{"instruction": q, "input": "", "output": a} for q, a in questions("train", 60)]
-    if real:
-        text = "".join(real_lines(real / "instruct/alpaca_5000.json.gz"))
-        rows = [{k: row[k] for k in ("instruction", "input", "output")} for row in json.loads(text)[:60]]
     rows[7]["output"] = ""
     for row in rows:
         row["text"] = f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"
@@ -167,7 +140,7 @@ def make_dolly(folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: cc-by-sa-3.0\n---\n", encoding="utf-8")
 
 
-def make_hh(folder: Path, real: Path | None) -> None:
+def make_hh(folder: Path) -> None:
     """Transcripts in four folders, each with train and test, beside one that is no preference data."""
     rows = []
     for question, answer in questions("train", 60):
@@ -176,9 +149,8 @@ def make_hh(folder: Path, real: Path | None) -> None:
     rows[3]["rejected"] = rows[3]["chosen"]
     parts = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
     for i, part in enumerate(parts):
-        some = real_rows(real / f"hh-rlhf/{part}/test.jsonl.gz", 15) if real else rows[i::4]
-        write_jsonl(folder / part / "train.jsonl.gz", some)
-        write_jsonl(folder / part / "test.jsonl.gz", some[:3])
+        write_jsonl(folder / part / "train.jsonl.gz", rows[i::4])
+        write_jsonl(folder / part / "test.jsonl.gz", rows[i::4][:3])
     write_jsonl(folder / "red-team-attempts/red_team_attempts.jsonl.gz", [{"transcript": "\n\nHuman: hi"}])
     (folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
 
@@ -211,15 +183,6 @@ def questions(split: str, n: int) -> Iterator[tuple[str, str]]:
 
     for row in instructions(split, n):
         yield row["messages"][0]["content"], row["messages"][1]["content"]
-
-
-def real_lines(file: Path, n: int | None = None) -> list[str]:
-    with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
-        return list(islice(lines, n))
-
-
-def real_rows(file: Path, n: int) -> list[dict]:
-    return [json.loads(line) for line in real_lines(file, n)]
 
 
 def write_parquet(file: Path, rows: list[dict]) -> None:
@@ -262,19 +225,14 @@ def write_card(folder: Path, configs: dict[str, tuple], features: tuple = ()) ->
 # Models: the layout of the real ones, small, with random weights
 
 
-def make_gpt2(folder: Path, real: Path | None) -> None:
-    """GPT-2: files and names of weights as on the hub; the real vocabulary where it is at hand."""
+def make_gpt2(folder: Path) -> None:
+    """GPT-2: files and names of weights as on the hub, with a vocabulary of 1,000 tokens."""
     import torch
     import transformers
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    cache = real / "tiktoken_cache" if real else None
-    if cache:
-        shutil.copy(cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", folder / "vocab.json")
-        shutil.copy(cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", folder / "merges.txt")
-    else:
-        small_bpe(folder)
+    small_bpe(folder)
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     write_byte_level_tokenizer(folder / "tokenizer.json", vocab, merges)
@@ -389,7 +347,7 @@ class Hub(BaseHTTPRequestHandler):
     """Answers what `huggingface_hub` asks about repositories, and sends their files.
 
     Small files are sent at once; a large one is announced with its sha256 and sent from another address, as
-    the hub does it. `server.asked` lists all requests.
+    the hub does it.
     """
 
     protocol_version = "HTTP/1.1"
@@ -407,7 +365,6 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, wanted: list[str] | str = ()) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        self.server.asked.append(f"{self.command} {path}")
         words = path.strip("/").split("/")
         if words[0] == "cdn":
             return self.send_file(self.server.folder.joinpath(*words[1:]))
@@ -496,7 +453,7 @@ def serving(folder: Path) -> Iterator[ThreadingHTTPServer]:
     """The hub of `folder` on a free port, while the block runs; .endpoint is its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
-    server.folder, server.asked = folder, []
+    server.folder = folder
     server.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -29,7 +29,7 @@ from support.metrics import majority
 from support.results import read_json
 from support.samples import Samples
 from support.tables import read_jsonl
-from support.text_model import TextModel, on_all_cores, sampled
+from support.text_model import TextModel, on_all_cores, sample_answers
 from tasks.calculator import calculates
 from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
@@ -429,13 +429,14 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
 def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypatch):
     model, examples = load_model(tiny["base"], CPU), load_task("arithmetic", "test")[0][:5]
     four, two, other = (
-        sampled(model, "arithmetic", "test", examples, n, seed=seed) for n, seed in ((4, 3), (2, 3), (2, 4))
+        sample_answers(model, "arithmetic", "test", examples, n, seed=seed)
+        for n, seed in ((4, 3), (2, 3), (2, 4))
     )
     assert [some[:2] for some in four] == two != other and len({a for some in four for a in some}) > 5
     monkeypatch.setattr(model, "generate", lambda *a: pytest.fail("sampled again"))
-    assert sampled(model, "arithmetic", "test", examples, 4, seed=3) == four
+    assert sample_answers(model, "arithmetic", "test", examples, 4, seed=3) == four
     with pytest.raises(pytest.fail.Exception):
-        sampled(model, "arithmetic", "test", examples[:3], 4, seed=3)
+        sample_answers(model, "arithmetic", "test", examples[:3], 4, seed=3)
 
 
 @pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
@@ -444,14 +445,14 @@ def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path,
     model, examples = load_model(str(tmp_path / "base"), CPU), load_task("arithmetic", "test")[0][:3]
     # str.splitlines() would cut this row in two
     examples[1] = replace(examples[1], text=examples[1].text + "\u2028How many\x85?")
-    first = sampled(model, "arithmetic", "test", examples, 2)
+    first = sample_answers(model, "arithmetic", "test", examples, 2)
     (file,) = (tmp_path / "base" / "samples").iterdir()
     complete = file.read_bytes()
     lines = complete.split(b"\n")[:-1]
     damaged = {"a row is missing": lines[:2], "another order": lines[::-1], "not UTF-8": [b"\xff"]}
     damaged["fewer samples"] = [json.dumps(json.loads(x) | {"samples": ["1"]}).encode() for x in lines]
     file.write_bytes(b"\n".join(damaged[damage]))
-    assert sampled(model, "arithmetic", "test", examples, 2) == first
+    assert sample_answers(model, "arithmetic", "test", examples, 2) == first
     assert file.read_bytes() == complete
 
 

@@ -11,14 +11,15 @@ import transformers
 from data import TASKS, Example
 from dpo import DPOConfig, from_collection, without_first_exchange
 from eval import EvalConfig
-from finetune import AdaptConfig, FinetuneConfig, add_lora, build_model
-from sft import SFTConfig, packs, sft
-from support.hub_models import HubTokenizer
-from support.loading import from_hub, head_layers, load_model, load_tokenizer
+from finetune import AdaptConfig, FinetuneConfig, build_for_task, build_model
+from sft import SFTConfig, can_pack, sft
+from support.adapters import add_peft_lora, head_layers
+from support.hub_models import HubTokenizer, hf_context
+from support.loading import load_model, load_tokenizer, resolve
 from support.machine import pick_device
 from support.memory import shape_of
 from support.runs import TrainError, read_json
-from support.text_model import TextModel, ask, hf_context
+from support.text_model import answer_task
 from support.tokenizer_json import ForeignTokenizer
 from tokenizer import Tokenizer
 
@@ -159,8 +160,8 @@ WINDOWS = {
 def test_conversations_are_packed_only_where_the_model_keeps_them_apart(name, tiny, tmp_path):
     config, more, expected = WINDOWS[name]
     folder = llama(tmp_path / "m", renamed(tiny), config, **more)
-    model = TextModel(from_hub(folder, "causal"), load_tokenizer(folder), "causal", folder)
-    assert packs(model) is expected
+    model = load_model(folder, CPU, "transformers")
+    assert can_pack(model) is expected
     assert shape_of(model.model.config, "causal", False).n_heads > 0
 
 
@@ -194,7 +195,7 @@ def test_an_adapter_of_a_classifier_holds_all_of_its_new_layers(name, tmp_path):
     head = head_layers(model)
     new = {n for n, _ in model.named_parameters() if any(n.startswith(f"{part}.") for part in head)}
     assert new
-    adapted = add_lora(model, AdaptConfig(lora_r=2), "head")
+    adapted = add_peft_lora(model, AdaptConfig(lora_r=2), "head")
     trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
     for parameter in new:
         layer, _, kind = parameter.rpartition(".")
@@ -212,7 +213,7 @@ def test_lora_on_a_mixture_of_experts_trains_and_is_read_back(tiny, tmp_path):
     more = dict(num_local_experts=4, sliding_window=None)
     base = llama(tmp_path / "m", renamed(tiny), transformers.MixtralConfig, **more)
     cfg = SFTConfig(model=base, lora_r=2, device="cpu")  # with lora_dropout, its default
-    model = build_model(cfg, "causal")
+    model = build_model(cfg, resolve(base))
     model.save(tmp_path / "adapter")
     ids = [[1, 2, 3, 4]]
     again = load_model(str(tmp_path / "adapter"), CPU)
@@ -226,9 +227,9 @@ def test_a_new_head_on_a_run_of_another_task_is_asked_its_own(tiny, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text('{"settings": {"task": "dialogue"}}')
     folder = llama(tmp_path / "run", renamed(tiny))
-    cfg = FinetuneConfig(model=folder, device="cpu")
-    model = build_model(cfg, "head", TASKS["sentiment"].labels)
-    assert len(ask(model, "sentiment", [Example("fine", " good", 1)])[0]) == 1
+    cfg = FinetuneConfig(model=folder, device="cpu", method="head")
+    model = build_for_task(cfg, TASKS["sentiment"])
+    assert len(answer_task(model, "sentiment", [Example("fine", " good", 1)])[0]) == 1
 
 
 # ---- damaged files, numbers
@@ -256,7 +257,7 @@ def test_a_config_with_a_value_of_another_type_is_one_line(key, value, tiny, tmp
 @pytest.mark.parametrize("key, value", [("alpha_pattern", None), ("base_model_name_or_path", {}), ("r", "x")])
 def test_a_damaged_adapter_config_is_one_line(key, value, tiny, tmp_path):
     base = llama(tmp_path / "m", renamed(tiny))
-    build_model(SFTConfig(model=base, lora_r=2, device="cpu"), "causal").save(tmp_path / "a")
+    build_model(SFTConfig(model=base, lora_r=2, device="cpu"), resolve(base)).save(tmp_path / "a")
     file = tmp_path / "a/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ValueError):

@@ -11,10 +11,11 @@ import transformers
 
 import dpo
 from data import Example, load_preferences
-from finetune import FinetuneConfig, finetune, merge
-from support.loading import adapter_base, kind_of, load_model
+from finetune import FinetuneConfig, finetune
+from support.adapters import merge
+from support.loading import load_model, resolve
 from support.runs import TrainError, read_json, read_jsonl
-from support.text_model import ask, label_order
+from support.text_model import answer_task, label_order
 from support.tokenizer_json import ForeignTokenizer
 from tokenizer import EOT, SPECIAL_TOKENS, Tokenizer
 
@@ -183,14 +184,15 @@ def test_the_base_of_an_adapter_is_found_where_the_runs_were_moved(adapter, tmp_
     moved = shutil.copytree(adapter.parent, tmp_path / "elsewhere" / "out")
     file, base = moved / "head" / "adapter_config.json", str(moved / "base")
     change(file, base_model_name_or_path="/nowhere/out/base")
-    assert adapter_base(str(moved / "head")) == base
+    assert resolve(str(moved / "head")).base == base
     for relative in ("out/base", "../base"):  # as older runs, or PEFT elsewhere, wrote it down
         change(file, base_model_name_or_path=relative)
-        assert Path(adapter_base(str(moved / "head"))).resolve() == Path(base)
+        assert Path(resolve(str(moved / "head")).base).resolve() == Path(base)
     monkeypatch.chdir(moved)
-    assert Path(adapter_base("head")).resolve() == Path(base)
+    assert Path(resolve("head").base).resolve() == Path(base)
     change(file, base_model_name_or_path="someone/model")
-    assert adapter_base("head") == "someone/model"
+    with pytest.raises(TrainError, match="^someone/model is not a folder"):
+        resolve("head")
     model = load_model(str(adapter), CPU)
     assert model.kind == "head"
 
@@ -199,14 +201,18 @@ def test_an_adapter_without_a_base_or_a_task_type(adapter, tmp_path):
     folder = shutil.copytree(adapter, tmp_path / "head")
     change(folder / "run.json", parent=str(adapter.parent / "base"))
     change(folder / "adapter_config.json", base_model_name_or_path=None, task_type=None)
-    assert adapter_base(str(folder)) == str(adapter.parent / "base")
-    assert kind_of(str(folder), {}) == "head"
+    assert resolve(str(folder)).base == str(adapter.parent / "base")
+    assert resolve(str(folder)).kind == "head"
     (folder / "run.json").unlink()
     with pytest.raises(TrainError, match="names no base model"):
         load_model(str(folder), CPU)
-    change(folder / "adapter_config.json", task_type="TOKEN_CLS")
+    change(
+        folder / "adapter_config.json",
+        base_model_name_or_path=str(adapter.parent / "base"),
+        task_type="TOKEN_CLS",
+    )
     with pytest.raises(TrainError, match="TOKEN_CLS"):
-        kind_of(str(folder), {})
+        resolve(str(folder))
 
 
 def test_labels_are_matched_by_name():
@@ -230,7 +236,9 @@ def test_a_classifier_that_numbers_its_classes_otherwise_answers_the_same(adapte
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     change(folder / "config.json", id2label={"0": "good", "1": "bad"}, label2id={"good": 0, "bad": 1})
     examples = [Example(text, "", 0) for text in ("The food was cold.", "I liked it.", "Never again!", "Ok.")]
-    outputs = [ask(load_model(str(f), CPU), "sentiment", examples)[0] for f in (adapter / "merged", folder)]
+    outputs = [
+        answer_task(load_model(str(f), CPU), "sentiment", examples)[0] for f in (adapter / "merged", folder)
+    ]
     assert outputs[0] == outputs[1]
     cfg = FinetuneConfig(model=str(folder), out=str(tmp_path), name="on", method="head", task="sentiment")
     cfg.max_steps, cfg.batch_size, cfg.max_train_examples, cfg.max_eval_examples = 1, 4, 8, 4

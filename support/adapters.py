@@ -1,0 +1,159 @@
+"""PEFT's LoRA, for models that transformers computes: any architecture, heads, 4-bit weights."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from support.files import write_folder_atomically
+from support.hub_models import set_token_ids
+from support.loading import KINDS, load_tokenizer, origin, resolve, with_adapter
+from support.machine import pick_dtype
+from support.model_card import write_run
+from support.runs import TrainError, read_json
+
+LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave the search to PEFT
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "t5": ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
+
+
+def lora_config(cfg, kind: str, targets: str | list[str], **more):
+    """PEFT's description of an adapter, from a finetune.AdaptConfig."""
+    import peft
+
+    return peft.LoraConfig(
+        task_type=KINDS[kind][1],
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
+        lora_dropout=cfg.lora_dropout,
+        target_modules=targets,
+        **more,
+    )
+
+
+def add_peft_lora(model: nn.Module, cfg, kind: str, new_tokens: list[int] = ()) -> nn.Module:
+    """Freezes the model and puts LoRA's corrections beside its linear layers. B = 0 at first: no change.
+
+    The embeddings of `new_tokens` are trained and saved, too. TrainError for a target that no layer has.
+    """
+    import peft
+
+    architecture = model.config.model_type
+    head = head_layers(model) if kind == "head" else []
+    targets = (
+        target_names(model, cfg.lora_targets) or LORA_TARGETS.get(architecture) or all_linear(model, head)
+    )
+    config = lora_config(
+        cfg, kind, targets, modules_to_save=head or None,
+        trainable_token_indices=dict.fromkeys(embedding_names(model), new_tokens) if new_tokens else None,
+        fan_in_fan_out=architecture == "gpt2",  # its Conv1D stores (in, out) where Linear stores (out, in)
+    )  # fmt: skip
+    if cfg.load_in_4bit:
+        refuse_odd_widths(model)
+        model = peft.prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=cfg.gradient_checkpointing
+        )
+    try:
+        return float32_where_trained(peft.get_peft_model(model, config))
+    except ValueError as error:
+        why = str(error).splitlines()[0][:200]
+        raise TrainError(f"--lora_targets={cfg.lora_targets}: LoRA cannot be added: {why}") from None
+
+
+def target_names(model: nn.Module, targets: str) -> list[str]:
+    """The names of --lora_targets, each of which must be a layer's; [] if there are none."""
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    for target in names:
+        if not any(is_target(name, [target]) for name, _ in model.named_modules()):
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            raise TrainError(
+                f"--lora_targets={targets}: no layer is called {target!r}; there are "
+                f"{', '.join(sorted(linear))}"
+            )
+    return names
+
+
+def is_target(name: str, targets: list[str]) -> bool:
+    """True if a layer's full name ends with one of the targets, as PEFT compares them."""
+    return f".{name}".endswith(tuple(f".{target}" for target in targets))
+
+
+def float32_where_trained(model: nn.Module) -> nn.Module:
+    """A frozen matrix may be bfloat16; what is trained may not."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return model
+
+
+def embedding_names(model: nn.Module) -> list[str]:
+    """The names of the input and output embeddings; PEFT trains two that share a matrix as one."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:
+        embeddings.pop()
+    named = model.named_modules()
+    return [name.rpartition(".")[2] for name, m in named if any(m is e for e in embeddings)]
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """The new layers of a classifier, which LoRA trains and saves as they are: all outside of the model that
+    was trained before, and BERT's pooler, which it may not have had. PEFT by itself knows the last one only.
+    """
+    inside = model.base_model_prefix
+    outside = [n for n, m in model.named_children() if n != inside and any(True for _ in m.parameters())]
+    poolers = [n for n, _ in model.named_modules() if n.endswith(".pooler")]
+    return outside + poolers
+
+
+def all_linear(model: nn.Module, head: list[str]) -> str | list[str]:
+    """The layers that LoRA corrects by default, without those of a head. PEFT would add experts that are one
+    matrix of three dimensions, and it corrects these without dropout only: they stay as they are.
+    """
+    if not head and all(p.ndim < 3 for p in model.parameters()):
+        return "all-linear"
+    output = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    return [name for name in linear if not any(f"{name}.".startswith(f"{part}.") for part in head)]
+
+
+def four_bit(device: torch.device) -> dict:
+    """How transformers loads weights in 4 bits: NF4, whose scales are quantized as well."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise TrainError('--load_in_4bit needs the package bitsandbytes: pip install ".[qlora]"')
+    from transformers import BitsAndBytesConfig
+
+    compute = pick_dtype("auto", device)
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **how), "device_map": {"": device}}
+
+
+def refuse_odd_widths(model: nn.Module) -> None:
+    """On a CPU a block of bitsandbytes' 64 quantized weights must not reach across rows."""
+    for layer in model.modules():
+        on_cpu = type(layer).__name__ == "Linear4bit" and layer.weight.device.type == "cpu"
+        if on_cpu and layer.in_features % 64:
+            raise TrainError(
+                f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {layer.in_features}"
+            )
+
+
+def merge(folder: Path) -> None:
+    """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
+    source = resolve(str(folder))
+    model, run = with_adapter(source, merge=True), source.run
+    ids = folder / "generation_config.json"
+    if ids.exists():  # a chat stops elsewhere than its base
+        set_token_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
+    about = {key: run[key] for key in ("chat", "task", "smoke", "seconds", "results") if key in run}
+    about |= {"status": "finished", "stage": "merge", "settings": {"task": run.get("task")}}
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        load_tokenizer(str(folder), ours=False).inner.save_pretrained(target)
+        write_run(target, origin(str(folder)) | about)
+
+    write_folder_atomically(folder / "merged", write)
