@@ -13,10 +13,10 @@ from dpo import DPOConfig, from_collection, without_first_exchange
 from eval import EvalConfig
 from finetune import AdaptConfig, FinetuneConfig, add_lora, build_model
 from sft import SFTConfig, packs, sft
+from support.costs import shape_of
 from support.hub_models import HubTokenizer
 from support.loading import from_hub, head_layers, load_model, load_tokenizer
 from support.machine import pick_device
-from support.memory import shape_of
 from support.runs import TrainError, read_json
 from support.text_model import TextModel, ask, hf_context
 from tokenizer import ForeignTokenizer, Tokenizer
