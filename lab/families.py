@@ -200,7 +200,7 @@ def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
     """
     heads = max(4, width // 64)
     c = ModelConfig(vocab_size=1024, context_length=T, n_layers=layers, d_model=width, n_heads=heads)
-    step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), torch.device(device))
+    step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), pick_device(device))
     seconds = min(in_turns({"step": step}, rounds=2, warmup=1)["step"])
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_resident_bytes()
     most = 1
