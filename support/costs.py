@@ -194,7 +194,7 @@ class Shape:
     d_ff: int
     ffn_temporaries: int  # tensors of width d_ff that are alive together in a feed-forward layer
     all_scores: bool = False  # attention sinks or masked linear attention: a prompt's scores are materialised
-    shares_prompts: bool = True  # on a CPU the samples of a prompt share its keys and values (KVCache.fork)
+    shares_prompts: bool = True  # on a CPU the samples of a prompt share its keys and values (SharedPromptCache)
     cache_copies: int = 0  # decoding: copies of a layer's keys or values, widened to all query heads
 
 
@@ -306,7 +306,7 @@ def generation_bytes(
     rows: sequences, n for each prompt. The peak is the larger of the prefill and the last steps.
 
     model.py allocates its cache at once, for prompt + new tokens. On a CPU the n samples of a prompt share
-    its keys (KVCache.fork); on a GPU the keys are repeated. When rows finish, `KVCache.select` copies the
+    its keys (SharedPromptCache); on a GPU the keys are repeated. When rows finish, `KVCache.select` copies the
     keys of the others layer by layer, so one layer's old and new keys are alive together. On a GPU a step is
     recorded as a CUDA graph, whose tensors stay allocated: its logits count twice.
     The cache of transformers grows: each step concatenates old and new keys, one layer at a time. Every row
