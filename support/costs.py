@@ -168,10 +168,11 @@ def estimate_memory(
         # of the head: its float32 gradient, and its cast
         "temporary": max(loss, backward) + (4 + 2 * half) * c.vocab_size * d,
         "workspaces": 0.06 * GIB * half,
+        "overhead": CUDA_CONTEXT * half,
     }
-    parts["overhead"] = FRAGMENTATION * sum(parts.values()) + CUDA_CONTEXT * half
-    parts["peak"] = sum(parts.values())
-    return {kind: int(size) for kind, size in parts.items()}
+    parts["overhead"] += FRAGMENTATION * (sum(parts.values()) - parts["overhead"])
+    parts = {kind: int(size) for kind, size in parts.items()}
+    return parts | {"peak": sum(parts.values())}
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +195,7 @@ class Shape:
     d_ff: int
     ffn_temporaries: int  # tensors of width d_ff that are alive together in a feed-forward layer
     all_scores: bool = False  # attention sinks or masked linear attention: a prompt's scores are materialised
-    shares_prompts: bool = True  # on a CPU the samples of a prompt share its keys and values (SharedPromptCache)
+    shares_prompts: bool = True  # on a CPU the samples of a prompt share its keys (SharedPromptCache)
     cache_copies: int = 0  # decoding: copies of a layer's keys or values, widened to all query heads
 
 
@@ -279,9 +280,9 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
     elif s.all_scores:  # not fused: scores, float32 weights, weights
         attention += 3 * 4 * s.n_heads * pairs
     elif on_cpu and not s.cache_copies:
-        # AttentionInBlocks: the scores of 64 queries, their softmax and that of the 64 before
-        blocks = 2 if length <= 64 else 3
-        attention += blocks * size * rows * s.n_heads * min(64, length) * length + 2 * size * N * kv
+        # AttentionInBlocks: the scores of 64 queries, their softmax, and that of the 64 before
+        keys = 2 * length + max(0, length - 64)
+        attention += size * rows * s.n_heads * min(64, length) * keys + 2 * size * N * kv
     ids = 16 * N
     mask = 0 if s.ours else pairs
     return max(ffn, attention) + ids + mask
@@ -306,9 +307,9 @@ def generation_bytes(
     rows: sequences, n for each prompt. The peak is the larger of the prefill and the last steps.
 
     model.py allocates its cache at once, for prompt + new tokens. On a CPU the n samples of a prompt share
-    its keys (SharedPromptCache); on a GPU the keys are repeated. When rows finish, `KVCache.select` copies the
-    keys of the others layer by layer, so one layer's old and new keys are alive together. On a GPU a step is
-    recorded as a CUDA graph, whose tensors stay allocated: its logits count twice.
+    its keys (SharedPromptCache); on a GPU the keys are repeated. When rows finish, `KVCache.select` copies
+    the keys of the others layer by layer, so one layer's old and new keys are alive together. On a GPU a step
+    is recorded as a CUDA graph, whose tensors stay allocated: its logits count twice.
     The cache of transformers grows: each step concatenates old and new keys, one layer at a time. Every row
     computes its own prompt. With GQA the keys of a layer are repeated for every query head.
     An encoder-decoder encodes the prompt once and stores cross-attention keys and values for every decoder
