@@ -260,9 +260,9 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
     """Peak bytes of one layer on (rows, length) tokens without gradients: the larger of its two sub-layers.
 
     Feed-forward: the layer's input, the residual stream after attention, its norm, the temporaries of width
-    d_ff and the output; a transformers decoder also keeps the embeddings of tokens and positions.
-    Attention: the same streams; queries, keys and values before and after RoPE, the output and its
-    transposed copy. Fused kernels do not materialise scores. transformers also allocates a mask of
+    d_ff and the output; a transformers decoder also keeps the embeddings of tokens and positions. Attention:
+    the same streams; queries, keys and values, rotated queries and keys (transformers keeps both), the output
+    and its transposed copy. Fused kernels do not materialise scores. transformers also allocates a mask of
     (rows, T, T) booleans and casts it. T5 adds a position bias (rows, H, T, T) to the mask, and makes a
     transposed copy of the sum while queries, keys and values are alive.
     """
@@ -271,17 +271,18 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
     kv = s.n_kv_heads * s.head_dim
     streams = 4 if s.ours or s.kind == "seq2seq" else 6
     ffn = size * N * (streams * s.d_model + s.ffn_temporaries * s.d_ff)
-    attention = size * N * ((streams - 1) * s.d_model + 4 * q + 3 * kv)
+    attention = size * N * ((streams - 1) * s.d_model + 3 * q + 2 * kv)
     pairs = rows * length**2
     if s.kind == "seq2seq":
         attention = size * N * (3 * s.d_model + q + 2 * kv) + 2 * size * s.n_heads * pairs
     elif not s.ours:
-        attention += size * pairs
+        attention += size * (N * (q + kv) + pairs)
     elif s.all_scores:  # not fused: scores, float32 weights, weights
         attention += 3 * 4 * s.n_heads * pairs
     elif on_cpu and not s.cache_copies:
         # AttentionInBlocks: the scores of 64 queries, their softmax, and that of the 64 before
-        keys = 2 * length + max(0, length - 64)
+        before = max(0, length - 64) if s.shares_prompts else length  # behind a mask all keys
+        keys = 2 * length + before
         attention += size * rows * s.n_heads * min(64, length) * keys + 2 * size * N * kv
     ids = 16 * N
     mask = 0 if s.ours else pairs
