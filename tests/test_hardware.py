@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-import report
 from configs import ConfigError
 from lab import peers
 from lab.hardware import HardwareConfig, measure
-from report import Table
+from lab.pages import machine
+from support.pages import Table
+from support.results import Records
 from support.timing import in_turns, medians
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +26,7 @@ def cfg(tmp_path):
 
 def tables(folder) -> dict[str, list[list]]:
     """Rows of the report's tables of machines."""
-    return {block.name: block.rows for block in report.machine(folder) if isinstance(block, Table)}
+    return {block.name: block.rows for block in machine(Records(folder)) if isinstance(block, Table)}
 
 
 def test_contenders_take_turns_after_warming_up(monkeypatch):
@@ -52,7 +53,7 @@ def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path):
     shown = tables(tmp_path)
     assert f"{rate:,.0f}" in shown["steps"][0] and len(shown["decoding"]) >= 6
     assert len(shown["attention-speed"]) in (3, 6)
-    assert found["hardware"]["device"] in report.machine(tmp_path)[0].words
+    assert found["hardware"]["device"] in machine(Records(tmp_path))[0].words
 
 
 def test_parts_are_added_and_another_machines_are_not(cfg, tmp_path):
@@ -97,5 +98,5 @@ def test_what_a_gpu_did_and_its_memory_are_shown_beside_the_plan(tmp_path):
     (tmp_path / "hardware.json").write_text(json.dumps(about | {"training": [step], "memory": memory}))
     shown = tables(tmp_path)
     assert shown["kernels"] == [["tiny", "compiled", "2.00", "20.0", "1.0"]]
-    assert shown["memory"][0] == ["a", 8, "2.00", "2.50", "-20.0"]
+    assert shown["memory"][0] == ["a", "8", "2.00", "2.50", "-20.0"]
     assert shown["memory"][1][3] == "out of memory within 11 GiB"
