@@ -20,10 +20,11 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from support.costs import weight_bytes
 from support.guard import NotFound
 from support.inside import logits_of, token_text, without_heads
 from support.loading import is_adapter, load_model, load_tokenizer, resolve
-from support.memory import free_bytes, free_cached_memory, weight_bytes
+from support.memory import free_bytes, free_cached_memory
 from support.metrics import majority
 from support.results import run_of
 from support.runs import TrainError, checkpoints

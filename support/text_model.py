@@ -26,12 +26,13 @@ from support.chat_template import (
     reply_ids,
     with_generation_marks,
 )
+from support.costs import Shape, generation_bytes, likelihood_bytes, shape_of
 from support.files import write_atomically
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, save_hub_model
 from support.hub_models import generate as hub_generate
 from support.machine import pick_dtype
-from support.memory import Shape, generation_bytes, halving, likelihood_bytes, room, rows_that_fit, shape_of
+from support.memory import halving, room, rows_that_fit
 from support.processes import become_worker, map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
 from support.tables import read_jsonl

@@ -1,4 +1,4 @@
-"""The lab: statistics worked by hand, streams against slow references, and one run from end to end."""
+"""The lab: statistics worked by hand, streams against slow references, and studies from end to end."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +15,14 @@ import torch
 
 import experiments as script
 from configs import ConfigError
-from experiments import (
-    FAMILIES,
-    FOLDER,
-    ExperimentConfig,
-    compared,
-    experts_by_class,
-    fit_law,
-    fit_sizes,
-    isoflop,
-    loss_of,
-    plan,
-    predict,
-    settings_of,
-    spread,
-    token_class,
-    verdict,
-)
+from data import documents
+from experiments import FAMILIES, FOLDER, ExperimentConfig, compared, plan, settings_of
+from lab import families, study
+from lab.families import experts_by_class, token_class
+from lab.scaling import best_use, fit_law, fit_sizes, isoflop, loss_of
+from lab.study import Run, finished, prepare_tokens, spread, train_all, verdict
 from model import ModelConfig, ModernDecoderLM
-from support.costs import count_parameters, estimate_memory
+from support.costs import GIB, count_parameters, estimate_memory
 from support.long_context import (
     by_position,
     endless,
@@ -74,33 +64,27 @@ def test_every_experiment_has_a_hypothesis_a_baseline_and_a_family():
         assert c.baseline == "configs/experiments/baseline.py" and c.hypothesis.endswith(".")
         tokens = c.max_steps * c.batch_size * c.context_length
         assert tokens == base.max_steps * base.batch_size * base.context_length, name
-        if (
-            "Equal parameters" in c.hypothesis
-            or "as many parameters" in (ROOT / FOLDER / f"{name}.py").read_text()
-        ):
+        text = (ROOT / FOLDER / f"{name}.py").read_text()
+        if "Equal parameters" in text or "as many parameters" in text:
             mine, theirs = (count_parameters(model_config(x))["total"] for x in (c, base))
             assert abs(mine - theirs) <= 600, name  # norms of queries and keys, and rounding
 
 
-def test_only_names_experiments_and_families():
-    def names(**more) -> list[str]:
-        return [r.name for r in plan(ExperimentConfig(seeds=2, **more)) if r.seed == 1]
+def test_only_names_experiments_and_families_and_wandb_reaches_all_runs():
+    def runs(**more) -> list[Run]:
+        return [r for r in plan(ExperimentConfig(seeds=2, **more)) if r.seed == 1]
 
-    assert names(only="gqa") == ["baseline", "kv_heads_1", "kv_heads_2"]
-    assert names(only="qk_norm") == ["baseline", "qk_norm"]
-    assert len([n for n in names(only="scaling") if n.startswith("scaling-")]) == 18
+    assert [r.name for r in runs(only="gqa")] == ["baseline", "kv_heads_1", "kv_heads_2"]
+    assert [r.name for r in runs(only="qk_norm")] == ["baseline", "qk_norm"]
+    assert sum(r.name.startswith("scaling-") for r in runs(only="scaling")) == 18
     with pytest.raises(ConfigError, match="qknorm"):
-        plan(ExperimentConfig(only="qknorm"))
+        runs(only="qknorm")
+    assert all("--wandb=project" in r.words for r in runs(wandb="project"))
+    assert not any("wandb" in word for r in runs() for word in r.words)
 
 
 # -----------------------------------------------------------------------------
 # statistics
-
-
-def test_wandb_reaches_all_runs():
-    for run in plan(ExperimentConfig(seeds=1, wandb="project")):
-        assert "--wandb=project" in run.words()
-    assert not any("wandb" in word for run in plan(ExperimentConfig(seeds=1)) for word in run.words())
 
 
 def test_a_difference_counts_if_its_interval_excludes_zero():
@@ -115,23 +99,20 @@ def test_a_difference_counts_if_its_interval_excludes_zero():
 def test_isoflop_finds_the_law_that_made_the_points():
     points = []
     for budget in (1e12, 4e12, 16e12):
-        best = 0.1 * budget**0.5
         for factor in (0.25, 0.5, 1, 2, 4):
-            n = best * factor
+            n = 0.1 * budget**0.5 * factor
             loss = 50 * budget**-0.1 + 0.05 * math.log(factor) ** 2
             points.append({"budget": budget, "parameters": n, "tokens": budget / (6 * n), "loss": loss})
     for entry in isoflop(points):
-        assert entry["inside"] and entry["parameters"] == pytest.approx(
-            0.1 * entry["budget"] ** 0.5, rel=1e-6
-        )
+        best = 0.1 * entry["budget"] ** 0.5
+        assert entry["inside"] and entry["parameters"] == pytest.approx(best, rel=1e-6)
         assert entry["loss"] == pytest.approx(50 * entry["budget"] ** -0.1)
     assert fit_sizes(isoflop(points)) == {"coefficient": pytest.approx(0.1), "exponent": pytest.approx(0.5)}
     assert fit_sizes(isoflop(points)[:2]) is None  # any two lie on a line
     far = [p | {"loss": p["loss"] + 5 * (p["parameters"] > 0.3 * p["budget"] ** 0.5)} for p in points]
     assert isoflop(far) == isoflop(points)  # a model that has not begun to learn bends nothing
-    for p in points:
-        p["loss"] = -math.log(p["parameters"])  # ever better: no minimum among these sizes
-    assert not any(b["inside"] for b in isoflop(points))
+    ever_better = [p | {"loss": -math.log(p["parameters"])} for p in points]
+    assert not any(b["inside"] for b in isoflop(ever_better))
 
 
 def test_a_law_is_found_through_the_runs_that_it_made_and_tells_how_to_spend_more():
@@ -141,12 +122,10 @@ def test_a_law_is_found_through_the_runs_that_it_made_and_tells_how_to_spend_mor
             d = budget / (6 * n)
             points.append({"budget": budget, "parameters": n, "tokens": d, "loss": loss_of(law, n, d)})
     found = fit_law(points)
-    assert found == {k: pytest.approx(v, rel=1e-3) for k, v in law.items()} | {
-        "error": pytest.approx(0, abs=1e-6)
-    }
+    assert found.pop("error") < 1e-6 and found == {k: pytest.approx(v, rel=1e-3) for k, v in law.items()}
     # The best size has a closed form (Hoffmann et al., 2022, equation 4).
     G = (0.35 * 40.0 / (0.4 * 300.0)) ** (1 / 0.75)
-    best = predict(found, 1e15)
+    best = best_use(found, None, 1e15)
     assert best["parameters"] == pytest.approx(G * (1e15 / 6) ** (0.4 / 0.75), rel=0.02)
     assert best["loss"] == pytest.approx(loss_of(law, best["parameters"], best["tokens"]), rel=1e-3)
 
@@ -160,10 +139,8 @@ def test_positions_are_grouped_by_contexts():
 def test_liveliness_sees_loops_repetition_and_the_topic():
     dull = liveliness("the cat sat " * 40, "An elephant walked home.")
     assert dull["loops"] == 1 and dull["repeated_4"] > 0.9 and dull["distinct_2"] < 0.1 and dull["topic"] == 0
-    words = " ".join(f"w{i}" for i in range(100))
-    fresh = liveliness(words + " elephant", "An elephant walked.")
-    assert fresh["loops"] == 0 and fresh["repeated_4"] == 0 and fresh["distinct_2"] == 1
-    assert fresh["topic"] == 0.5
+    fresh = liveliness(" ".join(f"w{i}" for i in range(100)) + " elephant", "An elephant walked.")
+    assert fresh == {"loops": 0, "repeated_4": 0, "distinct_2": 1, "topic": 0.5}
 
 
 # -----------------------------------------------------------------------------
@@ -192,10 +169,10 @@ def test_beyond_the_context_only_the_kept_and_the_newest_tokens_count(model):
 
 def test_stretching_by_one_changes_nothing(model):
     ids = torch.randint(0, 40, (2, 30))
-    plain = full_attention(model, ids)
+    full = full_attention(model, ids)
     for stretch in ("linear", "ntk", "yarn"):
-        assert torch.allclose(full_attention(model, ids, stretch, 1.0), plain, atol=1e-5)
-        assert not torch.allclose(full_attention(model, ids, stretch, 4.0), plain, atol=1e-5)
+        assert torch.allclose(full_attention(model, ids, stretch, 1.0), full, atol=1e-5)
+        assert not torch.allclose(full_attention(model, ids, stretch, 4.0), full, atol=1e-5)
 
 
 @pytest.mark.parametrize("stretch", ["linear", "yarn"])
@@ -228,7 +205,7 @@ def test_attention_to_the_first_token_is_a_share(model):
     shares = first_token_mass(model, ids)
     assert len(shares) == 2 and all(0 < s < 1 for s in shares)
     assert first_token_mass(model, ids, first=16) == pytest.approx([1, 1])
-    sink = ModernDecoderLM(ModelConfig(**{**model.config.__dict__, "n_sinks": 1})).eval()
+    sink = ModernDecoderLM(ModelConfig(**{**vars(model.config), "n_sinks": 1})).eval()
     assert all(s < 1 for s in first_token_mass(sink, ids, first=16))
 
 
@@ -237,21 +214,18 @@ def test_attention_to_the_first_token_is_a_share(model):
 
 
 def test_experts_are_counted_by_class_of_token():
-    texts = ["Anna has 12 nuts. She buys 3 more."] * 50
-    tokenizer = Tokenizer(*train_bpe(texts, 280, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS)
-    assert [token_class(x) for x in (" 7", ".", " Anna", "nuts", "\n", " ")] == [
-        "digit", "punctuation", "capitalised", "word", "other", "other",
-    ]  # fmt: skip
+    tokenizer = Tokenizer(*train_bpe(["Anna has 12 nuts. She buys 3 more."] * 50, 280, SPECIAL_TOKENS,
+                                     split_digits=True), SPECIAL_TOKENS)  # fmt: skip
+    classes = {" 7": "digit", ".": "punctuation", " Anna": "capitalised", "nuts": "word", "\n": "other"}
+    assert {piece: token_class(piece) for piece in classes} == classes
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, context_length=16, n_layers=1, d_model=8, n_heads=2,
                          ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)  # fmt: skip
     model, ids = ModernDecoderLM(config).eval(), torch.tensor([tokenizer.encode("7 7 7 . . .")])
-    seen = []
-    model.model["layers"][0].mlp.register_forward_hook(lambda _, args, out: seen.append(args[0].clone()))
-    with torch.no_grad():
-        (layer,) = experts_by_class(model, ids, tokenizer)
-    with torch.no_grad():
-        choice = (seen[0] @ model.model["layers"][0].mlp.gate.weight.T).argmax(-1)[0]
+    moe, seen = model.model["layers"][0].mlp, []
+    moe.register_forward_hook(lambda _, args, out: seen.append(args[0].clone()))
+    (layer,) = experts_by_class(model, ids, tokenizer)
+    choice = (seen[0] @ moe.gate.weight.T).argmax(-1)[0]
     kinds = np.array([token_class(tokenizer.decode([i])) for i in ids[0].tolist()])
     for kind in ("digit", "punctuation"):
         wanted = [float((choice[kinds == kind] == e).float().mean()) for e in (0, 1)]
@@ -265,10 +239,6 @@ def test_experts_are_counted_by_class_of_token():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    from itertools import islice
-
-    from data import documents
-
     file = tmp_path_factory.mktemp("text") / "stories.txt"
     file.write_text("\n<|endoftext|>\n".join(islice(documents("storyworld", "train"), 600)))
     return str(file)
@@ -277,8 +247,7 @@ def text(tmp_path_factory) -> str:
 def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
     cfg = ExperimentConfig(only="kv_heads_1,moe_4_top1", quick=True, corpus=text, out=str(tmp_path), jobs=2)
     found = script.experiment(cfg)
-    entry = found["experiments"]["kv_heads_1"]
-    base = found["experiments"]["baseline"]
+    entry, base = (found["experiments"][name] for name in ("kv_heads_1", "baseline"))
     gap = entry["seeds"][1]["bits_per_byte"] - base["seeds"][1]["bits_per_byte"]
     assert entry["difference"]["mean"] == pytest.approx(gap) and entry["verdict"] == "one seed: no finding"
     assert entry["command"].startswith("python train.py configs/experiments/kv_heads_1.py ")
@@ -287,15 +256,12 @@ def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
     assert cache["kv_heads_1"] * 4 == cache["baseline"] == 2 * 4 * 128 * 4  # k and v, layers, width, bytes
     routed = found["measured"]["moe"]["moe_4_top1"]
     assert len(routed["classes"]) == 4 and min(routed["routing"][1]["busiest_expert"]) >= 1
-    (file,) = tmp_path.glob("experiments/*/experiments.json")
-    assert (
-        json.loads(file.read_text())["experiments"]["kv_heads_1"]["bits_per_byte"] == entry["bits_per_byte"]
-    )
+    saved = json.loads((cfg.home / "experiments.json").read_text())
+    assert saved["experiments"]["kv_heads_1"]["bits_per_byte"] == entry["bits_per_byte"]
     assert "QUICK RUN" in capsys.readouterr().out
-    runs = plan(cfg)
-    before = {r.folder: (r.folder / "run.json").stat().st_mtime for r in runs}
-    assert script.train_all(runs, 2) == {} and "runs are finished" not in capsys.readouterr().out
-    assert before == {r.folder: (r.folder / "run.json").stat().st_mtime for r in runs}
+    before = {r.folder: (r.folder / "run.json").stat().st_mtime for r in plan(cfg)}
+    assert train_all(plan(cfg), 2) == {} and "runs are finished" not in capsys.readouterr().out
+    assert before == {r.folder: (r.folder / "run.json").stat().st_mtime for r in plan(cfg)}
 
 
 def test_transfer_tunes_both_bases_on_the_same_examples_and_asks_one(text, tmp_path):
@@ -308,40 +274,44 @@ def test_transfer_tunes_both_bases_on_the_same_examples_and_asks_one(text, tmp_p
     gain = found["pretrained, tuned"]["mean"] - found["scratch, tuned"]["mean"]
     assert found["pretrained - scratch"]["mean"] == pytest.approx(gain)
     runs = [r for r in plan(cfg) if r.script == "finetune.py"]
-    assert len(runs) == 2 and all(script.finished(r) for r in runs)
-    for folder in ("transfer-scratch-s1", "transfer-pretrained-s1"):
-        (file,) = tmp_path.glob(f"experiments/*/{folder}/model.safetensors")
-        assert (file.parent / "run.json").exists()
-    file.write_bytes(next(tmp_path.glob("experiments/*/transfer-scratch-s1/model.safetensors")).read_bytes())
-    assert [script.finished(r) for r in runs] == ["scratch" in r.name for r in runs], (
-        "another base: tune anew"
+    assert len(runs) == 2 and all(finished(r) for r in runs)
+    scratch, pretrained = (
+        cfg.home / f"transfer-{base}-s1/model.safetensors" for base in ("scratch", "pretrained")
     )
-    assert script.transfer(cfg, plan(cfg), torch.device("cpu")) == {}, "a seed that lacks a run is left out"
+    pretrained.write_bytes(scratch.read_bytes())
+    assert [finished(r) for r in runs] == ["scratch" in r.name for r in runs], "another base: tune anew"
+    assert families.transfer(cfg, plan(cfg), []) == {}, "a seed that lacks a run is left out"
 
 
 def test_what_shapes_cost(monkeypatch):
-    monkeypatch.setattr(script, "SHAPES", {"tiny": (2, 32, 3)})
-    found = script.costs(torch.device("cpu"))["tiny"]
+    monkeypatch.setattr(families, "SHAPES", {"tiny": (2, 32, 3)})
+    found = families.costs(ExperimentConfig(device="cpu"), [], [])["tiny"]
     wanted = ModelConfig(vocab_size=1024, context_length=128, n_layers=2, d_model=32, n_heads=4)
     assert found["parameters"] == count_parameters(wanted)["total"] and found["rows"] == 3
     assert found["tokens_per_second"] > 0 and found["peak_memory_gib"] > 0
     most = found["most_rows_in_12_gib"]
-    assert estimate_memory(wanted, most)["peak"] <= 12 * 2**30 < estimate_memory(wanted, 2 * most)["peak"]
+    assert estimate_memory(wanted, most)["peak"] <= 12 * GIB < estimate_memory(wanted, 2 * most)["peak"]
 
 
-def test_a_run_that_fails_is_an_entry_that_says_why(text, tmp_path):
+def test_half_made_tokens_are_completed_and_a_run_that_fails_is_an_entry_that_says_why(text, tmp_path):
     cfg = ExperimentConfig(only="qk_norm", quick=True, corpus=text, out=str(tmp_path), jobs=1)
     runs = plan(cfg)
-    script.prepare_tokens(runs)
-    runs[1].flags.append("--tokens=nowhere")
-    failed = script.train_all(runs[1:], 1)
-    assert script.log_of(runs[1]).read_text().startswith("$ ")
+    folder = tokens_folder(settings_of(runs[0].words))
+    for name in ("", "train.json", "validation.bin", "tokenizer.json"):
+        (folder / name).unlink() if name else None
+        assert not study.has_tokens(folder)
+        prepare_tokens(runs)
+        assert study.has_tokens(folder), name
+    runs[1].words.append("--tokens=nowhere")
+    failed = train_all(runs[1:], 1)
+    assert runs[1].log.read_text().startswith("$ ")
     entry = compared("qk_norm", runs, failed)
     assert "nowhere" in entry["failed"][1] and "bits_per_byte" not in entry
     assert "failed: " in "\n".join(script.table({"qk_norm": entry}))
 
 
 def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
+    cfg = ExperimentConfig(only="qk_norm", corpus=text, out=str(tmp_path), seeds=1)
     words = ["--only=qk_norm", f"--corpus={text}", f"--out={tmp_path}", "--seeds=1", "--jobs=2"]
     lab = subprocess.Popen(
         [sys.executable, "experiments.py", *words],
@@ -350,68 +320,51 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even if we run in the background
     )
     try:
-        deadline = time.monotonic() + 120
-        while not any(f.stat().st_size for f in tmp_path.glob("experiments/*/baseline-s1/metrics.jsonl")):
+        deadline, metrics = time.monotonic() + 120, cfg.home / "baseline-s1/metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
             assert time.monotonic() < deadline and lab.poll() is None
             time.sleep(0.2)
         lab.send_signal(signal.SIGINT)
         assert lab.wait(60) == 130
     finally:
         lab.kill()
-    (file,) = tmp_path.glob("experiments/*/baseline-s1/run.json")
-    assert json.loads(file.read_text())["status"] != "running"
-    cfg = ExperimentConfig(only="qk_norm", corpus=text, out=str(tmp_path), seeds=1)
-    assert not script.finished(plan(cfg)[0])
+    assert json.loads((cfg.home / "baseline-s1/run.json").read_text())["status"] != "running"
+    assert not finished(plan(cfg)[0])
 
 
-def begun(run: script.Run, **settings) -> None:
-    """The folder of a run that was interrupted."""
-    found = {"status": "interrupted", "settings": vars(settings_of(run.words())) | settings}
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "run.json").write_text(json.dumps(found))
+TRAINS = """import json, sys
+print(sys.argv[-1])
+sys.exit({status} if sys.argv[-1] != "--overwrite" else 0)
+"""
 
 
-def test_a_begun_run_goes_on_and_one_with_other_settings_starts_anew(tmp_path):
-    (run, *_) = plan(ExperimentConfig(only="qk_norm", out=str(tmp_path), seeds=1))
-    assert script.way_to_start(run) == "new"
-    begun(run)
-    assert script.way_to_start(run) == "resume" and not script.finished(run)
-    for changed in ({"max_steps": 3}, {"batch_size": 5}, {"learning_rate": 1.0}):
-        begun(run, **changed)
-        assert script.way_to_start(run) == "overwrite", changed
-    begun(run)
-    saved = json.loads((run.folder / "run.json").read_text())
-    del saved["settings"]["attention_kind"]  # as in a run that was made before there was this setting
-    (run.folder / "run.json").write_text(json.dumps(saved))
-    assert script.way_to_start(run) == "resume"
-    (run.folder / "run.json").write_text('{"status": "interr')
-    assert script.way_to_start(run) == "overwrite", "a damaged run.json does not stop the lab"
-
-
-def test_a_run_that_cannot_go_on_starts_anew_and_keeps_its_log(tmp_path, monkeypatch, capsys):
-    """A stand-in for train.py that refuses to resume."""
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    code = "import sys\nprint(sys.argv[-1])\nsys.exit('no' if sys.argv[-1] != '--overwrite' else 0)\n"
-    (tmp_path / "train.py").write_text(code)
-    (run, other) = plan(ExperimentConfig(only="qk_norm", out=str(tmp_path), seeds=1))
-    begun(run)
-    assert script.train_all([run], 1) == {}
-    assert "it starts anew" in capsys.readouterr().out
-    log = script.log_of(run).read_text()
-    assert log.count("$ ") == 2 and "no\n" in log and log.endswith("--overwrite\n")
-    assert script.train_all([other], 1) == {str(other.folder): "no"}, "a new run is tried once"
-
-
-def test_half_made_tokens_are_completed(text, tmp_path):
-    runs = plan(ExperimentConfig(only="qk_norm", quick=True, corpus=text, out=str(tmp_path)))
-    folder = tokens_folder(settings_of(runs[0].words()))
-    script.prepare_tokens(runs)
-    assert script.has_tokens(folder)
-    for name in ("train.json", "validation.bin", "tokenizer.json"):
-        (folder / name).unlink()
-        assert not script.has_tokens(folder)
-        script.prepare_tokens(runs)
-        assert script.has_tokens(folder), name
+@pytest.mark.parametrize("status", [0, 1], ids=["goes on", "cannot go on"])
+@pytest.mark.parametrize("record", ["none", "interrupted", "finished otherwise", "damaged"])
+def test_a_begun_run_goes_on_and_starts_anew_if_it_cannot(status, record, tmp_path, monkeypatch, capsys):
+    """With a stand-in for train.py that can resume, or refuses to."""
+    run = plan(ExperimentConfig(only="qk_norm", out=str(tmp_path), seeds=1))[0]
+    settings = vars(settings_of(run.words))
+    del settings["attention_kind"]  # as in a run that was made before there was this setting
+    same = json.dumps({"status": "finished", "settings": settings})
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(same)
+    assert finished(run)
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text(TRAINS.format(status=status))
+    records = {
+        "interrupted": json.dumps({"status": "interrupted", "settings": settings}),
+        "finished otherwise": json.dumps({"status": "finished", "settings": settings | {"batch_size": 5}}),
+        "damaged": same[:30],
+    }
+    (run.folder / "run.json").write_text(records.get(record, same))
+    if record == "none":
+        (run.folder / "run.json").unlink()
+    assert not finished(run)
+    failed, log = train_all([run], 1), run.log.read_text()
+    attempts = 1 if status == 0 or record in ("none", "finished otherwise") else 2
+    assert log.count("$ ") == attempts and ("it starts anew" in capsys.readouterr().out) == (attempts == 2)
+    assert log.endswith("--overwrite\n") == (record == "finished otherwise" or attempts == 2)
+    assert bool(failed) == (status == 1 and record == "none"), "a new run is tried once"
 
 
 def test_failed_runs_are_named_and_give_a_status(monkeypatch):

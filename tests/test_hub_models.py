@@ -14,10 +14,10 @@ from eval import EvalConfig
 from finetune import AdaptConfig, FinetuneConfig, build_for_task, build_model
 from sft import SFTConfig, can_pack, sft
 from support.adapters import add_peft_lora, head_layers
+from support.costs import shape_of
 from support.hub_models import HubTokenizer, hf_context
 from support.loading import load_model, load_tokenizer, resolve
 from support.machine import pick_device
-from support.memory import shape_of
 from support.runs import TrainError, read_json
 from support.text_model import answer_task
 from support.tokenizer_json import ForeignTokenizer

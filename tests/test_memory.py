@@ -17,20 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from configs import ROOT
 from lab import plan
-from lab.hardware import GIB
 from model import KVCache, ModelConfig, ModernDecoderLM, sample
 from support import kernels, memory
 from support.caches import FixedCache
-from support.memory import (
-    DoesNotFit,
-    control_group_bytes,
-    generation_bytes,
-    halving,
-    is_out_of_memory,
-    likelihood_bytes,
-    rows_that_fit,
-    shape_of,
-)
+from support.costs import GIB, generation_bytes, likelihood_bytes, shape_of
+from support.memory import DoesNotFit, control_group_bytes, halving, is_out_of_memory, rows_that_fit
 from support.text_model import on_all_cores, target_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,15 +125,14 @@ def ours_generates(model: ModernDecoderLM, rows: int, prompt: int, new: int, n: 
     return live.needed
 
 
-def filled(
-    config, rows: int, tokens: int, heads: int, layers: int, head_dim: int
-) -> transformers.DynamicCache:
+def filled(config, shape, rows: int, tokens: int) -> transformers.DynamicCache:
+    """A cache that holds the keys and values of so many tokens."""
     cache = transformers.DynamicCache(config=config)
-    for layer in range(layers):
-        keys, values = (
-            torch.empty(rows, heads, tokens, head_dim, dtype=torch.bfloat16, device="meta") for _ in range(2)
+    for layer in range(shape.n_layers):
+        kv = torch.empty(
+            2, rows, shape.n_kv_heads, tokens, shape.head_dim, dtype=torch.bfloat16, device="meta"
         )
-        cache.update(keys, values, layer)
+        cache.update(kv[0].clone(), kv[1].clone(), layer)
     return cache
 
 
@@ -156,31 +146,31 @@ def drawn(logits: torch.Tensor, rows: int, sampled: bool) -> torch.Tensor:
 @torch.no_grad()
 def decoder_generates(model, rows: int, prompt: int, new: int, sampled: bool) -> int:
     """Reading the prompts, and the last of the steps."""
-    s = shape_of(model.config, ours=False)
-    positions = ids_of(rows, prompt)
     how = dict(use_cache=True, logits_to_keep=1)
     with LiveBytes(model) as reading:
-        mask = ids_of(rows, prompt)
-        out = model(input_ids=ids_of(rows, prompt), attention_mask=mask, position_ids=positions, **how)
+        out = model(input_ids=ids_of(rows, prompt), attention_mask=ids_of(rows, prompt),
+                    position_ids=ids_of(rows, prompt), **how)  # fmt: skip
         drawn(out.logits, rows, sampled)
         del out
     with LiveBytes(model) as live:
-        cache = filled(model.config, rows, prompt + new - 1, s.n_kv_heads, s.n_layers, s.head_dim)
+        cache = filled(model.config, shape_of(model.config, ours=False), rows, prompt + new - 1)
         live.peak = live.live  # filling it is not what is counted
-        mask = ids_of(rows, prompt + new)
-        step = dict(input_ids=ids_of(rows, 1), position_ids=ids_of(rows, 1), attention_mask=mask)
-        drawn(model(**step, cache=cache, **how).logits, rows, sampled)
+        step = dict(input_ids=ids_of(rows, 1), position_ids=ids_of(rows, 1), cache=cache, **how)
+        drawn(model(**step, attention_mask=ids_of(rows, prompt + new)).logits, rows, sampled)
     return max(reading.needed, live.needed)
 
 
 @torch.no_grad()
 def encoder_decoder_generates(model, rows: int, prompt: int, new: int, sampled: bool) -> int:
-    c = model.config
+    shape = shape_of(model.config, "seq2seq", ours=False)
     with LiveBytes(model) as live:
         mask = ids_of(rows, prompt)
         encoded = model.get_encoder()(input_ids=ids_of(rows, prompt), attention_mask=mask)
-        own = filled(c, rows, new - 2, c.num_heads, c.num_decoder_layers, c.d_kv)
-        cache = transformers.EncoderDecoderCache(own, transformers.DynamicCache(config=c))
+        own, cross = (
+            filled(model.config, shape, rows, new - 2),
+            transformers.DynamicCache(config=model.config),
+        )
+        cache = transformers.EncoderDecoderCache(own, cross)
         for _ in range(2):  # the first step computes keys and values of the prompt
             out = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids_of(rows, 1),
                         cache=cache, use_cache=True)  # fmt: skip
@@ -223,126 +213,105 @@ STAGES = {
     "eval-life": "eval.py out/base out/sft out/dpo --tasks=arithmetic,storyworld --samples=16 --battery=200",
 }
 SPACE = 10.0 * GIB  # what a 12 GB GPU gives
+FLAN_T5 = transformers.T5Config(
+    vocab_size=32_128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
+    feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+)  # fmt: skip
+TINY_LLAMA = transformers.LlamaConfig(
+    vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+    num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
+)  # fmt: skip
+ON_HUB = {"gpt2": transformers.GPT2Config(), "google/flan-t5-small": FLAN_T5,
+          "TinyLlama/TinyLlama_v1.1": TINY_LLAMA}  # fmt: skip
 
 
-def flan_t5_small() -> transformers.T5Config:
-    return transformers.T5Config(
-        vocab_size=32_128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-
-
-def known_decoder(c: ModelConfig) -> transformers.PretrainedConfig:
-    if c.positions == "learned":
-        return transformers.GPT2Config()
-    return transformers.LlamaConfig(
-        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
-    )  # fmt: skip
-
-
-def speedrun() -> list[tuple[str, ModelConfig, plan.Batch]]:
-    """(stage, its model's shape, the batch it asks) of every stage, as `plan.py --vram=12` counts them."""
-    counter, found = plan.Plan(plan.PlanConfig(vram=12.0)), []
-    for name, command in STAGES.items():
-        work, asked = counter.count(command.split()), []
-        for batch in work.asks:
-            if batch not in asked:
-                asked.append(batch)
-        found += [(name, work.shape, batch) for batch in asked]
-    return found
-
-
-def count(c: ModelConfig, batch: plan.Batch, rows: int) -> int:
+def counted(c: ModelConfig, batch: plan.Batch, rows: int) -> int:
     """Bytes of the tensors of a batch at its real shape."""
-    s = batch.shape
+    s, sizes = batch.shape, (rows, batch.length, batch.new)
     if s.kind == "seq2seq":
-        model = on_meta(lambda: transformers.T5ForConditionalGeneration(flan_t5_small()))
+        model = on_meta(lambda: transformers.T5ForConditionalGeneration(FLAN_T5))
     elif not s.ours:
-        model = on_meta(lambda: transformers.AutoModelForCausalLM.from_config(known_decoder(c)))
+        theirs = ON_HUB["gpt2"] if c.positions == "learned" else TINY_LLAMA
+        model = on_meta(lambda: transformers.AutoModelForCausalLM.from_config(theirs))
     else:
         model = on_meta(lambda: ModernDecoderLM(c))
     if not batch.new:
         return reads(model, s.kind, rows, batch.length, batch.length)
-    if s.kind == "seq2seq":
-        return encoder_decoder_generates(model, rows, batch.length, batch.new, batch.sampled)
-    if not s.ours:
-        return decoder_generates(model, rows, batch.length, batch.new, batch.sampled)
-    return ours_generates(model, rows, batch.length, batch.new, batch.n, batch.sampled)
+    if s.ours:
+        return ours_generates(model, *sizes, batch.n, batch.sampled)
+    return (encoder_decoder_generates if s.kind == "seq2seq" else decoder_generates)(
+        model, *sizes, batch.sampled
+    )
 
 
 def test_every_batch_of_the_speedrun_is_predicted_and_fits_a_12_gb_gpu(as_on_a_gpu):
-    heading = f"{'GiB':20}{'model':>24}{'rows':>6}{'prompt':>8}{'new':>5}{'n':>4}"
-    print(f"\n{heading}{'counted':>9}{'predicted':>10}{'error':>8}{'with weights':>13}")
-    wrong, counted = [], {}
-    for name, c, batch in speedrun():
-        weights = batch.weights(on_cpu=False)
-        rows = batch.rows((SPACE - weights - 0.55 * GIB) / 1.06, on_cpu=False)
-        key = (batch.shape, rows, batch.length, batch.new, batch.n, batch.sampled)
-        if key not in counted:
-            counted[key] = count(c, batch, rows)
-        predicted = batch.bytes(rows, on_cpu=False)
-        error = predicted / counted[key] - 1
-        whole = weights + 1.06 * predicted + 0.55 * GIB
-        s = batch.shape
-        model = f"{'ours' if s.ours else 'transformers'}, {s.n_layers} x {s.d_model}"
-        sizes = f"{rows:6}{batch.length:8}{batch.new:5}{batch.n:4}{counted[key] / GIB:9.2f}"
-        print(f"{name:20}{model:>24}{sizes}{predicted / GIB:10.2f}{error:+8.1%}{whole / GIB:13.2f}")
-        if not -0.05 <= error <= 0.25 or whole > SPACE:
-            wrong.append((name, rows, error, whole / GIB))
-    assert not wrong
+    counter, known, wrong, table = plan.Plan(), {}, [], 0
+    print(f"\n{'':20} rows prompt  new   n counted error  with weights (GiB)")
+    for name, command in STAGES.items():
+        work = counter.count(command.split())
+        for batch in dict.fromkeys(work.asks):
+            rows = batch.rows((SPACE - batch.weights(False) - 0.55 * GIB) / 1.06, on_cpu=False)
+            key = (batch.shape, rows, batch.length, batch.new, batch.n, batch.sampled)
+            if key not in known:
+                known[key] = counted(work.shape, batch, rows)
+            predicted = batch.bytes(rows, on_cpu=False)
+            error, full = predicted / known[key] - 1, batch.weights(False) + 1.06 * predicted + 0.55 * GIB
+            sizes = f"{name:20}{rows:5}{batch.length:7}{batch.new:5}{batch.n:4}"
+            print(f"{sizes}{known[key] / GIB:8.2f}{error:+7.1%}{full / GIB:8.2f}")
+            table += 1
+            if not -0.05 <= error <= 0.25 or full > SPACE:
+                wrong.append((name, rows, error, full / GIB))
+    assert not wrong and table == 29
 
 
 # -----------------------------------------------------------------------------
 # On a CPU: whole loops with real numbers, in narrow models
 
 
-GELU = dict(norm="layer", ffn="gelu", positions="learned", bias=True)
-
-
-LINEAR = dict(attention_kind="linear")
-SPARSE = dict(sparse_stride=16, n_kv_heads=2)
+PARTS = {
+    "GPT-2": dict(norm="layer", ffn="gelu", positions="learned", bias=True),
+    "GQA": dict(n_kv_heads=2),
+    "sparse": dict(sparse_stride=16, n_kv_heads=2),
+    "linear": dict(attention_kind="linear"),
+    "sinks": dict(n_sinks=1, n_kv_heads=2),
+}
 
 
 @pytest.mark.parametrize("n", [1, 8])
-@pytest.mark.parametrize(
-    "more",
-    [GELU, dict(n_kv_heads=2), SPARSE, LINEAR, dict(n_sinks=1, n_kv_heads=2)],
-    ids=["GPT-2", "GQA", "sparse", "linear", "sinks"],
-)
-def test_generation_on_a_cpu_is_predicted(n, more):
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_generation_on_a_cpu_is_predicted(n, parts):
     torch.manual_seed(0)
-    c = ModelConfig(vocab_size=256, context_length=256, n_layers=4, d_model=64, n_heads=8, **more)
-    model = ModernDecoderLM(c).eval()
-    rows, prompt, new = 64, 180, 40
+    c = ModelConfig(vocab_size=256, context_length=256, n_layers=4, d_model=64, n_heads=8, **parts)
+    model, rows, prompt, new = ModernDecoderLM(c).eval(), 64, 180, 40
     with LiveBytes(model) as live:
         model.generate([[i, 7, 8] * 60 for i in range(rows // n)], new, n=n, stop_tokens=range(30))
     predicted = generation_bytes(shape_of(c), rows, prompt, new, n, size=4, sampled=True, on_cpu=True)
     assert 0.95 < predicted / live.needed < 1.25
 
 
-def test_generation_by_transformers_on_a_cpu_is_predicted():
+SMALL = dict(vocab_size=512, bos_token_id=1, eos_token_id=2)
+THEIRS = [
+    transformers.GPT2Config(n_layer=4, n_embd=64, n_head=4, n_positions=256, **SMALL),
+    transformers.LlamaConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=4,
+                             num_attention_heads=8, num_key_value_heads=2, **SMALL),
+    transformers.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4, vocab_size=512,
+                          feed_forward_proj="gated-gelu", decoder_start_token_id=0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", THEIRS, ids=lambda config: config.model_type)
+def test_generation_by_transformers_on_a_cpu_is_predicted(config):
     rows, prompt, new = 32, 100, 20
-    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     mask = torch.ones(rows, prompt, dtype=torch.long)
     mask[:, 0] = 0  # padding on the left
-    size = dict(vocab_size=512, bos_token_id=1, eos_token_id=2)
-    gpt2 = transformers.GPT2Config(n_layer=4, n_embd=64, n_head=4, n_positions=256, **size)
-    llama = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, **size,
-    )  # fmt: skip
-    t5 = transformers.T5Config(
-        d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4, feed_forward_proj="gated-gelu",
-        vocab_size=512, decoder_start_token_id=0,
-    )  # fmt: skip
-    for config, kind in ((gpt2, "causal"), (llama, "causal"), (t5, "seq2seq")):
-        auto = transformers.AutoModelForSeq2SeqLM if kind == "seq2seq" else transformers.AutoModelForCausalLM
-        model = auto.from_config(config).eval()
-        with LiveBytes(model) as live:
-            model.generate(input_ids=torch.ones_like(mask), attention_mask=mask, **how)
-        predicted = generation_bytes(shape_of(config, kind, ours=False), rows, prompt, new, size=4)
-        assert 0.95 < predicted / live.needed < 1.25, config.model_type
+    kind = "seq2seq" if config.is_encoder_decoder else "causal"
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "seq2seq" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    with LiveBytes(model) as live:
+        model.generate(input_ids=torch.ones_like(mask), attention_mask=mask, max_new_tokens=new,
+                       min_new_tokens=new, do_sample=False, pad_token_id=0)  # fmt: skip
+    predicted = generation_bytes(shape_of(config, kind, ours=False), rows, prompt, new, size=4)
+    assert 0.95 < predicted / live.needed < 1.25
 
 
 @pytest.mark.parametrize("columns", [2, 90])
@@ -357,13 +326,10 @@ def test_likelihoods_on_a_cpu_are_predicted(columns):
     assert 0.95 < predicted / live.needed < 1.25
 
 
-def test_shapes_are_those_of_the_config_classes():
-    for name, config in (("gpt2", transformers.GPT2Config()), ("google/flan-t5-small", flan_t5_small()),
-                         ("TinyLlama/TinyLlama_v1.1", known_decoder(ModelConfig()))):  # fmt: skip
-        kind = "seq2seq" if name in plan.ENCODER_DECODERS else "causal"
-        assert shape_of(ModelConfig(**plan.ON_HUB[name]), kind, ours=False) == shape_of(
-            config, kind, ours=False
-        )
+@pytest.mark.parametrize("name", ON_HUB)
+def test_shapes_are_those_of_the_config_classes(name):
+    known = plan.ON_HUB[name]
+    assert shape_of(known.config, known.kind, False) == shape_of(ON_HUB[name], known.kind, False)
 
 
 # -----------------------------------------------------------------------------
@@ -393,28 +359,23 @@ def test_control_groups_limit_what_is_free(tmp_path):
     assert control_group_bytes(tmp_path, tmp_path / "not there") is None
 
 
-def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch):
-    (tmp_path / "meminfo").write_text("MemTotal: 16 kB\nMemFree: 1 kB\nMemAvailable:      8 kB\n")
-    assert memory.available_bytes(tmp_path / "meminfo") == 8192
-    assert memory.available_bytes(tmp_path / "none") > 2**20  # as elsewhere than on Linux
+def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leave(monkeypatch):
+    assert memory.available_bytes() > 2**20
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    monkeypatch.setattr(memory, "control_group_bytes", lambda: 800)
-    assert memory.free_bytes(torch.device("cpu")) == 800
-    assert memory.room(torch.device("cpu"), processes=4) == 120  # six tenths of it, shared by four
-    monkeypatch.setattr(memory, "control_group_bytes", lambda: None)
-    assert memory.free_bytes(torch.device("cpu")) == 1000
+    for limit, free in ((800, 800), (None, 1000)):
+        monkeypatch.setattr(memory, "control_group_bytes", lambda limit=limit: limit)
+        assert memory.free_bytes(torch.device("cpu")) == free
+        assert memory.room(torch.device("cpu"), processes=4) == free * 0.6 / 4
 
 
-def test_on_a_gpu_what_torch_keeps_but_does_not_use_is_free_within_the_process_own_limit(monkeypatch):
-    for name, value in (("mem_get_info", (600, 1000)), ("memory_reserved", 300), ("memory_allocated", 100)):
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    fraction = [1.0]
-    monkeypatch.setattr(
-        torch.cuda, "get_per_process_memory_fraction", lambda device: fraction[0], raising=False
-    )
-    assert memory.free_bytes(torch.device("cuda")) == 600 + 200
-    fraction[0] = 0.5
-    assert memory.free_bytes(torch.device("cuda")) == 200 + 200
+@pytest.mark.parametrize(("fraction", "free"), [(1.0, 600 + 200), (0.5, 200 + 200)])
+def test_on_a_gpu_what_torch_keeps_but_does_not_use_is_free_within_the_limit_of_the_process(
+    fraction, free, monkeypatch
+):
+    values = {"mem_get_info": (600, 1000), "memory_reserved": 300, "memory_allocated": 100}
+    for name, value in (values | {"get_per_process_memory_fraction": fraction}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value, raising=False)
+    assert memory.free_bytes(torch.device("cuda")) == free
 
 
 # -----------------------------------------------------------------------------
@@ -428,20 +389,30 @@ def test_rows_are_halved_until_they_fit_and_are_at_least_one():
     assert rows_that_fit(need, 256, 0) == rows_that_fit(need, 0, 100) == 1
 
 
-def test_running_out_of_memory_is_recognised_and_nothing_else():
-    def raised(run) -> BaseException:
-        with pytest.raises((RuntimeError, MemoryError, OSError, ValueError)) as info:
-            run()
-        return info.value
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda: torch.empty(2**55), True),
+        (lambda: np.empty(2**55), True),
+        (lambda: bytearray(2**55), True),
+        (lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), True),
+        (
+            lambda: raised(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
+            True,
+        ),
+        (lambda: raised(OSError(12, "Cannot allocate memory")), True),
+        (lambda: torch.ones(2) @ torch.ones(3), False),
+        (lambda: open("/not/there"), False),
+    ],
+)
+def test_running_out_of_memory_is_recognised_and_nothing_else(run, expected):
+    with pytest.raises((RuntimeError, MemoryError, OSError, ValueError)) as info:
+        run()
+    assert is_out_of_memory(info.value) == expected
 
-    assert is_out_of_memory(raised(lambda: torch.empty(2**55)))
-    assert is_out_of_memory(raised(lambda: np.empty(2**55)))
-    assert is_out_of_memory(raised(lambda: bytearray(2**55)))
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
-    assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
-    assert not is_out_of_memory(raised(lambda: torch.ones(2) @ torch.ones(3)))
-    assert not is_out_of_memory(raised(lambda: open("/not/there")))
+
+def raised(error: Exception):
+    raise error
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_goes_on():
@@ -457,13 +428,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_goes_on():
     assert sizes == [11, 6, 3, 3, 3, 2]
     assert halving(double, list(range(4)), most=2) == [0, 2, 4, 6] and halving(double, []) == []
     with pytest.raises(RuntimeError, match="something else"):
-        halving(lambda items: (_ for _ in ()).throw(RuntimeError("something else")), [1, 2])
-
-    def never(items: list[int]) -> list[int]:
-        raise MemoryError
-
-    with pytest.raises(DoesNotFit, match="^out of memory with one sequence at a time: use a smaller"):
-        halving(never, [1, 2])
+        halving(lambda items: raised(RuntimeError("something else")), [1, 2])
+    with pytest.raises(DoesNotFit, match="use a smaller model"):
+        halving(lambda items: raised(MemoryError()), [1, 2])
 
 
 EXHAUSTED = """
@@ -521,21 +488,20 @@ def killed(item: int) -> None:
     os.kill(os.getpid(), 9)  # as Linux does to the largest process when memory runs out
 
 
-def test_a_worker_process_that_is_killed_ends_in_one_line():
+@pytest.fixture
+def two_workers():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        with pytest.raises(ValueError, match="^a worker process was killed"):
-            list(on_all_cores(killed, [1, 2, 3, 4], torch.device("cpu")))
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_worker_processes_halve_their_own_batches():
-    batches, before = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [10]], torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        results = list(on_all_cores(partial(halving, exhausting), batches, torch.device("cpu")))
-    finally:
-        torch.set_num_threads(before)
+def test_a_worker_process_that_is_killed_ends_in_one_line(two_workers):
+    with pytest.raises(ValueError, match="^a worker process was killed"):
+        list(on_all_cores(killed, [1, 2, 3, 4], torch.device("cpu")))
+
+
+def test_worker_processes_halve_their_own_batches(two_workers):
+    batches = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [10]]
+    results = list(on_all_cores(partial(halving, exhausting), batches, torch.device("cpu")))
     assert results == [[10 * item for item in batch] for batch in batches]

@@ -1,0 +1,10 @@
+"""The base of the family `transfer`: it reads stories and numbers (--corpus is given by experiments.py)."""
+
+baseline = "configs/cpu.py"
+
+max_steps = 240
+warmup_steps = 24
+eval_every = 0
+save_every = 0
+final_eval_tokens = 20_000
+sample_tokens = 0

@@ -1,0 +1,284 @@
+"""What a family of experiments measures beside the loss: decoding, routing, races, costs of shapes,
+transfer."""
+
+import math
+import multiprocessing
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import few_shot, judge, load_task
+from finetune import subsample
+from lab.study import ExperimentConfig, Run, by_seed, finished, run_of, settings_of, spread
+from model import ModelConfig, ModernDecoderLM, MoE
+from support.costs import GIB, count_parameters, estimate_memory, kv_cache_bytes
+from support.loading import load_model
+from support.long_context import STREAM, endless, streams
+from support.machine import peak_resident_bytes, pick_device
+from support.plan import Step
+from support.processes import worker_pool
+from support.runs import read_json, read_jsonl
+from support.text_model import answer_task
+from support.timing import in_turns, medians
+from tokenizer import Tokenizer, open_tokens, tokens_folder
+from train import TrainConfig
+
+# -----------------------------------------------------------------------------
+# GQA: what decoding costs
+
+
+def models_of(
+    cfg: ExperimentConfig, runs: list[Run], names: list[str]
+) -> Iterator[tuple[str, ModernDecoderLM]]:
+    """The trained models of the first seed, the baseline first."""
+    for name in ["baseline", *names]:
+        for run in runs:
+            if run.name == name and run.seed == 1 and finished(run):
+                yield name, ModernDecoderLM.from_pretrained(run.folder, pick_device(cfg.device)).eval()
+                print(f"measured {name}", flush=True)
+
+
+def gqa(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    return {name: decoding(model) for name, model in models_of(cfg, runs, names)}
+
+
+def decoding(model: ModernDecoderLM, tokens: int = 100, rows: int = 16) -> dict:
+    """Bytes of cache a token (float32), and tokens a second."""
+    run = {"decode": lambda: model.generate([[0]] * rows, tokens, temperature=0)}
+    seconds = medians(run, rounds=3, warmup=0)["decode"]
+    cache = kv_cache_bytes(model.config, 1, bytes_per_value=4)
+    return {"cache_bytes_per_token": cache, "tokens_per_second": rows * tokens / seconds}
+
+
+# -----------------------------------------------------------------------------
+# Streams: a text longer than the context
+
+
+def held_out_text(cfg: ExperimentConfig, run: Run) -> tuple[Tokenizer, Tensor]:
+    """A run's tokenizer, and some pieces of its text, 16 contexts long: (rows, 16 T + 1)."""
+    c = settings_of(run.words)
+    tokenizer = Tokenizer.load(tokens_folder(c))
+    tokens, _ = open_tokens(tokens_folder(c), "validation", tokenizer)
+    length = STREAM * c.context_length + 1
+    rows = min(4 if cfg.quick else 16, len(tokens) // length)
+    ids = torch.from_numpy(tokens[: rows * length].astype(np.int64)).view(rows, length)
+    return tokenizer, ids.to(pick_device(cfg.device))
+
+
+def stream(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    tokenizer, ids = held_out_text(cfg, runs[0])
+    found = {}
+    judge = None
+    for name, model in models_of(cfg, runs, names):
+        judge = judge or model  # the baseline
+        found[name] = streams(model, ids, tokenizer, judge)
+        if name == "baseline":
+            found[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# MoE: where tokens go
+
+CLASSES = {
+    "digit": r"\d+",
+    "punctuation": r"[^\w\s]+",
+    "capitalised": r"[A-Z]\w*",
+    "word": r"\w+",
+    "other": ".*",
+}
+
+
+def token_class(piece: str) -> str:
+    return next(name for name, pattern in CLASSES.items() if re.fullmatch(pattern, piece.strip(), re.DOTALL))
+
+
+def moe(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    tokenizer, ids = held_out_text(cfg, runs[0])
+    found = {}
+    for name, model in models_of(cfg, runs, names):
+        if model.config.ffn == "moe":
+            seeds = {run.seed: routing(run.folder) for run in runs if run.name == name and finished(run)}
+            classes = experts_by_class(model, ids[:, : model.config.context_length], tokenizer)
+            found[name] = {"routing": seeds, "classes": classes}
+    return found
+
+
+def routing(folder: Path) -> dict:
+    """The router over training: the load of the busiest expert over an even one, and dropped choices."""
+    lines = [x for x in read_jsonl(folder / "metrics.jsonl") if "router_load" in x]
+    return {
+        "steps": [x["step"] for x in lines],
+        "busiest_expert": [round(max(x["router_load"]) * len(x["router_load"]), 3) for x in lines],
+        "dropped": [x["dropped"] for x in lines],  # choices in the logged step, all layers
+        "last_load": lines[-1]["router_load"] if lines else [],
+    }
+
+
+@torch.no_grad()
+def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) -> list[dict]:
+    """For each layer, the share of each expert in the first choices of each class of tokens, and the mutual
+    information of expert and class in bits. ids (B, T).
+    """
+    names = list(CLASSES)
+    found = []
+    kinds = [names.index(token_class(tokenizer.decode([i]))) for i in range(tokenizer.vocab_size)]
+    kind = torch.tensor(kinds)[ids.flatten().cpu()]
+
+    def watch(moe: MoE, args: tuple[Tensor], _) -> None:
+        n = moe.config.n_experts
+        expert = F.linear(args[0].float(), moe.gate.weight).argmax(-1).flatten().cpu()
+        counts = (
+            torch.bincount(kind * n + expert, minlength=len(names) * n).view(-1, n).double()
+        )  # (class, expert)
+        joint = counts / counts.sum()
+        independent = joint.sum(1, keepdim=True) * joint.sum(0)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        bits = torch.xlogy(joint, joint / independent.clamp(min=1e-300)).sum() / math.log(2)
+        shares = (np.round(row, 3).tolist() for row in share.numpy())
+        found.append({"bits": bits.item(), "share": dict(zip(names, shares, strict=True))})
+
+    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, MoE)]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+# -----------------------------------------------------------------------------
+# The race: how soon is `modern` where `gpt` ends?
+
+
+def race(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    """For each seed, seconds of training until `modern` first has the final loss of `gpt`, over all of
+    `gpt`'s. Time spent on evaluation does not count.
+    """
+    gpts = by_seed(runs, "gpt")
+    moderns = by_seed(runs, "modern")
+    folders = {run.seed: run.folder for run in runs if run.name == "modern"}
+    seeds = {}
+    for seed in sorted(gpts.keys() & moderns.keys()):
+        gpt = gpts[seed]
+        modern = moderns[seed]
+        seeds[seed] = entry = {
+            "loss": gpt["val_loss"], "gpt_seconds": gpt["seconds"], "gpt_steps": gpt["steps"],
+            "modern_loss": modern["val_loss"], "modern_seconds": modern["seconds"],
+        }  # fmt: skip
+        seconds = {}
+        for line in read_jsonl(folders[seed] / "metrics.jsonl"):
+            if "seconds" in line:
+                seconds[line["step"]] = line["seconds"]
+            if line.get("val_loss", math.inf) <= gpt["val_loss"]:
+                entry |= {"step": line["step"], "seconds": seconds[line["step"]]}
+                entry["ratio"] = entry["seconds"] / gpt["seconds"]
+                break
+    ratios = [entry["ratio"] for entry in seeds.values() if "ratio" in entry]
+    found = {"seeds": seeds} if seeds else {}
+    return found | ({"ratio": spread(ratios)} if ratios and len(ratios) == len(seeds) else {})
+
+
+# -----------------------------------------------------------------------------
+# Shapes and batches: what they cost
+
+SHAPES = {
+    "shape-4x256": (4, 256, 4),
+    "shape-8x512": (8, 512, 4),
+    "shape-12x768": (12, 768, 4),
+}  # layers, width, rows
+SHAPES |= {f"rows-{rows}": (4, 128, rows) for rows in (1, 4, 16, 64, 256)}
+
+
+def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
+    """A training step (AdamW) in this shape: parameters, tokens a second (the better of two), peak memory of
+    this process, and the rows that 12 GiB would hold in bfloat16, estimated.
+    """
+    heads = max(4, width // 64)
+    c = ModelConfig(vocab_size=1024, context_length=T, n_layers=layers, d_model=width, n_heads=heads)
+    step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), pick_device(device))
+    seconds = min(in_turns({"step": step}, rounds=2, warmup=1)["step"])
+    peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_resident_bytes()
+    most = 1
+    while estimate_memory(c, 2 * most)["peak"] <= 12 * GIB:
+        most *= 2
+    return {
+        "parameters": count_parameters(c)["total"],
+        "rows": rows,
+        "tokens_per_second": rows * T / seconds,
+        "peak_memory_gib": round(peak / GIB, 3),
+        "most_rows_in_12_gib": most,
+    }
+
+
+def costs(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    """`cost` of every shape, each in a process of its own, whose memory starts at nothing."""
+    spawn = multiprocessing.get_context("spawn")
+    found = {}
+    for name, shape in SHAPES.items():
+        with worker_pool(1, "--only of other families", spawn) as pool:
+            found[name] = pool.submit(cost, *shape, str(pick_device(cfg.device))).result()
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Transfer: a task learnt from nothing, by a pretrained model, or given in a prompt
+
+
+def transfer_runs(cfg: ExperimentConfig) -> list[Run]:
+    """Two base models a seed, one that has read stories and numbers and one that has read nothing; both are
+    tuned on the same examples of each task in the same order. See configs/experiments/transfer/.
+    """
+    runs = []
+    for seed, base in product(cfg.all_seeds, ("pretrained", "scratch")):
+        flags = [f"--corpus={cfg.corpus}:0.5,numbers:0.5"]
+        if cfg.quick and base == "pretrained":
+            flags += ["--max_steps=6", "--warmup_steps=0"]
+        runs.append(run_of(cfg, f"transfer-{base}", f"transfer/{base}.py", flags, seed))
+    quick = ["--max_train_examples=50", "--max_eval_examples=12"] if cfg.quick else []
+    for base, task in product(runs.copy(), cfg.tasks.split(",")):
+        flags = [f"--task={task}", f"--model={base.folder}", *quick]
+        name = f"{base.name}-{task}"
+        runs.append(run_of(cfg, name, "transfer/task.py", flags, base.seed, "finetune.py"))
+    return runs
+
+
+def transfer(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    """{task: {way: spread over the seeds}}, and the gain of pretraining, in points. A prompt has no or four
+    examples and no training; the two that are tuned have seen the same examples. A seed of which a run failed
+    is left out.
+    """
+    tuned = {(run.name, run.seed): run for run in runs if run.script == "finetune.py"}
+    found = {}
+    bases = [run for run in runs if run.name == "transfer-pretrained"]
+    for task in cfg.tasks.split(","):
+        scores: dict[str, list[float]] = {}
+        examples, _ = load_task(task, "validation")
+        for base in bases:
+            pair = {way: tuned[f"transfer-{way}-{task}", base.seed] for way in ("scratch", "pretrained")}
+            if not all(finished(run) for run in pair.values()):
+                continue
+            for way, run in pair.items():
+                evaluation = read_json(run.folder / "run.json")["evaluation"]
+                scores.setdefault(f"{way}, tuned", []).append(points(evaluation["metrics"]))
+            model = load_model(str(base.folder), pick_device(cfg.device))
+            some = subsample(examples, 50 if cfg.quick else 500, base.seed)
+            for shots in (0, 4):
+                outputs, _ = answer_task(model, task, some, few_shot(task, shots, base.seed))
+                metrics = judge(task, some, outputs)[1]
+                scores.setdefault(f"prompted, {shots} shots", []).append(points(metrics))
+        if scores:
+            found[task] = {way: spread(values) for way, values in scores.items()}
+            gains = np.subtract(scores["pretrained, tuned"], scores["scratch, tuned"])
+            found[task]["pretrained - scratch"] = spread(gains.tolist())
+    return found
+
+
+def points(metrics: dict) -> float:
+    """The task's own metric in percent."""
+    name = next(name for name in ("accuracy", "exact_match", "rouge1") if name in metrics)
+    return 100 * metrics[name]["value"]

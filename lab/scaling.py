@@ -1,0 +1,191 @@
+"""Scaling: where to spend FLOPs. Six sizes at three budgets, what they predict for larger ones, and a check.
+
+After Hoffmann et al. (2022): approach 2 (the best size at each budget) and approach 3 (a law of the loss).
+Parameters are all of them: at these widths most are the embedding, and the head computes with it.
+"""
+
+import math
+from itertools import product
+
+import numpy as np
+
+from lab.study import FOLDER, ExperimentConfig, Run, read_run, run_of, settings_of, train_all
+from support.costs import count_parameters, estimate_flops
+from train import TrainConfig, model_config
+
+SIZES = ((2, 32), (2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
+BUDGETS = (1e12, 2e12, 4e12)  # FLOPs of a training run; with less, a model has not begun to copy names
+CHECK = 1.6e13  # of one more, at the size that the fit calls best: is its word good?
+LARGER = (*SIZES, (7, 208), (8, 256))  # among which the best is looked for
+EXPONENTS = np.arange(0.05, 2.01, 0.05)
+
+
+def scaling_runs(cfg: ExperimentConfig) -> list[Run]:
+    runs = []
+    for budget, (layers, width) in product(BUDGETS, SIZES):
+        name = f"scaling-{budget:.0e}-{layers}x{width}".replace("+", "")
+        flags = size_flags(layers, width, budget / (20 if cfg.quick else 1))
+        runs.append(run_of(cfg, name, "baseline.py", [f"--corpus={cfg.corpus}", *flags], 1))
+    return runs
+
+
+def size_flags(layers: int, width: int, budget: float) -> list[str]:
+    """Flags of a model of this shape that is trained for a budget of FLOPs; smaller ones learn faster."""
+    flags = [f"--n_layers={layers}", f"--d_model={width}", "--d_ff=0", "--eval_every=0"]
+    c = settings_of([str(FOLDER / "baseline.py"), *flags])
+    steps = max(4, round(budget / (estimate_flops(model_config(c)) * tokens_of(c) / c.max_steps)))
+    rate = c.learning_rate * math.sqrt(128 / width)
+    return [
+        *flags,
+        f"--max_steps={steps}",
+        f"--warmup_steps={max(1, steps // 20)}",
+        f"--learning_rate={rate:.2g}",
+    ]
+
+
+def tokens_of(c: TrainConfig) -> int:
+    return c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
+
+
+def parameters_of(c: TrainConfig) -> int:
+    return count_parameters(model_config(c))["total"]
+
+
+# -----------------------------------------------------------------------------
+# Fits
+
+
+def isoflop(points: list[dict]) -> list[dict]:
+    """From runs {"budget", "parameters", "tokens", "loss"}: the best size at each budget, the minimum of a
+    parabola in log parameters through the three sizes around the least loss: models further away have not
+    left the plateau of their first steps. A minimum outside of the sizes tried is none.
+    """
+    best = []
+    for budget in sorted({p["budget"] for p in points}):
+        some = sorted((p for p in points if p["budget"] == budget), key=lambda p: p["parameters"])
+        if len(some) < 3:
+            continue
+        size, tokens, loss = (np.array([p[key] for p in some]) for key in ("parameters", "tokens", "loss"))
+        least = int(loss.argmin())
+        size = np.log(size)
+        near = slice(least - 1, least + 2) if 0 < least < len(some) - 1 else slice(None)
+        a, b, c = np.polyfit(size[near], loss[near], 2)
+        at = -b / (2 * a) if a > 0 else math.nan
+        entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
+        if entry["inside"]:
+            entry["parameters"] = math.exp(at)
+            entry["tokens"] = math.exp(np.interp(at, size, np.log(tokens)))
+            entry["loss"] = float(c - b * b / (4 * a))
+        best.append(entry)
+    return best
+
+
+def fit_sizes(best: list[dict]) -> dict | None:
+    """N = coefficient x C^exponent, how the best size grows with FLOPs, through three minima or more."""
+    inside = [b for b in best if b["inside"]]
+    if len(inside) < 3:
+        return None
+    budgets, sizes = (np.log([b[key] for b in inside]) for key in ("budget", "parameters"))
+    exponent, start = np.polyfit(budgets, sizes, 1)
+    return {"coefficient": math.exp(start), "exponent": float(exponent)}
+
+
+def fit_law(points: list[dict]) -> dict | None:
+    """L = E + A / N^a + B / D^b through runs of N parameters and D tokens.
+
+    For given exponents the rest is linear: for those on a grid, E, A and B are fitted by least squares of the
+    relative error, without the floor E where it would be negative. None if no law of this form falls with N
+    and D.
+    """
+    N, D, L = (np.array([p[key] for p in points], float) for key in ("parameters", "tokens", "loss"))
+    N0 = np.median(N)
+    D0 = np.median(D)
+    best = None
+    ones = np.ones_like(L)  # units near 1
+    for a, b in product(EXPONENTS, EXPONENTS):
+        columns = np.stack([ones, (N / N0) ** -a, (D / D0) ** -b], axis=1) / L[:, None]
+        found = np.linalg.lstsq(columns, ones, rcond=None)[0]
+        if (found < 0).any():
+            found = np.insert(np.linalg.lstsq(columns[:, 1:], ones, rcond=None)[0], 0, 0.0)
+        error = float(np.sqrt(np.mean((columns @ found - 1) ** 2)))
+        if (found >= 0).all() and (best is None or error < best["error"]):
+            E, A, B = found.tolist()
+            best = {"E": E, "A": A * N0**a, "B": B * D0**b, "a": float(a), "b": float(b), "error": error}
+    return best
+
+
+def loss_of(law: dict, parameters, tokens):
+    return law["E"] + law["A"] / parameters ** law["a"] + law["B"] / tokens ** law["b"]
+
+
+def best_use(law: dict | None, sizes: dict | None, flops: float, per_pair: float = 6.0) -> dict:
+    """The best model for so many FLOPs, at `per_pair` FLOPs a parameter and token: its size from the minima,
+    or else from the law, which also tells its loss; {} without either.
+    """
+    if not (law or sizes):
+        return {}
+    if sizes:
+        n = sizes["coefficient"] * flops ** sizes["exponent"]
+    else:
+        grid = np.geomspace(1e3, 1e12, 4000)
+        n = float(grid[loss_of(law, grid, flops / (per_pair * grid)).argmin()])
+    best = {"parameters": n, "tokens": flops / (per_pair * n)}
+    return best | ({"loss": loss_of(law, **best)} if law else {})
+
+
+# -----------------------------------------------------------------------------
+# The family
+
+
+def scaling(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    """The fits of the scaling runs, what they predict for the profiles of a 12 GB GPU, and the check.
+
+    The predictions were written before those profiles were run, at many times the FLOPs and on other text:
+    they are guesses.
+    """
+    points = []
+    for run in runs:
+        if run.name.startswith("scaling-") and (figures := read_run(run)):
+            c = settings_of(run.words)
+            budget = min(BUDGETS, key=lambda b: abs(b - float(run.name.split("-")[1])))
+            points.append(
+                {"budget": budget, "layers": c.n_layers, "width": c.d_model, "loss": figures["val_loss"]}
+            )
+            points[-1] |= {key: figures[key] for key in ("parameters", "tokens", "flops")}
+    best = isoflop(points)
+    law = fit_law(points) if len(points) > 5 else None
+    found = {"points": points, "best": best, "law": law, "sizes": fit_sizes(best)}
+    if law and law["error"] >= 0.1:
+        law = None  # a law that misses its own runs predicts nothing
+    for profile in ("speedrun", "max3060"):
+        c = settings_of([f"configs/{profile}.py"])
+        flops = estimate_flops(model_config(c)) * tokens_of(c)
+        if predicted := best_use(law, found["sizes"], flops):
+            has = {"parameters": parameters_of(c), "tokens": tokens_of(c)}
+            found.setdefault("predictions", {})[profile] = {"flops": flops, **predicted, "has": has}
+    if law and not cfg.quick:
+        found["check"] = check(cfg, law, found["sizes"], points)
+    return found
+
+
+def check(cfg: ExperimentConfig, law: dict, sizes: dict | None, points: list[dict]) -> dict:
+    """What the fits predict for CHECK FLOPs, printed before it is tried; then the run, and its result."""
+    per_pair = float(np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in points]))
+    best = best_use(law, sizes, CHECK, per_pair)
+
+    def of(shape: tuple[int, int]) -> tuple[int, int]:
+        c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
+        return parameters_of(c), tokens_of(c)
+
+    layers, width = min(LARGER, key=lambda shape: abs(math.log(of(shape)[0] / best["parameters"])))
+    n, tokens = of((layers, width))
+    said = {"parameters": n, "tokens": tokens, "loss": loss_of(law, n, tokens)}
+    print(f"{CHECK:.1e} FLOPs: the fit predicts {best['parameters']:,.0f} parameters; of {layers} layers of "
+          f"{width} a loss of {said['loss']:.4f}; now they are trained", flush=True)  # fmt: skip
+    flags = [f"--corpus={cfg.corpus}", *size_flags(layers, width, CHECK)]
+    run = run_of(cfg, "scaling-check", "baseline.py", flags, 1)
+    found = {"flops": CHECK, "best": best, "layers": layers, "width": width, "said": said}
+    if failed := train_all([run], 1):
+        return found | {"failed": failed[str(run.folder)]}
+    figures = read_run(run)
+    return found | {"came": {"parameters": n, "tokens": figures["tokens"], "loss": figures["val_loss"]}}
