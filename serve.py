@@ -174,6 +174,16 @@ def tokenize(lab: AnyLab, words: TokenizeRequest):
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
 
 
+class DetokenizeRequest(BaseModel):
+    model: str
+    tokens: list[int]
+
+
+@router.post("/detokenize")
+def detokenize(lab: AnyLab, words: DetokenizeRequest):
+    return {"prompt": lab.pool.get(words.model).tokenizer.decode(words.tokens)}
+
+
 # -----------------------------------------------------------------------------
 # The lab: runs
 

@@ -133,7 +133,9 @@ def test_echo_gives_the_exact_log_probabilities(client, ours):
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1, "seed": 4}])
 def test_log_probabilities_of_what_is_generated_are_those_of_echo(client, how):
     made = one(client, logprobs=1, max_tokens=12, **how)
-    n = len(ask(client, "/tokenize", model="base", prompt="Once upon").json()["tokens"])
+    tokens = ask(client, "/tokenize", model="base", prompt="Once upon").json()["tokens"]
+    n = len(tokens)
+    assert ask(client, "/detokenize", model="base", tokens=tokens).json() == {"prompt": "Once upon"}
     again = one(client, prompt="Once upon" + made["text"], echo=True, max_tokens=0, logprobs=1)
     again = again["logprobs"]["token_logprobs"][n:]
     assert len(made["logprobs"]["tokens"]) == 12
