@@ -11,11 +11,12 @@ On policy (--data names a task whose answers can be checked): the model answers 
 new model and fresh problems. A problem without a wrong answer still teaches by its right one (--nll).
 
 The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same under the reference)).
-The reference is the model at the start (Rafailov et al., 2023). Its log-probabilities are two numbers a pair,
-computed once before the first step, so no second model is in memory; a resumed run computes them again from
-the same weights. To the loss comes --nll times the mean log-loss of the chosen answer's tokens, without which
-the likelihood of both answers sinks (Pang et al., 2024). --first_difference compares only the first token
-where the two differ: what they share cancels anyway, and what follows a wrong step is not worth unlearning.
+The reference is the model at the start (Rafailov et al., 2023). The program loads its weights, computes two
+log-probabilities a pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on.
+So no second model is in memory, and a resumed run computes the same array again. To the loss comes --nll times
+the mean log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks (Pang et
+al., 2024). --first_difference (the default) compares one token of each answer, the first that differs: tokens
+before it are equal and cancel, and tokens after it depend on the first mistake.
 
 It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
 model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,

@@ -12,8 +12,8 @@ needs torch alone (and, to read and write files, support/hf_format.py).
 
 Shapes are written (B, T, d): B sequences of T tokens, d = d_model. H query heads, K key-value heads, D =
 head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; each other switch is one `if`
-in one place. Everything is computed plainly here. `attend`, `project`, `lm_loss` and `Decoder` are the four
-places where support/kernels.py puts something faster that gives the same results.
+in one place. Everything is computed plainly here. `kernels.install()`, which the scripts call, replaces four
+names of this module, `attend`, `project`, `lm_loss` and `Decoder`, by faster versions with the same results.
 """
 
 import functools
@@ -593,7 +593,8 @@ class ModernDecoderLM(nn.Module):
         `stream(row, token)` is called with every new token. `force(row, new_tokens)` may return tokens that
         must come next: that is how a calculator answers. `adjust(rows, logits)` is called once a step with
         the logits (B, V) of these rows, and returns those to sample from; it may raise to stop.
-        `compile=True` decodes with a compiled step: half a minute to start, then faster.
+        `compile=True` decodes with a compiled step (support/kernels.py has it): half a minute to start, then
+        faster.
         """
         check_sampling(**options)
         rows = len(prompts) * n
@@ -607,7 +608,7 @@ class ModernDecoderLM(nn.Module):
         if options.get("repetition_penalty", 1.0) != 1.0:
             seen = tokens_in(prompts, n, self.config.vocab_size).to(self.device)
         texts = Texts(rows, stop_tokens, stream, force)
-        alive = list(range(rows))  # the row of each line of the batch
+        alive = list(range(rows))  # alive[j] is the row whose text line j of the batch continues
 
         def draw(logits: Tensor, uniform: Tensor, token: Tensor | None = None) -> Tensor:
             """The next token of each line, (B), after `token`."""

@@ -32,10 +32,10 @@ from pathlib import Path
 
 from configs import parse_config
 from data import DataError, corpus_info, documents
+from support.cutting import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.files import write_json
 from support.processes import CORES, alone_in, tqdm
 from support.runs import read_json
-from support.seams import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.tables import valid
 from support.token_files import at_most, open_tokens, tokens_folder, write_tokens
 from support.tokenizer_json import (
@@ -59,7 +59,7 @@ SPECIAL_TOKENS = [EOT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same with every digit alone: then 47 + 5 is about digits, not about whether "47" was a frequent word.
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}++", r"\p{N}")
-SEAM_PATTERNS = (GPT2_PATTERN, DIGITS_PATTERN)  # with these, long texts may be cut: support/seams.py
+SEAM_PATTERNS = (GPT2_PATTERN, DIGITS_PATTERN)  # with these, long texts may be cut: support/cutting.py
 
 
 @dataclass

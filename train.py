@@ -129,7 +129,8 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
     list: bool = False  # list runs and checkpoints, and stop
 
 
-# What may differ when a run is resumed, because it does not change the numbers that training produces.
+# What may differ when a run is resumed, because it changes neither the data nor the mathematics. (Another
+# device, compile or micro-batch size changes the rounding: bits are equal only if these are, too.)
 FREE_TO_CHANGE = """
     name out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every
     eval_every eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis
@@ -367,8 +368,8 @@ LR_SETTINGS = ("learning_rate", "min_lr", "warmup_steps", "max_steps", "schedule
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out) -> None:
     """Writes weights, optimizer state and the number of steps done to `out`, a path or a binary file.
 
-    The smallest checkpoint from which training can go on. The Trainer's also hold the tokenizer and counters,
-    and have the weights in Hugging Face's format.
+    The smallest checkpoint from which training can continue, to read and to stand alone. The Trainer has its
+    own: see "checkpoints and exact resume".
     """
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
     if isinstance(out, str | os.PathLike):

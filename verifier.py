@@ -271,12 +271,15 @@ class Channel:
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
         """`collate` of right answers, then of wrong ones; and (wrong ones) the row of the right answer."""
-        rng, rows, drawn = np.random.default_rng([self.cfg.seed, step, first]), [], []
-        for at, i in enumerate(self.order.members(step, first, count)):
+        rng, rows, drawn = np.random.default_rng([self.cfg.seed, step, 0]), [], []
+        for at, i in enumerate(self.order.members(step, 0, first + count)):
             right, wrong = self.rows[i]
+            chosen = wrong[rng.integers(len(wrong))] if wrong else None  # drawn for earlier rows, too
+            if at < first:
+                continue
             rows.append(right)
-            if wrong:
-                drawn.append((at, wrong[rng.integers(len(wrong))]))
+            if chosen:
+                drawn.append((at - first, chosen))
         rows += [row for _, row in drawn]
         places = torch.tensor([at for at, _ in drawn], dtype=torch.long)
         return *collate(rows, "causal", self.model.pad), places
@@ -454,10 +457,10 @@ SHARPNESSES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 def fit(kind: str, parts: np.ndarray, evidence: np.ndarray, right: np.ndarray) -> dict:
     """lambda, the sharpness of a vote, and a logistic regression of `right` (P, n) on `evidence` (P n, 4).
 
-    lambda is the one that puts most right answers above wrong ones to the same problem. That changes
-    smoothly, where how often the best answer is right is decided by a few problems; and unlike the likelihood
-    of the right answers, it is not bent by the few wrong ones of which the generator is sure. The sharpness
-    of `vote_weights` is the one that gives right answers most of their problem's weight, in mean log.
+    lambda maximises the share of (right, wrong) answers to one problem that are in the right order. The
+    accuracy of the best answer would be a noisier criterion: a few problems decide it. The likelihood of the
+    right answers would depend too much on a few wrong answers of which the generator is sure. The sharpness of
+    `vote_weights` maximises the mean log of the weight that right answers get within their problem.
     """
 
     def scores(weight: float) -> np.ndarray:
@@ -615,7 +618,7 @@ def train_core(cfg: VerifierConfig, generator: TextModel, learn: Samples, held: 
         about=parents(cfg, generator, train=about | lesson.data) | record,
         keeps_best=cfg.kind == "head",  # the val_loss of a channel does not say how it orders answers
     )  # fmt: skip
-    trainer.say(f"{trainer.folder}: {lesson.summary}; {cfg.max_steps} steps of {trainer.batch} rows")
+    trainer.say(f"{trainer.folder}: {lesson.summary}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 
 

@@ -103,39 +103,45 @@ def from_hf_config(hf: dict) -> ModelConfig:
         return ModelConfig(**hf["modern_llm"])
     if kind not in list(CLASSES):
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(CLASSES)}")
+    if missing := not_computed(hf, kind):
+        raise ValueError(
+            f"this {kind} checkpoint needs {' and '.join(missing)}, which model.py does not compute"
+        )
     keys = GPT2_KEYS if kind == "gpt2" else LLAMA_KEYS | (MIXTRAL_KEYS if kind == "mixtral" else {})
     c = {ours: hf[theirs] for ours, theirs in keys.items() if hf.get(theirs) is not None}
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if kind == "gpt2":
+        gpt2 = {"norm": "layer", "positions": "learned", "ffn": "gelu", "bias": True}
+        return ModelConfig(**{"d_ff": 4 * hf["n_embd"]} | c | gpt2)
+    c["rope_theta"] = float(rope_of(hf).get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    c["bias"] = bool(hf.get("attention_bias"))
+    c["qk_norm"] = kind == "qwen3"
+    c["ffn"] = "moe" if kind == "mixtral" else "swiglu"
+    if kind in ("mistral", "mixtral"):
+        c["sliding_window"] = hf.get("sliding_window") or 0
+    return ModelConfig(**{"tie_embeddings": False} | c)
+
+
+def rope_of(hf: dict) -> dict:
+    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+
+
+def not_computed(hf: dict, kind: str) -> list[str]:
+    """What a checkpoint needs and model.py does not have."""
+    rope = rope_of(hf)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     activation = hf.get("activation_function" if kind == "gpt2" else "hidden_act")
     known = ("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)
     biased = [key for key in ("attention_bias", "mlp_bias") if hf.get(key)]
-    problems = [f"RoPE scaling {rope_type!r}"] if rope_type != "default" else []
-    if activation not in (None, *known):
-        problems.append(f"activation {activation!r}")
-    if kind == "gpt2" and not hf.get("tie_word_embeddings", True):
-        problems.append("an untied head")
-    if kind == "mixtral" and hf.get("num_experts_per_tok") == 1:
-        problems.append("one expert a token")
-    if len(biased) == 1 or (biased and kind != "llama"):
-        problems.append(f"{biased[0]} alone")
-    if hf.get("use_sliding_window") or hf.get("scale_attn_by_inverse_layer_idx"):
-        problems.append("a per-layer kind of attention")
-    if problems:
-        raise ValueError(
-            f"this {kind} checkpoint needs {' and '.join(problems)}, which model.py does not compute"
-        )
-    if kind == "gpt2":
-        gpt2 = {"norm": "layer", "positions": "learned", "ffn": "gelu", "bias": True}
-        return ModelConfig(**{"d_ff": 4 * hf["n_embd"]} | c | gpt2)
-    c |= {
-        "rope_theta": float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        "bias": bool(biased),
+    needs = {
+        f"RoPE scaling {rope_type!r}": rope_type != "default",
+        f"activation {activation!r}": activation not in (None, *known),
+        "an untied head": kind == "gpt2" and not hf.get("tie_word_embeddings", True),
+        "one expert a token": kind == "mixtral" and hf.get("num_experts_per_tok") == 1,
+        f"{' and '.join(biased)} alone": len(biased) == 1 or (biased and kind != "llama"),
+        "a per-layer kind of attention": hf.get("use_sliding_window")
+        or hf.get("scale_attn_by_inverse_layer_idx"),
     }
-    if kind in ("mistral", "mixtral"):
-        c["sliding_window"] = hf.get("sliding_window") or 0
-    ffn = "moe" if kind == "mixtral" else "swiglu"
-    return ModelConfig(**{"tie_embeddings": False} | c | {"qk_norm": kind == "qwen3", "ffn": ffn})
+    return [name for name, needed in needs.items() if needed]
 
 
 def gpt2_names(c: ModelConfig) -> list[tuple[str, list[str], bool]]:

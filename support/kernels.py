@@ -1,8 +1,8 @@
-"""Faster functions for the four places that model.py names: `attend`, `project`, `lm_loss`, `Decoder`.
+"""Faster versions of four names in model.py: `attend`, `project`, `lm_loss` and `Decoder`.
 
-`install()` puts them there; support/machine.py's pick_device calls it, so all scripts run with them. Each
-gives the results of the plain one (tests/test_kernels.py), and each figure below says what it is worth. Who
-deletes this file has a slower program that works.
+`install()` puts them into model.py's place; support/machine.py's pick_device calls it, so all scripts run with
+them. Each gives the results of the plain one (tests/test_kernels.py), and each figure below says what it is
+worth. model.py works without this file.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ import model as plain
 from model import KVCache, ModernDecoderLM, SwiGLU
 from support.caches import FixedCache, SharedKeys, SharedPromptCache
 
-SEAMS = ("attend", "project", "lm_loss", "Decoder")
-PLAIN = {name: getattr(plain, name) for name in SEAMS}
+REPLACED = ("attend", "project", "lm_loss", "Decoder")
+PLAIN = {name: getattr(plain, name) for name in REPLACED}
 
 
 def install(fast: bool = True) -> None:
     """From now on model.py calls the functions of this file; with fast=False its own again."""
-    for name in SEAMS:
+    for name in REPLACED:
         setattr(plain, name, globals()[name] if fast else PLAIN[name])
 
 

@@ -97,7 +97,7 @@ def group_bytes(group: Path, limit: str, usage: str, files: str) -> int | None:
 def give_freed_memory_back() -> None:
     """Returns freed memory to the system.
 
-    glibc keeps it (`keep_freed_memory` in train.py asks it to), and the system counts it as used.
+    glibc keeps it (`keep_freed_memory` in support/machine.py asks it to), and the system counts it as used.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

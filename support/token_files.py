@@ -9,11 +9,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from support.cutting import SLAB
 from support.documents import END_OF_TEXT
 from support.files import write_atomically, write_json
 from support.processes import CORES, map_ahead
 from support.runs import read_json
-from support.seams import SLAB
 from support.tables import valid
 
 REMEDY = 'run "python tokenizer.py" with this run\'s settings'
