@@ -13,8 +13,8 @@ new model and fresh problems. A problem without a wrong answer still teaches by 
 The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same under the reference)).
 The reference is the model at the start (Rafailov et al., 2023). The program loads its weights, computes two
 log-probabilities a pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on.
-So no second model is in memory, and a resumed run computes the same array again. To the loss comes --nll times
-the mean log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks (Pang et
+So no second model is in memory, and a resumed run computes the same array again. The loss also has --nll
+times the mean log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks (Pang et
 al., 2024). --first_difference (the default) compares one token of each answer, the first that differs: tokens
 before it are equal and cancel, and tokens after it depend on the first mistake.
 

@@ -458,8 +458,8 @@ def fit(kind: str, parts: np.ndarray, evidence: np.ndarray, right: np.ndarray) -
     """lambda, the sharpness of a vote, and a logistic regression of `right` (P, n) on `evidence` (P n, 4).
 
     lambda maximises the share of (right, wrong) answers to one problem that are in the right order. The
-    accuracy of the best answer would be a noisier criterion: a few problems decide it. The likelihood of the
-    right answers would depend too much on a few wrong answers of which the generator is sure. The sharpness of
+    accuracy of the best answer would be a noisier criterion: a few problems decide it. The likelihood of
+    right answers would depend too much on a few wrong ones of which the generator is sure. The sharpness of
     `vote_weights` maximises the mean log of the weight that right answers get within their problem.
     """
 

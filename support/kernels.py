@@ -1,7 +1,7 @@
 """Faster versions of four names in model.py: `attend`, `project`, `lm_loss` and `Decoder`.
 
-`install()` puts them into model.py's place; support/machine.py's pick_device calls it, so all scripts run with
-them. Each gives the results of the plain one (tests/test_kernels.py), and each figure below says what it is
+`install()` puts them into model.py; support/machine.py's pick_device calls it, so all scripts run with them.
+Each gives the results of the plain one (tests/test_kernels.py), and each figure below says what it is
 worth. model.py works without this file.
 """
 
