@@ -14,9 +14,9 @@ The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the
 The reference is the model at the start (Rafailov et al., 2023). The program loads its weights, computes two
 log-probabilities a pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on.
 So no second model is in memory, and a resumed run computes the same array again. The loss also has --nll
-times the mean log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks (Pang et
-al., 2024). --first_difference (the default) compares one token of each answer, the first that differs: tokens
-before it are equal and cancel, and tokens after it depend on the first mistake.
+times the mean log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks
+(Pang et al., 2024). --first_difference (the default) compares one token of each answer, the first that
+differs: tokens before it are equal and cancel, and tokens after it depend on the first mistake.
 
 It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
 model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
