@@ -83,7 +83,7 @@ def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int = 0) -> Tenso
 def by_position(losses: Tensor, T: int) -> dict[str, float]:
     """Perplexity by position, in contexts of T tokens: {"0-1": ..., "1-2": ..., "2-4": ...}."""
     found, first, last = {}, 0, 1
-    while last * T <= losses.shape[1]:
+    while last * T <= losses.shape[1] + 1:  # the last token has no loss
         found[f"{first}-{last}"] = math.exp(losses[:, first * T : last * T].mean().item())
         first, last = last, 2 * last
     return found

@@ -59,8 +59,9 @@ FLAGS = {
     " --battery=200": " --battery=6",
 }
 # The plan measures models of the hub in their real shapes; here they have the shape of the small ones.
-PLAN = """for _shape in ON_HUB.values():
-    _shape |= dict(vocab_size=1000, n_layers=2, d_model=32, n_heads=4, head_dim=8, n_kv_heads=4, d_ff=64)
+PLAN = """for _name, _model in list(ON_HUB.items()):
+    _small = ModelConfig(vocab_size=1000, n_layers=2, d_model=32, n_heads=4, d_ff=64)
+    ON_HUB[_name] = replace(_model, config=_small)
 """
 
 

@@ -300,4 +300,4 @@ def test_pairs_are_read_back_as_they_were(pairs, tmp_path):
     read = load_preferences(file, "train")[0] + load_preferences(file, "validation")[0]
     known = {(json.dumps(p.messages), p.chosen, p.rejected) for p in read}
     assert 50 < len(known) <= 60
-    assert known <= {(json.dumps(list(p.messages)), *p.answers) for p in pairs[:60]}
+    assert known <= {(json.dumps(list(p.messages)), *p.texts) for p in pairs[:60]}

@@ -1,6 +1,7 @@
 """Instruction tuning: masks, packing, mixes, and runs that are cut off."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -262,7 +263,12 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r):
     script.sft(settings(name="whole", max_steps=40, lora_r=lora_r))
     cut, log = settings(name="cut", max_steps=40, lora_r=lora_r), tmp_path / "cut/metrics.jsonl"
     flags = [f"--{k}={v}" for k, v in vars(cut).items() if v != getattr(SFTConfig(), k)]
-    process = subprocess.Popen([sys.executable, "sft.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "sft.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     while not (log.exists() and '"step": 13,' in log.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
