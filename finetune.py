@@ -447,6 +447,8 @@ def train_and_evaluate(
     except AlreadyFinished as finished:
         run = finished.run
         if "evaluation" in run:
+            if cfg.merge and trainer.rank == 0 and not (trainer.folder / "merged").exists():
+                merge(trainer.folder)
             raise
     if trainer.rank == 0:
         run |= finish(cfg, trainer.folder, validation)

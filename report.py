@@ -446,7 +446,13 @@ def violations(run: Run) -> list[Block]:
     if not found or not pairs:
         return []
     words = f"**{run.shown}** moved {len(found)} of {pairs} held-out pairs the wrong way; the three worst:"
-    return [Text(words), table(f"violations-{run.folder.name}", [row(VIOLATION, x) for x in found[:3]])]
+    rows = []
+    for pair in found[:3]:
+        texts = {}
+        for key in ("prompt", "chosen", "rejected"):  # messages, of which the last one counts
+            texts[key] = pair[key][-1]["content"] if isinstance(pair.get(key), list) else pair.get(key)
+        rows.append(row(VIOLATION, pair | texts))
+    return [Text(words), table(f"violations-{run.folder.name}", rows)]
 
 
 # -----------------------------------------------------------------------------

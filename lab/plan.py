@@ -326,7 +326,10 @@ class Plan:
                 c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads) + 4 * c.d_model + 3 * (c.d_model + c.d_ff)
             )
             trained = c.n_layers * cfg.lora_r * widths
-        work = Work(c, tokens * cfg.epochs, rows=cfg.batch_size, length=length, overhead=overhead)
+        trains = tokens * cfg.epochs
+        if cfg.max_steps:
+            trains = min(trains, cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * length)
+        work = Work(c, trains, rows=cfg.batch_size, length=length, overhead=overhead)
         work.options = options_of(cfg, trained=trained, four_bit=cfg.load_in_4bit)
         work.seconds = 6.0 if cfg.lora_r else 0.0  # importing PEFT
         work.megabytes = written(trained or model.parameters, cfg)

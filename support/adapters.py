@@ -1,6 +1,7 @@
 """PEFT's LoRA, for models that transformers computes: any architecture, heads, 4-bit weights."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama
 
 def lora_config(cfg, kind: str, targets: str | list[str], **more):
     """PEFT's description of an adapter, from a finetune.AdaptConfig."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
     import peft
 
     return peft.LoraConfig(

@@ -115,11 +115,13 @@ def copied_digits(model: TextModel, pairs: list[tuple[str, str]]) -> float:
     for first, second in pairs:
         start = [model.eos, *model.encode(f"{first}\n")]
         ids = [*start, *model.encode(second)]
+        if len(ids) > model.context_length + 1:  # learned positions end there
+            continue
         predicted = logits_of(model, ids[:-1]).argmax(-1).tolist()
         for token, true in zip(predicted[len(start) - 1 :], ids[len(start) :], strict=True):
             if model.decode([true]).strip().isdigit():
                 hits.append(token == true)
-    return sum(hits) / len(hits)
+    return sum(hits) / max(1, len(hits))
 
 
 def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]:

@@ -79,9 +79,10 @@ def lock(folder: Path) -> int:
 
 def locked(folder: Path) -> bool:
     """Whether a process is training in this folder, or holds the lock of a file. (Windows: False.)"""
-    if not folder.exists():
+    try:
+        handle = take_lock(folder, shared=True)
+    except OSError:  # not there, or not ours to open
         return False
-    handle = take_lock(folder, shared=True)
     if handle is not None:
         os.close(handle)
     return handle is None
@@ -203,13 +204,17 @@ def list_runs(out: str) -> None:
     if not files:
         print(f"no runs in {out}/")
     for file in files:
-        run = read_json(file)
+        try:
+            run = read_json(file)
+        except TrainError as error:
+            print(error)
+            continue
         losses = {}
         for line in read_jsonl(file.parent / "metrics.jsonl"):
             if "val_loss" in line:
                 losses[line["step"]] = f"val_loss {line['val_loss']:.4f}"
         best = (run.get("results") or {}).get("best")
-        result = f"{losses.get(best['step'], '')} at step {best['step']}" if best else "not evaluated"
+        result = f"val_loss {best['val_loss']:.4f} at step {best['step']}" if best else "not evaluated"
         minutes = f"{run.get('seconds', 0) / 60:.1f} min"
         print(f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {result}")
         for path in checkpoints(file.parent):
