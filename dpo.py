@@ -10,7 +10,7 @@ On policy (--data names a task whose answers can be checked): the model answers 
 --temperature, answers are judged, and a right one is paired with a wrong one; --rounds repeats that with the
 new model and fresh problems. A problem without a wrong answer still teaches by its right one (--nll).
 
-The loss of a pair is -log sigmoid(beta ((log p(chosen) - log p(rejected)) - the same under the reference)).
+The loss of a pair is -log sigmoid(beta (margin - margin_ref)), margin = log p(chosen) - log p(rejected).
 The reference is the model at the start (Rafailov et al., 2023). The program loads its weights, computes two
 log-probabilities a pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on.
 So no second model is in memory, and a resumed run computes the same array again. The loss also has --nll
@@ -60,7 +60,7 @@ class DPOConfig(AdaptConfig):
     model: str = "out/sft"  # the instruction-tuned run that is the start and the reference
     data: str = "arithmetic"  # a task, for pairs on policy; or hh-rlhf, ultrafeedback, a file of pairs
     method: Literal["dpo", "ipo", "rft", "sft"] = "dpo"  # rft, sft: controls without pairs
-    beta: float = 0.5  # how far the policy may leave the reference: a small one, far
+    beta: float = 0.5  # DPO's beta; a smaller one lets the policy move further from the reference
     label_smoothing: float = 0.0  # cDPO: the share of pairs that are taken to be the wrong way round
     mean_log_probs: bool = False  # compare means over an answer's tokens, as TRL's IPO does, and not sums
     nll: float = 10.0  # weight of the log-loss of the chosen answer, in nats a token
@@ -71,7 +71,7 @@ class DPOConfig(AdaptConfig):
     n: int = 8  # answers a problem
     temperature: float = 0.8  # of the answers
     seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
-    pairs: int = 1  # at most so many a problem
+    pairs: int = 1  # largest number of pairs from one problem
     max_train_examples: int = 0  # pairs of a data set at most, drawn from all of it by seed; 0: all
     eval_examples: int = 300  # validation problems, or pairs
     collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never

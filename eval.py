@@ -261,8 +261,8 @@ def evaluate_task(
 
 
 # -----------------------------------------------------------------------------
-# Test-time compute: n answers to each of P problems, and ways to choose one of them. A way is a rule, from an
-# array (P, k) of answers and one of weights to the index of the chosen answer (P).
+# Test-time compute: n answers to each of P problems, and ways to choose one of them. A way is a function of
+# two arrays, answers (P, k) and weights (P, k), that returns the index of the chosen answer (P).
 
 
 def vote(answers: np.ndarray, weights: np.ndarray) -> np.ndarray:

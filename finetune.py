@@ -10,9 +10,9 @@ A task is a question in words (data.py). `--method=lm` teaches the model to say 
 answer's tokens alone. `--method=head` puts a linear layer on top that reads off a class. Decoders (GPT-2,
 Llama, ours), encoder-decoders (T5) and, with a head, encoders (BERT) will do. With `--lora_r` above 0 the
 weights stay as they are and every matrix W gets a low-rank correction W + (alpha / r) B A (Hu et al., 2021),
-the only thing that is trained and saved: by `LoRA` below where model.py computes the model, else by PEFT, in
-the same numbers and files; with `--load_in_4bit` W itself shrinks to 4 bits a weight (QLoRA,
-Dettmers et al., 2023).
+which is trained and saved (with the head, if there is one): by `LoRA` below for decoders with Llama's names
+that model.py computes, else by PEFT, in the same numbers and files. With `--load_in_4bit` W itself shrinks
+to 4 bits a weight (QLoRA, Dettmers et al., 2023).
 
 It reads a model and a task, and writes a run folder out/NAME as training does: the model or the adapter as it
 was at the end (nothing is chosen by the validation split), run.json with its results on that split,
@@ -122,7 +122,7 @@ class LoRA(nn.Module):
         self.base_layer = layer.requires_grad_(False)
         self.lora_A = nn.Linear(layer.in_features, r, bias=False)  # kaiming uniform, as any nn.Linear
         self.lora_B = nn.Linear(r, layer.out_features, bias=False)
-        self.lora_A.reset_parameters()  # PEFT draws A twice; with the same seed ours is the same
+        self.lora_A.reset_parameters()  # a second time, as PEFT: the same seed gives the same A
         nn.init.zeros_(self.lora_B.weight)
         self.dropout, self.scale = nn.Dropout(dropout), alpha / r
 

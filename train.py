@@ -191,7 +191,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def windows_at(tokens: np.ndarray, starts, T: int) -> tuple[Tensor, Tensor]:
-    """ids and targets (len(starts), T) int64; target t is the token behind id t, -100 behind the end."""
+    """ids and targets (len(starts), T) int64; target t is the next token after id t, -100 past the end."""
     ids = np.zeros((len(starts), T), np.int64)
     targets = np.full((len(starts), T), -100, np.int64)
     for row, start in enumerate(starts):
@@ -462,7 +462,7 @@ class Trainer:
         self.skipped = 0
         self.best = None  # the evaluation with the lowest loss
         self.last = None  # the newest evaluation
-        self.window = [0.0, 0]  # loss sum and count since the last logged line
+        self.loss_since_log = [0.0, 0]  # loss sum and count since the last logged line
         self.rows = rows_per_step(cfg)
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
         # Progress that every process counts anew
@@ -624,8 +624,8 @@ class Trainer:
     def is_usable(self, loss_sum: float, count: float, norm: float) -> bool:
         """False if loss or gradient is not finite: the update is skipped. Five in a row end the run."""
         if math.isfinite(loss_sum):
-            self.window[0] += loss_sum
-            self.window[1] += int(count)
+            self.loss_since_log[0] += loss_sum
+            self.loss_since_log[1] += int(count)
             if math.isfinite(norm):
                 self.bad_in_a_row = 0
                 return True
@@ -696,7 +696,7 @@ class Trainer:
         self.logged = (self.step, self.seconds)
         line = {
             "step": self.step,
-            "loss": self.window[0] / self.window[1] if self.window[1] else None,
+            "loss": self.loss_since_log[0] / self.loss_since_log[1] if self.loss_since_log[1] else None,
             "learning_rate": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": self.step * self.rows * self.tokens_per_row,
@@ -713,7 +713,7 @@ class Trainer:
         if routers:  # mixture of experts: shares of the experts, averaged over the layers
             line["router_load"] = torch.stack([stats["load"] for stats in routers]).mean(0).tolist()
             line["dropped"] = int(sum(stats["dropped"] for stats in routers))
-        self.window = [0.0, 0]
+        self.loss_since_log = [0.0, 0]
         self.log.metrics(line)
 
     def write_run(self, **changes) -> None:
@@ -866,7 +866,7 @@ class Trainer:
             "skipped": self.skipped,
             "best": self.best,
             "last": self.last,
-            "window": self.window,
+            "window": self.loss_since_log,
             "micro_batch": self.micro_batch,
             "batch": self.rows,
             "optimizers": [gather_state(o.state_dict(), keep=self.rank == 0) for o in optimizers],
@@ -964,7 +964,7 @@ class Trainer:
         self.skipped = state["skipped"]
         self.best = state["best"]
         self.last = state.get("last", state["best"])
-        self.window = state["window"]
+        self.loss_since_log = state["window"]
         self.micro_batch = min(self.micro_batch, state["micro_batch"])
         return True
 

@@ -8,7 +8,7 @@
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
-A `channel` is a language model that is trained backwards: it reads an answer and predicts the problem. The
+A `channel` is an ordinary language model that reads an answer and predicts the problem, left to right. The
 score of an answer is log p(answer | problem) + lambda log p(problem | answer), the noisy channel of machine
 translation. The first term, the generator's, checks the calculation. The second, the channel's, checks that
 the answer is about this problem: a sentence that the answer ignores is hard to predict from it. The channel
@@ -78,7 +78,9 @@ class VerifierConfig(AdaptConfig):
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
     contrast: float = 1.0  # weight of the comparison of right and wrong answers to one problem
-    repeats: int = 0  # channel: a right answer with wrong ones beside it so often, no others; 0: all once
+    repeats: int = (
+        0  # channel: above 0: only right answers to problems that also got wrong ones, so often; 0: all, once
+    )
     group: int = 4  # head: answers to one problem that are seen together
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
