@@ -631,8 +631,13 @@ def describe(run: dict) -> str:
     ]
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
         m = found[name]
-        best, within = m["best_of_n"]["value"], m["auc_within"]["value"]
-        lines.append(f"{name:16} AUC {m['auc']:.3f}, within a problem {within:.3f}, best of n {best:.1%}")
+        best, areas = m["best_of_n"]["value"], []
+        for area in (
+            m["auc"],
+            m["auc_within"]["value"],
+        ):  # there is none if all answers are right or all wrong
+            areas.append("n/a" if math.isnan(area) else f"{area:.3f}")
+        lines.append(f"{name:16} AUC {areas[0]}, within a problem {areas[1]}, best of n {best:.1%}")
     accuracy, error = found["accuracy"]["value"], found["calibration"]["ece"]
     lines.append(f"accuracy {accuracy:.1%}, calibration error {error:.1%}; {found['right']:.1%} are right")
     return "\n  ".join(lines)

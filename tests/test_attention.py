@@ -96,7 +96,9 @@ def test_copied_digits_are_counted_where_they_are_repeated():
             return logits
 
     encode, decode = lambda text: list(text.encode()), lambda ids: chr(ids[0])  # noqa: E731
-    model = SimpleNamespace(model=Echo(), eos=299, device="cpu", encode=encode, decode=decode)
+    model = SimpleNamespace(
+        model=Echo(), eos=299, device="cpu", context_length=999, encode=encode, decode=decode
+    )
     assert attending.copied_digits(model, [("a1 b2", "a1 b2"), ("a1", "a1")]) == 1
     assert attending.copied_digits(model, [("a1 b2", "b1 a2 x3"), ("a4", "a4")]) == 0.25
     found = attending.copying(model, seed=1, n=20)

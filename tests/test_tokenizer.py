@@ -20,7 +20,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from support import seams
+from support import cutting
 from support.runs import read_json
 from support.tokenizer_json import spell, unspell
 from tokenizer import (
@@ -261,7 +261,7 @@ def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
 def test_long_texts_are_cut_without_a_trace(monkeypatch, small):
     pieces = [CORPUS, " " * 3000 + "x", "\n \t" * 500, "y" * 3000, " \n" * 1000]
     text = "".join(rng.sample(pieces * 3, 15))
-    monkeypatch.setattr("tokenizer.SLABS", regex.compile(seams.SLABS.pattern.replace("65536", "100")))
+    monkeypatch.setattr("tokenizer.SLABS", regex.compile(cutting.SLABS.pattern.replace("65536", "100")))
     assert small.encode(text) == small.encode_plain(text)
 
 
@@ -276,7 +276,7 @@ def test_encode_iterable_equals_encode_wherever_the_text_is_cut(small, text, cut
     cuts = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     chunks = [text[a:b] for a, b in pairwise(cuts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seams, "SLAB", 4 * enough)  # how much it waits for
+        patch.setattr(cutting, "SLAB", 4 * enough)  # how much it waits for
         for allowed in ("all", ()):
             assert list(small.encode_iterable(chunks, allowed)) == small.encode(text, allowed)
 
@@ -284,7 +284,7 @@ def test_encode_iterable_equals_encode_wherever_the_text_is_cut(small, text, cut
 def test_encode_iterable_with_special_tokens_that_have_spaces_and_overlap(small, monkeypatch):
     special = ["<a b>", "<a b> <c>", " <", "b> x"]
     tokenizer = Tokenizer(small.vocab, small.merges, special)
-    monkeypatch.setattr(seams, "SLAB", 4)
+    monkeypatch.setattr(cutting, "SLAB", 4)
     for seed in range(300):
         text = "".join(random.Random(seed).choices([*special, "<a", " b>", " ", "  ", "x", "\n"], k=30))
         ids = tokenizer.encode(text)
