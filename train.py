@@ -405,7 +405,7 @@ def rows_per_step(cfg: TrainerConfig) -> int:
     return cfg.batch_size * cfg.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
 
 
-def lm_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return model(ids, targets)
 
 
@@ -420,7 +420,7 @@ class Trainer:
     cfg: TrainerConfig
     model: nn.Module
     batch: Batch
-    loss: Callable = lm_loss  # loss(model, *tensors): sum of losses in nats, number of targets
+    loss: Callable = next_token_loss  # loss(model, *tensors): sum of losses in nats, number of targets
     evaluate: Callable | None = None  # evaluate(model, final): {"val_loss": ..., ...}
     sample: Callable | None = None  # sample(model): [{"prompt": ..., "text": ...}, ...]
     tokenizer: Tokenizer | None = None

@@ -1,5 +1,5 @@
 """The lab's sections of the report: what heads look at, texts beyond the context, what experiments.py and
-hardware.py measured. The templates of tables and sentences name the keys of their JSON files.
+lab/hardware.py measured. The templates of tables and sentences name the keys of their JSON files.
 """
 
 from support.charts import Line, Panel, canvas, chart, line, saved
@@ -331,7 +331,7 @@ PARTS = (
 
 
 def machine(records: Records) -> list[Block]:
-    """What hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
+    """What lab/hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
     files = [records.home / "hardware.json", *sorted(records.home.glob("hardware-*.json"))]
     blocks: list[Block] = []
     for number, file in enumerate(file for file in files if file.exists()):

@@ -14,7 +14,7 @@ from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, matmul_flops, peak_flops, pick_device, pick_dtype
 from support.runs import TrainError
 from tokenizer import open_tokens, tokens_folder
-from train import TrainConfig, lm_loss, make_optimizers, model_config, padded
+from train import TrainConfig, make_optimizers, model_config, next_token_loss, padded
 
 
 def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
@@ -117,7 +117,7 @@ class Step:
 
     def __init__(
         self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
-        loss: Callable = lm_loss, batch: tuple[Tensor, ...] = (),
+        loss: Callable = next_token_loss, batch: tuple[Tensor, ...] = (),
     ):  # fmt: skip
         self.cfg = cfg
         self.device = device
