@@ -81,6 +81,23 @@ def test_a_run_has_settings_samples_and_a_text_through_its_checkpoints(page, lab
     expect(page.locator("#samples li").first).to_contain_text("<i>late</i>")
 
 
+def test_of_two_choices_the_later_one_is_shown_and_its_open_groups_stay_open(page):
+    def slowly(route):
+        page.wait_for_timeout(500)
+        route.continue_()
+
+    page.click("#nav-start")
+    expect(page.locator("#field-d_model")).to_have_value("128")
+    page.locator("#start-fields summary").nth(1).click()
+    page.route("**/lab/config?*laptop*", slowly)
+    page.select_option("#start-config", "laptop")
+    page.select_option("#start-config", "nano")
+    page.wait_for_timeout(1000)
+    expect(page.locator("#start-config")).to_have_value("nano")
+    expect(page.locator("#field-d_model")).to_have_value("384")
+    assert page.locator("#start-fields details").nth(1).evaluate("group => group.open")
+
+
 def test_a_run_is_started_paused_and_resumed_from_the_page(page, lab_home):
     page.click("#nav-start")
     page.select_option("#start-config", "cpu")
