@@ -30,7 +30,7 @@ from itertools import islice
 
 from configs import parse_config
 from support.documents import Source, from_files, interleaved, nothing_to_read, own_files, sha256
-from support.finding import data_folder, find_edition, find_rows, note_left_out
+from support.finding import find_edition, find_rows, note_left_out
 from support.formats import Preference, first_question, messages_of, preference_of, talk
 from support.metrics import bootstrap, macro_f1, proportion, rouge
 from support.tables import DataError, read_rows, text_of
@@ -68,11 +68,11 @@ class Corpus:
     editions: tuple[dict[str, tuple[str, ...]], ...]
 
 
-def _wikitext(name: str, train_files: int, suffix: str = "tokens") -> Corpus:
-    on_hub = {}
-    for split, n in (("train", train_files), ("validation", 1), ("test", 1)):
-        on_hub[split] = tuple(f"{name}-v1/{split}-{i:05}-of-{n:05}.parquet" for i in range(n))
-    on_disk = {split: (f"{name}/wiki.{split.removesuffix('ation')}.{suffix}",) for split in SPLITS}
+def _wikitext(folder: str, train_files: int, suffix: str = "tokens") -> Corpus:
+    on_hub, on_disk = {}, {}
+    for split, short, n in (("train", "train", train_files), ("validation", "valid", 1), ("test", "test", 1)):
+        on_hub[split] = tuple(f"{folder}-v1/{split}-{i:05}-of-{n:05}.parquet" for i in range(n))
+        on_disk[split] = (f"{folder}/wiki.{short}.{suffix}",)
     return Corpus("Salesforce/wikitext", "CC BY-SA 3.0", "", (on_hub, on_disk))
 
 
@@ -113,14 +113,13 @@ def documents(
     .txt, .jsonl or .parquet files (also .gz), or a mix, "tinystories:0.9,arithmetic:0.1". Rows without text
     are left out; while reading, they are counted in `about`["left_out"].
     """
-    found = find_corpus(corpus, split, data_folder(data_dir))
+    found = find_corpus(corpus, split, data_dir)
     print(f"data: {corpus}, {split}: {found.source}", file=sys.stderr)
     about = {} if about is None else about
 
     def read() -> Iterator[str]:
         yield from islice(found.read(about), found.size)
-        if about.get("left_out"):
-            n = about["left_out"]
+        if n := about.get("left_out"):
             print(f"data: {corpus}, {split}: {n:,} rows without text left out", file=sys.stderr)
 
     return read()
@@ -130,23 +129,21 @@ def corpus_info(corpus: str, split: str, data_dir: str | None = None) -> dict:
     """A run's record of what `documents` reads: {"source", "licence", "fingerprint" (of the content)}, and
     "running_text": True if its documents are pieces of longer texts.
     """
-    found = find_corpus(corpus, split, data_folder(data_dir))
+    found = find_corpus(corpus, split, data_dir)
     about = {"source": found.source, "licence": found.licence, "fingerprint": found.fingerprint()}
-    return about | ({"running_text": True} if found.running_text() else {})
+    return about | ({"running_text": True} if found.running_text else {})
 
 
-def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
+def find_corpus(corpus: str, split: str, data_dir: str | None) -> Source:
     check_split(split)
     if corpus in EMBEDDED:
         make, n_train, n_other = EMBEDDED[corpus]
-        return Source(
-            lambda about: make(split),
-            GENERATED_BY,
-            "MIT",
-            # of the text: a change to the grammar shows, a change to a comment does not
-            lambda: sha256(doc.encode() for doc in islice(make(split), 300)),
-            size=n_train if split == "train" else n_other,
-        )
+
+        def fingerprint() -> str:  # of the text: a change to the grammar shows, one to a comment does not
+            return sha256(doc.encode() for doc in islice(make(split), 300))
+
+        size = n_train if split == "train" else n_other
+        return Source(lambda about: make(split), GENERATED_BY, "MIT", fingerprint, size=size)
     if corpus in CORPORA:
         return find_edition(corpus, CORPORA[corpus], split, data_dir)
     if re.fullmatch(r"[^:,]+:\d*\.?\d+(,[^:,]+:\d*\.?\d+)*", corpus) and not os.path.exists(corpus):
@@ -158,7 +155,7 @@ def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
     return from_files(paths, paths, "yours", hold_out=split)
 
 
-def mix(text: str, split: str, data_dir: str) -> Source:
+def mix(text: str, split: str, data_dir: str | None) -> Source:
     shares, sources = {}, {}
     for part in text.split(","):
         name, share = part.rsplit(":", 1)
@@ -263,34 +260,36 @@ def load_task(
     """
     task = find_task(name)
     check_split(split)
-    if task.generator:
-        rows, source = list(task.generator(split, first + (count or GENERATED[split]))), GENERATED_BY
-        numbered = list(enumerate(rows, 1))[first:]
-        source += f", from row {first + 1:,} on" if first else ""
-    else:
-        rows, source = task_rows(name, "train" if task.hold_out and split != "test" else split, data_dir)
-        numbered = list(enumerate(rows, 1))
-        if task.hold_out and split != "test":
-            numbered = numbered[: -task.hold_out] if split == "train" else numbered[-task.hold_out :]
-            source += f" (its last {task.hold_out} rows are validation)"
-        numbered = numbered[first:][: count or None]
-    examples = [example_of(task, row, f"{source}, row {number}") for number, row in numbered]
-    found = [example for example in examples if example]
-    if not found:
+    rows, source = task_rows(name, split, data_dir, first + count)
+    if task.generator and first:
+        source += f", from row {first + 1:,} on"
+    rows = rows[first:][: count or None]
+    examples = []
+    for number, row in rows:
+        if example := example_of(task, row, f"{source}, row {number}"):
+            examples.append(example)
+    if not examples:
         where = f"{name}, {split}: {source} (results are reported on the {task.test} split)"
-        raise nothing_to_read(where, rows, f"text in {' and '.join(task.columns)}")
+        raise nothing_to_read(where, [row for _, row in rows], f"text in {' and '.join(task.columns)}")
     about = {"source": source, "licence": task.licence}
-    note_left_out(about, len(examples) - len(found))
-    about["fingerprint"] = sha256(f"{task.prompt(e.text)}\0{e.target}\0".encode() for e in found)
-    return found, about
+    note_left_out(about, len(rows) - len(examples))
+    about["fingerprint"] = sha256(f"{task.prompt(e.text)}\0{e.target}\0".encode() for e in examples)
+    return examples, about
 
 
-def task_rows(name: str, split: str, data_dir: str | None) -> tuple[list[dict], str]:
+def task_rows(name: str, split: str, data_dir: str | None, n: int) -> tuple[list[tuple[int, dict]], str]:
+    """The numbered rows of one split, (1, {...}), ..., and their source; of an embedded task `n` rows."""
     task = TASKS[name]
-    stand_in = next(n for n, t in TASKS.items() if t.generator and t.metric == task.metric)
-    files = [f"{name}/{file}" for file in FILES[split]]
-    hint = f" with the columns {' and '.join(task.columns)}"
-    return find_rows(name, task.hub, split, files, data_folder(data_dir), hint, stand_in)
+    if task.generator:
+        return list(enumerate(task.generator(split, n or GENERATED[split]), 1)), GENERATED_BY
+    part = "train" if task.hold_out and split != "test" else split
+    files = [f"{name}/{file}" for file in FILES[part]]
+    rows, source = find_rows(name, task.hub, part, files, data_dir, "sentiment, dialogue, arithmetic")
+    rows = list(enumerate(rows, 1))
+    if task.hold_out and split != "test":
+        source += f" (its last {task.hold_out} rows are validation)"
+        rows = rows[: -task.hold_out] if split == "train" else rows[-task.hold_out :]
+    return rows, source
 
 
 def example_of(task: Task, row: dict, where: str) -> Example | None:
@@ -300,13 +299,13 @@ def example_of(task: Task, row: dict, where: str) -> Example | None:
         return None
     if not task.labels:
         return Example(text, f" {answer}")
-    labels = {str(label): label for label in range(len(task.labels))}
+    labels = [str(label) for label in range(len(task.labels))]
     if answer not in labels:  # -1: the hub's way to hide a test split's labels
         raise DataError(
             f"{where}: label {answer!r} is not one of {', '.join(labels)}; results are reported on the "
             f"{task.test} split"
         )
-    return Example(text, task.labels[labels[answer]], labels[answer])
+    return Example(text, task.labels[int(answer)], int(answer))
 
 
 def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str | None = None) -> list[Example]:
@@ -336,31 +335,35 @@ def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict]
     """
     task, records = TASKS[name], []
     for example, output in zip(examples, outputs, strict=True):
-        record = {"text": example.text, "target": example.target.strip()}
-        if task.metric == "accuracy":
-            record["prediction"] = task.labels[output].strip()
-            record["correct"] = output == example.label
-        elif task.metric == "exact_match":
-            record["output"] = output.split(task.stop)[0].strip()
-            record["prediction"] = extract_number(record["output"])
-            record["answer"] = extract_number(example.target)
-            record["correct"] = record["prediction"] == record["answer"]
-        else:
-            record["output"] = output.strip().split(task.stop)[0].strip()
-            record |= rouge(record["output"], example.target)
-        records.append(record)
+        records.append(
+            {"text": example.text, "target": example.target.strip()} | judged(task, example, output)
+        )
+
+    def share(right: list[bool]) -> dict:
+        return proportion(sum(right), len(records))
+
     if task.metric == "rouge":
         metrics = {m: bootstrap([r[m] for r in records]) for m in ("rouge1", "rouge2", "rougeL")}
-        length = sum(len(r["output"].split()) for r in records) / len(records)
-        return records, metrics | {"words": {"value": length, "n": len(records)}}
-    metrics = {task.metric: proportion(sum(r["correct"] for r in records), len(records))}
+        words = [len(r["output"].split()) for r in records]
+        return records, metrics | {"words": {"value": sum(words) / len(words), "n": len(words)}}
+    metrics = {task.metric: share([r["correct"] for r in records])}
     if task.labels:
-        pairs = [(e.label, output) for e, output in zip(examples, outputs, strict=True)]
-        metrics["macro_f1"] = bootstrap(pairs, macro_f1, rounds=500)
-    else:
-        answered = sum(r["prediction"] is not None for r in records)
-        metrics["answered"] = proportion(answered, len(records))
-    return records, metrics
+        pairs = [(example.label, output) for example, output in zip(examples, outputs, strict=True)]
+        return records, metrics | {"macro_f1": bootstrap(pairs, macro_f1, rounds=500)}
+    return records, metrics | {"answered": share([r["prediction"] is not None for r in records])}
+
+
+def judged(task: Task, example: Example, output) -> dict:
+    """What one output is, and how good."""
+    if task.metric == "accuracy":
+        return {"prediction": task.labels[output].strip(), "correct": output == example.label}
+    if task.metric == "rouge":
+        summary = output.strip().split(task.stop)[0].strip()
+        return {"output": summary} | rouge(summary, example.target)
+    solution = output.split(task.stop)[0].strip()
+    prediction, answer = extract_number(solution), extract_number(example.target)
+    correct = prediction == answer
+    return {"output": solution, "prediction": prediction, "answer": answer, "correct": correct}
 
 
 # -----------------------------------------------------------------------------
@@ -375,19 +378,12 @@ class Collection:
     files: tuple[str, ...]  # the first that is there is read, and split by the first question
     licence: str
     part: str = "train"  # split on the hub; or the file, of a repository that `datasets` cannot read
-    hint: str = ""
 
 
 COLLECTIONS = {
     "alpaca": Collection("tatsu-lab/alpaca", ("alpaca/train", "instruct/alpaca_5000"), "CC BY-NC 4.0"),
     "dolly": Collection("databricks/databricks-dolly-15k", ("dolly/train",), "CC BY-SA 3.0"),
-    "lima": Collection(
-        "GAIR/lima",
-        ("lima/train", "instruct/lima"),
-        "CC BY-NC-SA",
-        "train.jsonl",
-        "; it is gated: accept the terms on its page and run `hf auth login`, or use dolly or alpaca",
-    ),
+    "lima": Collection("GAIR/lima", ("lima/train", "instruct/lima"), "CC BY-NC-SA", "train.jsonl"),
     "hh-rlhf": Collection("Anthropic/hh-rlhf", ("hh-rlhf/train", "hh-rlhf/helpful-base/test"), "MIT"),
     "ultrafeedback": Collection(
         "HuggingFaceH4/ultrafeedback_binarized", ("ultrafeedback/train",), "MIT", "train_prefs"
@@ -427,24 +423,24 @@ def load_preferences(name: str, split: str, data_dir: str | None = None) -> tupl
 def collection(name: str, split: str, data_dir: str | None, parse: Callable, what: str) -> tuple[list, dict]:
     """One split of the rows that `parse` makes something of. Rows with one first question share a split."""
     if known := COLLECTIONS.get(name):
-        place = (known.hub,), known.part, known.files, data_folder(data_dir), known.hint
-        rows, source = find_rows(name, *place, "instructions, arithmetic")
-        licence = known.licence
+        licence, embedded = known.licence, "instructions, arithmetic"
+        rows, source = find_rows(name, (known.hub,), known.part, known.files, data_dir, embedded)
     elif os.path.isfile(name):
         rows, source, licence = list(read_rows(name)), name, "yours"
     else:
         names = ", ".join(["instructions", *COLLECTIONS, *TASKS])
         raise DataError(f'"{name}" is neither a file nor a collection; those are {names}')
-    parsed = [parse(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    items = [item for item in parsed if item]
+    items = []
+    for number, row in enumerate(rows, 1):
+        if item := parse(row, f"{source}, row {number}"):
+            items.append(item)
     if not items:
         raise nothing_to_read(source, rows, what)
     in_split = [item for item in items if split_of(first_question(getattr(item, "messages", item))) == split]
     if not in_split:
         raise DataError(
-            f"{source}: none of its {len(items):,} rows falls into the {split} split. Rows with the same "
-            "first question stay together; one question in 20 is validation and one in 20 is test: there are "
-            "too few"
+            f"{source}: none of its {len(items):,} rows falls into the {split} split. Of the first questions "
+            "one in 20 is validation and one in 20 is test: there are too few"
         )
     about = {"source": f"{source}, split by the first question", "licence": licence}
     note_left_out(about, len(rows) - len(items), f"without {what}")

@@ -20,7 +20,6 @@ import hashlib
 import heapq
 import math
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from configs import parse_config
-from data import DataError, corpus_info, documents
+from data import SPLITS, DataError, corpus_info, documents
 from support.cutting import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.files import write_json
 from support.processes import CORES, alone_in, tqdm
@@ -80,7 +79,6 @@ class TokenizerStageConfig(TokenizerConfig):
 
     learn_megabytes: int = 200  # of training text to learn from; more changes next to nothing. 0: all
     train_megabytes: float = 0.0  # of training text to encode, where a run reads less than there is. 0: all
-    workers: int = 0  # threads that encode; 0: one for each core
     overwrite: bool = False  # make everything in the folder again
 
 
@@ -92,7 +90,6 @@ def train_bpe(
     input_path: str | Path | Iterable[str],
     vocab_size: int,
     special_tokens: list[str],
-    pattern: str = GPT2_PATTERN,
     split_digits: bool = False,
     workers: int = 1,  # accepted and not used: one process counts 20 MB in a second
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
@@ -106,18 +103,17 @@ def train_bpe(
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone are {least}")
-    pattern = DIGITS_PATTERN if split_digits else pattern
-    if isinstance(input_path, (str, Path)):
-        with open(input_path, encoding="utf-8", newline="") as file:
-            parts = at_seams(
-                iter(partial(file.read, 32 * SLAB), ""), special_tokens, pattern in SEAM_PATTERNS
-            )
-            words = count_words(parts, pattern, special_tokens)
-    else:
-        words = count_words(input_path, pattern, special_tokens)
+    is_file = isinstance(input_path, (str, Path))
+    texts = parts_of_file(input_path, special_tokens) if is_file else input_path
+    words = count_words(texts, DIGITS_PATTERN if split_digits else GPT2_PATTERN, special_tokens)
     merges = learn_merges(words, vocab_size - least)
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     return dict(enumerate(tokens + [token.encode() for token in special_tokens])), merges
+
+
+def parts_of_file(path: str | Path, special_tokens: Collection[str]) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="") as file:
+        yield from at_seams(iter(partial(file.read, 32 * SLAB), ""), special_tokens)
 
 
 @cache
@@ -133,14 +129,12 @@ def count_words(texts: Iterable[str], pattern: str, special_tokens: Collection[s
     Text repeats itself, so a quick cut at spaces comes first, and the slow pattern sees every *different*
     piece of that once: 2x faster than the pattern alone on 20 MB of English.
     """
-    find_words = compiled(pattern).findall
-    quick = SPACED_WORDS.findall if pattern in SEAM_PATTERNS else find_words
     spaced, words = Counter(), Counter()
     for text in texts:
         for part in special_regex(tuple(special_tokens)).split(text)[::2]:  # text, special token, text, ...
-            spaced.update(quick(part))
+            spaced.update(SPACED_WORDS.findall(part))
     for piece, n in spaced.items():
-        for word in find_words(piece):
+        for word in compiled(pattern).findall(piece):
             words[word] += n
     return words
 
@@ -243,7 +237,8 @@ class Tokenizer:
                 self.ranks[a + b] = self.pair_ids[self.ranks[a], self.ranks[b]] = ids[a + b]
         except KeyError as error:
             raise ValueError(f"the vocabulary lacks {error}, which its merges need") from None
-        if any(i >= j for i, j in pairwise(self.pair_ids.values())):
+        merged = list(self.pair_ids.values())
+        if merged != sorted(merged):
             raise ValueError("the merges are not in the order of their ids")
         self._words: dict[str, list[int]] = {}  # ids of the words that encode_plain has met
         self.chat_template: str | None = None  # the folder's, if it has one
@@ -285,66 +280,48 @@ class Tokenizer:
 
     # Encoding
 
-    def encode_plain(self, text: str, allowed_special: str | Collection[str] = "all") -> list[int]:
-        """The ids that `encode` gives, in plain Python.
-
-        (`regex` knows newer Unicode than tiktoken: they may differ on letters added after Unicode 16.)
-        """
-        ids, known = [], self._words
-        for part in self.split_special(text, allowed_special):
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            for word in compiled(self.pattern).findall(part):
-                if word not in known:
-                    known[word] = self.merge_word(valid(word).encode())
-                ids += known[word]
-        return ids
-
-    def merge_word(self, word: bytes) -> list[int]:
-        """BPE itself: start from bytes; while neighbours can merge, merge the pair that was learnt first."""
-        ids = [self.ranks[word[i : i + 1]] for i in range(len(word))]
-        never = self.vocab_size
-        while len(ids) > 1:
-            pair = min(pairwise(ids), key=lambda pair: self.pair_ids.get(pair, never))
-            if pair not in self.pair_ids:
-                break
-            merged, i = [], 0
-            while i < len(ids):
-                if tuple(ids[i : i + 2]) == pair:
-                    merged.append(self.pair_ids[pair])
-                    i += 2
-                else:
-                    merged.append(ids[i])
-                    i += 1
-            ids = merged
-        return ids
-
-    def split_special(self, text: str, allowed_special: str | Collection[str]) -> Iterator[int | str]:
-        """`text` cut at the special tokens: their ids, and the text between them."""
-        for i, part in enumerate(special_regex(self.allowed(allowed_special)).split(text)):
-            yield self.special_ids[part] if i % 2 else part
-
-    def allowed(self, allowed_special: str | Collection[str]) -> tuple[str, ...]:
-        if allowed_special == "all":
-            return self.special_tokens
-        return tuple(sorted(allowed_special, key=self.special_id))  # raises ValueError for any other text
-
     def encode(self, text: str, allowed_special: str | Collection[str] = "all") -> list[int]:
         """The ids of `text`.
 
         By default, text that spells a special token becomes it. With `allowed_special=()` it stays text: the
         way to encode what users and documents say, which could otherwise end a turn or a document.
         """
+        special = self.special_tokens if allowed_special == "all" else tuple(allowed_special)
         ids = []
-        for part in self.split_special(text, allowed_special):
-            if isinstance(part, int):
-                ids.append(part)
+        for i, part in enumerate(special_regex(special).split(text)):
+            if i % 2:
+                ids.append(self.special_ids[part])
                 continue
             slabs = SLABS.findall(part) if self.pattern in SEAM_PATTERNS else [part]
             for slab in slabs:  # a million spaces before a word would make tiktoken panic
                 ids += self.core.encode_ordinary(slab)
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids that `encode` gives with `allowed_special=()`, in plain Python.
+
+        (`regex` knows newer Unicode than tiktoken: they may differ on letters added after Unicode 16.)
+        """
+        ids, known = [], self._words
+        for word in compiled(self.pattern).findall(text):
+            if word not in known:
+                known[word] = self.merge_word(valid(word).encode())
+            ids += known[word]
+        return ids
+
+    def merge_word(self, word: bytes) -> list[int]:
+        """BPE itself: start from bytes; while neighbours can merge, merge the pair that was learnt first."""
+        ids = [self.ranks[word[i : i + 1]] for i in range(len(word))]
+        while True:
+            known = [pair for pair in pairwise(ids) if pair in self.pair_ids]
+            if not known:
+                return ids
+            pair = min(known, key=self.pair_ids.get)
+            i = 0
+            while i < len(ids) - 1:  # from left to right: aaa -> (aa)a
+                if (ids[i], ids[i + 1]) == pair:
+                    ids[i : i + 2] = [self.pair_ids[pair]]
+                i += 1
 
     @cached_property
     def core(self):
@@ -365,22 +342,20 @@ class Tokenizer:
         ranks = self.ranks
         return tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
 
-    def encode_batch(
-        self, texts: Iterable[str], threads: int | None = None, allowed_special: str | Collection[str] = "all"
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text. All cores work, since the Rust core releases Python's lock."""
-        with ThreadPoolExecutor(threads or CORES) as pool:
-            return list(pool.map(partial(self.encode, allowed_special=allowed_special), texts))
+        with ThreadPoolExecutor(CORES) as pool:
+            return list(pool.map(self.encode, texts))
 
-    def encode_iterable(
-        self, texts: Iterable[str], allowed_special: str | Collection[str] = "all"
-    ) -> Iterator[int]:
-        """The ids of all `texts` joined, lazily, however the joints cut words and special tokens.
+    def encode_iterable(self, texts: Iterable[str]) -> Iterator[int]:
+        """The ids of all `texts` joined, such as the lines of a file that does not fit into memory.
 
-        Holds some 16 thousand characters; more only if there are more from one space to the next.
+        The interface that a course asks for (tests/test_course.py); token files are written by write_tokens.
+        Lazy: it holds some 16 thousand characters, more only if there are more from one space to the next.
         """
-        for part in at_seams(texts, self.allowed(allowed_special), self.pattern in SEAM_PATTERNS):
-            yield from self.encode(part, allowed_special)
+        has_seams = self.pattern in SEAM_PATTERNS
+        for part in at_seams(texts, self.special_tokens) if has_seams else ["".join(texts)]:
+            yield from self.encode(part)
 
     # Decoding, and chat
 
@@ -480,7 +455,7 @@ def prepare_tokens(cfg: TokenizerStageConfig) -> None:
     with alone_in(folder):
         tokenizer = prepare_tokenizer(cfg, folder)
         print(f"{folder}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens)} of them special")
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             prepare_split(cfg, folder, tokenizer, split)
 
 
@@ -503,7 +478,9 @@ def prepare_tokenizer(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
     tokenizer = new_tokenizer(cfg)
     write_json(note, settings)
     tokenizer.save(folder)
-    print_report(tokenizer, next(documents(cfg.corpus, "validation")))
+    sample = next(documents(cfg.corpus, "validation"))[:200]
+    cut = b"|".join(map(tokenizer.token_bytes, tokenizer.encode(sample)))
+    print(cut.decode("utf-8", "backslashreplace"))
     return tokenizer
 
 
@@ -512,13 +489,9 @@ def new_tokenizer(cfg: TokenizerStageConfig) -> Tokenizer:
         return Tokenizer.gpt2()
     if cfg.tokenizer != "bpe":
         return Tokenizer.load(cfg.tokenizer)
-    start, pattern = time.perf_counter(), DIGITS_PATTERN if cfg.split_digits else GPT2_PATTERN
-    texts = at_most(documents(cfg.corpus, "train"), 1e6 * (cfg.learn_megabytes or math.inf))
-    vocab, merges = train_bpe(with_progress(texts, "counting words"), cfg.vocab_size, SPECIAL_TOKENS, pattern)
-    print(f"learnt {len(merges):,} merges in {time.perf_counter() - start:.1f} s")
-    if len(vocab) < cfg.vocab_size:
-        print(f"no pairs are left to merge: {len(vocab):,} tokens, not {cfg.vocab_size:,}")
-    return Tokenizer(vocab, merges, SPECIAL_TOKENS, pattern)
+    texts = first_megabytes(cfg.corpus, "train", cfg.learn_megabytes, "counting words")
+    learnt = train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS, cfg.split_digits)
+    return Tokenizer(*learnt, SPECIAL_TOKENS, DIGITS_PATTERN if cfg.split_digits else GPT2_PATTERN)
 
 
 def prepare_split(cfg: TokenizerStageConfig, folder: Path, tokenizer: Tokenizer, split: str) -> None:
@@ -528,38 +501,28 @@ def prepare_split(cfg: TokenizerStageConfig, folder: Path, tokenizer: Tokenizer,
     except DataError as error:
         if split != "test":
             raise
-        print(f"test: {str(error).splitlines()[0]}")
+        print(f"test: {error}")
         return
-    megabytes = cfg.train_megabytes if split == "train" else 0
-    if megabytes:
-        info["megabytes"] = megabytes
-    meta, rate = {}, "was there"
+    if split == "train" and cfg.train_megabytes:
+        info["megabytes"] = cfg.train_megabytes
+    meta, there = {}, ""
     with suppress(OSError, ValueError):  # missing, truncated or of another tokenizer
         meta = open_tokens(folder, split, tokenizer)[1]
+        there = "; was there"
     same = all(meta.get(key) == info.get(key) for key in ("fingerprint", "megabytes"))
-    if cfg.overwrite or not meta or not same:
-        start = time.perf_counter()
-        texts = at_most(documents(cfg.corpus, split, about=info), 1e6 * (megabytes or math.inf))
-        meta = write_tokens(
-            tokenizer, with_progress(texts, f"encoding {split}"), folder, split, info, cfg.workers
-        )
-        rate = f"{meta['bytes'] / 1e6 / (time.perf_counter() - start):.1f} MB/s"
+    if cfg.overwrite or not same:
+        texts = first_megabytes(cfg.corpus, split, info.get("megabytes"), f"encoding {split}", info)
+        meta, there = write_tokens(tokenizer, texts, folder, split, info), ""
     per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"
-    print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}; {rate}")
+    print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}{there}")
 
 
-def with_progress(texts: Iterable[str], what: str) -> Iterable[str]:
+def first_megabytes(
+    corpus: str, split: str, megabytes: float | None, what: str, about: dict | None = None
+) -> Iterable[str]:
+    """The documents at the beginning of a split (all of them without `megabytes`), with a progress bar."""
+    texts = at_most(documents(corpus, split, about=about), 1e6 * (megabytes or math.inf))
     return tqdm()(texts, what, unit=" documents", unit_scale=True, disable=None, leave=False)
-
-
-def print_report(tokenizer: Tokenizer, sample: str) -> None:
-    """Prints the longest tokens of a new vocabulary, and how it cuts some texts."""
-    learnt = sorted((a + b for a, b in tokenizer.merges), key=len, reverse=True)
-    print("longest tokens:", ", ".join(repr(token.decode("utf-8", "replace")[:30]) for token in learnt[:8]))
-    sample = " ".join(sample.split())[:200]
-    for text in (sample, "The wizard's 12 apples cost $3.50!", "A naïve café in 東京", "<|user|>Hi!<|end|>"):
-        tokens = map(tokenizer.token_bytes, tokenizer.encode(text))
-        print("  " + "|".join(token.decode("utf-8", "backslashreplace") for token in tokens))
 
 
 def main() -> None:

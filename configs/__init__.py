@@ -19,7 +19,6 @@ import functools
 import inspect
 import math
 import sys
-import types
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -55,15 +54,15 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
         if unknown:
             name = unknown[0].split("=")[0].lstrip("-")
             raise ConfigError(f"unknown flag {unknown[0]}{hint(name, kinds)}")
-        settings = dict(defaults)
+        settings = defaults
         for file in flags.files:
             settings = read_file(Path(file), settings, Config)
+        settings = {name: settings[name] for name in kinds}
+        del flags.files
         for name, text in vars(flags).items():
-            if name in kinds:
-                settings[name] = read_text(text, kinds[name], f"--{name}")
-        chosen = {name: settings[name] for name in kinds}
-        check_numbers(chosen, defaults)
-        return Config(**chosen)
+            settings[name] = read_text(text, kinds[name], f"--{name}")
+        check_numbers(settings, defaults)
+        return Config(**settings)
     except ValueError as error:  # ConfigError, or what the dataclass' __post_init__ finds inconsistent
         parser.exit(2, f"{parser.prog}: {error}\n")
 
@@ -82,16 +81,27 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
     helps = field_comments(Config)
     groups = {}
     for field in fields(Config):
-        owner = next(c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {}))
+        owner = next(c for c in reversed(Config.__mro__) if field.name in inspect.get_annotations(c))
         if owner not in groups:
             groups[owner] = parser.add_argument_group(owner.__name__)
-        groups[owner].add_argument(
-            f"--{field.name}",
-            default=argparse.SUPPRESS,
-            metavar=kind_name(kinds[field.name]),
-            help=f"{helps.get(field.name, '')} [{field.default!r}]".replace("%", "%%"),
-        )
+        about = f"{helps.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
+        kind = kind_name(kinds[field.name])
+        groups[owner].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=kind, help=about)
     return parser
+
+
+@functools.cache  # reading source takes a quarter of a second, and the lab parses hundreds of command lines
+def field_comments(Config) -> dict[str, str]:
+    """The comment behind each field of a dataclass and of those that it extends."""
+    comments = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        source = inspect.getsource(cls)
+        lines = source.splitlines()
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):  # on more than one line if a formatter wrapped it
+                parts = [line.partition("  # ")[2] for line in lines[node.lineno - 1 : node.end_lineno]]
+                comments[node.target.id] = " ".join(filter(None, parts))
+    return comments
 
 
 # -----------------------------------------------------------------------------
@@ -101,26 +111,21 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
 def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
     """`settings` after the assignments of the config file `path` (and, first, of its `baseline`)."""
     path = path if path.exists() else ROOT / path
-    kinds = typing.get_type_hints(Config)
     if path in seen:
         raise ConfigError(f"{path}: baselines form a circle")
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8-sig"), str(path))  # -sig: Windows' editors mark UTF-8
-    except OSError as error:
-        have = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[!_]*.py")))
-        raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
-    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8
-        raise ConfigError(f"{path}: {error}") from None
+    tree = parsed(path)
     for node in tree.body:
-        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if not (is_docstring or isinstance(node, (ast.Assign, ast.AnnAssign))):
-            raise ConfigError(f"{path}:{node.lineno}: a config file only assigns: name = value")
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if [getattr(target, "id", "") for target in targets] == ["baseline"]:
-            if not isinstance(getattr(node.value, "value", None), str):
+        match node:
+            case ast.Assign(targets=[ast.Name(id="baseline")], value=ast.Constant(value=str(baseline))):
+                settings = read_file(Path(baseline), settings, Config, (*seen, path))
+            case ast.Assign(targets=[ast.Name(id="baseline")]):
                 raise ConfigError(f"{path}:{node.lineno}: baseline must be a quoted path")
-            settings = read_file(Path(node.value.value), settings, Config, (*seen, path))
-    shared = profile_settings() if Path(inspect.getsourcefile(Config)).stem in SHARE_PROFILES else {}
+            case ast.Assign() | ast.Expr(value=ast.Constant()):
+                pass
+            case _:
+                raise ConfigError(f"{path}:{node.lineno}: a config file only assigns: name = value")
+    is_profile = Path(inspect.getsourcefile(Config)).stem in SHARE_PROFILES
+    shared = profile_settings() if is_profile else {}
     before = shared | settings
     scope = dict(before)
     try:
@@ -128,15 +133,31 @@ def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
     except Exception as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
     del scope["__builtins__"]
-    for name, value in scope.items():
+    return settings | assigned(path, before, scope, typing.get_type_hints(Config), shared)
+
+
+def parsed(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8-sig"), str(path))  # -sig: Windows' editors mark UTF-8
+    except OSError as error:
+        have = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[!_]*.py")))
+        raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
+    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def assigned(path: Path, before: dict, after: dict, kinds: dict, shared: dict) -> dict:
+    """The settings that a file changed. `_name` is a helper of the file and no setting."""
+    found = {}
+    for name, value in after.items():
         if name.startswith("_") or (name in before and value is before[name]):
-            continue  # `_name` is a helper of the file; the rest was there before
+            continue
         if name in kinds:
             value = checked(value, kinds[name], f"{path}: {name}")
         elif name not in shared:
             raise ConfigError(f"{path}: unknown setting {name!r}{hint(name, kinds)}")
-        settings = settings | {name: value}
-    return settings
+        found[name] = value
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -146,31 +167,25 @@ def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
 @functools.cache
 def profile_settings() -> dict:
     """Settings that a profile may assign, and their defaults."""
-    found = {}
-    for script in SHARE_PROFILES:
-        found |= declared(script, SCRIPTS[script])
-    return found
+    tokenizer, train = (declared(script, SCRIPTS[script]) for script in SHARE_PROFILES)
+    return tokenizer | train
 
 
 @functools.cache
 def declared(module: str, name: str) -> dict:
     """{setting: default} of a dataclass and of those that it extends, wherever they are imported from."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    imported_from = {}
-    classes = {}
     found = {}
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            imported_from |= {alias.name: node.module for alias in node.names}
-        elif isinstance(node, ast.ClassDef):
-            classes[node.name] = node
-    if name not in classes:
-        return declared(imported_from[name], name)
-    for base in classes[name].bases:
-        found |= declared(module, base.id)
-    for field in classes[name].body:
-        if isinstance(field, ast.AnnAssign):
-            found[field.target.id] = getattr(field.value, "value", None)
+        match node:
+            case ast.ImportFrom() if name in [alias.name for alias in node.names]:
+                return declared(node.module, name)
+            case ast.ClassDef() if node.name == name:
+                for base in node.bases:
+                    found |= declared(module, base.id)
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign):
+                        found[field.target.id] = getattr(field.value, "value", None)
     return found
 
 
@@ -187,12 +202,12 @@ def hint(name: str, known) -> str:
 # Numbers: every number of every script is finite and at least 0, and
 
 AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size context_length n_layers
-    d_model n_heads experts_per_token n_experts moe_every n held_n rounds pairs seeds group
-    rope_theta""".split()
-AT_MOST_1 = ["decay_fraction", "label_smoothing"]
-BELOW_1 = ["dropout", "lora_dropout", "beta1", "beta2"]
-LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
-LARGEST = 10**12  # of all other numbers: torch counts with 64 bits, and squares some of them
+    d_model n_heads experts_per_token n_experts moe_every n held_n rounds pairs seeds group rope_theta"""
+LARGEST = 10**12  # torch counts with 64 bits, and squares some numbers
+RANGES = dict.fromkeys(AT_LEAST_1.split(), (1, LARGEST))
+RANGES |= dict.fromkeys(("decay_fraction", "label_smoothing"), (0, 1))
+RANGES |= dict.fromkeys(("dropout", "lora_dropout", "beta1", "beta2"), (0, math.nextafter(1, 0)))
+RANGES |= {"seed": (0, 2**63 - 1)}  # what torch.manual_seed takes
 
 
 def check_numbers(settings: dict, defaults: dict) -> None:
@@ -200,17 +215,9 @@ def check_numbers(settings: dict, defaults: dict) -> None:
     ranges: there it stands for "as the model has it" or "all", as -1 and 0 do in some scripts.
     """
     for name, value in settings.items():
-        if type(value) not in (int, float) or value == defaults.get(name):
-            continue
-        low = 1 if name in AT_LEAST_1 else 0
-        high = LARGEST
-        if name == "seed":
-            high = LARGEST_SEED
-        elif name in AT_MOST_1:
-            high = 1
-        elif name in BELOW_1:
-            high = math.nextafter(1, 0)
-        if not low <= value <= high:  # true of nan, too
+        low, high = RANGES.get(name, (0, LARGEST))
+        is_number = type(value) in (int, float) and value != defaults.get(name)
+        if is_number and not low <= value <= high:  # so nan is refused
             raise ConfigError(f"--{name}={value} must be a number from {low} to {high}")
 
 
@@ -218,19 +225,19 @@ def check_numbers(settings: dict, defaults: dict) -> None:
 # Types: bool, int, float, str, Literal[...] and unions of them
 
 
-def alternatives(kind) -> tuple:
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+def alternatives(kind) -> list:
+    """The types and values that a setting may have: Literal["auto"] | bool -> ["auto", bool]."""
+    found = []
+    for part in typing.get_args(kind):
+        found += alternatives(part)
+    return found or [kind]
 
 
 def accepts(value, kind) -> bool:
     """Whether a Python value may stand for `kind`. An int serves as a float; a bool is no int."""
-    for one in alternatives(kind):
-        if typing.get_origin(one) is typing.Literal:
-            if value in typing.get_args(one) and not isinstance(value, bool):
-                return True
-        elif type(value) is one or (one is float and type(value) is int):
-            return True
-    return False
+    options = alternatives(kind)
+    is_one = any(value == option and type(value) is type(option) for option in options)
+    return is_one or type(value) in options or (type(value) is int and float in options)
 
 
 def checked(value, kind, where: str):
@@ -253,22 +260,4 @@ def read_text(text: str, kind, where: str):
 def kind_name(kind) -> str:
     """A type as `--help` and messages name it, such as INT or auto|True|False."""
     names = {bool: "True|False", int: "INT", float: "FLOAT", str: "TEXT"}
-    parts = []
-    for one in alternatives(kind):
-        words = typing.get_args(one) if typing.get_origin(one) is typing.Literal else [names[one]]
-        parts += map(str, words)
-    return "|".join(parts)
-
-
-@functools.cache  # reading source takes a quarter of a second, and the lab parses hundreds of command lines
-def field_comments(Config) -> dict[str, str]:
-    """The comment behind each field of a dataclass and of those that it extends."""
-    comments = {}
-    for cls in reversed(Config.__mro__[:-1]):
-        source = inspect.getsource(cls)
-        lines = source.splitlines()
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):  # on more than one line if a formatter wrapped it
-                parts = [line.partition("  # ")[2] for line in lines[node.lineno - 1 : node.end_lineno]]
-                comments[node.target.id] = " ".join(filter(None, parts))
-    return comments
+    return "|".join(str(names.get(option, option)) for option in alternatives(kind))

@@ -5,7 +5,6 @@ whitespace characters can belong to the next word. So before every whitespace ch
 follows there is a *seam*: a border of words at which a text may be cut and each part be encoded alone.
 """
 
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
@@ -25,20 +24,19 @@ def special_regex(special_tokens: tuple[str, ...]) -> re.Pattern:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def at_seams(texts: Iterable[str], special_tokens: Collection[str], has_seams: bool) -> Iterator[str]:
-    """The joined `texts` in other pieces, which end at seams; in a single piece if the pattern has no seams.
+def at_seams(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[str]:
+    """The joined `texts` in other pieces, which end at seams.
 
     Holds some 16 thousand characters; more only if there are more from one space to the next.
     """
-    rest, least = "", SLAB // 4 if has_seams else math.inf
-    enough = least
+    rest, enough = "", SLAB // 4
     for text in texts:
         rest += text
         if len(rest) >= enough:
             cut = last_seam(rest, tuple(special_tokens))
             yield rest[:cut]
             rest = rest[cut:]
-            enough = max(least, 2 * len(rest))  # twice: looking for a seam in vain stays linear
+            enough = max(SLAB // 4, 2 * len(rest))  # twice: looking for a seam in vain stays linear
     yield rest
 
 

@@ -30,18 +30,18 @@ class Source:
     source: str
     licence: str
     fingerprint: Callable[[], str]
-    running_text: Callable[[], bool] = lambda: False  # True if its documents are pieces of longer texts
+    running_text: bool = False  # its documents are pieces of longer texts
     size: int | None = None  # documents to take from a generator, which would never end
 
 
 def own_files(corpus: str) -> list[str]:
     """The files of a path, a folder or a glob. An existing path is no glob, even with [ ] or * in it."""
-    if os.path.isdir(corpus):
-        found = glob(os.path.join(escape(corpus), "**"), recursive=True)
-        return sorted(path for path in found if os.path.isfile(path) and DOCUMENTS.search(path))
     if os.path.isfile(corpus):
         return [corpus]
-    return sorted(path for path in glob(corpus, recursive=True) if os.path.isfile(path))
+    if not os.path.isdir(corpus):
+        return sorted(filter(os.path.isfile, glob(corpus, recursive=True)))
+    found = filter(os.path.isfile, glob(os.path.join(escape(corpus), "**"), recursive=True))
+    return sorted(filter(DOCUMENTS.search, found))
 
 
 def from_files(
@@ -58,10 +58,9 @@ def from_files(
     for path in paths:
         if not DOCUMENTS.search(path):
             raise DataError(f"{path}: cannot read this; .txt, .jsonl and .parquet can be read, also as .gz")
-        if os.path.getsize(path) == 0:
-            raise DataError(f"{path} is empty")
     source = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} to {names[-1]}"
-    source += f" ({HOLD_OUT[hold_out]})" if hold_out else ""
+    if hold_out:
+        source += f" ({HOLD_OUT[hold_out]})"
 
     def read(about: dict) -> Iterator[str]:
         docs = (doc for path in paths for doc in read_file(path, articles, about))
@@ -70,10 +69,8 @@ def from_files(
     def fingerprint() -> str:
         return sha256(block for path in paths for block in blocks_of_file(path))
 
-    def running_text() -> bool:
-        return articles or not any(TABLE.search(path) or has_marks(path) for path in paths)
-
-    return Source(read, source, licence, fingerprint, running_text)
+    running = articles or not any(TABLE.search(path) or has_marks(path) for path in paths)
+    return Source(read, source, licence, fingerprint, running)
 
 
 def interleaved(shares: dict[str, float], sources: dict[str, Source], name_of_mix: str) -> Source:
@@ -105,54 +102,46 @@ def interleaved(shares: dict[str, float], sources: dict[str, Source], name_of_mi
     )
 
 
+# -----------------------------------------------------------------------------
+# One file
+
+
 def read_file(path: str, articles: bool, about: dict) -> Iterator[str]:
     """The documents of a file: rows of .jsonl and .parquet (field "text"); of .txt the texts between
     <|endoftext|> marks, or else passages of about PASSAGE characters. `articles`: it is WikiText. Rows
     without text are counted in `about`["left_out"].
     """
-    if articles:  # kept to the byte: its perplexity is compared with other people's
-        yield from articles_of(wikitext_lines(path))
-        return
-    if TABLE.search(path):
+    if articles:
+        docs = articles_of(path)
+    elif TABLE.search(path):
         docs = texts_of_table(path, about)
     else:
         lines = text_lines(path)
         docs = filter(None, map(str.strip, between_marks(lines) if has_marks(path) else passages(lines)))
-    empty = True
-    for doc in docs:
-        empty = False
-        yield doc
-    if empty:
-        raise DataError(f"{path} holds no text")
-
-
-def texts_of_table(path: str, about: dict) -> Iterator[str]:
-    empty, found = [], False
-    for number, row in enumerate(read_rows(path, ("text",)), 1):
-        text = text_of(row.get("text"), f'{path}, row {number}, "text"')
-        if text is not None:
-            found = True
-            yield text
-            continue
-        about["left_out"] = about.get("left_out", 0) + 1
-        empty = empty or [row]
-    if empty and not found:
-        raise nothing_to_read(path, empty, 'a "text"')
+    first = next(docs, None)
+    if first is None:
+        rows = list(islice(read_rows(path), 100)) if TABLE.search(path) else []
+        raise nothing_to_read(path, rows, 'a "text"')
+    yield first
+    yield from docs
 
 
 def nothing_to_read(source: str, rows: list[dict], what: str) -> DataError:
     """The error for a data set in which no row has its text."""
     if not rows:
-        return DataError(f"{source} holds no rows")
+        return DataError(f"{source} is empty: it holds no rows and no text")
     return DataError(
         f"{source}: no row has {what}; the columns are {columns_of(rows)} (row 1: {shortened(rows[0])})"
     )
 
 
-def wikitext_lines(path: str) -> Iterator[str]:
-    if not TABLE.search(path):
-        return text_lines(path)
-    return (row.get("text") or " \n" for row in read_rows(path))  # on the hub a blank line is an empty row
+def texts_of_table(path: str, about: dict) -> Iterator[str]:
+    for number, row in enumerate(read_rows(path, ("text",)), 1):
+        text = text_of(row.get("text"), f'{path}, row {number}, "text"')
+        if text is None:
+            about["left_out"] = about.get("left_out", 0) + 1
+        else:
+            yield text
 
 
 def has_marks(path: str) -> bool:
@@ -160,37 +149,41 @@ def has_marks(path: str) -> bool:
 
 
 def between_marks(lines: Iterable[str]) -> Iterator[str]:
-    doc = []
+    doc = ""
     for line in lines:
         before, *after = line.split(END_OF_TEXT)
-        doc.append(before)
+        doc += before
         for text in after:
-            yield "".join(doc)
-            doc = [text]
-    yield "".join(doc)
+            yield doc
+            doc = text
+    yield doc
 
 
 def passages(lines: Iterable[str]) -> Iterator[str]:
-    passage, size = [], 0
+    passage = ""
     for line in lines:
-        passage.append(line)
-        size += len(line)
-        if size >= PASSAGE and (not line.strip() or size >= 4 * PASSAGE):
-            yield "".join(passage)
-            passage, size = [], 0
-    yield "".join(passage)
+        passage += line
+        if len(passage) >= PASSAGE and (line.isspace() or len(passage) >= 4 * PASSAGE):
+            yield passage
+            passage = ""
+    yield passage
 
 
-def articles_of(lines: Iterable[str]) -> Iterator[str]:
-    """A title is ` = Title = ` after a blank line; ` = = Section = = ` is not one."""
-    article, previous = [], ""
+def articles_of(path: str) -> Iterator[str]:
+    """WikiText, kept to the byte: its perplexity is compared with other people's.
+
+    A title is ` = Title = ` after a blank line; ` = = Section = = ` is not one. On the hub a blank line is an
+    empty row.
+    """
+    is_table = TABLE.search(path)
+    lines = (row.get("text") or " \n" for row in read_rows(path)) if is_table else text_lines(path)
+    article = ""
     for line in lines:
-        if len(article) > 1 and not previous.strip() and re.fullmatch(r" = [^=]+ = \n", line):
-            yield "".join(article)
-            article = []
-        article.append(line)
-        previous = line
-    yield "".join(article)
+        if re.fullmatch(r" = [^=]+ = \n", line) and article.endswith(("\n \n", "\n\n")):
+            yield article
+            article = ""
+        article += line
+    yield article
 
 
 def hold_out_tail(docs: Iterable[str], split: str, torn: bool) -> Iterator[str]:

@@ -2,31 +2,31 @@
 
 import os
 from collections.abc import Iterable
+from itertools import product
 
 from support.documents import Source, from_files
 from support.hub import hub_file, hub_rows
 from support.tables import DataError, read_rows
+
+TABLES = (".jsonl", ".tsv", ".json", ".csv", ".parquet")
 
 
 def data_folder(data_dir: str | None) -> str:
     return data_dir or os.environ.get("DATA_DIR") or "data"
 
 
-def first_file(data_dir: str, names: Iterable[str], kinds: Iterable[str] = ("",)) -> str | None:
-    """The first of these files in $DATA_DIR, of the first of these kinds, plain or gzipped."""
-    for name in names:
-        for kind in kinds:
-            for path in (os.path.join(data_dir, name + kind), os.path.join(data_dir, f"{name}{kind}.gz")):
-                if os.path.exists(path):
-                    return path
-    return None
+def first_file(folder: str, names: Iterable[str], kinds: Iterable[str] = ("",)) -> str | None:
+    """The first of these files that is in `folder`, plain or gzipped."""
+    paths = (os.path.join(folder, "".join(parts)) for parts in product(names, kinds, ("", ".gz")))
+    return next(filter(os.path.exists, paths), None)
 
 
-def find_edition(name: str, corpus, split: str, data_dir: str) -> Source:
+def find_edition(name: str, corpus, split: str, data_dir: str | None) -> Source:
     """One split of a data.Corpus: the first edition of which any file is in $DATA_DIR, or else the hub's."""
+    data_dir = data_folder(data_dir)
     folder = os.path.join(data_dir, corpus.folder)
-    edition = corpus.editions[0]
     # One edition for all splits: the validation text of one may be the training text of another.
+    edition = corpus.editions[0]
     for other in reversed(corpus.editions):
         if any(first_file(folder, files) for files in other.values()):
             edition = other
@@ -35,48 +35,41 @@ def find_edition(name: str, corpus, split: str, data_dir: str) -> Source:
         raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
     paths, names = [], []
     for file in edition[part]:
-        path, shown = first_file(folder, [file]), f"{corpus.hub} on Hugging Face, {file}"
-        names.append(os.path.relpath(path, data_dir) if path else shown)
-        paths.append(path or download(name, corpus, file, edition, folder))
+        path = first_file(folder, [file])
+        names.append(os.path.relpath(path, data_dir) if path else f"{corpus.hub} on Hugging Face, {file}")
+        try:
+            paths.append(path or hub_file(corpus.hub, file))
+        except DataError as error:
+            place = f"{os.path.join(folder, file)} (or .gz)"
+            raise nowhere(name, error, corpus.hub, place, "storyworld") from None
     hold_out = split if part != split else None
     articles = corpus.hub == "Salesforce/wikitext"
     return from_files(paths, names, corpus.licence, hold_out, torn=part == "head", articles=articles)
 
 
-def download(name: str, corpus, file: str, edition: dict, folder: str) -> str:
-    """The path of a corpus' file in the cache of the hub."""
-    try:
-        if edition is not corpus.editions[0]:
-            raise DataError("this edition of it is not on the hub")
-        return hub_file(corpus.hub, file)
-    except DataError as error:
-        place = f"{os.path.join(folder, file)} (or .gz)"
-        raise nowhere(name, error, corpus.hub, place, "", "storyworld") from None
-
-
 def find_rows(
-    name: str, hub: tuple[str, ...], part: str, files: list[str], data_dir: str, hint: str, stand_in: str
+    name: str, hub: tuple[str, ...], part: str, files: list[str], data_dir: str | None, embedded: str
 ) -> tuple[list[dict], str]:
     """The rows of a task or a collection, and where they are from. `hub`: repository and configuration.
 
-    `part`: a split on the hub, or a file of a repository that `datasets` cannot read. `hint` and `stand_in`
-    are for the error if nothing is found.
+    `part`: a split on the hub, or a file of a repository that `datasets` cannot read. `embedded`: what the
+    error proposes if nothing is found.
     """
-    path = first_file(data_dir, files, (".jsonl", ".tsv", ".json", ".csv", ".parquet"))
-    if path:
+    data_dir = data_folder(data_dir)
+    if path := first_file(data_dir, files, TABLES):
         return list(read_rows(path)), os.path.relpath(path, data_dir)
     try:
         rows = list(read_rows(hub_file(hub[0], part))) if "." in part else hub_rows(*hub, split=part)
     except DataError as error:
-        file = f"{os.path.join(data_dir, files[0])}.jsonl (or .csv, .tsv, .parquet, also .gz)"
-        raise nowhere(name, error, hub[0], file, hint, stand_in) from None
+        place = f"{os.path.join(data_dir, files[0])}.jsonl (or .csv, .tsv, .parquet, also .gz)"
+        raise nowhere(name, error, hub[0], place, embedded) from None
     return rows, f"{hub[0]} on Hugging Face, {part}"
 
 
-def nowhere(name: str, error: DataError, hub: str, file: str, hint: str, stand_in: str) -> DataError:
+def nowhere(name: str, error: DataError, hub: str, place: str, embedded: str) -> DataError:
     return DataError(
         f"{name} is not on this disk and could not be fetched: {error}. Get online ({hub} on Hugging Face), "
-        f"or put it at {file}{hint}, or use what is embedded: {stand_in}"
+        f"or put it at {place}, or use what is embedded: {embedded}"
     )
 
 

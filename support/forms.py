@@ -5,7 +5,7 @@ import runpy
 from dataclasses import Field, fields
 from functools import cache
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 from configs import ROOT, alternatives, field_comments
 from support.watching import STAGES
@@ -49,7 +49,7 @@ def form(stage: str) -> dict:
 def kind_of(annotation) -> dict:
     """{"kind": "bool", "int", "float", "str" or "choice", "choices": [...]} of a setting's type."""
     types = alternatives(annotation)
-    choices = [value for one in types for value in get_args(one)]
+    choices = [one for one in types if not isinstance(one, type)]
     if choices and bool in types:
         choices += [True, False]
     if choices:

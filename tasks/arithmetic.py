@@ -18,39 +18,27 @@ beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs bal
 crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
 ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
 THINGS = [*GIRLS, *BOYS, *(word for pair in ITEMS for word in pair)]
-STEPS = {  # sentence of the question, sentence of the solution
-    "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.", ""),
-    "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}."),
+STEPS = {  # sentence of the question, sentence of the solution, what is done with {k}, its largest value
+    "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.",
+              "", "", 24),
+    "boxes": ("{name} has {n} {box} (of {k} {item} each|with {k} {item} in each).", "That is {sum} {item}.",
+              "", 9),
     "buy": ("{He} (buys|finds) {k} more {item}.|{He} gets {k} more {item} from {other}.|{other} gives "
-            "{name} {k} more {item}.", "{He} has {sum} {item}."),
+            "{name} {k} more {item}.", "{He} has {sum} {item}.", "+", 16),
     "buy boxes": ("{He} (buys|gets) {n} {box} (of {k} {item} each|with {k} {item} in each).",
-                  "{He} has {sum} {item}."),
+                  "{He} has {sum} {item}.", "+", 9),
     "give": ("{He} gives {k} {item} (to {other}|away).|{He} loses {k} {item}.|Then {he} sells {k} {item}.",
-             "{He} has {sum} {item} left."),
-    "double": ("(A week later|By evening) {he} has twice as many {item}.", "{He} has {sum} {item}."),
-    "times": ("{other} has {k} times as many {item} as {name}.", "{other} has {sum} {item}."),
-    "more": ("{other} has {k} more {item} than {name}.", "{other} has {sum} {item}."),
-    "fewer": ("{other} has {k} fewer {item} than {name}.", "{other} has {sum} {item}."),
-    "together": ("{other} has {k} {item}.", "Together they have {sum} {item}."),
+             "{He} has {sum} {item} left.", "-", 16),
+    "double": ("(A week later|By evening) {he} has twice as many {item}.", "{He} has {sum} {item}.", "*", 16),
+    "times": ("{other} has {k} times as many {item} as {name}.", "{other} has {sum} {item}.", "*", 5),
+    "more": ("{other} has {k} more {item} than {name}.", "{other} has {sum} {item}.", "+", 16),
+    "fewer": ("{other} has {k} fewer {item} than {name}.", "{other} has {sum} {item}.", "-", 16),
+    "together": ("{other} has {k} {item}.", "Together they have {sum} {item}.", "+", 16),
 }  # fmt: skip
-CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-SIGNS = {
-    "buy": "+",
-    "buy boxes": "+",
-    "give": "-",
-    "double": "*",
-    "times": "*",
-    "more": "+",
-    "fewer": "-",
-    "together": "+",
-}
-LARGEST = {"start": 24, "boxes": 9, "buy boxes": 9, "times": 5}
-OF_OTHER = "How many {item} does {other} have?"
-QUESTIONS = {
-    **dict.fromkeys(("times", "more", "fewer"), OF_OTHER),
-    "together": "How many {item} do {name} and {other} have (together|in all)?",
-    "": "How many {item} does {name} have (now|in the end)?|How many {item} does {he} have now?",
-}
+OF_OTHERS = ["times", "more", "fewer", "together"]  # only the last step is one of these
+QUESTIONS = dict.fromkeys(OF_OTHERS, "How many {item} does {other} have?")
+QUESTIONS["together"] = "How many {item} do {name} and {other} have (together|in all)?"
+QUESTION = "How many {item} does {name} have (now|in the end)?|How many {item} does {he} have now?"
 TRAPS = (  # numbers that play no part
     "{name} is {age} years old.|The shop also sells {m} {thing}.|{He} also has {m} {thing}.|"
     "{He} buys {m} {thing}.|{He} gives {m} {thing} (to {other}|away).|{other} has {m} {thing}.|"
@@ -60,26 +48,17 @@ TRAPS_OF_OTHER = (  # if nobody asks about {other}
     "{other} (has|buys|finds) {m} {item}.|{other} has {m} (more|fewer) {item} than {name}.|"
     "{other} has {n} times as many {item} as {name}."
 )
+CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 LIMIT = 40  # no number in a problem or its solution is greater
 
 
-def arithmetic_problem(rng: random.Random, steps: int | None = None, traps: int | None = None) -> dict:
+def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     """A word problem, {"question", "answer"}, annotated as GSM8K's are; every number is from 1 to 40.
 
     It is a running count and what happens to it: buy, give away, double, boxes of n, times as many as
     somebody, more or fewer, together. One or two sentences (`traps`) have a number that plays no part, or
-    would if another question were asked. `steps`: 1 to 4.
+    would if another question were asked. None if a number left the range: the caller tries again.
     """
-    steps = steps or pick(rng, (1, 2, 2, 3, 3, 4))
-    traps = pick(rng, (1, 2)) if traps is None else traps
-    while True:
-        problem = attempt(rng, steps, traps)
-        if problem:
-            return problem
-
-
-def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
-    """A problem; None if a number left the range: the caller tries again."""
     he, names, others = pick(rng, (("she", GIRLS, BOYS), ("he", BOYS, GIRLS)))  # no pronoun is ambiguous
     name, other, third = pick(rng, names), pick(rng, others), pick(rng, others)
     (item, box), (thing, _) = pick(rng, ITEMS), pick(rng, ITEMS)
@@ -88,41 +67,42 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     slots = Slots(name=name, other=other, third=third, he=he, item=item, box=box, thing=thing)
     sentences, solution = [], []
 
-    def work(kind: str, a: int, sign: str, b: int) -> int:
+    def work(sentence: str, a: int, sign: str, b: int) -> int:
         result = CALCULATE[sign](a, b)
         slots["sum"] = f"<<{a}{sign}{b}={result}>>{result}"
-        solution.append(fill(rng, parse(STEPS[kind][1]), slots))
+        solution.append(fill(rng, sentence, slots))
         return result
 
     total, kind = 0, pick(rng, ("start", "start", "start", "boxes"))
     while True:
-        n, k = number(rng, 2, 6), number(rng, 2, LARGEST.get(kind, 16))
+        told, solved, sign, largest = STEPS[kind]
+        n, k = number(rng, 2, 6), number(rng, 2, largest)
         slots.update(n=str(n), k=str(k))
-        sentences.append(fill(rng, parse(STEPS[kind][0]), slots))
-        amount = work("boxes", n, "*", k) if "boxes" in kind else k
-        if kind in ("start", "boxes"):
-            total = amount
-        else:
-            total = work(kind, total, SIGNS[kind], 2 if kind == "double" else amount)
+        sentences.append(fill(rng, told, slots))
+        if "boxes" in kind:
+            k = work("That is {sum} {item}.", n, "*", k)
+        elif kind == "double":
+            k = 2
+        total = work(solved, total, sign, k) if sign else k
         if not 1 <= total <= LIMIT:
             return None
         left = steps - len(solution)
         if left == 0:
             break
-        last = ["times", "more", "fewer", "together"] if left == 1 else ["buy boxes"]  # of others at the end
+        last = OF_OTHERS if left == 1 else ["buy boxes"]
         kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
 
-    question = QUESTIONS.get(kind, QUESTIONS[""])
+    question = QUESTIONS.get(kind, QUESTION)
     possible = list(parse(TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"))
     for _ in range(traps):
         slots.update(m=str(number(rng, 2, 24)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
         trap = fill(rng, [possible.pop(number(rng, 0, len(possible) - 1))], slots)  # nobody has two ages
         sentences.insert(number(rng, 1, len(sentences)), trap)
-    sentences.append(fill(rng, parse(question), slots))
+    sentences.append(fill(rng, question, slots))
     return {"question": " ".join(sentences), "answer": "\n".join([*solution, f"#### {total}"])}
 
 
-def arithmetic(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+def arithmetic(split: str, n: int | None = None) -> Iterator[dict]:
     """The word problems of one split, forever or the first `n`; none comes twice.
 
     The calculation (`9*3=27 27+5=32`) decides the split: a test problem is never a training problem with
@@ -130,10 +110,13 @@ def arithmetic(split: str, n: int | None = None, seed: int = SEED) -> Iterator[d
     """
 
     def make(rng: random.Random) -> tuple[dict, str]:
-        problem = arithmetic_problem(rng)
+        steps, traps = pick(rng, (1, 2, 2, 3, 3, 4)), pick(rng, (1, 2))
+        problem = None
+        while problem is None:
+            problem = attempt(rng, steps, traps)
         return problem, " ".join(re.findall("<<(.*?)>>", problem["answer"]))
 
-    return generated("arithmetic", make, split, n, seed)
+    return generated("arithmetic", make, split, n)
 
 
 def arithmetic_text(split: str) -> Iterator[str]:
@@ -162,9 +145,11 @@ def numbers_text(split: str) -> Iterator[str]:
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
-        yield "\n".join([problem["question"], told_again(rng, problem["question"], 0.5)]).strip()
+        question = problem["question"]
+        yield f"{question}\n{told_again(rng, question, 0.5)}".strip()
         yield "\n".join(equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
-        yield from ("\n".join([things(rng)] * 4) for _ in range(2))
+        for _ in range(2):
+            yield "\n".join([things(rng)] * 4)
 
 
 def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
@@ -191,5 +176,4 @@ def equation(rng: random.Random, annotated: bool = False) -> str:
         a = number(rng, 2, LIMIT - 1)
         b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
     result = CALCULATE[sign](a, b)
-    text = f"{a}{sign}{b}={result}"
-    return f"<<{text}>>{result}" if annotated else text
+    return f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{a}{sign}{b}={result}"

@@ -5,9 +5,10 @@ Max: Yes, it is behind the shed.
 """
 
 import random
+import re
 from collections.abc import Iterator
 
-from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
+from tasks.grammar import Slots, fill, generated, number, pick
 from tasks.stories import BOYS, ELDERS, GIRLS
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -61,7 +62,7 @@ DRAWN = {  # slots that are filled alike, in this order
 }
 
 
-def dialogue(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+def dialogue(split: str, n: int | None = None) -> Iterator[dict]:
     """Chats of two with a line of small talk or two, {"dialogue", "summary"}; the facts decide the split."""
 
     def make(rng: random.Random) -> tuple[dict, str]:
@@ -71,16 +72,14 @@ def dialogue(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dic
         for names, options in DRAWN.items():
             for name in names.split():
                 slots[name] = pick(rng, options)
-        slots["duty"] = fill(rng, parse(pick(rng, DUTIES)), slots)
+        slots["duty"] = fill(rng, pick(rng, DUTIES), slots)
         chat, summary = pick(rng, CHATS)
-        turns = fill(rng, parse(chat), slots).split("\n")
+        turns = fill(rng, chat, slots).split("\n")
         for _ in range(number(rng, 0, 2)):
-            speaker = pick(rng, "AB")
-            place = number(rng, 0, len(turns) - 1)
-            turns.insert(place, f"{speaker}: {fill(rng, parse(SMALL_TALK), slots)}")
-        names = {"A": a, "B": b}
-        chat = "\n".join(f"{names[turn[0]]}{turn[1:]}" for turn in turns)
-        summary = fill(rng, parse(summary), slots)
+            speaker, place = pick(rng, "AB"), number(rng, 0, len(turns) - 1)
+            turns.insert(place, f"{speaker}: {fill(rng, SMALL_TALK, slots)}")
+        chat = re.sub("^[AB]", lambda speaker: a if speaker[0] == "A" else b, "\n".join(turns), flags=re.M)
+        summary = fill(rng, summary, slots)
         return {"dialogue": chat, "summary": summary}, summary
 
-    return generated("dialogue", make, split, n, seed)
+    return generated("dialogue", make, split, n)

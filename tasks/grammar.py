@@ -1,6 +1,6 @@
 """A small grammar with which the embedded tasks write: choices and slots, and a split for all that is drawn.
 
-    fill(random.Random(1), parse("{A_thing} is (here|there)."), Slots(thing="apple"))  # An apple is there.
+    fill(random.Random(1), "{A_thing} is (here|there).", Slots(thing="apple"))  # An apple is there.
 
 The generators give the same text on every machine and in every Python.
 """
@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import islice
 
 SPLITS = ("train", "validation", "test")
 SEED = 1  # of all generators: another seed is another corpus
@@ -25,7 +24,7 @@ def pick(rng: random.Random, options):
 def parse(template: str) -> list:
     """`a (b|c) {d}` → its alternatives, each a list of str, (slot, capital?) or, again, alternatives."""
     stack = [[[]]]
-    for token in re.findall(r"[(|)]|\{\w+\}|[^(|){]+", template.replace("“", '"').replace("”", '"')):
+    for token in re.findall(r"[(|)]|\{\w+\}|[^(|){]+", template):
         if token == "(":
             stack.append([[]])
         elif token == "|":
@@ -40,18 +39,21 @@ def parse(template: str) -> list:
     return stack[0]
 
 
-def fill(rng: random.Random, alternatives: list, slots: dict) -> str:
-    """One of the alternatives, with its choices made and its slots filled; {He} is {he} with a capital."""
-    out = []
-    for part in pick(rng, alternatives):
-        if type(part) is str:
-            out.append(part)
-        elif type(part) is list:
-            out.append(fill(rng, part, slots))
+def fill(rng: random.Random, text: str | list, slots: dict) -> str:
+    """A template (or one that is parsed) with its choices made and its slots filled; {He} is {he} with a
+    capital.
+    """
+    out = ""
+    for part in pick(rng, parse(text) if isinstance(text, str) else text):
+        if isinstance(part, str):
+            out += part
+        elif isinstance(part, list):
+            out += fill(rng, part, slots)
         else:
-            text = slots[part[0]]
-            out.append(text[:1].upper() + text[1:] if part[1] else text)
-    return "".join(out)
+            name, capital = part
+            value = slots[name]
+            out += value[:1].upper() + value[1:] if capital else value
+    return out
 
 
 class Slots(dict):
@@ -70,19 +72,14 @@ def number(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def generated(name: str, make: Callable, split: str, n: int | None, seed: int) -> Iterator[dict]:
-    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature).
-
-    Rows are the same if their first column is. Signature None: `make` itself keeps the splits apart.
+def generated(name: str, make: Callable, split: str, n: int | None) -> Iterator[dict]:
+    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature); without `n`
+    forever. Rows are the same if their first column is. Signature None: `make` itself keeps the splits apart.
     """
-
-    def rows() -> Iterator[dict]:
-        rng, seen = random.Random(f"{name} {split} {seed}"), set()
-        while True:
-            row, signature = make(rng)
-            key = str(next(iter(row.values())))
-            if key not in seen and (signature is None or split_of(signature) == split):
-                seen.add(key)
-                yield row
-
-    return islice(rows(), n)
+    rng, seen = random.Random(f"{name} {split} {SEED}"), set()
+    while n is None or len(seen) < n:
+        row, signature = make(rng)
+        key = str(next(iter(row.values())))
+        if key not in seen and (signature is None or split_of(signature) == split):
+            seen.add(key)
+            yield row

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from support.formats import talk
 from tasks.dialogue import DAYS
-from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick, split_of
+from tasks.grammar import Slots, fill, generated, number, pick, split_of
 from tasks.stories import BOYS, GIRLS
 
 OPPOSITES = "hot:cold big:small day:night wet:dry fast:slow old:new open:closed up:down light:dark full:empty"
@@ -38,32 +38,33 @@ WISHES = {  # question and answer; {x} and {y} are drawn, {z} follows from them
 
 def values(rng: random.Random, kind: str) -> tuple:
     """{x}, {y} and {z} of a wish."""
-    if kind in ("larger", "sum"):
-        x, y = number(rng, 2, 60), number(rng, 2, 39)
-        return x, y, x + y if kind == "sum" else max(x, y)
-    if kind == "count":
-        x = number(rng, 1, 20)
-        y = x + number(rng, 2, 7)
-        return x, y, " ".join(map(str, range(x, y + 1)))
-    if kind in ("opposite", "sound"):
-        x, z = pick(rng, list((OPPOSITES if kind == "opposite" else SOUNDS).items()))
-        return x, "", z
-    if kind == "after":
-        day = number(rng, 0, 6)
-        return DAYS[day], "", DAYS[(day + 1) % 7]
-    if kind == "greet":
-        return pick(rng, GIRLS + BOYS), "", ""
-    if kind == "backwards":
-        words = [pick(rng, WORDS) for _ in range(number(rng, 2, 4))]
-        return " ".join(words), "", " ".join(reversed(words))
+    match kind:
+        case "larger" | "sum":
+            x, y = number(rng, 2, 60), number(rng, 2, 39)
+            return x, y, x + y if kind == "sum" else max(x, y)
+        case "count":
+            x = number(rng, 1, 20)
+            y = x + number(rng, 2, 7)
+            return x, y, " ".join(map(str, range(x, y + 1)))
+        case "opposite" | "sound":
+            x, z = pick(rng, list((OPPOSITES if kind == "opposite" else SOUNDS).items()))
+            return x, "", z
+        case "after":
+            day = number(rng, 0, 6)
+            return DAYS[day], "", DAYS[(day + 1) % 7]
+        case "greet":
+            return pick(rng, GIRLS + BOYS), "", ""
+        case "backwards":
+            words = [pick(rng, WORDS) for _ in range(number(rng, 2, 4))]
+            return " ".join(words), "", " ".join(reversed(words))
+        case "repeat":
+            x, y = pick(rng, WORDS), number(rng, 2, 4)
+            return x, y, " ".join([x] * y)
     x = pick(rng, WORDS)
-    if kind == "repeat":
-        y = number(rng, 2, 4)
-        return x, y, " ".join([x] * y)
     return x, "", {"capitals": x.upper(), "first": x[0], "spell": " ".join(x)}[kind]
 
 
-def instructions(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+def instructions(split: str, n: int | None = None) -> Iterator[dict]:
     """Conversations, {"messages"}, of one to three turns, a third of them with a system prompt.
 
     The values of a wish, not its wording, decide the split: a word that a test wants spelt is spelt
@@ -75,14 +76,14 @@ def instructions(split: str, n: int | None = None, seed: int = SEED) -> Iterator
             x, y, z = values(rng, kind)
             if x != y and (kind in COMMON or split_of(f"{x} {y} {kind}") == split):
                 slots = Slots(x=str(x), y=str(y), z=str(z))
-                return talk(*(fill(rng, parse(text), slots) for text in WISHES[kind]))
+                return talk(*(fill(rng, text, slots) for text in WISHES[kind]))
 
     def make(rng: random.Random) -> tuple[dict, None]:
         kinds = [pick(rng, list(WISHES)) for _ in range(pick(rng, (1, 1, 1, 2, 3)))]
         messages = [message for kind in kinds for message in wish(rng, kind)]
         if rng.random() < 0.3:
-            role = fill(rng, parse("You are a (kind|helpful) (robot|teacher)."), {})
+            role = fill(rng, "You are a (kind|helpful) (robot|teacher).", {})
             messages.insert(0, {"role": "system", "content": role})
         return {"messages": messages}, None
 
-    return generated("instructions", make, split, n, seed)
+    return generated("instructions", make, split, n)

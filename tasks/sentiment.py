@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
+from tasks.grammar import Slots, fill, generated, number, pick
 
 GOOD = "warm funny clever charming touching gripping graceful lively bright fresh moving tender".split()
 BAD = "dull clumsy slow shallow noisy stale tiresome pointless cold flat messy lifeless".split()
@@ -26,7 +26,7 @@ REVIEWS = (
 )
 
 
-def sentiment(split: str, n: int | None = None, seed: int = SEED) -> Iterator[dict]:
+def sentiment(split: str, n: int | None = None) -> Iterator[dict]:
     """Reviews of one sentence, {"sentence", "label"} (1: positive). Half of them need more than their words.
 
     The words that were drawn decide the split: a test review is never a training review turned around.
@@ -41,8 +41,8 @@ def sentiment(split: str, n: int | None = None, seed: int = SEED) -> Iterator[di
             slots |= {"aspect": aspect, "is": is_, "aspect2": aspect2, "is2": is2}
             if slots["g"] != slots["h"] and aspect != aspect2:
                 break
-        sentence = fill(rng, parse(pick(rng, REVIEWS)), slots)
+        sentence = fill(rng, pick(rng, REVIEWS), slots)
         drawn = set(re.findall("[a-z]+", sentence.lower())).intersection(slots.values()) - {"is", "are"}
         return {"sentence": sentence, "label": label}, " ".join(sorted(drawn))
 
-    return generated("sentiment", make, split, n, seed)
+    return generated("sentiment", make, split, n)

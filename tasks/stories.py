@@ -13,7 +13,7 @@ from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
-from tasks.grammar import SEED, Slots, fill, parse, pick, split_of
+from tasks.grammar import SEED, Slots, fill, pick, split_of
 
 GIRLS = "Anna Clara Daisy Ella Emma Hanna Ivy Lena Lily Lucy Maya Mia Molly Nora Rosa Ruby Sara Zoe".split()
 BOYS = "Adam Anton Ben Emil Finn Hugo Jack Leo Luke Max Nico Noah Omar Oscar Otto Sam Theo Tom".split()
@@ -46,7 +46,9 @@ PLOTS = (Path(__file__).parent / "stories.txt").read_text(encoding="utf-8")
 
 @cache
 def _plots() -> dict[str, list]:
-    """PLOTS as {name: beats}. A beat: (facts needed, slots drawn, alternatives); None starts a paragraph."""
+    """PLOTS as {name: beats}. A beat: (facts needed, slots drawn, text or their values); None starts a
+    paragraph.
+    """
     plots = {}
     for block in re.split(r"^# ", PLOTS, flags=re.M)[1:]:
         name, *lines = re.sub(r"\n(    |(?=\|))", " ", block).strip().split("\n")
@@ -55,11 +57,11 @@ def _plots() -> dict[str, list]:
 
 
 def _beat(line: str) -> tuple:
-    facts, slots, text = re.fullmatch(r"(?:([a-z ]+): )?(?:([a-z, ]+) = ?)?(.*)", line).groups()
-    if slots is None:
-        return (facts or "").split(), None, parse(text)
-    rows = [row.split(" / ") for row in re.split(r"\|(?![^(]*\))", text) if row.strip()]
-    return (facts or "").split(), slots.split(", "), [[parse(cell.strip()) for cell in row] for row in rows]
+    facts, slots, text = re.fullmatch(r"(?:([a-z ]+): )?(?:([a-z, ]+) = ?)?(.*)", line).groups("")
+    if not slots:
+        return facts.split(), [], text
+    rows = [row.strip().split(" / ") for row in re.split(r"\|(?![^(]*\))", text)]
+    return facts.split(), slots.split(", "), [row for row in rows if row != [""]]
 
 
 def _cast(rng: random.Random) -> Slots:
@@ -85,7 +87,7 @@ def _cast(rng: random.Random) -> Slots:
         for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
             slots[prefix + slot] = word
     habit, callback = pick(rng, HABITS)
-    slots.update(habit=fill(rng, parse(habit), slots), callback=fill(rng, parse(callback), slots))
+    slots.update(habit=fill(rng, habit, slots), callback=fill(rng, callback, slots))
     return slots
 
 
@@ -96,26 +98,26 @@ def _tell(rng: random.Random, plot: str, slots: Slots, facts: set[str]) -> str:
         if beat is None:
             paragraphs.append([])
             continue
-        needed, drawn, alternatives = beat
+        needed, drawn, text = beat
         if needed and (needed[-1] in facts if needed[0] == "not" else facts.isdisjoint(needed)):
             continue
         if drawn:
-            values = [fill(rng, cell, slots) for cell in pick(rng, alternatives)]
+            values = [fill(rng, cell, slots) for cell in pick(rng, text)]
             slots.update(zip(drawn, values, strict=True))
             facts.update(values)
-        elif sentence := fill(rng, alternatives, slots).strip():
+        elif sentence := fill(rng, text, slots).strip():
             paragraphs[-1].append(sentence)
     return "\n".join(map(" ".join, paragraphs))
 
 
-def story(index: int, seed: int = SEED) -> tuple[str, str]:
+def story(index: int) -> tuple[str, str]:
     """Story number `index`, and its signature: the plot, the three names, and all that was drawn.
 
     How many there are: no two of the first 3,000,000 are alike, so more than 10^12 (birthday bound, 95 %);
     the median story has probability 2^-53. Learning by heart does not help: of all runs of 48 words (a third
     of a story) in the validation text, 9 % occur in the training text.
     """
-    rng = random.Random((seed << 40) + index)
+    rng = random.Random((SEED << 40) + index)
     slots, facts = _cast(rng), set()
     opening, ending, *plots = _plots()
     plot = pick(rng, plots)
@@ -125,10 +127,10 @@ def story(index: int, seed: int = SEED) -> tuple[str, str]:
     return text, " ".join([plot, slots["hero"], slots["friend"], slots["elder"], *sorted(facts)])
 
 
-def storyworld(split: str, n: int | None = None, seed: int = SEED) -> Iterator[str]:
+def storyworld(split: str, n: int | None = None) -> Iterator[str]:
     """The stories of one split, forever or the first `n`.
 
     All stories with one signature are in one split, so a test story is never a training story in other words.
     """
-    stories = (story(index, seed) for index in count())
+    stories = map(story, count())
     return islice((text for text, signature in stories if split_of(signature) == split), n)
