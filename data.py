@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 
 from configs import parse_config
@@ -263,18 +263,25 @@ def load_task(
     rows, source = task_rows(name, split, data_dir, first + count)
     if task.generator and first:
         source += f", from row {first + 1:,} on"
-    rows = rows[first:][: count or None]
-    examples = []
-    for number, row in rows:
-        if example := example_of(task, row, f"{source}, row {number}"):
-            examples.append(example)
-    if not examples:
-        where = f"{name}, {split}: {source} (results are reported on the {task.test} split)"
-        raise nothing_to_read(where, [row for _, row in rows], f"text in {' and '.join(task.columns)}")
-    about = {"source": source, "licence": task.licence}
-    note_left_out(about, len(rows) - len(examples))
+    parse = partial(example_of, task)
+    examples, about = parsed(rows[first:][: count or None], parse, source, task.licence, "text")
     about["fingerprint"] = sha256(f"{task.prompt(e.text)}\0{e.target}\0".encode() for e in examples)
     return examples, about
+
+
+def parsed(rows: list[tuple], parse: Callable, source: str, licence: str, what: str) -> tuple[list, dict]:
+    """What `parse` makes of numbered rows, and their source for a run's record. Rows that lack their text, of
+    which it makes nothing, are left out and counted.
+    """
+    items = []
+    for number, row in rows:
+        if item := parse(row, f"{source}, row {number}"):
+            items.append(item)
+    if not items:
+        raise nothing_to_read(source, [row for _, row in rows], what)
+    about = {"source": source, "licence": licence}
+    note_left_out(about, len(rows) - len(items), f"without {what}")
+    return items, about
 
 
 def task_rows(name: str, split: str, data_dir: str | None, n: int) -> tuple[list[tuple[int, dict]], str]:
@@ -430,20 +437,14 @@ def collection(name: str, split: str, data_dir: str | None, parse: Callable, wha
     else:
         names = ", ".join(["instructions", *COLLECTIONS, *TASKS])
         raise DataError(f'"{name}" is neither a file nor a collection; those are {names}')
-    items = []
-    for number, row in enumerate(rows, 1):
-        if item := parse(row, f"{source}, row {number}"):
-            items.append(item)
-    if not items:
-        raise nothing_to_read(source, rows, what)
+    items, about = parsed(list(enumerate(rows, 1)), parse, source, licence, what)
+    about["source"] += ", split by the first question"
     in_split = [item for item in items if split_of(first_question(getattr(item, "messages", item))) == split]
     if not in_split:
         raise DataError(
             f"{source}: none of its {len(items):,} rows falls into the {split} split. Of the first questions "
             "one in 20 is validation and one in 20 is test: there are too few"
         )
-    about = {"source": f"{source}, split by the first question", "licence": licence}
-    note_left_out(about, len(rows) - len(items), f"without {what}")
     return in_split, about
 
 
@@ -462,16 +463,19 @@ class ShowConfig:
 def main() -> None:
     cfg = parse_config(ShowConfig, __doc__)
     try:
-        if cfg.task:
-            examples, about = load_task(cfg.task, cfg.split)
-            print(f"{len(examples):,} examples, {about['source']}; licence: {about['licence']}", end="\n\n")
-            texts = [f"{TASKS[cfg.task].prompt(e.text)}[{e.target}]" for e in examples[: cfg.show]]
-        else:
-            texts = islice(documents(cfg.corpus, cfg.split), cfg.show)
-        for text in texts:
+        texts = documents(cfg.corpus, cfg.split) if not cfg.task else as_asked(cfg.task, cfg.split)
+        for text in islice(texts, cfg.show):
             print(text, end="\n\n")
     except DataError as error:
         sys.exit(f"error: {error}")
+
+
+def as_asked(task: str, split: str) -> Iterator[str]:
+    """What a task's items are and where they are from, and the items as a model sees them."""
+    examples, about = load_task(task, split)
+    print(f"{len(examples):,} examples, {about['source']}; licence: {about['licence']}", end="\n\n")
+    for example in examples:
+        yield f"{TASKS[task].prompt(example.text)}[{example.target}]"
 
 
 if __name__ == "__main__":

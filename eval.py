@@ -251,7 +251,7 @@ def evaluate_task(
     probabilities = found.pop("sure", None)  # of the class that was chosen
     records, found["metrics"] = judge(name, examples, outputs)
     for i, record in enumerate(records):
-        record["kinds"] = kinds_of(name, record)
+        record["kinds"] = kinds_of(TASKS[name].metric, record)
         if probabilities:
             record["sure"] = round(probabilities[i], 3)
     if TASKS[name].labels:
@@ -318,7 +318,7 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     majority = vote(samples.numbers, np.ones(right.shape))
     records, _ = judge(name, examples, [row[0] for row in greedy.answers])
     for i, record in enumerate(records):
-        record["kinds"] = kinds_of(name, record)
+        record["kinds"] = kinds_of(TASKS[name].metric, record)
         record["right_samples"] = int(right[i].sum())
         record["majority"] = str(samples.numbers[i, majority[i]]) or None
     gating = {}

@@ -1,7 +1,6 @@
 """Token files: each split of a corpus as one flat file of ids, which training maps into memory."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,12 @@ from support.documents import END_OF_TEXT
 from support.files import write_atomically, write_json
 from support.processes import CORES, map_ahead
 from support.runs import read_json
-from support.tables import valid
 
 REMEDY = 'run "python tokenizer.py" with this run\'s settings'
 
 
 def write_tokens(
-    tokenizer,
-    texts: Iterable[str],
-    folder: str | Path,
-    split: str,
-    info: dict | None = None,
-    threads: int | None = None,
+    tokenizer, texts: Iterable[str], folder: str | Path, split: str, info: dict | None = None
 ) -> dict:
     """Encodes documents into `{folder}/{split}.bin`; returns what `{split}.json` states about it.
 
@@ -35,28 +28,24 @@ def write_tokens(
     """
     import numpy as np
 
-    path, threads = Path(folder) / f"{split}.bin", threads or CORES
+    path = Path(folder) / f"{split}.bin"
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     meta = {"tokenizer": tokenizer.hash, "dtype": dtype.name, "tokens": 0, "documents": 0, "bytes": 0}
     checksum = hashlib.sha256()
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file, ThreadPoolExecutor(threads) as pool:
-            start = ([tokenizer.eot_id], 0, 0)
-            parts = map_ahead(
-                pool, partial(encode_documents, tokenizer), in_batches(texts, SLAB), 4 * threads
-            )
-            for ids, n_documents, n_bytes in chain([start], parts):
+        encode = partial(encode_documents, tokenizer)
+        with open(temporary, "wb") as file, ThreadPoolExecutor(CORES) as pool:
+            parts = map_ahead(pool, encode, in_batches(texts, SLAB), 4 * CORES)
+            for ids, n_documents, n_bytes in chain([([tokenizer.eot_id], 0, 0)], parts):
                 data = np.asarray(ids, dtype).tobytes()
                 file.write(data)
                 checksum.update(data)
                 meta["tokens"] += len(ids)
                 meta["documents"] += n_documents
                 meta["bytes"] += n_bytes  # of text in UTF-8, for bits per byte
-            if not meta["documents"]:
-                raise ValueError(f"no documents to write to {path}")
-            file.flush()
-            os.fsync(file.fileno())
+        if not meta["documents"]:
+            raise ValueError(f"no documents to write to {path}")
         path.with_suffix(".json").unlink(missing_ok=True)  # it describes the old .bin
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,16 +58,14 @@ def write_tokens(
 def encode_documents(tokenizer, texts: list[str]) -> tuple:
     """The ids of documents, an <|endoftext|> after each; the number of documents; their bytes."""
     joined = END_OF_TEXT.join([*texts, ""])
-    try:
-        n_bytes = len(joined.encode()) - len(END_OF_TEXT) * len(texts)
-    except UnicodeEncodeError:
-        return encode_documents(tokenizer, [valid(text) for text in texts])
     if joined.count(END_OF_TEXT) == len(texts) and len(joined) < 4 * SLAB:
         # One call that returns an array: 1.4x faster than a list for each document of 1 KB.
         ids = tokenizer.core.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
     else:  # one is very long, or spells <|endoftext|>, which does not end it
-        ids = [i for text in texts for i in (*tokenizer.encode(text, allowed_special=()), tokenizer.eot_id)]
-    return ids, len(texts), n_bytes
+        ids = []
+        for text in texts:
+            ids += [*tokenizer.encode(text, allowed_special=()), tokenizer.eot_id]
+    return ids, len(texts), len(joined.encode()) - len(END_OF_TEXT) * len(texts)
 
 
 def at_most(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
@@ -112,28 +99,27 @@ def open_tokens(folder: str | Path, split: str, tokenizer=None) -> tuple:
     import numpy as np
 
     path = Path(folder) / f"{split}.bin"
-    if not (path.exists() and path.with_suffix(".json").exists()):
+    about = path.with_suffix(".json")
+    if not (path.exists() and about.exists()):
         raise FileNotFoundError(f"there is no {path} with a .json beside it: {REMEDY}")
-    meta = read_json(path.with_suffix(".json"))
+    meta = read_json(about)
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     size, expected = path.stat().st_size, meta["tokens"] * dtype.itemsize
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its .json states {expected:,}: delete it and {REMEDY}")
-    wanted = getattr(tokenizer, "hash", tokenizer)
-    if wanted and meta["tokenizer"] != wanted:
-        theirs = meta["tokenizer"]
-        raise ValueError(
-            f"{path} was made with tokenizer {theirs[:8]}.., this run uses {wanted[:8]}..: {REMEDY}"
-        )
+    wanted, made_with = getattr(tokenizer, "hash", tokenizer), meta["tokenizer"]
+    if wanted not in (None, made_with):
+        differ = f"was made with tokenizer {made_with[:8]}.., this run uses {wanted[:8]}.."
+        raise ValueError(f"{path} {differ}: {REMEDY}")
     return np.memmap(path, dtype, mode="r"), meta
 
 
 def tokens_folder(cfg) -> Path:
     """The folder of the tokenizer and the token files of these settings."""
-    learnt = cfg.tokenizer == "bpe"
-    kind = str(cfg.vocab_size) if learnt else file_name(cfg.tokenizer)
-    digits = "-digits" if cfg.split_digits and learnt else ""
-    return Path(cfg.tokens or Path(cfg.out) / "tokens" / f"{file_name(cfg.corpus)}-{kind}{digits}")
+    kind = file_name(cfg.tokenizer)
+    if cfg.tokenizer == "bpe":
+        kind = f"{cfg.vocab_size}-digits" if cfg.split_digits else cfg.vocab_size
+    return Path(cfg.tokens or f"{cfg.out}/tokens/{file_name(cfg.corpus)}-{kind}")
 
 
 def file_name(text: str) -> str:

@@ -36,11 +36,45 @@ class CalculatorError(ValueError):
 LONGEST, LARGEST = 200, 256  # characters of an expression, bits of a number
 
 
+def calculate(expression: str) -> Fraction:
+    """The exact value of an arithmetic expression: numbers, + - * / **, percent, parentheses. Never `eval`.
+
+    Python's parser reads the expression, and only the nodes named in `value_of` are computed. Anything else,
+    and more than a word problem can need, raises CalculatorError, so that no text costs more than a moment.
+    """
+    if len(expression) > LONGEST or not re.fullmatch(r"[0-9.,%()*/+\s-]*", expression):
+        raise CalculatorError(f"{expression[:LONGEST]!r} is not arithmetic, or too long")
+    thousands = r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])"
+    text = re.sub(thousands, lambda number: number[0].replace(",", ""), expression)
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python refuses 007
+    text = " ".join(text.replace("%", " .percent ").split())  # an attribute binds closer than any operator
+    try:
+        return value_of(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, KeyError, ArithmeticError, RecursionError, MemoryError):
+        raise CalculatorError(f"{expression!r} is not arithmetic, or too large") from None
+
+
+def value_of(node: ast.AST, text: str) -> Fraction:
+    """The value of a node of the parsed `text`."""
+    match node:
+        case ast.Constant(int() | float()):
+            value = Fraction(ast.get_source_segment(text, node))
+        case ast.Attribute(part, "percent"):
+            value = value_of(part, text) / 100
+        case ast.UnaryOp(sign, part):
+            value = OPERATORS[type(sign)](value_of(part, text))
+        case ast.BinOp(left, sign, right):
+            value = OPERATORS[type(sign)](value_of(left, text), value_of(right, text))
+        case _:
+            raise SyntaxError
+    if bits(value) > LARGEST:
+        raise OverflowError
+    return value
+
+
 def power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1:
-        raise CalculatorError(f"cannot raise {decimal_text(base)} to {decimal_text(exponent)}")
-    if abs(exponent) * bits(base) > 2 * LARGEST:  # before it is computed, not after
-        raise CalculatorError("a number is too large")
+    if exponent.denominator != 1 or abs(exponent) * bits(base) > 2 * LARGEST:
+        raise OverflowError  # before it is computed, not after
     return base ** int(exponent)
 
 
@@ -50,46 +84,6 @@ def bits(value: Fraction) -> int:
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-
-def calculate(expression: str) -> Fraction:
-    """The exact value of an arithmetic expression: numbers, + - * / **, percent, parentheses. Never `eval`.
-
-    Python's parser reads the expression, and only the nodes named in `value_of` are computed. Anything else,
-    and more than a word problem can need, raises CalculatorError, so that no text costs more than a moment.
-    """
-    if len(expression) > LONGEST:
-        raise CalculatorError(f"an expression of {len(expression):,} characters is too long")
-    if not re.fullmatch(r"[0-9.,%()*/+\s-]*", expression):
-        raise CalculatorError(f"{expression!r} is not arithmetic")
-    thousands = r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])"
-    text = re.sub(thousands, lambda number: number[0].replace(",", ""), expression)
-    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python refuses 007
-    text = " ".join(text.replace("%", " .percent ").split())  # an attribute binds closer than any operator
-    try:
-        return value_of(ast.parse(text, mode="eval").body, text)
-    except (SyntaxError, RecursionError, MemoryError):
-        raise CalculatorError(f"{expression!r} is not arithmetic") from None
-    except ZeroDivisionError:
-        raise CalculatorError("division by zero") from None
-
-
-def value_of(node: ast.AST, text: str) -> Fraction:
-    """The value of a node of the parsed `text`."""
-    compute = OPERATORS.get(type(getattr(node, "op", None)))
-    if isinstance(node, ast.Constant) and node.value is not ...:
-        value = Fraction(ast.get_source_segment(text, node))
-    elif isinstance(node, ast.Attribute) and node.attr == "percent":
-        value = value_of(node.value, text) / 100
-    elif isinstance(node, ast.UnaryOp) and compute:
-        value = compute(value_of(node.operand, text))
-    elif isinstance(node, ast.BinOp) and compute:
-        value = compute(value_of(node.left, text), value_of(node.right, text))
-    else:
-        raise CalculatorError(f"{text!r} is not arithmetic")
-    if bits(value) > LARGEST:
-        raise CalculatorError("a number is too large")
-    return value
 
 
 def decimal_text(value: Fraction, places: int = 4) -> str:

@@ -6,13 +6,13 @@ for three flaws that ROUGE does not see. No model is asked; "other" is an answer
 kinds. `eval.py` writes "kinds" into every line of a run's answers/, and `report.py` counts them:
 
     from tasks.mistakes import kinds_of
-    kinds_of("sst2", {"text": "not bad at all", ...})    # ["negation", "short"]
+    kinds_of("accuracy", {"text": "not bad at all", ...})    # ["negation", "short"]
 """
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
-from data import TASKS
 from tasks.calculator import CalculatorError, calculate, decimal_text, equations, extract_number, plain_number
 from tasks.sentiment import BAD, GOOD
 
@@ -42,45 +42,62 @@ KINDS = {
 }
 
 
-def kinds_of(name: str, record: dict) -> list[str]:
-    """The kinds of one record of `data.judge` on the task `name`; [] for a solution that is right."""
-    if TASKS[name].labels:
+def kinds_of(metric: str, record: dict) -> list[str]:
+    """The kinds of one record of `data.judge` on a task with this metric; [] for a solution that is right."""
+    if metric == "accuracy":
         return review_kinds(record["text"])
-    if TASKS[name].metric == "exact_match":
-        wrong = not record["correct"]
-        return [solution_kind(record["output"], record["target"], record["text"])] if wrong else []
-    return summary_kinds(record["text"], record["output"], record["target"])
+    if metric == "rouge":
+        return summary_kinds(record["text"], record["output"], record["target"])
+    return [] if record["correct"] else [solution_kind(record["output"], record["target"], record["text"])]
 
 
 # -----------------------------------------------------------------------------
 # Solutions with annotated steps: 3*4=<<3*4=12>>12
 
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-WORDS = {word: str(i) for i, word in enumerate(WORDS)}
-WORDS |= {
-    "dozen": "12",
-    "twice": "2",
-    "double": "2",
-    "half": "2",
-    "triple": "3",
-    "third": "3",
-    "quarter": "4",
-}
-WORDS |= {"twenty": "20", "thirty": "30", "hundred": "100"}
+NUMBER_WORDS = """zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10 eleven:11
+twelve:12 dozen:12 twenty:20 thirty:30 hundred:100 twice:2 double:2 half:2 triple:3 third:3 quarter:4"""
+NUMBER_WORDS = [pair.split(":") for pair in NUMBER_WORDS.split()]
 UNITS = set("0.01 0.5 1 2 4 7 12 24 30 52 60 100 365 1000".split())  # hours, weeks, cents: known to everybody
+
+
+class Step(NamedTuple):
+    expression: str
+    value: Fraction | None
+    numbers: list[str]  # sorted
+    operators: str
+    result: str | None
+
+
+def steps_of(solution: str) -> list[Step]:
+    steps = []
+    for expression, result in equations(solution):
+        expression = expression.replace(",", "")
+        try:
+            value = calculate(expression)
+        except CalculatorError:
+            value = None
+        numbers = sorted(map(plain_number, re.findall(r"\d[\d.]*|\.\d+", expression)))
+        operators = re.sub(r"[\d.]+", "", expression)
+        steps.append(Step(expression, value, numbers, operators, extract_number(result)))
+    return steps
 
 
 def solution_kind(output: str, target: str, question: str = "") -> str:
     """What is wrong with a wrong solution, at the first step where it leaves the true one."""
     if extract_number(output) is None:
         return "none"
-    steps, true_steps = ([(e.replace(",", ""), r) for e, r in equations(text)] for text in (output, target))
+    steps, true_steps = steps_of(output), steps_of(target)
     if true_steps and not steps:
         return "bare"
-    for i in range(min(len(steps), len(true_steps))):
-        kind = step_kind(steps, true_steps, i, question)
-        if kind:
-            return kind
+    for i, (step, true) in enumerate(zip(steps, true_steps, strict=False)):
+        # A step with the true step's value is the same step, however it is written.
+        same = step.expression == true.expression or (step.value is not None and step.value == true.value)
+        if not same:
+            return (
+                "operation" if step.numbers == true.numbers else wrong_numbers(steps, true_steps, i, question)
+            )
+        if step.result != true.result:
+            return "slip"
     if "####" in target and "####" not in output:
         return "unfinished"
     if len(steps) == len(true_steps):
@@ -88,62 +105,29 @@ def solution_kind(output: str, target: str, question: str = "") -> str:
     return "missed" if len(steps) < len(true_steps) else "plan"
 
 
-def step_kind(steps: list[tuple], true_steps: list[tuple], i: int, question: str) -> str:
-    """What is wrong with step `i`, (expression, result), if all steps before it are right; "" if nothing is.
+def wrong_numbers(steps: list[Step], true_steps: list[Step], i: int, question: str) -> str:
+    """The kind of step `i`, which has other numbers than the true one, after steps that are right.
 
-    A step with the true step's value is the same step, however it is written. The order decides where several
-    kinds would fit: a number from nowhere, then a step left out (the next one is what the true solution does
-    later), then a number of the question that the true solution never uses.
+    The order decides where several kinds would fit: a number from nowhere, then a step left out (this one is
+    what the true solution does later), then a number of the question that the true solution never uses.
     """
-    (expression, result), (true, true_result) = steps[i], true_steps[i]
-    same = value_of(expression) is not None and value_of(expression) == value_of(true)
-    if not same and operands(expression) != operands(true):
-        return wrong_numbers(steps, true_steps, i, question)
-    order_matters = set(operators(true)) & set("-/")  # 5-3 is not 3-5
-    if not same and (operators(expression) != operators(true) or (expression != true and order_matters)):
-        return "operation"
-    return "slip" if extract_number(result) != extract_number(true_result) else ""
-
-
-def wrong_numbers(steps: list[tuple], true_steps: list[tuple], i: int, question: str) -> str:
-    """The kind of a step with other numbers than the true one."""
-    used, in_question = set(operands(steps[i][0])), told_numbers(question)
-    before = results_of(steps[:i])
-    needed = {x for expression, _ in true_steps for x in operands(expression)}
+    used, in_question = set(steps[i].numbers), told_numbers(question)
+    before, results = ({step.result for step in some} for some in (steps[:i], true_steps))
+    needed = set().union(*(step.numbers for step in true_steps))
     if question and not used <= in_question | UNITS | needed | before:
         return "made up"
     new = used - before
-    if new and extract_number(true_steps[i][1]) not in results_of(steps[i + 1 :]):
-        for expression, _ in true_steps[i + 1 :]:
-            later = set(operands(expression)) - results_of(true_steps)
-            if new == later and operators(steps[i][0]) == operators(expression):
+    if new and true_steps[i].result not in [step.result for step in steps[i + 1 :]]:
+        for later in true_steps[i + 1 :]:
+            if new == set(later.numbers) - results and steps[i].operators == later.operators:
                 return "missed"
     return "distractor" if new & in_question - needed else "plan"
-
-
-def results_of(steps: list[tuple]) -> set[str | None]:
-    return {extract_number(result) for _, result in steps}
-
-
-def operands(expression: str) -> list[str]:
-    return sorted(plain_number(x) for x in re.findall(r"\d[\d.]*|\.\d+", expression))
-
-
-def operators(expression: str) -> str:
-    return re.sub(r"[\d.]+", "", expression)
-
-
-def value_of(expression: str) -> Fraction | None:
-    try:
-        return calculate(expression)
-    except CalculatorError:
-        return None
 
 
 def told_numbers(question: str) -> set[str]:
     """The numbers that a question gives: in digits, in words, or as shares of 100."""
     found = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
-    found |= {number for word, number in WORDS.items() if re.search(rf"\b{word}s?\b", question.lower())}
+    found |= {number for word, number in NUMBER_WORDS if re.search(rf"\b{word}s?\b", question.lower())}
     for percent in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent)", question):
         share = Fraction(percent) / 100
         shares = share, 1 - share, 1 + share, 100 * (1 - share), 100 * (1 + share)
@@ -176,16 +160,13 @@ def review_kinds(text: str) -> list[str]:
     """What makes a review hard; ["other"] if nothing does."""
     text = text.lower()
     words = set(re.findall(r"[a-z']+", text))
-    return those_of(
-        negation=re.search(NEGATION, text),
-        contrast=re.search(CONTRAST, text),
-        mixed=words & PRAISE and words & BLAME,
-        short=len(re.findall(r"[a-z][\w'-]*", text)) <= 5,
-    )
-
-
-def those_of(**found) -> list[str]:
-    return [kind.replace("_", " ") for kind, is_so in found.items() if is_so] or ["other"]
+    found = {
+        "negation": re.search(NEGATION, text),
+        "contrast": re.search(CONTRAST, text),
+        "mixed": words & PRAISE and words & BLAME,
+        "short": len(re.findall(r"[a-z][\w'-]*", text)) <= 5,
+    }
+    return list(filter(found.get, found)) or ["other"]
 
 
 # -----------------------------------------------------------------------------
@@ -202,12 +183,13 @@ def summary_kinds(dialogue: str, summary: str, reference: str) -> list[str]:
         return {word for word in words(text) if word[0].isupper()}
 
     length, true_length = len(words(summary)), len(words(reference))
-    chat, summary_words = f" {' '.join(words(dialogue.lower()))} ", words(summary.lower())
-    runs = [f" {' '.join(summary_words[i : i + 8])} " for i in range(length - 7)]
+    chat, said = f" {' '.join(words(dialogue.lower()))} ", words(summary.lower())
+    runs = [f" {' '.join(said[i : i + 8])} " for i in range(length - 7)]
     speakers = names(" ".join(re.findall(r"^([^:\n]{1,30}):", dialogue, flags=re.M)))
-    return those_of(
-        copied=any(run in chat for run in runs),
-        speaker=(speakers & names(reference)) - names(summary),
-        too_short=2 * length < true_length,
-        too_long=length > 2 * true_length,
-    )
+    found = {
+        "copied": any(run in chat for run in runs),
+        "speaker": (speakers & names(reference)) - names(summary),
+        "too short": 2 * length < true_length,
+        "too long": length > 2 * true_length,
+    }
+    return list(filter(found.get, found)) or ["other"]
