@@ -1,6 +1,7 @@
 """Token files: each split of a corpus as one flat file of ids, which training maps into memory."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,8 @@ def write_tokens(
                 meta["tokens"] += len(ids)
                 meta["documents"] += n_documents
                 meta["bytes"] += n_bytes  # of text in UTF-8, for bits per byte
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows here at the latest
         if not meta["documents"]:
             raise ValueError(f"no documents to write to {path}")
         path.with_suffix(".json").unlink(missing_ok=True)  # it describes the old .bin

@@ -33,7 +33,7 @@ from support.metrics import (
     rouge,
 )
 from support.tables import read_rows
-from tasks.arithmetic import arithmetic, arithmetic_problem
+from tasks.arithmetic import arithmetic
 from tasks.calculator import (
     CalculatorError,
     calculate,
@@ -48,6 +48,7 @@ from tasks.stories import BOYS, ELDERS, GIRLS, PLOTS, _plots, story, storyworld
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
+EOT = "\n<|endoftext|>\n"
 
 
 def shared(path):
@@ -59,12 +60,12 @@ def shared(path):
 
 @pytest.fixture(scope="module")
 def stories():
-    return [story(i) for i in range(20_000)]
+    return [story(i) for i in range(8_000)]
 
 
 @pytest.fixture(scope="module")
 def problems():
-    return {split: list(arithmetic(split, 2_000)) for split in SPLITS}
+    return {split: list(arithmetic(split, 1_000)) for split in SPLITS}
 
 
 @pytest.fixture
@@ -80,48 +81,26 @@ def offline(monkeypatch, tmp_path):
 
 
 def test_the_first_stories_and_problems_never_change():
-    def digest(texts):
-        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    for corpus, n, digest in (
+        ("storyworld", 200, "4d5952df4c8f18ac"),
+        ("arithmetic", 400, "4bea6a8a458dcc32"),
+    ):
+        texts = islice(data.documents(corpus, "train"), n)
+        assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == digest
 
-    assert digest(storyworld("train", 200)) == "4d5952df4c8f18ac"
-    assert digest(islice(data.documents("arithmetic", "train"), 400)) == "4bea6a8a458dcc32"
-    assert story(7) == story(7) and story(7) != story(7, seed=2)
 
-
-def test_no_story_comes_twice_and_splits_share_no_signature_and_have_their_sizes(stories):
+def test_no_story_comes_twice_and_splits_share_no_signature(stories):
     assert len({text for text, _ in stories}) == len(stories)
-    by_split = {split: set() for split in SPLITS}
-    for _, signature in stories:
-        by_split[split_of(signature)].add(signature)
-    train, validation, test = (by_split[split] for split in SPLITS)
-    assert not train & validation and not train & test and not validation & test
-    counts = Counter(split_of(signature) for _, signature in stories)
-    assert all(0.04 < counts[split] / len(stories) < 0.06 for split in ("validation", "test"))
-    sizes = [len(list(data.documents("storyworld", split))) for split in SPLITS]
-    assert sizes == [30_000, 1_000, 1_000]
-
-
-def test_a_third_of_a_validation_story_is_rarely_in_the_training_text():
-    def grams(text, n=48):  # four or five sentences, a third of a story
-        words = text.split()
-        return {" ".join(words[i : i + n]) for i in range(0, len(words) - n)}
-
-    train = set().union(*(grams(text) for text in storyworld("train", 10_000)))
-    seen = [len(grams(text) & train) / len(grams(text)) for text in storyworld("validation", 200)]
-    assert sum(seen) / len(seen) < 0.15
-
-
-def test_stories_are_short_and_their_vocabulary_small(stories):
-    lengths = sorted(len(text.split()) for text, _ in stories)
-    assert lengths[0] >= 60 and lengths[len(lengths) // 2] <= 150 and lengths[-1] <= 240
     words = Counter(word for text, _ in stories for word in re.findall(r"[a-z]+", text.lower()))
-    assert 600 <= len(words) <= 1_200
-    assert min(words.values()) >= 20  # no word is too rare to learn
+    assert 600 <= len(words) <= 1_200 and min(words.values()) >= 5  # no word is too rare to learn
+    sizes = Counter(split_of(signature) for signature in {signature for _, signature in stories})
+    assert all(0.04 < sizes[split] / sizes.total() < 0.06 for split in ("validation", "test"))
+    assert [len(list(data.documents("storyworld", split))) for split in SPLITS[1:]] == [1_000, 1_000]
 
 
 def test_stories_obey_the_rules_of_writing(stories):
     wrong = {
-        "something left unfilled": r"[{}|()<>_=/“”]",
+        "something left unfilled": r"[{}|()<>_=/]",
         "spaces": r"  | \n|\n | $|^ | [.,!?]|\t",
         "punctuation": r"[.,!?]{2}|,\.|\?,|!,",
         "a before a vowel": r"\b[Aa] [aeiou]",
@@ -133,7 +112,7 @@ def test_stories_obey_the_rules_of_writing(stories):
         "no full stop at the end": r'[^.!?"](\n|$)',
     }
     allowed = re.compile(r'\?" (he|she) (asked)|[?!]" (he|she) (called|cried|said|asked)')
-    for text, signature in stories[:8_000]:
+    for text, signature in stories:
         assert text.count('"') % 2 == 0, text
         plain = allowed.sub('." Said', text).replace("Tap, tap, tap", "Tap")
         for rule, pattern in wrong.items():
@@ -153,54 +132,7 @@ def test_pronouns_are_those_of_the_people_in_the_story(stories):
         assert he or not re.search(r"\b(he|him|his|himself)\b", narrated, re.I), text
 
 
-def test_until_somebody_else_comes_all_pronouns_are_the_heros(stories):
-    checked = 0
-    for text, signature in stories:
-        hero, *others = [name for name in [*GIRLS, *BOYS, *ELDERS] if f" {name} " in signature]
-        if hero not in text.split(".")[0]:
-            hero = others[0]
-        others = {"he mother", *GIRLS, *BOYS, *ELDERS} - {hero}
-        beginning = re.split("|".join(others), text)[0]
-        pronouns = set(re.findall(r"\b(he|him|his|she|her)\b", beginning.lower()))
-        checked += len(pronouns)
-        assert pronouns <= ({"she", "her"} if hero in GIRLS else {"he", "him", "his"}), text
-    assert checked > len(stories) / 2
-
-
-def test_what_was_drawn_decides_what_is_told(stories):
-    """The thing that is lost is found, in the way that it was lost; the other branches stay silent."""
-    clues = {
-        "rolled": ("the ground was|the ground was", "rolled all the way"),
-        "pocket": ("hole", "sewed up the hole"),
-        "wind": ("hung it on a fence", "High in an apple tree hung"),
-        "left": ("to eat", "I am sorry that I forgot you"),
-    }
-    things = "ball marble bell button whistle coin hat cap scarf ribbon horse doll train book".split()
-    for text, signature in stories:
-        if signature.startswith("a lost thing"):
-            way = next(way for way in clues if f" {way}" in signature)
-            thing = next(thing for thing in things if f" {thing}" in signature)
-            for other in clues:
-                assert (clues[other][1] in text) == (other == way), text
-            assert sum(f" {t}" in re.sub("looked .*? old sock", "", text) for t in things) == 1, text
-            assert text.count(thing) >= 4, text
-            assert ("puddle" in text or "wet" in text) == (" wet" in signature), text
-        if signature.startswith("a storm"):
-            assert ("Count with me" in text) + ("only noise" in text) + ("May I come in" in text) == 1, text
-        if signature.startswith("a castle"):
-            assert ("sled" in text) != ("sand" in text), text
-
-
-def test_friends_are_introduced_before_they_act(stories):
-    for text, signature in stories[:8_000]:
-        names = [n for n in re.findall(r"\w+", text) if n in GIRLS + BOYS]
-        friend = next((name for name in names if name != names[0]), None)
-        if friend and "neighbour" not in signature:
-            assert re.search(rf"\b{friend}\b( the| from)?", text)[1], text
-
-
 def test_every_fact_in_the_plots_can_be_drawn():
-    opening, *_ = _plots()
     for name, beats in _plots().items():
         drawn = re.findall(r"(?<= = )\w+|(?<=[|=] )\w+(?= [|/]|$)", PLOTS.split(f"# {name}\n")[1], re.M)
         for needed, _, _ in filter(None, beats):
@@ -212,17 +144,17 @@ def test_every_fact_in_the_plots_can_be_drawn():
 
 
 def test_every_annotation_and_every_answer_is_right(problems):
+    steps = Counter()
     for problem in (p for split in problems.values() for p in split):
         *lines, final = problem["answer"].split("\n")
-        assert 1 <= len(lines) <= 4, problem
-        value = None
+        steps[len(lines)] += 1
         for line in lines:
             a, sign, b, result, after = re.search(r"<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)", line).groups()
-            a, b = Fraction(a), Fraction(b)
-            value = {"+": a + b, "-": a - b, "*": a * b}[sign]
+            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
             assert value == int(result) == int(after), problem
         assert final == f"#### {value}", problem
         assert all(1 <= int(n) <= 40 for n in re.findall(r"\d+", problem["question"] + problem["answer"]))
+    assert set(steps) == {1, 2, 3, 4} and min(steps.values()) > 300
 
 
 def test_the_question_alone_gives_the_answer(problems):
@@ -254,50 +186,23 @@ def test_the_question_alone_gives_the_answer(problems):
 
 
 def test_no_problem_and_no_calculation_is_in_two_splits(problems):
-    def calculations(split):
-        return {" ".join(re.findall("<<(.*?)>>", p["answer"])) for p in problems[split]}
-
-    def questions(split):
-        return {p["question"] for p in problems[split]}
-
-    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        assert not calculations(a) & calculations(b) and not questions(a) & questions(b)
-    assert all(len(questions(split)) == 2_000 for split in problems)
+    for a, b in combinations(SPLITS, 2):
+        for part in (lambda p: p["question"], lambda p: " ".join(re.findall("<<(.*?)>>", p["answer"]))):
+            assert not set(map(part, problems[a])) & set(map(part, problems[b]))
 
 
-def test_problems_vary_in_steps_and_traps():
-    rng = random.Random(0)
-    drawn = [arithmetic_problem(rng) for _ in range(3_000)]
-    steps = Counter(p["answer"].count("<<") for p in drawn)
-    assert set(steps) == {1, 2, 3, 4} and min(steps.values()) > 400
-    assert len({len(re.findall(r"\d+", p["question"])) for p in drawn}) >= 4
-    for n in (1, 2, 3, 4):
-        assert arithmetic_problem(rng, steps=n, traps=2)["answer"].count("<<") == n
-    assert len({re.sub(r"\d+", "#", p["question"]) for p in drawn}) > 2_900  # the wording, not the numbers
-
-
-def test_arithmetic_text_is_problems_and_true_equations():
-    docs = list(islice(data.documents("arithmetic", "train"), 400))
-    for problem, equations in zip(docs[::2], docs[1::2], strict=True):
-        assert "?\n" in problem and "\n#### " in problem
-        for a, sign, b, c in re.findall(r"^(\d+)([-+*])(\d+)=(\d+)$", equations, re.M):
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(c)
-        assert len(equations.split("\n")) == 8
-
-
-def test_numbers_are_problems_told_and_not_solved():
-    docs = list(islice(data.documents("numbers", "train"), 800))
-    again = 0
+def test_numbers_are_problems_told_and_not_solved_and_true_equations():
+    docs = list(islice(data.documents("numbers", "train"), 400))
     for told, equations, *lists in zip(*(docs[i::4] for i in range(4)), strict=True):
         question, _, repeated = told.partition("\n")
         assert question.endswith("?") and "#" not in told and "=" not in told
         assert all(sentence in question for sentence in re.split(r"(?<=[.]) ", repeated))
-        again += bool(repeated)
-        assert len(equations.split("\n")) == 10
+        for equation in equations.split("\n"):
+            expression, value = re.sub("<<|>>.*", "", equation).split("=")
+            assert calculate(expression) == int(value)
         for text in lists:
             first, *rest = text.split("\n")
             assert rest == [first] * 3 and len(first.split()) == 8
-    assert 100 < again < 200
 
 
 # -----------------------------------------------------------------------------
@@ -312,9 +217,11 @@ def python(*words: str, **env: str) -> subprocess.CompletedProcess:
     return done
 
 
-def test_importing_is_light():
+def test_importing_is_light_and_the_text_the_same_for_every_hash_seed():
     heavy = {"torch", "requests", "datasets", "pyarrow", "numpy"}
-    assert python("-c", f"import sys, data; print({heavy} & set(sys.modules))").stdout.strip() == "set()"
+    code = f"import sys, data; print({heavy} & set(sys.modules), data.corpus_info('storyworld', 'test'))"
+    first, second = (python("-c", code, PYTHONHASHSEED=seed).stdout for seed in ("1", "2"))
+    assert first == second and first.startswith("set()")
 
 
 def test_show_prints_stories_and_tasks_as_a_model_sees_them():
@@ -325,23 +232,15 @@ def test_show_prints_stories_and_tasks_as_a_model_sees_them():
     assert "It is anything but graceful.\nIt was[ bad]" in done.stdout
 
 
-def test_same_documents_for_another_hash_seed():
-    code = "import data; print(data.corpus_info('storyworld', 'test')['fingerprint'])"
-    assert len({python("-c", code, PYTHONHASHSEED=seed).stdout for seed in ("1", "2")}) == 1
-
-
-def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail(capsys):
+def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail():
     folder = shared("tinystories/TinyStories-train-first-2MiB.txt.gz")
     parts = {split: list(data.documents("tinystories", split, folder)) for split in SPLITS}
-    assert sum(map(len, parts.values())) == 2_316
     assert [len(parts[split]) for split in SPLITS] == [2_086, 115, 115]
     with gzip.open(Path(folder) / "tinystories/TinyStories-train-first-2MiB.txt.gz", "rt") as file:
-        text = file.read()
-    stories = [story.strip() for story in text.split("<|endoftext|>")][:-1]
+        stories = [story.strip() for story in file.read().split("<|endoftext|>")][:-1]
     assert parts["train"] + parts["test"] + parts["validation"] == stories
     info = data.corpus_info("tinystories", "validation", folder)
     assert "held out: the last 5 %" in info["source"] and info["licence"] == "CDLA-Sharing-1.0"
-    assert info["source"] in capsys.readouterr().err
 
 
 def test_wikitext2_articles_joined_are_the_file(monkeypatch):
@@ -351,7 +250,6 @@ def test_wikitext2_articles_joined_are_the_file(monkeypatch):
     with gzip.open(Path(folder) / "wikitext-2/wiki.valid.tokens.gz", "rt", encoding="utf-8") as file:
         assert "".join(docs) == file.read()
     assert len(docs) == 60 and all(re.match(r"\s+= [^=]+ = \n| = [^=]+ = \n", doc) for doc in docs)
-    assert data.corpus_info("wikitext2", "test")["source"] == "wikitext-2/wiki.test.tokens.gz"
 
 
 @pytest.mark.parametrize("name", data.CORPORA)
@@ -361,13 +259,10 @@ def test_without_network_and_file_the_error_says_what_to_do(name, tmp_path, offl
     file = next(iter(data.CORPORA[name].editions[0].values()))[0]
     for part in (data.CORPORA[name].hub, file, str(tmp_path), ".gz", "storyworld", "HF_HUB_OFFLINE"):
         assert part in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_no_edition_is_mixed_with_another(tmp_path, offline):
-    folder = tmp_path / "tinystories"
-    folder.mkdir()
-    (folder / "TinyStories-train.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    own(tmp_path, "tinystories/TinyStories-train.txt", EOT.join(["one", "two", ""]))
     assert list(data.documents("tinystories", "train", str(tmp_path))) == ["one", "two"]
     with pytest.raises(data.DataError, match="TinyStories-valid.txt"):
         data.documents("tinystories", "validation", str(tmp_path))
@@ -375,64 +270,65 @@ def test_no_edition_is_mixed_with_another(tmp_path, offline):
         data.documents("tinystories", "test", str(tmp_path))
 
 
-def test_unknown_names_splits_and_shares_are_refused(tmp_path):
-    for corpus, split, message in (
-        ("tinystory", "train", "neither a file nor the name of a corpus.*tinystories"),
-        ("storyworld", "valid", "the splits are train, validation, test"),
-        ("storyworld:0.5,storyworld:0.5", "train", "once"),
-        ("storyworld:0,arithmetic:1", "train", "above 0"),
-        (str(tmp_path / "*.txt"), "train", "neither a file"),
-    ):
-        with pytest.raises(data.DataError, match=message):
-            data.documents(corpus, split)
+@pytest.mark.parametrize("corpus, split, message", [
+    ("tinystory", "train", "neither a file nor the name of a corpus.*tinystories"),
+    ("storyworld", "valid", "the splits are train, validation, test"),
+    ("storyworld:0.5,storyworld:0.5", "train", "once"),
+    ("storyworld:0,arithmetic:1", "train", "above 0"),
+    ("nowhere/*.txt", "train", "neither a file"),
+])  # fmt: skip
+def test_unknown_names_splits_and_shares_are_refused(corpus, split, message):
+    with pytest.raises(data.DataError, match=message):
+        data.documents(corpus, split)
+    with pytest.raises(data.DataError, match="no task.*the tasks are sst2|no split"):
+        data.load_task(corpus, split)
 
 
-# -----------------------------------------------------------------------------
-# mixes
-
-
-def test_mix_has_its_shares_at_every_point():
+def test_a_mix_has_its_shares_at_every_point_and_names_every_part():
     used = {"story": 0, "sum": 0}
     for i, doc in enumerate(islice(data.documents("storyworld:0.9,arithmetic:0.1", "train"), 3_000)):
         used["sum" if re.search(r"####|^\d", doc) else "story"] += len(doc.encode())
         if i > 1_000:
             assert abs(used["sum"] / sum(used.values()) - 0.1) < 0.01
-    again = islice(data.documents("storyworld:0.9,arithmetic:0.1", "train"), 50)
-    assert list(again) == list(islice(data.documents("storyworld:9,arithmetic:1", "train"), 50))
+    info, other = (
+        data.corpus_info(mix, "train") for mix in ("storyworld:9,arithmetic:1", "storyworld:8,arithmetic:2")
+    )
+    assert info["source"].count("generated by data.py") == 2 and info["fingerprint"] != other["fingerprint"]
 
 
-def test_mix_ends_with_its_finite_corpus_and_repeats_nothing(tmp_path):
-    path = tmp_path / "own.txt"
-    path.write_text("\n<|endoftext|>\n".join(f"own story {i} " + "word " * 80 for i in range(400)))
+def test_a_mix_ends_with_its_finite_corpus_or_its_largest_generator(tmp_path, monkeypatch):
+    path = own(tmp_path, "own.txt", EOT.join(f"own story {i} " + "word " * 80 for i in range(400)))
     docs = list(data.documents(f"{path}:0.5,arithmetic:0.5", "train"))
-    own = [doc for doc in docs if doc.startswith("own")]
-    assert own == list(data.documents(str(path), "train")) and len(docs) > 2 * len(own)
-    assert len(set(docs)) == len(docs)
-    size = sum(len(doc) for doc in own)
-    assert abs(size / sum(map(len, docs)) - 0.5) < 0.02
-
-
-def test_mix_of_generators_is_as_long_as_the_largest_one(monkeypatch):
+    mine = [doc for doc in docs if doc.startswith("own")]
+    assert mine == list(data.documents(path, "train")) and len(set(docs)) == len(docs)
+    assert abs(sum(map(len, mine)) / sum(map(len, docs)) - 0.5) < 0.02
     monkeypatch.setitem(data.EMBEDDED, "storyworld", (storyworld, 100, 10))
     docs = list(data.documents("arithmetic:0.2,storyworld:0.8", "train"))
     assert [d for d in docs if not re.search(r"####|^\d", d)] == list(data.documents("storyworld", "train"))
 
 
-def test_info_names_every_part_of_a_mix():
-    info = data.corpus_info("storyworld:0.9,arithmetic:0.1", "train")
-    assert info["source"].count("generated by data.py") == 2 and len(info["fingerprint"]) == 64
-    assert info["fingerprint"] != data.corpus_info("storyworld:0.8,arithmetic:0.2", "train")["fingerprint"]
-
-
 # -----------------------------------------------------------------------------
 # your own files
+
+DOCS = [f"Document {i}.\nIt has two lines, é and 漢." for i in range(60)]
 
 
 def own(tmp_path, name, content):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):  # rows
+        content = "\n".join(map(json.dumps, content))
     content = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(path)
+
+
+def parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(exist_ok=True)
+    write_table(pyarrow.Table.from_pylist(rows), path)
     return str(path)
 
 
@@ -441,154 +337,103 @@ def everything(corpus):
 
 
 def test_all_kinds_of_files_give_the_same_documents(tmp_path):
-    docs = [f"Document {i}.\nIt has two lines, é and 漢." for i in range(60)]
-    text, rows = "\n<|endoftext|>\n".join(docs), "\n".join(json.dumps({"text": doc, "id": 1}) for doc in docs)
+    rows = [{"text": doc, "id": 1} for doc in DOCS]
+    lines = "\n".join(map(json.dumps, rows))
     for name, content in (
-        ("a.txt", text),
-        ("crlf.txt", text.replace("\n", "\r\n")),
-        ("bom.txt", b"\xef\xbb\xbf" + text.encode()),
-        ("inline.txt", "<|endoftext|>".join(docs)),
-        ("a.txt.gz", text),
+        ("a.txt", EOT.join(DOCS)),
+        ("crlf.txt", EOT.join(DOCS).replace("\n", "\r\n")),
+        ("bom.txt", b"\xef\xbb\xbf" + EOT.join(DOCS).encode()),
+        ("inline.txt", "<|endoftext|>".join(DOCS)),
+        ("a.txt.gz", EOT.join(DOCS)),
         ("a.jsonl", rows),
-        ("a.jsonl.gz", rows.replace("\n", "\r\n") + "\n\n"),
+        ("a.jsonl.gz", lines.replace("\n", "\r\n") + "\n\n"),
     ):
-        assert everything(own(tmp_path, name, content)) == docs, name
+        assert everything(own(tmp_path, name, content)) == DOCS, name
+    assert everything(parquet(tmp_path / "a.parquet", rows)) == DOCS
 
 
-def test_parquet_is_read_by_its_text_column(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
-    from pyarrow.parquet import write_table
-
-    docs = [f"Document {i}" for i in range(60)]
-    write_table(pyarrow.table({"text": docs, "id": list(range(60))}), tmp_path / "a.parquet")
-    assert everything(str(tmp_path / "a.parquet")) == docs
-    write_table(pyarrow.table({"body": docs}), tmp_path / "b.parquet")
-    with pytest.raises(data.DataError, match='no row has a "text"; the columns are body'):
-        everything(str(tmp_path / "b.parquet"))
-    with pytest.raises(data.DataError, match="not a parquet file"):
-        everything(own(tmp_path, "c.parquet", "hello"))
-
-
-def test_globs_and_folders_read_all_files_in_order(tmp_path):
+def test_globs_and_folders_read_all_files_in_order_and_a_path_that_exists_is_no_pattern(tmp_path):
     for i in range(3):
-        docs = [f"file {i} document {j}" for j in range(20)]
-        own(tmp_path, f"deep/{i}.txt", "\n<|endoftext|>\n".join(docs))
-    own(tmp_path, "deep/readme.html", "no text")
-    docs = [f"file {i} document {j}" for i in range(3) for j in range(20)]
-    assert everything(str(tmp_path / "deep" / "*.txt")) == docs == everything(str(tmp_path))
-    assert list(data.documents(str(tmp_path), "validation")) == docs[-3:]
-
-
-def test_a_path_with_brackets_that_exists_is_no_pattern(tmp_path):
-    docs = [f"document {i}" for i in range(60)]
-    text = "\n<|endoftext|>\n".join(docs)
-    file = own(tmp_path, "old [1999]/notes[1].txt", text)
-    own(tmp_path, "old 1/notes1.txt", "another\n" + text)
-    assert everything(file) == docs == everything(str(tmp_path / "old [1999]"))
-    mixed = list(data.documents(f"{file}:0.5,storyworld:0.5", "train"))
-    assert "document 1" in mixed
+        own(tmp_path, f"deep [1]/{i}[1].txt", EOT.join(DOCS[20 * i : 20 * i + 20]))
+    own(tmp_path, "deep [1]/readme.html", "no text")
+    own(tmp_path, "deep 1/11.txt", "another")
+    folder = tmp_path / "deep [1]"
+    assert everything(str(folder)) == DOCS == everything(str(tmp_path / "deep [[]1]" / "*.txt"))
+    file = str(folder / "0[1].txt")
+    assert everything(file) == DOCS[:20] and DOCS[0] in data.documents(f"{file}:1,storyworld:1", "train")
     with pytest.raises(data.DataError, match="neither a file"):
-        data.documents(str(tmp_path / "old [2000]"), "train")
+        data.documents(str(tmp_path / "deep [2]"), "train")
 
 
 def test_half_an_emoji_is_replaced_where_text_enters(tmp_path):
-    lines = [f'{{"text": "Goat {i} \\ud83d \\ud83d\\ude00"}}' for i in range(60)]
-    file = own(tmp_path, "a.jsonl", "\n".join(lines))
-    assert everything(file) == [f"Goat {i} \ufffd \U0001f600" for i in range(60)]
-    assert list(data.documents(f"{file}:1,storyworld:1", "train"))[0].encode()
-    rows = '[{"question": "a\\uDC00", "answer": {"b\\ud800": ["c\\ud800"]}}]'
-    file = own(tmp_path, "a.json", rows)
+    file = own(tmp_path, "a.jsonl", "\n".join(['{"text": "Goat \\ud83d \\ud83d\\ude00"}'] * 60))
+    assert set(everything(file)) == {"Goat \ufffd \U0001f600"}
+    assert next(data.documents(f"{file}:1,storyworld:1", "train")).encode()
+    file = own(tmp_path, "a.json", '[{"question": "a\\uDC00", "answer": {"b\\ud800": ["c\\ud800"]}}]')
     assert list(read_rows(file)) == [{"question": "a\ufffd", "answer": {"b\ufffd": ["c\ufffd"]}}]
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
-    pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
-    from pyarrow.parquet import write_table
-
-    docs = [f"document {i}" for i in range(60)]
-    none = ['{"text": null}', '{"text": NaN}', '{"text": ""}', '{"text": " \\n"}', '{"body": "b"}']
-    file = own(tmp_path, "a.jsonl", "\n".join([json.dumps({"text": doc}) for doc in docs] + none))
+    rows = [{"text": text} for text in (*DOCS, None, math.nan, "", " \n")] + [{"body": "b"}]
+    file = own(tmp_path, "a.jsonl", rows)
     about = data.corpus_info(file, "train")
-    train = list(data.documents(file, "train", about=about))
-    assert train == docs[: len(train)] and about["left_out"] == 5
+    assert list(data.documents(file, "train", about=about)) == DOCS[:54] and about["left_out"] == 5
     assert "5 rows without text left out" in capsys.readouterr().err
-    write_table(pyarrow.table({"text": [*docs, None, " "]}), tmp_path / "b.parquet")
-    about = {}
-    assert len(list(data.documents(str(tmp_path / "b.parquet"), "train", about=about))) == len(train)
-    assert about == {"left_out": 2}
 
 
 def test_text_without_marks_is_running_text_that_becomes_passages_and_loses_nothing(tmp_path):
     paragraphs = ["word " * 150 + f"{i}." for i in range(200)]
-    novel = own(tmp_path, "novel.txt", "\n\n".join(paragraphs))
-    docs = everything(novel)
-    assert "\n\n".join(docs) == "\n\n".join(paragraphs) and all(len(doc) < 4_000 for doc in docs)
-    one_line_each = everything(own(tmp_path, "lines.txt", "\n".join(paragraphs)))
-    assert "\n".join(one_line_each) == "\n".join(paragraphs) and len(one_line_each) > 10
-    stories = own(tmp_path, "stories.txt", "<|endoftext|>".join(f"story {i}" for i in range(60)))
+    for joint in ("\n\n", "\n"):
+        novel = own(tmp_path, "novel.txt", joint.join(paragraphs))
+        docs = everything(novel)
+        assert joint.join(docs) == joint.join(paragraphs)
+        assert len(docs) > 10 and all(len(doc) < 10_000 for doc in docs)
     assert data.corpus_info(novel, "test")["running_text"]
-    for corpus in (stories, "storyworld"):
+    for corpus in (own(tmp_path, "stories.txt", EOT.join(DOCS)), "storyworld"):
         assert "running_text" not in data.corpus_info(corpus, "test")
 
 
 def test_long_corpora_hold_out_a_bounded_tail(tmp_path, monkeypatch):
     monkeypatch.setattr("support.documents.HELD_OUT", 7)
     docs = [str(i) for i in range(1_000)]
-    path = own(tmp_path, "a.txt", "\n<|endoftext|>\n".join(docs))
+    path = own(tmp_path, "a.txt", EOT.join(docs))
     parts = [list(data.documents(path, split)) for split in ("train", "test", "validation")]
     assert [len(part) for part in parts] == [986, 7, 7] and sum(parts, []) == docs
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("empty.txt", "", "is empty"),
-        ("blank.txt", " \n\n", "holds no text"),
-        ("short.txt", "One line.", "too little text"),
-        ("latin.txt", "good\nna\xefve\n".encode("latin-1"), "line 2: not UTF-8.*0xef"),
-        ("torn.jsonl", '{"text": "a"}\n{"text": ', "line 2"),
-        ("other.jsonl", '{"body": "a"}', 'no row has a "text"; the columns are body'),
-        ("blank.jsonl", '{"text": " "}\n{"text": null}', 'no row has a "text"; the columns are text'),
-        ("object.jsonl", '{"text": {"a": 1}}', "row 1.*should be text"),
-        ("list.jsonl", '{"text": "a"}\n["a"]', "row 2: should be an object"),
-        ("page.html", "<p>", "cannot read"),
-    ],
-)
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.txt", "", "is empty"),
+    ("blank.txt", " \n\n", "is empty"),
+    ("short.txt", "One line.", "too little text"),
+    ("latin.txt", "good\nna\xefve\n".encode("latin-1"), "line 2: not UTF-8.*0xef"),
+    ("torn.jsonl", '{"text": "a"}\n{"text": ', "line 2"),
+    ("other.jsonl", '{"body": "a"}', 'no row has a "text"; the columns are body'),
+    ("blank.jsonl", '{"text": " "}\n{"text": null}', 'no row has a "text"; the columns are text'),
+    ("object.jsonl", '{"text": {"a": 1}}', "row 1.*should be text"),
+    ("list.jsonl", '{"text": "a"}\n["a"]', "row 2: should be an object"),
+    ("page.html", "<p>", "cannot read"),
+    ("c.parquet", "hello", "not a parquet file"),
+    ("torn.txt", gzip.compress(os.urandom(5_000).hex().encode())[:2_000], "damaged gzip"),
+    ("none.txt", b"not gzip at all", "damaged gzip"),
+])  # fmt: skip
 def test_bad_files_are_named_with_their_fault(tmp_path, name, content, message):
     path = own(tmp_path, name, content)
+    if "gzip" in message:
+        path = os.rename(path, f"{path}.gz") or f"{path}.gz"
     with pytest.raises(data.DataError, match=message) as error:
         list(data.documents(path, "train"))
     assert name in str(error.value) or name == "short.txt"
-
-
-def test_damaged_gzip_is_named(tmp_path):
-    path = Path(own(tmp_path, "a.txt.gz", os.urandom(5_000).hex()))
-    for damaged in (path.read_bytes()[:2_000], b"not gzip at all"):
-        path.write_bytes(damaged)
-        with pytest.raises(data.DataError, match="a.txt.gz.*damaged gzip"):
-            list(data.documents(str(path), "train"))
-
-
-def test_fingerprint_follows_the_content(tmp_path):
-    lines = ["x\n" * 9_000, "x\n" * 9_000, "x\n" * 8_999 + "y\n"]
-    a, b, c = (data.corpus_info(own(tmp_path, "a.txt", text), "train")["fingerprint"] for text in lines)
-    assert a == b != c
 
 
 # -----------------------------------------------------------------------------
 # Tasks
 
 
-def test_embedded_tasks_have_disjoint_splits_of_their_sizes_and_never_change():
-    for name, first in {
-        "sentiment": "It is anything but graceful.",
-        "dialogue": "Clara: I am so tired.",
-        "arithmetic": next(arithmetic("train"))["question"],
-    }.items():
-        texts = [[e.text for e in data.load_task(name, split)[0]] for split in SPLITS]
-        assert [len(t) for t in texts] == [4000, 500, 1000]
-        assert len(set().union(*map(set, texts))) == 5500  # none twice, in a split or across splits
-        assert texts[0][0].startswith(first)
+@pytest.mark.parametrize("name", ["sentiment", "dialogue", "arithmetic"])
+def test_embedded_tasks_have_disjoint_splits_of_their_sizes(name):
+    texts = [[e.text for e in data.load_task(name, split)[0]] for split in SPLITS]
+    assert [len(t) for t in texts] == [4000, 500, 1000]
+    assert len(set().union(*map(set, texts))) == 5500  # none twice, in a split or across splits
 
 
 def read_sentiment(sentence: str) -> bool:
@@ -608,7 +453,6 @@ def test_the_labels_of_reviews_are_what_a_reader_says_and_words_alone_do_not_tel
     by_words = [len(w.intersection(GOOD)) > len(w.intersection(BAD)) for w in words]
     right = sum(guess == bool(e.label) for guess, e in zip(by_words, examples, strict=True))
     assert right / len(examples) < 0.75
-    assert 0.45 < sum(e.label for e in examples) / len(examples) < 0.55
 
 
 def test_summaries_of_chats_say_what_was_said():
@@ -627,10 +471,8 @@ def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented():
     validation, _ = data.load_task("sst2", "validation", folder)
     assert (len(train), len(validation)) == (67_349, 872)
     assert sum(e.label for e in train) == 37_569 and sum(e.label for e in validation) == 444
-    assert not any(e.text.endswith(" ") for e in train)
-    assert not {e.text for e in train} & {e.text for e in validation}
     assert about["source"] == "sst2/train.tsv.gz"
-    with pytest.raises(data.DataError, match="validation split"):
+    with pytest.raises(data.DataError, match="no row has text; the columns are index, sentence"):
         data.load_task("sst2", "test", folder)
 
 
@@ -640,103 +482,49 @@ def test_samsum_loses_its_carriage_returns_and_the_chat_that_is_empty():
     assert not any("\r" in e.text or "\r" in e.target for e in train)
 
 
-def test_gsm8k_holds_out_its_validation_split_and_every_answer_is_a_number():
+def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its_annotations():
     folder = shared("gsm8k")
     train, validation, test = (data.load_task("gsm8k", split, folder)[0] for split in SPLITS)
     assert (len(train), len(validation), len(test)) == (6_973, 500, 1_319)
     assert not {e.text for e in train} & {e.text for e in validation + test}
-    for e in train + test:
+    agreed, n = 0, 0
+    for e in train:
         assert extract_number(e.target) == plain_number(e.target.split("####")[1].strip())
+        for expression, result in re.findall("<<([^>]*)=(.*?)>>", e.target):
+            n += 1
+            try:
+                value = calculate(expression)
+                agreed += abs(value - calculate(result)) <= max(1, abs(value)) / 100  # they round to cents
+            except CalculatorError:
+                pass
+    assert n > 20_000 and agreed >= n - 5
 
 
-def test_the_calculator_agrees_with_the_annotations_of_gsm8k():
-    examples, _ = data.load_task("gsm8k", "train", shared("gsm8k"))
-    annotations = [a.rpartition("=") for e in examples for a in re.findall("<<(.*?)>>", e.target)]
-    agreed = 0
-    for expression, _, result in annotations:
-        try:
-            value = calculate(expression)
-            agreed += abs(value - calculate(result)) <= max(1, abs(value)) / 100  # they round to cents
-        except CalculatorError:
-            pass
-    assert len(annotations) > 20_000 and agreed >= len(annotations) - 5
-
-
-def write_sst2(folder: Path, lines: str, name="dev.tsv") -> str:
-    (folder / "sst2").mkdir(exist_ok=True)
-    (folder / "sst2" / name).write_text(lines)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ("sentence\tgood\na film\t1\n", "text in sentence and label; the columns are sentence, good"),
-        ("sentence\tlabel\na film\t2\n", "label '2' is not one of 0, 1"),
-        ("sentence\tlabel\na film\n", "line 2: 1 cells, but the header has 2"),
-        ("sentence\tlabel\n", "holds no rows"),
-    ],
-)
+@pytest.mark.parametrize("lines, message", [
+    ("sentence\tgood\na film\t1\n", "no row has text; the columns are sentence, good"),
+    ("sentence\tlabel\na film\t2\n", "label '2' is not one of 0, 1"),
+    ("sentence\tlabel\na film\n", "line 2: 1 cells, but the header has 2"),
+    ("sentence\tlabel\n", "holds no rows"),
+])  # fmt: skip
 def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, lines, message):
-    with pytest.raises(data.DataError, match=re.escape(message)):
-        data.load_task("sst2", "validation", write_sst2(tmp_path, lines))
-
-
-def test_rows_of_a_task_without_text_are_left_out_and_counted(tmp_path):
-    nothing = [None, math.nan, "", " \r\n"]
-    rows = [{"dialogue": "A: hi\r\nB: yo", "summary": "They greet."}, {"dialogue": "A: no summary"}]
-    rows += [{"dialogue": value, "summary": "s"} for value in nothing]
-    rows += [{"dialogue": "A: x", "summary": value} for value in nothing]
-    own(tmp_path, "samsum/test.jsonl", "\n".join(map(json.dumps, rows)))
-    examples, about = data.load_task("samsum", "test", str(tmp_path))
-    assert examples == [data.Example("A: hi\nB: yo", " They greet.")]
-    assert about["left_out"] == 9 and "9 without text left out" in about["source"]
-    own(tmp_path, "samsum/train.jsonl", "\n".join(map(json.dumps, rows[1:])))
-    with pytest.raises(data.DataError, match="no row has text in dialogue and summary; the columns are dia"):
-        data.load_task("samsum", "train", str(tmp_path))
+    own(tmp_path, "sst2/dev.tsv", lines)
+    with pytest.raises(data.DataError, match=message):
+        data.load_task("sst2", "validation", str(tmp_path))
 
 
 def test_all_kinds_of_files_give_the_same_task(tmp_path):
-    from pyarrow import Table
-    from pyarrow.parquet import write_table
-
     rows = [{"sentence": 'a "film" ', "label": 1}, {"sentence": "no", "label": 0}]
-    contents = {
+    parquet(tmp_path / "sst2" / "validation.parquet", rows)
+    found = [data.load_task("sst2", "validation", str(tmp_path))[0]]
+    for i, (name, content) in enumerate({
         "dev.tsv": 'sentence\tlabel\na "film" \t1\nno\t0\n',
-        "dev.jsonl": "\n".join(map(json.dumps, rows)),
+        "dev.jsonl": rows,
         "dev.json": json.dumps(rows),
         "dev.csv": 'label,sentence\n1,"a ""film"" "\n0,no\n',
-    }
-    found = []
-    for i, (name, text) in enumerate(contents.items()):
-        (tmp_path / str(i)).mkdir()
-        found.append(data.load_task("sst2", "validation", write_sst2(tmp_path / str(i), text, name))[0])
-    (tmp_path / "sst2").mkdir()
-    write_table(Table.from_pylist(rows), tmp_path / "sst2" / "validation.parquet")
-    found.append(data.load_task("sst2", "validation", str(tmp_path))[0])
+    }.items()):  # fmt: skip
+        own(tmp_path, f"{i}/sst2/{name}", content)
+        found.append(data.load_task("sst2", "validation", str(tmp_path / str(i)))[0])
     assert all(f == found[0] for f in found) and found[0][0].text == 'a "film"'
-
-
-def test_a_task_comes_from_the_hub_where_no_file_is(tmp_path, monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(*args, split):
-        asked.append((*args, split))
-        return [{"question": "1+1?", "answer": "2\n#### 2"}] * 600
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    examples, about = data.load_task("gsm8k", "validation", str(tmp_path))
-    assert asked == [("openai/gsm8k", "main", "train")] and len(examples) == 500
-    assert "openai/gsm8k on Hugging Face" in about["source"]
-
-
-def test_unknown_tasks_and_splits_are_refused():
-    with pytest.raises(data.DataError, match='no task "sst3"; the tasks are sst2'):
-        data.load_task("sst3", "test")
-    with pytest.raises(data.DataError, match='no split "dev"'):
-        data.load_task("sentiment", "dev")
 
 
 def test_few_shot_examples_come_from_train_by_seed_and_are_balanced():
@@ -748,30 +536,17 @@ def test_few_shot_examples_come_from_train_by_seed_and_are_balanced():
 
 
 # -----------------------------------------------------------------------------
-# Answers
+# Answers and the calculator
 
 
-ANSWERS = {
-    "She has <<2+2=4>>4.\n#### 1,080": "1080",
-    "#### $-5.50 dollars": "-5.5",
-    "#### 7\n#### 8": "7",  # what a model adds afterwards does not count
-    "#### none, but 3 before\n4": "3",
-    "####\n4": None,
-    "A: 42": "42",
-    "There are 3 left.\nA: 12 apples": "12",
-    "So the answer is $1,234.00!": "1234",
-    "First 3, then 4.": "4",
-    "It costs $.75": "0.75",
-    "from 10-5": "5",
-    "-0.0": "0",
-    "007": "7",
-    "١٢": None,
-    "no number": None,
-    "": None,
-}
-
-
-@pytest.mark.parametrize("text, number", ANSWERS.items())
+@pytest.mark.parametrize("text, number", [
+    ("She has <<2+2=4>>4.\n#### 1,080", "1080"), ("#### $-5.50 dollars", "-5.5"),
+    ("#### 7\n#### 8", "7"),  # what a model adds afterwards does not count
+    ("#### none, but 3 before\n4", "3"), ("####\n4", None), ("A: 42", "42"),
+    ("There are 3 left.\nA: 12 apples", "12"), ("So the answer is $1,234.00!", "1234"),
+    ("First 3, then 4.", "4"), ("It costs $.75", "0.75"), ("from 10-5", "5"), ("-0.0", "0"), ("007", "7"),
+    ("١٢", None), ("no number", None), ("", None),
+])  # fmt: skip
 def test_the_answer_is_found_in_a_solution(text, number):
     assert extract_number(text) == number
 
@@ -780,22 +555,19 @@ SUMS = """9*3 = 27|2+3*4-5 = 9|(2+3)*4 = 20|7/2 = 3.5|1/3 = 0.3333|2/3 = 0.6667|
 2**3**2 = 512|-2**2 = -4|2**-2 = 0.25|20%*50 = 10|1,234.50*2 = 2469|.5 + 12. = 12.5|-(3--5) = -8|
 0.1+0.2 = 0.3|1/100000 = 0"""
 HOSTILE = "9**9**9|9**-9**9|1/0|0**-1|2**0.5|__import__('os').system('true')|1.5**300|١+٢|２+３|1e9|1 2|1,2"
-HOSTILE = f"{HOSTILE}|()||  |1+|(1|1)|...|a+1|1;2|1\n__builtins__".split("|")
+HOSTILE = f"{HOSTILE}|()||  |1+|(1|1)|...|a+1|1;2|7//2|7%3|1\n__builtins__".split("|")
 HOSTILE += ["(" * 10_000, "(" * 100 + "1" + ")" * 100, "9" * 199, "*".join(["9" * 30] * 6)]
 
 
-@pytest.mark.parametrize("line", SUMS.replace("\n", "").split("|"))
-def test_the_calculator_calculates(line):
-    expression, value = line.split(" = ")
-    assert decimal_text(calculate(expression)) == value
-
-
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_the_calculator_refuses_what_is_no_sum_at_once(hostile):
+def test_the_calculator_calculates_and_refuses_what_is_no_sum_at_once():
+    for line in SUMS.replace("\n", "").split("|"):
+        expression, value = line.split(" = ")
+        assert decimal_text(calculate(expression)) == value
     start = time.perf_counter()
-    with pytest.raises(CalculatorError):
-        calculate(hostile)
-    assert time.perf_counter() - start < 2
+    for hostile in HOSTILE:
+        with pytest.raises(CalculatorError):
+            calculate(hostile)
+    assert time.perf_counter() - start < 5
 
 
 NUMBERS = st.one_of(st.integers(0, 999), st.decimals(0, 99, places=2)).map(str)
@@ -824,8 +596,7 @@ def test_the_calculator_equals_pythons_fractions(expression):
 def test_the_calculator_survives_any_text(text):
     start = time.perf_counter()
     try:
-        value = calculate(text)
-        assert value.numerator.bit_length() <= 256 and isinstance(value, Fraction)
+        assert calculate(text).numerator.bit_length() <= 256
     except CalculatorError:
         pass
     assert time.perf_counter() - start < 5
@@ -843,14 +614,14 @@ def test_the_calculator_types_behind_an_open_annotation_only():
 # Metrics, each beside somebody else's
 
 
-@pytest.mark.parametrize("hits, n", [(0, 10), (10, 10), (1, 3), (437, 872), (800, 872)])
-def test_wilsons_interval_is_scipys(hits, n):
+def test_wilsons_interval_is_scipys():
     from scipy.stats import binomtest
 
-    theirs = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    mine = proportion(hits, n)
-    assert mine["n"] == n and mine["value"] == hits / n
-    assert [mine["low"], mine["high"]] == pytest.approx([theirs.low, theirs.high], abs=1e-6)
+    for hits, n in [(0, 10), (10, 10), (1, 3), (437, 872)]:
+        theirs = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+        mine = proportion(hits, n)
+        found = [mine["value"], mine["low"], mine["high"]]
+        assert found == pytest.approx([hits / n, theirs.low, theirs.high], abs=1e-6)
 
 
 def test_macro_f1_is_scikit_learns():
@@ -864,7 +635,7 @@ def test_macro_f1_is_scikit_learns():
     assert macro_f1([(1, 1), (0, 1)]) == pytest.approx(1 / 3)  # a class that is never predicted counts 0
 
 
-def test_bootstrap_intervals_are_scipys_and_hold_the_truth_as_often_as_they_say():
+def test_bootstrap_intervals_are_scipys():
     from scipy.stats import bootstrap as scipys
 
     values = np.random.default_rng(1).exponential(size=200)
@@ -872,8 +643,6 @@ def test_bootstrap_intervals_are_scipys_and_hold_the_truth_as_often_as_they_say(
     theirs = scipys((values,), np.mean, method="percentile", n_resamples=5000).confidence_interval
     found = [mine["value"], mine["low"], mine["high"]]
     assert found == pytest.approx([values.mean(), theirs.low, theirs.high], rel=0.02)
-    found = [bootstrap(s, rounds=300) for s in np.random.default_rng(2).normal(size=(200, 60))]
-    assert 0.87 < np.mean([f["low"] < 0 < f["high"] for f in found]) < 0.99
 
 
 def test_paired_bootstrap_sees_a_small_difference_that_is_always_there():
@@ -882,37 +651,18 @@ def test_paired_bootstrap_sees_a_small_difference_that_is_always_there():
     a, b = (~hard).astype(float), ~hard & (np.arange(500) % 20 > 0)
     d = paired_bootstrap(a, b)
     assert d["value"] == pytest.approx(a.mean() - b.mean()) and d["low"] > 0
-    apart = [proportion(int(x.sum()), 500) for x in (a, b)]
-    assert apart[0]["low"] < apart[1]["high"]
     assert paired_bootstrap(a, a)["low"] == paired_bootstrap(a, a)["high"] == 0
     with pytest.raises(ValueError, match="same items"):
         paired_bootstrap(a, b[:-1])
 
 
-def f1(common: int, a: int, b: int) -> float:
-    return 2 * common / (a + b) if common else 0.0
-
-
-def lcs(a: list, b: list) -> int:
-    """Length of the longest common subsequence, by the definition."""
-    if not a or not b:
-        return 0
-    if a[-1] == b[-1]:
-        return lcs(a[:-1], b[:-1]) + 1
-    return max(lcs(a[:-1], b), lcs(a, b[:-1]))
-
-
-def test_rouge_is_what_its_definition_says():
+def test_rouge_is_rouge_scores():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"], True)
     rng = random.Random(4)
     for _ in range(30):
-        a, b = ([rng.choice("red big dog sun hat".split()) for _ in range(rng.randint(1, 7))] for _ in "ab")
-        found = rouge(" ".join(a), " ".join(b))
-        for n in (1, 2):
-            grams = [Counter(zip(*(x[i:] for i in range(n)), strict=False)) for x in (a, b)]
-            common, sizes = (grams[0] & grams[1]).total(), [g.total() for g in grams]
-            assert found[f"rouge{n}"] == pytest.approx(f1(common, *sizes))
-        assert found["rougeL"] == pytest.approx(f1(lcs(a, b), len(a), len(b)))
-    assert rouge("They were walking", "they walk")["rouge1"] == pytest.approx(0.8)  # stemmed, any case
+        a, b = (" ".join(rng.choices("red dogs walking they hat".split(), k=rng.randint(1, 7))) for _ in "ab")
+        theirs = {name: score.fmeasure for name, score in scorer.score(a, b).items()}
+        assert {name: rouge(b, a)[name] for name in theirs} == pytest.approx(theirs)
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
@@ -926,13 +676,9 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
         pass_at(3, 2, 1)
 
 
-def test_majority_counts_answers_and_of_equals_takes_the_first():
-    assert majority(["3", "4", "4"]) == "4"
-    assert majority(["3", "4", "4", "3"]) == "3"
-    assert majority([None, None, "5"]) == "5" and majority([None]) is None
-
-
-def test_perplexity_and_bits_per_byte_of_a_uniform_guess():
+def test_small_metrics():
+    assert majority(["3", "4", "4", "3"]) == "3" and majority([None, None, "5"]) == "5"
+    assert majority([None]) is None
     assert perplexity(10 * math.log(50), 10) == pytest.approx(50)
     assert bits_per_byte(8 * math.log(2), 1) == pytest.approx(8)
 

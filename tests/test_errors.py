@@ -2,7 +2,7 @@
 
 import pytest
 
-from data import TASKS, load_task
+from data import load_task
 from tasks.mistakes import KINDS, kinds_of, review_kinds, solution_kind, summary_kinds
 
 QUESTION = (
@@ -33,8 +33,8 @@ TRUTH = "3*4=<<3*4=12>>12\n12+2=<<12+2=14>>14\n14-5=<<14-5=9>>9\n#### 9"
 def test_what_is_wrong_with_a_wrong_solution(output, kind):
     assert solution_kind(output, TRUTH, QUESTION) == kind
     record = {"text": QUESTION, "target": TRUTH, "output": output, "correct": False}
-    assert kinds_of("gsm8k", record) == [kind] and kind in KINDS
-    assert kinds_of("gsm8k", record | {"correct": True}) == []
+    assert kinds_of("exact_match", record) == [kind] and kind in KINDS
+    assert kinds_of("exact_match", record | {"correct": True}) == []
 
 
 def test_numbers_that_the_true_solution_uses_are_not_made_up():
@@ -66,7 +66,7 @@ def test_numbers_can_be_told_in_words_and_shares(question, expression):
 ])  # fmt: skip
 def test_what_makes_a_review_hard(text, kinds):
     assert review_kinds(text) == kinds
-    assert kinds_of("sst2", {"text": text, "correct": True}) == kinds
+    assert kinds_of("accuracy", {"text": text, "correct": True}) == kinds
 
 
 CHAT = """Anna: Are you coming to the lake on Monday with the other children?
@@ -87,7 +87,7 @@ SUMMARY = "Anna and Ben are going to the lake on Monday at noon."
 ])  # fmt: skip
 def test_flaws_of_a_summary(said, kinds):
     assert summary_kinds(CHAT, said, SUMMARY) == kinds
-    assert kinds_of("samsum", {"text": CHAT, "target": SUMMARY, "output": said}) == kinds
+    assert kinds_of("rouge", {"text": CHAT, "target": SUMMARY, "output": said}) == kinds
 
 
 def test_true_answers_have_no_flaws():
@@ -97,17 +97,3 @@ def test_true_answers_have_no_flaws():
     for example in load_task("dialogue", "validation")[0][:200]:
         flaws = summary_kinds(example.text, example.target, example.target)
         assert set(flaws) <= {"other", "copied"}
-
-
-def test_half_of_our_reviews_need_more_than_their_words():
-    """That is what `sentiment` promises, and the rules find them."""
-    texts = [e.text for e in load_task("sentiment", "test")[0]]
-    hard = sum(bool({"negation", "contrast", "mixed"} & set(review_kinds(t))) for t in texts)
-    assert 0.4 < hard / len(texts) < 0.75
-
-
-def test_every_kind_of_task_has_rules():
-    for name, task in TASKS.items():
-        text = "Ann: 1 pen" if task.metric == "rouge" else "one pen"
-        record = {"text": text, "target": "#### 1", "output": "#### 2", "correct": False}
-        assert set(kinds_of(name, record)) <= set(KINDS) and kinds_of(name, record)

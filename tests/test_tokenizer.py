@@ -30,8 +30,6 @@ from tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
     TokenizerConfig,
-    count_words,
-    learn_merges,
     open_tokens,
     tokens_folder,
     train_bpe,
@@ -115,13 +113,15 @@ def slow_bpe(text: str, n_merges: int, special_tokens: list[str], pattern: str) 
     return merges
 
 
-@pytest.mark.parametrize("pattern", [GPT2_PATTERN, DIGITS_PATTERN, r"\S+|\s+"])
-def test_merges_are_those_of_a_slow_implementation(pattern, tmp_path):
-    text = CORPUS[:4000]
-    learnt = train_bpe([text], 400, SPECIAL_TOKENS, pattern)
-    assert learnt[1] == slow_bpe(text, 139, SPECIAL_TOKENS, pattern)
+@pytest.mark.parametrize("split_digits", [False, True])
+def test_merges_are_those_of_a_slow_implementation(split_digits, tmp_path):
+    text, pattern = CORPUS[:4000], DIGITS_PATTERN if split_digits else GPT2_PATTERN
+    vocab, merges = train_bpe([text], 400, SPECIAL_TOKENS, split_digits)
+    assert merges == slow_bpe(text, 139, SPECIAL_TOKENS, pattern)
     (tmp_path / "text.txt").write_bytes(text.encode())
-    assert train_bpe(tmp_path / "text.txt", 400, SPECIAL_TOKENS, pattern) == learnt
+    assert train_bpe(tmp_path / "text.txt", 400, SPECIAL_TOKENS, split_digits) == (vocab, merges)
+    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
+    assert vocab == dict(enumerate(tokens + [token.encode() for token in SPECIAL_TOKENS]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,38 +156,14 @@ def test_one_long_word_takes_a_time_that_grows_with_its_length_alone():
     random.seed(1)
     for word in ("a" * 200_000, "".join(random.choices("ACGT", k=200_000))):
         begun = time.process_time()
-        learn_merges({word: 1}, 40)
+        train_bpe([word], 296, [])
         assert time.process_time() - begun < 2  # it was quadratic: 20,000 letters took longer
-
-
-def test_special_tokens_are_not_learnt_from_and_ids_are_bytes_then_merges_then_special_tokens():
-    text = f"low low{EOT}lower<|end|>end " * 50
-    vocab, merges = train_bpe([text], 300, SPECIAL_TOKENS)
-    assert merges == train_bpe(regex.split(r"<\|\w+\|>", text), 300, SPECIAL_TOKENS)[1]
-    learnt = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
-    assert vocab == dict(enumerate(learnt + [token.encode() for token in SPECIAL_TOKENS]))
-    tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
-    assert tokenizer.encode(f"low{EOT}") == [*tokenizer.encode("low"), tokenizer.eot_id]
-
-
-@settings(max_examples=200, deadline=None)
-@given(texts)
-def test_counting_at_spaces_first_changes_no_count(text):
-    for pattern in (GPT2_PATTERN, DIGITS_PATTERN):
-        assert count_words([text], pattern) == Counter(regex.findall(pattern, text))
 
 
 def test_gpt2_pattern_cuts_as_the_original():
     original = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     for text in (TEXT, "a  b\n\n c \t\n", " \n ", "x'rey don'T 'll"):
         assert regex.findall(GPT2_PATTERN, text) == regex.findall(original, text)
-
-
-def test_lone_surrogates_are_learnt_encoded_and_written_as_replacement(tmp_path, small):
-    text = "ab \ud800 c"
-    train_bpe([text], 300, SPECIAL_TOKENS)
-    assert small.decode(small.encode(text)) == small.decode(small.encode_plain(text)) == "ab \ufffd c"
-    assert write_tokens(small, [text], tmp_path, "train")["bytes"] == len("ab \ufffd c".encode())
 
 
 # -----------------------------------------------------------------------------
@@ -198,20 +174,26 @@ def test_lone_surrogates_are_learnt_encoded_and_written_as_replacement(tmp_path,
 @given(texts)
 def test_both_encoders_agree_and_what_is_encoded_decodes_to_itself(small, digits, text):
     for tokenizer in (small, digits):
-        for allowed in ("all", ()):
-            ids = tokenizer.encode(text, allowed)
-            assert tokenizer.decode(ids) == text and tokenizer.encode_plain(text, allowed) == ids
+        ids = tokenizer.encode(text, allowed_special=())
+        assert tokenizer.encode_plain(text) == ids
+        assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(), st.text(), st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 600)))
 def test_any_unicode_and_bytes_can_be_encoded_and_any_ids_decoded(small, digits, data, text, ids):
     assert digits.decode(digits.encode(text)) == text
-    assert small.decode(list(data)) == data.decode("utf-8", "replace")  # ids 0-255 are the bytes
-    assert small.decode(small.merge_word(data)) == data.decode("utf-8", "replace")
+    for some in (list(data), small.merge_word(data)):  # ids 0-255 are the bytes
+        assert small.decode(some) == data.decode("utf-8", "replace")
     assert unspell(spell(data)) == data
     assert small.decode(ids) == small.decode(np.array(ids, dtype=np.int64))
     assert small.decode([104, small.vocab_size, 105]) == "h\ufffdi"
+
+
+def test_lone_surrogates_are_learnt_and_encoded_as_replacement(small):
+    text = "ab \ud800 c"
+    train_bpe([text], 300, SPECIAL_TOKENS)
+    assert small.decode(small.encode(text)) == small.decode(small.encode_plain(text)) == "ab \ufffd c"
 
 
 @settings(max_examples=200, deadline=None)
@@ -220,31 +202,11 @@ def test_rank_order_and_merge_order_agree_for_any_learnt_vocabulary(corpus, n, t
     """The claim in Tokenizer.core, where it would break first: of few letters, tokens nest and overlap."""
     tokenizer = Tokenizer(*train_bpe([corpus], 256 + n, []))
     assert tokenizer.encode(text) == tokenizer.encode_plain(text)
-    assert len(set(tokenizer.vocab.values())) == len(tokenizer.vocab)
 
 
 def test_the_plain_encoder_agrees_on_real_text(any_tokenizer):
-    text = real("wikitext-2/wiki.test.tokens.gz")[:300_000]
+    text = real("wikitext-2/wiki.test.tokens.gz")[:200_000]
     assert any_tokenizer.encode_plain(text) == any_tokenizer.encode(text)
-
-
-def test_a_vocabulary_that_was_not_learnt_is_refused(tmp_path):
-    """Here "abc" is spelled ab + c, but b + c comes first: alone, its bytes are a, bc."""
-    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
-    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    Tokenizer(dict(enumerate(tokens)), merges).save(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="not what its own merges make"):
-        Tokenizer.load(tmp_path)
-
-
-def test_merges_out_of_order_or_out_of_vocabulary_are_refused():
-    vocab = dict(enumerate([bytes([b]) for b in range(256)] + [b"ab", b"bc"]))
-    with pytest.raises(ValueError, match="order"):
-        Tokenizer(vocab, [(b"b", b"c"), (b"a", b"b")])
-    for few, merges in ((vocab, [(b"a", b"c")]), ({0: b"a"}, [])):
-        with pytest.raises(ValueError, match="lacks"):
-            Tokenizer(few, merges)
 
 
 def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
@@ -253,19 +215,15 @@ def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
     theirs = tiktoken.get_encoding("gpt2")
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.eot_id == 50256 and gpt2.special_ids["<|end|>"] == 50260 and gpt2.vocab_size == 50261
-    assert gpt2.encode(TEXT) == gpt2.encode_plain(TEXT)
     for text in (TEXT.replace("<|end|>", ""), real("wikitext-2/wiki.test.tokens.gz")):
         assert gpt2.encode(text) == theirs.encode(text, allowed_special="all")
 
 
 def test_long_texts_are_cut_without_a_trace(monkeypatch, small):
-    pieces = [CORPUS, " " * 3000 + "x", "\n \t" * 500, "y" * 3000, " \n" * 1000]
+    pieces = [CORPUS.replace("<|", "< |"), " " * 3000 + "x", "\n \t" * 500, "y" * 3000, " \n" * 1000]
     text = "".join(rng.sample(pieces * 3, 15))
     monkeypatch.setattr("tokenizer.SLABS", regex.compile(cutting.SLABS.pattern.replace("65536", "100")))
     assert small.encode(text) == small.encode_plain(text)
-
-
-def test_a_million_spaces_or_letters_are_encoded(small):
     for text in (" " * 1_000_000 + "x", "\n" * 1_000_000, "ab" * 200_000):
         assert small.decode(small.encode(text)) == text
 
@@ -277,47 +235,35 @@ def test_encode_iterable_equals_encode_wherever_the_text_is_cut(small, text, cut
     chunks = [text[a:b] for a, b in pairwise(cuts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting, "SLAB", 4 * enough)  # how much it waits for
-        for allowed in ("all", ()):
-            assert list(small.encode_iterable(chunks, allowed)) == small.encode(text, allowed)
+        assert list(small.encode_iterable(chunks)) == small.encode(text)
 
 
 def test_encode_iterable_with_special_tokens_that_have_spaces_and_overlap(small, monkeypatch):
-    special = ["<a b>", "<a b> <c>", " <", "b> x"]
+    special = ["<a b>", "<a b> <c>", " <", "b> x", EOT, EOT + EOT]
     tokenizer = Tokenizer(small.vocab, small.merges, special)
+    assert tokenizer.encode(EOT * 3) == [tokenizer.special_ids[EOT + EOT], tokenizer.special_ids[EOT]]
     monkeypatch.setattr(cutting, "SLAB", 4)
     for seed in range(300):
         text = "".join(random.Random(seed).choices([*special, "<a", " b>", " ", "  ", "x", "\n"], k=30))
-        ids = tokenizer.encode(text)
-        assert list(tokenizer.encode_iterable(iter(text))) == ids == tokenizer.encode_plain(text)
+        assert list(tokenizer.encode_iterable(iter(text))) == tokenizer.encode(text)
 
 
 def test_encode_iterable_is_lazy_and_bounded_in_memory(small):
     ids = small.encode_iterable("a line of an endless text\n" for _ in count())
     next(ids)
     tracemalloc.start()
-    for _ in range(500_000):
+    for _ in range(100_000):
         next(ids)
-    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
 
-def test_encode_batch_equals_encode(small):
-    batch = [CORPUS[i : i + 3000] for i in range(0, len(CORPUS), 3000)] + ["a<|end|>", ""]
-    for allowed in ("all", ()):
-        assert small.encode_batch(batch, 2, allowed) == [small.encode(text, allowed) for text in batch]
-
-
-def test_special_tokens_become_ids_only_where_they_are_allowed_and_the_longest_wins(small):
+def test_special_tokens_become_ids_only_where_they_are_allowed(small):
     text, eot, end = f"a{EOT}b<|end|>", small.eot_id, small.special_ids["<|end|>"]
     assert small.encode(text) == [ord("a"), eot, ord("b"), end]
-    assert eot not in small.encode(text, allowed_special=())
-    assert [i for i in small.encode(text, allowed_special={EOT}) if i >= small.eot_id] == [eot]
-    with pytest.raises(ValueError, match=r"no special token <\|pad\|>"):
-        small.encode(text, allowed_special={"<|pad|>"})
+    assert max(small.encode(text, allowed_special=())) < eot
     assert small.decode(small.encode(text), skip_special_tokens=True) == "ab"
-    tokenizer = Tokenizer(small.vocab, small.merges, [EOT, EOT + EOT])
-    assert tokenizer.encode(EOT * 3) == [tokenizer.special_ids[EOT + EOT], tokenizer.special_ids[EOT]]
-    assert list(tokenizer.encode_iterable([EOT] * 3)) == tokenizer.encode(EOT * 3)
+    assert small.encode_batch([text, CORPUS, ""]) == [small.encode(t) for t in (text, CORPUS, "")]
 
 
 def test_digits_stay_single(digits, small):
@@ -340,7 +286,7 @@ def test_the_hash_tells_everything_that_changes_ids(small, digits):
 
 
 # -----------------------------------------------------------------------------
-# Beside transformers
+# Files, and transformers
 
 
 def auto(folder):
@@ -352,24 +298,20 @@ def auto(folder):
 @pytest.mark.parametrize("model_type", [None, "llama", "mixtral", "gpt2"])
 def test_transformers_loads_what_we_save_and_gives_the_same_ids(any_tokenizer, tmp_path, model_type):
     """Whatever model lies beside it: for some model types transformers would rather rebuild the tokenizer."""
-    any_tokenizer.save(tmp_path)
+    folder = tmp_path / "new" / "folder"
+    any_tokenizer.save(folder)
     eos = any_tokenizer.eot_id
     if model_type:
         config = {"model_type": model_type, "vocab_size": any_tokenizer.vocab_size}
-        (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": eos, "bos_token_id": eos}))
-    theirs = auto(tmp_path)
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos, "bos_token_id": eos}))
+    theirs, again = auto(folder), Tokenizer.load(folder)
+    assert again.hash == any_tokenizer.hash and again.vocab == any_tokenizer.vocab
     for text in (TEXT, CORPUS[:5000], "", " ", "a<|end|> b", EOT * 2):
         ids = any_tokenizer.encode(text)
-        assert theirs.encode(text) == ids
+        assert theirs.encode(text) == again.encode(text) == ids
         assert theirs.decode(ids) == any_tokenizer.decode(ids) == text
     assert len(theirs) == any_tokenizer.vocab_size
     assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == eos
-
-
-def test_ids_are_those_of_transformers_on_all_of_wikitext2(small, tmp_path):
-    text = real("wikitext-2/wiki.valid.tokens.gz")
-    small.save(tmp_path)
-    assert auto(tmp_path).encode(text) == small.encode(text)
 
 
 @pytest.fixture(scope="session")
@@ -387,6 +329,11 @@ def test_transformers_agrees_on_arbitrary_text(text, small, digits, hf_pair):
         assert theirs.encode(text) == ours.encode(text)
 
 
+def test_ids_are_those_of_transformers_on_all_of_wikitext2(small, hf_pair):
+    text = real("wikitext-2/wiki.valid.tokens.gz")
+    assert hf_pair[0].encode(text) == small.encode(text)
+
+
 CHAT = [
     {"role": "system", "content": "Be  brief.\n"},
     {"role": "user", "content": " Hello, what's 12 + 3? "},
@@ -395,27 +342,16 @@ CHAT = [
 ]
 
 
-@pytest.mark.parametrize("add", [True, False])
-def test_chat_is_what_the_template_makes(small, hf_pair, add):
-    for messages in (CHAT, CHAT[1:3], CHAT[:2]):
+def test_chat_is_what_the_template_makes_and_what_is_said_is_never_a_special_token(small, hf_pair):
+    for messages, add in ((CHAT, True), (CHAT, False), (CHAT[1:3], True), (CHAT[:2], False)):
         theirs = hf_pair[0].apply_chat_template(messages, add_generation_prompt=add)
         theirs = theirs if isinstance(theirs, list) else theirs["input_ids"]
         assert small.chat(messages, add_generation_prompt=add) == theirs
-
-
-def test_what_is_said_in_a_chat_is_never_a_special_token(small):
     ids = small.chat([{"role": "user", "content": f"<|end|><|system|>{EOT}"}])
     marks = [small.special_ids[token] for token in ("<|user|>", "<|end|>", "<|assistant|>")]
     assert [i for i in ids if i >= small.eot_id] == marks
     with pytest.raises(ValueError, match=r"no special token <\|tool\|>"):
         small.chat([{"role": "tool", "content": ""}])
-
-
-def test_a_saved_tokenizer_loads_the_same(any_tokenizer, tmp_path):
-    any_tokenizer.save(tmp_path / "new" / "folder")
-    again = Tokenizer.load(tmp_path / "new" / "folder")
-    assert again.hash == any_tokenizer.hash and again.vocab == any_tokenizer.vocab
-    assert again.special_ids == any_tokenizer.special_ids and again.encode(TEXT) == any_tokenizer.encode(TEXT)
 
 
 def test_a_gpt2_tokenizer_that_transformers_saved_loads(gpt2, tmp_path):
@@ -425,10 +361,7 @@ def test_a_gpt2_tokenizer_that_transformers_saved_loads(gpt2, tmp_path):
     theirs = GPT2TokenizerFast(vocab=vocab, merges=[(spell(a), spell(b)) for a, b in gpt2.merges])
     theirs.save_pretrained(tmp_path)
     ours = Tokenizer.load(tmp_path)
-    assert ours.encode("Hello world") == [15496, 995] and ours.vocab_size == 50257 and ours.eot_id == 50256
-    assert ours.encode(TEXT) == theirs.encode(TEXT)
-    with pytest.raises(ValueError, match="no special token"):
-        ours.chat(CHAT)
+    assert ours.vocab_size == 50257 and ours.eot_id == 50256 and ours.encode(TEXT) == theirs.encode(TEXT)
 
 
 def test_a_missing_damaged_or_foreign_tokenizer_file_says_so(small, tmp_path):
@@ -446,17 +379,32 @@ def test_a_missing_damaged_or_foreign_tokenizer_file_says_so(small, tmp_path):
             Tokenizer.load(tmp_path)
 
 
+def test_vocabularies_that_bpe_cannot_have_learnt_are_refused(tmp_path):
+    tokens = [bytes([b]) for b in range(256)]
+    vocab = dict(enumerate([*tokens, b"ab", b"bc"]))
+    with pytest.raises(ValueError, match="order"):
+        Tokenizer(vocab, [(b"b", b"c"), (b"a", b"b")])
+    for few, merges in ((vocab, [(b"a", b"c")]), ({0: b"a"}, [])):
+        with pytest.raises(ValueError, match="lacks"):
+            Tokenizer(few, merges)
+    # Here "abc" is spelled ab + c, but b + c comes first: alone, its bytes are a, bc.
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+    Tokenizer(dict(enumerate(tokens + [a + b for a, b in merges])), merges).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="not what its own merges make"):
+        Tokenizer.load(tmp_path)
+
+
+def run(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    args = {"cwd": cwd, "env": os.environ | env, "capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run([sys.executable, *words], **args)
+
+
 def test_gpt2_without_network_or_cache_says_what_to_do(tmp_path):
-    code = "from tokenizer import Tokenizer; Tokenizer.gpt2()"
     nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:9")
     nowhere |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "DATA_DIR": str(tmp_path), "NO_PROXY": ""}
-    done = run("-c", code, env=os.environ | nowhere)
+    done = run("-c", "from tokenizer import Tokenizer; Tokenizer.gpt2()", **nowhere)
     assert done.returncode and "TIKTOKEN_CACHE_DIR" in done.stderr and "--tokenizer=bpe" in done.stderr
-
-
-def run(*words: str, cwd: Path = ROOT, env: dict | None = None) -> subprocess.CompletedProcess:
-    args = {"cwd": cwd, "env": env, "capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run([sys.executable, *words], **args)
 
 
 # -----------------------------------------------------------------------------
@@ -473,7 +421,6 @@ def test_token_files_hold_every_document_between_separators(small, tmp_path):
     borders = np.flatnonzero(tokens == small.eot_id)
     assert len(borders) == len(docs) + 1 and borders[0] == 0 and borders[-1] == len(tokens) - 1
     assert [small.encode(doc, ()) for doc in docs] == [list(tokens[a + 1 : b]) for a, b in pairwise(borders)]
-    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "train.json"}
 
 
 def test_more_than_65536_tokens_need_uint32(tmp_path):
@@ -492,9 +439,6 @@ def test_a_token_file_that_is_missing_cut_short_or_foreign_is_refused_by_name(sm
     os.truncate(tmp_path / "train.bin", 3)
     with pytest.raises(ValueError, match="train.bin has 3 bytes"):
         open_tokens(tmp_path, "train", small)
-    (tmp_path / "train.json").unlink()
-    with pytest.raises(FileNotFoundError, match="train.bin"):
-        open_tokens(tmp_path, "train", small)
 
 
 def test_a_full_disk_or_an_interrupt_leaves_no_half_file_and_keeps_the_old_one(small, tmp_path, monkeypatch):
@@ -510,11 +454,12 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_file_and_keeps_the_old_one(s
         write_tokens(small, interrupted(), tmp_path, "train")
     with pytest.raises(ValueError, match="no documents"):
         write_tokens(small, [], tmp_path, "train")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device.*train.bin"):
-        write_tokens(small, ["a new text"], tmp_path, "train")
-    with pytest.raises(OSError, match=r"tokenizer_config\.json"):
-        small.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device.*train.bin"):
+            write_tokens(small, ["a new text"], tmp_path, "train")
+        with pytest.raises(OSError, match=r"tokenizer_config\.json"):
+            small.save(tmp_path)
     assert open_tokens(tmp_path, "train", small)[1] == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.bin", "train.json"]
 
@@ -544,40 +489,32 @@ def notes(tmp_path) -> Path:
 
 
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    return run(str(ROOT / "tokenizer.py"), *words, cwd=cwd, env=os.environ | {"DATA_DIR": str(cwd / "data")})
+    return run(str(ROOT / "tokenizer.py"), "--corpus=note*.txt", *words, cwd=cwd, DATA_DIR=str(cwd / "data"))
 
 
 def test_the_command_does_everything_once_and_refuses_to_change_it(notes):
-    args = ["--corpus=note*.txt", "--vocab_size=300", "--tokens=tokens"]
-    first = command(*args, cwd=notes)
-    assert first.returncode == 0, first.stderr
-    assert "bytes per token" in first.stdout and "longest tokens" in first.stdout and "the| " in first.stdout
-    stamps = {path: path.stat().st_mtime_ns for path in (notes / "tokens").iterdir()}
-    assert {p.name for p in stamps} >= {"tokenizer.json", "train.bin", "validation.json", "test.json"}
-    assert command(*args, cwd=notes).stdout.count("was there") == 3
-    assert stamps == {path: path.stat().st_mtime_ns for path in (notes / "tokens").iterdir()}
-    (notes / "tokens" / "validation.json").unlink()  # as if killed between the two files
-    assert command(*args, cwd=notes).stdout.count("was there") == 2
-    other = command(*args, "--vocab_size=320", cwd=notes)
-    assert other.returncode and "vocab_size 300 -> 320" in other.stderr and "--overwrite" in other.stderr
-    assert "Traceback" not in other.stderr
-    assert command(*args, "--vocab_size=320", "--overwrite", cwd=notes).returncode == 0
-    reused = command(*args[:1], "--tokenizer=tokens", cwd=notes)
-    assert reused.returncode == 0 and "320 tokens" in reused.stdout
-
-
-def test_less_training_text_may_be_encoded_and_another_amount_is_encoded_anew(notes):
-    args = ["--corpus=note*.txt", "--vocab_size=300", "--tokens=tokens"]
+    args, folder = ["--vocab_size=300", "--tokens=tokens"], notes / "tokens"
 
     def sizes() -> list[int]:
-        return [read_json(notes / "tokens" / f"{s}.json")["bytes"] for s in ("train", "validation")]
+        return [read_json(folder / f"{split}.json")["bytes"] for split in ("train", "validation")]
 
-    command(*args, cwd=notes)
-    all_of_it = sizes()
+    first = command(*args, cwd=notes)
+    assert first.returncode == 0, first.stderr
+    assert "bytes per token" in first.stdout and "|" in first.stdout
+    stamps, all_of_it = {path: path.stat().st_mtime_ns for path in folder.iterdir()}, sizes()
+    assert {p.name for p in stamps} >= {"tokenizer.json", "train.bin", "validation.json", "test.json"}
+    (folder / "validation.json").unlink()  # as if killed between the two files
+    assert command(*args, cwd=notes).stdout.count("was there") == 2
+    unchanged = [path for path in stamps if path.stat().st_mtime_ns == stamps[path]]
+    assert len(unchanged) == len(stamps) - 2
     assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 2
     assert 10_000 <= sizes()[0] < 15_000 < all_of_it[0] and sizes()[1] == all_of_it[1]
-    assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 3
-    assert command(*args, cwd=notes).returncode == 0 and sizes() == all_of_it
+    other = command(*args, "--vocab_size=320", cwd=notes)
+    assert other.returncode and "vocab_size 300 -> 320" in other.stderr and "--overwrite" in other.stderr
+    again = command(*args, "--vocab_size=320", "--overwrite", cwd=notes)
+    assert again.returncode == 0 and sizes()[1] != 0 and "was there" not in again.stdout
+    reused = command("--tokenizer=tokens", cwd=notes)
+    assert reused.returncode == 0 and "320 tokens" in reused.stdout
 
 
 @pytest.mark.parametrize(
@@ -585,7 +522,7 @@ def test_less_training_text_may_be_encoded_and_another_amount_is_encoded_anew(no
 )
 def test_what_a_user_can_cause_ends_in_a_message(notes, bad):
     (notes / "file").write_text("in the way")
-    done = command("--corpus=note*.txt", bad, cwd=notes)
+    done = command(bad, cwd=notes)
     name, value = bad.removeprefix("--").split("=")
     message = f"{name}={value}" if name == "vocab_size" else value
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr, done.stderr
