@@ -124,7 +124,8 @@ def test_a_flag_gives_the_value_and_the_type_of_its_field(words, field, value):
 @pytest.mark.parametrize("word, expected", [
     ("batch_size=2.5", "INT"), ("batch_size=1e3", "INT"), ("batch_size=True", "INT"),
     ("batch_size=''", "INT"), ("learning_rate='fast'", "FLOAT"), ("learning_rate=True", "FLOAT"),
-    ("resume=1", "True|False"), ("resume='maybe'", "True|False"), ("norm='batch'", "rms|layer"), ("compile='some'", "auto|True|False"),
+    ("resume=1", "True|False"), ("resume='maybe'", "True|False"), ("norm='batch'", "rms|layer"),
+    ("compile='some'", "auto|True|False"),
 ])  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_with_the_right_one(file, capsys, word, expected):
     name, value = word.split("=")
