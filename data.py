@@ -104,9 +104,7 @@ EMBEDDED = {  # name -> its documents, how many in train, how many in validation
 }
 
 
-def documents(
-    corpus: str, split: str, data_dir: str | None = None, about: dict | None = None
-) -> Iterator[str]:
+def documents(corpus: str, split: str, data_dir: str = "", about: dict | None = None) -> Iterator[str]:
     """The documents of one split, one at a time. Raises DataError at once if there is none.
 
     `corpus` is a name (`storyworld`, `arithmetic`, or one of CORPORA), a path, folder or glob of your own
@@ -125,7 +123,7 @@ def documents(
     return read()
 
 
-def corpus_info(corpus: str, split: str, data_dir: str | None = None) -> dict:
+def corpus_info(corpus: str, split: str, data_dir: str = "") -> dict:
     """A run's record of what `documents` reads: {"source", "licence", "fingerprint" (of the content)}, and
     "running_text": True if its documents are pieces of longer texts.
     """
@@ -134,7 +132,7 @@ def corpus_info(corpus: str, split: str, data_dir: str | None = None) -> dict:
     return about | ({"running_text": True} if found.running_text else {})
 
 
-def find_corpus(corpus: str, split: str, data_dir: str | None) -> Source:
+def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
     check_split(split)
     if corpus in EMBEDDED:
         make, n_train, n_other = EMBEDDED[corpus]
@@ -155,7 +153,7 @@ def find_corpus(corpus: str, split: str, data_dir: str | None) -> Source:
     return from_files(paths, paths, "yours", hold_out=split)
 
 
-def mix(text: str, split: str, data_dir: str | None) -> Source:
+def mix(text: str, split: str, data_dir: str) -> Source:
     shares, sources = {}, {}
     for part in text.split(","):
         name, share = part.rsplit(":", 1)
@@ -250,8 +248,8 @@ def find_task(name: str) -> Task:
 
 @cache
 def load_task(
-    name: str, split: str, data_dir: str | None = None, first: int = 0, count: int = 0
-) -> tuple[list[Example], dict[str, str]]:
+    name: str, split: str, data_dir: str = "", first: int = 0, count: int = 0
+) -> tuple[list[Example], dict]:
     """The examples of one split, and {"source", "licence", "fingerprint"} of them for a run's record.
 
     With `count` only so many, from number `first` on; embedded tasks have no end. Real tasks are looked for
@@ -260,7 +258,7 @@ def load_task(
     """
     task = find_task(name)
     check_split(split)
-    rows, source = task_rows(name, split, data_dir, first + count)
+    rows, source = task_rows(name, split, data_dir, first + (count or GENERATED[split]))
     if task.generator and first:
         source += f", from row {first + 1:,} on"
     parse = partial(example_of, task)
@@ -284,11 +282,11 @@ def parsed(rows: list[tuple], parse: Callable, source: str, licence: str, what: 
     return items, about
 
 
-def task_rows(name: str, split: str, data_dir: str | None, n: int) -> tuple[list[tuple[int, dict]], str]:
+def task_rows(name: str, split: str, data_dir: str, n: int) -> tuple[list[tuple[int, dict]], str]:
     """The numbered rows of one split, (1, {...}), ..., and their source; of an embedded task `n` rows."""
     task = TASKS[name]
     if task.generator:
-        return list(enumerate(task.generator(split, n or GENERATED[split]), 1)), GENERATED_BY
+        return list(enumerate(task.generator(split, n), 1)), GENERATED_BY
     part = "train" if task.hold_out and split != "test" else split
     files = [f"{name}/{file}" for file in FILES[part]]
     rows, source = find_rows(name, task.hub, part, files, data_dir, "sentiment, dialogue, arithmetic")
@@ -315,7 +313,7 @@ def example_of(task: Task, row: dict, where: str) -> Example | None:
     return Example(text, task.labels[int(answer)], int(answer))
 
 
-def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str | None = None) -> list[Example]:
+def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str = "") -> list[Example]:
     """`shots` examples drawn from the train split by seed, with as many of each class as of the others."""
     examples, _ = load_task(name, "train", data_dir)
     rng = random.Random(f"{name} {seed}")
@@ -398,7 +396,7 @@ COLLECTIONS = {
 }
 
 
-def load_conversations(name: str, split: str, data_dir: str | None = None) -> tuple[list[list[dict]], dict]:
+def load_conversations(name: str, split: str, data_dir: str = "") -> tuple[list[list[dict]], dict]:
     """Conversations of one split, [[{"role", "content"}, ...], ...], and their source, for a run's record.
 
     `name`: the embedded `instructions`, a task (its questions and answers are turns), alpaca, dolly, lima, or
@@ -416,7 +414,7 @@ def load_conversations(name: str, split: str, data_dir: str | None = None) -> tu
     return chats, about | {"fingerprint": sha256(json.dumps(c).encode() for c in chats)}
 
 
-def load_preferences(name: str, split: str, data_dir: str | None = None) -> tuple[list[Preference], dict]:
+def load_preferences(name: str, split: str, data_dir: str = "") -> tuple[list[Preference], dict]:
     """Preferences of one split and their source: hh-rlhf, ultrafeedback, or a file of pairs."""
     pairs, about = collection(name, split, data_dir, preference_of, "a question and two answers to it")
     kept = [p for p in pairs if p.chosen != p.rejected]
@@ -427,7 +425,7 @@ def load_preferences(name: str, split: str, data_dir: str | None = None) -> tupl
     return kept, about | {"fingerprint": sha256(texts)}
 
 
-def collection(name: str, split: str, data_dir: str | None, parse: Callable, what: str) -> tuple[list, dict]:
+def collection(name: str, split: str, data_dir: str, parse: Callable, what: str) -> tuple[list, dict]:
     """One split of the rows that `parse` makes something of. Rows with one first question share a split."""
     if known := COLLECTIONS.get(name):
         licence, embedded = known.licence, "instructions, arithmetic"

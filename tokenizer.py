@@ -60,6 +60,9 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}++", r"\p{N}")
 SEAM_PATTERNS = (GPT2_PATTERN, DIGITS_PATTERN)  # with these, long texts may be cut: support/cutting.py
 
+Vocab = dict[int, bytes]
+Merges = list[tuple[bytes, bytes]]  # in the order in which they were learnt
+
 
 @dataclass
 class TokenizerConfig:
@@ -92,7 +95,7 @@ def train_bpe(
     special_tokens: list[str],
     split_digits: bool = False,
     workers: int = 1,  # accepted and not used: one process counts 20 MB in a second
-) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+) -> tuple[Vocab, Merges]:
     """Learn a byte-level BPE vocabulary from a UTF-8 text file, or from an iterable of documents.
 
     Returns `vocab`, id -> bytes, and `merges`, pairs of bytes in the order learnt. Ids 0-255 are the bytes
@@ -139,7 +142,7 @@ def count_words(texts: Iterable[str], pattern: str, special_tokens: Collection[s
     return words
 
 
-def learn_merges(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+def learn_merges(words: dict[str, int], n_merges: int) -> Merges:
     """The heart of BPE: again and again, the most frequent pair of neighbours becomes one token.
 
     Of equally frequent pairs the greater (bytes, bytes) goes first. Counting all pairs after each merge would
@@ -214,8 +217,8 @@ class Tokenizer:
 
     def __init__(
         self,
-        vocab: dict[int, bytes],
-        merges: list[tuple[bytes, bytes]],
+        vocab: Vocab,
+        merges: Merges,
         special_tokens: Iterable[str] | None = None,
         pattern: str = GPT2_PATTERN,
     ):

@@ -11,7 +11,7 @@ from support.tables import DataError, read_rows
 TABLES = (".jsonl", ".tsv", ".json", ".csv", ".parquet")
 
 
-def data_folder(data_dir: str | None) -> str:
+def data_folder(data_dir: str) -> str:
     return data_dir or os.environ.get("DATA_DIR") or "data"
 
 
@@ -21,7 +21,7 @@ def first_file(folder: str, names: Iterable[str], kinds: Iterable[str] = ("",)) 
     return next(filter(os.path.exists, paths), None)
 
 
-def find_edition(name: str, corpus, split: str, data_dir: str | None) -> Source:
+def find_edition(name: str, corpus, split: str, data_dir: str) -> Source:
     """One split of a data.Corpus: the first edition of which any file is in $DATA_DIR, or else the hub's."""
     data_dir = data_folder(data_dir)
     folder = os.path.join(data_dir, corpus.folder)
@@ -48,7 +48,7 @@ def find_edition(name: str, corpus, split: str, data_dir: str | None) -> Source:
 
 
 def find_rows(
-    name: str, hub: tuple[str, ...], part: str, files: list[str], data_dir: str | None, embedded: str
+    name: str, hub: tuple[str, ...], part: str, files: list[str], data_dir: str, embedded: str
 ) -> tuple[list[dict], str]:
     """The rows of a task or a collection, and where they are from. `hub`: repository and configuration.
 

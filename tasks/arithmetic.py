@@ -102,7 +102,7 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     return {"question": " ".join(sentences), "answer": "\n".join([*solution, f"#### {total}"])}
 
 
-def arithmetic(split: str, n: int | None = None) -> Iterator[dict]:
+def arithmetic(split: str, n: int = 0) -> Iterator[dict]:
     """The word problems of one split, forever or the first `n`; none comes twice.
 
     The calculation (`9*3=27 27+5=32`) decides the split: a test problem is never a training problem with

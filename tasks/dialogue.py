@@ -62,7 +62,7 @@ DRAWN = {  # slots that are filled alike, in this order
 }
 
 
-def dialogue(split: str, n: int | None = None) -> Iterator[dict]:
+def dialogue(split: str, n: int = 0) -> Iterator[dict]:
     """Chats of two with a line of small talk or two, {"dialogue", "summary"}; the facts decide the split."""
 
     def make(rng: random.Random) -> tuple[dict, str]:

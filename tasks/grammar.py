@@ -72,12 +72,12 @@ def number(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def generated(name: str, make: Callable, split: str, n: int | None) -> Iterator[dict]:
-    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature); without `n`
+def generated(name: str, make: Callable, split: str, n: int) -> Iterator[dict]:
+    """The first `n` different rows of one split that come from `make(rng)`, a (row, signature); for n = 0
     forever. Rows are the same if their first column is. Signature None: `make` itself keeps the splits apart.
     """
     rng, seen = random.Random(f"{name} {split} {SEED}"), set()
-    while n is None or len(seen) < n:
+    while not n or len(seen) < n:
         row, signature = make(rng)
         key = str(next(iter(row.values())))
         if key not in seen and (signature is None or split_of(signature) == split):

@@ -64,7 +64,7 @@ def values(rng: random.Random, kind: str) -> tuple:
     return x, "", {"capitals": x.upper(), "first": x[0], "spell": " ".join(x)}[kind]
 
 
-def instructions(split: str, n: int | None = None) -> Iterator[dict]:
+def instructions(split: str, n: int = 0) -> Iterator[dict]:
     """Conversations, {"messages"}, of one to three turns, a third of them with a system prompt.
 
     The values of a wish, not its wording, decide the split: a word that a test wants spelt is spelt

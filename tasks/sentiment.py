@@ -26,7 +26,7 @@ REVIEWS = (
 )
 
 
-def sentiment(split: str, n: int | None = None) -> Iterator[dict]:
+def sentiment(split: str, n: int = 0) -> Iterator[dict]:
     """Reviews of one sentence, {"sentence", "label"} (1: positive). Half of them need more than their words.
 
     The words that were drawn decide the split: a test review is never a training review turned around.

@@ -127,10 +127,10 @@ def story(index: int) -> tuple[str, str]:
     return text, " ".join([plot, slots["hero"], slots["friend"], slots["elder"], *sorted(facts)])
 
 
-def storyworld(split: str, n: int | None = None) -> Iterator[str]:
+def storyworld(split: str, n: int = 0) -> Iterator[str]:
     """The stories of one split, forever or the first `n`.
 
     All stories with one signature are in one split, so a test story is never a training story in other words.
     """
     stories = map(story, count())
-    return islice((text for text, signature in stories if split_of(signature) == split), n)
+    return islice((text for text, signature in stories if split_of(signature) == split), n or None)

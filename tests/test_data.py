@@ -44,7 +44,7 @@ from tasks.calculator import (
 )
 from tasks.grammar import SPLITS, split_of
 from tasks.sentiment import BAD, GOOD
-from tasks.stories import BOYS, ELDERS, GIRLS, PLOTS, _plots, story, storyworld
+from tasks.stories import PLOTS, _plots, story, storyworld
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
@@ -120,18 +120,6 @@ def test_stories_obey_the_rules_of_writing(stories):
             assert not found, f"{rule} ({found[0]!r}): {text}\n{signature}"
 
 
-def test_pronouns_are_those_of_the_people_in_the_story(stories):
-    names = re.compile("|".join(rf"\b{name}\b" for name in [*GIRLS, *BOYS, *ELDERS]))
-    for text, _ in stories:
-        people = set(names.findall(text))
-        she = bool(people & set(GIRLS)) or any(ELDERS.get(name) == "she" for name in people)
-        he = bool(people & set(BOYS)) or any(ELDERS.get(name) == "he" for name in people)
-        narrated = re.sub(r'"[^"]*"', "", text).replace("dropped his", "").replace("rolled his", "")
-        narrated = re.sub(r"[Tt]he mother.*? (to say thank you|from head to foot)", "", narrated)
-        assert she or not re.search(r"\b(she|her|herself)\b", narrated, re.I), text
-        assert he or not re.search(r"\b(he|him|his|himself)\b", narrated, re.I), text
-
-
 def test_every_fact_in_the_plots_can_be_drawn():
     for name, beats in _plots().items():
         drawn = re.findall(r"(?<= = )\w+|(?<=[|=] )\w+(?= [|/]|$)", PLOTS.split(f"# {name}\n")[1], re.M)
@@ -162,18 +150,16 @@ def test_the_question_alone_gives_the_answer(problems):
     for problem in problems["validation"]:
         *told, question = re.split(r"(?<=[.?]) ", problem["question"])
         item = re.search(r"How many (.+?) do", question)[1]
-        name = re.match(r"(?:There are .* in )?(\w+?)(?:'s)?\b", told[0])[1]
-        name = re.search(r"in (\w+)'s bag", told[0])[1] if told[0].startswith("There") else name
-        others = set(re.findall("[A-Z][a-z]+", question)) - {"How", name}
+        name = next(filter(None, re.search(r"^(?!There)(\w+)|(\w+)'s bag", told[0]).groups()))
+        people = {name, "She", "He", "There", "A", "By", "Then", *re.findall("[A-Z][a-z]+", question)} - {
+            "How"
+        }
         total = None
         for sentence in told:
-            numbers = [int(n) for n in re.findall(r"\d+", sentence)]
-            subject = sentence.split()[0]
-            about = subject in {name, "She", "He", "There", *others} or f"gives {name}" in sentence
-            about |= sentence.startswith(("A week later", "By evening", "Then"))
-            if item not in sentence or not about:
+            if item not in sentence or not (sentence.split()[0] in people or f"gives {name}" in sentence):
                 continue
-            amount = numbers[0] * numbers[1] if len(numbers) == 2 else numbers[0] if numbers else 2
+            numbers = [int(n) for n in re.findall(r"\d+", sentence)] or [2]
+            amount = math.prod(numbers)
             if total is None:
                 total = amount
             elif "times as many" in sentence or "twice" in sentence:
@@ -250,15 +236,6 @@ def test_wikitext2_articles_joined_are_the_file(monkeypatch):
     with gzip.open(Path(folder) / "wikitext-2/wiki.valid.tokens.gz", "rt", encoding="utf-8") as file:
         assert "".join(docs) == file.read()
     assert len(docs) == 60 and all(re.match(r"\s+= [^=]+ = \n| = [^=]+ = \n", doc) for doc in docs)
-
-
-@pytest.mark.parametrize("name", data.CORPORA)
-def test_without_network_and_file_the_error_says_what_to_do(name, tmp_path, offline):
-    with pytest.raises(data.DataError) as error:
-        data.documents(name, "train", str(tmp_path))
-    file = next(iter(data.CORPORA[name].editions[0].values()))[0]
-    for part in (data.CORPORA[name].hub, file, str(tmp_path), ".gz", "storyworld", "HF_HUB_OFFLINE"):
-        assert part in str(error.value)
 
 
 def test_no_edition_is_mixed_with_another(tmp_path, offline):
@@ -446,23 +423,8 @@ def read_sentiment(sentence: str) -> bool:
     return any(word in text for word in GOOD)
 
 
-def test_the_labels_of_reviews_are_what_a_reader_says_and_words_alone_do_not_tell():
-    examples, _ = data.load_task("sentiment", "train")
-    assert all(read_sentiment(e.text) == bool(e.label) for e in examples)
-    words = [set(re.findall("[a-z]+", e.text.lower())) for e in examples]
-    by_words = [len(w.intersection(GOOD)) > len(w.intersection(BAD)) for w in words]
-    right = sum(guess == bool(e.label) for guess, e in zip(by_words, examples, strict=True))
-    assert right / len(examples) < 0.75
-
-
-def test_summaries_of_chats_say_what_was_said():
-    known = "and are going will bring the to cannot help has lost his her saw it lends until ask on at is"
-    for example in data.load_task("dialogue", "train")[0][:1000]:
-        speakers = {line.split(":")[0] for line in example.text.splitlines()}
-        summary = set(re.findall(r"\w+", example.target))
-        assert speakers <= summary and len(speakers) == 2
-        invented = {w.lower() for w in summary} - set(re.findall(r"\w+", example.text.lower()))
-        assert invented <= set(known.split()), example
+def test_the_labels_of_reviews_are_what_a_reader_says():
+    assert all(read_sentiment(e.text) == bool(e.label) for e in data.load_task("sentiment", "train")[0])
 
 
 def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented():
@@ -591,18 +553,6 @@ def test_the_calculator_equals_pythons_fractions(expression):
     assert calculate(expression) == expected
 
 
-@settings(deadline=None)
-@given(st.text() | st.text(alphabet="0123456789+-*/%(). ,", max_size=250))
-def test_the_calculator_survives_any_text(text):
-    start = time.perf_counter()
-    try:
-        assert calculate(text).numerator.bit_length() <= 256
-    except CalculatorError:
-        pass
-    assert time.perf_counter() - start < 5
-    assert extract_number(text) is None or re.fullmatch(r"-?\d+(\.\d+)?", extract_number(text))
-
-
 def test_the_calculator_types_behind_an_open_annotation_only():
     assert calculator_answer("That is 9*3=<<9*3=") == "27>>"
     assert calculator_answer("That is <<10/4=") == "2.5>>"
@@ -614,46 +564,31 @@ def test_the_calculator_types_behind_an_open_annotation_only():
 # Metrics, each beside somebody else's
 
 
-def test_wilsons_interval_is_scipys():
+def test_intervals_and_macro_f1_are_scipys_and_scikit_learns():
     from scipy.stats import binomtest
+    from scipy.stats import bootstrap as scipys
+    from sklearn.metrics import f1_score
 
     for hits, n in [(0, 10), (10, 10), (1, 3), (437, 872)]:
         theirs = binomtest(hits, n).proportion_ci(0.95, method="wilson")
         mine = proportion(hits, n)
         found = [mine["value"], mine["low"], mine["high"]]
         assert found == pytest.approx([hits / n, theirs.low, theirs.high], abs=1e-6)
-
-
-def test_macro_f1_is_scikit_learns():
-    from sklearn.metrics import f1_score
-
     rng = np.random.default_rng(0)
     for _ in range(20):
         labels, predictions = rng.integers(0, 3, 40), rng.integers(0, 3, 40)
         theirs = f1_score(labels, predictions, average="macro")
         assert macro_f1(list(zip(labels, predictions, strict=True))) == pytest.approx(theirs)
-    assert macro_f1([(1, 1), (0, 1)]) == pytest.approx(1 / 3)  # a class that is never predicted counts 0
-
-
-def test_bootstrap_intervals_are_scipys():
-    from scipy.stats import bootstrap as scipys
-
-    values = np.random.default_rng(1).exponential(size=200)
-    mine = bootstrap(values, rounds=5000)
-    theirs = scipys((values,), np.mean, method="percentile", n_resamples=5000).confidence_interval
-    found = [mine["value"], mine["low"], mine["high"]]
-    assert found == pytest.approx([values.mean(), theirs.low, theirs.high], rel=0.02)
-
-
-def test_paired_bootstrap_sees_a_small_difference_that_is_always_there():
-    rng = np.random.default_rng(3)
-    hard = rng.random(500) < 0.5  # items that both get wrong make two separate intervals overlap
-    a, b = (~hard).astype(float), ~hard & (np.arange(500) % 20 > 0)
-    d = paired_bootstrap(a, b)
-    assert d["value"] == pytest.approx(a.mean() - b.mean()) and d["low"] > 0
-    assert paired_bootstrap(a, a)["low"] == paired_bootstrap(a, a)["high"] == 0
+    values, others = rng.exponential(size=(2, 200))
+    for mine, sample in (
+        (bootstrap(values, rounds=5000), values),
+        (paired_bootstrap(values, others), values - others),
+    ):
+        theirs = scipys((sample,), np.mean, method="percentile", n_resamples=5000).confidence_interval
+        found = [mine["value"], mine["low"], mine["high"]]
+        assert found == pytest.approx([sample.mean(), theirs.low, theirs.high], abs=0.02)
     with pytest.raises(ValueError, match="same items"):
-        paired_bootstrap(a, b[:-1])
+        paired_bootstrap(values, others[:-1])
 
 
 def test_rouge_is_rouge_scores():

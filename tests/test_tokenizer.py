@@ -204,11 +204,6 @@ def test_rank_order_and_merge_order_agree_for_any_learnt_vocabulary(corpus, n, t
     assert tokenizer.encode(text) == tokenizer.encode_plain(text)
 
 
-def test_the_plain_encoder_agrees_on_real_text(any_tokenizer):
-    text = real("wikitext-2/wiki.test.tokens.gz")[:200_000]
-    assert any_tokenizer.encode_plain(text) == any_tokenizer.encode(text)
-
-
 def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
     import tiktoken
 
@@ -217,6 +212,7 @@ def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
     assert gpt2.eot_id == 50256 and gpt2.special_ids["<|end|>"] == 50260 and gpt2.vocab_size == 50261
     for text in (TEXT.replace("<|end|>", ""), real("wikitext-2/wiki.test.tokens.gz")):
         assert gpt2.encode(text) == theirs.encode(text, allowed_special="all")
+    assert gpt2.encode_plain(text[:200_000]) == gpt2.encode(text[:200_000])
 
 
 def test_long_texts_are_cut_without_a_trace(monkeypatch, small):
@@ -246,14 +242,10 @@ def test_encode_iterable_with_special_tokens_that_have_spaces_and_overlap(small,
     for seed in range(300):
         text = "".join(random.Random(seed).choices([*special, "<a", " b>", " ", "  ", "x", "\n"], k=30))
         assert list(tokenizer.encode_iterable(iter(text))) == tokenizer.encode(text)
-
-
-def test_encode_iterable_is_lazy_and_bounded_in_memory(small):
-    ids = small.encode_iterable("a line of an endless text\n" for _ in count())
-    next(ids)
+    endless = tokenizer.encode_iterable("a line of an endless text\n" for _ in count())
     tracemalloc.start()
-    for _ in range(100_000):
-        next(ids)
+    for _ in range(20_000):
+        next(endless)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
@@ -275,12 +267,8 @@ def test_digits_stay_single(digits, small):
 
 def test_the_hash_tells_everything_that_changes_ids(small, digits):
     vocab, merges = small.vocab, small.merges
-    others = [
-        digits,
-        Tokenizer(vocab, merges[:-1], SPECIAL_TOKENS),
-        Tokenizer(vocab, merges, [EOT]),
-        Tokenizer(vocab, merges, SPECIAL_TOKENS, DIGITS_PATTERN),
-    ]
+    others = [digits, Tokenizer(vocab, merges[:-1], SPECIAL_TOKENS), Tokenizer(vocab, merges, [EOT])]
+    others.append(Tokenizer(vocab, merges, SPECIAL_TOKENS, DIGITS_PATTERN))
     assert Tokenizer(vocab, merges, SPECIAL_TOKENS).hash == small.hash
     assert len({small.hash, *(t.hash for t in others)}) == 5
 
@@ -327,11 +315,6 @@ def hf_pair(small, digits, tmp_path_factory):
 def test_transformers_agrees_on_arbitrary_text(text, small, digits, hf_pair):
     for ours, theirs in zip((small, digits), hf_pair, strict=True):
         assert theirs.encode(text) == ours.encode(text)
-
-
-def test_ids_are_those_of_transformers_on_all_of_wikitext2(small, hf_pair):
-    text = real("wikitext-2/wiki.valid.tokens.gz")
-    assert hf_pair[0].encode(text) == small.encode(text)
 
 
 CHAT = [
@@ -421,12 +404,9 @@ def test_token_files_hold_every_document_between_separators(small, tmp_path):
     borders = np.flatnonzero(tokens == small.eot_id)
     assert len(borders) == len(docs) + 1 and borders[0] == 0 and borders[-1] == len(tokens) - 1
     assert [small.encode(doc, ()) for doc in docs] == [list(tokens[a + 1 : b]) for a, b in pairwise(borders)]
-
-
-def test_more_than_65536_tokens_need_uint32(tmp_path):
     vocab = dict(enumerate([bytes([b]) for b in range(256)])) | {70_000: EOT.encode()}
-    write_tokens(Tokenizer(vocab, [], [EOT]), ["abc"], tmp_path, "train")
-    tokens, meta = open_tokens(tmp_path, "train")
+    write_tokens(Tokenizer(vocab, [], [EOT]), ["abc"], tmp_path, "test")
+    tokens, meta = open_tokens(tmp_path, "test")
     assert meta["dtype"] == "uint32" and tokens.tolist() == [70_000, 97, 98, 99, 70_000]
 
 
@@ -465,16 +445,16 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_file_and_keeps_the_old_one(s
 
 
 def test_folders_have_clean_names_that_tell_settings_apart():
-    def folder(**settings):
-        return tokens_folder(TokenizerConfig(**settings)).as_posix()
-
-    assert folder() == "out/tokens/storyworld-4096"
-    assert folder(vocab_size=512, split_digits=True, out="o") == "o/tokens/storyworld-512-digits"
-    assert folder(tokenizer="gpt2", vocab_size=1, split_digits=True) == "out/tokens/storyworld-gpt2"
-    assert folder(tokens="mine/here") == "mine/here"
+    for chosen, folder in (
+        ({}, "out/tokens/storyworld-4096"),
+        ({"vocab_size": 512, "split_digits": True, "out": "o"}, "o/tokens/storyworld-512-digits"),
+        ({"tokenizer": "gpt2", "split_digits": True}, "out/tokens/storyworld-gpt2"),
+        ({"tokens": "mine/here"}, "mine/here"),
+    ):
+        assert tokens_folder(TokenizerConfig(**chosen)).as_posix() == folder
     corpora = ("a/*.txt", "a_/.txt", "tinystories:0.9,arithmetic:0.1", "tinystories:0.1,arithmetic:0.9")
-    names = {folder(corpus=corpus) for corpus in corpora}
-    assert len(names) == 4 and all(regex.fullmatch(r"out/tokens/\w+-4096", name) for name in names)
+    names = {tokens_folder(TokenizerConfig(corpus=corpus)).name for corpus in corpora}
+    assert len(names) == 4 and all(regex.fullmatch(r"\w+-4096", name) for name in names)
 
 
 # -----------------------------------------------------------------------------
