@@ -30,7 +30,7 @@ from itertools import islice
 
 from configs import parse_config
 from support.documents import Source, from_files, interleaved, nothing_to_read, own_files, sha256
-from support.finding import find_edition, find_rows, note_left_out
+from support.finding import find_edition, find_rows, note_left_out, numbered
 from support.formats import Preference, first_question, messages_of, preference_of, talk
 from support.metrics import bootstrap, macro_f1, proportion, rouge
 from support.tables import DataError, read_rows, text_of
@@ -282,15 +282,14 @@ def parsed(rows: list[tuple], parse: Callable, source: str, licence: str, what: 
     return items, about
 
 
-def task_rows(name: str, split: str, data_dir: str, n: int) -> tuple[list[tuple[int, dict]], str]:
+def task_rows(name: str, split: str, data_dir: str, n: int) -> tuple[list[tuple], str]:
     """The numbered rows of one split, (1, {...}), ..., and their source; of an embedded task `n` rows."""
     task = TASKS[name]
     if task.generator:
-        return list(enumerate(task.generator(split, n), 1)), GENERATED_BY
+        return numbered(task.generator(split, n)), GENERATED_BY
     part = "train" if task.hold_out and split != "test" else split
     files = [f"{name}/{file}" for file in FILES[part]]
     rows, source = find_rows(name, task.hub, part, files, data_dir, "sentiment, dialogue, arithmetic")
-    rows = list(enumerate(rows, 1))
     if task.hold_out and split != "test":
         source += f" (its last {task.hold_out} rows are validation)"
         rows = rows[: -task.hold_out] if split == "train" else rows[-task.hold_out :]
@@ -431,11 +430,11 @@ def collection(name: str, split: str, data_dir: str, parse: Callable, what: str)
         licence, embedded = known.licence, "instructions, arithmetic"
         rows, source = find_rows(name, (known.hub,), known.part, known.files, data_dir, embedded)
     elif os.path.isfile(name):
-        rows, source, licence = list(read_rows(name)), name, "yours"
+        rows, source, licence = numbered(read_rows(name)), name, "yours"
     else:
         names = ", ".join(["instructions", *COLLECTIONS, *TASKS])
         raise DataError(f'"{name}" is neither a file nor a collection; those are {names}')
-    items, about = parsed(list(enumerate(rows, 1)), parse, source, licence, what)
+    items, about = parsed(rows, parse, source, licence, what)
     about["source"] += ", split by the first question"
     in_split = [item for item in items if split_of(first_question(getattr(item, "messages", item))) == split]
     if not in_split:

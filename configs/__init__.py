@@ -132,8 +132,16 @@ def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
         exec(compile(tree, str(path), "exec"), scope)
     except Exception as error:
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from None
-    del scope["__builtins__"]
-    return settings | assigned(path, before, scope, typing.get_type_hints(Config), shared)
+    kinds = typing.get_type_hints(Config)
+    for name, value in scope.items():
+        if name.startswith("_") or value is before.get(name, scope):
+            continue  # `_name` is a helper of the file; the rest was there before
+        if name in kinds:
+            value = checked(value, kinds[name], f"{path}: {name}")
+        elif name not in shared:
+            raise ConfigError(f"{path}: unknown setting {name!r}{hint(name, kinds)}")
+        settings = settings | {name: value}
+    return settings
 
 
 def parsed(path: Path) -> ast.Module:
@@ -144,20 +152,6 @@ def parsed(path: Path) -> ast.Module:
         raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
     except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8
         raise ConfigError(f"{path}: {error}") from None
-
-
-def assigned(path: Path, before: dict, after: dict, kinds: dict, shared: dict) -> dict:
-    """The settings that a file changed. `_name` is a helper of the file and no setting."""
-    found = {}
-    for name, value in after.items():
-        if name.startswith("_") or (name in before and value is before[name]):
-            continue
-        if name in kinds:
-            value = checked(value, kinds[name], f"{path}: {name}")
-        elif name not in shared:
-            raise ConfigError(f"{path}: unknown setting {name!r}{hint(name, kinds)}")
-        found[name] = value
-    return found
 
 
 # -----------------------------------------------------------------------------
@@ -215,9 +209,10 @@ def check_numbers(settings: dict, defaults: dict) -> None:
     ranges: there it stands for "as the model has it" or "all", as -1 and 0 do in some scripts.
     """
     for name, value in settings.items():
+        if type(value) not in (int, float) or value == defaults.get(name):
+            continue
         low, high = RANGES.get(name, (0, LARGEST))
-        is_number = type(value) in (int, float) and value != defaults.get(name)
-        if is_number and not low <= value <= high:  # so nan is refused
+        if not low <= value <= high:  # so nan is refused, too
             raise ConfigError(f"--{name}={value} must be a number from {low} to {high}")
 
 
@@ -235,9 +230,12 @@ def alternatives(kind) -> list:
 
 def accepts(value, kind) -> bool:
     """Whether a Python value may stand for `kind`. An int serves as a float; a bool is no int."""
-    options = alternatives(kind)
-    is_one = any(value == option and type(value) is type(option) for option in options)
-    return is_one or type(value) in options or (type(value) is int and float in options)
+    for option in alternatives(kind):
+        if type(value) is option or (type(value) is int and option is float):
+            return True
+        if value == option and type(value) is type(option):
+            return True
+    return False
 
 
 def checked(value, kind, where: str):

@@ -48,7 +48,7 @@ def from_files(
     paths: list[str],
     names: list[str],
     licence: str,
-    hold_out: str | None = None,
+    hold_out: str = "",
     torn: bool = False,
     articles: bool = False,
 ) -> Source:

@@ -33,37 +33,59 @@ def find_edition(name: str, corpus, split: str, data_dir: str) -> Source:
     part = next((part for part in ("all", "head", split) if part in edition), None)
     if part is None:
         raise DataError(f"{name} has no {split} split; it has {' and '.join(edition)}")
-    paths, names = [], []
+    paths = []
+    names = []
     for file in edition[part]:
         path = first_file(folder, [file])
-        names.append(os.path.relpath(path, data_dir) if path else f"{corpus.hub} on Hugging Face, {file}")
-        try:
-            paths.append(path or hub_file(corpus.hub, file))
-        except DataError as error:
-            place = f"{os.path.join(folder, file)} (or .gz)"
-            raise nowhere(name, error, corpus.hub, place, "storyworld") from None
-    hold_out = split if part != split else None
-    articles = corpus.hub == "Salesforce/wikitext"
-    return from_files(paths, names, corpus.licence, hold_out, torn=part == "head", articles=articles)
+        if path:
+            names.append(os.path.relpath(path, data_dir))
+        else:
+            path = download(name, corpus.hub, file, folder)
+            names.append(f"{corpus.hub} on Hugging Face, {file}")
+        paths.append(path)
+    return from_files(
+        paths,
+        names,
+        corpus.licence,
+        hold_out="" if part == split else split,
+        torn=part == "head",
+        articles=corpus.hub == "Salesforce/wikitext",
+    )
+
+
+def download(name: str, hub: str, file: str, folder: str) -> str:
+    try:
+        return hub_file(hub, file)
+    except DataError as error:
+        place = os.path.join(folder, file)
+        raise nowhere(name, error, hub, f"{place} (or .gz)", "storyworld") from None
 
 
 def find_rows(
     name: str, hub: tuple[str, ...], part: str, files: list[str], data_dir: str, embedded: str
-) -> tuple[list[dict], str]:
-    """The rows of a task or a collection, and where they are from. `hub`: repository and configuration.
+) -> tuple[list[tuple], str]:
+    """The numbered rows of a task or collection, and where they are from. `hub`: repository, configuration.
 
     `part`: a split on the hub, or a file of a repository that `datasets` cannot read. `embedded`: what the
     error proposes if nothing is found.
     """
     data_dir = data_folder(data_dir)
-    if path := first_file(data_dir, files, TABLES):
-        return list(read_rows(path)), os.path.relpath(path, data_dir)
+    path = first_file(data_dir, files, TABLES)
+    if path:
+        return numbered(read_rows(path)), os.path.relpath(path, data_dir)
+    is_file = "." in part
     try:
-        rows = list(read_rows(hub_file(hub[0], part))) if "." in part else hub_rows(*hub, split=part)
+        rows = read_rows(hub_file(hub[0], part)) if is_file else hub_rows(*hub, split=part)
+        return numbered(rows), f"{hub[0]} on Hugging Face, {part}"
     except DataError as error:
-        place = f"{os.path.join(data_dir, files[0])}.jsonl (or .csv, .tsv, .parquet, also .gz)"
-        raise nowhere(name, error, hub[0], place, embedded) from None
-    return rows, f"{hub[0]} on Hugging Face, {part}"
+        place = os.path.join(data_dir, files[0])
+        kinds = ".jsonl (or .csv, .tsv, .parquet, also .gz)"
+        raise nowhere(name, error, hub[0], place + kinds, embedded) from None
+
+
+def numbered(rows: Iterable[dict]) -> list[tuple[int, dict]]:
+    """Rows with their numbers, from 1, for error messages."""
+    return list(enumerate(rows, 1))
 
 
 def nowhere(name: str, error: DataError, hub: str, place: str, embedded: str) -> DataError:
