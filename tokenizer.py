@@ -508,22 +508,22 @@ def prepare_split(cfg: TokenizerStageConfig, folder: Path, tokenizer: Tokenizer,
         return
     if split == "train" and cfg.train_megabytes:
         info["megabytes"] = cfg.train_megabytes
-    meta, there = {}, ""
+    meta, there = {}, "; was there"
     with suppress(OSError, ValueError):  # missing, truncated or of another tokenizer
         meta = open_tokens(folder, split, tokenizer)[1]
-        there = "; was there"
     same = all(meta.get(key) == info.get(key) for key in ("fingerprint", "megabytes"))
     if cfg.overwrite or not same:
-        texts = first_megabytes(cfg.corpus, split, info.get("megabytes"), f"encoding {split}", info)
+        texts = first_megabytes(cfg.corpus, split, info.get("megabytes", 0), f"encoding {split}", info)
         meta, there = write_tokens(tokenizer, texts, folder, split, info), ""
-    per_token = f"{meta['bytes'] / meta['tokens']:.2f} bytes per token"
-    print(f"{split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {per_token}{there}")
+    per_token = meta["bytes"] / meta["tokens"]
+    size = f"{meta['documents']:,} documents, {meta['tokens']:,} tokens"
+    print(f"{split}: {size}, {per_token:.2f} bytes per token{there}")
 
 
 def first_megabytes(
-    corpus: str, split: str, megabytes: float | None, what: str, about: dict | None = None
+    corpus: str, split: str, megabytes: float, what: str, about: dict | None = None
 ) -> Iterable[str]:
-    """The documents at the beginning of a split (all of them without `megabytes`), with a progress bar."""
+    """The documents at the beginning of a split (megabytes=0: all of them), with a progress bar."""
     texts = at_most(documents(corpus, split, about=about), 1e6 * (megabytes or math.inf))
     return tqdm()(texts, what, unit=" documents", unit_scale=True, disable=None, leave=False)
 

@@ -21,7 +21,8 @@ SLABS = re.compile(rf"(?s).{{1,{SLAB}}}(?={SEAM}|\Z)|.+?(?={SEAM}|\Z)")  # longe
 def special_regex(special_tokens: tuple[str, ...]) -> re.Pattern:
     """Splits text at special tokens, and keeps them. Where two begin at one place, the longer wins."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    one_of_them = "|".join(map(re.escape, longest_first))
+    return re.compile(f"({one_of_them or '(?!)'})")
 
 
 def at_seams(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[str]:
@@ -43,7 +44,8 @@ def at_seams(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[
 def last_seam(text: str, special_tokens: tuple[str, ...]) -> int:
     """The last place where `text` may be cut whatever follows it; 0 if there is none yet."""
     longest = max(map(len, special_tokens), default=0)
-    found = UP_TO_LAST_SEAM.match(text, 0, max(0, len(text) - longest + 1))
+    end = max(0, len(text) - longest + 1)
+    found = UP_TO_LAST_SEAM.match(text, 0, end)
     cut = found.end() if found else 0
     # Not within a special token; nor in the whitespace before one, which ends a text and stays in one piece
     for token in special_regex(special_tokens).finditer(text):

@@ -76,7 +76,8 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     total, kind = 0, pick(rng, ("start", "start", "start", "boxes"))
     while True:
         told, solved, sign, largest = STEPS[kind]
-        n, k = number(rng, 2, 6), number(rng, 2, largest)
+        n = number(rng, 2, 6)
+        k = number(rng, 2, largest)
         slots.update(n=str(n), k=str(k))
         sentences.append(fill(rng, told, slots))
         if "boxes" in kind:
@@ -95,8 +96,10 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     question = QUESTIONS.get(kind, QUESTION)
     possible = list(parse(TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"))
     for _ in range(traps):
-        slots.update(m=str(number(rng, 2, 24)), n=str(number(rng, 2, 5)), age=str(number(rng, 5, 12)))
-        trap = fill(rng, [possible.pop(number(rng, 0, len(possible) - 1))], slots)  # nobody has two ages
+        for name, low, high in (("m", 2, 24), ("n", 2, 5), ("age", 5, 12)):
+            slots[name] = str(number(rng, low, high))
+        trap = possible.pop(number(rng, 0, len(possible) - 1))  # nobody has two ages
+        trap = fill(rng, [trap], slots)
         sentences.insert(number(rng, 1, len(sentences)), trap)
     sentences.append(fill(rng, question, slots))
     return {"question": " ".join(sentences), "answer": "\n".join([*solution, f"#### {total}"])}
@@ -163,7 +166,8 @@ def things(rng: random.Random) -> str:
     """A list of eight random things, a quarter of them numbers."""
     words = []
     for _ in range(8):
-        words.append(pick(rng, THINGS) if rng.random() < 0.75 else str(number(rng, 1, LIMIT)))
+        is_thing = rng.random() < 0.75
+        words.append(pick(rng, THINGS) if is_thing else str(number(rng, 1, LIMIT)))
     return " ".join(words)
 
 

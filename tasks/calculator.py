@@ -15,17 +15,22 @@ def extract_number(text: str) -> str | None:
     number of all. None if there is none.
     """
     if "####" in text:
-        found = NUMBER.findall(text.split("####")[1].split("\n")[0])[:1]
+        line = text.split("####")[1].split("\n")[0]
+        found = NUMBER.findall(line)[:1]
     else:
-        marked = re.findall(r"(?:^\s*A:|answer is:?)(.*)$", text, flags=re.M | re.I)[-1:]
-        found = NUMBER.findall("".join(marked))[:1] or NUMBER.findall(text)[-1:]
+        marked = re.findall(r"(?:^\s*A:|answer is:?)(.*)$", text, flags=re.M | re.I)
+        found = NUMBER.findall(marked[-1])[:1] if marked else []
+        found = found or NUMBER.findall(text)[-1:]
     return plain_number(found[0]) if found else None
 
 
 def plain_number(text: str) -> str:
     """ "-$1,234.50" → "-1234.5": one spelling for one number, so that answers can be compared as strings."""
     number, _, decimals = re.sub(r"[^\d.]", "", text).partition(".")
-    number = (number.lstrip("0") or "0") + f".{decimals.rstrip('0')}".rstrip(".")
+    number = number.lstrip("0") or "0"
+    decimals = decimals.rstrip("0")
+    if decimals:
+        number += f".{decimals}"
     return f"-{number}" if text[0] in "-−" and number != "0" else number
 
 
@@ -73,7 +78,8 @@ def value_of(node: ast.AST, text: str) -> Fraction:
 
 
 def power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1 or abs(exponent) * bits(base) > 2 * LARGEST:
+    too_large = abs(exponent) * bits(base) > 2 * LARGEST
+    if exponent.denominator != 1 or too_large:
         raise OverflowError  # before it is computed, not after
     return base ** int(exponent)
 
@@ -82,36 +88,52 @@ def bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-OPERATORS |= {ast.Pow: power, ast.UAdd: operator.pos, ast.USub: operator.neg}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: power,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
-def decimal_text(value: Fraction, places: int = 4) -> str:
+def decimal_text(value: Fraction) -> str:
     """A Fraction as people write it: "24", "2.5", and "0.3333" where the decimals do not end."""
-    number, decimals = divmod(round(abs(value) * 10**places), 10**places)
-    text = f"{number}.{decimals:0{places}}".rstrip("0").rstrip(".")
+    number, decimals = divmod(round(abs(value) * 10_000), 10_000)
+    text = f"{number}.{decimals:04}".rstrip("0").rstrip(".")
     return f"-{text}" if value < 0 and text != "0" else text
 
 
 def calculator_answer(text: str) -> str | None:
     """What a calculator types behind a text that ends in an open annotation: "... is <<9*3=" → "27>>"."""
     found = re.search(r"<<([^<>=]*)=$", text[-210:])
+    if not found:
+        return None
     try:
-        return f"{decimal_text(calculate(found[1]))}>>" if found else None
+        return f"{decimal_text(calculate(found[1]))}>>"
     except CalculatorError:
         return None
 
 
 def equations(text: str) -> list[tuple[str, str]]:
     """The annotated steps of a solution, [(expression, result), ...] of `<<expression=result>>`."""
-    return [(e.replace(" ", ""), r.strip()) for e, r in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", text)]
+    steps = []
+    for expression, result in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", text):
+        steps.append((expression.replace(" ", ""), result.strip()))
+    return steps
 
 
 def calculates(text: str) -> bool:
     """Whether every annotated step of a solution is calculated right, and its last result is its answer."""
-    steps = equations(text)
-    try:
-        right = all(decimal_text(calculate(e)) == extract_number(r) for e, r in steps)
-    except CalculatorError:
-        return False
-    return bool(steps) and right and extract_number(steps[-1][1]) == extract_number(text)
+    last = None
+    for expression, result in equations(text):
+        last = extract_number(result)
+        try:
+            value = calculate(expression)
+        except CalculatorError:
+            return False
+        if decimal_text(value) != last:
+            return False
+    return last is not None and last == extract_number(text)
