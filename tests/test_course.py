@@ -98,16 +98,9 @@ def run_transformer_block(d_model, num_heads, d_ff, max_seq_len, theta, weights,
 def run_transformer_lm(
     vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta, weights, in_indices
 ):
-    config = ModelConfig(
-        vocab_size=vocab_size,
-        context_length=context_length,
-        d_model=d_model,
-        n_layers=num_layers,
-        n_heads=num_heads,
-        d_ff=d_ff,
-        rope_theta=rope_theta,
-        tie_embeddings=False,
-    )
+    sizes = {"vocab_size": vocab_size, "context_length": context_length, "d_model": d_model, "d_ff": d_ff}
+    sizes |= {"n_layers": num_layers, "n_heads": num_heads, "rope_theta": rope_theta}
+    config = ModelConfig(**sizes, tie_embeddings=False)
     names = {
         "model.embed_tokens.weight": weights["token_embeddings.weight"],
         "model.norm.weight": weights["ln_final.weight"],

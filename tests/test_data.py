@@ -68,14 +68,6 @@ def problems():
     return {split: list(arithmetic(split, 1_000)) for split in SPLITS}
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
 # -----------------------------------------------------------------------------
 # storyworld
 
@@ -238,7 +230,9 @@ def test_wikitext2_articles_joined_are_the_file(monkeypatch):
     assert len(docs) == 60 and all(re.match(r"\s+= [^=]+ = \n| = [^=]+ = \n", doc) for doc in docs)
 
 
-def test_no_edition_is_mixed_with_another(tmp_path, offline):
+def test_no_edition_is_mixed_with_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     own(tmp_path, "tinystories/TinyStories-train.txt", EOT.join(["one", "two", ""]))
     assert list(data.documents("tinystories", "train", str(tmp_path))) == ["one", "two"]
     with pytest.raises(data.DataError, match="TinyStories-valid.txt"):
@@ -368,14 +362,6 @@ def test_text_without_marks_is_running_text_that_becomes_passages_and_loses_noth
     assert data.corpus_info(novel, "test")["running_text"]
     for corpus in (own(tmp_path, "stories.txt", EOT.join(DOCS)), "storyworld"):
         assert "running_text" not in data.corpus_info(corpus, "test")
-
-
-def test_long_corpora_hold_out_a_bounded_tail(tmp_path, monkeypatch):
-    monkeypatch.setattr("support.documents.HELD_OUT", 7)
-    docs = [str(i) for i in range(1_000)]
-    path = own(tmp_path, "a.txt", EOT.join(docs))
-    parts = [list(data.documents(path, split)) for split in ("train", "test", "validation")]
-    assert [len(part) for part in parts] == [986, 7, 7] and sum(parts, []) == docs
 
 
 @pytest.mark.parametrize("name, content, message", [

@@ -83,6 +83,20 @@ def any_tokenizer(request) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
+def auto(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def hf_pair(small, digits, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("saved") for _ in range(2)]
+    for tokenizer, folder in zip((small, digits), folders, strict=True):
+        tokenizer.save(folder)
+    return [auto(folder) for folder in folders]
+
+
 # Letters newer than the regex engines' common Unicode version may be cut differently by each.
 known = st.characters(exclude_categories=("Cs", "Cn")).filter(lambda c: unicodedata.category(c) != "Cn")
 odd = [*SPECIAL_TOKENS, *TEXT.split(" "), " ", "  ", "\n", "\r\n", "a", "<|", "|>", "'", "'r", "e"]
@@ -135,23 +149,6 @@ def test_merges_of_overlapping_pairs_are_those_of_a_slow_implementation(text, n)
     assert merges == slow_bpe(text, n, [], GPT2_PATTERN) and len(vocab) == 256 + len(merges)
 
 
-def test_merges_agree_with_the_tokenizers_library_up_to_ties():
-    """`tokenizers` breaks ties by id, we by bytes: some neighbours in the list are swapped, no more."""
-    from tokenizers import Tokenizer as Theirs
-    from tokenizers import models, pre_tokenizers, trainers
-
-    text = real("tinystories/TinyStories-train-first-2MiB.txt.gz")[:1_000_000].replace(EOT, "")
-    theirs = Theirs(models.BPE())
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=656, show_progress=False, initial_alphabet=alphabet)
-    theirs.train_from_iterator([text], trainer)
-    merges = [tuple(map(unspell, pair)) for pair in json.loads(theirs.to_str())["model"]["merges"]]
-    ours = train_bpe([text], 656, [])[1]
-    assert ours[:79] == merges[:79] and len(set(ours) - set(merges)) <= 2
-    assert sum(set(ours[:k]) == set(merges[:k]) for k in range(400)) > 300
-
-
 def test_one_long_word_takes_a_time_that_grows_with_its_length_alone():
     random.seed(1)
     for word in ("a" * 200_000, "".join(random.choices("ACGT", k=200_000))):
@@ -160,40 +157,31 @@ def test_one_long_word_takes_a_time_that_grows_with_its_length_alone():
         assert time.process_time() - begun < 2  # it was quadratic: 20,000 letters took longer
 
 
-def test_gpt2_pattern_cuts_as_the_original():
-    original = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-    for text in (TEXT, "a  b\n\n c \t\n", " \n ", "x'rey don'T 'll"):
-        assert regex.findall(GPT2_PATTERN, text) == regex.findall(original, text)
-
-
 # -----------------------------------------------------------------------------
 # Encoding
 
 
-@settings(max_examples=200, deadline=None)
-@given(texts)
-def test_both_encoders_agree_and_what_is_encoded_decodes_to_itself(small, digits, text):
-    for tokenizer in (small, digits):
-        ids = tokenizer.encode(text, allowed_special=())
-        assert tokenizer.encode_plain(text) == ids
-        assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(text)) == text
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+def test_all_encoders_agree_and_what_is_encoded_decodes_to_itself(text, small, digits, hf_pair):
+    for ours, theirs in zip((small, digits), hf_pair, strict=True):
+        plain, ids = ours.encode(text, allowed_special=()), ours.encode(text)
+        assert ours.encode_plain(text) == plain and theirs.encode(text) == ids
+        assert ours.decode(plain) == ours.decode(ids) == text
+        single = [ours.decode([i]) for i in plain] if ours is digits else []
+        assert all(len(token) == 1 for token in single if regex.search("[0-9]", token))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(), st.text(), st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 600)))
 def test_any_unicode_and_bytes_can_be_encoded_and_any_ids_decoded(small, digits, data, text, ids):
     assert digits.decode(digits.encode(text)) == text
+    assert small.decode(small.encode(f"\ud800{text}")) == small.decode(small.encode_plain(f"\ufffd{text}"))
     for some in (list(data), small.merge_word(data)):  # ids 0-255 are the bytes
         assert small.decode(some) == data.decode("utf-8", "replace")
     assert unspell(spell(data)) == data
     assert small.decode(ids) == small.decode(np.array(ids, dtype=np.int64))
     assert small.decode([104, small.vocab_size, 105]) == "h\ufffdi"
-
-
-def test_lone_surrogates_are_learnt_and_encoded_as_replacement(small):
-    text = "ab \ud800 c"
-    train_bpe([text], 300, SPECIAL_TOKENS)
-    assert small.decode(small.encode(text)) == small.decode(small.encode_plain(text)) == "ab \ufffd c"
 
 
 @settings(max_examples=200, deadline=None)
@@ -258,13 +246,6 @@ def test_special_tokens_become_ids_only_where_they_are_allowed(small):
     assert small.encode_batch([text, CORPUS, ""]) == [small.encode(t) for t in (text, CORPUS, "")]
 
 
-def test_digits_stay_single(digits, small):
-    tokens = [digits.decode([i]) for i in digits.encode("12345 + 67 = 12412, 1999, ٣٤")]
-    assert all(sum(c.isdigit() for c in token) <= 1 for token in tokens)
-    assert all(len(token) == 1 for token in tokens if any(c in "0123456789" for c in token))
-    assert any(len(small.decode([i]).strip()) > 1 for i in small.encode(" 345 12"))
-
-
 def test_the_hash_tells_everything_that_changes_ids(small, digits):
     vocab, merges = small.vocab, small.merges
     others = [digits, Tokenizer(vocab, merges[:-1], SPECIAL_TOKENS), Tokenizer(vocab, merges, [EOT])]
@@ -275,12 +256,6 @@ def test_the_hash_tells_everything_that_changes_ids(small, digits):
 
 # -----------------------------------------------------------------------------
 # Files, and transformers
-
-
-def auto(folder):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "mixtral", "gpt2"])
@@ -300,21 +275,6 @@ def test_transformers_loads_what_we_save_and_gives_the_same_ids(any_tokenizer, t
         assert theirs.decode(ids) == any_tokenizer.decode(ids) == text
     assert len(theirs) == any_tokenizer.vocab_size
     assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == eos
-
-
-@pytest.fixture(scope="session")
-def hf_pair(small, digits, tmp_path_factory):
-    folders = [tmp_path_factory.mktemp("saved") for _ in range(2)]
-    for tokenizer, folder in zip((small, digits), folders, strict=True):
-        tokenizer.save(folder)
-    return [auto(folder) for folder in folders]
-
-
-@settings(max_examples=100, deadline=None)
-@given(text=texts)
-def test_transformers_agrees_on_arbitrary_text(text, small, digits, hf_pair):
-    for ours, theirs in zip((small, digits), hf_pair, strict=True):
-        assert theirs.encode(text) == ours.encode(text)
 
 
 CHAT = [
