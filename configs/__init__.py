@@ -52,8 +52,9 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
     flags, unknown = parser.parse_known_intermixed_args(words)
     try:
         if unknown:
-            name = unknown[0].split("=")[0].lstrip("-")
-            raise ConfigError(f"unknown flag {unknown[0]}{hint(name, kinds)}")
+            flag = unknown[0]
+            name = flag.split("=")[0].lstrip("-")
+            raise ConfigError(f"unknown flag {flag}{hint(name, kinds)}")
         settings = defaults
         for file in flags.files:
             settings = read_file(Path(file), settings, Config)

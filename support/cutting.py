@@ -30,7 +30,8 @@ def at_seams(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[
 
     Holds some 16 thousand characters; more only if there are more from one space to the next.
     """
-    rest, enough = "", SLAB // 4
+    rest = ""
+    enough = SLAB // 4
     for text in texts:
         rest += text
         if len(rest) >= enough:

@@ -68,7 +68,8 @@ def encode_documents(tokenizer, texts: list[str]) -> tuple:
         ids = []
         for text in texts:
             ids += [*tokenizer.encode(text, allowed_special=()), tokenizer.eot_id]
-    return ids, len(texts), len(joined.encode()) - len(END_OF_TEXT) * len(texts)
+    n_bytes = len(joined.encode()) - len(END_OF_TEXT) * len(texts)
+    return ids, len(texts), n_bytes
 
 
 def at_most(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
@@ -82,13 +83,15 @@ def at_most(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
 
 def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     """Lists of texts of about `size` characters in all."""
-    batch, length = [], 0
+    batch = []
+    length = 0
     for text in texts:
         batch.append(text)
         length += len(text)
         if length >= size:
             yield batch
-            batch, length = [], 0
+            batch = []
+            length = 0
     if batch:
         yield batch
 
@@ -107,10 +110,12 @@ def open_tokens(folder: str | Path, split: str, tokenizer=None) -> tuple:
         raise FileNotFoundError(f"there is no {path} with a .json beside it: {REMEDY}")
     meta = read_json(about)
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    size, expected = path.stat().st_size, meta["tokens"] * dtype.itemsize
+    size = path.stat().st_size
+    expected = meta["tokens"] * dtype.itemsize
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its .json states {expected:,}: delete it and {REMEDY}")
-    wanted, made_with = getattr(tokenizer, "hash", tokenizer), meta["tokenizer"]
+    wanted = getattr(tokenizer, "hash", tokenizer)
+    made_with = meta["tokenizer"]
     if wanted not in (None, made_with):
         differ = f"was made with tokenizer {made_with[:8]}.., this run uses {wanted[:8]}.."
         raise ValueError(f"{path} {differ}: {REMEDY}")
@@ -129,5 +134,6 @@ def file_name(text: str) -> str:
     """A name unchanged; a path, a glob or a mix shortened to letters and digits, with a checksum."""
     if re.fullmatch(r"\w+", text):
         return text
-    readable = re.sub(r"\W+", "_", text).strip("_")[-40:]
-    return f"{readable}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    readable = re.sub(r"\W+", "_", text).strip("_")
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    return f"{readable[-40:]}_{checksum[:6]}"

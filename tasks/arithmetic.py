@@ -60,12 +60,16 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     would if another question were asked. None if a number left the range: the caller tries again.
     """
     he, names, others = pick(rng, (("she", GIRLS, BOYS), ("he", BOYS, GIRLS)))  # no pronoun is ambiguous
-    name, other, third = pick(rng, names), pick(rng, others), pick(rng, others)
-    (item, box), (thing, _) = pick(rng, ITEMS), pick(rng, ITEMS)
+    name = pick(rng, names)
+    other = pick(rng, others)
+    third = pick(rng, others)
+    item, box = pick(rng, ITEMS)
+    thing, _ = pick(rng, ITEMS)
     if item == thing or other == third:
         return None
     slots = Slots(name=name, other=other, third=third, he=he, item=item, box=box, thing=thing)
-    sentences, solution = [], []
+    sentences = []
+    solution = []
 
     def work(sentence: str, a: int, sign: str, b: int) -> int:
         result = CALCULATE[sign](a, b)
@@ -73,7 +77,8 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         solution.append(fill(rng, sentence, slots))
         return result
 
-    total, kind = 0, pick(rng, ("start", "start", "start", "boxes"))
+    total = 0
+    kind = pick(rng, ("start", "start", "start", "boxes"))
     while True:
         told, solved, sign, largest = STEPS[kind]
         n = number(rng, 2, 6)
@@ -94,7 +99,8 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         kind = pick(rng, ["buy", "buy", "give", "give", "double", *last])
 
     question = QUESTIONS.get(kind, QUESTION)
-    possible = list(parse(TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"))
+    possible = TRAPS if "{other}" in question else f"{TRAPS}|{TRAPS_OF_OTHER}"
+    possible = list(parse(possible))
     for _ in range(traps):
         for name, low, high in (("m", 2, 24), ("n", 2, 5), ("age", 5, 12)):
             slots[name] = str(number(rng, low, high))
@@ -102,7 +108,8 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         trap = fill(rng, [trap], slots)
         sentences.insert(number(rng, 1, len(sentences)), trap)
     sentences.append(fill(rng, question, slots))
-    return {"question": " ".join(sentences), "answer": "\n".join([*solution, f"#### {total}"])}
+    solution.append(f"#### {total}")
+    return {"question": " ".join(sentences), "answer": "\n".join(solution)}
 
 
 def arithmetic(split: str, n: int = 0) -> Iterator[dict]:
@@ -113,11 +120,13 @@ def arithmetic(split: str, n: int = 0) -> Iterator[dict]:
     """
 
     def make(rng: random.Random) -> tuple[dict, str]:
-        steps, traps = pick(rng, (1, 2, 2, 3, 3, 4)), pick(rng, (1, 2))
+        steps = pick(rng, (1, 2, 2, 3, 3, 4))
+        traps = pick(rng, (1, 2))
         problem = None
         while problem is None:
             problem = attempt(rng, steps, traps)
-        return problem, " ".join(re.findall("<<(.*?)>>", problem["answer"]))
+        calculation = re.findall("<<(.*?)>>", problem["answer"])
+        return problem, " ".join(calculation)
 
     return generated("arithmetic", make, split, n)
 

@@ -66,7 +66,8 @@ def dialogue(split: str, n: int = 0) -> Iterator[dict]:
     """Chats of two with a line of small talk or two, {"dialogue", "summary"}; the facts decide the split."""
 
     def make(rng: random.Random) -> tuple[dict, str]:
-        girl, boy = (pick(rng, GIRLS), "her"), (pick(rng, BOYS), "his")
+        girl = (pick(rng, GIRLS), "her")
+        boy = (pick(rng, BOYS), "his")
         (a, a_his), (b, b_his) = pick(rng, ((girl, boy), (boy, girl)))
         slots = Slots(a=a, b=b, a_his=a_his, b_his=b_his)
         for names, options in DRAWN.items():

@@ -76,10 +76,12 @@ def generated(name: str, make: Callable, split: str, n: int) -> Iterator[dict]:
     """The first `n` different rows of one split that come from `make(rng)`, a (row, signature); for n = 0
     forever. Rows are the same if their first column is. Signature None: `make` itself keeps the splits apart.
     """
-    rng, seen = random.Random(f"{name} {split} {SEED}"), set()
+    rng = random.Random(f"{name} {split} {SEED}")
+    seen = set()
     while not n or len(seen) < n:
         row, signature = make(rng)
-        key = str(next(iter(row.values())))
+        first, *_ = row.values()
+        key = str(first)
         if key not in seen and (signature is None or split_of(signature) == split):
             seen.add(key)
             yield row

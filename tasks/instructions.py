@@ -40,14 +40,16 @@ def values(rng: random.Random, kind: str) -> tuple:
     """{x}, {y} and {z} of a wish."""
     match kind:
         case "larger" | "sum":
-            x, y = number(rng, 2, 60), number(rng, 2, 39)
+            x = number(rng, 2, 60)
+            y = number(rng, 2, 39)
             return x, y, x + y if kind == "sum" else max(x, y)
         case "count":
             x = number(rng, 1, 20)
             y = x + number(rng, 2, 7)
             return x, y, " ".join(map(str, range(x, y + 1)))
         case "opposite" | "sound":
-            x, z = pick(rng, list((OPPOSITES if kind == "opposite" else SOUNDS).items()))
+            pairs = OPPOSITES if kind == "opposite" else SOUNDS
+            x, z = pick(rng, list(pairs.items()))
             return x, "", z
         case "after":
             day = number(rng, 0, 6)
@@ -58,7 +60,8 @@ def values(rng: random.Random, kind: str) -> tuple:
             words = [pick(rng, WORDS) for _ in range(number(rng, 2, 4))]
             return " ".join(words), "", " ".join(reversed(words))
         case "repeat":
-            x, y = pick(rng, WORDS), number(rng, 2, 4)
+            x = pick(rng, WORDS)
+            y = number(rng, 2, 4)
             return x, y, " ".join([x] * y)
     x = pick(rng, WORDS)
     return x, "", {"capitals": x.upper(), "first": x[0], "spell": " ".join(x)}[kind]
@@ -75,12 +78,16 @@ def instructions(split: str, n: int = 0) -> Iterator[dict]:
         while True:
             x, y, z = values(rng, kind)
             if x != y and (kind in COMMON or split_of(f"{x} {y} {kind}") == split):
+                question, answer = WISHES[kind]
                 slots = Slots(x=str(x), y=str(y), z=str(z))
-                return talk(*(fill(rng, text, slots) for text in WISHES[kind]))
+                return talk(fill(rng, question, slots), fill(rng, answer, slots))
 
     def make(rng: random.Random) -> tuple[dict, None]:
-        kinds = [pick(rng, list(WISHES)) for _ in range(pick(rng, (1, 1, 1, 2, 3)))]
-        messages = [message for kind in kinds for message in wish(rng, kind)]
+        n_turns = pick(rng, (1, 1, 1, 2, 3))
+        kinds = [pick(rng, list(WISHES)) for _ in range(n_turns)]
+        messages = []
+        for kind in kinds:
+            messages += wish(rng, kind)
         if rng.random() < 0.3:
             role = fill(rng, "You are a (kind|helpful) (robot|teacher).", {})
             messages.insert(0, {"role": "system", "content": role})

@@ -66,12 +66,14 @@ def _beat(line: str) -> tuple:
 
 def _cast(rng: random.Random) -> Slots:
     """Who is in the story. Hero and friend are a girl and a boy, so that no "she" can mean the other."""
-    girl, boy = (pick(rng, GIRLS), "she", "girl"), (pick(rng, BOYS), "he", "boy")
+    girl = (pick(rng, GIRLS), "she", "girl")
+    boy = (pick(rng, BOYS), "he", "boy")
     (hero, he, kind), (friend, f_he, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
     elder = pick(rng, list(ELDERS))
     animals = rng.random() < 0.4
     if animals:
-        kind, f_kind = pick(rng, list(DENS)), pick(rng, list(DENS))
+        kind = pick(rng, list(DENS))
+        f_kind = pick(rng, list(DENS))
     slots = Slots(
         hero=hero,
         hero_kind=f"{pick(rng, CHARACTER)} {kind}",
@@ -118,13 +120,15 @@ def story(index: int) -> tuple[str, str]:
     of a story) in the validation text, 9 % occur in the training text.
     """
     rng = random.Random((SEED << 40) + index)
-    slots, facts = _cast(rng), set()
+    slots = _cast(rng)
+    facts = set()
     opening, ending, *plots = _plots()
     plot = pick(rng, plots)
-    text = _tell(rng, opening, slots, facts) + " " + _tell(rng, plot, slots, facts)
+    parts = [_tell(rng, opening, slots, facts), _tell(rng, plot, slots, facts)]
     if rng.random() < 0.35:
-        text = f"{text} {_tell(rng, ending, slots, facts)}".rstrip()
-    return text, " ".join([plot, slots["hero"], slots["friend"], slots["elder"], *sorted(facts)])
+        parts.append(_tell(rng, ending, slots, facts))
+    people = [slots["hero"], slots["friend"], slots["elder"]]
+    return " ".join(parts).rstrip(), " ".join([plot, *people, *sorted(facts)])
 
 
 def storyworld(split: str, n: int = 0) -> Iterator[str]:
