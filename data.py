@@ -97,11 +97,12 @@ CORPORA = {
         ({"all": ("sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet")},),
     ),
 }
-EMBEDDED = {  # name -> its documents, how many in train, how many in validation and in test
-    "storyworld": (storyworld, 30_000, 1_000),
-    "arithmetic": (arithmetic_text, 40_000, 1_000),
-    "numbers": (numbers_text, 40_000, 1_000),
+EMBEDDED = {  # name -> its documents, and how many are in train
+    "storyworld": (storyworld, 30_000),
+    "arithmetic": (arithmetic_text, 40_000),
+    "numbers": (numbers_text, 40_000),
 }
+EMBEDDED_HELD_OUT = 1_000  # documents in validation and in test
 
 
 def documents(corpus: str, split: str, data_dir: str = "", about: dict | None = None) -> Iterator[str]:
@@ -113,14 +114,7 @@ def documents(corpus: str, split: str, data_dir: str = "", about: dict | None = 
     """
     found = find_corpus(corpus, split, data_dir)
     print(f"data: {corpus}, {split}: {found.source}", file=sys.stderr)
-    about = {} if about is None else about
-
-    def read() -> Iterator[str]:
-        yield from islice(found.read(about), found.size)
-        if n := about.get("left_out"):
-            print(f"data: {corpus}, {split}: {n:,} rows without text left out", file=sys.stderr)
-
-    return read()
+    return islice(found.read({} if about is None else about), found.size)
 
 
 def corpus_info(corpus: str, split: str, data_dir: str = "") -> dict:
@@ -135,12 +129,12 @@ def corpus_info(corpus: str, split: str, data_dir: str = "") -> dict:
 def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
     check_split(split)
     if corpus in EMBEDDED:
-        make, n_train, n_other = EMBEDDED[corpus]
+        make, n_train = EMBEDDED[corpus]
 
         def fingerprint() -> str:  # of the text: a change to the grammar shows, one to a comment does not
             return sha256(doc.encode() for doc in islice(make(split), 300))
 
-        size = n_train if split == "train" else n_other
+        size = n_train if split == "train" else EMBEDDED_HELD_OUT
         return Source(lambda about: make(split), GENERATED_BY, "MIT", fingerprint, size=size)
     if corpus in CORPORA:
         return find_edition(corpus, CORPORA[corpus], split, data_dir)
@@ -316,19 +310,18 @@ def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str = "") -> lis
     """`shots` examples drawn from the train split by seed, with as many of each class as of the others."""
     examples, _ = load_task(name, "train", data_dir)
     rng = random.Random(f"{name} {seed}")
-    drawn = rng.sample(range(len(examples)), min(len(examples), 50 * shots))
     most = -(-shots // max(1, len(TASKS[name].labels)))  # of a class, rounded up
     kept: list[Example] = []
-    for example in (examples[i] for i in drawn):
-        if len(kept) < shots and sum(other.label == example.label for other in kept) < most:
+    for example in rng.sample(examples, min(len(examples), 50 * shots)):
+        alike = sum(other.label == example.label for other in kept)
+        if len(kept) < shots and alike < most:
             kept.append(example)
     return kept
 
 
 def refuse_overlap(train: Iterable[str], test: Iterable[str], what: str) -> None:
     """Raises DataError if a text that is tested on is trained on."""
-    shared = set(train) & set(test)
-    if shared:
+    if shared := set(train) & set(test):
         raise DataError(f"{what}: {len(shared)} test items are also trained on, such as {min(shared)[:80]!r}")
 
 
