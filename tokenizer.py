@@ -106,15 +106,16 @@ def train_bpe(
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone are {least}")
-    is_file = isinstance(input_path, (str, Path))
-    texts = parts_of_file(input_path, special_tokens) if is_file else input_path
-    words = count_words(texts, DIGITS_PATTERN if split_digits else GPT2_PATTERN, special_tokens)
+    special, texts = tuple(special_tokens), input_path
+    if isinstance(input_path, (str, Path)):
+        texts = parts_of_file(input_path, special)
+    words = count_words(texts, DIGITS_PATTERN if split_digits else GPT2_PATTERN, special)
     merges = learn_merges(words, vocab_size - least)
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     return dict(enumerate(tokens + [token.encode() for token in special_tokens])), merges
 
 
-def parts_of_file(path: str | Path, special_tokens: Collection[str]) -> Iterator[str]:
+def parts_of_file(path: str | Path, special_tokens: tuple[str, ...]) -> Iterator[str]:
     with open(path, encoding="utf-8", newline="") as file:
         yield from at_seams(iter(partial(file.read, 32 * SLAB), ""), special_tokens)
 
@@ -126,7 +127,7 @@ def compiled(pattern: str):
     return regex.compile(pattern)
 
 
-def count_words(texts: Iterable[str], pattern: str, special_tokens: Collection[str] = ()) -> Counter:
+def count_words(texts: Iterable[str], pattern: str, special_tokens: tuple[str, ...]) -> Counter:
     """How often each word, that is each piece that `pattern` cuts, occurs between special tokens.
 
     Text repeats itself, so a quick cut at spaces comes first, and the slow pattern sees every *different*
@@ -134,7 +135,7 @@ def count_words(texts: Iterable[str], pattern: str, special_tokens: Collection[s
     """
     spaced, words = Counter(), Counter()
     for text in texts:
-        for part in special_regex(tuple(special_tokens)).split(text)[::2]:  # text, special token, text, ...
+        for part in special_regex(special_tokens).split(text)[::2]:  # text, special token, text, ...
             spaced.update(SPACED_WORDS.findall(part))
     for piece, n in spaced.items():
         for word in compiled(pattern).findall(piece):

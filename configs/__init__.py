@@ -71,9 +71,10 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
 def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
     """A parser whose values are texts; `--help` groups the settings by the class that declares them."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # None unless started by `python -m`
+    program = f"-m {module.name}" if module else "%(prog)s"
     parser = argparse.ArgumentParser(
         prog=module.name if module else None,
-        usage=f"python {'-m ' if module else ''}%(prog)s [configs/FILE.py ...] [--name=value ...]",
+        usage=f"python {program} [configs/FILE.py ...] [--name=value ...]",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -82,12 +83,17 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
     helps = field_comments(Config)
     groups = {}
     for field in fields(Config):
-        owner = next(c for c in reversed(Config.__mro__) if field.name in inspect.get_annotations(c))
+        name = field.name
+        owner = next(c for c in reversed(Config.__mro__) if name in inspect.get_annotations(c))
         if owner not in groups:
             groups[owner] = parser.add_argument_group(owner.__name__)
-        about = f"{helps.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
-        kind = kind_name(kinds[field.name])
-        groups[owner].add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=kind, help=about)
+        about = f"{helps.get(name, '')} [{field.default!r}]"
+        groups[owner].add_argument(
+            f"--{name}",
+            default=argparse.SUPPRESS,
+            metavar=kind_name(kinds[name]),
+            help=about.replace("%", "%%"),
+        )
     return parser
 
 
@@ -149,7 +155,8 @@ def parsed(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text(encoding="utf-8-sig"), str(path))  # -sig: Windows' editors mark UTF-8
     except OSError as error:
-        have = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[!_]*.py")))
+        files = sorted((ROOT / "configs").glob("[!_]*.py"))
+        have = ", ".join(f"configs/{file.name}" for file in files)
         raise ConfigError(f"cannot read config {path} ({error.strerror}); there are: {have}") from None
     except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8
         raise ConfigError(f"{path}: {error}") from None
@@ -186,11 +193,15 @@ def declared(module: str, name: str) -> dict:
 
 def hint(name: str, known) -> str:
     """The end of an error message: whose setting `name` is, or which one the user may have meant."""
-    owners = [f"{script}.py" for script, Config in SCRIPTS.items() if name in declared(script, Config)]
+    owners = []
+    for script, Config in SCRIPTS.items():
+        if name in declared(script, Config):
+            owners.append(f"{script}.py")
     if owners:
         return f": it is a setting of {', '.join(owners)}"
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
+    for close in difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {close!r}?"
+    return "; --help lists all"
 
 
 # -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ follows there is a *seam*: a border of words at which a text may be cut and each
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 SLAB = 1 << 16  # characters; with so many in one call, tiktoken's core is at its fastest
@@ -14,7 +14,8 @@ SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # as
 SEAM = f"[{SPACE}][^{SPACE}]"
 SPACED_WORDS = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 UP_TO_LAST_SEAM = re.compile(f"(?s).+(?={SEAM})")
-SLABS = re.compile(rf"(?s).{{1,{SLAB}}}(?={SEAM}|\Z)|.+?(?={SEAM}|\Z)")  # longer if no seam is near
+ENDS = rf"(?={SEAM}|\Z)"
+SLABS = re.compile(rf"(?s).{{1,{SLAB}}}{ENDS}|.+?{ENDS}")  # longer if no seam is near
 
 
 @cache
@@ -25,7 +26,7 @@ def special_regex(special_tokens: tuple[str, ...]) -> re.Pattern:
     return re.compile(f"({one_of_them or '(?!)'})")
 
 
-def at_seams(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[str]:
+def at_seams(texts: Iterable[str], special_tokens: tuple[str, ...]) -> Iterator[str]:
     """The joined `texts` in other pieces, which end at seams.
 
     Holds some 16 thousand characters; more only if there are more from one space to the next.
@@ -35,10 +36,11 @@ def at_seams(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[
     for text in texts:
         rest += text
         if len(rest) >= enough:
-            cut = last_seam(rest, tuple(special_tokens))
+            cut = last_seam(rest, special_tokens)
             yield rest[:cut]
             rest = rest[cut:]
-            enough = max(SLAB // 4, 2 * len(rest))  # twice: looking for a seam in vain stays linear
+            again = 2 * len(rest)  # twice: looking for a seam in vain stays linear
+            enough = max(SLAB // 4, again)
     yield rest
 
 

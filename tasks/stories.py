@@ -101,7 +101,8 @@ def _tell(rng: random.Random, plot: str, slots: Slots, facts: set[str]) -> str:
             paragraphs.append([])
             continue
         needed, drawn, text = beat
-        if needed and (needed[-1] in facts if needed[0] == "not" else facts.isdisjoint(needed)):
+        told = facts.isdisjoint(needed[1:]) if needed[:1] == ["not"] else not facts.isdisjoint(needed)
+        if needed and not told:
             continue
         if drawn:
             values = [fill(rng, cell, slots) for cell in pick(rng, text)]
