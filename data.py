@@ -330,24 +330,27 @@ def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict]
 
     `outputs` are class indices where the task has labels, and generated texts elsewhere.
     """
-    task, records = TASKS[name], []
+    task = TASKS[name]
+    records = []
     for example, output in zip(examples, outputs, strict=True):
-        records.append(
-            {"text": example.text, "target": example.target.strip()} | judged(task, example, output)
-        )
+        record = {"text": example.text, "target": example.target.strip()}
+        records.append(record | judged(task, example, output))
 
-    def share(right: list[bool]) -> dict:
-        return proportion(sum(right), len(records))
+    def column(key: str) -> list:
+        return [record[key] for record in records]
 
+    n = len(records)
     if task.metric == "rouge":
-        metrics = {m: bootstrap([r[m] for r in records]) for m in ("rouge1", "rouge2", "rougeL")}
-        words = [len(r["output"].split()) for r in records]
-        return records, metrics | {"words": {"value": sum(words) / len(words), "n": len(words)}}
-    metrics = {task.metric: share([r["correct"] for r in records])}
+        metrics = {key: bootstrap(column(key)) for key in ("rouge1", "rouge2", "rougeL")}
+        words = sum(len(output.split()) for output in column("output"))
+        return records, metrics | {"words": {"value": words / n, "n": n}}
+    metrics = {task.metric: proportion(sum(column("correct")), n)}
     if task.labels:
         pairs = [(example.label, output) for example, output in zip(examples, outputs, strict=True)]
-        return records, metrics | {"macro_f1": bootstrap(pairs, macro_f1, rounds=500)}
-    return records, metrics | {"answered": share([r["prediction"] is not None for r in records])}
+        metrics["macro_f1"] = bootstrap(pairs, macro_f1, rounds=500)
+    else:
+        metrics["answered"] = proportion(n - column("prediction").count(None), n)
+    return records, metrics
 
 
 def judged(task: Task, example: Example, output) -> dict:
