@@ -70,9 +70,10 @@ class Corpus:
 
 def _wikitext(folder: str, train_files: int, suffix: str = "tokens") -> Corpus:
     on_hub, on_disk = {}, {}
-    for split, short, n in (("train", "train", train_files), ("validation", "valid", 1), ("test", "test", 1)):
+    for split in SPLITS:
+        n = train_files if split == "train" else 1
         on_hub[split] = tuple(f"{folder}-v1/{split}-{i:05}-of-{n:05}.parquet" for i in range(n))
-        on_disk[split] = (f"{folder}/wiki.{short}.{suffix}",)
+        on_disk[split] = (f"{folder}/wiki.{split[:5]}.{suffix}",)  # "valid"
     return Corpus("Salesforce/wikitext", "CC BY-SA 3.0", "", (on_hub, on_disk))
 
 
@@ -297,13 +298,13 @@ def example_of(task: Task, row: dict, where: str) -> Example | None:
         return None
     if not task.labels:
         return Example(text, f" {answer}")
-    labels = [str(label) for label in range(len(task.labels))]
+    labels = dict(zip("0123456789", task.labels, strict=False))
     if answer not in labels:  # -1: the hub's way to hide a test split's labels
         raise DataError(
             f"{where}: label {answer!r} is not one of {', '.join(labels)}; results are reported on the "
             f"{task.test} split"
         )
-    return Example(text, task.labels[int(answer)], int(answer))
+    return Example(text, labels[answer], int(answer))
 
 
 def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str = "") -> list[Example]:
