@@ -321,11 +321,13 @@ class Tokenizer:
             if not known:
                 return ids
             pair = min(known, key=self.pair_ids.get)
-            i = 0
-            while i < len(ids) - 1:  # from left to right: aaa -> (aa)a
-                if (ids[i], ids[i + 1]) == pair:
-                    ids[i : i + 2] = [self.pair_ids[pair]]
-                i += 1
+            merged = []
+            for i in ids:  # from left to right: aaa -> (aa)a
+                if merged and (merged[-1], i) == pair:
+                    merged[-1] = self.pair_ids[pair]
+                else:
+                    merged.append(i)
+            ids = merged
 
     @cached_property
     def core(self):
