@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -45,3 +46,12 @@ def medians(contenders: dict[str, Callable], rounds: int, **how) -> dict[str, fl
     """Median seconds of a call of each contender; see `in_turns`."""
     times = in_turns(contenders, rounds, **how)
     return {name: statistics.median(some) for name, some in times.items()}
+
+
+def matmul_flops(
+    dtype: torch.dtype, n: int = 1536, device: str | torch.device = "cpu", rounds: int = 4
+) -> float:
+    """FLOP/s of a large matrix product: the best of the rounds."""
+    square = torch.randn(n, n, device=device).to(dtype)
+    times = in_turns({"product": partial(torch.mm, square, square)}, rounds)
+    return 2 * n**3 / min(times["product"])
