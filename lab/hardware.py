@@ -50,7 +50,8 @@ class HardwareConfig:
 def configs_of(cfg: HardwareConfig, device: torch.device) -> dict[str, TrainConfig]:
     """The configs by name; a name is a file of configs/ or a path."""
     found = {}
-    for name in (cfg.configs or ("speedrun,max3060" if device.type == "cuda" else "cpu")).split(","):
+    usual = "speedrun,max3060" if device.type == "cuda" else "cpu"
+    for name in (cfg.configs or usual).split(","):
         file = name if name.endswith(".py") else f"configs/{name}.py"
         found[Path(name).stem] = parse_config(TrainConfig, "", [file, f"--device={cfg.device}"])
     return found

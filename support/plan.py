@@ -85,10 +85,11 @@ def print_plan(cfg: TrainConfig) -> None:
     print(f"memory      {peak:.2f} GiB at {cfg.batch_size} x {c.context_length} tokens at a time")
     print_parts(memory, GIB, " GiB")
     if vram:
+        room = usable(vram)
         largest = largest_batch(c, vram, options, range(1, 4097))
-        verdict = "fits" if peak <= usable(vram) else "DOES NOT FIT"
-        print(f"verdict     {verdict} into {vram:.0f} GB ({usable(vram):.1f} GiB planned for);", end=" ")
-        print(f"largest micro-batch {largest}" if largest else "not even one: --gradient_checkpointing?")
+        verdict = "fits" if peak <= room else "DOES NOT FIT"
+        most = f"largest micro-batch {largest}" if largest else "not even one: --gradient_checkpointing?"
+        print(f"verdict     {verdict} into {vram:.0f} GB ({room:.1f} GiB planned for); {most}")
     print_time(cfg, c, gpu, total)
 
 
@@ -118,8 +119,9 @@ def print_time(cfg: TrainConfig, c: ModelConfig, gpu: str, parameters: int) -> N
         gpu = cpu_name()
     if peak:
         rate = peak * share / flops
-        print(f"time        {tokens / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
-        print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({gpu})")
+        hours = tokens / rate / 3600
+        of_peak = f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({gpu})"
+        print(f"time        {hours:.2f} hours: {rate:,.0f} tokens/s, {of_peak}")
     else:
         print(f"time        n/a: the peak rate of {gpu} is not known")
     if cfg.measure:

@@ -34,7 +34,9 @@ def in_turns(
     for turn in tqdm()(range(warmup + rounds), desc="rounds", disable=None, leave=False):
         if turn > warmup and time.perf_counter() - begun > limit:
             break
-        order = list(contenders) if turn % 2 == 0 else list(reversed(contenders))
+        order = list(contenders)
+        if turn % 2:
+            order.reverse()
         for name in order:
             seconds = seconds_of(contenders[name], calls)
             if turn >= warmup:

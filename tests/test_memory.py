@@ -1,7 +1,6 @@
 """Memory: predicted bytes against the bytes of tensors that are alive, and what happens when it runs out."""
 
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -255,10 +254,10 @@ def test_what_torch_keeps_but_does_not_use_is_free_within_the_limit_of_the_proce
 
 
 def test_rows_are_halved_until_they_fit_and_are_at_least_one():
-    need = lambda rows: 10 * rows + 5  # noqa: E731
-    assert rows_that_fit(need, 256, 10**6) == 256
-    assert rows_that_fit(need, 256, 700) == 64
-    assert rows_that_fit(need, 256, 0) == rows_that_fit(need, 0, 100) == 1
+    found = [
+        rows_that_fit(lambda rows: 10 * rows + 5, most, room) for most in (256, 0) for room in (10**6, 700, 0)
+    ]
+    assert found == [256, 64, 1, 1, 1, 1]
 
 
 ERRORS = {
@@ -353,15 +352,8 @@ def exhausting(items: list[int]) -> list[int]:
     return [10 * item for item in items]
 
 
-def killed(item: int) -> None:
-    os.kill(os.getpid(), 9)  # as Linux does to the largest process when memory runs out
-
-
-def test_worker_processes_halve_their_batches_and_one_that_is_killed_ends_in_one_line(monkeypatch):
+def test_worker_processes_halve_their_own_batches(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(ValueError, match="^a worker process was killed"):
-        list(on_all_cores(killed, [1, 2, 3, 4], torch.device("cpu")))
-
     batches = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [10]]
     results = list(on_all_cores(partial(halving, exhausting), batches, torch.device("cpu")))
     assert results == [[10 * item for item in batch] for batch in batches]
