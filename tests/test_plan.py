@@ -1,13 +1,13 @@
 """The plan: work counted by hand, rates that add up, and what run_all.sh hands over."""
 
-import subprocess
+import io
 import sys
 from itertools import islice
 
 import pytest
 import torch
 
-from configs import ROOT, ConfigError
+from configs import ConfigError
 from data import EMBEDDED, TASKS, documents, load_conversations, load_task
 from lab import plan as script
 from lab.plan import DataSheet, Measured, Plan, PlanConfig, Stage, estimate
@@ -130,12 +130,13 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_begins(tmp_path, mo
     assert stopped.value.code == 3 and "11.0 GB will be downloaded" in capsys.readouterr().err
 
 
-def plan_of(*words: str, text: str = "") -> str:
-    command = [sys.executable, "-m", "lab.plan", *words]
-    return subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, check=True).stdout
+def test_stages_on_a_gpu_that_is_not_here(tmp_path, monkeypatch, capsys):
+    def plan_of(*words: str, text: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        script.main()
+        return capsys.readouterr().out
 
-
-def test_stages_on_a_gpu_that_is_not_here(tmp_path):
     shown = plan_of("train.py", "configs/max3060.py", "--batch_size=64", "--vram=12")
     assert "RTX 3060" in shown and "train" in shown and "WARNING: more than the 10.0 GiB" in shown
     line = "pretrain\tpython train.py configs/max3060.py --out=out\n"
