@@ -419,7 +419,7 @@ def other_libraries(found: dict, more: str) -> list[Block]:
     for task, rates in peers["decoding"].items():
         rows += speed_rows("what", f"decoding, {task}", rates)
     words = "Other libraries with the same shape: 6 layers of width 288, float32, on one CPU thread: "
-    words += "`OMP_NUM_THREADS=1 python -m lab.peers --what=step,decoding --compile`."
+    words += "`python -m lab.hardware --only=peers`."
     shares = peers["step"].get("share_of_matmul", {})
     ours = [library for library in shares if library.startswith("ours")]
     if ours:

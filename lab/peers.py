@@ -1,50 +1,51 @@
-"""Speed beside other libraries: a training step, decoding, the tokenizer. Contenders take turns; medians.
+"""Other libraries beside ours: a training step, decoding, the tokenizer. lab/hardware.py times them.
 
-    python -m lab.peers                                    # all three
-    OMP_NUM_THREADS=1 python -m lab.peers --what=step --compile    # one thread, and compiled contenders too
-    python -m lab.peers --what=decoding
-    python -m lab.peers --what=tokenizer --corpus=wikitext2
+    OMP_NUM_THREADS=1 python -m lab.hardware --only=peers          # a step and decoding on one thread
+    taskset -c 0 python -m lab.hardware --only=data --corpus=wikitext2    # the tokenizer: CPU time
 
 Models have random weights of one shape, since speed does not depend on the text: 6 layers of width 288,
-vocabulary 4,096. litgpt and rustbpe join if they are installed. Compare rows of one run only.
+vocabulary 4,096. litgpt joins if it is installed. Contenders take turns: compare rows of one run only.
 """
-
-from support.terminal import run_script
 
 import importlib.util
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from statistics import median
 
+import tokenizers as hf
 import torch
 import torch.nn.functional as F
+from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from configs import ConfigError, parse_config
-from data import DataError, documents
+from data import documents
 from model import ModelConfig, ModernDecoderLM
 from support.costs import estimate_flops
 from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import fastest_products, float32_products
-from support.machine import hardware, matmul_flops, peak_flops, pick_device
-from support.timing import in_turns, medians
-from tokenizer import CORES, GPT2_PATTERN, SLAB, SPECIAL_TOKENS, Tokenizer, at_most, train_bpe
-
-
-@dataclass
-class PeersConfig:
-    what: str = "step,decoding,tokenizer"  # what is measured, joined by commas
-    device: str = "auto"  # cuda, cpu, ...
-    compile: bool = False  # also with torch.compile: a minute each to start
-    corpus: str = "storyworld"  # tokenizer: the text, 20 MB of it
-    vocab_size: int = 4096  # tokenizer: tokens to learn
-
+from support.plan import Step
+from support.timing import matmul_flops, medians
+from tokenizer import CORES, SLAB, SPECIAL_TOKENS, Tokenizer, at_most, train_bpe
+from train import TrainConfig
 
 SHAPE = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)
+
+
+def race(
+    task: str, contenders: dict[str, Callable], amount: float, unit: str = "tok/s", rounds: int = 10, **how
+) -> dict[str, float]:
+    """What each contender does a second, if a call does `amount`: printed, beside the first one's, and
+    returned.
+    """
+    rates = {}
+    for name, seconds in medians(contenders, rounds, **how).items():
+        rates[name] = amount / seconds
+        first = next(iter(rates))
+        times = rates[name] / rates[first]
+        print(f"{task:28} {name:32} {rates[name]:12,.1f} {unit} {times:5.2f}x {first}", flush=True)
+    return rates
 
 
 def installed(name: str) -> bool:
@@ -63,88 +64,70 @@ def litgpt_twin(c: ModelConfig) -> nn.Module:
     """litgpt's Llama of this shape."""
     from litgpt import GPT, Config
 
-    shape = dict(block_size=c.context_length, n_layer=c.n_layers, n_head=c.n_heads, n_embd=c.d_model)
-    shape |= dict(vocab_size=c.vocab_size, padded_vocab_size=c.vocab_size, intermediate_size=c.d_ff)
-    parts = dict(norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", rotary_percentage=1.0)
-    return GPT(Config(**shape, **parts, parallel_residual=False, bias=False))
-
-
-def print_rates(
-    task: str, rates: dict[str, float], reference: str, more: dict[str, str] | None = None
-) -> None:
-    for name, rate in rates.items():
-        times = f"{rate / rates[reference]:5.2f}x {reference}"
-        print(
-            f"{task:26} {name:30} {rate:10,.0f} tok/s  {times}  {(more or {}).get(name, '')}".rstrip(),
-            flush=True,
-        )
+    config = Config(
+        block_size=c.context_length,
+        n_layer=c.n_layers,
+        n_head=c.n_heads,
+        n_embd=c.d_model,
+        vocab_size=c.vocab_size,
+        padded_vocab_size=c.vocab_size,
+        intermediate_size=c.d_ff,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+    )
+    return GPT(config)
 
 
 # -----------------------------------------------------------------------------
 # A training step
 
 
-def stepper(model: nn.Module, ids: Tensor, compiled: bool, precision: str) -> Callable:
+def stepper(model: nn.Module, ids: Tensor, compiled: bool) -> Callable:
     """A function that does one optimizer step: forward, loss, backward, clip, fused AdamW."""
     model = model.to(ids.device).train()
     net = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    inputs = ids[:, :-1]
-    targets = ids[:, 1:]
+    targets = ids[:, 1:].flatten()
 
     def step() -> None:
-        with float32_products(precision):
-            if isinstance(model, ModernDecoderLM):
-                total, count = net(inputs, targets)
-                loss = total / count
-            else:
-                out = net(inputs)
-                logits = getattr(out, "logits", out)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            loss.backward()
+        out = net(ids[:, :-1])
+        logits = getattr(out, "logits", out)
+        F.cross_entropy(logits.flatten(0, 1), targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     return step
 
 
-def training_step(cfg: PeersConfig) -> dict[str, dict[str, float]]:
+def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, float]]:
     """One optimizer step of 16 sequences of 256 tokens in float32. Others as they come, and again with
     oneDNN's matrix products where ours use these (`fastest_products`).
     """
-    device = pick_device(cfg.device)
-    torch.set_flush_denormal(True)
     c = replace(SHAPE, context_length=256)
-    default = torch.get_float32_matmul_precision()
+    settings = TrainConfig(batch_size=16, dtype="float32")
+    ids = torch.randint(c.vocab_size, (16, c.context_length + 1), device=device)
     fastest = fastest_products(device)
-    ids = torch.randint(c.vocab_size, (16, c.context_length), device=device)
-    models = {"ours": ModernDecoderLM(c), "transformers": llama_twin(c)}
+    twins = {"transformers": llama_twin(c)}
     if installed("litgpt"):
-        models["litgpt"] = litgpt_twin(c)
+        twins["litgpt"] = litgpt_twin(c)
     steps = {}
-    for way in ("eager", "compiled") if cfg.compile else ("eager",):
-        for name, model in models.items():
-            make = partial(stepper, model, ids, way == "compiled")
-            steps[f"{name}, {way}"] = make(fastest if name == "ours" else default)
-            if name != "ours" and fastest != default:
-                steps[f"{name}, {way}, oneDNN"] = make(fastest)
-    seconds = medians(steps, rounds=10)
+    for way in ("eager", "compiled") if compiled else ("eager",):
+        for name, model in twins.items():
+            steps[f"{name}, {way}"] = stepper(model, ids, way == "compiled")
+            if fastest != torch.get_float32_matmul_precision():
+                again = stepper(model, ids, way == "compiled")
+                steps[f"{name}, {way}, oneDNN"] = float32_products(fastest)(again)
+        steps[f"ours, {way}"] = float32_products(fastest)(Step(c, settings, device, way == "compiled"))
+    rates = race("training step", steps, 16 * c.context_length)
     with float32_products(fastest):
-        peak = (
-            matmul_flops(torch.float32)
-            if device.type == "cpu"
-            else peak_flops(torch.cuda.get_device_name(device))
-        )
-    rates = {name: ids[:, 1:].numel() / s for name, s in seconds.items()}
-    found = {"tokens_per_second": rates}
-    shares = {}
-    if peak:
-        found["share_of_matmul"] = {name: rate * estimate_flops(c) / peak for name, rate in rates.items()}
-        shares = {name: f"{share:6.1%} of matmul peak" for name, share in found["share_of_matmul"].items()}
-    print(f"{hardware(device)['device']}, {torch.get_num_threads()} threads, float32")
-    print_rates("training step", rates, "transformers, eager", shares)
-    return found
+        peak = matmul_flops(torch.float32, device=device)
+    shares = {name: rate * estimate_flops(c) / peak for name, rate in rates.items()}
+    print("of large matrix products:", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    return {"tokens_per_second": rates, "share_of_matmul": shares}
 
 
 # -----------------------------------------------------------------------------
@@ -152,42 +135,46 @@ def training_step(cfg: PeersConfig) -> dict[str, dict[str, float]]:
 
 
 def decoding_rates(
-    c: ModelConfig,
-    tasks: dict[str, tuple[Tensor, int]],
-    new: int,
-    dtype: torch.dtype,
-    compiled: bool,
-    rounds: int,
+    c: ModelConfig, device: torch.device, rows: int, new: int, compiled: bool, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """{task: {who: tokens a second}} of tasks {name: (prompts (B, T), answers to each)} with the same
-    weights: ours, transformers' generate (on a GPU with a static cache, which it compiles), and litgpt's on
-    its own weights. One answer is greedy, several are sampled.
+    """{task: {who: tokens a second}} with the same weights: ours, transformers' generate (on a GPU with a
+    static cache, which it compiles), and litgpt's on its own weights. Greedy for one prompt and for `rows`
+    prompts of 32 tokens; then so many sampled answers to one prompt, as a verifier wants them.
     """
-    device = next(ids.device for ids, _ in tasks.values())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ours = ModernDecoderLM(c).eval()
     theirs = llama_twin(c).eval()
     theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
     ours = ours.to(device, dtype)
     theirs = theirs.to(device, dtype)
-    cache = {"cache_implementation": "static"} if device.type == "cuda" else {}
-    config = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None, **cache
+    theirs.generation_config = GenerationConfig(
+        max_new_tokens=new,
+        min_new_tokens=new,
+        pad_token_id=0,
+        eos_token_id=None,
+        cache_implementation="static" if device.type == "cuda" else None,
     )
-    theirs.generation_config = config
+    ids = torch.randint(1, c.vocab_size, (rows, 32), device=device)  # 0 would count as padding
+    greedy = dict(do_sample=False)
+    sampled = dict(do_sample=True, num_return_sequences=rows, top_k=0)
+    tasks = {
+        "1 row": (ids[:1], 1, greedy),
+        f"{rows} rows": (ids, 1, greedy),
+        f"{rows} answers to one prompt": (ids[:1], rows, sampled),
+    }
     found = {}
-    for task, (ids, n) in tasks.items():
-        mine = partial(ours.generate, ids.tolist(), new, n=n, temperature=float(n > 1))
-        sampling = dict(do_sample=True, num_return_sequences=n, top_k=0) if n > 1 else dict(do_sample=False)
-        runs = {"transformers": partial(theirs.generate, ids, **sampling)}
+    for task, (prompts, n, how) in tasks.items():
+        mine = partial(ours.generate, prompts.tolist(), new, n=n, temperature=float(n > 1))
+        runs = {}
+        runs["transformers"] = partial(theirs.generate, prompts, **how)
         runs["ours"] = mine
-        if len(ids) == n == 1 and dtype == torch.float32 and installed("litgpt"):
+        if task == "1 row" and dtype == torch.float32 and installed("litgpt"):
             runs["litgpt"] = litgpt_decoder(c, ids[0], new)
         if compiled:
             runs["ours, compiled"] = partial(mine, compile=True)
+        tokens = len(prompts) * n * new
         with torch.inference_mode():
-            seconds = medians(runs, rounds=rounds, warmup=2)
-        found[task] = {who: len(ids) * n * new / s for who, s in seconds.items()}
-        print_rates(task, found[task], "transformers")
+            found[task] = race(task, runs, tokens, rounds=rounds)
     return found
 
 
@@ -199,107 +186,43 @@ def litgpt_decoder(c: ModelConfig, ids: Tensor, new: int) -> Callable:
     return partial(generate, twin, ids, len(ids) + new, temperature=0.0, top_p=0.0)
 
 
-def decoding(cfg: PeersConfig) -> dict[str, dict[str, float]]:
-    """Greedy decoding of 256 tokens from prompts of 8."""
-    device = pick_device(cfg.device)
-    prompts = torch.randint(1, SHAPE.vocab_size, (16, 8), device=device)  # 0 would count as padding
-    tasks = {"batch 1": (prompts[:1], 1), "batch 16": (prompts, 1)}
-    threads = torch.get_num_threads()
-    print(f"{hardware(device)['device']}, {threads} threads, float32, 256 tokens from a prompt of 8")
-    return decoding_rates(SHAPE, tasks, 256, torch.float32, cfg.compile, rounds=5)
-
-
 # -----------------------------------------------------------------------------
 # The tokenizer
 
 
-def tokenizers(cfg: PeersConfig) -> None:
-    """Learning and encoding 20 MB of a corpus, beside tokenizers, tiktoken and, if installed, rustbpe."""
-    import tokenizers as hf
-    from tokenizers import models, pre_tokenizers, trainers
-
-    texts = list(at_most(documents(cfg.corpus, "train"), 20e6))
-
-    def ours():
-        return train_bpe(texts, cfg.vocab_size, SPECIAL_TOKENS)
+def tokenizers(corpus: str, rounds: int, vocab_size: int = 10_000) -> dict[str, float]:
+    """MB/s of learning and of encoding 5 MB of a corpus, beside tokenizers and tiktoken."""
+    text = "".join(at_most(documents(corpus, "train"), 5e6))
+    texts = [text[i : i + SLAB] for i in range(0, len(text), SLAB)]
+    megabytes = len(text.encode()) / 1e6
+    ours = partial(train_bpe, texts, vocab_size, SPECIAL_TOKENS)
 
     def hugging_face() -> None:
         model = hf.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-        options |= {"vocab_size": cfg.vocab_size, "special_tokens": SPECIAL_TOKENS}
+        options |= {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS}
         model.train_from_iterator(texts, trainers.BpeTrainer(**options))
 
-    def rust() -> None:
-        import rustbpe
-
-        size = cfg.vocab_size - len(SPECIAL_TOKENS)
-        rustbpe.Tokenizer().train_from_iterator(iter(texts), size, pattern=GPT2_PATTERN)
-
-    learners = {"tokenizer.py": ours, "tokenizers": hugging_face}
-    if installed("rustbpe"):
-        learners["rustbpe"] = rust
-    print_seconds(f"learning {cfg.vocab_size:,} tokens", texts, learners)
+    learners = {"tokenizers": hugging_face, "tokenizer.py": ours}
+    race(f"learning {vocab_size:,} tokens", learners, megabytes, "MB/s", rounds, warmup=0)
 
     mine = Tokenizer(*ours(), SPECIAL_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         mine.save(folder)
         theirs = hf.Tokenizer.from_file(f"{folder}/tokenizer.json")
-    core = mine.core
-    text = "".join(texts)[: 100 * SLAB]
-    texts = [text[i : i + SLAB] for i in range(0, len(text), SLAB)]
-
-    def each(encode: Callable) -> Callable:
-        return lambda: [encode(text) for text in texts]
-
-    def forgetful() -> None:
-        mine._words.clear()
-        each(mine.encode_plain)()
-
+    threads = {"num_threads": CORES}
     encoders = {
-        "encode_batch": lambda: mine.encode_batch(texts),
-        "tiktoken, a thread for each core": lambda: core.encode_ordinary_batch(texts, num_threads=CORES),
-        "encode": each(mine.encode),
-        "tiktoken, 1 thread": each(core.encode_ordinary),
-        "encode_plain, all words new": forgetful,
-        "encode_plain": each(mine.encode_plain),
-        "tokenizers.encode_batch_fast": lambda: [e.ids for e in theirs.encode_batch_fast(texts)],
-        "tokenizers.encode": each(lambda text: theirs.encode(text).ids),
+        "tiktoken, a thread for each core": partial(mine.core.encode_ordinary_batch, texts, **threads),
+        "encode_batch": partial(mine.encode_batch, texts),
+        "encode": partial(each, mine.encode, texts),
+        "encode_plain": partial(each, mine.encode_plain, texts),
+        "tokenizers.encode_batch_fast": partial(theirs.encode_batch_fast, texts),
+        "tokenizers.encode": partial(each, theirs.encode, texts),
     }
-    print_seconds("encoding documents of 64 KB", texts, encoders)
+    return race("encoding 64 KB at a time", encoders, megabytes, "MB/s", rounds, warmup=0)
 
 
-def print_seconds(what: str, texts: list[str], contenders: dict[str, Callable]) -> None:
-    """Median wall-clock and CPU seconds of each contender."""
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    cpu = {name: [] for name in contenders}
-
-    def watched(name: str) -> None:
-        begun = time.process_time()
-        contenders[name]()
-        cpu[name].append(time.process_time() - begun)
-
-    wall = in_turns({name: partial(watched, name) for name in contenders}, rounds=3, warmup=0)
-    print(f"{what}, {megabytes:.1f} MB, {CORES} cores")
-    for name in contenders:
-        seconds = median(wall[name])
-        print(f"  {name:34}{seconds:6.2f} s, {megabytes / seconds:5.1f} MB/s; {median(cpu[name]):6.2f} CPU s")
-
-
-PARTS = {"step": training_step, "decoding": decoding, "tokenizer": tokenizers}
-
-
-def main() -> None:
-    cfg = parse_config(PeersConfig, __doc__)
-    try:
-        wanted = cfg.what.split(",")
-        if unknown := set(wanted) - set(PARTS):
-            raise ConfigError(f"--what={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-        for part in wanted:
-            PARTS[part](cfg)
-    except (ValueError, OSError, DataError) as error:
-        raise SystemExit(f"lab.peers: {error}") from None
-
-
-if __name__ == "__main__":
-    run_script(main)
+def each(encode: Callable, texts: list[str]) -> None:
+    for text in texts:
+        encode(text)

@@ -9,55 +9,41 @@ likelihood it reads. The seconds of a token of each kind are measured on this ma
 shapes, some seconds each. For another GPU they follow from its data sheet, with the constants below. Nothing
 is downloaded: the sizes of real tasks are known.
 
-"GiB to train" is the peak of a training step by `estimate_memory`; "GiB to answer" the peak of generation and
-of the likelihoods of answers, in batches as large as there is room for (both: support/costs.py). On a CPU
-both include 0.4 GiB of libraries. If what will be downloaded and written does not fit on the disk, that is an
-error.
+GiB are the peak of a training step (`estimate_memory`, support/costs.py), on a CPU with 0.4 GiB of libraries.
+Answers are sampled and read in batches as large as there is room for. If what will be downloaded and written
+does not fit on the disk, that is an error.
 """
 
 from support.terminal import run_script
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import psutil
 import torch
 
-from configs import ROOT, ConfigError, parse_config
+from configs import ConfigError, parse_config
 from data import CORPORA, EMBEDDED, TASKS
 from dpo import DPOConfig
 from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig
 from model import ModelConfig, ModernDecoderLM
 from sft import SFTConfig, mixture
-from support.costs import (
-    CUDA_CONTEXT,
-    FRAGMENTATION,
-    GIB,
-    Shape,
-    count_parameters,
-    estimate_flops,
-    estimate_memory,
-    generation_bytes,
-    likelihood_bytes,
-    shape_of,
-)
-from support.files import write_atomically
+from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
-from support.memory import room, rows_that_fit
-from support.plan import Step, planned_for, usable
+from support.plan import Step, memory_options, planned_for, usable
 from support.runs import read_json
 from support.text_model import on_all_cores
 from support.timing import medians, seconds_of
@@ -95,13 +81,19 @@ SIZES = {
     "lima": Size(930, 50, 50, 90, 500),
 }
 STORIES = Size(4_000, 300, 300, 226, 4)  # documents of a corpus, of which SFT takes some
-MEGABYTES = {"tinystories": 2_230, "wikitext2": 11, "wikitext103": 540, "fineweb_edu": 5_500,
-             "storyworld": 21.6, "arithmetic": 6.3, "numbers": 6.6}  # fmt: skip
-MADE, ENCODED = (
-    5.0,
-    7.0,
-)  # MB/s: text made up on the spot by one core; files that a core encodes (report/speed.md)
-LONGEST = 3  # the longest question of a task has so many times its mean tokens
+PAIRS = Size(40_000, 500, 500, 100, 100)  # of a preference data set on the hub
+MEGABYTES = {
+    "tinystories": 2_230,
+    "wikitext2": 11,
+    "wikitext103": 540,
+    "fineweb_edu": 5_500,
+    "storyworld": 21.6,
+    "arithmetic": 6.3,
+    "numbers": 6.6,
+}
+MADE = 5.0  # MB/s of text made up on the spot by one core
+ENCODED = 7.0  # MB/s of a file that one core encodes (report/speed.md)
+
 # Seconds of a stage over those of bare steps, as runs on two CPUs and an H100 had them: the Trainer and its
 # data; then also masks between packed conversations; then answers padded to their rivals' length.
 TRAINING = 1.1
@@ -131,88 +123,56 @@ class PlanConfig:
     out: str = "out"  # folder that holds everything the project makes
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model that a command reads or makes."""
-
-    config: ModelConfig
-    kind: str = "causal"  # "causal", "seq2seq" or "head"
-    ours: bool = True  # True: computed by model.py; False: by transformers
-    taught: bool = True  # a task or conversations: it ends its answers
-
-    @property
-    def parameters(self) -> int:
-        return count_parameters(self.config)["total"]
-
-
-def on_hub(kind: str = "causal", **config) -> Model:
-    return Model(ModelConfig(**config), kind, ours=kind == "causal", taught=False)
-
+# -----------------------------------------------------------------------------
+# Models of the hub, and what a stage is
 
 ON_HUB = {  # models that the configs and the README name
-    "gpt2": on_hub(vocab_size=50_257, context_length=1024, n_layers=12, d_model=768, n_heads=12, d_ff=3072,
-                   norm="layer", ffn="gelu", positions="learned", bias=True),
-    "google/flan-t5-small": on_hub("seq2seq", vocab_size=32_128, context_length=512, n_layers=16, d_model=512,
-                                   n_heads=6, head_dim=64, d_ff=1024),  # encoder and decoder together
-    "TinyLlama/TinyLlama_v1.1": on_hub(vocab_size=32_000, context_length=2048, n_layers=22, d_model=2048,
-                                       n_heads=32, n_kv_heads=4, d_ff=5632, tie_embeddings=False),
-}  # fmt: skip
+    "gpt2": ModelConfig(
+        vocab_size=50_257,
+        context_length=1024,
+        n_layers=12,
+        d_model=768,
+        n_heads=12,
+        d_ff=3072,
+        norm="layer",
+        ffn="gelu",
+        positions="learned",
+        bias=True,
+    ),
+    "google/flan-t5-small": ModelConfig(  # encoder and decoder together
+        vocab_size=32_128, context_length=512, n_layers=16, d_model=512, n_heads=6, head_dim=64, d_ff=1024
+    ),
+    "TinyLlama/TinyLlama_v1.1": ModelConfig(
+        vocab_size=32_000,
+        context_length=2048,
+        n_layers=22,
+        d_model=2048,
+        n_heads=32,
+        n_kv_heads=4,
+        d_ff=5632,
+        tie_embeddings=False,
+    ),
+}
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The largest batch that a model gets: prompts of `length` tokens continued by `new`, n times each; or
-    (new = 0) texts of `length` tokens whose likelihood is read.
-    """
+class Stage:
+    """What a command does, in tokens, with a model of which shape; and, in the table, what that costs."""
 
-    shape: Shape
-    parameters: int
-    length: int
-    new: int = 0
-    n: int = 1
-    sampled: bool = False
-    beside: float = 0.0  # bytes that training has left: weights, gradients and moments of its model
-
-    def weights(self, on_cpu: bool) -> float:
-        """Bytes: ours are float32, on a GPU with a copy in bfloat16; transformers' are bfloat16 there."""
-        each = 4 if on_cpu else 6 if self.shape.ours else 2
-        return self.beside + each * self.parameters
-
-    def rows(self, space: float, on_cpu: bool) -> int:
-        """As many as TextModel takes where there are `space` bytes."""
-        most = 256 if on_cpu else 1024
-        if not self.new:
-            tokens = min(4096 if on_cpu else 32_768, 2**28 // self.shape.vocab_size)
-            most = min(256, tokens // self.length)
-        return max(self.n, rows_that_fit(partial(self.bytes, on_cpu=on_cpu), most, space))
-
-    def bytes(self, rows: int, on_cpu: bool) -> int:
-        how = dict(size=4 if on_cpu else 2, on_cpu=on_cpu)
-        if not self.new:
-            return likelihood_bytes(self.shape, rows, self.length, self.length, **how)
-        return generation_bytes(self.shape, rows, self.length, self.new, self.n, sampled=self.sampled, **how)
-
-
-@dataclass
-class Work:
-    """What a command does, in tokens, and the model that does it."""
-
-    shape: ModelConfig | None = None
-    trains: float = 0.0
+    name: str = "all"
+    model: ModelConfig | None = None
+    trains: float = 0.0  # tokens
     samples: float = 0.0
     reads: float = 0.0
-    seconds: float = 0.0  # besides; at last all
-    megabytes: float = 0.0  # downloaded or written
     rows: int = 0  # of a training step's micro-batch, and their length
     length: int = 0
+    options: dict = field(default_factory=dict)  # of estimate_memory
     pretraining: bool = False
     overhead: float = TRAINING  # seconds over those of bare steps
-    options: dict = field(default_factory=dict)  # of estimate_memory
+    seconds: float = 0.0  # besides; in the table all
+    megabytes: float = 0.0  # downloaded or written
+    gib: float = 0.0
     note: str = ""
-    asks: list[Batch] = field(default_factory=list)
-    stage: str = ""
-    train_gib: float = 0.0  # peak of a training step, and of generation and likelihoods
-    answer_gib: float = 0.0
 
     @property
     def full(self) -> bool:
@@ -227,57 +187,42 @@ class Work:
 class Plan:
     """Counts the work of one command after the other. A command may use what an earlier one makes."""
 
-    def __init__(self):
+    def __init__(self, on_gpu: bool = True):
+        self.on_gpu = on_gpu
         self.models = dict(ON_HUB)
+        self.bases = set(ON_HUB)  # models that were taught no task: they do not end their answers
         self.kept: set[tuple] = set()  # sampled answers, and judgements of them, that a later stage finds
 
-    def count(self, words: list[str]) -> Work:
+    def count(self, words: list[str]) -> Stage:
         """The work of `python SCRIPT FLAGS...`: by the method of the script's name, from its config."""
         script = Path(words[0]).stem
+        if script not in CONFIGS:  # chat.py
+            return Stage()
         flags = [w for w in words[1:] if w != "--batch_size=auto"]
-        counter = getattr(self, script, None)
-        if counter is None:  # chat.py
-            return Work()
-        Config = counter.__annotations__["cfg"]
-        return counter(parse_config(Config, "", read_words(flags) if Config is EvalConfig else flags))
+        if script == "eval":
+            flags = read_words(flags)
+        return getattr(self, script)(parse_config(CONFIGS[script], "", flags))
 
-    def model(self, name: str) -> Model:
-        """Of an earlier command, of a run folder, or of the hub."""
+    def model(self, name: str) -> ModelConfig:
+        """Of an earlier command, of the hub, or of a run folder."""
         if name in self.models:
             return self.models[name]
         folder = Path(name)
         run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-        taught = run.get("stage") != "train"
-        if (folder / "config.json").exists():
-            with contextlib.suppress(ValueError):  # model.py cannot compute it: a tuned T5
-                return Model(from_hf_config(read_json(folder / "config.json")), taught=taught)
-        if run.get("parent"):  # an adapter, or such a model
-            return replace(self.model(run["parent"]), taught=taught)
-        raise ConfigError(f"the shape of {name} is not known: no folder, no earlier stage, not among "
-                          f"{', '.join(ON_HUB)}")  # fmt: skip
-
-    def ask(self, model: Model, task: str, shots: int = 0, context: int = 0, **more) -> Batch:
-        """The batch in which `model` answers `task` after `shots` worked examples."""
-        size = SIZES[task]
-        context = min(context or model.config.context_length, model.config.context_length)
-        new = min(TASKS[task].max_new_tokens, context // 2)
-        most = context if model.kind == "seq2seq" else context - max(new, size.answer)
-        length = min(LONGEST * size.question + shots * size.tokens, most)
-        if TASKS[task].labels:
-            length = length + size.answer
-            new = 0
-        return Batch(shape_of(model.config, model.kind, model.ours), model.parameters, length, new, **more)
-
-    def read(self, model: Model, length: int) -> Batch:
-        """The batch in which the likelihood of texts of `length` tokens is read."""
-        shape = shape_of(model.config, model.kind, model.ours)
-        return Batch(shape, model.parameters, min(length, model.config.context_length))
+        if run.get("stage") == "train":
+            self.bases.add(name)
+        with contextlib.suppress(OSError, ValueError):  # an adapter; one for transformers, a tuned T5
+            return from_hf_config(read_json(folder / "config.json"))
+        if "parent" in run:
+            return self.model(run["parent"])
+        known = ", ".join(ON_HUB)
+        raise ConfigError(f"the shape of {name} is not known: no folder, no earlier stage, not among {known}")
 
     def once(self, tokens: float, *key) -> float:
         """`tokens`; 0 if an earlier stage has kept the answers (or judgements) of this key."""
         first = key not in self.kept
         self.kept.add(key)
-        return tokens if first else 0.0
+        return tokens * first
 
     def draw(self, model: str, task: str, split: str, answers: float) -> float:
         """Tokens of so many sampled answers."""
@@ -287,179 +232,184 @@ class Plan:
         """Tokens of those that differ, read by the generator and by the channel."""
         return self.once(2 * 0.6 * answers * SIZES[task].tokens, verifier, model, split, answers)
 
-    def tokenizer(self, cfg: TokenizerStageConfig) -> Work:
+    def tokenizer(self, cfg: TokenizerStageConfig) -> Stage:
         """The text is read twice: to learn merges, and to be encoded."""
-        names = [part.partition(":")[0] for part in cfg.corpus.split(",")]
-        size = sum(MEGABYTES.get(name, 0) for name in names)
-        learnt, encoded = (min(most or size, size) for most in (cfg.learn_megabytes, cfg.train_megabytes))
-        home = Path(os.environ.get("DATA_DIR") or "data")
+        size = downloads = 0
         rate = MADE
-        downloads = 0
-        for name in CORPORA.keys() & names:
-            rate = ENCODED * (os.cpu_count() or 1)
-            if not (home / CORPORA[name].folder).exists():
-                downloads += MEGABYTES.get(name, 0)
-        note = "" if size else f"the size of {cfg.corpus} is not known"
-        tokens = 2 * encoded / 3.5  # MB, two bytes each
-        return Work(seconds=(learnt + encoded) / rate, megabytes=downloads + tokens, note=note)
+        home = Path(os.environ.get("DATA_DIR") or "data")
+        for part in cfg.corpus.split(","):
+            name = part.partition(":")[0]
+            size += MEGABYTES.get(name, 0)
+            if name in CORPORA:
+                rate = ENCODED * (os.cpu_count() or 1)
+                if not (home / CORPORA[name].folder).exists():
+                    downloads += MEGABYTES.get(name, 0)
+        learnt = min(cfg.learn_megabytes or size, size)
+        encoded = min(cfg.train_megabytes or size, size)
+        return Stage(
+            seconds=(learnt + encoded) / rate,
+            megabytes=downloads + 2 * encoded / 3.5,  # tokens of two bytes
+            note="" if size else f"the size of {cfg.corpus} is not known",
+        )
 
-    def train(self, cfg: TrainConfig) -> Work:
-        shape = planned_for(cfg)[0]
-        self.models[f"{cfg.out}/{cfg.name}"] = model = Model(shape, taught=False)
-        tokens = cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * shape.context_length
+    def train(self, cfg: TrainConfig) -> Stage:
+        c = planned_for(cfg)[0]
+        name = f"{cfg.out}/{cfg.name}"
+        self.models[name] = c
+        self.bases.add(name)
         before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
-        reads = before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000)
-        work = Work(shape, tokens, 400 * (before + 1), reads, rows=cfg.batch_size, pretraining=True)
-        work.options = options_of(cfg, compiled=bool(cfg.compile))
-        return replace(work, length=shape.context_length, megabytes=written(model.parameters, cfg))
+        return Stage(
+            model=c,
+            trains=cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * c.context_length,
+            samples=400 * (before + 1),
+            reads=before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000),
+            rows=cfg.batch_size,
+            length=c.context_length,
+            options=memory_options(cfg, self.on_gpu),
+            pretraining=True,
+            megabytes=written(count_parameters(c)["total"], cfg),
+        )
 
     def adapt(
-        self, cfg: AdaptConfig, start: str, tokens: float, length: int, overhead: float = TRAINING
-    ) -> Work:
-        """A stage that trains so many tokens an epoch from the weights of `start`."""
-        model = self.model(start)
-        self.models[f"{cfg.out}/{cfg.name}"] = replace(model, taught=True)
-        c = model.config
-        trained = None
-        if cfg.lora_r:
-            widths = (
-                c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads) + 4 * c.d_model + 3 * (c.d_model + c.d_ff)
-            )
-            trained = c.n_layers * cfg.lora_r * widths
-        trains = tokens * cfg.epochs
-        if cfg.max_steps:
-            trains = min(trains, cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * length)
-        work = Work(c, trains, rows=cfg.batch_size, length=length, overhead=overhead)
-        work.options = options_of(cfg, trained=trained, four_bit=cfg.load_in_4bit)
-        work.seconds = 6.0 if cfg.lora_r else 0.0  # importing PEFT
-        work.megabytes = written(trained or model.parameters, cfg)
-        if start in ON_HUB:
-            work.megabytes += 4 * model.parameters / 1e6
-        return work
+        self,
+        cfg: AdaptConfig,
+        start: str,
+        rows: float,
+        tokens: float,
+        length: int,
+        held_out: float = 0.0,
+        overhead: float = TRAINING,
+    ) -> Stage:
+        """A stage that trains on so many rows and tokens an epoch from the weights of `start`, and reads
+        `held_out` tokens in each evaluation.
+        """
+        c = self.model(start)
+        self.models[f"{cfg.out}/{cfg.name}"] = c
+        trained = total = count_parameters(c)["total"]
+        if cfg.lora_r:  # A and B of q, k, v, o, gate, up and down
+            attention = 2 * c.head_dim * (c.n_heads + c.n_kv_heads) + 4 * c.d_model
+            trained = c.n_layers * cfg.lora_r * (attention + 3 * (c.d_model + c.d_ff))
+        adapter = trained if cfg.lora_r else None
+        batch = cfg.batch_size * cfg.grad_accum_steps
+        evaluations = 1 + rows * cfg.epochs / (batch * max(1, cfg.eval_every))
+        return Stage(
+            model=c,
+            trains=min(tokens * cfg.epochs, cfg.max_steps * batch * length or math.inf),
+            reads=held_out * evaluations,
+            rows=cfg.batch_size,
+            length=length,
+            options=memory_options(cfg, self.on_gpu) | {"trained": adapter, "four_bit": cfg.load_in_4bit},
+            overhead=overhead,
+            seconds=6.0 if cfg.lora_r else 0.0,  # importing PEFT
+            megabytes=written(trained, cfg) + 4e-6 * total * (start in ON_HUB),
+        )
 
-    def finetune(self, cfg: FinetuneConfig) -> Work:
+    def finetune(self, cfg: FinetuneConfig) -> Stage:
         size = SIZES[cfg.task]
-        labels = TASKS[cfg.task].labels
+        classes = len(TASKS[cfg.task].labels)
         rows = cfg.max_train_examples or size.train
-        work = self.adapt(cfg, cfg.model, rows * size.tokens, 3 * size.tokens)
-        held_out = checks(cfg, rows) * min(size.validation, cfg.eval_examples or size.validation)
-        head = cfg.method == "head"
-        work.reads = (held_out + size.validation) * size.tokens * (1 if head else max(1, len(labels)))
-        work.samples = 0 if labels else size.validation * size.answer
-        model = self.models[f"{cfg.out}/{cfg.name}"]
-        if head:
-            model = self.models[f"{cfg.out}/{cfg.name}"] = replace(model, kind="head", ours=False)
-        # The trained model and its optimizer are still there when its copy in the folder is evaluated.
-        trained = work.options["trained"] or model.parameters
-        beside = 16 * trained + (0.6 if cfg.load_in_4bit else 2) * (model.parameters - trained)
-        work.asks = [self.ask(model, cfg.task, context=cfg.context_length, beside=beside)]
-        return work
+        held_out = held_out_rows(cfg, size) * size.tokens
+        if classes and cfg.method == "lm":
+            held_out *= classes
+        stage = self.adapt(cfg, cfg.model, rows, rows * size.tokens, 3 * size.tokens, held_out)
+        return replace(stage, samples=0.0 if classes else size.validation * size.answer)
 
-    def sft(self, cfg: SFTConfig) -> Work:
+    def sft(self, cfg: SFTConfig) -> Stage:
         tokens = held_out = 0
         for source, count, _ in mixture(cfg.data):
             size = SIZES.get(source, STORIES)
             rows = min(count or size.train, cfg.max_train_examples or size.train, size.train)
             tokens += rows * (size.tokens + 4)
-            held_out += min(cfg.eval_examples or size.validation, size.validation) * (size.tokens + 4)
-        length = cfg.context_length or min(1024, self.model(cfg.model).config.context_length)
-        work = self.adapt(cfg, cfg.model, tokens, length, PACKED)
-        work.reads = held_out * max(1, checks(cfg, tokens / length))
-        return work
+            held_out += held_out_rows(cfg, size) * (size.tokens + 4)
+        length = cfg.context_length or min(1024, self.model(cfg.model).context_length)
+        return self.adapt(cfg, cfg.model, tokens / length, tokens, length, held_out, PACKED)
 
-    def dpo(self, cfg: DPOConfig) -> Work:
-        if cfg.data not in SIZES:
-            note = f"{cfg.data}: 40,000 pairs of 200 tokens"
-            return replace(self.adapt(cfg, cfg.model, 2 * 40_000 * 200, 512), note=note)
-        model = self.model(cfg.model)
+    def dpo(self, cfg: DPOConfig) -> Stage:
         task = cfg.data
-        size = SIZES[cfg.data]
+        if task not in SIZES:
+            stage = self.adapt(cfg, cfg.model, PAIRS.train, 2 * PAIRS.train * PAIRS.tokens, length=512)
+            return replace(stage, note=f"{task}: {PAIRS.train:,} pairs of {PAIRS.tokens} tokens")
+        size = SIZES[task]
         answers = 1 if cfg.first_difference or cfg.method in ("rft", "sft") else 2  # of a pair
         rows = 0.85 * cfg.problems  # some problems have no right answer
-        work = self.adapt(cfg, cfg.model, rows * size.tokens * answers, 2 * size.tokens, RIVALS)
-        work.samples = self.draw(cfg.model, task, "train", cfg.problems * cfg.n)
-        work.samples += self.draw(
-            cfg.model, task, "held out", cfg.eval_examples * (cfg.n + 1)
-        )  # and greedily
-        evaluated = (checks(cfg, rows) + 1) * 4 * 0.4 * cfg.eval_examples
-        work.reads = (rows * answers + evaluated) * size.tokens
-        work.asks = [self.read(model, LONGEST * size.tokens)]
-        if task in TASKS:
-            work.asks.append(self.ask(model, task, n=cfg.n, sampled=True))
-        return work
+        tokens = answers * rows * size.tokens
+        held_out = 4 * 0.4 * cfg.eval_examples * size.tokens
+        stage = self.adapt(cfg, cfg.model, rows, tokens, 2 * size.tokens, held_out, RIVALS)
+        samples = self.draw(cfg.model, task, "train", cfg.problems * cfg.n)
+        samples += self.draw(cfg.model, task, "held out", cfg.eval_examples * (cfg.n + 1))  # and greedily
+        return replace(stage, samples=samples, reads=stage.reads + tokens)
 
-    def verifier(self, cfg: VerifierConfig) -> Work:
-        size = SIZES[cfg.task]
+    def verifier(self, cfg: VerifierConfig) -> Stage:
         task = cfg.task
-        teacher = cfg.answers_of or cfg.model
+        size = SIZES[task]
         answers = cfg.problems * cfg.n
         length = 2 * size.tokens
         if cfg.kind == "head":
-            work = self.adapt(cfg, cfg.model, answers * size.tokens, length)
+            stage = self.adapt(cfg, cfg.model, answers, answers * size.tokens, length)
         else:  # a third of the answers are right and differ; a third of these have a rival
-            right, paired = (0.12 * cfg.repeats,) * 2 if cfg.repeats and cfg.contrast else (0.32, 0.12)
-            rows = cfg.gold + answers * (right + paired * bool(cfg.contrast))
-            work = self.adapt(cfg, cfg.start, rows * size.tokens, length, RIVALS)
-        work.samples = self.draw(teacher, task, "train", answers)
-        splits = {"validation": cfg.validation_problems, "test": cfg.test_problems}
-        for split, problems in splits.items():
+            learns = 0.32 + 0.12 * bool(cfg.contrast)
+            if cfg.repeats and cfg.contrast:
+                learns = 2 * 0.12 * cfg.repeats
+            rows = cfg.gold + answers * learns
+            stage = self.adapt(cfg, cfg.start, rows, rows * size.tokens, length, overhead=RIVALS)
+        samples = self.draw(cfg.answers_of or cfg.model, task, "train", answers)
+        reads = 0.0
+        for split, problems in (("validation", cfg.validation_problems), ("test", cfg.test_problems)):
             answers = (problems or getattr(size, split)) * cfg.held_n
-            work.samples += self.draw(cfg.model, task, split, answers)
-            work.reads += self.judge(f"{cfg.out}/{cfg.name}", cfg.model, task, split, answers)
-        model = self.model(cfg.model)
-        work.asks = [
-            self.ask(self.model(teacher), task, n=cfg.n, sampled=True),
-            self.ask(model, task, n=cfg.held_n, sampled=cfg.held_temperature > 0),
-            self.read(model, LONGEST * size.tokens),
-        ]
-        return work
+            samples += self.draw(cfg.model, task, split, answers)
+            reads += self.judge(f"{cfg.out}/{cfg.name}", cfg.model, task, split, answers)
+        return replace(stage, samples=samples, reads=reads)
 
-    def eval(self, cfg: EvalConfig) -> Work:
-        work = Work()
+    def eval(self, cfg: EvalConfig) -> Stage:
+        c = None
+        samples = reads = 0.0
         for name in [] if cfg.attention else cfg.models.split(","):
-            model = self.model(name)
-            model = replace(model, ours=model.ours and cfg.backend != "transformers")
-            work.shape = model.config
-            work.samples += min(cfg.battery, 1000) * 8
+            c = self.model(name)
+            samples += min(cfg.battery, 1000) * 8
             for task in cfg.tasks.split(","):
                 if task not in TASKS:
-                    work.asks.append(self.read(model, cfg.context_length or model.config.context_length))
-                    work.reads += 2 * (230_000 if task in EMBEDDED else 300_000)
+                    reads += 2 * (230_000 if task in EMBEDDED else 300_000)
                     continue
                 for shots in cfg.shots.split(","):
-                    self.eval_task(cfg, work, name, model, task, int(shots))
-        return work
+                    sampled, read = self.eval_task(cfg, name, task, int(shots))
+                    samples += sampled
+                    reads += read
+        return Stage(model=c, samples=samples, reads=reads)
 
-    def eval_task(self, cfg: EvalConfig, work: Work, name: str, model: Model, task: str, shots: int) -> None:
-        """Adds one model's work on one task with `shots` worked examples in the prompt."""
+    def eval_task(self, cfg: EvalConfig, name: str, task: str, shots: int) -> tuple[float, float]:
+        """Tokens that one model samples and reads in one task with `shots` worked examples in the prompt."""
         size = SIZES[task]
         about = TASKS[task]
-        rows = size.test if about.test == "test" else size.validation
-        rows = min(cfg.limit or rows, rows)
-        read = rows * min((1 + shots) * size.tokens, model.config.context_length)
-        work.asks.append(self.ask(model, task, shots, cfg.context_length))
+        rows = min(cfg.limit or math.inf, getattr(size, about.test))
+        samples = rows * size.answer
+        reads = rows * min((1 + shots) * size.tokens, self.model(name).context_length)
         if about.labels:
-            work.reads += read * len(about.labels)
-        elif cfg.samples and model.taught and about.metric == "exact_match":
+            return 0.0, reads * len(about.labels)
+        if name in self.bases:  # it goes on until it has no room: it was never taught to end
+            samples = rows * about.max_new_tokens
+        elif cfg.samples and about.metric == "exact_match":
             answers = rows * cfg.samples
-            work.samples += self.draw(name, task, "test", answers)
-            work.samples += 2 * rows * size.answer  # greedily, without a calculator and with one
-            work.asks.append(self.ask(model, task, n=cfg.samples, sampled=True))
+            samples *= 2  # greedily, without a calculator and with one
+            samples += self.draw(name, task, "test", answers)
+            reads = 0.0
             for verifier in filter(None, cfg.verifier.split(",")):
-                work.reads += self.judge(verifier, name, task, "test", answers)
-        else:  # a base model goes on until it has no room: it was never taught to end
-            work.samples += rows * (size.answer if model.taught else about.max_new_tokens)
-            work.reads += read
+                reads += self.judge(verifier, name, task, "test", answers)
+        return samples, reads
 
 
-def options_of(cfg: TrainConfig | AdaptConfig, **more) -> dict:
-    """Options of estimate_memory."""
-    return more | {"muon": cfg.optimizer == "muon", "gradient_checkpointing": cfg.gradient_checkpointing}
+CONFIGS = {
+    "tokenizer": TokenizerStageConfig,
+    "train": TrainConfig,
+    "finetune": FinetuneConfig,
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "verifier": VerifierConfig,
+    "eval": EvalConfig,
+}
 
 
-def checks(cfg: AdaptConfig, rows: float) -> float:
-    """Evaluations while a stage trains."""
-    return rows * cfg.epochs / (cfg.batch_size * cfg.grad_accum_steps * max(1, cfg.eval_every))
+def held_out_rows(cfg: FinetuneConfig | SFTConfig, size: Size) -> int:
+    return min(cfg.eval_examples or size.validation, size.validation)
 
 
 def written(trained: int, cfg: TrainConfig | AdaptConfig) -> float:
@@ -480,81 +430,69 @@ class Measured:
         self.device = device
         self.on_cpu = device.type == "cpu"
         self.known = {}
-        # On a CPU, answers are sampled and read by one process for each thread.
-        self.processes = torch.get_num_threads() if self.on_cpu else 1
 
     def start(self) -> float:
-        """Seconds until a script has loaded its libraries."""
-        command = [sys.executable, "-c", "import verifier, transformers"]
-        return seconds_of(partial(subprocess.run, command, cwd=ROOT, check=True))
+        """Seconds until a script has loaded its libraries: this one just has, but for one."""
+        import transformers  # noqa: F401
 
-    def training(self, work: Work) -> float:
+        return time.time() - psutil.Process().create_time()
+
+    def training(self, stage: Stage) -> float:
         """Of pretraining the own steps. Batches of other stages are of ever new shapes, for which float32 and
         torch's own choice of matrix products are used.
         """
-        if not work.pretraining:
-            return work.overhead * self.step(
-                work.shape, 16, 256, TrainConfig(dtype="float32" if self.on_cpu else "auto")
-            )
-        cfg = TrainConfig(
-            optimizer="muon" if work.options["muon"] else "adamw", compile=work.options["compiled"]
-        )
+        if not stage.pretraining:
+            return stage.overhead * self.step(stage.model)
+        optimizer = "muon" if stage.options["muon"] else "adamw"
+        cfg = TrainConfig(optimizer=optimizer, compile=stage.options["compiled"], batch_size=stage.rows)
         with float32_products(fastest_products(self.device)):
-            return work.overhead * self.step(work.shape, work.rows, work.length, cfg)
+            return stage.overhead * self.step(stage.model, stage.length, cfg)
 
-    def step(self, c: ModelConfig, rows: int, T: int, cfg: TrainConfig) -> float:
+    def reading(self, c: ModelConfig) -> float:
+        """The forward pass is a third of a step."""
+        return TEXTS / 3 * self.step(c)
+
+    def step(self, c: ModelConfig, T: int = 256, cfg: TrainConfig | None = None) -> float:
+        cfg = cfg or TrainConfig(batch_size=16, dtype="float32" if self.on_cpu else "auto")
+        rows = cfg.batch_size
         T = min(T, c.context_length)
         if self.on_cpu:
-            tokens = max(64, min(4096, self.affordable(c, 6)))
+            tokens = max(64, min(4096, affordable(c, 6)))
             T = min(T, tokens)
             rows = max(1, min(rows, tokens // T))
-        cfg = replace(cfg, batch_size=rows)
-
-        def measure() -> float:
-            step = Step(
-                replace(c, context_length=T), cfg, self.device, cfg.compile is True and not self.on_cpu
-            )
-            return medians({"step": step}, rounds=7, warmup=1, limit=CPU_SECONDS)["step"] / (rows * T)
-
-        return self.remembered((c, T, cfg), measure)
-
-    def sampling(self, work: Work) -> float:
-        """Sixteen prompts are continued n times each; by GPT-2 on a CPU once, and by less."""
-        n = 64
-        new = 48
-        if self.on_cpu:
-            n = max(1, min(16, self.affordable(work.shape, 2) // (16 * new)))
-        if n == 1:
-            new = 8
-        prompts = [[1] * (64 if n > 1 else 8)] * 16
-
-        def measure() -> float:
-            model = ModernDecoderLM(work.shape).to(self.device).eval()
-
-            def draw(_=None) -> float:
-                with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=not self.on_cpu):
-                    return seconds_of(partial(model.generate, prompts, new, temperature=1.0, n=n, seed=1))
-
-            draw()
-            # All processes at the same time: then each is slower than one alone.
-            seconds = on_all_cores(draw, range(2 * self.processes), self.device)
-            return TEXTS * fmean(seconds) / self.processes / (16 * n * new)
-
-        return self.remembered(("sampling", work.shape), measure)
-
-    def reading(self, work: Work) -> float:
-        """The forward pass is a third of a step."""
-        return TEXTS / 3 * self.training(replace(work, pretraining=False, overhead=1.0))
-
-    def affordable(self, c: ModelConfig, flops: int) -> int:
-        """Tokens of CPU_FLOPS, at so many FLOPs a parameter: 6 in training, 2 in reading and sampling."""
-        return int(CPU_FLOPS / (flops * count_parameters(c)["total"]))
-
-    def remembered(self, key: tuple, measure: Callable):
-        key = str(key)
+        key = f"{c}, {T} tokens, {cfg}"
         if key not in self.known:
-            self.known[key] = measure()
+            compiled = cfg.compile is True and not self.on_cpu
+            step = Step(replace(c, context_length=T), replace(cfg, batch_size=rows), self.device, compiled)
+            seconds = medians({"step": step}, rounds=7, warmup=1, limit=CPU_SECONDS)["step"]
+            self.known[key] = seconds / (rows * T)
         return self.known[key]
+
+    def sampling(self, c: ModelConfig) -> float:
+        """Sixteen prompts are continued n times each; by GPT-2 on a CPU once, and by less. There one process
+        for each thread does it at the same time: then each is slower than one alone.
+        """
+        if str(c) in self.known:
+            return self.known[str(c)]
+        n = max(1, min(16, affordable(c, 2) // (16 * 48))) if self.on_cpu else 64
+        new, length = (48, 64) if n > 1 else (8, 8)
+        processes = torch.get_num_threads() if self.on_cpu else 1
+        model = ModernDecoderLM(c).to(self.device).eval()
+        draw = partial(model.generate, [[1] * length] * 16, new, temperature=1.0, n=n, seed=1)
+
+        def seconds(_=None) -> float:
+            with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=not self.on_cpu):
+                return seconds_of(draw)
+
+        seconds()
+        mean = fmean(on_all_cores(seconds, range(2 * processes), self.device))
+        self.known[str(c)] = TEXTS * mean / processes / (16 * n * new)
+        return self.known[str(c)]
+
+
+def affordable(c: ModelConfig, flops: int) -> int:
+    """Tokens of CPU_FLOPS, at so many FLOPs a parameter: 6 in training, 2 in reading and sampling."""
+    return int(CPU_FLOPS / (flops * count_parameters(c)["total"]))
 
 
 class DataSheet:
@@ -568,160 +506,113 @@ class DataSheet:
     def start(self) -> float:
         return 6.0
 
-    def training(self, work: Work) -> float:
-        share = PRETRAINING if work.full and work.length >= 512 else TUNING
-        return estimate_flops(work.shape, work.length) / (share * self.peak)
+    def training(self, stage: Stage) -> float:
+        share = PRETRAINING if stage.full and stage.length >= 512 else TUNING
+        return estimate_flops(stage.model, stage.length) / (share * self.peak)
 
-    def sampling(self, work: Work) -> float:
+    def sampling(self, c: ModelConfig) -> float:
         rows = 512  # finished ones make room for others
-        return STEP_OF_A_LAYER * work.shape.n_layers / rows + self.reading(work)
+        return STEP_OF_A_LAYER * c.n_layers / rows + self.reading(c)
 
-    def reading(self, work: Work) -> float:
-        return estimate_flops(work.shape, 256) / 3 / (TUNING * self.peak)
-
-
-def answering_memory(work: Work, space: float, on_cpu: bool) -> float:
-    """Peak GiB of generation and likelihoods, where a process has `space` bytes.
-
-    On a CPU as many processes as torch has threads work at the same time (`on_all_cores`) and share the
-    weights. On a GPU there are its context and what the allocator loses, as in `estimate_memory`.
-    """
-    peak = 0.0
-    processes = torch.get_num_threads() if on_cpu else 1
-    context, lost = (0.4 * GIB, 1.0) if on_cpu else (CUDA_CONTEXT, 1 + FRAGMENTATION)
-    for batch in work.asks:
-        fixed = context + batch.weights(on_cpu)
-        rows = batch.rows((space - fixed) / lost / processes, on_cpu)
-        peak = max(peak, fixed + lost * processes * batch.bytes(rows, on_cpu))
-    return peak / GIB
-
-
-def training_memory(work: Work, on_cpu: bool) -> float:
-    """Peak GiB of a training step; 0 where nothing is trained."""
-    if not work.trains:
-        return 0.0
-    options = work.options | {"bytes_per_activation": 4, "compiled": False} if on_cpu else work.options
-    libraries = 0.4 if on_cpu else 0.0
-    return libraries + estimate_memory(work.shape, work.rows, work.length, **options)["peak"] / GIB
+    def reading(self, c: ModelConfig) -> float:
+        return estimate_flops(c, 256) / 3 / (TUNING * self.peak)
 
 
 # -----------------------------------------------------------------------------
 # The table
 
 
-def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[Work]:
-    """The work of each command (name, words behind `python`), with its seconds and GiB."""
-    if cfg.vram or cfg.card:  # a GPU of which nothing but its name is known is taken to have 12 GB
+def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[Stage]:
+    """What each command (name, words behind `python`) costs."""
+    if cfg.vram or cfg.card:  # a GPU of which nothing but its name is known is taken to be an RTX 3060
         rates = DataSheet(cfg.card or "RTX 3060")
-        space = usable(cfg.vram or 12.0) * GIB
         on_cpu = False
     else:
         device = pick_device(cfg.device)
         rates = Measured(device)
-        space = room(device)
         on_cpu = device.type == "cpu"
-    plan = Plan()
-    rows = []
     start = rates.start()
+    plan = Plan(on_gpu=not on_cpu)
+    stages = []
     for name, words in commands:
-        work = plan.count(words)
-        work.stage = name
-        work.seconds = work.seconds + start
-        if work.trains:  # frozen weights want no gradients: 4 of 6 FLOPs
-            work.seconds += work.trains * rates.training(work) * (1 if work.full else 4 / 6)
-        if work.samples:
-            work.seconds += work.samples * rates.sampling(work)
-        if work.reads:
-            work.seconds += work.reads * rates.reading(work)
-        work.train_gib = training_memory(work, on_cpu)
-        work.answer_gib = answering_memory(work, space, on_cpu)
-        rows.append(work)
-    return rows
+        stage = plan.count(words)
+        seconds = start + stage.seconds
+        gib = 0.0
+        if stage.trains:
+            gib = estimate_memory(stage.model, stage.rows, stage.length, **stage.options)["peak"] / GIB
+            gib += 0.4 * on_cpu
+            # Frozen weights want no gradients: 4 of 6 FLOPs.
+            seconds += stage.trains * rates.training(stage) * (1 if stage.full else 4 / 6)
+        if stage.samples:
+            seconds += stage.samples * rates.sampling(stage.model)
+        if stage.reads:
+            seconds += stage.reads * rates.reading(stage.model)
+        stages.append(replace(stage, name=name, seconds=seconds, gib=gib))
+    return stages
 
 
-def table(rows: list[Work]) -> list[str]:
-    lines = [
-        " " * 27 + "GiB to  GiB to      tokens",
-        " " * 18 + " minutes  train  answer   trains on   samples     reads",
-    ]
-    total = Work(stage="all", seconds=sum(row.seconds for row in rows))
-    total.train_gib = max(row.train_gib for row in rows)
-    total.answer_gib = max(row.answer_gib for row in rows)
-    for row in [*rows, total]:
-        line = f"{row.stage:18}{row.seconds / 60:8.1f}"
-        for gib, width in ((row.train_gib, 7), (row.answer_gib, 8)):
-            line += f"{gib:{width}.1f}" if gib else " " * width
-        for tokens, width in ((row.trains, 12), (row.samples, 10), (row.reads, 10)):
+def table(stages: list[Stage]) -> list[str]:
+    lines = [" " * 33 + "tokens", " " * 18 + " minutes    GiB   trains on   samples     reads"]
+    total = Stage(seconds=sum(stage.seconds for stage in stages), gib=max(stage.gib for stage in stages))
+    for stage in [*stages, total]:
+        line = f"{stage.name:18}{stage.seconds / 60:8.1f}"
+        line += f"{stage.gib:7.1f}" if stage.gib else " " * 7
+        for tokens, width in ((stage.trains, 12), (stage.samples, 10), (stage.reads, 10)):
             line += f"{tokens / 1e6:{width - 1},.2f}M" if tokens >= 5000 else " " * width
-        lines.append(f"{line}  {row.note}".rstrip())
-    return [*lines, f"{'disk':18}{gigabytes(rows):8.1f} GB"]
+        lines.append(f"{line}  {stage.note}".rstrip())
+    return [*lines, f"{'disk':18}{gigabytes(stages):8.1f} GB"]
 
 
-def gigabytes(rows: list[Work]) -> float:
-    return sum(row.megabytes for row in rows) / 1000
+def gigabytes(stages: list[Stage]) -> float:
+    return sum(stage.megabytes for stage in stages) / 1000
 
 
-class FullDisk(OSError):
-    """There is no room for what would be made."""
-
-
-def refuse_full_disk(rows: list[Work], out: str) -> None:
-    """Downloads may go elsewhere, but mostly go to the same disk."""
-    folder = Path(out).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    wanted = gigabytes(rows)
+def keep(stages: list[Stage], out: str) -> None:
+    """Adds stage, seconds, GiB to {out}/plan.tsv, of which run_all.sh and the report compare the last line of
+    a stage with what happened. Ends with status 3 if the disk is too small; downloads may go elsewhere, but
+    mostly go to the same one.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "plan.tsv", "a") as file:
+        for stage in stages:
+            file.write(f"{stage.name}\t{stage.seconds:.1f}\t{stage.gib:.2f}\n")
+    wanted = gigabytes(stages)
     free = shutil.disk_usage(folder).free / 1e9
     if wanted > free:
-        raise FullDisk(
-            f"{wanted:.1f} GB will be downloaded and written, and {folder} has {free:.1f} GB free: make "
-            "room, or choose another disk by OUT=/big/disk/out (and DATA_DIR and HF_HOME for downloads)"
+        print(
+            f"lab.plan: {wanted:.1f} GB will be downloaded and written, and {out} has {free:.1f} GB free: "
+            "make room, or choose another disk by OUT=/big/disk/out (and DATA_DIR and HF_HOME for downloads)",
+            file=sys.stderr,
         )
-
-
-def keep(rows: list[Work], out: str) -> None:
-    """Writes {out}/plan.tsv: stage, seconds, GiB. run_all.sh and the report compare it with what happened."""
-    file = Path(out) / "plan.tsv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = file.read_text().splitlines() if file.exists() else []
-    lines += [f"{row.stage}\t{row.seconds:.1f}\t{row.train_gib:.2f}" for row in rows]
-    newest = {line.split("\t")[0]: line for line in lines}
-    write_atomically(file, lambda path: path.write_text("\n".join(newest.values()) + "\n"))
-
-
-def read_commands(words: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """Commands (name, words behind `python`) and the plan's own flags: from the command line, or else, a name
-    and a command a line, from run_all.sh.
-    """
-    for i, word in enumerate(words):
-        if "/" not in word and (ROOT / word).is_file():
-            own = [w for w in words[i:] if w.startswith(("--vram=", "--card="))]
-            command = [w for w in words[i:] if w not in own]
-            return [(Path(word).stem, command)], words[:i] + own
-    lines = [line.rstrip("\n").split("\t") for line in sys.stdin]
-    return [(name, shlex.split(command)[1:]) for name, command in lines], words
+        raise SystemExit(3)
 
 
 def main() -> None:
-    commands, words = read_commands(sys.argv[1:])
-    cfg = parse_config(PlanConfig, __doc__, words)
-    begun = time.perf_counter()
+    words = sys.argv[1:]
+    scripts = [i for i, word in enumerate(words) if "/" not in word and word.endswith(".py")]
+    command = words[scripts[0] :] if scripts else []
+    command = [word for word in command if not word.startswith(("--vram=", "--card="))]
+    cfg = parse_config(PlanConfig, __doc__, [word for word in words if word not in command])
+    commands = [(Path(command[0]).stem, command)] if command else []
+    if not command:  # run_all.sh's: a name and a command a line
+        for line in sys.stdin:
+            name, text = line.split("\t")
+            commands.append((name, shlex.split(text)[1:]))
     if not commands:
         return print("the plan: nothing is left to do")
+    begun = time.perf_counter()
     try:
-        rows = estimate(commands, cfg)
-        elsewhere = f"{cfg.card or 'RTX 3060'}, by its data sheet" if cfg.vram or cfg.card else ""
-        where = elsewhere or f"{cpu_name()}, measured in {time.perf_counter() - begun:.0f} s"
-        print("\n".join([f"the plan, for {where}:", *table(rows)]))
-        if cfg.vram and max(max(row.train_gib, row.answer_gib) for row in rows) > usable(cfg.vram):
+        stages = estimate(commands, cfg)
+        where = f"{cpu_name()}, measured in {time.perf_counter() - begun:.0f} s"
+        if cfg.vram or cfg.card:
+            where = f"{cfg.card or 'RTX 3060'}, by its data sheet"
+        print("\n".join([f"the plan, for {where}:", *table(stages)]))
+        if cfg.vram and max(stage.gib for stage in stages) > usable(cfg.vram):
             print(f"WARNING: more than the {usable(cfg.vram):.1f} GiB that a {cfg.vram:.0f} GB card leaves")
-        if not elsewhere and words == sys.argv[1:]:  # run_all.sh's
-            keep(rows, cfg.out)
-            refuse_full_disk(rows, cfg.out)
-    except FullDisk as error:
-        print(f"lab.plan: {error}", file=sys.stderr)
-        raise SystemExit(3) from None
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        if not (cfg.vram or cfg.card or command):
+            keep(stages, cfg.out)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"lab.plan: {error}") from None
 
 

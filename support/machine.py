@@ -8,14 +8,12 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -36,16 +34,14 @@ REINSTALL = ".venv/bin/pip install --force-reinstall torch --index-url https://d
 
 def nvidia_driver() -> str:
     """The version of the NVIDIA driver, such as 535.183.01; "" without a driver."""
-    texts = []
+    text = ""
     for name in filter(shutil.which, NVIDIA_SMI):
+        command = [name, "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = [name, "--query-gpu=driver_version", "--format=csv,noheader"]
-            texts.append(
-                subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-            )
+            text += subprocess.check_output(command, text=True, timeout=30)
     if DRIVER_FILE.exists():
-        texts.append(DRIVER_FILE.read_text(errors="replace").partition("Kernel Module")[2])
-    version = re.search(r"\d+(\.\d+)+", "\n".join(texts))
+        text += DRIVER_FILE.read_text(errors="replace").partition("Kernel Module")[2]
+    version = re.search(r"\d+(\.\d+)+", text)
     return version[0] if version else ""
 
 
@@ -152,11 +148,9 @@ def hardware(device: torch.device) -> dict:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict:
@@ -186,16 +180,6 @@ def peak_resident_bytes() -> int:
 def peak_memory(device: torch.device) -> int:
     """The most bytes this process ever held, on the GPU if it computes there."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
-
-
-def matmul_flops(dtype: torch.dtype, n: int = 1536) -> float:
-    """FLOP/s of a large matrix product on this CPU: the best of a few."""
-    a, b, best = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype), math.inf
-    for _ in range(4):
-        begun = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ texts = halving(continued, prompts)        # if memory still runs out: half as m
 
 import contextlib
 import ctypes
+import errno
 import gc
 import re
 from collections.abc import Callable
@@ -57,41 +58,23 @@ def available_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-GROUP_FILES = {  # of Linux' control groups, by version: limit, usage, and cached files' name in memory.stat
-    2: ("memory.max", "memory.current", "inactive_file"),
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-
 def control_group_bytes(
     mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> int | None:
-    """What Linux' control groups leave to this process: the least over its group and all groups around it.
-    None where there is no limit.
+    """What Linux' control groups (version 2) leave to this process: the least over its group and all groups
+    around it, in which cached files count as free. None where there is no limit.
     """
+    if not own.exists():
+        return None
     left = []
-    with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            version = 1 if controllers else 2
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            root = mount / "memory" if controllers else mount
-            folder = root / path.lstrip("/")
-            for group in (folder, *folder.parents):
-                if group.is_relative_to(root):
-                    left.append(group_bytes(group, *GROUP_FILES[version]))
-    return min((n for n in left if n is not None), default=None)
-
-
-def group_bytes(group: Path, limit: str, usage: str, files: str) -> int | None:
-    """Limit minus usage of one control group, in which cached files count as free."""
-    with contextlib.suppress(OSError, ValueError):  # no such file here; "max" is no limit
-        most = int((group / limit).read_text())
-        cached = re.search(rf"^{files} (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-        if most < 2**60:  # version 1 writes a huge number for "no limit"
-            return most - int((group / usage).read_text()) + (int(cached[1]) if cached else 0)
-    return None
+    path = own.read_text().rpartition("0::/")[2].strip()
+    for group in (mount / path, *(mount / path).parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file here; "max" is no limit
+            most = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+            left.append(most - used + int(cached[1] if cached else 0))
+    return min(left, default=None)
 
 
 def give_freed_memory_back() -> None:
@@ -122,15 +105,24 @@ def rows_that_fit(need: Callable[[int], int], most: int, room: int) -> int:
     return rows
 
 
+MESSAGES = (  # of torch, cuBLAS, C++, oneDNN
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "could not create a primitive",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of torch, numpy, Python or the system means out of memory, on a GPU or a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
     if isinstance(error, OSError):
-        return error.errno == 12  # ENOMEM
-    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory")
-    words += ("ALLOC_FAILED", "bad_alloc", "could not create a primitive")  # cuBLAS, C++, oneDNN
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in MESSAGES)
+    return isinstance(error, MemoryError)
 
 
 def free_cached_memory() -> None:

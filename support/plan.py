@@ -1,40 +1,43 @@
 """`train.py --plan`: memory, FLOPs and time of a run, before it costs anything."""
 
 import os
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from model import ModelConfig, ModernDecoderLM
-from support.costs import count_parameters, estimate_flops, estimate_memory
+from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.kernels import fastest_products, float32_products
-from support.machine import cpu_name, matmul_flops, peak_flops, pick_device, pick_dtype
+from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
 from support.runs import TrainError
+from support.timing import matmul_flops, medians
 from tokenizer import open_tokens, tokens_folder
-from train import TrainConfig, make_optimizers, model_config, next_token_loss, padded
+from train import TrainConfig, TrainerConfig, make_optimizers, model_config, next_token_loss, padded
 
 
 def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
     """The model, the GPU (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory
     is to be estimated there.
     """
-    c, device = model_config(cfg), pick_device(cfg.device)
+    c = model_config(cfg)
+    device = pick_device(cfg.device)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
     gpu = cfg.card or ("RTX 3060" if cfg.vram else "")
     vram = cfg.vram
     if device.type == "cuda" and not gpu:
         gpu = torch.cuda.get_device_name(device)
-        vram = torch.cuda.get_device_properties(device).total_memory / 2**30
-    options = {
+        vram = torch.cuda.get_device_properties(device).total_memory / GIB
+    return c, gpu, vram, memory_options(cfg, bool(gpu))
+
+
+def memory_options(cfg: TrainerConfig, on_gpu: bool) -> dict:
+    """What a stage's settings are for `estimate_memory`."""
+    return {
         "gradient_checkpointing": cfg.gradient_checkpointing,
-        "bytes_per_activation": 2 if gpu and cfg.dtype != "float32" else 4,
+        "bytes_per_activation": 2 if on_gpu and cfg.dtype != "float32" else 4,
         "muon": cfg.optimizer == "muon",
-        "compiled": bool(cfg.compile and gpu),
+        "compiled": bool(cfg.compile and on_gpu),
     }
-    return c, gpu, vram, options
 
 
 def usable(vram: float) -> float:
@@ -44,8 +47,11 @@ def usable(vram: float) -> float:
 
 def largest_batch(c: ModelConfig, vram: float, options: dict, sizes: list[int]) -> int:
     """The largest of the micro-batch sizes that a GPU holds by the plan; 0: none."""
-    room = usable(vram) * 2**30
-    return max((b for b in sizes if estimate_memory(c, b, **options)["peak"] <= room), default=0)
+    largest = 0
+    for size in sizes:
+        if estimate_memory(c, size, **options)["peak"] <= usable(vram) * GIB:
+            largest = size
+    return largest
 
 
 def fit_batch(cfg: TrainConfig) -> None:
@@ -70,26 +76,36 @@ def print_plan(cfg: TrainConfig) -> None:
         raise TrainError("--measure is for the machine here: leave out --vram and --card")
     c, gpu, vram, options = planned_for(cfg)
     n = count_parameters(c)
-    flops = estimate_flops(c)
     total = n.pop("total")
     active = n.pop("active")
     print(f"parameters  {total / 1e6:.1f}M, {active / 1e6:.1f}M of them active in each token")
-    for kind, count in n.items():
-        print(f"  {kind:17} {count / 1e6:8.2f}M")
+    print_parts(n, 1e6, "M")
     memory = estimate_memory(c, cfg.batch_size, **options)
-    peak = memory.pop("peak") / 2**30
+    peak = memory.pop("peak") / GIB
     print(f"memory      {peak:.2f} GiB at {cfg.batch_size} x {c.context_length} tokens at a time")
-    for kind, size in memory.items():
-        print(f"  {kind:17} {size / 2**30:8.2f} GiB")
+    print_parts(memory, GIB, " GiB")
     if vram:
+        room = usable(vram)
         largest = largest_batch(c, vram, options, range(1, 4097))
-        verdict = "fits" if peak <= usable(vram) else "DOES NOT FIT"
-        print(f"verdict     {verdict} into {vram:.0f} GB ({usable(vram):.1f} GiB planned for);", end=" ")
-        print(f"largest micro-batch {largest}" if largest else "not even one: --gradient_checkpointing?")
+        verdict = "fits" if peak <= room else "DOES NOT FIT"
+        most = f"largest micro-batch {largest}" if largest else "not even one: --gradient_checkpointing?"
+        print(f"verdict     {verdict} into {vram:.0f} GB ({room:.1f} GiB planned for); {most}")
+    print_time(cfg, c, gpu, total)
+
+
+def print_parts(parts: dict[str, int], unit: float, name: str) -> None:
+    for kind, amount in parts.items():
+        print(f"  {kind:17} {amount / unit:8.2f}{name}")
+
+
+def print_time(cfg: TrainConfig, c: ModelConfig, gpu: str, parameters: int) -> None:
+    """Tokens of a run, and the hours that they take at a share of the peak rate, or as measured."""
+    flops = estimate_flops(c)
     step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
     tokens = step * cfg.max_steps
     print(f"work        {flops / 1e6:.1f} MFLOP a token, {step:,} tokens a step, {cfg.max_steps:,} steps")
-    print(f"            {tokens / 1e6:,.1f}M tokens, {tokens / total:.1f} a parameter (20: compute-optimal)")
+    each = tokens / parameters
+    print(f"            {tokens / 1e6:,.1f}M tokens, {each:.1f} a parameter (20: compute-optimal)")
     if (tokens_folder(cfg) / "train.json").exists():
         have = open_tokens(tokens_folder(cfg), "train")[1]["tokens"]
         warning = "; WARNING: past 4 epochs, repeated text teaches little" if tokens > 4 * have else ""
@@ -103,66 +119,49 @@ def print_plan(cfg: TrainConfig) -> None:
         gpu = cpu_name()
     if peak:
         rate = peak * share / flops
-        print(f"time        {tokens / rate / 3600:.2f} hours: {rate:,.0f} tokens/s,", end=" ")
-        print(f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({gpu})")
+        hours = tokens / rate / 3600
+        of_peak = f"if {share:.0%} of {peak / 1e12:.2f} TFLOP/s are reached ({gpu})"
+        print(f"time        {hours:.2f} hours: {rate:,.0f} tokens/s, {of_peak}")
     else:
         print(f"time        n/a: the peak rate of {gpu} is not known")
     if cfg.measure:
-        rate = measured_rate(cfg, c)
-        print(f"measured    {tokens / rate / 3600:.2f} hours: {rate:,.0f} tokens/s, the median of such steps")
+        device = pick_device(cfg.device)
+        one = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
+        with float32_products(fastest_products(device)):
+            seconds = medians({"step": one}, rounds=20, limit=120)["step"]
+        hours = cfg.max_steps * seconds / 3600
+        print(f"measured    {hours:.2f} hours: {step / seconds:,.0f} tokens/s, the median of such steps")
 
 
 class Step:
-    """An optimizer step, to be timed: call it. Without a loss and a batch it pretrains on random tokens."""
+    """An optimizer step of pretraining on random tokens, to be timed: call it."""
 
-    def __init__(
-        self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False,
-        loss: Callable = next_token_loss, batch: tuple[Tensor, ...] = (),
-    ):  # fmt: skip
+    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False):
         self.cfg = cfg
         self.device = device
         self.dtype = pick_dtype(cfg.dtype, device)
-        self.loss = loss
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, cfg)
         self.net = torch.compile(self.model) if compiled else self.model
         ids = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
-        self.batch = batch or (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        self.inputs = ids[:, :-1].contiguous()
+        self.targets = ids[:, 1:].contiguous()
 
-    def forward(self, batch: tuple | None = None) -> Tensor:
+    def forward(self) -> Tensor:
         half = self.dtype != torch.float32
         keep = not self.cfg.gradient_checkpointing  # as in the Trainer
         with torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep):
-            total, count = self.loss(self.net, *(batch or self.batch))
-        return total / count
+            total, count = next_token_loss(self.net, self.inputs, self.targets)
+        return total / count / self.cfg.grad_accum_steps
 
-    def __call__(self, batches: Callable[[], tuple] | None = None) -> None:
-        times = self.cfg.grad_accum_steps
-        for _ in range(times):
-            (self.forward(batches() if batches else None) / times).backward()
-        self.update()
+    def backward(self) -> None:
+        self.forward().backward()
 
-    def update(self) -> None:
+    def __call__(self) -> None:
+        for _ in range(self.cfg.grad_accum_steps):
+            self.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-
-
-def measured_rate(cfg: TrainConfig, c: ModelConfig, steps: int = 20, seconds: float = 120) -> float:
-    """Tokens a second of a run's own steps on this machine: the median of so many, or of as many as can be
-    done in so many seconds, behind two that compile and allocate.
-    """
-    device = pick_device(cfg.device)
-    times = []
-    step = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
-    started = time.perf_counter()
-    while len(times) < steps + 2 and (len(times) < 3 or time.perf_counter() - started < seconds):
-        begun = time.perf_counter()
-        with float32_products(fastest_products(device)):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return cfg.batch_size * cfg.grad_accum_steps * c.context_length / statistics.median(times[2:])

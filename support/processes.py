@@ -64,12 +64,11 @@ def map_ahead(pool, function: Callable, items: Iterable, ahead: int) -> Iterator
 def cause_of_death(processes: list) -> str:
     """Why the first worker died. (The pool then ends the others with SIGTERM.)"""
     codes = [process.exitcode for process in processes if process.exitcode not in (None, 0, -signal.SIGTERM)]
-    code = codes[0] if codes else None
+    code = codes[0] if codes else 0
     if code == -signal.SIGKILL:
         return "a worker process was killed (SIGKILL), most likely because the machine ran out of memory"
-    if code is not None and code < 0:
-        return f"a worker process was ended by signal {-code}"
-    return "a worker process ended before its work was done" + (f" (status {code})" if code else "")
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+    return f"a worker process {how} before its work was done"
 
 
 def become_worker() -> None:

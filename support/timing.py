@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,7 +34,9 @@ def in_turns(
     for turn in tqdm()(range(warmup + rounds), desc="rounds", disable=None, leave=False):
         if turn > warmup and time.perf_counter() - begun > limit:
             break
-        order = list(contenders) if turn % 2 == 0 else list(reversed(contenders))
+        order = list(contenders)
+        if turn % 2:
+            order.reverse()
         for name in order:
             seconds = seconds_of(contenders[name], calls)
             if turn >= warmup:
@@ -45,3 +48,12 @@ def medians(contenders: dict[str, Callable], rounds: int, **how) -> dict[str, fl
     """Median seconds of a call of each contender; see `in_turns`."""
     times = in_turns(contenders, rounds, **how)
     return {name: statistics.median(some) for name, some in times.items()}
+
+
+def matmul_flops(
+    dtype: torch.dtype, n: int = 1536, device: str | torch.device = "cpu", rounds: int = 4
+) -> float:
+    """FLOP/s of a large matrix product: the best of the rounds."""
+    square = torch.randn(n, n, device=device).to(dtype)
+    times = in_turns({"product": partial(torch.mm, square, square)}, rounds)
+    return 2 * n**3 / min(times["product"])

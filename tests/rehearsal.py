@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,9 +58,8 @@ FLAGS = {
     " --battery=200": " --battery=6",
 }
 # The plan measures models of the hub in their real shapes; here they have the shape of the small ones.
-PLAN = """for _name, _model in list(ON_HUB.items()):
-    _small = ModelConfig(vocab_size=1000, n_layers=2, d_model=32, n_heads=4, d_ff=64)
-    ON_HUB[_name] = replace(_model, config=_small)
+PLAN = """for _name in ON_HUB:
+    ON_HUB[_name] = ModelConfig(vocab_size=1000, n_layers=2, d_model=32, n_heads=4, d_ff=64)
 """
 
 
@@ -72,26 +70,24 @@ def copy_project(folder: Path) -> Path:
     for name, settings in SMALLER.items():
         with open(project / f"configs/{name}.py", "a", encoding="utf-8") as config:
             config.write(f"\n# for the rehearsal\n{settings.strip()}\n")
-    script = (project / "run_all.sh").read_text(encoding="utf-8")
-    for flag, smaller in FLAGS.items():
-        if flag not in script:
-            raise SystemExit(f"run_all.sh no longer holds {flag!r}: adapt FLAGS in tests/rehearsal.py")
-        script = script.replace(flag, smaller)
-    (project / "run_all.sh").write_text(script, encoding="utf-8")
-
-    plan = (project / "lab/plan.py").read_text(encoding="utf-8")
     end = '\n\nif __name__ == "__main__":'
-    (project / "lab/plan.py").write_text(plan.replace(end, f"\n\n{PLAN}{end}"), encoding="utf-8")
+    replaced = {"run_all.sh": FLAGS, "lab/plan.py": {end: f"\n\n{PLAN}{end}"}}
+    for name, words in replaced.items():
+        text = (project / name).read_text(encoding="utf-8")
+        for old, new in words.items():
+            if old not in text:
+                raise SystemExit(f"{name} no longer holds {old!r}: adapt tests/rehearsal.py")
+            text = text.replace(old, new)
+        (project / name).write_text(text, encoding="utf-8")
 
     python = project / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    checksum = subprocess.run(
-        "cksum <pyproject.toml", shell=True, cwd=project, capture_output=True, text=True
+    installed = (
+        'echo "[serve] $(cksum <pyproject.toml)" >.venv/installed'  # run_all.sh has nothing to install
     )
-    # run_all.sh has nothing to install.
-    (project / ".venv/installed").write_text(f"[serve] {checksum.stdout}")
+    subprocess.run(installed, shell=True, cwd=project, check=True)
     return project
 
 
@@ -111,50 +107,36 @@ def environment(server, folder: Path) -> dict[str, str]:
 def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:
     """Exit status and output, which is shown as it comes, of `bash run_all.sh ...` in the copy."""
     print(f"\n$ bash run_all.sh {' '.join(words)}", flush=True)
-    command = ["bash", "run_all.sh", *words]
-    with subprocess.Popen(
-        command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        lines = []
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    with subprocess.Popen(["bash", "run_all.sh", *words], cwd=project, env=env, **pipes) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
     return process.returncode, "".join(lines)
 
 
-def planned_stages(output: str) -> list[str]:
-    """The stages in the plan's table, which run_all.sh prints before it begins."""
-    table = output.partition("the plan, ")[2].partition("\nall ")[0]
-    rows = [line for line in table.splitlines()[1:] if line and not line.startswith(" ")]  # not the heading
-    return [line.split()[0] for line in rows]
-
-
 def rehearse(project: Path, env: dict[str, str], profile: str, stages: list[str]) -> list[str]:
     """Runs a profile twice; returns what went wrong."""
-    began = time.monotonic()
     status, first = run(project, env, profile, *stages)
-    ran = re.findall(r"^== (\S+): (?!done before)", first, re.MULTILINE)
     if status:
         return [f"{profile}: exit status {status}"]
-    wrong = []
-    if planned_stages(first) != ran:
-        wrong.append(f"{profile}: planned were {planned_stages(first)}, but {ran} ran")
-    minutes = (time.monotonic() - began) / 60
+    ran = re.findall(r"^== (\S+): (?!done before)", first, re.MULTILINE)
+    table = first.partition("the plan, ")[2].partition("\nall ")[0]
+    planned = re.findall(r"^(\S+) .*\d", table, re.MULTILINE)[1:]  # without the heading
     status, second = run(project, env, profile, *stages)
     done = re.findall(r"^== (\S+): done before", second, re.MULTILINE)
+    wrong = []
+    if planned != ran:
+        wrong.append(f"{profile}: planned were {planned}, but {ran} ran")
     if status or done != ran:
         wrong.append(f"{profile}, the second time: status {status}, done before {done}, not {ran}")
-    report = project / "out/report/index.html"
-    print(f"\n{profile}: {len(ran)} stages in {minutes:.1f} min; {report}")
+    print(f"\n{profile}: {len(ran)} stages; {project / 'out/report/index.html'}")
     return wrong
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [PROFILE [STAGE ...]]",
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile", nargs="?", choices=["speedrun", "max3060"], help="default: both")
     parser.add_argument("stages", nargs="*", help="default: all; see run_all.sh")
     default = Path(tempfile.gettempdir()) / "rehearsal"
@@ -166,9 +148,8 @@ def main() -> None:
     project = copy_project(args.folder)
     wrong = []
     with serving(make_hub(args.folder / "hub")) as server:
-        env = environment(server, args.folder)
         for profile in [args.profile] if args.profile else ["speedrun", "max3060"]:
-            wrong += rehearse(project, env, profile, args.stages)
+            wrong += rehearse(project, environment(server, args.folder), profile, args.stages)
     if wrong:
         sys.exit("\n".join(["", "the rehearsal found:", *wrong]))
 

@@ -1,7 +1,6 @@
 """Memory: predicted bytes against the bytes of tensors that are alive, and what happens when it runs out."""
 
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -14,15 +13,18 @@ import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForSequenceClassification
 
-from configs import ROOT
-from lab import plan
+from configs import ROOT, parse_config
+from lab.plan import ON_HUB
 from model import KVCache, ModelConfig, ModernDecoderLM, sample
 from support import kernels, memory
 from support.caches import FixedCache
 from support.costs import GIB, generation_bytes, likelihood_bytes, shape_of
 from support.memory import DoesNotFit, control_group_bytes, halving, is_out_of_memory, rows_that_fit
+from support.plan import planned_for
 from support.text_model import on_all_cores, target_logits
+from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,8 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 class LiveBytes(TorchDispatchMode):
     """Sums the storages that operations make, while they are alive. Tensors may be on the device "meta",
-    which has shapes but no numbers: then the largest models cost nothing. A question about their numbers
-    ("are all rows finished?") is answered by no.
+    which has shapes but no numbers: then the largest models cost nothing.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -60,17 +61,29 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in ("item", "_local_scalar_dense", "is_nonzero") and args[0].is_meta:
-            return False
+            return False  # "are all rows finished?"
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self.add(t)
         return out
 
-    @property
-    def needed(self) -> int:
-        """The peak beside the weights."""
-        return self.peak - self.weights
+    def agrees_with(self, predicted: int) -> bool:
+        """Whether the peak beside the weights was predicted."""
+        return 0.95 <= predicted / (self.peak - self.weights) <= 1.25
+
+
+@pytest.fixture(autouse=True)
+def fast_functions():
+    kernels.install()
+
+
+# -----------------------------------------------------------------------------
+# On a GPU of 12 GB: the real shapes of the speedrun, on "meta"
+
+SPACE = 8 * GIB  # beside weights, context and what the allocator loses
+SPEEDRUN = planned_for(parse_config(TrainConfig, "", ["configs/speedrun.py"]))[0]
+GPT2 = transformers.GPT2Config(pad_token_id=0)
 
 
 def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -83,185 +96,64 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return torch.empty_like(q) if sums.numel() else q
 
 
-@pytest.fixture(autouse=True)
-def fast_functions():
-    kernels.install()
-
-
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
+def on_meta(monkeypatch):
+    """on_meta(make): a model as on a GPU, in bfloat16."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_attention)
     monkeypatch.setattr(ModernDecoderLM, "dtype", property(lambda self: self.head.dtype))
 
+    def make(model, config):
+        with torch.device("meta"):
+            return model(config).eval().bfloat16()
 
-def on_meta(make) -> torch.nn.Module:
-    with torch.device("meta"):
-        return make().eval().bfloat16()
-
-
-ids_of = partial(torch.ones, dtype=torch.long, device="meta")
+    return make
 
 
+@pytest.mark.parametrize("config", [SPEEDRUN, ON_HUB["gpt2"]], ids=["speedrun", "gpt2"])
+@pytest.mark.parametrize(
+    ("prompt", "new", "n"), [(153, 160, 1), (153, 160, 16), (350, 160, 4), (768, 256, 1)]
+)
 @torch.no_grad()
-def ours_generates(model: ModernDecoderLM, rows: int, prompt: int, new: int, n: int, sampled: bool) -> int:
-    """Bytes that `generate` needs on a GPU: its moments, since a loop that asks for tokens needs numbers."""
-    c, prompts = model.config, rows // n
+def test_a_batch_of_generation_is_predicted(on_meta, config, prompt, new, n):
+    """The moments of `generate` that need most: a loop that asks for tokens needs numbers."""
+    need = partial(generation_bytes, shape_of(config), prompt=prompt, new=new, n=n, sampled=n > 1)
+    rows = rows_that_fit(need, 1024, SPACE)
+    prompts = rows // n
+    model = on_meta(ModernDecoderLM, config)
     with LiveBytes(model) as live:
-        cache = KVCache(c, prompts, prompt + new + -(prompt + new) % 8, model.device, model.dtype)
+        cache = KVCache(config, prompts, prompt + new + -(prompt + new) % 8, model.device, model.dtype)
         logits = model.prefill([[1] * prompt] * prompts, cache)
         if n > 1:
             cache.select(torch.arange(prompts).repeat_interleave(n))
             logits = logits.repeat_interleave(n, dim=0)
         uniforms = torch.empty(rows, new, device="meta")
-        token = sample(logits, uniforms[:, 0], float(sampled))
+        token = sample(logits, uniforms[:, 0], float(n > 1))
         cache = FixedCache(cache)
         for alive in (rows, rows // 2):
             for _ in range(2):
                 cache.begin(1)
                 logits = model.step(token.unsqueeze(1), cache)
-                token = sample(logits, uniforms[:alive, 1], float(sampled))
+                token = sample(logits, uniforms[:alive, 1], float(n > 1))
             cache.select(torch.arange(alive // 2))
             token = token[: alive // 2]
-    return live.needed
+    assert live.agrees_with(need(rows)) and need(rows) <= SPACE
 
 
-def filled(config, shape, rows: int, tokens: int) -> transformers.DynamicCache:
-    """A cache that holds the keys and values of so many tokens."""
-    cache = transformers.DynamicCache(config=config)
-    for layer in range(shape.n_layers):
-        kv = torch.empty(
-            2, rows, shape.n_kv_heads, tokens, shape.head_dim, dtype=torch.bfloat16, device="meta"
-        )
-        cache.update(kv[0].clone(), kv[1].clone(), layer)
-    return cache
-
-
-def drawn(logits: torch.Tensor, rows: int, sampled: bool) -> torch.Tensor:
-    """As transformers' generate does, a copy in float32; and a token of it as support/hub.py chooses it."""
-    scores = logits[:, -1].to(copy=True, dtype=torch.float32)
-    token = sample(scores, torch.empty(rows, device="meta"), float(sampled))
-    return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
-
-
+@pytest.mark.parametrize("kind", ["ours", "causal", "head"])
 @torch.no_grad()
-def decoder_generates(model, rows: int, prompt: int, new: int, sampled: bool) -> int:
-    """Reading the prompts, and the last of the steps."""
-    how = dict(use_cache=True, logits_to_keep=1)
-    with LiveBytes(model) as reading:
-        out = model(input_ids=ids_of(rows, prompt), attention_mask=ids_of(rows, prompt),
-                    position_ids=ids_of(rows, prompt), **how)  # fmt: skip
-        drawn(out.logits, rows, sampled)
-        del out
-    with LiveBytes(model) as live:
-        cache = filled(model.config, shape_of(model.config, ours=False), rows, prompt + new - 1)
-        live.peak = live.live  # filling it is not what is counted
-        step = dict(input_ids=ids_of(rows, 1), position_ids=ids_of(rows, 1), cache=cache, **how)
-        drawn(model(**step, attention_mask=ids_of(rows, prompt + new)).logits, rows, sampled)
-    return max(reading.needed, live.needed)
-
-
-@torch.no_grad()
-def encoder_decoder_generates(model, rows: int, prompt: int, new: int, sampled: bool) -> int:
-    shape = shape_of(model.config, "seq2seq", ours=False)
-    with LiveBytes(model) as live:
-        mask = ids_of(rows, prompt)
-        encoded = model.get_encoder()(input_ids=ids_of(rows, prompt), attention_mask=mask)
-        own, cross = (
-            filled(model.config, shape, rows, new - 2),
-            transformers.DynamicCache(config=model.config),
-        )
-        cache = transformers.EncoderDecoderCache(own, cross)
-        for _ in range(2):  # the first step computes keys and values of the prompt
-            out = model(encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids_of(rows, 1),
-                        cache=cache, use_cache=True)  # fmt: skip
-            drawn(out.logits, rows, sampled)
-            del out
-    return live.needed
-
-
-@torch.no_grad()
-def reads(model, kind: str, rows: int, length: int, columns: int) -> int:
-    """Log-likelihoods as TextModel computes them."""
-    with LiveBytes(model) as live:
-        targets = ids_of(rows, columns)
-        logits = target_logits(model, kind, ids_of(rows, length), ids_of(rows, length), targets).flatten(0, 1)
-        loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
-        loss.view_as(targets).double().sum(-1)
-    return live.needed
-
-
-# -----------------------------------------------------------------------------
-# The table: every stage of the speedrun that asks a model
-
-STAGES = {
-    "pretrain": "train.py configs/speedrun.py",
-    "finetune-sst2": "finetune.py configs/sst2.py --name=sst2",
-    "finetune-samsum": "finetune.py configs/samsum.py --name=samsum",
-    "finetune-gsm8k": "finetune.py configs/gsm8k.py --name=gsm8k",
-    "sft": "sft.py configs/sft.py",
-    "dpo": "dpo.py configs/dpo.py",
-    "verifier": "verifier.py configs/verifier.py",
-    "eval-base": "eval.py out/base --tasks=sentiment,dialogue,arithmetic,storyworld --shots=0,4 --limit=500",
-    "eval-sst2": "eval.py gpt2 out/sst2 --tasks=sst2",
-    "eval-samsum": "eval.py google/flan-t5-small out/samsum --tasks=samsum",
-    "eval-gsm8k": "eval.py gpt2 out/gsm8k --tasks=gsm8k",
-    "README's 4 shots": "eval.py gpt2 --tasks=gsm8k --shots=0,4",
-    "gsm8k sampled": "eval.py out/gsm8k --tasks=gsm8k --samples=16",
-    "by transformers": "eval.py gpt2 out/sst2 --tasks=gsm8k,sst2 --backend=transformers",
-    "TinyLlama": "eval.py TinyLlama/TinyLlama_v1.1 --tasks=gsm8k --backend=transformers",
-    "QLoRA": "finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 --lora_r=8 --load_in_4bit",
-    "eval-life": "eval.py out/base out/sft out/dpo --tasks=arithmetic,storyworld --samples=16 --battery=200",
-}
-SPACE = 10.0 * GIB  # what a 12 GB GPU gives
-FLAN_T5 = transformers.T5Config(
-    vocab_size=32_128, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
-    feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-)  # fmt: skip
-TINY_LLAMA = transformers.LlamaConfig(
-    vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-    num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
-)  # fmt: skip
-ON_HUB = {"gpt2": transformers.GPT2Config(), "google/flan-t5-small": FLAN_T5,
-          "TinyLlama/TinyLlama_v1.1": TINY_LLAMA}  # fmt: skip
-
-
-def counted(c: ModelConfig, batch: plan.Batch, rows: int) -> int:
-    """Bytes of the tensors of a batch at its real shape."""
-    s, sizes = batch.shape, (rows, batch.length, batch.new)
-    if s.kind == "seq2seq":
-        model = on_meta(lambda: transformers.T5ForConditionalGeneration(FLAN_T5))
-    elif not s.ours:
-        theirs = ON_HUB["gpt2"] if c.positions == "learned" else TINY_LLAMA
-        model = on_meta(lambda: transformers.AutoModelForCausalLM.from_config(theirs))
+def test_a_batch_of_likelihoods_is_predicted(on_meta, kind):
+    rows, length = 65, 500
+    if kind == "ours":
+        model, shape = on_meta(ModernDecoderLM, ON_HUB["gpt2"]), shape_of(ON_HUB["gpt2"])
     else:
-        model = on_meta(lambda: ModernDecoderLM(c))
-    if not batch.new:
-        return reads(model, s.kind, rows, batch.length, batch.length)
-    if s.ours:
-        return ours_generates(model, *sizes, batch.n, batch.sampled)
-    return (encoder_decoder_generates if s.kind == "seq2seq" else decoder_generates)(
-        model, *sizes, batch.sampled
-    )
-
-
-def test_every_batch_of_the_speedrun_is_predicted_and_fits_a_12_gb_gpu(as_on_a_gpu):
-    counter, known, wrong, table = plan.Plan(), {}, [], 0
-    print(f"\n{'':20} rows prompt  new   n counted error  with weights (GiB)")
-    for name, command in STAGES.items():
-        work = counter.count(command.split())
-        for batch in dict.fromkeys(work.asks):
-            rows = batch.rows((SPACE - batch.weights(False) - 0.55 * GIB) / 1.06, on_cpu=False)
-            key = (batch.shape, rows, batch.length, batch.new, batch.n, batch.sampled)
-            if key not in known:
-                known[key] = counted(work.shape, batch, rows)
-            predicted = batch.bytes(rows, on_cpu=False)
-            error, full = predicted / known[key] - 1, batch.weights(False) + 1.06 * predicted + 0.55 * GIB
-            sizes = f"{name:20}{rows:5}{batch.length:7}{batch.new:5}{batch.n:4}"
-            print(f"{sizes}{known[key] / GIB:8.2f}{error:+7.1%}{full / GIB:8.2f}")
-            table += 1
-            if not -0.05 <= error <= 0.25 or full > SPACE:
-                wrong.append((name, rows, error, full / GIB))
-    assert not wrong and table == 29
+        auto = transformers.AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+        model, shape = on_meta(auto.from_config, GPT2), shape_of(GPT2, kind, ours=False)
+    ids = torch.ones(rows, length, dtype=torch.long, device="meta")
+    with LiveBytes(model) as live:
+        logits = target_logits(model, shape.kind, ids, ids, ids)
+        if kind != "head":
+            F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+    assert live.agrees_with(likelihood_bytes(shape, rows, length, length))
 
 
 # -----------------------------------------------------------------------------
@@ -285,8 +177,8 @@ def test_generation_on_a_cpu_is_predicted(n, parts):
     model, rows, prompt, new = ModernDecoderLM(c).eval(), 64, 180, 40
     with LiveBytes(model) as live:
         model.generate([[i, 7, 8] * 60 for i in range(rows // n)], new, n=n, stop_tokens=range(30))
-    predicted = generation_bytes(shape_of(c), rows, prompt, new, n, size=4, sampled=True, on_cpu=True)
-    assert 0.95 < predicted / live.needed < 1.25
+    how = dict(size=4, sampled=True, on_cpu=True)
+    assert live.agrees_with(generation_bytes(shape_of(c), rows, prompt, new, n, **how))
 
 
 SMALL = dict(vocab_size=512, bos_token_id=1, eos_token_id=2)
@@ -300,7 +192,7 @@ THEIRS = [
 
 
 @pytest.mark.parametrize("config", THEIRS, ids=lambda config: config.model_type)
-def test_generation_by_transformers_on_a_cpu_is_predicted(config):
+def test_generation_by_transformers_is_predicted(config):
     rows, prompt, new = 32, 100, 20
     mask = torch.ones(rows, prompt, dtype=torch.long)
     mask[:, 0] = 0  # padding on the left
@@ -310,8 +202,7 @@ def test_generation_by_transformers_on_a_cpu_is_predicted(config):
     with LiveBytes(model) as live:
         model.generate(input_ids=torch.ones_like(mask), attention_mask=mask, max_new_tokens=new,
                        min_new_tokens=new, do_sample=False, pad_token_id=0)  # fmt: skip
-    predicted = generation_bytes(shape_of(config, kind, ours=False), rows, prompt, new, size=4)
-    assert 0.95 < predicted / live.needed < 1.25
+    assert live.agrees_with(generation_bytes(shape_of(config, kind, False), rows, prompt, new, size=4))
 
 
 @pytest.mark.parametrize("columns", [2, 90])
@@ -322,44 +213,24 @@ def test_likelihoods_on_a_cpu_are_predicted(columns):
     with LiveBytes(model) as live, torch.no_grad():
         logits = target_logits(model, "causal", ids, None, targets).flatten(0, 1)
         F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
-    predicted = likelihood_bytes(shape_of(c), 20, 90, columns, size=4, on_cpu=True)
-    assert 0.95 < predicted / live.needed < 1.25
-
-
-@pytest.mark.parametrize("name", ON_HUB)
-def test_shapes_are_those_of_the_config_classes(name):
-    known = plan.ON_HUB[name]
-    assert shape_of(known.config, known.kind, False) == shape_of(ON_HUB[name], known.kind, False)
+    assert live.agrees_with(likelihood_bytes(shape_of(c), 20, 90, columns, size=4, on_cpu=True))
 
 
 # -----------------------------------------------------------------------------
 # What is free
 
 
-def write(folder, **files) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(f"{text}\n")
-
-
-def test_control_groups_limit_what_is_free(tmp_path):
-    own = tmp_path / "cgroup"
+def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leave(tmp_path, monkeypatch):
+    own, root = tmp_path / "cgroup", tmp_path / "groups"
     own.write_text("0::/user/job\n")
-    root = tmp_path / "v2"
-    write(root / "user/job", memory__max="max", memory__current=100, memory__stat="inactive_file 10")
+    (root / "user/job").mkdir(parents=True)
+    for name, text in (("max", "max"), ("current", "100"), ("stat", "inactive_file 10")):
+        (root / f"user/job/memory.{name}").write_text(text)
     assert control_group_bytes(root, own) is None
-    write(root / "user", memory__max=1000, memory__current=700, memory__stat="anon 5\ninactive_file 50")
+    for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 5\ninactive_file 50")):
+        (root / f"user/memory.{name}").write_text(text)
     assert control_group_bytes(root, own) == 350  # the group around the process' own is the tighter one
-    own.write_text("9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
-    files = dict(memory__usage_in_bytes=300, memory__stat="inactive_file 1\ntotal_inactive_file 20")
-    write(tmp_path / "v1/memory", memory__limit_in_bytes=2**63 - 4096, **files)
-    assert control_group_bytes(tmp_path / "v1", own) is None
-    write(tmp_path / "v1/memory", memory__limit_in_bytes=1000, **files)  # a container sees its group as root
-    assert control_group_bytes(tmp_path / "v1", own) == 720
     assert control_group_bytes(tmp_path, tmp_path / "not there") is None
-
-
-def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leave(monkeypatch):
     assert memory.available_bytes() > 2**20
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     for limit, free in ((800, 800), (None, 1000)):
@@ -369,7 +240,7 @@ def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leav
 
 
 @pytest.mark.parametrize(("fraction", "free"), [(1.0, 600 + 200), (0.5, 200 + 200)])
-def test_on_a_gpu_what_torch_keeps_but_does_not_use_is_free_within_the_limit_of_the_process(
+def test_what_torch_keeps_but_does_not_use_is_free_within_the_limit_of_the_process(
     fraction, free, monkeypatch
 ):
     values = {"mem_get_info": (600, 1000), "memory_reserved": 300, "memory_allocated": 100}
@@ -383,32 +254,29 @@ def test_on_a_gpu_what_torch_keeps_but_does_not_use_is_free_within_the_limit_of_
 
 
 def test_rows_are_halved_until_they_fit_and_are_at_least_one():
-    need = lambda rows: 10 * rows + 5  # noqa: E731
-    assert rows_that_fit(need, 256, 10**6) == 256
-    assert rows_that_fit(need, 256, 700) == 64
-    assert rows_that_fit(need, 256, 0) == rows_that_fit(need, 0, 100) == 1
+    found = [
+        rows_that_fit(lambda rows: 10 * rows + 5, most, room) for most in (256, 0) for room in (10**6, 700, 0)
+    ]
+    assert found == [256, 64, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("run", "expected"),
-    [
-        (lambda: torch.empty(2**55), True),
-        (lambda: np.empty(2**55), True),
-        (lambda: bytearray(2**55), True),
-        (lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), True),
-        (
-            lambda: raised(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
-            True,
-        ),
-        (lambda: raised(OSError(12, "Cannot allocate memory")), True),
-        (lambda: torch.ones(2) @ torch.ones(3), False),
-        (lambda: open("/not/there"), False),
-    ],
-)
-def test_running_out_of_memory_is_recognised_and_nothing_else(run, expected):
-    with pytest.raises((RuntimeError, MemoryError, OSError, ValueError)) as info:
-        run()
-    assert is_out_of_memory(info.value) == expected
+ERRORS = {
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"): True,
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"): True,
+    OSError(12, "Cannot allocate memory"): True,
+    MemoryError(): True,
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"): False,
+    FileNotFoundError(2, "No such file or directory"): False,
+}
+
+
+@pytest.mark.parametrize(("error", "expected"), ERRORS.items(), ids=str)
+def test_running_out_of_memory_is_recognised_and_nothing_else(error, expected):
+    assert is_out_of_memory(error) == expected
+    for allocate in (torch.empty, np.empty, bytearray):
+        with pytest.raises((RuntimeError, MemoryError)) as info:
+            allocate(2**55)
+        assert is_out_of_memory(info.value)
 
 
 def raised(error: Exception):
@@ -440,11 +308,12 @@ from support.text_model import TextModel
 from model import ModelConfig, ModernDecoderLM
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
+torch.set_num_threads(1)
 torch.manual_seed(0)
 tokenizer = Tokenizer(*train_bpe(["one two three four"], 300, SPECIAL_TOKENS, workers=1), SPECIAL_TOKENS)
 wide = ModelConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=8, head_dim=128, context_length=128)
 model = TextModel(ModernDecoderLM(wide).eval(), tokenizer, "causal")
-prompts = [[i % 200 + 1] * 40 for i in range(256)]
+prompts = [[i % 200 + 1] * 20 for i in range(256)]
 generate, rows = ModernDecoderLM.generate, []
 
 def watched(self, some, *args, **how):
@@ -454,16 +323,15 @@ def watched(self, some, *args, **how):
 def results():
     rows.clear()
     texts = model.generate(prompts, 4, "", temperature=1.0, seed=1)
-    samples = model.generate(prompts[:1], 60, "", n=512, temperature=1.0, seed=1)
-    return texts, samples, [round(x, 3) for x in model.log_likelihoods([(p, [5] * 40) for p in prompts[:64]])]
+    samples = model.generate(prompts[:1], 20, "", n=512, temperature=1.0, seed=1)
+    read = model.log_likelihoods([(p, [5] * 20) for p in prompts[:64]])
+    return texts, samples, [round(x, 3) for x in read], list(rows)
 
 ModernDecoderLM.generate = watched
-torch.set_num_threads(1)
-found = [[*results(), list(rows)]]
+found = [results()]
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 60 * 2**20, -1))
-found.append([*results(), list(rows)])
-print(json.dumps(found))
+print(json.dumps([*found, results()]))
 """
 
 
@@ -474,7 +342,7 @@ def test_generation_goes_on_with_fewer_rows_when_the_memory_of_the_process_runs_
     assert done.returncode == 0, done.stderr[-2000:]
     (*plenty, rows), (*little, fewer) = json.loads(done.stdout)
     assert plenty == little, "the same texts, samples and likelihoods"
-    assert rows == [256] * 3 and fewer.count(256) >= 2 and min(fewer) <= 64
+    assert rows == [256] * 3 and fewer.count(256) >= 2
     assert fewer[-1] < 256, "samples of one prompt are divided, too"
 
 
@@ -484,24 +352,8 @@ def exhausting(items: list[int]) -> list[int]:
     return [10 * item for item in items]
 
 
-def killed(item: int) -> None:
-    os.kill(os.getpid(), 9)  # as Linux does to the largest process when memory runs out
-
-
-@pytest.fixture
-def two_workers():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_a_worker_process_that_is_killed_ends_in_one_line(two_workers):
-    with pytest.raises(ValueError, match="^a worker process was killed"):
-        list(on_all_cores(killed, [1, 2, 3, 4], torch.device("cpu")))
-
-
-def test_worker_processes_halve_their_own_batches(two_workers):
+def test_worker_processes_halve_their_own_batches(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     batches = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [10]]
     results = list(on_all_cores(partial(halving, exhausting), batches, torch.device("cpu")))
     assert results == [[10 * item for item in batch] for batch in batches]

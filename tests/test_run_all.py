@@ -10,228 +10,173 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+STAND_IN = r"""#!/usr/bin/env bash
+[ "$1" = -c ] && { echo stand_in; exit; }
+[ "$2" = support.machine ] && { . ./machine; exit; }
+[ "$2" = lab.plan ] && { cat >planned; echo "the plan"; exit; }
+[ "$2" = pip ] && exit
+echo "$*" >>calls
+[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }
+mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier
+case "$1 $*" in
+train*) touch stand_in/model.safetensors ;;
+finetune*) touch sentiment/run.json ;;
+sft*) touch sft/model.safetensors sft/run.json ;;
+"dpo.py "*) [ -z "${HANG:-}" ] || exec sleep 30; touch dpo/model.safetensors dpo/run.json ;;
+verifier*) touch verifier/run.json ;;
+eval*) touch stand_in/{results,attention}.json sentiment/results.json pipeline.json ;;
+esac
+"""
+TRAINED = ["train.py", "finetune.py", "sft.py", "dpo.py", "verifier.py"]
+EVERYTHING = ["tokenizer.py", "train.py", "chat.py", *TRAINED[1:], *["eval.py"] * 4]
 
 
-def run_all(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "run_all.sh", *words], cwd=folder, env=os.environ | env, capture_output=True, text=True
-    )
+class Project:
+    """A copy of the script beside a `python` that notes its arguments and obeys $FAIL."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
+        (folder / "pyproject.toml").write_text("")
+        (folder / "configs").mkdir()
+        for name in ("sentiment", "sft", "dpo", "verifier"):
+            (folder / "configs" / f"{name}.py").write_text("")
+        (folder / "configs" / "cpu.py").write_text('name = "stand_in"\n')
+        python = folder / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(STAND_IN)
+        python.chmod(0o755)
+
+    def run(self, *words: str, status: int = 0, **env: str) -> subprocess.CompletedProcess:
+        command = ["bash", "run_all.sh", *words]
+        done = subprocess.run(command, cwd=self.folder, env=os.environ | env, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done
+
+    def lines(self) -> list[str]:
+        """Commands since the last look but the report, which closes every call."""
+        file = self.folder / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [line for line in lines if not line.startswith("report.py")]
+
+    def scripts(self) -> list[str]:
+        return [line.split()[0] for line in self.lines()]
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A copy of the script beside stand-ins: a `python` that notes its arguments and obeys $FAIL."""
-    (tmp_path / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
-    (tmp_path / "pyproject.toml").write_text("")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "cpu.py").write_text('name = "stand_in"\n')
-    for name in ("sentiment", "sft", "dpo", "verifier"):
-        (tmp_path / "configs" / f"{name}.py").write_text("")
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        "#!/usr/bin/env bash\n"
-        '[ "$1" = -c ] && { echo stand_in; exit; }\n'
-        '[ "$2" = support.machine ] && { . ./machine; exit; }\n'
-        '[ "$2" = lab.plan ] && { cat >planned; echo "the plan"; exit; }\n'
-        'echo "$*" >>calls\n'
-        '[ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }\n'
-        "mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier\n"
-        'case "$1 $*" in\n'
-        "train*) touch stand_in/model.safetensors ;;\n"
-        "finetune*) touch sentiment/run.json ;;\n"
-        "sft*) touch sft/model.safetensors sft/run.json ;;\n"
-        '"dpo.py "*) [ -z "${HANG:-}" ] || exec sleep 30; touch dpo/model.safetensors dpo/run.json ;;\n'
-        "verifier*) touch verifier/run.json ;;\n"
-        "eval*) touch stand_in/{results,attention}.json sentiment/results.json pipeline.json ;;\n"
-        "esac\n"
-    )
-    python.chmod(0o755)
-    return tmp_path
+def new(tmp_path: Path) -> Project:
+    return Project(tmp_path)
 
 
-EVERYTHING = ["tokenizer.py", "train.py", "chat.py", "finetune.py", "sft.py", "dpo.py", "verifier.py"]
-EVERYTHING += ["eval.py"] * 4
+@pytest.fixture
+def done(new) -> Project:
+    """A project whose stages have all run once."""
+    new.run("cpu")
+    assert new.scripts() == EVERYTHING
+    return new
 
 
-def calls(project: Path) -> list[str]:
-    """Scripts that ran since the last look; the report, which closes every call, apart."""
-    file = project / "calls"
-    lines = file.read_text().splitlines() if file.exists() else []
-    file.unlink(missing_ok=True)
-    return [line.split()[0] for line in lines if not line.startswith(("-m", "report.py"))]
+def started_anew(lines: list[str]) -> list[str]:
+    return [line.split()[0] for line in lines if line.endswith("--overwrite")]
 
 
-def test_stages_run_in_order_once_and_again_when_their_config_changes(project):
-    assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == EVERYTHING
-    again = run_all(project, "cpu")
-    assert again.returncode == 0 and calls(project) == [] and again.stdout.count("done before") == 11
-    (project / "configs" / "cpu.py").write_text('name = "stand_in"\nseed = 2\n')
-    assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == EVERYTHING
-    (project / "configs" / "sentiment.py").write_text("seed = 2\n")
-    assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == ["finetune.py", "eval.py"]  # what sft.py makes does not depend on it
+def test_stages_run_once_and_again_when_their_config_changes_or_their_result_is_gone(done):
+    again = done.run("cpu")
+    assert done.scripts() == [] and again.stdout.count("done before") == 11
+    (done.folder / "configs" / "cpu.py").write_text('name = "stand_in"\nseed = 2\n')
+    done.run("cpu")
+    assert done.scripts() == EVERYTHING
+    (done.folder / "configs" / "sentiment.py").write_text("seed = 2\n")
+    done.run("cpu")
+    assert done.scripts() == ["finetune.py", "eval.py"]  # what sft.py makes does not depend on it
+    (done.folder / "out" / "stand_in" / "model.safetensors").unlink()
+    done.run("cpu")
+    assert done.scripts() == EVERYTHING[1:]  # and what follows from it
+    done.run("cpu", SEED="2")
+    assert [line.split()[0] for line in done.lines() if "--seed=2" in line] == TRAINED
 
 
-def test_what_follows_from_a_model_trained_anew_starts_anew(project):
-    run_all(project, "cpu")
-    calls(project)
-    (project / "out" / "sft" / "model.safetensors").unlink()
-    assert run_all(project, "cpu").returncode == 0
-    lines = (project / "calls").read_text().splitlines()
-    assert [line.split()[0] for line in lines if line.endswith("--overwrite")] == ["dpo.py", "verifier.py"]
-    calls(project)
-    again = run_all(project, "cpu")
-    assert again.returncode == 0 and calls(project) == []
-
-
-def killed_in_dpo(project: Path) -> None:
-    """SFT has been trained anew, and everything is killed while the new DPO samples its pairs."""
-    (project / "out" / "sft" / "model.safetensors").unlink()
-    env = os.environ | {"HANG": "yes"}
-    run = subprocess.Popen(["bash", "run_all.sh", "cpu"], cwd=project, env=env, start_new_session=True)
-    try:
-        while "dpo.py" not in calls_so_far(project):
+@pytest.mark.parametrize("killed", ["", "while it samples", "after it began anew"])
+def test_what_follows_from_a_model_trained_anew_starts_anew_also_after_a_kill(done, killed):
+    (done.folder / "out" / "sft" / "model.safetensors").unlink()
+    if killed:
+        env = os.environ | {"HANG": "yes"}
+        run = subprocess.Popen(
+            ["bash", "run_all.sh", "cpu"], cwd=done.folder, env=env, start_new_session=True
+        )
+        while "dpo.py" not in done.scripts():
             assert run.poll() is None
             time.sleep(0.02)
-    finally:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
+    if killed == "after it began anew":
+        (done.folder / "out" / "dpo" / "run.json").touch()
+    done.run("cpu")
+    lines = done.lines()
+    assert started_anew(lines) == (["verifier.py"] if "began" in killed else ["dpo.py", "verifier.py"])
+    assert [line.split()[0] for line in lines][-3:] == ["dpo.py", "verifier.py", "eval.py"]
+    done.run("cpu")
+    assert done.scripts() == []
 
 
-def calls_so_far(project: Path) -> list[str]:
-    file = project / "calls"
-    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
+def test_a_single_stage_makes_what_follows_from_it_out_of_date(done):
+    (done.folder / "out" / "sft" / "model.safetensors").unlink()
+    done.run("cpu", "sft")
+    assert done.scripts() == ["sft.py"]
+    done.run("cpu")
+    assert done.scripts() == ["dpo.py", "verifier.py", "eval.py"]
 
 
-def test_a_stage_that_was_killed_is_not_done_and_still_starts_anew(project):
-    run_all(project, "cpu")
-    calls(project)
-    killed_in_dpo(project)
-    calls(project)
-    assert run_all(project, "cpu").returncode == 0
-    lines = (project / "calls").read_text().splitlines()
-    assert [line.split()[0] for line in lines if line.endswith("--overwrite")] == ["dpo.py", "verifier.py"]
-    assert calls(project) == ["dpo.py", "verifier.py", "eval.py"]
-    assert run_all(project, "cpu").returncode == 0 and calls(project) == []
-
-
-def test_a_stage_that_began_anew_and_was_killed_goes_on(project):
-    run_all(project, "cpu")
-    calls(project)
-    killed_in_dpo(project)
-    (project / "out" / "dpo" / "run.json").touch()  # the new run had begun
-    calls(project)
-    assert run_all(project, "cpu").returncode == 0
-    lines = (project / "calls").read_text().splitlines()
-    assert [line.split()[0] for line in lines if line.endswith("--overwrite")] == ["verifier.py"]
-
-
-def test_a_single_stage_makes_what_follows_from_it_out_of_date(project):
-    run_all(project, "cpu")
-    (project / "out" / "sft" / "model.safetensors").unlink()
-    run_all(project, "cpu", "sft")
-    calls(project)
-    assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == ["dpo.py", "verifier.py", "eval.py"]
-
-
-def test_without_a_profile_the_machine_is_asked(project):
-    machine = project / "machine"
-    machine.write_text("echo cpu\n")
-    assert run_all(project).returncode == 0 and calls(project) == EVERYTHING
+def test_without_a_profile_the_machine_is_asked(new):
+    machine = new.folder / "machine"
     machine.write_text("echo 'a GPU that torch cannot use' >&2; exit 1\n")
-    refused = run_all(project)
-    assert refused.returncode == 1 and "a GPU that torch cannot use" in refused.stderr
-    assert calls(project) == []
+    assert "a GPU that torch cannot use" in new.run(status=1).stderr and new.scripts() == []
+    machine.write_text("echo cpu\n")
+    new.run()
+    assert new.scripts() == EVERYTHING
 
 
-def test_a_stage_whose_result_was_deleted_runs_again(project):
-    run_all(project, "cpu")
-    calls(project)
-    (project / "out" / "stand_in" / "model.safetensors").unlink()
-    assert run_all(project, "cpu").returncode == 0
-    assert calls(project) == EVERYTHING[1:]  # and what follows from it
+def test_the_plan_comes_first_and_holds_the_commands_that_are_left(new):
+    assert "the plan" in new.run("cpu", "--plan", "--vram=12").stdout and new.lines() == []
+    planned = [line.split("\tpython ") for line in (new.folder / "planned").read_text().splitlines()]
+    shown = new.run("cpu").stdout
+    assert [command for _, command in planned] == [line.removesuffix(" --overwrite") for line in new.lines()]
+    assert shown.index("the plan") < shown.index("== tokenizer")
+    new.run("cpu")
+    assert (new.folder / "planned").read_text() == ""
 
 
-def test_the_plan_comes_first_and_holds_the_commands_that_are_left(project):
-    only = run_all(project, "cpu", "--plan", "--vram=12")
-    assert only.returncode == 0 and "the plan" in only.stdout and calls(project) == []
-    lines = [line.split("\t") for line in (project / "planned").read_text().splitlines()]
-    assert [command.split()[1] for _, command in lines] == EVERYTHING and lines[0][0] == "tokenizer"
-    done = run_all(project, "cpu")
-    ran = (project / "calls").read_text().splitlines()
-    ran = [line.removesuffix(" --overwrite") for line in ran if not line.startswith(("-m", "report.py"))]
-    assert [command.removeprefix("python ") for _, command in lines] == ran
-    assert done.stdout.index("the plan") < done.stdout.index("== tokenizer")
-    assert run_all(project, "cpu").returncode == 0
-    assert (project / "planned").read_text() == ""
-
-
-def test_one_stage_may_be_named(project):
-    assert run_all(project, "cpu", "tokenizer").returncode == 0
-    assert calls(project) == ["tokenizer.py"]
-
-
-def test_no_command_reaches_past_the_folder_of_its_own(project):
-    assert run_all(project, "cpu", OUT="elsewhere").returncode == 0
-    lines = (project / "calls").read_text().splitlines()
-    assert lines[-1] == "report.py --home=elsewhere"
-    commands = [line for line in lines[:-1] if not line.startswith("-m pip")]
-    for line in commands:
+def test_no_command_reaches_past_the_folder_of_its_own(new):
+    new.run("cpu", OUT="elsewhere")
+    for line in new.lines():
         words = line.split()
         assert "--out=elsewhere" in words or "elsewhere/stand_in" in words, line
         assert not any(word.startswith("out/") for word in words), line
         if words[0] in ("sft.py", "dpo.py", "verifier.py"):  # or it would be the config's own, under out
-            config = (ROOT / words[1]).read_text()
-            named = re.findall(r'^(\w+) = "out/', config, re.MULTILINE)
+            named = re.findall(r'^(\w+) = "out/', (ROOT / words[1]).read_text(), re.MULTILINE)
             assert named and all(f"--{key}=elsewhere/" in line for key in named), line
 
 
-def test_a_failure_names_stage_log_and_the_command_that_goes_on(project):
-    failed = run_all(project, "cpu", FAIL="train.py")
-    assert failed.returncode == 1 and calls(project) == ["tokenizer.py", "train.py"]
-    assert "stage pretrain failed" in failed.stderr and "out/logs/pretrain.log" in failed.stderr
-    assert "bash run_all.sh cpu" in failed.stderr
-    assert "no luck" in (project / "out" / "logs" / "pretrain.log").read_text()
-    assert run_all(project, "cpu").returncode == 0 and calls(project) == EVERYTHING[1:]
+def test_a_failure_names_stage_log_and_the_command_that_goes_on(new):
+    failed = new.run("cpu", FAIL="train.py", status=1).stderr
+    assert new.scripts() == ["tokenizer.py", "train.py"]
+    for words in ("stage pretrain failed", "out/logs/pretrain.log", "bash run_all.sh cpu"):
+        assert words in failed
+    assert "no luck" in (new.folder / "out" / "logs" / "pretrain.log").read_text()
+    stopped = new.run("cpu", FAIL="train.py", STATUS="130", status=130).stderr
+    assert "interrupted" in stopped and "failed" not in stopped
+    new.lines()
+    new.run("cpu")
+    assert new.scripts() == EVERYTHING[1:]
 
 
-def test_an_interruption_keeps_its_exit_status_and_is_no_failure(project):
-    stopped = run_all(project, "cpu", FAIL="train.py", STATUS="130")
-    assert stopped.returncode == 130 and "interrupted" in stopped.stderr and "failed" not in stopped.stderr
-
-
-def test_the_lab_gets_its_flags(project):
-    assert run_all(project, "experiments", "--quick").returncode == 0
-    lines = [
-        line
-        for line in (project / "calls").read_text().splitlines()
-        if not line.startswith(("-m", "report.py"))
-    ]
-    assert lines == ["experiments.py --out=out --quick"]
-
-
-def test_the_machine_is_measured_and_reported(project):
-    assert run_all(project, "hardware", "--only=data").returncode == 0
-    assert "-m lab.hardware --out=out --only=data" in (project / "calls").read_text()
-
-
-def test_another_seed_reaches_every_stage_that_trains(project):
-    assert run_all(project, "cpu").returncode == 0
-    assert run_all(project, "cpu", SEED="2").returncode == 0  # other commands, so nothing counts as done
-    seeded = [line.split()[0] for line in (project / "calls").read_text().splitlines() if "--seed=2" in line]
-    assert seeded == ["train.py", "finetune.py", "sft.py", "dpo.py", "verifier.py"]
-
-
-def test_words_it_does_not_know_are_refused(project):
-    assert run_all(project, "gpu").returncode == 2
-    unknown = run_all(project, "cpu", "pretrian")
-    assert unknown.returncode == 2 and "finetune, sft, dpo, verifier, eval" in unknown.stderr
-
-
-def test_help_prints_the_commands(project):
-    shown = run_all(project, "--help")
-    assert shown.returncode == 0 and "bash run_all.sh test" in shown.stdout and "set -euo" not in shown.stdout
+def test_words_reach_the_lab_or_are_refused(new):
+    new.run("experiments", "--quick")
+    new.run("hardware", "--only=data")
+    new.run("cpu", "tokenizer")
+    assert new.lines()[:2] == ["experiments.py --out=out --quick", "-m lab.hardware --out=out --only=data"]
+    new.run("gpu", status=2)
+    assert "finetune, sft, dpo, verifier, eval" in new.run("cpu", "pretrian", status=2).stderr
+    shown = new.run("--help").stdout
+    assert "bash run_all.sh test" in shown and "set -euo" not in shown
