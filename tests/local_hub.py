@@ -1,7 +1,7 @@
 """A small Hugging Face hub on this computer: the files of some models and data sets, and the part of the
 hub's HTTP API that `huggingface_hub`, `transformers` and `datasets` use.
 
-    with serving(make_hub(Path("/tmp/hub"))) as server:   # server.endpoint: http://127.0.0.1:PORT
+    with serving(make_hub(Path("/tmp/hub"))) as endpoint:   # http://127.0.0.1:PORT, for HF_ENDPOINT
         ...
 
 The repositories have their real ids, file names, columns and oddities, with a few rows each. The models have
@@ -9,7 +9,7 @@ random weights, and the text comes from the embedded generators.
 """
 
 import contextlib
-import csv
+import gzip
 import hashlib
 import json
 import threading
@@ -20,110 +20,205 @@ from pathlib import Path
 
 COMMIT = "c0ffee" + 34 * "0"  # the revision that every repository is at
 MOVED = {"gpt2": "openai-community/gpt2"}  # the hub redirects the old name
+GATED = {"GAIR/lima"}  # files are refused to whoever has not accepted the terms
 LARGE_FILES = (".parquet", ".safetensors", ".gz", ".txt", ".model")  # sent by another host, as LFS does
 
 # -----------------------------------------------------------------------------
-# Data sets
+# Data sets: rows, then files
 
 
 def make_hub(folder: Path) -> Path:
     """Writes all repositories under `folder`; returns it."""
-    for make in (make_sst2, make_samsum, make_gsm8k, make_stories):
-        make(folder / "datasets")
+    datasets = folder / "datasets"
+    make_glue(datasets / "nyu-mll/glue")
+    make_samsum(datasets / "knkarthick/samsum")
+    make_gsm8k(datasets / "openai/gsm8k")
+    make_tinystories(datasets / "roneneldan/TinyStories")
+    make_fineweb(datasets / "HuggingFaceFW/fineweb-edu")
+    make_alpaca(datasets / "tatsu-lab/alpaca")
+    make_dolly(datasets / "databricks/databricks-dolly-15k")
+    make_hh(datasets / "Anthropic/hh-rlhf")
+    make_ultrafeedback(datasets / "HuggingFaceH4/ultrafeedback_binarized")
+    make_lima(datasets / "GAIR/lima")
     make_gpt2(folder / "models/openai-community/gpt2")
     make_flan_t5(folder / "models/google/flan-t5-small")
     return folder
 
 
-def make_sst2(datasets: Path) -> None:
+def make_glue(folder: Path) -> None:
     """SST-2 of GLUE: sentences end in a space, and the labels of the test split are hidden."""
     from tasks.sentiment import sentiment
 
-    folder = datasets / "nyu-mll/glue"
     for split, n in (("train", 160), ("validation", 40), ("test", 16)):
-        rows = []
-        for i, row in enumerate(sentiment(split, n)):
-            label = -1 if split == "test" else int(row["label"])
-            rows.append({"sentence": row["sentence"].strip() + " ", "label": label, "idx": i})
-        write_rows(folder / f"sst2/{split}-00000-of-00001.parquet", rows)
-    label = {"class_label": {"names": {"0": "negative", "1": "positive"}}}
-    features = {"sentence": "string", "label": label, "idx": "int32"}
+        rows = [{"sentence": row["sentence"], "label": row["label"]} for row in sentiment(split, n)]
+        for i, row in enumerate(rows):
+            row["sentence"] = row["sentence"].strip() + " "
+            row["label"] = -1 if split == "test" else int(row["label"])
+            row["idx"] = i
+        write_parquet(folder / f"sst2/{split}-00000-of-00001.parquet", rows)
+    features = (("sentence", "string"), ("label", "label"), ("idx", "int32"))
     write_card(folder, {"sst2": ("sst2", ("train", "validation", "test"))}, features)
 
 
-def make_samsum(datasets: Path) -> None:
+def make_samsum(folder: Path) -> None:
     """Three CSV files; in one training row the dialogue is empty, which `datasets` reads as None."""
+    import csv
+
     from tasks.dialogue import dialogue
 
     for split, n in (("train", 80), ("validation", 16), ("test", 16)):
-        rows = []
-        for i, row in enumerate(dialogue(split, n)):
-            words = row["dialogue"].replace("\r\n", "\n").replace("\n", "\r\n")
-            rows.append({"id": str(13818513 + i), "dialogue": words, "summary": row["summary"]})
+        rows = [{"dialogue": row["dialogue"], "summary": row["summary"]} for row in dialogue(split, n)]
+        for row in rows:
+            row["dialogue"] = row["dialogue"].replace("\r\n", "\n").replace("\n", "\r\n")
         if split == "train":
-            rows[40] |= {"dialogue": "", "summary": "problem with visualization of the content"}
-        write_rows(datasets / f"knkarthick/samsum/{split}.csv", rows)
-    write_card(datasets / "knkarthick/samsum")
+            rows.insert(40, {"dialogue": "", "summary": "problem with visualization of the content"})
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, ("id", "dialogue", "summary"))
+            table.writeheader()
+            for i, row in enumerate(rows):
+                table.writerow({"id": str(13818513 + i), **row})
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n", encoding="utf-8")
 
 
-def make_gsm8k(datasets: Path) -> None:
+def make_gsm8k(folder: Path) -> None:
     """There is no validation split: data.py takes the last 500 rows of train."""
     from tasks.arithmetic import arithmetic
 
-    folder = datasets / "openai/gsm8k"
-    configs = {name: (name, ("train", "test")) for name in ("main", "socratic")}
     for split, n in (("train", 560), ("test", 12)):
         rows = [{"question": r["question"], "answer": r["answer"]} for r in arithmetic(split, n)]
-        for name in configs:
-            write_rows(folder / f"{name}/{split}-00000-of-00001.parquet", rows)
-    write_card(folder, configs, {"question": "string", "answer": "string"})
+        write_parquet(folder / f"main/{split}-00000-of-00001.parquet", rows)
+        write_parquet(folder / f"socratic/{split}-00000-of-00001.parquet", rows)
+    configs = {name: (name, ("train", "test")) for name in ("main", "socratic")}
+    write_card(folder, configs, (("question", "string"), ("answer", "string")))
 
 
-def make_stories(datasets: Path) -> None:
-    """TinyStories: between lines of <|endoftext|>, in files of two editions. FineWeb-Edu: in three parts."""
+def make_tinystories(folder: Path) -> None:
+    """Stories between lines of <|endoftext|>, in files of two editions."""
     from tasks.stories import storyworld
 
-    folder = datasets / "roneneldan/TinyStories"
-    write_card(folder)
-    for part, split, n in (("train", "train", 400), ("valid", "validation", 40)):
-        text = "".join(f"{story}\n<|endoftext|>\n" for story in storyworld(split, n))
-        for edition in ("TinyStoriesV2-GPT4", "TinyStories"):
-            (folder / f"{edition}-{part}.txt").write_text(text, encoding="utf-8")
-    rows = []
-    for i, text in enumerate(storyworld("train", 400)):
-        about = {"id": f"<urn:uuid:{i:08}>", "url": f"http://example.org/{i}", "language": "en"}
-        rows.append({"text": text} | about | {"token_count": len(text) // 4, "score": 2.9, "int_score": 3})
-    folder = datasets / "HuggingFaceFW/fineweb-edu"
-    for part in range(3):
-        write_rows(folder / f"sample/10BT/{part:03}_00000.parquet", rows[part::3])
-    write_card(folder)
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """As .parquet or .csv."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".parquet":
-        import pyarrow
-        from pyarrow.parquet import write_table
-
-        return write_table(pyarrow.Table.from_pylist(rows), file)
-    with open(file, "w", encoding="utf-8", newline="") as text:
-        table = csv.DictWriter(text, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-
-
-def write_card(folder: Path, configs: dict | None = None, features: dict | None = None) -> None:
-    """README.md, whose header says which files are which split of which configuration. (JSON is YAML.)"""
-    header = {"license": "other"}
-    for name, (path, splits) in (configs or {}).items():
-        files = [{"split": split, "path": f"{path}/{split}-*"} for split in splits]
-        header.setdefault("configs", []).append({"config_name": name, "data_files": files})
-        if features:
-            types = [{"name": column, "dtype": dtype} for column, dtype in features.items()]
-            header.setdefault("dataset_info", []).append({"config_name": name, "features": types})
+    stories = list(storyworld("train", 400))
+    held_out = list(storyworld("validation", 40))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(f"---\n{json.dumps(header)}\n---\n", encoding="utf-8")
+    for edition in ("TinyStoriesV2-GPT4", "TinyStories"):
+        for part, some in (("train", stories), ("valid", held_out)):
+            text = "".join(f"{story}\n<|endoftext|>\n" for story in some)
+            (folder / f"{edition}-{part}.txt").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text("---\nlicense: cdla-sharing-1.0\n---\n", encoding="utf-8")
+
+
+def make_fineweb(folder: Path) -> None:
+    from tasks.stories import storyworld
+
+    texts = list(storyworld("train", 400))
+    rows = []
+    for i, text in enumerate(texts):
+        about = {"id": f"<urn:uuid:{i:08}>", "dump": "CC-MAIN-2024-10", "url": f"http://example.org/{i}"}
+        about |= {"file_path": "s3://commoncrawl/x.warc.gz", "language": "en", "language_score": 0.97}
+        rows.append({"text": text} | about | {"token_count": len(text) // 4, "score": 2.9, "int_score": 3})
+    for part in range(3):
+        write_parquet(folder / f"sample/10BT/{part:03}_00000.parquet", rows[part::3])
+    (folder / "README.md").write_text("---\nlicense: odc-by\n---\n", encoding="utf-8")
+
+
+def make_alpaca(folder: Path) -> None:
+    """Columns instruction, input, output and text; some outputs are empty."""
+    rows = [{"instruction": q, "input": "", "output": a} for q, a in questions("train", 60)]
+    rows[7]["output"] = ""
+    for row in rows:
+        row["text"] = f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"
+    write_parquet(folder / "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", rows)
+    features = tuple((name, "string") for name in ("instruction", "input", "output", "text"))
+    write_card(folder, {"default": ("data", ("train",))}, features)
+
+
+def make_dolly(folder: Path) -> None:
+    rows = []
+    for question, answer in questions("train", 60):
+        rows.append({"instruction": question, "context": "", "response": answer, "category": "open_qa"})
+    write_jsonl(folder / "databricks-dolly-15k.jsonl", rows)
+    (folder / "README.md").write_text("---\nlicense: cc-by-sa-3.0\n---\n", encoding="utf-8")
+
+
+def make_hh(folder: Path) -> None:
+    """Transcripts in four folders, each with train and test, beside one that is no preference data."""
+    rows = []
+    for question, answer in questions("train", 60):
+        asked = f"\n\nHuman: {question}\n\nAssistant:"
+        rows.append({"chosen": f"{asked} {answer}", "rejected": f"{asked} I do not know."})
+    rows[3]["rejected"] = rows[3]["chosen"]
+    parts = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+    for i, part in enumerate(parts):
+        write_jsonl(folder / part / "train.jsonl.gz", rows[i::4])
+        write_jsonl(folder / part / "test.jsonl.gz", rows[i::4][:3])
+    write_jsonl(folder / "red-team-attempts/red_team_attempts.jsonl.gz", [{"transcript": "\n\nHuman: hi"}])
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+
+
+def make_ultrafeedback(folder: Path) -> None:
+    """Both answers as whole conversations, in six splits of which two hold pairs."""
+    rows = []
+    for i, (question, answer) in enumerate(questions("train", 60)):
+        asked = {"content": question, "role": "user"}
+        chosen = [asked, {"content": answer, "role": "assistant"}]
+        rejected = [asked, {"content": "" if i == 5 else "I do not know.", "role": "assistant"}]
+        row = {"prompt": question, "prompt_id": f"{i:064x}", "chosen": chosen, "rejected": rejected}
+        rows.append(row | {"messages": chosen, "score_chosen": 8.5, "score_rejected": 4.0})
+    splits = [f"{split}_{kind}" for split in ("train", "test") for kind in ("prefs", "sft", "gen")]
+    for split in splits:
+        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", rows)
+    write_card(folder, {"default": ("data", tuple(splits))})
+
+
+def make_lima(folder: Path) -> None:
+    """Gated, and read by a script, which `datasets` no longer runs."""
+    rows = [{"conversations": list(pair), "source": "x"} for pair in questions("train", 20)]
+    write_jsonl(folder / "train.jsonl", rows)
+    (folder / "lima.py").write_text("import datasets\n", encoding="utf-8")
+    (folder / "README.md").write_text("---\nlicense: other\n---\n", encoding="utf-8")
+
+
+def questions(split: str, n: int) -> Iterator[tuple[str, str]]:
+    from tasks.instructions import instructions
+
+    for row in instructions(split, n):
+        yield row["messages"][0]["content"], row["messages"][1]["content"]
+
+
+def write_parquet(file: Path, rows: list[dict]) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
+
+
+def write_card(folder: Path, configs: dict[str, tuple], features: tuple = ()) -> None:
+    """README.md with the header that says which files are which split of which configuration."""
+    lines = ["---"]
+    if features:
+        lines.append("dataset_info:")
+    for config in configs if features else ():
+        lines += [f"- config_name: {config}", "  features:"]
+        for name, dtype in features:
+            lines.append(f"  - name: {name}")
+            if dtype == "label":
+                lines += ["    dtype:", "      class_label:", "        names:"]
+                lines += ["          '0': negative", "          '1': positive"]
+            else:
+                lines.append(f"    dtype: {dtype}")
+    lines.append("configs:")
+    for config, (path, splits) in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in splits:
+            lines += [f"  - split: {split}", f"    path: {path}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]), encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------
@@ -135,70 +230,109 @@ def make_gpt2(folder: Path) -> None:
     import torch
     import transformers
     from safetensors.torch import save_file
-    from tokenizers import ByteLevelBPETokenizer
-
-    from tasks.arithmetic import arithmetic
-    from tasks.stories import storyworld
 
     folder.mkdir(parents=True)
-    bpe = ByteLevelBPETokenizer()
-    texts = [*storyworld("train", 200), *(row["question"] for row in arithmetic("train", 200))]
-    bpe.train_from_iterator(texts, vocab_size=1_000, show_progress=False)
-    bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.save_model(str(folder))
-    bpe.save(str(folder / "tokenizer.json"))
-    vocab = bpe.get_vocab()
-    write_json(folder / "vocab.json", dict(sorted(vocab.items(), key=lambda item: item[1])))
+    small_bpe(folder)
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    write_byte_level_tokenizer(folder / "tokenizer.json", vocab, merges)
     write_json(folder / "tokenizer_config.json", {"model_max_length": 1024})
 
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), vocab["<|endoftext|>"])
-    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=len(vocab), **ends)
+    end = vocab["<|endoftext|>"]
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=len(vocab), bos_token_id=end, eos_token_id=end
+    )
     config.architectures = ["GPT2LMHeadModel"]
     torch.manual_seed(0)
     weights = transformers.GPT2LMHeadModel(config).transformer.state_dict()
-    for layer in range(config.n_layer):  # the checkpoint holds the causal masks, too
-        weights[f"h.{layer}.attn.bias"] = torch.ones(1024, 1024).tril().view(1, 1, 1024, 1024)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = config.to_dict()
-    config.pop("transformers_version")
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"_from_model_config": True} | ends)
+    causal = torch.ones(1024, 1024).tril().view(1, 1, 1024, 1024)
+    for layer in range(config.n_layer):
+        weights[f"h.{layer}.attn.bias"] = causal.clone()  # the checkpoint holds the causal masks, too
+    save_file(
+        {name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    write_json(folder / "config.json", hub_config(config))
+    generation = {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
+    write_json(folder / "generation_config.json", generation)
+
+
+def small_bpe(folder: Path) -> None:
+    """vocab.json and merges.txt of a vocabulary of 1,000 tokens."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    from tasks.stories import storyworld
+
+    texts = [*storyworld("train", 200), *(" ".join(pair) for pair in questions("train", 200))]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=1_000, show_progress=False)
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save_model(str(folder))
+    vocab = bpe.get_vocab()
+    write_json(folder / "vocab.json", dict(sorted(vocab.items(), key=lambda item: item[1])))
+
+
+def write_byte_level_tokenizer(file: Path, vocab: dict[str, int], merges: list[str]) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pairs = [tuple(line.split(" ")) for line in merges if line]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=True)])
+    tokenizer.save(str(file))
 
 
 def make_flan_t5(folder: Path) -> None:
     """FLAN-T5: a Unigram vocabulary behind </s> and <extra_id_..>; the model has some rows more than it."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     from tasks.dialogue import dialogue
+    from tasks.stories import storyworld
 
     folder.mkdir(parents=True)
+    chats = (f"{row['dialogue']} {row['summary']}" for row in dialogue("train", 200))
+    special = ["<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Replace(" {2,}", " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = dict(special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
-    trainer = trainers.UnigramTrainer(vocab_size=600, show_progress=False, **special)
-    chats = [f"{row['dialogue']} {row['summary']}" for row in dialogue("train", 200)]
-    tokenizer.train_from_iterator(chats, trainer)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=600, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator([*chats, *storyworld("train", 100)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     extra = [f"<extra_id_{i}>" for i in range(100)]
-    tokenizer.add_special_tokens(extra[::-1])
+    tokenizer.add_special_tokens([AddedToken(token) for token in reversed(extra)])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    names["additional_special_tokens"] = extra
     about = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
-    write_json(folder / "tokenizer_config.json", names | about)
-    write_json(folder / "special_tokens_map.json", names)
+    write_json(folder / "tokenizer_config.json", names | about | {"additional_special_tokens": extra})
+    write_json(folder / "special_tokens_map.json", names | {"additional_special_tokens": extra})
 
-    size = dict(vocab_size=tokenizer.get_vocab_size() + 28, d_model=32, d_kv=8, d_ff=64, num_layers=2)
-    size |= dict(num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    config = transformers.T5Config(
+        vocab_size=tokenizer.get_vocab_size() + 28, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
     torch.manual_seed(0)
-    config = transformers.T5Config(**size, decoder_start_token_id=0)
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def hub_config(config) -> dict:
+    return {k: v for k, v in config.to_dict().items() if k != "transformers_version"}
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -218,10 +352,11 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
+    def do_HEAD(self) -> None:
         self.answer()
 
-    do_HEAD = do_GET
+    def do_GET(self) -> None:
+        self.answer()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
@@ -237,7 +372,7 @@ class Hub(BaseHTTPRequestHandler):
             words.pop(0)
         kind = words.pop(0) if words[0] in ("models", "datasets") else "models"
         if words[0] in MOVED:
-            return self.send(307, Location=path.replace(words[0], MOVED[words[0]], 1))
+            return self.redirect(path.replace(words[0], MOVED[words[0]], 1))
         name, what, rest = "/".join(words[:2]), words[2:3], words[3:]
         repository = self.server.folder / kind / name
         if not repository.is_dir():
@@ -245,37 +380,45 @@ class Hub(BaseHTTPRequestHandler):
         if what == ["resolve"]:
             return self.resolve(kind, name, "/".join(rest[1:]))
         if what == ["tree"]:
-            deep = "recursive=true" in self.path.lower()
-            return self.send_json(entries(repository, "/".join(rest[1:]), deep))
-        every = {entry["path"]: entry for entry in entries(repository)}
+            return self.send_json(
+                entries(repository, "/".join(rest[1:]), "recursive=true" in self.path.lower())
+            )
         if what == ["paths-info"]:
+            every = {entry["path"]: entry for entry in entries(repository, "", recursive=True)}
             wanted = [wanted] if isinstance(wanted, str) else wanted
             return self.send_json([every[path] for path in wanted if path in every])
         if what in ([], ["revision"]):
-            files = [{"rfilename": path} for path, entry in every.items() if entry["type"] == "file"]
+            files = [e["path"] for e in entries(repository, "", recursive=True) if e["type"] == "file"]
             about = {"id": name, "sha": COMMIT, "private": False, "disabled": False, "tags": []}
-            return self.send_json(about | {"gated": False, "downloads": 0, "likes": 0, "siblings": files})
+            about |= {"gated": "auto" if name in GATED else False, "downloads": 0, "likes": 0}
+            return self.send_json(about | {"siblings": [{"rfilename": file} for file in files]})
         return self.refuse(404, "EntryNotFound", f"no {path} here")
 
     def resolve(self, kind: str, name: str, file: str) -> None:
         path = self.server.folder / kind / name / file
+        if name in GATED:
+            why = f"Access to dataset {name} is restricted. You must have access to it and be authenticated"
+            return self.refuse(401, "GatedRepo", f"{why} to access it. Please log in.")
         if not path.is_file():
             return self.refuse(404, "EntryNotFound", "Entry not found")
         if not file.endswith(LARGE_FILES):
             return self.send_file(path)
         linked = {"X-Linked-Size": str(path.stat().st_size), "X-Linked-Etag": f'"{sha256(path)}"'}
-        return self.send(302, Location=f"{self.server.endpoint}/cdn/{kind}/{name}/{file}", **linked)
+        return self.redirect(f"{self.server.endpoint}/cdn/{kind}/{name}/{file}", linked)
 
     def send_file(self, path: Path) -> None:
-        self.send(200, path.read_bytes(), ETag=f'"{sha256(path)}"')
+        self.send(200, path.read_bytes(), {"ETag": f'"{sha256(path)}"'})
 
     def send_json(self, content) -> None:
-        self.send(200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+        self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def redirect(self, address: str, headers: dict | None = None) -> None:
+        self.send(302 if headers else 307, b"", {"Location": address} | (headers or {}))
 
     def refuse(self, status: int, code: str, why: str) -> None:
-        self.send(status, why.encode(), **{"X-Error-Code": code, "X-Error-Message": why})
+        self.send(status, why.encode(), {"X-Error-Code": code, "X-Error-Message": why})
 
-    def send(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in ({"X-Repo-Commit": COMMIT, "Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
@@ -287,15 +430,15 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
-def entries(repository: Path, below: str = "", recursive: bool = True) -> list[dict]:
+def entries(repository: Path, below: str, recursive: bool) -> list[dict]:
     """Files and folders of a repository as /tree lists them."""
     found = []
-    for path in sorted((repository / below).glob("**/*" if recursive else "*")):
-        name = path.relative_to(repository).as_posix()
-        entry = {"path": name, "size": 0, "type": "directory", "oid": hashlib.sha1(name.encode()).hexdigest()}
+    for path in sorted((repository / below).rglob("*") if recursive else (repository / below).glob("*")):
+        entry = {"path": path.relative_to(repository).as_posix(), "size": 0, "type": "directory"}
+        entry["oid"] = hashlib.sha1(entry["path"].encode()).hexdigest()
         if path.is_file():
             entry |= {"type": "file", "size": path.stat().st_size}
-            if name.endswith(LARGE_FILES):
+            if path.name.endswith(LARGE_FILES):
                 entry["lfs"] = {"oid": sha256(path), "size": entry["size"], "pointerSize": 134}
         found.append(entry)
     return found
@@ -308,19 +451,24 @@ def sha256(path: Path) -> str:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[ThreadingHTTPServer]:
     """The hub of `folder` on a free port, while the block runs; .endpoint is its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.daemon_threads = True
-        server.folder = folder
-        server.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.daemon_threads = True
+    server.folder = folder
+    server.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
         yield server
+    finally:
         server.shutdown()
+        server.server_close()
 
 
 def offline_but_for(server: ThreadingHTTPServer, home: Path) -> dict[str, str]:
     """Environment of a process that reaches this hub and no other address."""
+    nowhere = "http://127.0.0.1:9"
     env = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}  # whatever other tests have set
     for name in ("http_proxy", "https_proxy", "all_proxy"):
-        env |= dict.fromkeys((name, name.upper()), "http://127.0.0.1:9")
-    return env | dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1")
+        env |= {name: nowhere, name.upper(): nowhere}
+    return env | {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
