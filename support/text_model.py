@@ -63,7 +63,7 @@ class TextModel:
         self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
         self.chat, self.adapter = chat, adapter
         self.ours = isinstance(model, ModernDecoderLM)
-        self.longest = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
+        self.longest = model.config.context_length if self.ours else hf_context(model.config)
         self.context_length = min(self.longest, context_length or self.longest)
         self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head finds the end of a text by it

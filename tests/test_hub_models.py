@@ -21,7 +21,6 @@ from support.machine import pick_device
 from support.runs import TrainError, read_json
 from support.text_model import answer_task
 from support.tokenizer_json import ForeignTokenizer
-from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -173,7 +172,7 @@ def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):
 
 def test_our_tokenizer_states_no_context():
     config = transformers.MambaConfig()
-    assert hf_context(config, Tokenizer({i: bytes([i]) for i in range(256)}, [], [])) == 1024
+    assert hf_context(config) == 1024
 
 
 # ---- LoRA
