@@ -23,11 +23,10 @@ from support.chat_template import (
     TemplateError,
     conversation_ids,
     is_ours,
-    reply_ids,
     with_generation_marks,
 )
 from support.costs import Shape, generation_bytes, likelihood_bytes, shape_of
-from support.files import write_atomically
+from support.files import write_jsonl
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, save_hub_model
 from support.hub_models import generate as hub_generate
@@ -79,12 +78,11 @@ class TextModel:
             )
         # Chat template: the model's own; else ours; else words ("User: ..."), if the model lacks the special
         # tokens of ours. `marks`: it is ours, which is rendered without Jinja.
-        has_marks = tokenizer.special_ids.get("<|end|>", known) < known
-        template = tokenizer.chat_template
-        self.marks = has_marks and (template is None or is_ours(template))
-        if template is None or (is_ours(template) and not has_marks):
-            template = CHAT_TEMPLATE if has_marks else WORDS_TEMPLATE
-        self.template = template
+        self.template = tokenizer.chat_template
+        self.marks = False
+        if self.template is None or is_ours(self.template):
+            self.marks = tokenizer.special_ids.get("<|end|>", known) < known
+            self.template = CHAT_TEMPLATE if self.marks else WORDS_TEMPLATE
         self.end = self.reply_ids("a")[-1] if chat else self.eos  # the token that ends an answer
         self.dtype = pick_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
 
@@ -135,11 +133,8 @@ class TextModel:
 
         If the last turn is not the assistant's, the beginning of an assistant turn is appended.
         """
-        for message in messages:
-            if message["role"] not in ROLES:
-                raise TrainError(
-                    f"unknown role {message['role']!r} in a conversation: use {', '.join(ROLES)}"
-                )
+        if unknown := {message["role"] for message in messages}.difference(ROLES):
+            raise TrainError(f"unknown role {unknown.pop()!r} in a conversation: use {', '.join(ROLES)}")
         if not self.marks:
             return conversation_ids(self.tokenizer, self.template, messages)
         ids, is_answer, special = [], [], self.tokenizer.special_id
@@ -153,10 +148,10 @@ class TextModel:
 
     def reply_ids(self, answer: str) -> list[int]:
         """The ids of an answer in a conversation, with the token that ends it."""
-        if self.marks:
-            return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         try:
-            ids = reply_ids(self.tokenizer, self.template, answer)
+            ids, is_answer = self.conversation(turns)
+            ids = [i for i, mine in zip(ids, is_answer, strict=True) if mine]
         except TemplateError:  # one that opens every answer with a thought
             ids = self.encode(answer.strip())
         ends = (self.eos, *self.tokenizer.special_ids.values())
@@ -174,31 +169,31 @@ class TextModel:
 
     # ---- likelihoods, class scores, generation
 
+    @torch.no_grad()
+    def log_probs(self, rows: list[tuple]) -> list:
+        """log p(answer | prompt) of each row of a batch, in nats; of a head those of all classes."""
+        ids, mask, targets = self.collate(rows)
+        logits = target_logits(self.model, self.kind, ids, mask, targets).float()
+        if self.kind == "head":
+            return logits.log_softmax(-1).tolist()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # 0 where -100
+        return (-loss.view_as(targets).double().sum(-1)).tolist()
+
     def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
         """log p(answer | prompt) in nats, (n), for n pairs of ids (prompt, answer)."""
-
-        @torch.no_grad()
-        def log_probs(index: list[int]) -> list[float]:
-            ids, mask, targets = self.collate([rows[i] for i in index])
-            logits = target_logits(self.model, self.kind, ids, mask, targets).flatten(0, 1)
-            loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
-            return (-loss.view_as(targets).double().sum(-1)).tolist()
-
-        return np.array(self.in_batches(log_probs, [length(row) for row in rows], None, progress))
+        lengths = [length(row) for row in rows]
+        found = self.in_batches(
+            lambda index: self.log_probs([rows[i] for i in index]), lengths, None, progress
+        )
+        return np.array(found)
 
     def class_scores(self, task: Task, prompts: list[list[int]], progress: str = "") -> np.ndarray:
         """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
-        if self.kind != "head":
-            answers = [self.answer_ids(task, label) for label in task.labels]
-            rows = [(prompt, answer) for prompt in prompts for answer in answers]
-            return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
-
-        @torch.no_grad()
-        def log_probs(index: list[int]) -> list[list[float]]:
-            logits = target_logits(self.model, "head", *self.collate([(prompts[i], 0) for i in index]))
-            return logits.float().log_softmax(-1).tolist()
-
-        return np.array(self.in_batches(log_probs, [len(ids) for ids in prompts], None, progress))
+        if self.kind == "head":
+            return self.log_likelihoods([(prompt, 0) for prompt in prompts], progress)
+        answers = [self.answer_ids(task, label) for label in task.labels]
+        rows = [(prompt, answer) for prompt in prompts for answer in answers]
+        return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = "", n: int = 1,
@@ -211,21 +206,21 @@ class TextModel:
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
         rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
-        options = {"temperature": temperature, "stop_tokens": stops}
-        options["force"] = self.calculator if calculator else None
+        how = {"temperature": temperature, "stop_tokens": stops}
+        how["force"] = self.calculator if calculator else None
 
-        def draw(index: list[int], samples: list[int]) -> list[list[int]]:
-            seeds = []
-            for i in index:
-                for j in samples:  # torch's generator takes 32 bits
-                    seeds.append(int(np.random.SeedSequence([seed, i, j]).generate_state(1)[0]))
+        def draw(index: list[int], samples: Sequence[int]) -> list[list[int]]:
             some = [prompts[i] for i in index]
-            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **options)
+            streams = [np.random.SeedSequence([seed, i, j]) for i in index for j in samples]
+            seeds = [int(stream.generate_state(1)[0]) for stream in streams]  # torch takes 32 bits
+            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
 
         def samples_of(index: list[int]) -> list[list[list[int]]]:
             """The n samples of each prompt; those of a single prompt may be divided, too."""
-            most = rows(len(prompts[index[0]])) if len(index) == 1 else n
-            new = halving(partial(draw, index), list(range(n)), most) if n > most else draw(index, range(n))
+            if len(index) == 1:
+                new = halving(partial(draw, index), list(range(n)), rows(len(prompts[index[0]])))
+            else:
+                new = draw(index, range(n))
             return [new[i : i + n] for i in range(0, len(new), n)]
 
         lengths = [len(prompt) for prompt in prompts]
@@ -284,17 +279,15 @@ class TextModel:
         adapter = folder / "adapter_model.safetensors"
         if self.adapter:
             self.adapter.load(folder)
-        elif self.ours:
-            weights = ModernDecoderLM.from_pretrained(folder, self.device).state_dict()
-            self.model.load_state_dict(weights)
         elif adapter.exists():
             import peft
             from safetensors.torch import load_file
 
             peft.set_peft_model_state_dict(self.model, load_file(adapter))
         else:
-            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(weights)
+            how = {} if self.ours else {"dtype": torch.float32}
+            saved = type(self.model).from_pretrained(folder, **how)
+            self.model.load_state_dict(saved.state_dict())
 
     def generation_ids(self) -> dict:
         """bos, eos and pad for config.json and generation_config.json: where an answer ends, and wherever the
@@ -303,10 +296,11 @@ class TextModel:
         ids = {"pad_token_id": self.pad}
         if self.kind == "head":
             return ids
-        before = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        before = before if isinstance(before, list) else [before]
-        ends = [i for i in dict.fromkeys([self.end, self.eos, *before]) if i is not None]
-        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        before = getattr(self.model, "generation_config", None)
+        before = before.eos_token_id if before else None
+        ends = dict.fromkeys([self.end, self.eos, *(before if isinstance(before, list) else [before])])
+        ends.pop(None, None)
+        ids["eos_token_id"] = list(ends) if len(ends) > 1 else self.end
         if self.bos:
             ids["bos_token_id"] = self.bos[0]
         return ids
@@ -326,11 +320,10 @@ class TextModel:
         """
         batches = list(self.batch_indices(lengths, "", rows))
         results = on_all_cores(partial(halving, function), batches, self.device, progress)
-        found = [None] * len(lengths)
+        found = {}
         for index, some in zip(batches, results, strict=True):
-            for i, result in zip(index, some, strict=True):
-                found[i] = result
-        return found
+            found |= zip(index, some, strict=True)
+        return [found[i] for i in range(len(lengths))]
 
     def batch_indices(
         self, lengths: list[int], progress: str = "", rows: Callable[[int], int] | None = None
@@ -341,7 +334,7 @@ class TextModel:
         """
         rows = rows or self.rows_of_likelihoods()
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
+        with progress_bar(len(order), progress) as bar:
             while order:
                 size = max(1, rows(lengths[order[0]]))
                 index, order = order[:size], order[size:]
@@ -349,55 +342,49 @@ class TextModel:
                 bar.update(len(index))
 
     def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
-        """A function from the length of the longest prompt to the number of rows of a batch (n per prompt).
-
-        1,024, or 256 on a CPU, where more are not faster; less if keys and values do not fit.
+        """From the length of the longest prompt to the rows of a batch, n per prompt: 1,024, or 256 on a CPU,
+        where more are not faster; less if keys and values do not fit.
         """
-        on_cpu = self.device.type == "cpu"
+        most = 256 if self.device.type == "cpu" else 1024
         dtype = self.dtype if self.ours else self.model.dtype
-        free = self.free_bytes(dtype)
-        need = partial(generation_bytes, self.shape, new=new, n=n, size=dtype.itemsize, sampled=sampled)
-
-        def rows(prompt: int) -> int:
-            return rows_that_fit(partial(need, prompt=prompt, on_cpu=on_cpu), 256 if on_cpu else 1024, free)
-
-        return rows
+        need = partial(generation_bytes, new=new, n=n, sampled=sampled)
+        return self.rows_that_fit(need, lambda _: most, dtype)
 
     def rows_of_likelihoods(self) -> Callable[[int], int]:
-        """A function from the length of the longest row to the number of rows of a batch.
-
-        At most 32,768 tokens (4,096 on a CPU, where more are not faster) and 1 GiB of float32 logits; less if
-        they do not fit.
+        """From the length of the longest row to the rows of a batch: at most 32,768 tokens (4,096 on a CPU,
+        where more are not faster) and 1 GiB of float32 logits; less if they do not fit.
         """
         tokens = 32_768 if self.device.type == "cuda" else 4096
         tokens = min(tokens, 2**28 // self.model.config.vocab_size)
-        dtype = self.model.dtype
-        free = self.free_bytes(dtype)
-        need = partial(likelihood_bytes, self.shape, size=dtype.itemsize, on_cpu=self.device.type == "cpu")
 
-        def rows(length: int) -> int:
-            most = min(256, tokens // max(1, length))
-            return rows_that_fit(partial(need, length=length, columns=length), most, free)
+        def need(shape: Shape, rows: int, longest: int, **how) -> int:
+            return likelihood_bytes(shape, rows, longest, longest, **how)
 
-        return rows
+        return self.rows_that_fit(need, lambda longest: min(256, tokens // longest), self.model.dtype)
 
-    @cached_property
-    def shape(self) -> Shape:
-        return shape_of(self.model.config, self.kind, self.ours)
+    def rows_that_fit(self, need: Callable, most: Callable[[int], int], dtype: torch.dtype) -> Callable:
+        """A function from the longest row to a number of rows: at most most(longest), and no more than fit
+        into the memory that is free now.
 
-    def free_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes available for a batch in `dtype`.
-
-        A share of the free memory, minus the copy of the weights that autocast or `generate` makes. On a CPU
-        several processes share it (`on_all_cores`).
+        A share of the free memory counts, minus the copy of the weights that autocast or `generate` makes. On
+        a CPU several processes share it (`on_all_cores`).
         """
-        processes = torch.get_num_threads() if self.device.type == "cpu" and sys.platform == "linux" else 1
-        copied = dtype.itemsize if self.ours and dtype != self.model.head.dtype else 0
-        return room(self.device, processes) - copied * sum(p.numel() for p in self.model.parameters())
+        on_cpu, config = self.device.type == "cpu", self.model.config
+        processes = torch.get_num_threads() if on_cpu and sys.platform == "linux" else 1
+        free = room(self.device, processes)
+        if self.ours and dtype != self.model.head.dtype:
+            free -= dtype.itemsize * sum(p.numel() for p in self.model.parameters())
+        need = partial(need, shape_of(config, self.kind, self.ours), size=dtype.itemsize, on_cpu=on_cpu)
+        return lambda longest: rows_that_fit(lambda rows: need(rows, longest), most(max(1, longest)), free)
 
 
 # -----------------------------------------------------------------------------
 # Batches
+
+
+def progress_bar(total: int, text: str):
+    """A bar that says what it counts; none without a text."""
+    return tqdm()(total=total, desc=text, disable=None if text else True, leave=False)
 
 
 _work: Callable  # the function of the processes of `on_all_cores`, inherited when they are forked
@@ -419,7 +406,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
     """
     global _work
     workers = min(torch.get_num_threads(), len(items) // 2) if device.type == "cpu" else 1
-    with tqdm()(total=len(items), desc=progress, disable=None if progress else True, leave=False) as bar:
+    with progress_bar(len(items), progress) as bar:
         alone = threading.current_thread() is threading.main_thread()  # not in a server
         if workers < 2 or sys.platform != "linux" or not alone:  # forking would not be safe
             for item in items:
@@ -508,12 +495,9 @@ def answer_task(
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
     room = model.context_length - (longest if model.kind == "causal" else 0)
-    prompts, notes = [], {"cut": 0, "shots_dropped": 0}
-    for example in examples:
-        ids, cut = model.prompt(task, example.text, shots, room)
-        prompts.append(ids)
-        notes["cut"] += cut == "text"
-        notes["shots_dropped"] += cut == "shots"
+    asked = [model.prompt(task, example.text, shots, room) for example in examples]
+    prompts, cuts = [ids for ids, _ in asked], [cut for _, cut in asked]
+    notes = {"cut": cuts.count("text"), "shots_dropped": cuts.count("shots")}
     if not task.labels:
         return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), notes
     scores = model.class_scores(task, prompts, progress)
@@ -536,30 +520,29 @@ def sample_answers(
     same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
     So does a file that does not hold these questions in this order: it is only a cache.
     """
-    task, folder = find_task(name), Path(model.name)
+    task = find_task(name)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
     how = {"task": name, "split": split, "n": n, "temperature": temperature, "seed": seed}
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
     key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
-    file = folder / "samples" / f"{name}-{split}-{n}x-{key}.jsonl"
+    file = Path(model.name) / "samples" / f"{name}-{split}-{n}x-{key}.jsonl"
     n = 1 if temperature == 0 else n
-    kept = read_jsonl(file)
-    if [row.get("question") for row in kept] == [e.text for e in examples]:
-        answers = [row.get("samples") for row in kept]
+    questions, kept = [example.text for example in examples], read_jsonl(file)
+    answers = [row.get("samples") for row in kept]
+    if [row.get("question") for row in kept] == questions:
         if all(isinstance(some, list) and len(some) == n for some in answers):
             return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )
     texts = [text.strip() for text in texts]
-    found = [texts[i : i + n] for i in range(0, len(texts), n)]
+    answers = [texts[i : i + n] for i in range(0, len(texts), n)]
     if how["model"]:
         file.parent.mkdir(exist_ok=True)
-        rows = [{"question": e.text, "samples": some} for e, some in zip(examples, found, strict=True)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
-    return found
+        rows = zip(questions, answers, strict=True)
+        write_jsonl(file, [{"question": question, "samples": some} for question, some in rows])
+    return answers
 
 
 SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours
@@ -577,13 +560,15 @@ def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
     A classifier from the hub may order its classes differently; id2label in its config names them. Without
     names (LABEL_0, LABEL_1, ...) the task's order is assumed. Raises TrainError if the names do not match.
     """
-    names = {int(i): class_name(label) for i, label in (id2label or {}).items()}
+    names = [
+        class_name(label) for _, label in sorted((id2label or {}).items(), key=lambda item: int(item[0]))
+    ]
     wanted = [class_name(label) for label in labels]
-    nameless = all(name in (f"label_{i}", str(i)) for i, name in names.items())
-    if nameless and len(names) in (0, len(wanted)):
-        return list(range(len(wanted)))
-    if sorted(names.values()) != sorted(wanted):
-        known = ", ".join(names.values())
-        raise TrainError(f"the classification head knows {known}; the task asks for {', '.join(wanted)}")
-    index = {name: i for i, name in names.items()}
-    return [index[label] for label in wanted]
+    order = range(len(wanted))
+    if names in ([], [f"label_{i}" for i in order], [str(i) for i in order]):
+        return list(order)
+    if sorted(names) != sorted(wanted):
+        raise TrainError(
+            f"the classification head knows {', '.join(names)}; the task asks for {', '.join(wanted)}"
+        )
+    return [names.index(label) for label in wanted]
