@@ -22,7 +22,6 @@ predictions.jsonl with all it answered. Training, resuming and logging are train
 from support.terminal import run_script
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -36,6 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import parse_config
@@ -51,20 +51,12 @@ from support.adapters import (
     merge,
     target_names,
 )
-from support.files import write_atomically
+from support.files import write_jsonl
 from support.hub_models import add_chat_tokens, set_dropout
-from support.loading import (
-    Source,
-    from_hub,
-    is_smoke,
-    load_model,
-    load_tokenizer,
-    origin,
-    resolve,
-    with_adapter,
-)
+from support.loading import Source, is_smoke, load_model, load_network, load_tokenizer, origin, resolve
 from support.machine import pick_device, pick_dtype
 from support.model_card import write_run
+from support.results import value_of
 from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash  # noqa: F401
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
@@ -155,14 +147,12 @@ class Adapter:
         self.model, self.layers = model.requires_grad_(False), {}
         for name, layer in list(model.named_modules()):
             if is_target(name, targets):
-                alpha = self.config.lora_alpha
-                self.layers[name] = LoRA(layer, cfg.lora_r, alpha, cfg.lora_dropout)
+                self.layers[name] = LoRA(layer, cfg.lora_r, self.config.lora_alpha, cfg.lora_dropout)
         self.put(self.layers)
 
     def put(self, layers: dict[str, nn.Module]) -> None:
         for name, layer in layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer)
+            self.model.set_submodule(name, layer)
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
@@ -175,18 +165,14 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B of every layer under PEFT's names."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return {f"base_model.model.{name}": p.detach() for name, p in trained.items()}
+        named = self.model.named_parameters()
+        return {f"base_model.model.{name}": p.detach() for name, p in named if p.requires_grad}
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         self.config.save_pretrained(folder)  # adapter_config.json
         save_file(self.tensors(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         saved = load_file(folder / "adapter_model.safetensors")
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
@@ -220,7 +206,12 @@ def build_model(
     device, tokenizer = pick_device(cfg.device), load_tokenizer(cfg.model)
     torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
     ours = has_own_lora(source, cfg) if cfg.lora_r else align and not source.why_not_ours()
-    model = load_weights(cfg, source, labels, ours)
+    # float32; weights that stay frozen: in 4 bits, or on a GPU in the dtype of activations
+    frozen = cfg.lora_r and device.type == "cuda"
+    how = {"dtype": pick_dtype(cfg.dtype, device) if frozen else torch.float32}
+    model = load_network(source, ours, labels, True, **four_bit(device) if cfg.load_in_4bit else how)
+    if source.adapter:
+        float32_where_trained(model)
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
     adapter, new_tokens = None, []
@@ -228,6 +219,8 @@ def build_model(
         tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
     if cfg.gradient_checkpointing and not ours:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if ours:
+        model.to(device, **how)
     if cfg.lora_r and ours:
         adapter = Adapter(model, cfg, source.base)
     elif cfg.lora_r and not source.adapter:
@@ -252,19 +245,6 @@ def check_settings(cfg: AdaptConfig, source: Source) -> None:
         if cfg.dtype == "float16":
             raise TrainError("T5 overflows in float16: --dtype=bfloat16, or float32 on an older GPU")
         cfg.dtype = "float32"
-
-
-def load_weights(cfg: AdaptConfig, source: Source, labels: tuple[str, ...], ours: bool) -> nn.Module:
-    """The weights in float32; where they stay frozen, in 4 bits or in the dtype of activations of a GPU."""
-    device = pick_device(cfg.device)
-    frozen = cfg.lora_r and device.type == "cuda"
-    dtype = pick_dtype(cfg.dtype, device) if frozen else torch.float32
-    if ours:
-        return ModernDecoderLM.from_pretrained(cfg.model).to(device, dtype)
-    kwargs = four_bit(device) if cfg.load_in_4bit else {"dtype": dtype}
-    if source.adapter:
-        return float32_where_trained(with_adapter(source, trainable=True, **kwargs))
-    return from_hub(source, labels, **kwargs)
 
 
 class FineTuner(Trainer):
@@ -496,8 +476,7 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     outputs, notes = answer_task(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
     notes.pop("sure", None)  # of every item; eval.py keeps it
     records, metrics = judge(cfg.task, validation, outputs)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_jsonl(folder / "predictions.jsonl", records)
     return {"evaluation": {"split": "validation", **notes, "metrics": metrics}}
 
 
@@ -520,17 +499,9 @@ def format_row(model: TextModel, row: tuple) -> str:
     return f"{model.decode(prompt)[-300:]}[{answer[:200]}]".replace("\n", " / ")
 
 
-def format_metric(metric: dict) -> str:
-    """A metric with its interval: shares and ROUGE as percentages."""
-    if "low" not in metric:
-        return f"{metric['value']:.1f}"
-    value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}] (n={metric['n']})"
-
-
 def report(cfg: FinetuneConfig, run: dict) -> None:
     evaluation = run["evaluation"]
-    figures = ", ".join(f"{name} {format_metric(m)}" for name, m in evaluation["metrics"].items())
+    figures = ", ".join(f"{name} {value_of(name, m)}" for name, m in evaluation["metrics"].items())
     smoke = "SMOKE RUN, no result: " if run["smoke"] else ""
     print(
         f"{Path(cfg.out) / cfg.name}: {smoke}{figures} on {run['task']}'s {evaluation['split']} split; "

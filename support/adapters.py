@@ -146,7 +146,7 @@ def refuse_odd_widths(model: nn.Module) -> None:
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
     source = resolve(str(folder))
-    model, run = with_adapter(source, merge=True), source.run
+    model, run = with_adapter(source).merge_and_unload(), source.run
     ids = folder / "generation_config.json"
     if ids.exists():  # a chat stops elsewhere than its base
         set_token_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})

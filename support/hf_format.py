@@ -275,6 +275,20 @@ def save_pretrained(model: ModernDecoderLM, folder: Path, **extra) -> None:
     )
 
 
+def find_folder(name: str | Path) -> Path | None:
+    """The folder of a model; None for a name that can only be one of the hub. Raises FileNotFoundError."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(
+                f"{folder} holds neither config.json nor adapter_config.json: not a finished run"
+            )
+        return folder
+    if folder.parts[0] in ("/", "..", "out") or len(folder.parts) > 2:
+        raise FileNotFoundError(f"there is no folder {folder}; python train.py --list shows all runs")
+    return None
+
+
 def from_pretrained(name: str | Path) -> ModernDecoderLM:
     """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
 
@@ -282,10 +296,8 @@ def from_pretrained(name: str | Path) -> ModernDecoderLM:
     FileNotFoundError or ValueError that say what is wrong: no such folder, an architecture this file can't
     compute, tensors missing or too many or misshapen.
     """
-    folder = Path(name)
-    if not folder.is_dir() and (folder.parts[0] in ("/", "..", "out") or len(folder.parts) > 2):
-        raise FileNotFoundError(f"there is no folder {folder}")  # nor could it be a name on the hub
-    if not folder.is_dir():
+    folder = find_folder(name)
+    if not folder:
         from huggingface_hub import snapshot_download
 
         try:
@@ -295,8 +307,6 @@ def from_pretrained(name: str | Path) -> ModernDecoderLM:
                 f"{name} is neither a folder nor a model that the hub gave: {error}"
             ) from None
     file = folder / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{folder} holds no config.json: not a finished run")
     try:
         config = from_hf_config(json.loads(file.read_text(encoding="utf-8")))
     except (KeyError, TypeError, AttributeError, UnicodeError, RecursionError, json.JSONDecodeError) as error:
