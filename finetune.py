@@ -369,7 +369,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     run_folder(cfg)  # refuses a name that cannot be
 
     rows, lost = tokenise(model, cfg.task, train)
-    val_rows, val_lost = tokenise(model, cfg.task, watched)
+    val_rows, _ = tokenise(model, cfg.task, watched)
     batches = TrainingSet(rows, rows_per_step(cfg), cfg.seed, model.kind, model.pad)
     loss = partial(task_loss, kind=model.kind)
 
@@ -386,20 +386,24 @@ def finetune(cfg: FinetuneConfig) -> dict:
         return found
 
     def sample(core):
-        some = [] if task.labels else watched[:2]
-        texts = answer_task(model, cfg.task, some)[0] if some else []
-        return [{"prompt": e.text, "text": text.strip()} for e, text in zip(some, texts, strict=True)]
+        texts, _ = answer_task(model, cfg.task, watched[:2])
+        return [{"prompt": e.text, "text": text.strip()} for e, text in zip(watched, texts, strict=False)]
 
+    parameters = list(model.model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     data = {"train": train_about | {"examples": len(train)} | lost}
     data["validation"] = validation_about | {"examples": len(validation)}
-    tokens = float(batches.lengths.mean())
-    about = origin(cfg.model) | about_model(model) | {"task": cfg.task, "data": data}
-    about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or bool(cfg.max_eval_examples)
     data["tokenizer"] = model.tokenizer.hash
-    total = sum(p.numel() for p in model.model.parameters())
-    trained = about["trained_parameters"]
+    about = origin(cfg.model) | {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
+    about["trained_parameters"] = trained
+    about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or bool(cfg.max_eval_examples)
+    if model.kind == "head":
+        names = model.model.config.id2label
+        about["labels"] = [str(names[i]) for i in sorted(names)]
+    tokens = float(batches.lengths.mean())
     trainer = FineTuner(
-        cfg, model, batches.batch, loss=loss, evaluate=evaluate, sample=sample,
+        cfg, model, batches.batch, loss=loss, evaluate=evaluate, sample=None if task.labels else sample,
         flops_per_row=(4 if cfg.lora_r else 6) * total * tokens,  # frozen weights need no gradient
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / batches.batches, about=about,
         keeps_best=False,  # results are reported on the validation split: it must not choose the checkpoint
@@ -409,11 +413,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {tokens:.0f} tokens each, "
         f"{cfg.max_steps} steps of {batches.batch_size}"
     )
-    for split, n in (("training", lost), ("validation", val_lost)):
-        if any(n.values()):
-            trainer.say(
-                f"too long for {split}: {n['cut']} texts lost their end, {n['left_out']} examples left out"
-            )
+    if any(lost.values()):
+        trainer.say(f"too long: {lost['cut']} texts lost their end, {lost['left_out']} examples left out")
     trainer.say(f"an example, its answer in brackets: {format_row(model, rows[0])}")
     return train_and_evaluate(cfg, trainer, validation, begun)
 
@@ -449,15 +450,6 @@ def build_for_task(cfg: FinetuneConfig, task: Task) -> TextModel:
     if cfg.method == "head":
         return build_model(cfg, replace(source, kind="head"), task.labels)
     return build_model(cfg, source)
-
-
-def about_model(model: TextModel) -> dict:
-    """What run.json says of the model."""
-    trained = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
-    about = {"chat": model.chat, "kind": model.kind, "trained_parameters": trained}
-    if model.kind == "head":
-        about["labels"] = [str(name) for _, name in sorted(model.model.config.id2label.items())]
-    return about
 
 
 def plan_steps(cfg: AdaptConfig, all_steps: int) -> bool:

@@ -68,14 +68,15 @@ def preference_of(row: dict, where: str = "") -> Preference | None:
         side = as_answer(row.get(name), where)
         if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
             side = transcript(side[0]["content"])
-        before, answers = asked, side
-        if side and (not asked or side[0]["role"] != "assistant"):  # this side holds the whole conversation
-            before, answers = side[:-1], side[-1:]
-        if not before or [m["role"] for m in answers] != ["assistant"]:
+        if asked and (not side or side[0]["role"] == "assistant"):  # else it holds the whole conversation
+            side = asked + side
+        if len(side) < 2 or side[-1]["role"] != "assistant":
             return None
-        sides.append((before, answers[0]["content"]))
-    (messages, chosen), (others, rejected) = sides
-    return Preference(messages, chosen, rejected) if messages == others else None
+        sides.append(side)
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        return None
+    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
 def question_of(row: dict, where: str) -> list[dict]:
@@ -91,10 +92,9 @@ def question_of(row: dict, where: str) -> list[dict]:
 
 def as_answer(value, where: str) -> list[dict]:
     """A cell that holds an answer, or messages that end in one, as messages; [] if it has no text."""
-    if isinstance(value, list):
-        return as_messages(value, where)
-    turn = value if isinstance(value, dict) else {"content": value}
-    return as_messages([{"role": "assistant"} | turn], where)
+    if not isinstance(value, list):
+        value = [{"role": "assistant"} | (value if isinstance(value, dict) else {"content": value})]
+    return as_messages(value, where)
 
 
 def as_messages(turns, where: str) -> list[dict]:
@@ -144,5 +144,7 @@ def first_of(row: dict, names: tuple[str, ...]):
 def transcript(text: str) -> list[dict]:
     """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line."""
     _, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)
-    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in pieces[::2])
-    return [{"role": role, "content": t.strip()} for role, t in zip(roles, pieces[1::2], strict=True)]
+    messages = []
+    for name, content in zip(pieces[::2], pieces[1::2], strict=True):
+        messages.append({"role": ROLES[name.lower()], "content": content.strip()})
+    return messages
