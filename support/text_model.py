@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -38,6 +38,10 @@ from support.tables import read_jsonl
 from support.tokenizer_json import CHAT_TEMPLATE, ROLES
 from tasks.calculator import calculator_answer
 from tokenizer import Tokenizer
+
+Ids = list[int]  # token ids
+Row = tuple[Ids, Ids | int]  # a prompt, and its answer or class
+RowsOf = Callable[[int], int]  # from the length of the longest row of a batch to its number of rows
 
 
 class TextModel:
@@ -92,14 +96,14 @@ class TextModel:
 
     # ---- text and tokens
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Ids:
         """The ids of a text. A special token spelled in it stays plain text."""
         return self.tokenizer.encode(text, allowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
+    def prompt(self, task: Task, text: str, shots: Iterable[Example] = (), room: int = 0) -> tuple[Ids, str]:
         """The prompt of `task` about `text`: at most `room` ids, and what was cut: "", "shots" or "text".
 
         Examples (`shots`) stand before the question. If they do not fit, the first ones are removed; if the
@@ -107,14 +111,14 @@ class TextModel:
         """
         room, shots, cut = room or self.context_length, list(shots), ""
 
-        def prompt_ids(text: str) -> list[int]:
+        def prompt_ids(text: str) -> Ids:
             if self.chat:
                 turns = []
                 for shot in shots:
                     turns += talk(task.question.replace("{}", shot.text), shot.target)
                 return self.conversation(turns + talk(task.question.replace("{}", text)))[0]
-            before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shots)
-            return self.before + self.encode(before + task.prompt(text)) + self.behind
+            before = [f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shots]
+            return self.before + self.encode("".join(before) + task.prompt(text)) + self.behind
 
         ids = prompt_ids(text)
         while len(ids) > room and shots:
@@ -128,7 +132,7 @@ class TextModel:
             ids, cut = prompt_ids(text[: size - 1].rstrip()), "text"
         return ids, cut
 
-    def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    def conversation(self, messages: list[dict]) -> tuple[Ids, list[bool]]:
         """The ids of a conversation, and whether each is the assistant's (its end-of-turn token is).
 
         If the last turn is not the assistant's, the beginning of an assistant turn is appended.
@@ -146,7 +150,7 @@ class TextModel:
             ids, is_answer = [*ids, special("<|assistant|>")], [*is_answer, False]
         return ids, is_answer
 
-    def reply_ids(self, answer: str) -> list[int]:
+    def reply_ids(self, answer: str) -> Ids:
         """The ids of an answer in a conversation, with the token that ends it."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         try:
@@ -157,7 +161,7 @@ class TextModel:
         ends = (self.eos, *self.tokenizer.special_ids.values())
         return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
-    def answer_ids(self, task: Task, answer: str) -> list[int]:
+    def answer_ids(self, task: Task, answer: str) -> Ids:
         """The ids of an answer without its end token, encoded in context: SentencePiece depends on it."""
         if self.chat:
             return self.reply_ids(answer)[:-1]
@@ -170,7 +174,7 @@ class TextModel:
     # ---- likelihoods, class scores, generation
 
     @torch.no_grad()
-    def log_probs(self, rows: list[tuple]) -> list:
+    def log_probs(self, rows: list[Row]) -> list:
         """log p(answer | prompt) of each row of a batch, in nats; of a head those of all classes."""
         ids, mask, targets = self.collate(rows)
         logits = target_logits(self.model, self.kind, ids, mask, targets).float()
@@ -179,15 +183,15 @@ class TextModel:
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # 0 where -100
         return (-loss.view_as(targets).double().sum(-1)).tolist()
 
-    def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
+    def log_likelihoods(self, rows: list[Row], progress: str = "") -> np.ndarray:
         """log p(answer | prompt) in nats, (n), for n pairs of ids (prompt, answer)."""
-        lengths = [length(row) for row in rows]
-        found = self.in_batches(
-            lambda index: self.log_probs([rows[i] for i in index]), lengths, None, progress
-        )
-        return np.array(found)
 
-    def class_scores(self, task: Task, prompts: list[list[int]], progress: str = "") -> np.ndarray:
+        def log_probs(index: Ids) -> list:
+            return self.log_probs([rows[i] for i in index])
+
+        return np.array(self.in_batches(log_probs, [length(row) for row in rows], None, progress))
+
+    def class_scores(self, task: Task, prompts: list[Ids], progress: str = "") -> np.ndarray:
         """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
         if self.kind == "head":
             return self.log_likelihoods([(prompt, 0) for prompt in prompts], progress)
@@ -196,9 +200,16 @@ class TextModel:
         return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = "", n: int = 1,
-        temperature: float = 0.0, seed: int = 0, calculator: bool = False,
-    ) -> list[str]:  # fmt: skip
+        self,
+        prompts: list[Ids],
+        max_new_tokens: int,
+        stop: str,
+        progress: str = "",
+        n: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        calculator: bool = False,
+    ) -> list[str]:
         """Continuations, n of prompt 0, n of prompt 1, ..., each up to the model's end token or `stop`.
 
         Temperature 0 is greedy. Sample j of prompt i depends only on seed, i and j, so a larger n keeps the
@@ -209,13 +220,13 @@ class TextModel:
         how = {"temperature": temperature, "stop_tokens": stops}
         how["force"] = self.calculator if calculator else None
 
-        def draw(index: list[int], samples: Sequence[int]) -> list[list[int]]:
+        def draw(index: Ids, samples: Iterable[int]) -> list[Ids]:
             some = [prompts[i] for i in index]
             streams = [np.random.SeedSequence([seed, i, j]) for i in index for j in samples]
             seeds = [int(stream.generate_state(1)[0]) for stream in streams]  # torch takes 32 bits
             return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
 
-        def samples_of(index: list[int]) -> list[list[list[int]]]:
+        def samples_of(index: Ids) -> list[list[Ids]]:
             """The n samples of each prompt; those of a single prompt may be divided, too."""
             if len(index) == 1:
                 new = halving(partial(draw, index), list(range(n)), rows(len(prompts[index[0]])))
@@ -228,7 +239,7 @@ class TextModel:
         texts = [self.decode(ids) for samples in found for ids in samples]
         return [text.split(stop)[0] for text in texts] if stop else texts
 
-    def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+    def continuations(self, prompts: list[Ids], max_new_tokens: int, **how) -> list[Ids]:
         """Generated ids; see ModernDecoderLM.generate for the arguments."""
         overflows = self.kind == "seq2seq" and self.dtype == torch.float16  # T5's activations exceed 65,504
         half = self.dtype != torch.float32 and not overflows
@@ -239,7 +250,7 @@ class TextModel:
             how |= {"pad": self.pad, "decoder_only": self.kind == "causal"}
             return hub_generate(self.model, prompts, max_new_tokens, **how)
 
-    def calculator(self, _row: int, new: list[int]) -> list[int]:
+    def calculator(self, _row: int, new: Ids) -> Ids:
         """Ids to force next: the result, if the new tokens end in an open annotation (see `calculate`)."""
         if not new or not self._pieces[new[-1]].endswith("="):
             return []
@@ -250,10 +261,9 @@ class TextModel:
     def _pieces(self) -> list[str]:
         """The text of every id; "" of those that the model has beyond its tokenizer's, as Qwen's have."""
         known = self.tokenizer.vocab_size
-        pieces = [self.decode([i]) for i in range(known)]
-        return pieces + [""] * (self.model.config.vocab_size - known)
+        return [self.decode([i]) if i < known else "" for i in range(self.model.config.vocab_size)]
 
-    def tokens_with(self, stop: str) -> list[int]:
+    def tokens_with(self, stop: str) -> Ids:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
 
     # ---- files
@@ -307,13 +317,16 @@ class TextModel:
 
     # ---- batches
 
-    def collate(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    def collate(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
     def in_batches(
-        self, function: Callable[[list[int]], list], lengths: list[int],
-        rows: Callable[[int], int] | None = None, progress: str = "",
-    ) -> list:  # fmt: skip
+        self,
+        function: Callable[[Ids], list],
+        lengths: list[int],
+        rows: RowsOf | None = None,
+        progress: str = "",
+    ) -> list:
         """function(indices) on batches of rows of similar lengths; its results, one per row, in their order.
 
         Out of memory: half as many rows at a time. On a CPU every core computes batches of its own.
@@ -326,8 +339,8 @@ class TextModel:
         return [found[i] for i in range(len(lengths))]
 
     def batch_indices(
-        self, lengths: list[int], progress: str = "", rows: Callable[[int], int] | None = None
-    ) -> Iterator[list[int]]:
+        self, lengths: list[int], progress: str = "", rows: RowsOf | None = None
+    ) -> Iterator[Ids]:
         """Batches of indices, from the longest row to the shortest.
 
         A batch has rows(length of its first row) rows; by default as many as their logits fit into memory.
@@ -341,7 +354,7 @@ class TextModel:
                 yield index
                 bar.update(len(index))
 
-    def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
+    def rows_of_generation(self, new: int, n: int, sampled: bool) -> RowsOf:
         """From the length of the longest prompt to the rows of a batch, n per prompt: 1,024, or 256 on a CPU,
         where more are not faster; less if keys and values do not fit.
         """
@@ -350,7 +363,7 @@ class TextModel:
         need = partial(generation_bytes, new=new, n=n, sampled=sampled)
         return self.rows_that_fit(need, lambda _: most, dtype)
 
-    def rows_of_likelihoods(self) -> Callable[[int], int]:
+    def rows_of_likelihoods(self) -> RowsOf:
         """From the length of the longest row to the rows of a batch: at most 32,768 tokens (4,096 on a CPU,
         where more are not faster) and 1 GiB of float32 logits; less if they do not fit.
         """
@@ -362,7 +375,7 @@ class TextModel:
 
         return self.rows_that_fit(need, lambda longest: min(256, tokens // longest), self.model.dtype)
 
-    def rows_that_fit(self, need: Callable, most: Callable[[int], int], dtype: torch.dtype) -> Callable:
+    def rows_that_fit(self, need: Callable, most: RowsOf, dtype: torch.dtype) -> RowsOf:
         """A function from the longest row to a number of rows: at most most(longest), and no more than fit
         into the memory that is free now.
 
@@ -421,15 +434,13 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
                 bar.update()
 
 
-def length(row: tuple[list[int], list[int] | int]) -> int:
+def length(row: Row) -> int:
     """Number of tokens of a (prompt, answer) pair for `collate`; a class has none."""
     prompt, answer = row
     return len(prompt) + (len(answer) if isinstance(answer, list) else 0)
 
 
-def collate(
-    rows: list[tuple[list[int], list[int] | int]], kind: str, pad: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
     """Pairs (prompt ids, answer ids or class) as padded tensors: ids (B, T), mask (B, T), targets.
 
     Decoder: ids are prompt and answer. The targets (B, K) belong to the last K columns only, as many as the
@@ -452,7 +463,7 @@ def collate(
     return ids, mask, targets
 
 
-def pad_rows(rows: list[list[int]], value: int) -> Tensor:
+def pad_rows(rows: list[Ids], value: int) -> Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -478,9 +489,14 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
 
 
 def answer_task(
-    model: TextModel, name: str, examples: list[Example], shots: list[Example] = (), calibrate: bool = False,
-    progress: str = "", calculator: bool = False,
-) -> tuple[list, dict]:  # fmt: skip
+    model: TextModel,
+    name: str,
+    examples: list[Example],
+    shots: Iterable[Example] = (),
+    calibrate: bool = False,
+    progress: str = "",
+    calculator: bool = False,
+) -> tuple[list, dict]:
     """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
 
     Classes are compared by the log-likelihood of their names; "sure" has the probability of each winner.
@@ -511,9 +527,15 @@ def answer_task(
 
 
 def sample_answers(
-    model: TextModel, name: str, split: str, examples: list[Example], n: int, temperature: float = 0.8,
-    seed: int = 1, calculator: bool = False,
-) -> list[list[str]]:  # fmt: skip
+    model: TextModel,
+    name: str,
+    split: str,
+    examples: list[Example],
+    n: int,
+    temperature: float = 0.8,
+    seed: int = 1,
+    calculator: bool = False,
+) -> list[list[str]]:
     """n answers to each of a task's examples; temperature 0 gives the greedy one.
 
     They are kept in the model's folder, in samples/, and read from there when the same model is asked the
@@ -526,7 +548,7 @@ def sample_answers(
     how = {"task": name, "split": split, "n": n, "temperature": temperature, "seed": seed}
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
     key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
-    file = Path(model.name) / "samples" / f"{name}-{split}-{n}x-{key}.jsonl"
+    file = Path(model.name, "samples", f"{name}-{split}-{n}x-{key}.jsonl")
     n = 1 if temperature == 0 else n
     questions, kept = [example.text for example in examples], read_jsonl(file)
     answers = [row.get("samples") for row in kept]
@@ -554,15 +576,14 @@ def class_name(label: object) -> str:
     return SAME_LABEL.get(name, name)
 
 
-def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
+def label_order(id2label: dict | None, labels: Iterable[str]) -> list[int]:
     """For each label of a task, the index of its output in a classification head.
 
     A classifier from the hub may order its classes differently; id2label in its config names them. Without
     names (LABEL_0, LABEL_1, ...) the task's order is assumed. Raises TrainError if the names do not match.
     """
-    names = [
-        class_name(label) for _, label in sorted((id2label or {}).items(), key=lambda item: int(item[0]))
-    ]
+    numbers = sorted(id2label or {}, key=int)
+    names = [class_name(id2label[number]) for number in numbers]
     wanted = [class_name(label) for label in labels]
     order = range(len(wanted))
     if names in ([], [f"label_{i}" for i in order], [str(i) for i in order]):
