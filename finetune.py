@@ -116,7 +116,8 @@ class LoRA(nn.Module):
         self.lora_B = nn.Linear(r, layer.out_features, bias=False)
         self.lora_A.reset_parameters()  # a second time, as PEFT: the same seed gives the same A
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout, self.scale = nn.Dropout(dropout), alpha / r
+        self.dropout = nn.Dropout(dropout)
+        self.scale = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
@@ -128,11 +129,13 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The same function as one matrix, W + (alpha / r) B A."""
-        W, bias = self.base_layer.weight, self.base_layer.bias
+        W = self.base_layer.weight
+        bias = self.base_layer.bias
         layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta")
         with torch.autocast(W.device.type, enabled=False):
             correction = self.scale * self.lora_B.weight @ self.lora_A.weight
-        layer.weight, layer.bias = nn.Parameter((W + correction).to(W.dtype)), bias
+        layer.weight = nn.Parameter((W + correction).to(W.dtype))
+        layer.bias = bias
         return layer
 
 
@@ -144,7 +147,8 @@ class Adapter:
         targets = target_names(model, cfg.lora_targets) or LORA_TARGETS["llama"]
         base = os.path.abspath(base) if Path(base).is_dir() else base  # PEFT opens it from any folder
         self.config = lora_config(cfg, "causal", targets, base_model_name_or_path=base, inference_mode=True)
-        self.model, self.layers = model.requires_grad_(False), {}
+        self.model = model.requires_grad_(False)
+        self.layers = {}
         for name, layer in list(model.named_modules()):
             if is_target(name, targets):
                 self.layers[name] = LoRA(layer, cfg.lora_r, self.config.lora_alpha, cfg.lora_dropout)
@@ -203,7 +207,8 @@ def build_model(
     `align`: it holds conversations, and where all its weights are trained, model.py computes it if it can.
     """
     check_settings(cfg, source)
-    device, tokenizer = pick_device(cfg.device), load_tokenizer(cfg.model)
+    device = pick_device(cfg.device)
+    tokenizer = load_tokenizer(cfg.model)
     torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
     ours = has_own_lora(source, cfg) if cfg.lora_r else align and not source.why_not_ours()
     # float32; weights that stay frozen: in 4 bits, or on a GPU in the dtype of activations
@@ -227,7 +232,8 @@ def build_model(
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
     if not cfg.load_in_4bit:
         model = model.to(device)
-    limit, chat = cfg.context_length or 1024, align or source.is_chat(tokenizer)
+    limit = cfg.context_length or 1024
+    chat = align or source.is_chat(tokenizer)
     return TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
 
 
@@ -284,7 +290,8 @@ class Epochs:
     """
 
     def __init__(self, order: Callable[[int], np.ndarray | list], batch: int):
-        self.order, self.batch_size = order, batch
+        self.order = order
+        self.batch_size = batch
         self.epoch, self.items = 0, order(0)
         self.batches = max(1, len(self.items) // batch)  # an epoch
 
@@ -293,8 +300,8 @@ class Epochs:
         epoch, at = divmod(step, self.batches)
         if epoch != self.epoch:
             self.epoch, self.items = epoch, self.order(epoch)
-        rows = range(at * self.batch_size + first, at * self.batch_size + first + count)
-        return [self.items[i % len(self.items)] for i in rows]
+        start = at * self.batch_size + first
+        return [self.items[i % len(self.items)] for i in range(start, start + count)]
 
 
 def by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
@@ -310,17 +317,23 @@ class TrainingSet(Epochs):
     """
 
     def __init__(self, rows: list[tuple], batch: int, seed: int, kind: str, pad: int):
-        self.rows, self.seed, self.kind, self.pad = rows, seed, kind, pad
+        self.rows = rows
+        self.seed = seed
+        self.kind = kind
+        self.pad = pad
         self.lengths = np.array([length(row) for row in rows])
         super().__init__(partial(self.shuffled, batch=batch), batch)
 
     def shuffled(self, epoch: int, batch: int) -> np.ndarray:
-        rng, size = np.random.default_rng([self.seed, epoch]), max(1, len(self.rows) // batch) * batch
-        order = by_length(np.resize(rng.permutation(len(self.rows)), size), self.lengths, batch)
+        rng = np.random.default_rng([self.seed, epoch])
+        size = max(1, len(self.rows) // batch) * batch
+        order = np.resize(rng.permutation(len(self.rows)), size)
+        order = by_length(order, self.lengths, batch)
         return rng.permutation(order.reshape(-1, batch)).ravel()
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        return collate([self.rows[i] for i in self.members(step, first, count)], self.kind, self.pad)
+        rows = [self.rows[i] for i in self.members(step, first, count)]
+        return collate(rows, self.kind, self.pad)
 
 
 def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], dict[str, int]]:
@@ -329,7 +342,9 @@ def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list
     A text that is too long is "cut"; an answer never is: an example whose answer leaves less than 16 tokens
     for the question is "left_out".
     """
-    task, rows, lost = TASKS[name], [], {"cut": 0, "left_out": 0}
+    task = TASKS[name]
+    rows = []
+    lost = {"cut": 0, "left_out": 0}
     answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
     order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else []
     for example in examples:
@@ -359,7 +374,8 @@ def task_loss(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, kind
 
 def finetune(cfg: FinetuneConfig) -> dict:
     """Trains, then evaluates the model on the whole validation split; returns run.json."""
-    begun, task = time.perf_counter(), find_task(cfg.task)
+    begun = time.perf_counter()
+    task = find_task(cfg.task)
     train, train_about = load_task(cfg.task, "train")
     validation, validation_about = load_task(cfg.task, "validation")
     train = subsample(train, cfg.max_train_examples, cfg.seed)
@@ -378,7 +394,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         total, count = 0.0, 0
         for index in model.batch_indices([length(row) for row in val_rows]):
             nats, n = loss(core, *model.collate([val_rows[i] for i in index]))
-            total, count = total + nats.item(), count + n.item()
+            total += nats.item()
+            count += n.item()
         found = {"val_loss": total / count}
         if task.labels:
             outputs, _ = answer_task(model, cfg.task, watched)
@@ -389,13 +406,11 @@ def finetune(cfg: FinetuneConfig) -> dict:
         texts, _ = answer_task(model, cfg.task, watched[:2])
         return [{"prompt": e.text, "text": text.strip()} for e, text in zip(watched, texts, strict=False)]
 
-    parameters = list(model.model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    data = {"train": train_about | {"examples": len(train)} | lost}
+    total, trained = parameters_of(model.model)
+    data = {"train": train_about | {"examples": len(train)} | lost, "tokenizer": model.tokenizer.hash}
     data["validation"] = validation_about | {"examples": len(validation)}
-    data["tokenizer"] = model.tokenizer.hash
-    about = origin(cfg.model) | {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
+    about = {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
+    about |= origin(cfg.model)
     about["trained_parameters"] = trained
     about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or bool(cfg.max_eval_examples)
     if model.kind == "head":
@@ -452,6 +467,13 @@ def build_for_task(cfg: FinetuneConfig, task: Task) -> TextModel:
     return build_model(cfg, source)
 
 
+def parameters_of(model: nn.Module) -> tuple[int, int]:
+    """The number of parameters, and of those that are trained."""
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    return total, sum(p.numel() for p in parameters if p.requires_grad)
+
+
 def plan_steps(cfg: AdaptConfig, all_steps: int) -> bool:
     """Sets max_steps where it is 0. True for a smoke run, cut short or a child of one: it is no result."""
     smoke = cfg.max_train_examples or 0 < cfg.max_steps < all_steps
@@ -481,14 +503,22 @@ def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:
 
 
 def default_name(cfg: FinetuneConfig) -> str:
-    kind = "-qlora" if cfg.load_in_4bit else "-lora" if cfg.lora_r else ""
-    return f"{cfg.task}-{Path(cfg.model).name}{'-head' if cfg.method == 'head' else ''}{kind}"
+    name = f"{cfg.task}-{Path(cfg.model).name}"
+    if cfg.method == "head":
+        name += "-head"
+    if cfg.lora_r:
+        name += "-qlora" if cfg.load_in_4bit else "-lora"
+    return name
 
 
 def format_row(model: TextModel, row: tuple) -> str:
-    prompt, answer = row
-    answer = model.model.config.id2label[answer] if model.kind == "head" else model.decode(answer)
-    return f"{model.decode(prompt)[-300:]}[{answer[:200]}]".replace("\n", " / ")
+    prompt = model.decode(row[0])
+    answer = row[1]
+    if model.kind == "head":
+        answer = model.model.config.id2label[answer]
+    else:
+        answer = model.decode(answer)
+    return f"{prompt[-300:]}[{answer[:200]}]".replace("\n", " / ")
 
 
 def report(cfg: FinetuneConfig, run: dict) -> None:

@@ -94,7 +94,8 @@ def float32_where_trained(model: nn.Module) -> nn.Module:
 
 def embedding_names(model: nn.Module) -> list[str]:
     """The names of the input and output embeddings; PEFT trains two that share a matrix as one."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    inputs = model.get_input_embeddings()
+    outputs = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():
         untied = outputs is not None and outputs.weight is not inputs.weight
@@ -147,7 +148,8 @@ def four_bit(device: torch.device) -> dict:
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
     source = resolve(str(folder))
-    model, run = with_adapter(source).merge_and_unload(), source.run
+    model = with_adapter(source).merge_and_unload()
+    run = source.run
     ids = folder / "generation_config.json"
     if ids.exists():  # a chat stops elsewhere than its base
         set_token_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})

@@ -100,12 +100,17 @@ def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[li
     """
     special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
     safe = [message | {"content": guarded(message["content"], special)} for message in messages]
-    ids, is_answer, text = [], [], ""
+    ids = []
+    is_answer = []
+    text = ""
     for piece, assistant in pieces(template, safe, tokenizer.template_tokens, special):
         text += piece
         together = encoded(tokenizer, text, special)
-        new = together[len(ids) :] if together[: len(ids)] == ids else encoded(tokenizer, piece, special)
-        ids, is_answer = ids + new, is_answer + [assistant] * len(new)
+        new = together[len(ids) :]
+        if together[: len(ids)] != ids:
+            new = encoded(tokenizer, piece, special)
+        ids += new
+        is_answer += [assistant] * len(new)
     return ids, is_answer
 
 

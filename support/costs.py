@@ -293,7 +293,7 @@ def logit_bytes(s: Shape, rows: int, size: int, sampled: bool) -> int:
     """Bytes of the logits of one step: as computed, and in float32.
 
     Sampling adds probabilities in float32, in float64 and cumulative (`sample` in model.py). With
-    transformers, `Draw` in support/hub_models.py makes two more tensors of the logits' shape.
+    transformers, `generate` in support/hub_models.py makes two more tensors of the logits' shape.
     """
     chosen = 0 if s.ours else 8
     return rows * s.vocab_size * (size + 4 + (4 + 8 + 8 if sampled else chosen))

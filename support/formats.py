@@ -73,10 +73,10 @@ def preference_of(row: dict, where: str = "") -> Preference | None:
         if len(side) < 2 or side[-1]["role"] != "assistant":
             return None
         sides.append(side)
-    chosen, rejected = sides
-    if chosen[:-1] != rejected[:-1]:
+    (*messages, chosen), (*others, rejected) = sides
+    if messages != others:
         return None
-    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+    return Preference(messages, chosen["content"], rejected["content"])
 
 
 def question_of(row: dict, where: str) -> list[dict]:
@@ -84,17 +84,21 @@ def question_of(row: dict, where: str) -> list[dict]:
     asked = first_of(row, ("instruction", "prompt", "question"))
     if isinstance(asked, list):
         return as_messages(asked, where)
-    asked, more = text_of(asked, where), text_of(first_of(row, ("input", "context")), where)
+    asked = text_of(asked, where)
     if asked is None:
         return []
-    return talk(f"{asked}\n\n{more}" if more else asked)
+    more = text_of(first_of(row, ("input", "context")), where)
+    if more:
+        asked += f"\n\n{more}"
+    return talk(asked)
 
 
 def as_answer(value, where: str) -> list[dict]:
     """A cell that holds an answer, or messages that end in one, as messages; [] if it has no text."""
-    if not isinstance(value, list):
-        value = [{"role": "assistant"} | (value if isinstance(value, dict) else {"content": value})]
-    return as_messages(value, where)
+    if isinstance(value, list):
+        return as_messages(value, where)
+    turn = value if isinstance(value, dict) else {"content": value}
+    return as_messages([{"role": "assistant"} | turn], where)
 
 
 def as_messages(turns, where: str) -> list[dict]:
@@ -105,7 +109,8 @@ def as_messages(turns, where: str) -> list[dict]:
     for number, turn in enumerate(turns):
         if isinstance(turn, str):
             turn = {"role": ("user", "assistant")[number % 2], "content": turn}
-        role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+        known = turn if isinstance(turn, dict) else {}
+        role = known.get("role") or known.get("from")
         if not isinstance(role, str):
             raise DataError(f'{where}: a message needs "role" and "content", but is {shortened(turn)}')
         if role.lower() not in ROLES:
@@ -135,8 +140,10 @@ def first_of(row: dict, names: tuple[str, ...]):
     """The first of these columns that is there and not empty: None, NaN, [] or a text without a word."""
     for name in names:
         value = row.get(name)
-        empty = text_of(value, name) is None if isinstance(value, (str, float)) else value in (None, [])
-        if not empty:
+        if isinstance(value, (str, float)):
+            if text_of(value, name) is not None:
+                return value
+        elif value not in (None, []):
             return value
     return None
 

@@ -130,10 +130,12 @@ def vocabulary(tokenizer: Tokenizer, rows: int, end: int, template: str) -> dict
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [TokenType.UNUSED] * rows
     for i, token in tokenizer.vocab.items():
-        tokens[i], types[i] = spell(token), TokenType.NORMAL
+        tokens[i] = spell(token)
+        types[i] = TokenType.NORMAL
     for token, i in tokenizer.special_ids.items():
         if i < rows:
-            tokens[i], types[i] = token, TokenType.CONTROL
+            tokens[i] = token
+            types[i] = TokenType.CONTROL
     found = {
         "tokenizer_model": "gpt2",
         "tokenizer_pre": PRE_TOKENIZERS[tokenizer.pattern],
@@ -187,7 +189,8 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     file = Path(file or folder / f"{name}.gguf")
     model, tokenizer = read_model(folder)
     c, (template, end) = model.config, chat_ending(folder, tokenizer)
-    arch, context = ARCHITECTURES[architecture(c)], usable_context(c)
+    arch = ARCHITECTURES[architecture(c)]
+    context = usable_context(c)
     values = {"name": name, "file_type": gguf.LlamaFileType[FILE_TYPES[dtype]]} | settings(c)
     values |= vocabulary(tokenizer, c.vocab_size, tokenizer.special_ids.get(end, tokenizer.eot_id), template)
 
@@ -226,9 +229,11 @@ def read_model(folder: Path) -> tuple[ModernDecoderLM, Tokenizer]:
     """Raises GGUFError for a model or tokenizer that a GGUF file cannot describe."""
     if (folder / "adapter_config.json").exists():
         raise GGUFError(f"{folder} is an adapter: train with --merge, then convert {folder / 'merged'}")
-    model, tokenizer = ModernDecoderLM.from_pretrained(folder), Tokenizer.load(folder)
+    model = ModernDecoderLM.from_pretrained(folder)
+    tokenizer = Tokenizer.load(folder)
     if architecture(model.config) not in ARCHITECTURES:
-        ours, plain = asdict(model.config), asdict(ModelConfig())
+        ours = asdict(model.config)
+        plain = asdict(ModelConfig())
         switches = {name: ours[name] for name in SWITCHES + MOE_SWITCHES if ours[name] != plain[name]}
         raise GGUFError(
             f"llama.cpp has no architecture for this combination of switches: {switches}. "

@@ -171,7 +171,8 @@ NO_WEIGHTS = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 
 def to_hf_tensors(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under the names, and in the layout, of the checkpoint on disk."""
-    kind, tensors = architecture(c), {}
+    kind = architecture(c)
+    tensors = {}
     for name, tensor in ours.items():
         layer, _, leaf = name.rpartition(".mlp.")
         if kind == "mixtral" and leaf in (
@@ -196,7 +197,9 @@ def to_hf_tensors(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_hf_tensors(c: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_hf_tensors`; drops what is no weight (GPT-2's masks, a tied copy of the head)."""
-    kind, found, experts = architecture(c), {}, {}
+    kind = architecture(c)
+    found = {}
+    experts = {}
     for name, tensor in theirs.items():
         if name.endswith(NO_WEIGHTS) or (c.tie_embeddings and name == "lm_head.weight"):
             continue
@@ -321,7 +324,8 @@ def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -
     """
     with torch.device("meta"):  # shapes only: no time spent on initialising weights that are then replaced
         model = ModernDecoderLM(config)
-    ours, want = from_hf_tensors(config, tensors), model.state_dict()
+    ours = from_hf_tensors(config, tensors)
+    want = model.state_dict()
     faults = {
         "missing": want.keys() - ours.keys(),
         "unexpected": ours.keys() - want.keys(),

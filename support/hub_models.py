@@ -46,7 +46,8 @@ class HubTokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one id, perhaps only part of a character: byte-level BPE, SentencePiece's <0xE2>."""
-        token, text = self.inner.convert_ids_to_tokens(i) or "", self.inner.decode([i])
+        token = self.inner.convert_ids_to_tokens(i) or ""
+        text = self.inner.decode([i])
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
         if "\ufffd" in text and set(token) <= letter_bytes().keys():
@@ -87,9 +88,11 @@ class HubTokenizer:
 
     def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and after a text, such as [CLS] and [SEP]."""
-        framed, alone = self.inner("a")["input_ids"], self.encode("a")
+        framed = self.inner("a")["input_ids"]
+        alone = self.encode("a")
         at = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
-        before, behind = framed[:at], framed[at + len(alone) :]
+        before = framed[:at]
+        behind = framed[at + len(alone) :]
         return (before, behind) if before or behind else (self.bos, [])
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
@@ -145,14 +148,16 @@ def generate(
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(rows):
         where = slice(width - len(prompt), None) if decoder_only else slice(len(prompt))
-        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
+        ids[row, where] = torch.tensor(prompt)
+        mask[row, where] = 1
     start = width if decoder_only else 1
     uniforms = uniform_numbers(seed, len(rows), max_new_tokens)
     texts = Texts(len(rows), stop_tokens, stream, force)
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
-        new, seen = input_ids[:, start:], None
+        new = input_ids[:, start:]
+        seen = None
         if adjust:
             scores = adjust(list(range(len(rows))), scores)
         if repetition_penalty != 1.0:
@@ -169,7 +174,8 @@ def generate(
         eos_token_id=list(stop_tokens) or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
+    was_training = model.training
     model.eval()
     try:
         model.generate(
@@ -192,7 +198,8 @@ def hf_context(config) -> int:
 def save_hub_model(model: nn.Module, folder: Path, ids: dict) -> None:
     """save_pretrained with the token ids of `generation_ids`; of a PEFT model only the adapter."""
     set_token_ids(model, ids)
-    how, adapters = {}, getattr(model, "peft_config", {})
+    how = {}
+    adapters = getattr(model, "peft_config", {})
     for adapter in adapters.values():
         how["save_embedding_layers"] = False  # the embeddings of new tokens are saved by themselves
         base = adapter.base_model_name_or_path
@@ -234,7 +241,8 @@ def set_dropout(model: nn.Module, p: float) -> None:
     layers = 0
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p, layers = p, layers + 1
+            module.p = p
+            layers += 1
         for name in ("attention_dropout", "dropout"):  # some attention layers keep a number instead
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, p)

@@ -68,7 +68,9 @@ class Source:
 
 def resolve(name: str) -> Source:
     """Finds the model that a name means. Raises TrainError or OSError with a message for the user."""
-    adapter, base, run = {}, name, read_run(name)
+    adapter = {}
+    base = name
+    run = read_run(name)
     if is_adapter(name):
         adapter = read_json(Path(name) / "adapter_config.json")
         base = adapter_base(Path(name), adapter.get("base_model_name_or_path") or run.get("parent"))
@@ -207,7 +209,8 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
     transformers.logging.set_verbosity_error()  # no warnings about a new head or a slow tokenizer
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
-    name, config = source.base, source.config
+    name = source.base
+    config = source.config
     if config.get("model_type") == "modern_llm":
         raise TrainError(
             f"{name} was built with switches for which transformers has no architecture (`architecture` in "
@@ -232,7 +235,8 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
 
 def with_adapter(source: Source, trainable: bool = False, **kwargs) -> nn.Module:
     """The base model with the PEFT adapter of a folder. `kwargs`: passed to from_hub."""
-    run, name = source.run, source.name
+    run = source.run
+    name = source.name
     tuned_on = run.get("base_hash", run.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(source.base):
         raise TrainError(
@@ -278,5 +282,6 @@ def is_smoke(name: str) -> bool:
 
 def origin(name: str) -> dict:
     """What run.json says of the model that a run started from."""
-    source, about = resolve(name), {"parent": name, "parent_hash": weights_hash(name)}
+    source = resolve(name)
+    about = {"parent": name, "parent_hash": weights_hash(name)}
     return about | ({"base_hash": weights_hash(source.base)} if source.adapter else {})

@@ -63,18 +63,25 @@ class TextModel:
         chat: bool = False,
         adapter=None,
     ):
-        self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
-        self.chat, self.adapter = chat, adapter
+        self.model = model
+        self.tokenizer = tokenizer
+        self.kind = kind
+        self.name = name
+        self.chat = chat
+        self.adapter = adapter
         self.ours = isinstance(model, ModernDecoderLM)
         self.longest = model.config.context_length if self.ours else hf_context(model.config)
         self.context_length = min(self.longest, context_length or self.longest)
-        self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
+        self.bos = tokenizer.bos
+        self.eos = tokenizer.eot_id
+        self.pad = tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head finds the end of a text by it
             model.config.pad_token_id = self.pad
         self.before, self.behind = self.bos, []  # special tokens before and after a prompt
         if kind != "causal" and isinstance(tokenizer, HubTokenizer):
             self.before, self.behind = tokenizer.frame()
-        known, named = model.config.vocab_size, tokenizer.vocab_size
+        known = model.config.vocab_size
+        named = tokenizer.vocab_size
         # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
         if named > known and not (self.ours and known == 50257):
             raise TrainError(
@@ -109,7 +116,9 @@ class TextModel:
         Examples (`shots`) stand before the question. If they do not fit, the first ones are removed; if the
         rest is still too long, the end of `text` is cut, but never the question.
         """
-        room, shots, cut = room or self.context_length, list(shots), ""
+        room = room or self.context_length
+        shots = list(shots)
+        cut = ""
 
         def prompt_ids(text: str) -> Ids:
             if self.chat:
@@ -123,13 +132,15 @@ class TextModel:
         ids = prompt_ids(text)
         while len(ids) > room and shots:
             del shots[0]
-            ids, cut = prompt_ids(text), "shots"
+            ids = prompt_ids(text)
+            cut = "shots"
         if len(ids) > room:
             # Bisection over characters: a truncated list of tokens need not decode and encode to itself.
             size = bisect.bisect(range(len(text)), room, key=lambda n: len(prompt_ids(text[:n].rstrip())))
             if size < 2:
                 raise TrainError(f"{room} tokens are too few for a prompt: raise --context_length")
-            ids, cut = prompt_ids(text[: size - 1].rstrip()), "text"
+            ids = prompt_ids(text[: size - 1].rstrip())
+            cut = "text"
         return ids, cut
 
     def conversation(self, messages: list[dict]) -> tuple[Ids, list[bool]]:
@@ -141,13 +152,16 @@ class TextModel:
             raise TrainError(f"unknown role {unknown.pop()!r} in a conversation: use {', '.join(ROLES)}")
         if not self.marks:
             return conversation_ids(self.tokenizer, self.template, messages)
-        ids, is_answer, special = [], [], self.tokenizer.special_id
+        ids = []
+        is_answer = []
+        special = self.tokenizer.special_id
         for message in messages:
             turn = [*self.encode(message["content"].strip()), special("<|end|>")]
             ids += [special(f"<|{message['role']}|>"), *turn]
             is_answer += [False] + [message["role"] == "assistant"] * len(turn)
         if not messages or messages[-1]["role"] != "assistant":
-            ids, is_answer = [*ids, special("<|assistant|>")], [*is_answer, False]
+            ids = [*ids, special("<|assistant|>")]
+            is_answer = [*is_answer, False]
         return ids, is_answer
 
     def reply_ids(self, answer: str) -> Ids:
@@ -168,8 +182,11 @@ class TextModel:
         if self.kind == "seq2seq":
             return self.encode(answer.strip())
         anchor = task.template.split("{}")[1]
-        before, joined = self.encode(anchor), self.encode(anchor + answer)
-        return joined[len(before) :] if joined[: len(before)] == before else self.encode(answer)
+        before = self.encode(anchor)
+        joined = self.encode(anchor + answer)
+        if joined[: len(before)] == before:
+            return joined[len(before) :]
+        return self.encode(answer)
 
     # ---- likelihoods, class scores, generation
 
@@ -350,7 +367,8 @@ class TextModel:
         with progress_bar(len(order), progress) as bar:
             while order:
                 size = max(1, rows(lengths[order[0]]))
-                index, order = order[:size], order[size:]
+                index = order[:size]
+                order = order[size:]
                 yield index
                 bar.update(len(index))
 
@@ -382,7 +400,8 @@ class TextModel:
         A share of the free memory counts, minus the copy of the weights that autocast or `generate` makes. On
         a CPU several processes share it (`on_all_cores`).
         """
-        on_cpu, config = self.device.type == "cpu", self.model.config
+        on_cpu = self.device.type == "cpu"
+        config = self.model.config
         processes = torch.get_num_threads() if on_cpu and sys.platform == "linux" else 1
         free = room(self.device, processes)
         if self.ours and dtype != self.model.head.dtype:
@@ -455,7 +474,8 @@ def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
         targets = pad_rows([answer for _, answer in rows], -100)
     else:
         skip = min(map(len, inputs)) - 1
-        targets = pad_rows([[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows], -100)
+        targets = [[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows]
+        targets = pad_rows(targets, -100)
         inputs = [(prompt + answer)[:-1] for prompt, answer in rows]
     ids = pad_rows(inputs, pad)
     lengths = torch.tensor([len(row) for row in inputs])
@@ -512,7 +532,8 @@ def answer_task(
     longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
     room = model.context_length - (longest if model.kind == "causal" else 0)
     asked = [model.prompt(task, example.text, shots, room) for example in examples]
-    prompts, cuts = [ids for ids, _ in asked], [cut for _, cut in asked]
+    prompts = [ids for ids, _ in asked]
+    cuts = [cut for _, cut in asked]
     notes = {"cut": cuts.count("text"), "shots_dropped": cuts.count("shots")}
     if not task.labels:
         return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), notes
@@ -550,7 +571,8 @@ def sample_answers(
     key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
     file = Path(model.name, "samples", f"{name}-{split}-{n}x-{key}.jsonl")
     n = 1 if temperature == 0 else n
-    questions, kept = [example.text for example in examples], read_jsonl(file)
+    questions = [example.text for example in examples]
+    kept = read_jsonl(file)
     answers = [row.get("samples") for row in kept]
     if [row.get("question") for row in kept] == questions:
         if all(isinstance(some, list) and len(some) == n for some in answers):

@@ -23,7 +23,6 @@ import finetune
 from data import TASKS, Example, few_shot, find_task, load_task
 from finetune import FinetuneConfig, TrainingSet, build_for_task, task_loss, tokenise
 from model import ModelConfig, ModernDecoderLM
-from support import machine
 from support.adapters import LORA_TARGETS
 from support.hf_format import load_tensors
 from support.loading import load_model, load_tokenizer
@@ -280,15 +279,6 @@ def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built
     again = built(**options)
     again.read_weights(tmp_path / "ours")
     assert torch.equal(logits(again.model, ids), adapted)
-
-
-def test_a_model_with_lora_generates_in_another_dtype_than_its_weights(built):
-    model = built(task="dialogue", lora_r=4)
-    for tensor in model.adapter.tensors().values():
-        tensor.normal_(std=0.2)
-    expected = model.generate([model.encode("Tom: Hello")], 8, "")
-    model.dtype = torch.bfloat16
-    assert model.generate([model.encode("Tom: Hello")], 8, "")[0][:2] == expected[0][:2]
 
 
 @pytest.mark.parametrize("name, layers", [("ours", 14), ("gpt2", 8), ("t5", 36)])
@@ -587,22 +577,6 @@ def test_a_checkpoint_that_lacks_weights_is_never_filled_up_with_random_ones(
         load_model(str(folder), CPU, backend)
 
 
-def test_names_tell_task_model_and_method():
-    cfg = FinetuneConfig(model="out/laptop", task="sst2", lora_r=8, method="head")
-    assert finetune.default_name(cfg) == "sst2-laptop-head-lora"
-
-
 def test_help_needs_no_large_library():
     code = "import sys, finetune; assert not {'transformers', 'peft', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize("dtype, width, want", [
-    ("auto", 8, "float32"), ("bfloat16", 8, "bfloat16"), ("auto", 5000, "bfloat16")
-])  # fmt: skip
-def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(monkeypatch, dtype, width, want):
-    monkeypatch.setattr(machine, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
-    chosen = finetune.dtype_for(
-        finetune.AdaptConfig(device="cpu", dtype=dtype), torch.nn.Linear(width, width)
-    )
-    assert (chosen or machine.pick_dtype(dtype, CPU)) == getattr(torch, want)
