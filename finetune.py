@@ -22,7 +22,6 @@ predictions.jsonl with all it answered. Training, resuming and logging are train
 from support.terminal import run_script
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -36,6 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import parse_config
@@ -51,20 +51,12 @@ from support.adapters import (
     merge,
     target_names,
 )
-from support.files import write_atomically
+from support.files import write_jsonl
 from support.hub_models import add_chat_tokens, set_dropout
-from support.loading import (
-    Source,
-    from_hub,
-    is_smoke,
-    load_model,
-    load_tokenizer,
-    origin,
-    resolve,
-    with_adapter,
-)
+from support.loading import Source, is_smoke, load_model, load_network, load_tokenizer, origin, resolve
 from support.machine import pick_device, pick_dtype
 from support.model_card import write_run
+from support.results import value_of
 from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash  # noqa: F401
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
@@ -124,7 +116,8 @@ class LoRA(nn.Module):
         self.lora_B = nn.Linear(r, layer.out_features, bias=False)
         self.lora_A.reset_parameters()  # a second time, as PEFT: the same seed gives the same A
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout, self.scale = nn.Dropout(dropout), alpha / r
+        self.dropout = nn.Dropout(dropout)
+        self.scale = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
@@ -136,11 +129,13 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The same function as one matrix, W + (alpha / r) B A."""
-        W, bias = self.base_layer.weight, self.base_layer.bias
+        W = self.base_layer.weight
+        bias = self.base_layer.bias
         layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta")
         with torch.autocast(W.device.type, enabled=False):
             correction = self.scale * self.lora_B.weight @ self.lora_A.weight
-        layer.weight, layer.bias = nn.Parameter((W + correction).to(W.dtype)), bias
+        layer.weight = nn.Parameter((W + correction).to(W.dtype))
+        layer.bias = bias
         return layer
 
 
@@ -152,17 +147,16 @@ class Adapter:
         targets = target_names(model, cfg.lora_targets) or LORA_TARGETS["llama"]
         base = os.path.abspath(base) if Path(base).is_dir() else base  # PEFT opens it from any folder
         self.config = lora_config(cfg, "causal", targets, base_model_name_or_path=base, inference_mode=True)
-        self.model, self.layers = model.requires_grad_(False), {}
+        self.model = model.requires_grad_(False)
+        self.layers = {}
         for name, layer in list(model.named_modules()):
             if is_target(name, targets):
-                alpha = self.config.lora_alpha
-                self.layers[name] = LoRA(layer, cfg.lora_r, alpha, cfg.lora_dropout)
+                self.layers[name] = LoRA(layer, cfg.lora_r, self.config.lora_alpha, cfg.lora_dropout)
         self.put(self.layers)
 
     def put(self, layers: dict[str, nn.Module]) -> None:
         for name, layer in layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer)
+            self.model.set_submodule(name, layer)
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
@@ -175,18 +169,14 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B of every layer under PEFT's names."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return {f"base_model.model.{name}": p.detach() for name, p in trained.items()}
+        named = self.model.named_parameters()
+        return {f"base_model.model.{name}": p.detach() for name, p in named if p.requires_grad}
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         self.config.save_pretrained(folder)  # adapter_config.json
         save_file(self.tensors(), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         saved = load_file(folder / "adapter_model.safetensors")
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
@@ -217,10 +207,16 @@ def build_model(
     `align`: it holds conversations, and where all its weights are trained, model.py computes it if it can.
     """
     check_settings(cfg, source)
-    device, tokenizer = pick_device(cfg.device), load_tokenizer(cfg.model)
+    device = pick_device(cfg.device)
+    tokenizer = load_tokenizer(cfg.model)
     torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
     ours = has_own_lora(source, cfg) if cfg.lora_r else align and not source.why_not_ours()
-    model = load_weights(cfg, source, labels, ours)
+    # float32; weights that stay frozen: in 4 bits, or on a GPU in the dtype of activations
+    frozen = cfg.lora_r and device.type == "cuda"
+    how = {"dtype": pick_dtype(cfg.dtype, device) if frozen else torch.float32}
+    model = load_network(source, ours, labels, True, **four_bit(device) if cfg.load_in_4bit else how)
+    if source.adapter:
+        float32_where_trained(model)
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
     adapter, new_tokens = None, []
@@ -228,13 +224,16 @@ def build_model(
         tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
     if cfg.gradient_checkpointing and not ours:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if ours:
+        model.to(device, **how)
     if cfg.lora_r and ours:
         adapter = Adapter(model, cfg, source.base)
     elif cfg.lora_r and not source.adapter:
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
     if not cfg.load_in_4bit:
         model = model.to(device)
-    limit, chat = cfg.context_length or 1024, align or source.is_chat(tokenizer)
+    limit = cfg.context_length or 1024
+    chat = align or source.is_chat(tokenizer)
     return TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
 
 
@@ -252,19 +251,6 @@ def check_settings(cfg: AdaptConfig, source: Source) -> None:
         if cfg.dtype == "float16":
             raise TrainError("T5 overflows in float16: --dtype=bfloat16, or float32 on an older GPU")
         cfg.dtype = "float32"
-
-
-def load_weights(cfg: AdaptConfig, source: Source, labels: tuple[str, ...], ours: bool) -> nn.Module:
-    """The weights in float32; where they stay frozen, in 4 bits or in the dtype of activations of a GPU."""
-    device = pick_device(cfg.device)
-    frozen = cfg.lora_r and device.type == "cuda"
-    dtype = pick_dtype(cfg.dtype, device) if frozen else torch.float32
-    if ours:
-        return ModernDecoderLM.from_pretrained(cfg.model).to(device, dtype)
-    kwargs = four_bit(device) if cfg.load_in_4bit else {"dtype": dtype}
-    if source.adapter:
-        return float32_where_trained(with_adapter(source, trainable=True, **kwargs))
-    return from_hub(source, labels, **kwargs)
 
 
 class FineTuner(Trainer):
@@ -304,7 +290,8 @@ class Epochs:
     """
 
     def __init__(self, order: Callable[[int], np.ndarray | list], batch: int):
-        self.order, self.batch_size = order, batch
+        self.order = order
+        self.batch_size = batch
         self.epoch, self.items = 0, order(0)
         self.batches = max(1, len(self.items) // batch)  # an epoch
 
@@ -313,8 +300,8 @@ class Epochs:
         epoch, at = divmod(step, self.batches)
         if epoch != self.epoch:
             self.epoch, self.items = epoch, self.order(epoch)
-        rows = range(at * self.batch_size + first, at * self.batch_size + first + count)
-        return [self.items[i % len(self.items)] for i in rows]
+        start = at * self.batch_size + first
+        return [self.items[i % len(self.items)] for i in range(start, start + count)]
 
 
 def by_length(order: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
@@ -330,17 +317,23 @@ class TrainingSet(Epochs):
     """
 
     def __init__(self, rows: list[tuple], batch: int, seed: int, kind: str, pad: int):
-        self.rows, self.seed, self.kind, self.pad = rows, seed, kind, pad
+        self.rows = rows
+        self.seed = seed
+        self.kind = kind
+        self.pad = pad
         self.lengths = np.array([length(row) for row in rows])
         super().__init__(partial(self.shuffled, batch=batch), batch)
 
     def shuffled(self, epoch: int, batch: int) -> np.ndarray:
-        rng, size = np.random.default_rng([self.seed, epoch]), max(1, len(self.rows) // batch) * batch
-        order = by_length(np.resize(rng.permutation(len(self.rows)), size), self.lengths, batch)
+        rng = np.random.default_rng([self.seed, epoch])
+        size = max(1, len(self.rows) // batch) * batch
+        order = np.resize(rng.permutation(len(self.rows)), size)
+        order = by_length(order, self.lengths, batch)
         return rng.permutation(order.reshape(-1, batch)).ravel()
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        return collate([self.rows[i] for i in self.members(step, first, count)], self.kind, self.pad)
+        rows = [self.rows[i] for i in self.members(step, first, count)]
+        return collate(rows, self.kind, self.pad)
 
 
 def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list[tuple], dict[str, int]]:
@@ -349,7 +342,9 @@ def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list
     A text that is too long is "cut"; an answer never is: an example whose answer leaves less than 16 tokens
     for the question is "left_out".
     """
-    task, rows, lost = TASKS[name], [], {"cut": 0, "left_out": 0}
+    task = TASKS[name]
+    rows = []
+    lost = {"cut": 0, "left_out": 0}
     answer_ids = cache(partial(model.answer_ids, task))  # a class' name is always the same
     order = label_order(model.model.config.id2label, task.labels) if model.kind == "head" else []
     for example in examples:
@@ -379,7 +374,8 @@ def task_loss(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, kind
 
 def finetune(cfg: FinetuneConfig) -> dict:
     """Trains, then evaluates the model on the whole validation split; returns run.json."""
-    begun, task = time.perf_counter(), find_task(cfg.task)
+    begun = time.perf_counter()
+    task = find_task(cfg.task)
     train, train_about = load_task(cfg.task, "train")
     validation, validation_about = load_task(cfg.task, "validation")
     train = subsample(train, cfg.max_train_examples, cfg.seed)
@@ -389,7 +385,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     run_folder(cfg)  # refuses a name that cannot be
 
     rows, lost = tokenise(model, cfg.task, train)
-    val_rows, val_lost = tokenise(model, cfg.task, watched)
+    val_rows, _ = tokenise(model, cfg.task, watched)
     batches = TrainingSet(rows, rows_per_step(cfg), cfg.seed, model.kind, model.pad)
     loss = partial(task_loss, kind=model.kind)
 
@@ -398,7 +394,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         total, count = 0.0, 0
         for index in model.batch_indices([length(row) for row in val_rows]):
             nats, n = loss(core, *model.collate([val_rows[i] for i in index]))
-            total, count = total + nats.item(), count + n.item()
+            total += nats.item()
+            count += n.item()
         found = {"val_loss": total / count}
         if task.labels:
             outputs, _ = answer_task(model, cfg.task, watched)
@@ -406,20 +403,22 @@ def finetune(cfg: FinetuneConfig) -> dict:
         return found
 
     def sample(core):
-        some = [] if task.labels else watched[:2]
-        texts = answer_task(model, cfg.task, some)[0] if some else []
-        return [{"prompt": e.text, "text": text.strip()} for e, text in zip(some, texts, strict=True)]
+        texts, _ = answer_task(model, cfg.task, watched[:2])
+        return [{"prompt": e.text, "text": text.strip()} for e, text in zip(watched, texts, strict=False)]
 
-    data = {"train": train_about | {"examples": len(train)} | lost}
+    total, trained = parameters_of(model.model)
+    data = {"train": train_about | {"examples": len(train)} | lost, "tokenizer": model.tokenizer.hash}
     data["validation"] = validation_about | {"examples": len(validation)}
-    tokens = float(batches.lengths.mean())
-    about = origin(cfg.model) | about_model(model) | {"task": cfg.task, "data": data}
+    about = {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
+    about |= origin(cfg.model)
+    about["trained_parameters"] = trained
     about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or bool(cfg.max_eval_examples)
-    data["tokenizer"] = model.tokenizer.hash
-    total = sum(p.numel() for p in model.model.parameters())
-    trained = about["trained_parameters"]
+    if model.kind == "head":
+        names = model.model.config.id2label
+        about["labels"] = [str(names[i]) for i in sorted(names)]
+    tokens = float(batches.lengths.mean())
     trainer = FineTuner(
-        cfg, model, batches.batch, loss=loss, evaluate=evaluate, sample=sample,
+        cfg, model, batches.batch, loss=loss, evaluate=evaluate, sample=None if task.labels else sample,
         flops_per_row=(4 if cfg.lora_r else 6) * total * tokens,  # frozen weights need no gradient
         tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / batches.batches, about=about,
         keeps_best=False,  # results are reported on the validation split: it must not choose the checkpoint
@@ -429,11 +428,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
         f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {tokens:.0f} tokens each, "
         f"{cfg.max_steps} steps of {batches.batch_size}"
     )
-    for split, n in (("training", lost), ("validation", val_lost)):
-        if any(n.values()):
-            trainer.say(
-                f"too long for {split}: {n['cut']} texts lost their end, {n['left_out']} examples left out"
-            )
+    if any(lost.values()):
+        trainer.say(f"too long: {lost['cut']} texts lost their end, {lost['left_out']} examples left out")
     trainer.say(f"an example, its answer in brackets: {format_row(model, rows[0])}")
     return train_and_evaluate(cfg, trainer, validation, begun)
 
@@ -471,13 +467,11 @@ def build_for_task(cfg: FinetuneConfig, task: Task) -> TextModel:
     return build_model(cfg, source)
 
 
-def about_model(model: TextModel) -> dict:
-    """What run.json says of the model."""
-    trained = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
-    about = {"chat": model.chat, "kind": model.kind, "trained_parameters": trained}
-    if model.kind == "head":
-        about["labels"] = [str(name) for _, name in sorted(model.model.config.id2label.items())]
-    return about
+def parameters_of(model: nn.Module) -> tuple[int, int]:
+    """The number of parameters, and of those that are trained."""
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    return total, sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def plan_steps(cfg: AdaptConfig, all_steps: int) -> bool:
@@ -496,8 +490,7 @@ def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict
     outputs, notes = answer_task(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
     notes.pop("sure", None)  # of every item; eval.py keeps it
     records, metrics = judge(cfg.task, validation, outputs)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_jsonl(folder / "predictions.jsonl", records)
     return {"evaluation": {"split": "validation", **notes, "metrics": metrics}}
 
 
@@ -510,27 +503,27 @@ def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:
 
 
 def default_name(cfg: FinetuneConfig) -> str:
-    kind = "-qlora" if cfg.load_in_4bit else "-lora" if cfg.lora_r else ""
-    return f"{cfg.task}-{Path(cfg.model).name}{'-head' if cfg.method == 'head' else ''}{kind}"
+    name = f"{cfg.task}-{Path(cfg.model).name}"
+    if cfg.method == "head":
+        name += "-head"
+    if cfg.lora_r:
+        name += "-qlora" if cfg.load_in_4bit else "-lora"
+    return name
 
 
 def format_row(model: TextModel, row: tuple) -> str:
-    prompt, answer = row
-    answer = model.model.config.id2label[answer] if model.kind == "head" else model.decode(answer)
-    return f"{model.decode(prompt)[-300:]}[{answer[:200]}]".replace("\n", " / ")
-
-
-def format_metric(metric: dict) -> str:
-    """A metric with its interval: shares and ROUGE as percentages."""
-    if "low" not in metric:
-        return f"{metric['value']:.1f}"
-    value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}] (n={metric['n']})"
+    prompt = model.decode(row[0])
+    answer = row[1]
+    if model.kind == "head":
+        answer = model.model.config.id2label[answer]
+    else:
+        answer = model.decode(answer)
+    return f"{prompt[-300:]}[{answer[:200]}]".replace("\n", " / ")
 
 
 def report(cfg: FinetuneConfig, run: dict) -> None:
     evaluation = run["evaluation"]
-    figures = ", ".join(f"{name} {format_metric(m)}" for name, m in evaluation["metrics"].items())
+    figures = ", ".join(f"{name} {value_of(name, m)}" for name, m in evaluation["metrics"].items())
     smoke = "SMOKE RUN, no result: " if run["smoke"] else ""
     print(
         f"{Path(cfg.out) / cfg.name}: {smoke}{figures} on {run['task']}'s {evaluation['split']} split; "

@@ -46,23 +46,23 @@ def add_peft_lora(model: nn.Module, cfg, kind: str, new_tokens: list[int] = ()) 
 
     architecture = model.config.model_type
     head = head_layers(model) if kind == "head" else []
-    targets = (
-        target_names(model, cfg.lora_targets) or LORA_TARGETS.get(architecture) or all_linear(model, head)
-    )
+    targets = target_names(model, cfg.lora_targets) or LORA_TARGETS.get(architecture)
     config = lora_config(
-        cfg, kind, targets, modules_to_save=head or None,
+        cfg,
+        kind,
+        targets or all_linear(model, head),
+        modules_to_save=head or None,
         trainable_token_indices=dict.fromkeys(embedding_names(model), new_tokens) if new_tokens else None,
         fan_in_fan_out=architecture == "gpt2",  # its Conv1D stores (in, out) where Linear stores (out, in)
-    )  # fmt: skip
+    )
     if cfg.load_in_4bit:
-        refuse_odd_widths(model)
         model = peft.prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=cfg.gradient_checkpointing
         )
     try:
         return float32_where_trained(peft.get_peft_model(model, config))
     except ValueError as error:
-        why = str(error).splitlines()[0][:200]
+        why = str(error).partition("\n")[0][:200]
         raise TrainError(f"--lora_targets={cfg.lora_targets}: LoRA cannot be added: {why}") from None
 
 
@@ -94,21 +94,26 @@ def float32_where_trained(model: nn.Module) -> nn.Module:
 
 def embedding_names(model: nn.Module) -> list[str]:
     """The names of the input and output embeddings; PEFT trains two that share a matrix as one."""
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if embeddings[1] is None or embeddings[1].weight is embeddings[0].weight:
-        embeddings.pop()
-    named = model.named_modules()
-    return [name.rpartition(".")[2] for name, m in named if any(m is e for e in embeddings)]
+    inputs = model.get_input_embeddings()
+    outputs = model.get_output_embeddings()
+    found = []
+    for name, module in model.named_modules():
+        untied = outputs is not None and outputs.weight is not inputs.weight
+        if module is inputs or (module is outputs and untied):
+            found.append(name.rpartition(".")[2])
+    return found
 
 
 def head_layers(model: nn.Module) -> list[str]:
     """The new layers of a classifier, which LoRA trains and saves as they are: all outside of the model that
     was trained before, and BERT's pooler, which it may not have had. PEFT by itself knows the last one only.
     """
-    inside = model.base_model_prefix
-    outside = [n for n, m in model.named_children() if n != inside and any(True for _ in m.parameters())]
-    poolers = [n for n, _ in model.named_modules() if n.endswith(".pooler")]
-    return outside + poolers
+    layers = []
+    for name, module in model.named_modules():
+        outside = "." not in name and name not in ("", model.base_model_prefix)
+        if (outside and any(True for _ in module.parameters())) or name.endswith(".pooler"):
+            layers.append(name)
+    return layers
 
 
 def all_linear(model: nn.Module, head: list[str]) -> str | list[str]:
@@ -117,9 +122,12 @@ def all_linear(model: nn.Module, head: list[str]) -> str | list[str]:
     """
     if not head and all(p.ndim < 3 for p in model.parameters()):
         return "all-linear"
-    output = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
-    return [name for name in linear if not any(f"{name}.".startswith(f"{part}.") for part in head)]
+    found = []
+    for name, module in model.named_modules():
+        in_head = any(f"{name}.".startswith(f"{part}.") for part in head)
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and not in_head:
+            found.append(name)
+    return found
 
 
 def four_bit(device: torch.device) -> dict:
@@ -128,25 +136,20 @@ def four_bit(device: torch.device) -> dict:
         raise TrainError('--load_in_4bit needs the package bitsandbytes: pip install ".[qlora]"')
     from transformers import BitsAndBytesConfig
 
-    compute = pick_dtype("auto", device)
-    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **how), "device_map": {"": device}}
-
-
-def refuse_odd_widths(model: nn.Module) -> None:
-    """On a CPU a block of bitsandbytes' 64 quantized weights must not reach across rows."""
-    for layer in model.modules():
-        on_cpu = type(layer).__name__ == "Linear4bit" and layer.weight.device.type == "cpu"
-        if on_cpu and layer.in_features % 64:
-            raise TrainError(
-                f"on a CPU --load_in_4bit needs widths that are multiples of 64, not {layer.in_features}"
-            )
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=pick_dtype("auto", device),
+    )
+    return {"quantization_config": quantized, "device_map": {"": device}}
 
 
 def merge(folder: Path) -> None:
     """Base and adapter as one model, in {folder}/merged: W + (alpha / r) B A is a matrix like any other."""
     source = resolve(str(folder))
-    model, run = with_adapter(source, merge=True), source.run
+    model = with_adapter(source).merge_and_unload()
+    run = source.run
     ids = folder / "generation_config.json"
     if ids.exists():  # a chat stops elsewhere than its base
         set_token_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})

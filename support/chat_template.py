@@ -52,16 +52,13 @@ def render(template: str, messages: list[dict], tokens: dict[str, str], add_gene
     """The text of a conversation. `tokens`: {"bos_token": ..., "eos_token": ...}, which templates may use."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    how = {"chat_template": template, "add_generation_prompt": add_generation_prompt}
     try:
-        rendered = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **tokens
-        )
+        texts, _ = render_jinja_template([messages], **how, **tokens)
     except Exception as error:  # a template from the hub may raise anything
-        why = str(error).strip().splitlines()
-        raise TemplateError(
-            f"the model's chat template refuses this conversation: {(why or ['?'])[0]}"
-        ) from None
-    return rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
+        why = str(error).strip().partition("\n")[0]
+        raise TemplateError(f"the model's chat template refuses this conversation: {why}") from None
+    return texts[0]
 
 
 def pieces(template: str, messages: list[dict], tokens: dict[str, str], special: re.Pattern) -> list[tuple]:
@@ -103,12 +100,17 @@ def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[li
     """
     special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
     safe = [message | {"content": guarded(message["content"], special)} for message in messages]
-    ids, is_answer, text = [], [], ""
+    ids = []
+    is_answer = []
+    text = ""
     for piece, assistant in pieces(template, safe, tokenizer.template_tokens, special):
         text += piece
         together = encoded(tokenizer, text, special)
-        new = together[len(ids) :] if together[: len(ids)] == ids else encoded(tokenizer, piece, special)
-        ids, is_answer = ids + new, is_answer + [assistant] * len(new)
+        new = together[len(ids) :]
+        if together[: len(ids)] != ids:
+            new = encoded(tokenizer, piece, special)
+        ids += new
+        is_answer += [assistant] * len(new)
     return ids, is_answer
 
 
@@ -130,16 +132,6 @@ def encoded(tokenizer, text: str, special: re.Pattern) -> list[int]:
     return ids + tokenizer.encode(text[at:].replace(BREAK, ""), allowed_special=())
 
 
-def reply_ids(tokenizer, template: str, answer: str) -> list[int]:
-    """The ids of an answer as the template renders it, with the token that ends the turn."""
-    ids, is_answer = conversation_ids(
-        tokenizer, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-    )
-    return [i for i, keep in zip(ids, is_answer, strict=True) if keep]
-
-
 def is_ours(template: str | None) -> bool:
     """Whether this is tokenizer.CHAT_TEMPLATE, with or without generation marks."""
-    return template is not None and without_generation_marks(template) == without_generation_marks(
-        CHAT_TEMPLATE
-    )
+    return without_generation_marks(template or "") == without_generation_marks(CHAT_TEMPLATE)

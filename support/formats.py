@@ -68,14 +68,15 @@ def preference_of(row: dict, where: str = "") -> Preference | None:
         side = as_answer(row.get(name), where)
         if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
             side = transcript(side[0]["content"])
-        before, answers = asked, side
-        if side and (not asked or side[0]["role"] != "assistant"):  # this side holds the whole conversation
-            before, answers = side[:-1], side[-1:]
-        if not before or [m["role"] for m in answers] != ["assistant"]:
+        if asked and (not side or side[0]["role"] == "assistant"):  # else it holds the whole conversation
+            side = asked + side
+        if len(side) < 2 or side[-1]["role"] != "assistant":
             return None
-        sides.append((before, answers[0]["content"]))
-    (messages, chosen), (others, rejected) = sides
-    return Preference(messages, chosen, rejected) if messages == others else None
+        sides.append(side)
+    (*messages, chosen), (*others, rejected) = sides
+    if messages != others:
+        return None
+    return Preference(messages, chosen["content"], rejected["content"])
 
 
 def question_of(row: dict, where: str) -> list[dict]:
@@ -83,10 +84,13 @@ def question_of(row: dict, where: str) -> list[dict]:
     asked = first_of(row, ("instruction", "prompt", "question"))
     if isinstance(asked, list):
         return as_messages(asked, where)
-    asked, more = text_of(asked, where), text_of(first_of(row, ("input", "context")), where)
+    asked = text_of(asked, where)
     if asked is None:
         return []
-    return talk(f"{asked}\n\n{more}" if more else asked)
+    more = text_of(first_of(row, ("input", "context")), where)
+    if more:
+        asked += f"\n\n{more}"
+    return talk(asked)
 
 
 def as_answer(value, where: str) -> list[dict]:
@@ -105,7 +109,8 @@ def as_messages(turns, where: str) -> list[dict]:
     for number, turn in enumerate(turns):
         if isinstance(turn, str):
             turn = {"role": ("user", "assistant")[number % 2], "content": turn}
-        role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+        known = turn if isinstance(turn, dict) else {}
+        role = known.get("role") or known.get("from")
         if not isinstance(role, str):
             raise DataError(f'{where}: a message needs "role" and "content", but is {shortened(turn)}')
         if role.lower() not in ROLES:
@@ -135,8 +140,10 @@ def first_of(row: dict, names: tuple[str, ...]):
     """The first of these columns that is there and not empty: None, NaN, [] or a text without a word."""
     for name in names:
         value = row.get(name)
-        empty = text_of(value, name) is None if isinstance(value, (str, float)) else value in (None, [])
-        if not empty:
+        if isinstance(value, (str, float)):
+            if text_of(value, name) is not None:
+                return value
+        elif value not in (None, []):
             return value
     return None
 
@@ -144,5 +151,7 @@ def first_of(row: dict, names: tuple[str, ...]):
 def transcript(text: str) -> list[dict]:
     """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line."""
     _, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)
-    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in pieces[::2])
-    return [{"role": role, "content": t.strip()} for role, t in zip(roles, pieces[1::2], strict=True)]
+    messages = []
+    for name, content in zip(pieces[::2], pieces[1::2], strict=True):
+        messages.append({"role": ROLES[name.lower()], "content": content.strip()})
+    return messages

@@ -15,6 +15,7 @@ Architectures that llama.cpp cannot compute are an error that names the settings
 
 import argparse
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from model import ModelConfig, ModernDecoderLM
 from support.chat_template import without_generation_marks
 from support.files import write_atomically
-from support.hf_format import LLAMA, SWITCHES, architecture, gpt2_names
+from support.hf_format import MOE_SWITCHES, SWITCHES, architecture, to_hf_tensors
 from support.results import read_json
 from support.tokenizer_json import spell
 from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer
@@ -32,6 +33,7 @@ from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen3": "qwen3", "gpt2": "gpt2"}
 # Pre-tokenization, before BPE: llama.cpp's names of our two patterns.
 PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2", DIGITS_PATTERN: "smollm"}
+FILE_TYPES = {"F16": "MOSTLY_F16", "F32": "ALL_F32"}
 # Ollama writes chat templates in Go; this one is tokenizer.CHAT_TEMPLATE.
 MODELFILE = """FROM ./FILE
 TEMPLATE \"\"\"{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>\"\"\"
@@ -60,50 +62,34 @@ def interleaved(weight: Tensor, n_heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def gguf_tensors(model: ModernDecoderLM) -> dict[str, Tensor]:
-    """The model's weights, float32, under llama.cpp's names and in its layout: (out, in), experts first."""
+def gguf_tensors(model: ModernDecoderLM, dtype: str) -> dict[str, Tensor]:
+    """The model's weights under llama.cpp's names and in its layout: (out, in), experts first.
+
+    The large matrices become F16; llama.cpp needs vectors, position embeddings and routers in F32.
+    """
     import gguf
 
     c, weights, found = model.config, model.state_dict(), {}
     arch = ARCHITECTURES[architecture(c)]
-    if c.tie_embeddings:
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("lm_head")}
     if arch == "gpt2":  # queries, keys and values are one matrix
-        weights = {name: torch.cat([weights[part] for part in parts]) for name, parts, _ in gpt2_names(c)}
-    heads = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads} if arch == "llama" else {}
+        weights = to_hf_tensors(c, weights)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[arch], c.n_layers)
     for name, tensor in weights.items():
-        part = name.split(".")[-2]
-        if part in heads:
-            tensor = interleaved(tensor, heads[part])
+        if arch == "gpt2" and ".h." in name and tensor.dim() == 2:
+            tensor = tensor.T  # GPT-2's own layout is (in, out)
+        if arch == "llama" and re.search("[qk]_proj", name):
+            tensor = interleaved(tensor, c.n_heads if "q_proj" in name else c.n_kv_heads)
         # Our experts are bare parameters, all of a layer in one: mlp.w1
         name = re.sub(r"mlp\.(w\d)$", r"block_sparse_moe.experts.\1.weight", name)
-        found[names.get_name(name, (".weight", ".bias"))] = tensor.detach().float().cpu()
+        name = names.get_name(name, (".weight", ".bias"))
+        small = tensor.dim() < 2 or name.startswith("position_embd") or "ffn_gate_inp" in name
+        found[name] = tensor.detach().cpu().to(torch.float32 if dtype == "F32" or small else torch.float16)
     return found
-
-
-def stored_as(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """The large matrices become F16; llama.cpp needs vectors, position embeddings and routers in F32."""
-    small = tensor.dim() < 2 or name.startswith("position_embd") or "ffn_gate_inp" in name
-    return tensor if dtype == "F32" or small else tensor.half()
 
 
 # -----------------------------------------------------------------------------
 # Settings and vocabulary: {name: value}, where GGUFWriter has a method add_{name}
-
-
-def refuse_unknown(c: ModelConfig) -> None:
-    """Raises GGUFError for configs that llama.cpp has no architecture for."""
-    if architecture(c) in ARCHITECTURES:
-        return
-    switches = [*SWITCHES, "capacity_factor", "moe_every"]
-    changed = {name: getattr(c, name) for name in switches if getattr(c, name) != getattr(LLAMA, name)}
-    raise GGUFError(
-        f"llama.cpp has no architecture for this combination of switches: {changed}. "
-        "It runs Llama's shape, also with qk_norm (Qwen3) or ffn=moe (Mixtral), and GPT-2's: norm=layer, "
-        "positions=learned, ffn=gelu, bias, tied embeddings, as many KV heads as heads"
-    )
 
 
 def usable_context(c: ModelConfig) -> int:
@@ -144,10 +130,12 @@ def vocabulary(tokenizer: Tokenizer, rows: int, end: int, template: str) -> dict
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [TokenType.UNUSED] * rows
     for i, token in tokenizer.vocab.items():
-        tokens[i], types[i] = spell(token), TokenType.NORMAL
+        tokens[i] = spell(token)
+        types[i] = TokenType.NORMAL
     for token, i in tokenizer.special_ids.items():
         if i < rows:
-            tokens[i], types[i] = token, TokenType.CONTROL
+            tokens[i] = token
+            types[i] = TokenType.CONTROL
     found = {
         "tokenizer_model": "gpt2",
         "tokenizer_pre": PRE_TOKENIZERS[tokenizer.pattern],
@@ -176,21 +164,14 @@ def spaces_before_digits(tokenizer: Tokenizer) -> list[str]:
     return [text for text in texts if len(text) > 1 and text.isspace()]
 
 
-def chat_template(folder: Path) -> str:
-    """The template of a chat model, without generation marks, which are transformers' own; "" for others."""
-    config = read_json(folder / "tokenizer_config.json")
-    if not read_json(folder / "run.json").get("chat") and config.get("eos_token") in (EOT, None):
-        return ""
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    return without_generation_marks(template or "")
-
-
-def end_id(folder: Path, tokenizer: Tokenizer, rows: int, template: str) -> int:
-    """The id that ends an answer of a chat model, or a text."""
-    name = read_json(folder / "tokenizer_config.json").get("eos_token")
-    found = tokenizer.special_ids.get(name, rows)
-    return found if template and found < rows else tokenizer.eot_id
+def chat_ending(folder: Path, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The template of a chat model and the token that ends its answers; of others "" and <|endoftext|>."""
+    end = read_json(folder / "tokenizer_config.json").get("eos_token", EOT)
+    chat = read_json(folder / "run.json").get("chat") or end != EOT
+    if not chat or not tokenizer.chat_template:
+        return "", EOT
+    # The generation marks are transformers' own.
+    return without_generation_marks(tokenizer.chat_template), end
 
 
 # -----------------------------------------------------------------------------
@@ -207,17 +188,18 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     name = folder.resolve().name
     file = Path(file or folder / f"{name}.gguf")
     model, tokenizer = read_model(folder)
-    c, template = model.config, chat_template(folder)
-    arch, context = ARCHITECTURES[architecture(c)], usable_context(c)
-    file_type = gguf.LlamaFileType.ALL_F32 if dtype == "F32" else gguf.LlamaFileType.MOSTLY_F16
-    words = vocabulary(tokenizer, c.vocab_size, end_id(folder, tokenizer, c.vocab_size, template), template)
+    c, (template, end) = model.config, chat_ending(folder, tokenizer)
+    arch = ARCHITECTURES[architecture(c)]
+    context = usable_context(c)
+    values = {"name": name, "file_type": gguf.LlamaFileType[FILE_TYPES[dtype]]} | settings(c)
+    values |= vocabulary(tokenizer, c.vocab_size, tokenizer.special_ids.get(end, tokenizer.eot_id), template)
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, arch)
-        for key, value in ({"name": name, "file_type": file_type} | settings(c) | words).items():
+        for key, value in values.items():
             getattr(writer, f"add_{key}")(value)
-        for key, tensor in gguf_tensors(model).items():
-            writer.add_tensor(key, stored_as(key, tensor, dtype).contiguous().numpy())
+        for key, tensor in gguf_tensors(model, dtype).items():
+            writer.add_tensor(key, tensor.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -247,8 +229,17 @@ def read_model(folder: Path) -> tuple[ModernDecoderLM, Tokenizer]:
     """Raises GGUFError for a model or tokenizer that a GGUF file cannot describe."""
     if (folder / "adapter_config.json").exists():
         raise GGUFError(f"{folder} is an adapter: train with --merge, then convert {folder / 'merged'}")
-    model, tokenizer = ModernDecoderLM.from_pretrained(folder), Tokenizer.load(folder)
-    refuse_unknown(model.config)
+    model = ModernDecoderLM.from_pretrained(folder)
+    tokenizer = Tokenizer.load(folder)
+    if architecture(model.config) not in ARCHITECTURES:
+        ours = asdict(model.config)
+        plain = asdict(ModelConfig())
+        switches = {name: ours[name] for name in SWITCHES + MOE_SWITCHES if ours[name] != plain[name]}
+        raise GGUFError(
+            f"llama.cpp has no architecture for this combination of switches: {switches}. "
+            "It runs Llama's shape, also with qk_norm (Qwen3) or ffn=moe (Mixtral), and GPT-2's: norm=layer, "
+            "positions=learned, ffn=gelu, bias, tied embeddings, as many KV heads as heads"
+        )
     if EOT not in tokenizer.special_ids:
         raise GGUFError(f"{folder}: the tokenizer has no {EOT}, with which texts begin and end")
     if tokenizer.pattern not in PRE_TOKENIZERS:
@@ -265,7 +256,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="run folder, or a folder with a Hugging Face model")
     parser.add_argument("file", nargs="?", default="", help="what to write; default FOLDER/NAME.gguf")
-    parser.add_argument("--dtype", choices=("F16", "F32"), default="F16", help="of the matrices")
+    parser.add_argument("--dtype", choices=list(FILE_TYPES), default="F16", help="of the matrices")
     options = parser.parse_args()
     try:
         print("\n".join(write_gguf(options.folder, options.file, options.dtype)))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModernDecoderLM, check_sampling, sample
+from model import ModernDecoderLM, Texts, check_sampling, sample, tokens_in, uniform_numbers
 from support.hf_format import write_generation_config
 from support.tables import valid
 from support.tokenizer_json import HUB_MARK, letter_bytes, unspell
@@ -28,7 +28,12 @@ class HubTokenizer:
     """A tokenizer of transformers with the methods of tokenizer.Tokenizer."""
 
     def __init__(self, inner):
-        self.inner = inner
+        self.inner, self.vocab_size = inner, len(inner)
+        added = [token.content for token in inner.added_tokens_decoder.values() if token.special]
+        self.special_tokens = tuple(dict.fromkeys([*inner.all_special_tokens, *added]))
+        self.special_ids = {token: inner.convert_tokens_to_ids(token) for token in self.special_tokens}
+        template = inner.chat_template  # of several with names (one for tools, say) the default one
+        self.chat_template = template.get("default") if isinstance(template, dict) else template
 
     def encode(self, text: str, allowed_special: str | Collection[str] = ()) -> list[int]:
         """The ids of a text. allowed_special="all": a special token spelled in it is encoded as one."""
@@ -41,21 +46,13 @@ class HubTokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one id, perhaps only part of a character: byte-level BPE, SentencePiece's <0xE2>."""
-        token, text = self.inner.convert_ids_to_tokens(i) or "", self.inner.decode([i])
+        token = self.inner.convert_ids_to_tokens(i) or ""
+        text = self.inner.decode([i])
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
-            return bytes([int(byte[1], 16)])
+            return bytes.fromhex(byte[1])
         if "\ufffd" in text and set(token) <= letter_bytes().keys():
             return unspell(token)
         return (" " * (token.startswith("\u2581") and not text.startswith(" ")) + text).encode()
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.inner)
-
-    @cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        added = (token.content for token in self.inner.added_tokens_decoder.values() if token.special)
-        return tuple(dict.fromkeys([*self.inner.all_special_tokens, *added]))
 
     @property
     def template_tokens(self) -> dict[str, str]:
@@ -69,47 +66,33 @@ class HubTokenizer:
     def bos(self) -> list[int]:
         """The ids that begin a text; none if that token opens a chat turn, as in SmolLM."""
         token = self.inner.bos_token
-        if token is None or token in (self.chat_template or ""):
-            return []
-        return [self.inner.bos_token_id]
+        return [] if token is None or token in (self.chat_template or "") else [self.inner.bos_token_id]
 
     @property
     def eot_id(self) -> int:
         """The end-of-text token; for an encoder, the separator token."""
-        ends = [i for i in (self.inner.eos_token_id, self.inner.sep_token_id) if i is not None]
-        if not ends:
-            raise ValueError(
-                f"the tokenizer of {self.inner.name_or_path} has no token that ends a text: name one as "
-                '"eos_token" in its tokenizer_config.json'
-            )
-        return ends[0]
+        for i in (self.inner.eos_token_id, self.inner.sep_token_id):
+            if i is not None:
+                return i
+        raise ValueError(
+            f"the tokenizer of {self.inner.name_or_path} has no token that ends a text: name one as "
+            '"eos_token" in its tokenizer_config.json'
+        )
 
     @property
     def pad_id(self) -> int:
         return self.eot_id if self.inner.pad_token_id is None else self.inner.pad_token_id
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template; of several with names (one for tools, say) the default one."""
-        template = self.inner.chat_template
-        return template.get("default") if isinstance(template, dict) else template
-
-    @chat_template.setter
-    def chat_template(self, template: str) -> None:
-        self.inner.chat_template = template
-
-    @cached_property
-    def special_ids(self) -> dict[str, int]:
-        return {token: self.inner.convert_tokens_to_ids(token) for token in self.special_tokens}
 
     def special_id(self, token: str) -> int:
         return self.special_ids[token]
 
     def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and after a text, such as [CLS] and [SEP]."""
-        with_frame, alone = (self.inner("a", add_special_tokens=s)["input_ids"] for s in (True, False))
-        at = next(i for i in range(len(with_frame)) if with_frame[i : i + len(alone)] == alone)
-        before, behind = with_frame[:at], with_frame[at + len(alone) :]
+        framed = self.inner("a")["input_ids"]
+        alone = self.encode("a")
+        at = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
+        before = framed[:at]
+        behind = framed[at + len(alone) :]
         return (before, behind) if before or behind else (self.bos, [])
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
@@ -132,15 +115,13 @@ class HubTokenizer:
         chat_template: str | None = None,
     ) -> None:
         """Writes the tokenizer's files; the arguments are those of tokenizer.Tokenizer.save."""
-        if chat_template:
-            self.inner.chat_template = chat_template
-        if self.inner.pad_token is None:
-            self.inner.pad_token = self.inner.eos_token
-        if end_token:
-            self.inner.eos_token = end_token
+        inner = self.inner
+        inner.chat_template = chat_template or inner.chat_template
+        inner.pad_token = inner.pad_token or inner.eos_token
+        inner.eos_token = end_token or inner.eos_token
         if context_length:
-            self.inner.model_max_length = min(self.inner.model_max_length, context_length)
-        self.inner.save_pretrained(folder)
+            inner.model_max_length = min(inner.model_max_length, context_length)
+        inner.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -155,7 +136,7 @@ def generate(
 ) -> list[list[int]]:  # fmt: skip
     """ModernDecoderLM.generate for a transformers model; see there for the arguments.
 
-    `Draw` samples each token and masks all others, so transformers' greedy decoding has to choose it.
+    We sample each token ourselves and mask all others, so transformers' greedy decoding has to choose it.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -167,99 +148,67 @@ def generate(
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(rows):
         where = slice(width - len(prompt), None) if decoder_only else slice(len(prompt))
-        ids[row, where], mask[row, where] = torch.tensor(prompt), 1
+        ids[row, where] = torch.tensor(prompt)
+        mask[row, where] = 1
+    start = width if decoder_only else 1
+    uniforms = uniform_numbers(seed, len(rows), max_new_tokens)
+    texts = Texts(len(rows), stop_tokens, stream, force)
+
+    def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
+        new = input_ids[:, start:]
+        seen = None
+        if adjust:
+            scores = adjust(list(range(len(rows))), scores)
+        if repetition_penalty != 1.0:
+            seen = tokens_in(prompts, n, scores.shape[1]).to(scores.device).scatter(1, new, True)
+        chosen = sample(scores, uniforms[:, new.shape[1]].to(scores.device), *filters, seen).tolist()
+        for row, token in enumerate(chosen):
+            chosen[row] = texts.forced(row, token) if force else token
+            texts.add(row, [chosen[row]])
+        column = torch.tensor(chosen, device=scores.device).unsqueeze(1)
+        return torch.full_like(scores, -torch.inf).scatter(1, column, 0.0)
+
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
         eos_token_id=list(stop_tokens) or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
-    seeds = [seed + r for r in range(len(rows))] if isinstance(seed, int) else seed
-    uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    start = width if decoder_only else 1
-    draw = Draw(start, rows, torch.stack(uniforms), filters, stop_tokens, stream, force, adjust)
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
+    was_training = model.training
     model.eval()
     try:
-        found = model.generate(
+        model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
             logits_processor=LogitsProcessorList([draw]),
         )  # fmt: skip
     finally:
         model.train(was_training)
-    return [cut_behind_stop(row, stop_tokens) for row in found[:, start:].tolist()]
+    return texts.rows
 
 
-def cut_behind_stop(ids: list[int], stop_tokens: Sequence[int]) -> list[int]:
-    """A row up to and including its first stop token; transformers fills the rest with padding."""
-    for i, token in enumerate(ids):
-        if token in stop_tokens:
-            return ids[: i + 1]
-    return ids
-
-
-class Draw:
-    """A transformers logits processor that samples the next token of every row.
-
-    Each row has its own random stream `uniforms` (rows, max_new_tokens), as in ModernDecoderLM.generate.
-    """
-
-    def __init__(self, start, prompts, uniforms, filters, stop_tokens, stream, force, adjust):
-        self.start, self.prompts, self.uniforms, self.stop_tokens = start, prompts, uniforms, stop_tokens
-        self.filters, self.stream, self.force, self.adjust = filters, stream, force, adjust
-        self.queues, self.ended = [[] for _ in prompts], [False] * len(prompts)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
-        new, seen = input_ids[:, self.start :], None
-        if self.adjust:
-            scores = self.adjust(list(range(len(scores))), scores)
-        if self.filters[-1] != 1.0:  # repetition_penalty
-            seen = torch.zeros_like(scores, dtype=torch.bool)
-            for row, prompt in enumerate(self.prompts):
-                seen[row, list(prompt)] = True
-            seen.scatter_(1, new, True)
-        token = sample(scores, self.uniforms[:, new.shape[1]].to(scores.device), *self.filters, seen)
-        if self.force or self.stream:
-            token = self.next_tokens(token.tolist(), new.tolist()).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
-
-    def next_tokens(self, drawn: list[int], new: list[list[int]]) -> Tensor:
-        """The drawn tokens, replaced where `force` gives others. Unfinished rows are passed to `stream`."""
-        for row, queue in enumerate(self.queues):
-            if self.ended[row]:
-                continue
-            if self.force and not queue:
-                queue.extend(self.force(row, new[row]))
-            if queue:
-                drawn[row] = queue.pop(0)
-            if self.stream:
-                self.stream(row, drawn[row])
-            self.ended[row] = drawn[row] in self.stop_tokens
-        return torch.tensor(drawn)
-
-
-def hf_context(config, tokenizer) -> int:
-    """The context length of a transformers model."""
+def hf_context(config) -> int:
+    """The context length of a transformers model; 1024 where its config states none."""
     for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
         if getattr(config, key, None):
             return getattr(config, key)
-    inner = getattr(tokenizer, "inner", None)  # ours states no limit
-    return min(getattr(inner, "model_max_length", 1024), 1024)
+    return 1024
 
 
 def save_hub_model(model: nn.Module, folder: Path, ids: dict) -> None:
     """save_pretrained with the token ids of `generation_ids`; of a PEFT model only the adapter."""
     set_token_ids(model, ids)
+    how = {}
     adapters = getattr(model, "peft_config", {})
     for adapter in adapters.values():
+        how["save_embedding_layers"] = False  # the embeddings of new tokens are saved by themselves
         base = adapter.base_model_name_or_path
         if base and Path(base).is_dir():  # PEFT would write a relative path
             adapter.base_model_name_or_path = os.path.abspath(base)
-    # The embeddings of new tokens are saved by themselves.
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if adapters else {}))
-    if not (folder / "generation_config.json").exists():  # PEFT writes none
+    model.save_pretrained(folder, **how)
+    if adapters:
         write_generation_config(folder, ids)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
 
 
 def set_token_ids(model: nn.Module, ids: dict) -> None:
@@ -289,11 +238,12 @@ def set_dropout(model: nn.Module, p: float) -> None:
     """
     if isinstance(model, ModernDecoderLM):
         return model.set_dropout(p)
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    for layer in layers:
-        layer.p = p
-    for module in model.modules():  # some attention layers keep a number instead
-        for name in ("attention_dropout", "dropout"):
+    layers = 0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+            layers += 1
+        for name in ("attention_dropout", "dropout"):  # some attention layers keep a number instead
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, p)
     if not layers:

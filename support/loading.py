@@ -13,7 +13,7 @@ from torch import nn
 from data import TASKS
 from model import ModernDecoderLM
 from support.chat_template import is_ours
-from support.hf_format import from_hf_config, from_tensors
+from support.hf_format import find_folder, from_hf_config, from_tensors
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
 from support.machine import pick_dtype
@@ -47,13 +47,11 @@ class Source:
             return self.kind
         try:
             from_hf_config(self.config)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return str(error)
-        except (TypeError, AttributeError) as error:
-            return f"its config.json is damaged: {error}"
-        if self.adapter and self.config.get("num_local_experts"):  # transformers holds experts as one matrix
-            return "an adapter on a mixture of experts"
-        return ""
+        # transformers holds experts as one matrix
+        experts = self.adapter and self.config.get("num_local_experts")
+        return "an adapter on a mixture of experts" if experts else ""
 
     def is_chat(self, tokenizer: Tokenizer | HubTokenizer) -> bool:
         """Whether the model was instruction-tuned, so that prompts must be turns of a conversation.
@@ -70,12 +68,12 @@ class Source:
 
 def resolve(name: str) -> Source:
     """Finds the model that a name means. Raises TrainError or OSError with a message for the user."""
-    adapter, base, run = {}, name, read_run(name)
+    adapter = {}
+    base = name
+    run = read_run(name)
     if is_adapter(name):
         adapter = read_json(Path(name) / "adapter_config.json")
-        base = adapter_base(
-            Path(name).absolute(), adapter.get("base_model_name_or_path") or run.get("parent")
-        )
+        base = adapter_base(Path(name), adapter.get("base_model_name_or_path") or run.get("parent"))
     config = read_config(base)
     return Source(name, base, adapter, config, run, kind_of(name, adapter, config))
 
@@ -99,15 +97,13 @@ def adapter_base(folder: Path, base: object) -> str:
     parts are tried in the same folders.
     """
     if not isinstance(base, str) or not base:
-        raise TrainError(
-            f"{folder}/adapter_config.json names no base model: set base_model_name_or_path to its folder or "
-            "hub id"
-        )
+        raise TrainError(f"{folder}/adapter_config.json names no base model: set base_model_name_or_path")
     if Path(base).is_dir():
         return base
+    folder = folder.absolute()
     parts = [part for part in Path(base).parts if part not in ("/", ".")]
     for parent in (folder, *folder.parents):
-        for first in range(len(parts)) if Path(base).is_absolute() else (0,):
+        for first in range(len(parts) if Path(base).is_absolute() else 1):
             found = parent.joinpath(*parts[first:])
             if (found / "config.json").exists() and found != folder:
                 return str(found)
@@ -116,15 +112,9 @@ def adapter_base(folder: Path, base: object) -> str:
 
 def read_config(name: str) -> dict:
     """config.json of a folder or of a model of the hub."""
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise TrainError(
-                f"{folder} holds neither config.json nor adapter_config.json: not a finished run"
-            )
+    folder = find_folder(name)
+    if folder:
         return read_json(folder / "config.json")
-    if folder.parts[0] in ("/", "..", "out") or name.count("/") > 1:  # no name on the hub looks like that
-        raise TrainError(f"there is no folder {folder}; python train.py --list shows all runs")
     unreachable()  # one check; otherwise transformers would retry for minutes
     from transformers import AutoConfig
 
@@ -134,12 +124,14 @@ def read_config(name: str) -> dict:
 
 def kind_of(name: str, adapter: dict, config: dict) -> str:
     """The kind of a TextModel, from adapter_config.json, or else from config.json."""
-    if task_type := adapter.get("task_type"):
-        kinds = {theirs: kind for kind, (_, theirs) in KINDS.items()}
-        if task_type not in kinds:
-            raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
+    kinds = {task_type: kind for kind, (_, task_type) in KINDS.items()}
+    task_type = adapter.get("task_type")
+    if task_type and task_type not in kinds:
+        raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
+    if task_type:
         return kinds[task_type]
-    heads = {"classifier", "score", "classification_head"} & {*map(str, adapter.get("modules_to_save") or ())}
+    saved = adapter.get("modules_to_save") or ()
+    heads = {"classifier", "score", "classification_head"}.intersection(map(str, saved))
     if heads or "ForSequenceClassification" in str(config.get("architectures")):
         return "head"
     return "seq2seq" if config.get("is_encoder_decoder") else "causal"
@@ -162,20 +154,29 @@ def load_model(
         raise TrainError(f"model.py cannot compute {name} ({why_not}): --backend=auto")
     ours = backend != "transformers" and not why_not
     tokenizer = load_tokenizer(name, ours=backend != "transformers")
-    if ours:
-        if source.adapter:
-            merged = with_adapter(source, merge=True)
-            model = from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), name)
-        else:
-            model = ModernDecoderLM.from_pretrained(name)
-        model = model.to(device)
-    else:
-        dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
-        if source.kind == "seq2seq" and dtype == torch.float16:  # T5's activations exceed 65,504
-            dtype = torch.float32
-        load = with_adapter if source.adapter else from_hub
-        model = load(source, dtype=dtype).to(device).eval()
+    dtype = dtype or (pick_dtype("auto", device) if device.type == "cuda" else torch.float32)
+    if ours or (source.kind == "seq2seq" and dtype == torch.float16):  # T5's activations exceed 65,504
+        dtype = torch.float32
+    model = load_network(source, ours, dtype=dtype).to(device).eval()
     return TextModel(model, tokenizer, source.kind, name, context_length, source.is_chat(tokenizer))
+
+
+def load_network(
+    source: Source, ours: bool = False, labels: tuple[str, ...] = (), trainable: bool = False, **kwargs
+) -> nn.Module:
+    """The network, with its adapter: of transformers, or of model.py (`ours`), where an adapter is merged.
+
+    `labels`: of a new classification head. `kwargs`: passed to transformers' from_pretrained.
+    """
+    if ours and not source.adapter:
+        return ModernDecoderLM.from_pretrained(source.name)
+    if not source.adapter:
+        return from_hub(source, labels, **kwargs)
+    model = with_adapter(source, trainable, **kwargs)
+    if not ours:
+        return model
+    merged = model.merge_and_unload()
+    return from_tensors(from_hf_config(merged.config.to_dict()), merged.state_dict(), source.name)
 
 
 @contextlib.contextmanager
@@ -191,7 +192,7 @@ def explained(name: str):
             "code. Get them as model.safetensors"
         ) from None
     except Exception as error:  # whatever a library raises at a file that is not as it should be
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        why = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         if Path(name).is_dir():
             raise TrainError(f"{name} cannot be loaded: {why}") from None
         raise TrainError(
@@ -208,23 +209,22 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
     transformers.logging.set_verbosity_error()  # no warnings about a new head or a slow tokenizer
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
-    name, config = source.base, source.config
+    name = source.base
+    config = source.config
     if config.get("model_type") == "modern_llm":
         raise TrainError(
             f"{name} was built with switches for which transformers has no architecture (`architecture` in "
             "support/hf_format.py says which), so it cannot be tuned here; train.py --init_from and eval.py "
             "can use it"
         )
-    known = sorted(map(class_name, (config.get("id2label") or {}).values()))
-    if labels and known != sorted(map(class_name, labels)):
-        names = dict(enumerate(label.strip() for label in labels))
-        kwargs |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    known = [class_name(label) for label in (config.get("id2label") or {}).values()]
+    if labels and sorted(known) != sorted(map(class_name, labels)):
+        kwargs["id2label"] = {i: label.strip() for i, label in enumerate(labels)}
+        kwargs["label2id"] = {label.strip(): i for i, label in enumerate(labels)}
     with explained(name):
         load = getattr(transformers, KINDS[source.kind][0]).from_pretrained
         model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
-    embedding = model.get_input_embeddings()
-    if getattr(embedding, "padding_idx", None) is not None:
-        embedding.padding_idx = None  # we pad with <|endoftext|>, which must be trained like any token
+    model.get_input_embeddings().padding_idx = None  # we pad with <|endoftext|>, which must be trained
     # transformers initialises missing weights randomly; that is allowed only for a new head.
     inside = f"{model.base_model_prefix}."
     missing = [k for k in about["missing_keys"] if not labels or (k.startswith(inside) and "pooler" not in k)]
@@ -233,9 +233,10 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
     return model
 
 
-def with_adapter(source: Source, merge: bool = False, trainable: bool = False, **kwargs) -> nn.Module:
+def with_adapter(source: Source, trainable: bool = False, **kwargs) -> nn.Module:
     """The base model with the PEFT adapter of a folder. `kwargs`: passed to from_hub."""
-    run, name = source.run, source.name
+    run = source.run
+    name = source.name
     tuned_on = run.get("base_hash", run.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(source.base):
         raise TrainError(
@@ -251,8 +252,6 @@ def with_adapter(source: Source, merge: bool = False, trainable: bool = False, *
 
     with explained(name):
         model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
-        if merge:
-            return model.merge_and_unload()
     return model if trainable else model.to(base.dtype)
 
 
@@ -283,5 +282,6 @@ def is_smoke(name: str) -> bool:
 
 def origin(name: str) -> dict:
     """What run.json says of the model that a run started from."""
-    source, about = resolve(name), {"parent": name, "parent_hash": weights_hash(name)}
+    source = resolve(name)
+    about = {"parent": name, "parent_hash": weights_hash(name)}
     return about | ({"base_hash": weights_hash(source.base)} if source.adapter else {})

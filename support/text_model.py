@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -23,11 +23,10 @@ from support.chat_template import (
     TemplateError,
     conversation_ids,
     is_ours,
-    reply_ids,
     with_generation_marks,
 )
 from support.costs import Shape, generation_bytes, likelihood_bytes, shape_of
-from support.files import write_atomically
+from support.files import write_jsonl
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, save_hub_model
 from support.hub_models import generate as hub_generate
@@ -39,6 +38,10 @@ from support.tables import read_jsonl
 from support.tokenizer_json import CHAT_TEMPLATE, ROLES
 from tasks.calculator import calculator_answer
 from tokenizer import Tokenizer
+
+Ids = list[int]  # token ids
+Row = tuple[Ids, Ids | int]  # a prompt, and its answer or class
+RowsOf = Callable[[int], int]  # from the length of the longest row of a batch to its number of rows
 
 
 class TextModel:
@@ -60,18 +63,25 @@ class TextModel:
         chat: bool = False,
         adapter=None,
     ):
-        self.model, self.tokenizer, self.kind, self.name = model, tokenizer, kind, name
-        self.chat, self.adapter = chat, adapter
+        self.model = model
+        self.tokenizer = tokenizer
+        self.kind = kind
+        self.name = name
+        self.chat = chat
+        self.adapter = adapter
         self.ours = isinstance(model, ModernDecoderLM)
-        self.longest = model.config.context_length if self.ours else hf_context(model.config, tokenizer)
+        self.longest = model.config.context_length if self.ours else hf_context(model.config)
         self.context_length = min(self.longest, context_length or self.longest)
-        self.bos, self.eos, self.pad = tokenizer.bos, tokenizer.eot_id, tokenizer.pad_id
+        self.bos = tokenizer.bos
+        self.eos = tokenizer.eot_id
+        self.pad = tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head finds the end of a text by it
             model.config.pad_token_id = self.pad
         self.before, self.behind = self.bos, []  # special tokens before and after a prompt
         if kind != "causal" and isinstance(tokenizer, HubTokenizer):
             self.before, self.behind = tokenizer.frame()
-        known, named = model.config.vocab_size, tokenizer.vocab_size
+        known = model.config.vocab_size
+        named = tokenizer.vocab_size
         # GPT-2 lacks only the chat tokens that our copy of its vocabulary adds.
         if named > known and not (self.ours and known == 50257):
             raise TrainError(
@@ -79,12 +89,11 @@ class TextModel:
             )
         # Chat template: the model's own; else ours; else words ("User: ..."), if the model lacks the special
         # tokens of ours. `marks`: it is ours, which is rendered without Jinja.
-        has_marks = tokenizer.special_ids.get("<|end|>", known) < known
-        template = tokenizer.chat_template
-        self.marks = has_marks and (template is None or is_ours(template))
-        if template is None or (is_ours(template) and not has_marks):
-            template = CHAT_TEMPLATE if has_marks else WORDS_TEMPLATE
-        self.template = template
+        self.template = tokenizer.chat_template
+        self.marks = False
+        if self.template is None or is_ours(self.template):
+            self.marks = tokenizer.special_ids.get("<|end|>", known) < known
+            self.template = CHAT_TEMPLATE if self.marks else WORDS_TEMPLATE
         self.end = self.reply_ids("a")[-1] if chat else self.eos  # the token that ends an answer
         self.dtype = pick_dtype("auto", self.device) if self.device.type == "cuda" else torch.float32
 
@@ -94,116 +103,130 @@ class TextModel:
 
     # ---- text and tokens
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Ids:
         """The ids of a text. A special token spelled in it stays plain text."""
         return self.tokenizer.encode(text, allowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def prompt(self, task: Task, text: str, shots: list[Example] = (), room: int = 0) -> tuple[list, str]:
+    def prompt(self, task: Task, text: str, shots: Iterable[Example] = (), room: int = 0) -> tuple[Ids, str]:
         """The prompt of `task` about `text`: at most `room` ids, and what was cut: "", "shots" or "text".
 
         Examples (`shots`) stand before the question. If they do not fit, the first ones are removed; if the
         rest is still too long, the end of `text` is cut, but never the question.
         """
-        room, shots, cut = room or self.context_length, list(shots), ""
+        room = room or self.context_length
+        shots = list(shots)
+        cut = ""
 
-        def prompt_ids(text: str) -> list[int]:
+        def prompt_ids(text: str) -> Ids:
             if self.chat:
                 turns = []
                 for shot in shots:
                     turns += talk(task.question.replace("{}", shot.text), shot.target)
                 return self.conversation(turns + talk(task.question.replace("{}", text)))[0]
-            before = "".join(f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shots)
-            return self.before + self.encode(before + task.prompt(text)) + self.behind
+            before = [f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shots]
+            return self.before + self.encode("".join(before) + task.prompt(text)) + self.behind
 
         ids = prompt_ids(text)
         while len(ids) > room and shots:
             del shots[0]
-            ids, cut = prompt_ids(text), "shots"
+            ids = prompt_ids(text)
+            cut = "shots"
         if len(ids) > room:
             # Bisection over characters: a truncated list of tokens need not decode and encode to itself.
             size = bisect.bisect(range(len(text)), room, key=lambda n: len(prompt_ids(text[:n].rstrip())))
             if size < 2:
                 raise TrainError(f"{room} tokens are too few for a prompt: raise --context_length")
-            ids, cut = prompt_ids(text[: size - 1].rstrip()), "text"
+            ids = prompt_ids(text[: size - 1].rstrip())
+            cut = "text"
         return ids, cut
 
-    def conversation(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    def conversation(self, messages: list[dict]) -> tuple[Ids, list[bool]]:
         """The ids of a conversation, and whether each is the assistant's (its end-of-turn token is).
 
         If the last turn is not the assistant's, the beginning of an assistant turn is appended.
         """
-        for message in messages:
-            if message["role"] not in ROLES:
-                raise TrainError(
-                    f"unknown role {message['role']!r} in a conversation: use {', '.join(ROLES)}"
-                )
+        if unknown := {message["role"] for message in messages}.difference(ROLES):
+            raise TrainError(f"unknown role {unknown.pop()!r} in a conversation: use {', '.join(ROLES)}")
         if not self.marks:
             return conversation_ids(self.tokenizer, self.template, messages)
-        ids, is_answer, special = [], [], self.tokenizer.special_id
+        ids = []
+        is_answer = []
+        special = self.tokenizer.special_id
         for message in messages:
             turn = [*self.encode(message["content"].strip()), special("<|end|>")]
             ids += [special(f"<|{message['role']}|>"), *turn]
             is_answer += [False] + [message["role"] == "assistant"] * len(turn)
         if not messages or messages[-1]["role"] != "assistant":
-            ids, is_answer = [*ids, special("<|assistant|>")], [*is_answer, False]
+            ids = [*ids, special("<|assistant|>")]
+            is_answer = [*is_answer, False]
         return ids, is_answer
 
-    def reply_ids(self, answer: str) -> list[int]:
+    def reply_ids(self, answer: str) -> Ids:
         """The ids of an answer in a conversation, with the token that ends it."""
-        if self.marks:
-            return [*self.encode(answer.strip()), self.tokenizer.special_id("<|end|>")]
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         try:
-            ids = reply_ids(self.tokenizer, self.template, answer)
+            ids, is_answer = self.conversation(turns)
+            ids = [i for i, mine in zip(ids, is_answer, strict=True) if mine]
         except TemplateError:  # one that opens every answer with a thought
             ids = self.encode(answer.strip())
         ends = (self.eos, *self.tokenizer.special_ids.values())
         return ids if ids and ids[-1] in ends else [*ids, self.eos]
 
-    def answer_ids(self, task: Task, answer: str) -> list[int]:
+    def answer_ids(self, task: Task, answer: str) -> Ids:
         """The ids of an answer without its end token, encoded in context: SentencePiece depends on it."""
         if self.chat:
             return self.reply_ids(answer)[:-1]
         if self.kind == "seq2seq":
             return self.encode(answer.strip())
         anchor = task.template.split("{}")[1]
-        before, joined = self.encode(anchor), self.encode(anchor + answer)
-        return joined[len(before) :] if joined[: len(before)] == before else self.encode(answer)
+        before = self.encode(anchor)
+        joined = self.encode(anchor + answer)
+        if joined[: len(before)] == before:
+            return joined[len(before) :]
+        return self.encode(answer)
 
     # ---- likelihoods, class scores, generation
 
-    def log_likelihoods(self, rows: list[tuple[list[int], list[int]]], progress: str = "") -> np.ndarray:
+    @torch.no_grad()
+    def log_probs(self, rows: list[Row]) -> list:
+        """log p(answer | prompt) of each row of a batch, in nats; of a head those of all classes."""
+        ids, mask, targets = self.collate(rows)
+        logits = target_logits(self.model, self.kind, ids, mask, targets).float()
+        if self.kind == "head":
+            return logits.log_softmax(-1).tolist()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # 0 where -100
+        return (-loss.view_as(targets).double().sum(-1)).tolist()
+
+    def log_likelihoods(self, rows: list[Row], progress: str = "") -> np.ndarray:
         """log p(answer | prompt) in nats, (n), for n pairs of ids (prompt, answer)."""
 
-        @torch.no_grad()
-        def log_probs(index: list[int]) -> list[float]:
-            ids, mask, targets = self.collate([rows[i] for i in index])
-            logits = target_logits(self.model, self.kind, ids, mask, targets).flatten(0, 1)
-            loss = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")  # 0 where -100
-            return (-loss.view_as(targets).double().sum(-1)).tolist()
+        def log_probs(index: Ids) -> list:
+            return self.log_probs([rows[i] for i in index])
 
         return np.array(self.in_batches(log_probs, [length(row) for row in rows], None, progress))
 
-    def class_scores(self, task: Task, prompts: list[list[int]], progress: str = "") -> np.ndarray:
+    def class_scores(self, task: Task, prompts: list[Ids], progress: str = "") -> np.ndarray:
         """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
-        if self.kind != "head":
-            answers = [self.answer_ids(task, label) for label in task.labels]
-            rows = [(prompt, answer) for prompt in prompts for answer in answers]
-            return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
-
-        @torch.no_grad()
-        def log_probs(index: list[int]) -> list[list[float]]:
-            logits = target_logits(self.model, "head", *self.collate([(prompts[i], 0) for i in index]))
-            return logits.float().log_softmax(-1).tolist()
-
-        return np.array(self.in_batches(log_probs, [len(ids) for ids in prompts], None, progress))
+        if self.kind == "head":
+            return self.log_likelihoods([(prompt, 0) for prompt in prompts], progress)
+        answers = [self.answer_ids(task, label) for label in task.labels]
+        rows = [(prompt, answer) for prompt in prompts for answer in answers]
+        return self.log_likelihoods(rows, progress).reshape(len(prompts), len(answers))
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: str, progress: str = "", n: int = 1,
-        temperature: float = 0.0, seed: int = 0, calculator: bool = False,
-    ) -> list[str]:  # fmt: skip
+        self,
+        prompts: list[Ids],
+        max_new_tokens: int,
+        stop: str,
+        progress: str = "",
+        n: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        calculator: bool = False,
+    ) -> list[str]:
         """Continuations, n of prompt 0, n of prompt 1, ..., each up to the model's end token or `stop`.
 
         Temperature 0 is greedy. Sample j of prompt i depends only on seed, i and j, so a larger n keeps the
@@ -211,21 +234,21 @@ class TextModel:
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
         rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
-        options = {"temperature": temperature, "stop_tokens": stops}
-        options["force"] = self.calculator if calculator else None
+        how = {"temperature": temperature, "stop_tokens": stops}
+        how["force"] = self.calculator if calculator else None
 
-        def draw(index: list[int], samples: list[int]) -> list[list[int]]:
-            seeds = []
-            for i in index:
-                for j in samples:  # torch's generator takes 32 bits
-                    seeds.append(int(np.random.SeedSequence([seed, i, j]).generate_state(1)[0]))
+        def draw(index: Ids, samples: Iterable[int]) -> list[Ids]:
             some = [prompts[i] for i in index]
-            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **options)
+            streams = [np.random.SeedSequence([seed, i, j]) for i in index for j in samples]
+            seeds = [int(stream.generate_state(1)[0]) for stream in streams]  # torch takes 32 bits
+            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
 
-        def samples_of(index: list[int]) -> list[list[list[int]]]:
+        def samples_of(index: Ids) -> list[list[Ids]]:
             """The n samples of each prompt; those of a single prompt may be divided, too."""
-            most = rows(len(prompts[index[0]])) if len(index) == 1 else n
-            new = halving(partial(draw, index), list(range(n)), most) if n > most else draw(index, range(n))
+            if len(index) == 1:
+                new = halving(partial(draw, index), list(range(n)), rows(len(prompts[index[0]])))
+            else:
+                new = draw(index, range(n))
             return [new[i : i + n] for i in range(0, len(new), n)]
 
         lengths = [len(prompt) for prompt in prompts]
@@ -233,7 +256,7 @@ class TextModel:
         texts = [self.decode(ids) for samples in found for ids in samples]
         return [text.split(stop)[0] for text in texts] if stop else texts
 
-    def continuations(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+    def continuations(self, prompts: list[Ids], max_new_tokens: int, **how) -> list[Ids]:
         """Generated ids; see ModernDecoderLM.generate for the arguments."""
         overflows = self.kind == "seq2seq" and self.dtype == torch.float16  # T5's activations exceed 65,504
         half = self.dtype != torch.float32 and not overflows
@@ -244,7 +267,7 @@ class TextModel:
             how |= {"pad": self.pad, "decoder_only": self.kind == "causal"}
             return hub_generate(self.model, prompts, max_new_tokens, **how)
 
-    def calculator(self, _row: int, new: list[int]) -> list[int]:
+    def calculator(self, _row: int, new: Ids) -> Ids:
         """Ids to force next: the result, if the new tokens end in an open annotation (see `calculate`)."""
         if not new or not self._pieces[new[-1]].endswith("="):
             return []
@@ -255,10 +278,9 @@ class TextModel:
     def _pieces(self) -> list[str]:
         """The text of every id; "" of those that the model has beyond its tokenizer's, as Qwen's have."""
         known = self.tokenizer.vocab_size
-        pieces = [self.decode([i]) for i in range(known)]
-        return pieces + [""] * (self.model.config.vocab_size - known)
+        return [self.decode([i]) if i < known else "" for i in range(self.model.config.vocab_size)]
 
-    def tokens_with(self, stop: str) -> list[int]:
+    def tokens_with(self, stop: str) -> Ids:
         return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
 
     # ---- files
@@ -284,17 +306,15 @@ class TextModel:
         adapter = folder / "adapter_model.safetensors"
         if self.adapter:
             self.adapter.load(folder)
-        elif self.ours:
-            weights = ModernDecoderLM.from_pretrained(folder, self.device).state_dict()
-            self.model.load_state_dict(weights)
         elif adapter.exists():
             import peft
             from safetensors.torch import load_file
 
             peft.set_peft_model_state_dict(self.model, load_file(adapter))
         else:
-            weights = type(self.model).from_pretrained(folder, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(weights)
+            how = {} if self.ours else {"dtype": torch.float32}
+            saved = type(self.model).from_pretrained(folder, **how)
+            self.model.load_state_dict(saved.state_dict())
 
     def generation_ids(self) -> dict:
         """bos, eos and pad for config.json and generation_config.json: where an answer ends, and wherever the
@@ -303,101 +323,100 @@ class TextModel:
         ids = {"pad_token_id": self.pad}
         if self.kind == "head":
             return ids
-        before = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        before = before if isinstance(before, list) else [before]
-        ends = [i for i in dict.fromkeys([self.end, self.eos, *before]) if i is not None]
-        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        before = getattr(self.model, "generation_config", None)
+        before = before.eos_token_id if before else None
+        ends = dict.fromkeys([self.end, self.eos, *(before if isinstance(before, list) else [before])])
+        ends.pop(None, None)
+        ids["eos_token_id"] = list(ends) if len(ends) > 1 else self.end
         if self.bos:
             ids["bos_token_id"] = self.bos[0]
         return ids
 
     # ---- batches
 
-    def collate(self, rows: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+    def collate(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
     def in_batches(
-        self, function: Callable[[list[int]], list], lengths: list[int],
-        rows: Callable[[int], int] | None = None, progress: str = "",
-    ) -> list:  # fmt: skip
+        self,
+        function: Callable[[Ids], list],
+        lengths: list[int],
+        rows: RowsOf | None = None,
+        progress: str = "",
+    ) -> list:
         """function(indices) on batches of rows of similar lengths; its results, one per row, in their order.
 
         Out of memory: half as many rows at a time. On a CPU every core computes batches of its own.
         """
         batches = list(self.batch_indices(lengths, "", rows))
         results = on_all_cores(partial(halving, function), batches, self.device, progress)
-        found = [None] * len(lengths)
+        found = {}
         for index, some in zip(batches, results, strict=True):
-            for i, result in zip(index, some, strict=True):
-                found[i] = result
-        return found
+            found |= zip(index, some, strict=True)
+        return [found[i] for i in range(len(lengths))]
 
     def batch_indices(
-        self, lengths: list[int], progress: str = "", rows: Callable[[int], int] | None = None
-    ) -> Iterator[list[int]]:
+        self, lengths: list[int], progress: str = "", rows: RowsOf | None = None
+    ) -> Iterator[Ids]:
         """Batches of indices, from the longest row to the shortest.
 
         A batch has rows(length of its first row) rows; by default as many as their logits fit into memory.
         """
         rows = rows or self.rows_of_likelihoods()
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        with tqdm()(total=len(order), desc=progress, disable=None if progress else True, leave=False) as bar:
+        with progress_bar(len(order), progress) as bar:
             while order:
                 size = max(1, rows(lengths[order[0]]))
-                index, order = order[:size], order[size:]
+                index = order[:size]
+                order = order[size:]
                 yield index
                 bar.update(len(index))
 
-    def rows_of_generation(self, new: int, n: int, sampled: bool) -> Callable[[int], int]:
-        """A function from the length of the longest prompt to the number of rows of a batch (n per prompt).
-
-        1,024, or 256 on a CPU, where more are not faster; less if keys and values do not fit.
+    def rows_of_generation(self, new: int, n: int, sampled: bool) -> RowsOf:
+        """From the length of the longest prompt to the rows of a batch, n per prompt: 1,024, or 256 on a CPU,
+        where more are not faster; less if keys and values do not fit.
         """
-        on_cpu = self.device.type == "cpu"
+        most = 256 if self.device.type == "cpu" else 1024
         dtype = self.dtype if self.ours else self.model.dtype
-        free = self.free_bytes(dtype)
-        need = partial(generation_bytes, self.shape, new=new, n=n, size=dtype.itemsize, sampled=sampled)
+        need = partial(generation_bytes, new=new, n=n, sampled=sampled)
+        return self.rows_that_fit(need, lambda _: most, dtype)
 
-        def rows(prompt: int) -> int:
-            return rows_that_fit(partial(need, prompt=prompt, on_cpu=on_cpu), 256 if on_cpu else 1024, free)
-
-        return rows
-
-    def rows_of_likelihoods(self) -> Callable[[int], int]:
-        """A function from the length of the longest row to the number of rows of a batch.
-
-        At most 32,768 tokens (4,096 on a CPU, where more are not faster) and 1 GiB of float32 logits; less if
-        they do not fit.
+    def rows_of_likelihoods(self) -> RowsOf:
+        """From the length of the longest row to the rows of a batch: at most 32,768 tokens (4,096 on a CPU,
+        where more are not faster) and 1 GiB of float32 logits; less if they do not fit.
         """
         tokens = 32_768 if self.device.type == "cuda" else 4096
         tokens = min(tokens, 2**28 // self.model.config.vocab_size)
-        dtype = self.model.dtype
-        free = self.free_bytes(dtype)
-        need = partial(likelihood_bytes, self.shape, size=dtype.itemsize, on_cpu=self.device.type == "cpu")
 
-        def rows(length: int) -> int:
-            most = min(256, tokens // max(1, length))
-            return rows_that_fit(partial(need, length=length, columns=length), most, free)
+        def need(shape: Shape, rows: int, longest: int, **how) -> int:
+            return likelihood_bytes(shape, rows, longest, longest, **how)
 
-        return rows
+        return self.rows_that_fit(need, lambda longest: min(256, tokens // longest), self.model.dtype)
 
-    @cached_property
-    def shape(self) -> Shape:
-        return shape_of(self.model.config, self.kind, self.ours)
+    def rows_that_fit(self, need: Callable, most: RowsOf, dtype: torch.dtype) -> RowsOf:
+        """A function from the longest row to a number of rows: at most most(longest), and no more than fit
+        into the memory that is free now.
 
-    def free_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes available for a batch in `dtype`.
-
-        A share of the free memory, minus the copy of the weights that autocast or `generate` makes. On a CPU
-        several processes share it (`on_all_cores`).
+        A share of the free memory counts, minus the copy of the weights that autocast or `generate` makes. On
+        a CPU several processes share it (`on_all_cores`).
         """
-        processes = torch.get_num_threads() if self.device.type == "cpu" and sys.platform == "linux" else 1
-        copied = dtype.itemsize if self.ours and dtype != self.model.head.dtype else 0
-        return room(self.device, processes) - copied * sum(p.numel() for p in self.model.parameters())
+        on_cpu = self.device.type == "cpu"
+        config = self.model.config
+        processes = torch.get_num_threads() if on_cpu and sys.platform == "linux" else 1
+        free = room(self.device, processes)
+        if self.ours and dtype != self.model.head.dtype:
+            free -= dtype.itemsize * sum(p.numel() for p in self.model.parameters())
+        need = partial(need, shape_of(config, self.kind, self.ours), size=dtype.itemsize, on_cpu=on_cpu)
+        return lambda longest: rows_that_fit(lambda rows: need(rows, longest), most(max(1, longest)), free)
 
 
 # -----------------------------------------------------------------------------
 # Batches
+
+
+def progress_bar(total: int, text: str):
+    """A bar that says what it counts; none without a text."""
+    return tqdm()(total=total, desc=text, disable=None if text else True, leave=False)
 
 
 _work: Callable  # the function of the processes of `on_all_cores`, inherited when they are forked
@@ -419,7 +438,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
     """
     global _work
     workers = min(torch.get_num_threads(), len(items) // 2) if device.type == "cpu" else 1
-    with tqdm()(total=len(items), desc=progress, disable=None if progress else True, leave=False) as bar:
+    with progress_bar(len(items), progress) as bar:
         alone = threading.current_thread() is threading.main_thread()  # not in a server
         if workers < 2 or sys.platform != "linux" or not alone:  # forking would not be safe
             for item in items:
@@ -434,15 +453,13 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
                 bar.update()
 
 
-def length(row: tuple[list[int], list[int] | int]) -> int:
+def length(row: Row) -> int:
     """Number of tokens of a (prompt, answer) pair for `collate`; a class has none."""
     prompt, answer = row
     return len(prompt) + (len(answer) if isinstance(answer, list) else 0)
 
 
-def collate(
-    rows: list[tuple[list[int], list[int] | int]], kind: str, pad: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
     """Pairs (prompt ids, answer ids or class) as padded tensors: ids (B, T), mask (B, T), targets.
 
     Decoder: ids are prompt and answer. The targets (B, K) belong to the last K columns only, as many as the
@@ -457,7 +474,8 @@ def collate(
         targets = pad_rows([answer for _, answer in rows], -100)
     else:
         skip = min(map(len, inputs)) - 1
-        targets = pad_rows([[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows], -100)
+        targets = [[-100] * (len(prompt) - 1 - skip) + answer for prompt, answer in rows]
+        targets = pad_rows(targets, -100)
         inputs = [(prompt + answer)[:-1] for prompt, answer in rows]
     ids = pad_rows(inputs, pad)
     lengths = torch.tensor([len(row) for row in inputs])
@@ -465,7 +483,7 @@ def collate(
     return ids, mask, targets
 
 
-def pad_rows(rows: list[list[int]], value: int) -> Tensor:
+def pad_rows(rows: list[Ids], value: int) -> Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -491,9 +509,14 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
 
 
 def answer_task(
-    model: TextModel, name: str, examples: list[Example], shots: list[Example] = (), calibrate: bool = False,
-    progress: str = "", calculator: bool = False,
-) -> tuple[list, dict]:  # fmt: skip
+    model: TextModel,
+    name: str,
+    examples: list[Example],
+    shots: Iterable[Example] = (),
+    calibrate: bool = False,
+    progress: str = "",
+    calculator: bool = False,
+) -> tuple[list, dict]:
     """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
 
     Classes are compared by the log-likelihood of their names; "sure" has the probability of each winner.
@@ -508,12 +531,10 @@ def answer_task(
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     longest = max((len(model.answer_ids(task, label)) for label in task.labels), default=new_tokens)
     room = model.context_length - (longest if model.kind == "causal" else 0)
-    prompts, notes = [], {"cut": 0, "shots_dropped": 0}
-    for example in examples:
-        ids, cut = model.prompt(task, example.text, shots, room)
-        prompts.append(ids)
-        notes["cut"] += cut == "text"
-        notes["shots_dropped"] += cut == "shots"
+    asked = [model.prompt(task, example.text, shots, room) for example in examples]
+    prompts = [ids for ids, _ in asked]
+    cuts = [cut for _, cut in asked]
+    notes = {"cut": cuts.count("text"), "shots_dropped": cuts.count("shots")}
     if not task.labels:
         return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), notes
     scores = model.class_scores(task, prompts, progress)
@@ -527,39 +548,45 @@ def answer_task(
 
 
 def sample_answers(
-    model: TextModel, name: str, split: str, examples: list[Example], n: int, temperature: float = 0.8,
-    seed: int = 1, calculator: bool = False,
-) -> list[list[str]]:  # fmt: skip
+    model: TextModel,
+    name: str,
+    split: str,
+    examples: list[Example],
+    n: int,
+    temperature: float = 0.8,
+    seed: int = 1,
+    calculator: bool = False,
+) -> list[list[str]]:
     """n answers to each of a task's examples; temperature 0 gives the greedy one.
 
     They are kept in the model's folder, in samples/, and read from there when the same model is asked the
     same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
     So does a file that does not hold these questions in this order: it is only a cache.
     """
-    task, folder = find_task(name), Path(model.name)
+    task = find_task(name)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
     how = {"task": name, "split": split, "n": n, "temperature": temperature, "seed": seed}
     how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
     key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
-    file = folder / "samples" / f"{name}-{split}-{n}x-{key}.jsonl"
+    file = Path(model.name, "samples", f"{name}-{split}-{n}x-{key}.jsonl")
     n = 1 if temperature == 0 else n
+    questions = [example.text for example in examples]
     kept = read_jsonl(file)
-    if [row.get("question") for row in kept] == [e.text for e in examples]:
-        answers = [row.get("samples") for row in kept]
+    answers = [row.get("samples") for row in kept]
+    if [row.get("question") for row in kept] == questions:
         if all(isinstance(some, list) and len(some) == n for some in answers):
             return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )
     texts = [text.strip() for text in texts]
-    found = [texts[i : i + n] for i in range(0, len(texts), n)]
+    answers = [texts[i : i + n] for i in range(0, len(texts), n)]
     if how["model"]:
         file.parent.mkdir(exist_ok=True)
-        rows = [{"question": e.text, "samples": some} for e, some in zip(examples, found, strict=True)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
-    return found
+        rows = zip(questions, answers, strict=True)
+        write_jsonl(file, [{"question": question, "samples": some} for question, some in rows])
+    return answers
 
 
 SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours
@@ -571,19 +598,20 @@ def class_name(label: object) -> str:
     return SAME_LABEL.get(name, name)
 
 
-def label_order(id2label: dict | None, labels: Sequence[str]) -> list[int]:
+def label_order(id2label: dict | None, labels: Iterable[str]) -> list[int]:
     """For each label of a task, the index of its output in a classification head.
 
     A classifier from the hub may order its classes differently; id2label in its config names them. Without
     names (LABEL_0, LABEL_1, ...) the task's order is assumed. Raises TrainError if the names do not match.
     """
-    names = {int(i): class_name(label) for i, label in (id2label or {}).items()}
+    numbers = sorted(id2label or {}, key=int)
+    names = [class_name(id2label[number]) for number in numbers]
     wanted = [class_name(label) for label in labels]
-    nameless = all(name in (f"label_{i}", str(i)) for i, name in names.items())
-    if nameless and len(names) in (0, len(wanted)):
-        return list(range(len(wanted)))
-    if sorted(names.values()) != sorted(wanted):
-        known = ", ".join(names.values())
-        raise TrainError(f"the classification head knows {known}; the task asks for {', '.join(wanted)}")
-    index = {name: i for i, name in names.items()}
-    return [index[label] for label in wanted]
+    order = range(len(wanted))
+    if names in ([], [f"label_{i}" for i in order], [str(i) for i in order]):
+        return list(order)
+    if sorted(names) != sorted(wanted):
+        raise TrainError(
+            f"the classification head knows {', '.join(names)}; the task asks for {', '.join(wanted)}"
+        )
+    return [names.index(label) for label in wanted]

@@ -66,10 +66,11 @@ def write_tokenizer(
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         byte_level = content["pre_tokenizer"] | {"use_regex": False}
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    special = {i: token for token, i in sorted(special_ids.items(), key=lambda item: item[1])}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    content["added_tokens"] = [{"id": i, "content": token} | flags for i, token in special.items()]
-    content["model"]["vocab"] = {special.get(i) or spell(token): i for i, token in sorted(vocab.items())}
+    for token in sorted(special_ids, key=special_ids.get):
+        content["added_tokens"].append({"id": special_ids[token], "content": token} | flags)
+    special = {i: token for token, i in special_ids.items()}
+    content["model"]["vocab"] = {special.get(i) or spell(vocab[i]): i for i in sorted(vocab)}
     content["model"]["merges"] = [[spell(a), spell(b)] for a, b in merges]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokenizer_config.json", config)
@@ -78,10 +79,13 @@ def write_tokenizer(
 
 def read_tokenizer(folder: Path) -> tuple[dict, dict]:
     """The contents of tokenizer.json and of tokenizer_config.json, with the chat template wherever it is."""
-    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    path = folder / "tokenizer.json"
+    config = folder / "tokenizer_config.json"
     if not path.exists():
         raise FileNotFoundError(f'there is no {path}; "python tokenizer.py" makes one')
-    settings = read_json(config) if config.exists() else {}
+    settings = {}
+    if config.exists():
+        settings = read_json(config)
     template = folder / "chat_template.jinja"  # where transformers 5 writes it
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")

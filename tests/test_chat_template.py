@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 
 from data import TASKS, Example, talk
 from finetune import tokenise
-from sft import SFTConfig, aligned_model, tokenised
+from sft import SFTConfig, aligned_model, sft, tokenised
 from support.chat_template import (
+    CHATML_TURN,
     WORDS_TEMPLATE,
     TemplateError,
     conversation_ids,
@@ -45,28 +47,27 @@ CHAT = [*talk("Anna has 3 nuts.\n\nHow many?", "She has 3.\n#### 3"), *talk("  S
 
 @pytest.fixture(scope="module")
 def hub_tokenizer(tiny):
-    from transformers import AutoTokenizer
+    return HubTokenizer(transformers.AutoTokenizer.from_pretrained(tiny["gpt2"]))
 
-    return HubTokenizer(AutoTokenizer.from_pretrained(tiny["gpt2"]))
+
+def answered(ids: list[int], said: list[bool]) -> list[int]:
+    return [i for i, mine in zip(ids, said, strict=True) if mine]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_equal_transformers_and_only_answers_are_marked(name, hub_tokenizer):
     template = TEMPLATES[name]
     ids, said = conversation_ids(hub_tokenizer, template, CHAT)
-    theirs = hub_tokenizer.inner.apply_chat_template(CHAT, chat_template=template)["input_ids"]
-    assert ids == theirs
-    answers = [i for i, mine in zip(ids, said, strict=True) if mine]
+    how = dict(chat_template=template, return_assistant_tokens_mask=True, return_dict=True)
+    theirs = hub_tokenizer.inner.apply_chat_template(CHAT, **how)
+    assert ids == theirs["input_ids"]
+    if name in ("ours", "words"):  # with generation marks
+        assert said == [bool(mark) for mark in theirs["assistant_masks"]]
     end = "<|end|>" if name in ("ours", "chatml") else "<|endoftext|>"
-    text = hub_tokenizer.decode(answers)
+    text = hub_tokenizer.decode(answered(ids, said))
     assert "".join(text.split()) == "".join(f"She has 3.\n#### 3{end}Yes.{end}".split())
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_prompt_is_the_beginning_of_what_was_trained_on(name, hub_tokenizer):
-    ids, said = conversation_ids(hub_tokenizer, TEMPLATES[name], CHAT)
-    for i in (1, 3):
-        prompt, none = conversation_ids(hub_tokenizer, TEMPLATES[name], CHAT[:i])
+    for i in (1, 3):  # a prompt is the beginning of what was trained on
+        prompt, none = conversation_ids(hub_tokenizer, template, CHAT[:i])
         assert ids[: len(prompt)] == prompt and not any(none[-1:])
         assert said[len(prompt)] and not said[len(prompt) - 1]
 
@@ -81,20 +82,8 @@ def test_what_a_user_says_never_becomes_a_special_token(name, hub_tokenizer):
     assert evil in hub_tokenizer.decode(ids) and "\ufdd0" not in hub_tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("name", ["ours", "words"])
-def test_generation_marks_say_the_same_to_transformers(name, hub_tokenizer):
-    _, said = conversation_ids(hub_tokenizer, TEMPLATES[name], CHAT)
-    mask = hub_tokenizer.inner.apply_chat_template(
-        CHAT, chat_template=TEMPLATES[name], return_assistant_tokens_mask=True, return_dict=True
-    )["assistant_masks"]
-    assert [bool(m) for m in mask] == said
-
-
 def test_chatml_gets_its_marks_and_loses_them_again():
-    from support.chat_template import CHATML_TURN
-
-    template = "{% for message in messages %}" + CHATML_TURN[0] + "{% endfor %}"
-    marked = with_generation_marks(template)
+    marked = with_generation_marks("{% for message in messages %}" + CHATML_TURN[0] + "{% endfor %}")
     assert "{% generation %}" in marked and with_generation_marks(marked) == marked
     assert "generation %}" not in without_generation_marks(marked)
     assert with_generation_marks(LLAMA) == LLAMA
@@ -102,18 +91,16 @@ def test_chatml_gets_its_marks_and_loses_them_again():
 
 def test_an_answer_that_the_template_rewrites_later_is_not_trained_on(hub_tokenizer):
     chat = [*talk("a", "x</think>yes"), *talk("b", "no")]
-    ids, said = conversation_ids(hub_tokenizer, DROPS_REASONING, chat)
-    assert hub_tokenizer.decode([i for i, mine in zip(ids, said, strict=True) if mine]) == "no<|end|>"
+    found = conversation_ids(hub_tokenizer, DROPS_REASONING, chat)
+    assert hub_tokenizer.decode(answered(*found)) == "no<|end|>"
 
 
-def test_a_conversation_that_the_template_refuses_is_left_out(hub_tokenizer, tiny):
+def test_a_conversation_that_the_template_refuses_is_left_out(tiny):
     system = [{"role": "system", "content": "Be brief."}, *talk("Hi", "Ho")]
-    with pytest.raises(TemplateError, match="no system turn"):
-        conversation_ids(hub_tokenizer, LLAMA, system)
     model = load_model(tiny["gpt2"], CPU)
     model.marks, model.template = False, LLAMA
     assert len(tokenised(model, [system, talk("Hi", "Ho")])[0]) == 1
-    with pytest.raises(TemplateError):
+    with pytest.raises(TemplateError, match="no system turn"):
         tokenised(model, [system])
 
 
@@ -132,71 +119,47 @@ def test_fine_tuning_sft_and_evaluation_ask_in_the_same_way(name, tiny):
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "n": 3, "top_p": 0.9, "repetition_penalty": 1.2}])
-def test_transformers_generates_what_ours_generates(tiny, how):
+def test_transformers_generates_what_ours_generates_also_with_forced_tokens(tiny, how):
     ours, theirs = (load_model(tiny["base"], CPU, backend) for backend in ("ours", "transformers"))
     prompts = [ours.bos + ours.encode(text) for text in ("Anna has", "A", "Tell me of an owl and")]
-    how = {"temperature": 0.0, "stop_tokens": [7, 9]} | how
+    forced = ours.encode("<<9*3=27>>")
     rows = len(prompts) * how.get("n", 1)
     heard: list[list[int]] = [[] for _ in range(rows)]
-    seeds = list(range(5, 5 + rows))
-    expected = ours.model.generate(prompts, 12, seed=seeds, **how)
-    found = hub_generate(
-        theirs.model, prompts, 12, pad=0, decoder_only=True, seed=seeds,
-        stream=lambda row, token: heard[row].append(token), **how,
-    )  # fmt: skip
-    assert found == expected == heard
-
-
-def test_a_calculator_answers_for_models_of_transformers_too(tiny):
-    ours, theirs = (load_model(tiny["base"], CPU, backend) for backend in ("ours", "transformers"))
-    prompts = [ours.bos + ours.encode("Anna has")] * 2
-    forced = ours.encode("<<9*3=27>>")
-
-    def force(row: int, new: list[int]) -> list[int]:
-        return forced if len(new) == 2 + row else []
-
-    how = {"temperature": 0.0, "force": force}
-    expected = ours.model.generate(prompts, 16, **how)
-    assert hub_generate(theirs.model, prompts, 16, pad=0, decoder_only=True, **how) == expected
-    assert expected[0][2 : 2 + len(forced)] == forced
+    how = {"temperature": 0.0, "stop_tokens": [7, 9], "seed": list(range(5, 5 + rows))} | how
+    for force in (None, lambda row, new: forced if len(new) == 2 + row % 2 else []):
+        expected = ours.model.generate(prompts, 12, force=force, **how)
+        for row in heard:
+            row.clear()
+        listen = dict(stream=lambda row, token: heard[row].append(token), force=force)
+        found = hub_generate(theirs.model, prompts, 12, pad=0, decoder_only=True, **listen, **how)
+        assert found == expected == heard
+    assert expected[0][2 : 2 + len(forced)] == forced or 7 in expected[0][:2] or 9 in expected[0][:2]
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
 @pytest.mark.parametrize("kind", ["gpt2", "untied llama"])
 def test_a_model_without_chat_tokens_can_be_given_them(tiny, tmp_path, kind, lora_r):
-    import transformers
-
-    from sft import sft
-
     plain = Tokenizer.load(tiny["gpt2"])
     few = {i: token for i, token in plain.vocab.items() if i <= plain.eot_id}
     without = Tokenizer(few, plain.merges, ["<|endoftext|>"], plain.pattern)
-    size = {"vocab_size": without.vocab_size}
-    if kind == "gpt2":
-        config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=96, **size)
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        size |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(max_position_embeddings=96, **size))
-    model.save_pretrained(tmp_path / "m")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=96)
+    if kind != "gpt2":
+        size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        config = transformers.LlamaConfig(max_position_embeddings=96, **size)
+    config.vocab_size = without.vocab_size
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     without.save(tmp_path / "m")
-    cfg = SFTConfig(
-        model=str(tmp_path / "m"), out=str(tmp_path), name="s", data="arithmetic@20", device="cpu"
-    )
+    cfg = SFTConfig(model=str(tmp_path / "m"), out=str(tmp_path), name="s", data="arithmetic@20")
     cfg.dtype, cfg.max_steps, cfg.eval_examples, cfg.lora_r, cfg.chat_tokens = "float32", 2, 4, lora_r, True
-    cfg.warmup_steps = 0
-    assert aligned_model(cfg).marks
-    run = sft(cfg)
+    cfg.device, cfg.warmup_steps = "cpu", 0
+    assert sft(cfg)["status"] == "finished"
     model = load_model(str(tmp_path / "s"), CPU)
+    assert model.chat and model.marks and model.end == model.tokenizer.special_id("<|end|>")
     rows, _ = tokenised(model, [talk("Hi", "Ho")])
-    again = TextModel(model.model, model.tokenizer, "causal", chat=True)
-    assert run["status"] == "finished" and again.end == model.end and any(rows[0][1])
     resumed = aligned_model(cfg)
     resumed.read_weights(tmp_path / "s")
     ids = torch.tensor([rows[0][0]])
     resumed.model.eval()
-    expected = model.model(ids) if model.ours else model.model(ids).logits
-    found = resumed.model(ids) if resumed.ours else resumed.model(ids).logits
+    found, expected = (m.model(ids) if m.ours else m.model(ids).logits for m in (resumed, model))
     torch.testing.assert_close(found[..., : expected.shape[-1]], expected, rtol=1e-4, atol=1e-4)
-    assert model.chat and model.marks and model.end == model.tokenizer.special_id("<|end|>")
     assert model.generate([model.conversation(talk("Hi"))[0]], 4, "") is not None

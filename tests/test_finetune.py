@@ -23,7 +23,6 @@ import finetune
 from data import TASKS, Example, few_shot, find_task, load_task
 from finetune import FinetuneConfig, TrainingSet, build_for_task, task_loss, tokenise
 from model import ModelConfig, ModernDecoderLM
-from support import machine
 from support.adapters import LORA_TARGETS
 from support.hf_format import load_tensors
 from support.loading import load_model, load_tokenizer
@@ -35,12 +34,6 @@ ROOT, CPU = Path(finetune.__file__).parent, torch.device("cpu")
 SMALL = dict(device="cpu", dtype="float32", max_steps=4, batch_size=4, max_train_examples=40, eval_every=0)
 SMALL |= dict(eval_examples=8, max_eval_examples=6, save_every=2, log_every=1, warmup_steps=1)
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def text() -> list[str]:
-    names = ("sentiment", "dialogue", "arithmetic")
-    return [f"{TASKS[n].prompt(e.text)}{e.target}" for n in names for e in load_task(n, "train")[0][:300]]
 
 
 def pretrained(model: ModernDecoderLM, ids: list[int], steps: int = 150) -> ModernDecoderLM:
@@ -56,62 +49,54 @@ def pretrained(model: ModernDecoderLM, ids: list[int], steps: int = 150) -> Mode
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, text) -> dict[str, str]:
+def checkpoints(tmp_path_factory) -> dict[str, str]:
     """Folders as the hub would give them, GPT-2, T5 and BERT with random weights, and a run of ours."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    vocab, merges = train_bpe(text, 500, SPECIAL_TOKENS)
-    tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    folder, text = tmp_path_factory.mktemp("checkpoints"), []
+    for name in ("sentiment", "dialogue", "arithmetic"):
+        text += [f"{TASKS[name].prompt(e.text)}{e.target}" for e in load_task(name, "train")[0][:300]]
+    tokenizer = Tokenizer(*train_bpe(text, 500, SPECIAL_TOKENS), SPECIAL_TOKENS)
     torch.manual_seed(0)
+    eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
 
     config = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, context_length=160, vocab_size=512)
-    ours = pretrained(ModernDecoderLM(config), tokenizer.encode(tokenizer.special_tokens[0].join(text)))
-    ours.save_pretrained(folder / "ours", bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id)
+    ours = pretrained(ModernDecoderLM(config), tokenizer.encode("<|endoftext|>".join(text)))
+    ours.save_pretrained(folder / "ours", **eot)
     tokenizer.save(folder / "ours")
 
-    eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     gpt2 = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=160, vocab_size=500, **eot)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
     tokenizer.save(folder / "gpt2")
-    settings = json.loads((folder / "gpt2/tokenizer_config.json").read_text())
+    settings = read_json(folder / "gpt2/tokenizer_config.json")
     del settings["pad_token"]  # as on the hub
     (folder / "gpt2/tokenizer_config.json").write_text(json.dumps(settings))
 
-    from tokenizers import Tokenizer as Library
-    from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
-
-    unigram = Library(models.Unigram())  # SentencePiece's kind, as T5 has it
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.train_from_iterator(text, trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    ))  # fmt: skip
-    unigram.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    from tokenizers import decoders
-
-    unigram.decoder = decoders.Metaspace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=unigram, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder / "t5")
-    size = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=448)
-    t5 = transformers.T5Config(
-        **size, decoder_start_token_id=0, pad_token_id=0, feed_forward_proj="gated-gelu"
+    pieces = Library(models.Unigram())  # SentencePiece's kind, as T5 has it
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces.train_from_iterator(
+        text, trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="<unk>")
     )
-    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
+    pieces.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, **names).save_pretrained(folder / "t5")
+    size = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=448)
+    size |= dict(decoder_start_token_id=0, pad_token_id=0, feed_forward_proj="gated-gelu")
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**size)).save_pretrained(folder / "t5")
 
     pieces = Library(models.WordPiece(unk_token="[UNK]"))
     pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    pieces.train_from_iterator(text, trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
-    ))  # fmt: skip
-    pieces.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=pieces, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
-    ).save_pretrained(folder / "bert")
-    size = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=400
-    )
-    transformers.BertModel(transformers.BertConfig(**size)).save_pretrained(folder / "bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pieces.train_from_iterator(text, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    pieces.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, **names).save_pretrained(folder / "bert")
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    bert = transformers.BertModel(transformers.BertConfig(**size, vocab_size=400))
+    bert.save_pretrained(folder / "bert")
     return {path.name: str(path) for path in folder.iterdir()}
 
 
@@ -168,20 +153,13 @@ def message_of(monkeypatch, cfg: FinetuneConfig) -> str:
 # -----------------------------------------------------------------------------
 # From end to end
 
-PATHS = [
-    ("ours", "sentiment", "lm"),
-    ("ours", "sentiment", "head"),
-    ("ours", "dialogue", "lm"),
-    ("gpt2", "sentiment", "head"),
-    ("gpt2", "arithmetic", "lm"),
-    ("t5", "dialogue", "lm"),
-    ("t5", "sentiment", "lm"),
-    ("bert", "sentiment", "head"),
-]
-
 
 @pytest.mark.parametrize("lora_r", [0, 4], ids=["full", "lora"])
-@pytest.mark.parametrize("model, task, method", PATHS)
+@pytest.mark.parametrize("model, task, method", [
+    ("ours", "sentiment", "lm"), ("ours", "sentiment", "head"), ("gpt2", "arithmetic", "lm"),
+    ("gpt2", "sentiment", "head"), ("t5", "dialogue", "lm"), ("t5", "sentiment", "lm"),
+    ("bert", "sentiment", "head"),
+])  # fmt: skip
 def test_every_path_trains_saves_loads_and_answers(settings, tmp_path, model, task, method, lora_r):
     more = {"lora_targets": "query,value"} if model == "bert" and lora_r else {}
     cfg = settings(model, task=task, method=method, lora_r=lora_r, merge=bool(lora_r), **more)
@@ -211,12 +189,9 @@ def test_a_small_model_learns_the_task(settings, method, lora_r):
     assert run["evaluation"]["metrics"]["accuracy"]["low"] > 0.6
 
 
-@pytest.mark.parametrize(
-    "model, task, method, lora_r",
-    [("ours", "dialogue", "lm", 4), ("gpt2", "sentiment", "lm", 0), ("gpt2", "sentiment", "head", 4)],
-)  # GPT-2 has dropout
-def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, model, task, method, lora_r):
-    cfg = dict(max_steps=40, save_every=5, task=task, method=method, lora_r=lora_r)
+@pytest.mark.parametrize("model, task, method", [("ours", "dialogue", "lm"), ("gpt2", "sentiment", "head")])
+def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, model, task, method):
+    cfg = dict(max_steps=24, save_every=5, task=task, method=method, lora_r=4)  # GPT-2 has dropout
     finetune.finetune(settings(model, name="whole", **cfg))
     stopped, log = settings(model, name="stopped", **cfg), tmp_path / "stopped/metrics.jsonl"
     process = subprocess.Popen(
@@ -231,30 +206,18 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, model, task,
     run, whole = finetune.finetune(stopped), read_json(tmp_path / "whole/run.json")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
     assert run["evaluation"] == whole["evaluation"] and run["results"] == whole["results"]
-    losses = []
-    for name in ("whole", "stopped"):
-        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
-        losses.append([line["loss"] for line in lines if "loss" in line])
-    assert losses[0] == losses[1] and len(losses[0]) == 40
+    logs = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 24
 
 
 def test_a_finished_run_says_so_and_one_that_lost_its_evaluation_makes_it_up(settings, tmp_path, monkeypatch):
     run, file = finetune.finetune(settings()), tmp_path / "run/run.json"
     with pytest.raises(AlreadyFinished):
         finetune.finetune(settings())
-    record = read_json(file)
-    file.write_text(json.dumps({k: v for k, v in record.items() if k != "evaluation"}))
+    file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k != "evaluation"}))
     assert finetune.finetune(settings())["evaluation"] == run["evaluation"]
-    message = message_of(monkeypatch, settings(learning_rate=1e-3))
-    assert "begun with other settings (learning_rate" in message
-
-
-def test_two_adapters_of_one_base_leave_it_alone(settings, tmp_path, checkpoints):
-    before = weights(checkpoints["ours"])
-    for seed in (1, 2):
-        finetune.finetune(settings(lora_r=2, seed=seed, name=f"run{seed}"))
-    assert same(before, weights(checkpoints["ours"]))
-    assert not same(weights(tmp_path / "run1"), weights(tmp_path / "run2"))
+    assert "begun with other settings (learning_rate" in message_of(monkeypatch, settings(learning_rate=1e-3))
 
 
 def test_the_model_that_is_kept_is_the_last_whatever_the_validation_split_says(settings, tmp_path):
@@ -267,24 +230,18 @@ def test_the_model_that_is_kept_is_the_last_whatever_the_validation_split_says(s
 # LoRA
 
 
-def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built, tmp_path, monkeypatch):
+def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built, tmp_path):
     """With one seed the same A; with one B the same logits, gradients and files, in both directions."""
     import peft
 
     options = dict(task="dialogue", lora_r=4, lora_alpha=12, lora_dropout=0.1)
-    with monkeypatch.context() as elsewhere:  # the file shall name the base from any folder
-        elsewhere.chdir(Path(checkpoints["ours"]).parent)
-        ours = build_for_task(FinetuneConfig(**SMALL | options, model="ours"), TASKS["dialogue"])
+    ours = built(**options)
     assert ours.ours and ours.adapter
     torch.manual_seed(settings().seed)
     net = transformers.AutoModelForCausalLM.from_pretrained(checkpoints["ours"])
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=12, lora_dropout=0.1, target_modules=LORA_TARGETS["llama"]
-    )
-    theirs = peft.get_peft_model(net, config)
-    assert same(
-        ours.adapter.tensors(), {k: t.cpu() for k, t in peft.get_peft_model_state_dict(theirs).items()}
-    )
+    how = dict(r=4, lora_alpha=12, lora_dropout=0.1, target_modules=LORA_TARGETS["llama"])
+    theirs = peft.get_peft_model(net, peft.LoraConfig(task_type="CAUSAL_LM", **how))
+    assert same(ours.adapter.tensors(), peft.get_peft_model_state_dict(theirs))
     ids = torch.randint(5, 400, (3, 20))
     base = logits(ModernDecoderLM.from_pretrained(checkpoints["ours"]), ids)
     assert torch.equal(logits(ours.model, ids), base), "at the start nothing changes"
@@ -298,14 +255,10 @@ def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built
         torch.manual_seed(7)  # of the dropout
         out = model(ids) if model is ours.model else model(input_ids=ids).logits
         out.square().mean().backward()
-        named = {
-            n.replace(".default", "").removeprefix("base_model.model."): p
-            for n, p in model.named_parameters()
-        }
-        gradients.append({n: p.grad for n, p in named.items() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7 * 2
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+        named = [(n.replace(".default", ""), p.grad) for n, p in model.named_parameters()]
+        gradients.append({n.removeprefix("base_model.model."): g for n, g in named if g is not None})
+    assert len(gradients[0]) == 2 * 7 * 2
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
     adapted = logits(ours.model, ids)
     assert (adapted - base).abs().max() > 0.1
@@ -316,9 +269,8 @@ def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built
     found = {"PEFT with PEFT's": logits(theirs, ids), "PEFT with ours": logits(opened, ids)}
     for name in ("ours", "theirs"):
         for backend in ("ours", "transformers"):
-            found[f"{backend} with {name}"] = logits(
-                load_model(str(tmp_path / name), CPU, backend).model, ids
-            )
+            model = load_model(str(tmp_path / name), CPU, backend).model
+            found[f"{backend} with {name}"] = logits(model, ids)
     with ours.adapter.merged():
         found["merged"] = logits(ours.model, ids)
     for name, value in found.items():
@@ -327,17 +279,6 @@ def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built
     again = built(**options)
     again.read_weights(tmp_path / "ours")
     assert torch.equal(logits(again.model, ids), adapted)
-
-
-def test_a_model_with_lora_generates_in_another_dtype_than_its_weights(built):
-    model = built(task="dialogue", lora_r=4)
-    for tensor in model.adapter.tensors().values():
-        tensor.normal_(std=0.2)
-    prompts = [model.encode("Tom: Hello"), model.encode("Anna:")]
-    expected = model.generate(prompts, 8, "")
-    model.dtype = torch.bfloat16
-    found = model.generate(prompts, 8, "")
-    assert len(found) == len(expected) == 2 and expected[0][:2] == found[0][:2]
 
 
 @pytest.mark.parametrize("name, layers", [("ours", 14), ("gpt2", 8), ("t5", 36)])
@@ -352,46 +293,30 @@ def test_lora_adapts_all_linear_layers_of_the_blocks_and_starts_with_no_change(b
         torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
-def test_a_merged_adapter_gives_the_adapters_logits(settings, built, tmp_path):
-    head = dict(task="sentiment", method="head")
-    finetune.finetune(settings("gpt2", lora_r=4, learning_rate=1e-1, merge=True, **head))
-    ids = torch.randint(5, 400, (3, 20))
-    apart, merged = (logits(load_model(str(tmp_path / n), CPU).model, ids) for n in ("run", "run/merged"))
-    assert torch.allclose(apart, merged, atol=1e-4)
-    assert not torch.allclose(apart, logits(built("gpt2", **head).model, ids), atol=1e-2)
-
-
-def test_an_adapter_is_trained_further(settings, tmp_path, monkeypatch, checkpoints):
-    finetune.finetune(settings(lora_r=2, name="adapter"))
-    adapter = str(tmp_path / "adapter")
+def test_an_adapter_is_trained_further_and_refuses_another_base(settings, tmp_path, monkeypatch, checkpoints):
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    shutil.copytree(checkpoints["ours"], base)
+    finetune.finetune(settings(base, lora_r=2, name="adapter"))
     run = finetune.finetune(settings(adapter, name="further"))
-    assert run["parent"] == adapter and run["base_hash"] == finetune.weights_hash(checkpoints["ours"])
+    assert run["parent"] == adapter and run["base_hash"] == finetune.weights_hash(base)
     before, after = weights(adapter), weights(tmp_path / "further")
     assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
-    load_model(str(tmp_path / "further"), CPU)
+    assert same(weights(base), weights(checkpoints["ours"]))
     assert "of rank 2" in message_of(monkeypatch, settings(adapter, lora_r=4))
     assert "of kind causal" in message_of(monkeypatch, settings(adapter, method="head"))
-
-
-def test_an_adapter_whose_base_was_trained_anew_is_refused(settings, tmp_path, checkpoints):
-    base = str(tmp_path / "base")
-    shutil.copytree(checkpoints["ours"], base)
-    finetune.finetune(settings(base, lora_r=2))
-    load_model(str(tmp_path / "run"), CPU)
     torch.manual_seed(5)
     ModernDecoderLM(ModernDecoderLM.from_pretrained(base).config).save_pretrained(base)
-    with pytest.raises(TrainError, match="was trained on other weights than"):
-        load_model(str(tmp_path / "run"), CPU)
-    with pytest.raises(TrainError, match="begun on other data .parent_hash"):
-        finetune.finetune(settings(base, lora_r=2))
+    with pytest.raises(TrainError, match="trained on other weights"):
+        load_model(adapter, CPU)
+    with pytest.raises(TrainError, match="parent_hash"):
+        finetune.finetune(settings(base, lora_r=2, name="adapter"))
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2", "t5", "bert"])
 def test_dropout_reaches_every_architecture_while_training_and_only_then(built, name):
     task, method = ("sentiment", "head") if name == "bert" else ("dialogue", "lm")
     model = built(name, task=task, method=method, dropout=0.5)
-    rows, _ = tokenise(model, task, load_task(task, "train")[0][:3])
-    tensors = model.collate(rows)
+    tensors = model.collate(tokenise(model, task, load_task(task, "train")[0][:3])[0])
 
     def twice(net) -> list[torch.Tensor]:
         return [target_logits(net, model.kind, *tensors) for _ in range(2)]
@@ -411,11 +336,11 @@ def test_gradient_checkpointing_changes_no_gradient(built, name):
         rows, _ = tokenise(model, "dialogue", load_task("dialogue", "train")[0][:4])
         task_loss(model.model.train(), *model.collate(rows), model.kind)[0].backward()
         grads.append({n: p.grad for n, p in model.model.named_parameters() if p.grad is not None})
-    assert grads[0] and grads[0].keys() == grads[1].keys()
-    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+    assert grads[0]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
-def test_qlora_trains_in_four_bits_and_comes_back(settings, built, tmp_path, monkeypatch):
+def test_qlora_trains_in_four_bits_and_comes_back(settings, built, tmp_path):
     pytest.importorskip("bitsandbytes")
     four_bit = dict(task="dialogue", lora_r=4, load_in_4bit=True)
     run = finetune.finetune(settings(merge=True, max_steps=30, learning_rate=1e-2, **four_bit))
@@ -426,12 +351,6 @@ def test_qlora_trains_in_four_bits_and_comes_back(settings, built, tmp_path, mon
     assert layer.weight.dtype == torch.uint8 and layer.weight.numel() * 2 == 64 * layer.out_features
     examples = load_task("dialogue", "validation")[0][:3]
     assert len(answer_task(load_model(str(tmp_path / "run/merged"), CPU), "dialogue", examples)[0]) == 3
-    assert "multiples of 64, not 32" in message_of(monkeypatch, settings("gpt2", lora_r=4, load_in_4bit=True))
-
-
-def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert '".[qlora]"' in message_of(monkeypatch, settings(lora_r=4, load_in_4bit=True))
 
 
 # -----------------------------------------------------------------------------
@@ -451,9 +370,9 @@ def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_else(built, name, 
         assert end == model.eos and model.decode(answer).strip() == example.target.strip()
     total = 0.0  # transformers' own loss, one unpadded example after another, labels -100 on the prompt
     for prompt, answer in rows:
-        inputs, labels = (
-            (prompt, answer) if name == "t5" else (prompt + answer, [-100] * len(prompt) + answer)
-        )
+        inputs, labels = prompt + answer, [-100] * len(prompt) + answer
+        if name == "t5":
+            inputs, labels = prompt, answer
         out = reference(input_ids=torch.tensor([inputs]), labels=torch.tensor([labels]))
         total += out.loss.item() * len(answer)
     loss, count = task_loss(model.model.eval(), ids, mask, targets, model.kind)
@@ -466,14 +385,16 @@ def test_a_head_reads_each_text_to_its_end_however_it_is_padded(built, name):
     model = built(name, method="head")
     model.model.eval()
     rows, _ = tokenise(model, "sentiment", load_task("sentiment", "train")[0][:6])
-    batched = target_logits(model.model, "head", *model.collate(rows))
-    alone = [target_logits(model.model, "head", *model.collate([row])) for row in rows]
+    batched, *alone = (
+        target_logits(model.model, "head", *model.collate(some)) for some in (rows, *zip(rows))
+    )
     assert torch.allclose(batched, torch.cat(alone), atol=1e-5) and batched.std(0).min() > 0
+    if name == "gpt2":  # it has no token for padding: the end-of-text token serves
+        assert model.model.config.pad_token_id == model.eos
 
 
 @pytest.mark.parametrize("name, method, before, behind", [
     ("ours", "lm", ["<|endoftext|>"], []),
-    ("gpt2", "lm", ["<|endoftext|>"], []),
     ("gpt2", "head", ["<|endoftext|>"], []),
     ("t5", "lm", [], ["</s>"]),
     ("bert", "head", ["[CLS]"], ["[SEP]"]),
@@ -484,23 +405,6 @@ def test_each_architecture_gets_the_special_tokens_it_expects(built, name, metho
     tokens = load_tokenizer(model.name, ours=False).inner.convert_ids_to_tokens(ids)
     assert tokens[: len(before)] == before and tokens[len(tokens) - len(behind) :] == behind
     assert ids[len(before) : len(ids) - len(behind)] == model.encode("A fresh film.\nIt was")
-
-
-def test_a_model_without_a_pad_token_gets_one(settings, built, tmp_path):
-    model = built("gpt2", method="head")
-    finetune.finetune(settings("gpt2", method="head"))
-    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "run")
-    assert saved.pad_token_id == config.pad_token_id == model.model.config.pad_token_id == model.eos
-
-
-def test_our_tokenizer_stands_in_for_the_librarys_where_it_can(checkpoints, text):
-    for name in ("ours", "gpt2"):
-        fast, theirs = (load_tokenizer(checkpoints[name], ours) for ours in (True, False))
-        assert isinstance(fast, Tokenizer) and not isinstance(theirs, Tokenizer)
-        for t in text[::50]:
-            assert fast.encode(t, ()) == theirs.encode(t) == theirs.inner.encode(t, add_special_tokens=False)
-    assert not isinstance(load_tokenizer(checkpoints["t5"]), Tokenizer)
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2", "t5"])
@@ -514,12 +418,12 @@ def test_a_text_that_is_too_long_loses_its_end_and_never_the_question_or_the_ans
     asked = model.decode(prompt)
     assert asked.startswith("Conversation:") and asked.rstrip().endswith("Summary:")
     assert model.decode(answer).strip() == target.strip()
+    with pytest.raises(TrainError, match="raise --context_length"):
+        model.prompt(TASKS["dialogue"], chat, room=3)
 
 
 def test_an_answer_is_never_cut(built):
     model, long = built(context_length=24, task="dialogue"), " Tom says that it rains." * 4
-    with pytest.raises(TrainError, match="raise --context_length"):
-        model.prompt(TASKS["dialogue"], "Tom: Hi\n" * 30, room=3)
     with pytest.raises(TrainError, match="no example of dialogue fits into 24 tokens"):
         tokenise(model, "dialogue", [Example("Hi", long)])
     rows, lost = tokenise(model, "dialogue", [Example("Hi", long), Example("Hi", " Hi.")])
@@ -534,10 +438,6 @@ def test_examples_in_a_prompt_go_first_when_there_is_no_room(built):
     ids, cut = model.prompt(task, "A fresh film.", shots, 50)
     shorter = model.decode(ids)
     assert cut == "shots" and len(ids) <= 50 and everything.endswith(shorter) and shorter.count("It was") > 1
-
-
-# -----------------------------------------------------------------------------
-# Batches
 
 
 def make_set(n=203, batch=8, seed=1) -> TrainingSet:
@@ -558,15 +458,9 @@ def test_batches_are_a_pure_function_of_seed_and_step_and_an_epoch_sees_everythi
     pieces = [a.batch(3, i, 2)[0] for i in range(0, 8, 2)]  # micro-batches
     assert [int(r[0]) for p in pieces for r in p] == [int(r[0]) for r in first[3]]
     assert make_set(3).batches == 1 and len(make_set(3).batch(5, 0, 8)[0]) == 8  # few examples are repeated
-
-
-def test_batches_of_similar_lengths_are_little_padded():
-    def padding(batches: list[torch.Tensor]) -> float:
-        return np.mean([(ids == 0).float().mean() for ids in batches])
-
-    grouped = make_set(2000)
-    in_order = [collate(grouped.rows[i : i + 8], "causal", 0)[0] for i in range(8, 800, 8)]
-    assert padding([grouped.batch(s, 0, 8)[0] for s in range(100)]) < 0.1 < 0.3 < padding(in_order)
+    in_order = [collate(a.rows[i : i + 8], "causal", 0)[0] for i in range(1, 200, 8)]
+    padding = [np.mean([(ids == 0).float().mean() for ids in batches]) for batches in (first, in_order)]
+    assert padding[0] < 0.1 < 0.3 < padding[1]  # batches are of similar lengths
 
 
 # -----------------------------------------------------------------------------
@@ -600,21 +494,14 @@ def test_log_likelihoods_do_not_depend_on_the_batch_and_are_sums_of_log_probabil
         assert batched[0] == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_transformers_models_answer_in_bfloat16_if_asked_to_and_t5_never_in_float16(
-    checkpoints, settings, tmp_path
-):
+@pytest.mark.parametrize("name, dtype", [("gpt2", "bfloat16"), ("t5", "bfloat16"), ("t5", "float16")])
+def test_transformers_models_answer_in_bfloat16_if_asked_to_and_t5_never_in_float16(checkpoints, name, dtype):
     rows = [([7, 8, 9], [10, 12]), ([7, 8], [5])]
-    for name, dtype in (("gpt2", torch.bfloat16), ("t5", torch.bfloat16), ("t5", torch.float16)):
-        full, half = (
-            load_model(checkpoints[name], CPU, "transformers", dtype=d) for d in (torch.float32, dtype)
-        )
-        assert half.model.dtype == (torch.float32 if dtype == torch.float16 else dtype)
-        assert np.allclose(full.log_likelihoods(rows), half.log_likelihoods(rows), atol=0.3)
-        assert len(half.generate([[7, 8, 9], [7]], 4, "")) == 2
-    finetune.finetune(settings("gpt2", method="head", lora_r=2))
-    full, half = (load_model(str(tmp_path / "run"), CPU, dtype=d) for d in (torch.float32, torch.bfloat16))
-    scores = [m.class_scores(TASKS["sentiment"], [[7, 8, 9], [7]]) for m in (full, half)]
-    assert np.allclose(*scores, atol=0.1) and half.model.dtype == torch.bfloat16
+    wanted = [torch.float32, getattr(torch, dtype)]
+    full, half = (load_model(checkpoints[name], CPU, "transformers", dtype=d) for d in wanted)
+    assert half.model.dtype == (torch.float32 if dtype == "float16" else torch.bfloat16)
+    assert np.allclose(full.log_likelihoods(rows), half.log_likelihoods(rows), atol=0.3)
+    assert len(half.generate([[7, 8, 9], [7]], 4, "")) == 2
 
 
 def test_classes_are_compared_by_the_likelihood_of_their_names(checkpoints):
@@ -630,14 +517,6 @@ def test_classes_are_compared_by_the_likelihood_of_their_names(checkpoints):
     assert plain == scores.argmax(-1).tolist() and calibrated == (scores - empty).argmax(-1).tolist()
 
 
-def test_generation_stops_at_the_end_token_or_the_stop_text(checkpoints):
-    model = load_model(checkpoints["ours"], CPU)
-    stops = model.tokens_with("\n")
-    assert stops and all("\n" in model.decode([i]) for i in stops)
-    texts = model.generate([model.bos + model.encode("Tom: Hello")] * 2, 20, "\n")
-    assert len(texts) == 2 and not any("\n" in text for text in texts)
-
-
 # -----------------------------------------------------------------------------
 # What can go wrong
 
@@ -646,47 +525,39 @@ def test_generation_stops_at_the_end_token_or_the_stop_text(checkpoints):
     (dict(task="sst3"), 'no task "sst3"'),
     (dict(task="dialogue", method="head"), "--method=head is for classes"),
     (dict(load_in_4bit=True), "need --lora_r"),
+    (dict(load_in_4bit=True, lora_r=4), '".[qlora]"'),
     (dict(merge=True), "need --lora_r"),
     (dict(model="t5", dtype="float16"), "T5 overflows in float16"),
-    (dict(lora_r=4, lora_targets="nothing_like_it"), "--lora_targets=nothing_like_it"),
-    (dict(lora_r=4, lora_targets="layers.7.mlp.up_proj"), "no layer is called 'layers.7.mlp.up_proj'"),
+    (dict(lora_r=4, lora_targets="nothing_like_it"), "nothing_like_it"),
+    (dict(lora_r=4, lora_targets="layers.7.mlp.up_proj"), "layers.7.mlp.up_proj"),
     (dict(model="out/nowhere"), "there is no folder out/nowhere"),
     (dict(model="somebody/model"), "hf download somebody/model --local-dir models/model"),
-    (dict(device="cuda"), "sees no CUDA card"),
+    (dict(model="mixed"), "has 500 tokens, but its tokenizer has 501"),
+    (dict(model="sinks"), "no architecture"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name_before_anything_is_written(
-    settings, tmp_path, monkeypatch, more, message
+    settings, checkpoints, tmp_path, monkeypatch, more, message
 ):
-    if more.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+    if "qlora" in message:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    folder = tmp_path / more.get("model", "")
+    if more.get("model") == "mixed":  # with the tokenizer of another model
+        shutil.copytree(checkpoints["gpt2"], folder)
+        Tokenizer.load(folder).with_special_tokens(["<|more|>"]).save(folder)
+    if more.get("model") == "sinks":  # computed by model.py alone
+        shape = dict(n_layers=1, d_model=32, n_heads=4, context_length=64, vocab_size=512, n_sinks=1)
+        ModernDecoderLM(ModelConfig(**shape)).save_pretrained(folder)
+        Tokenizer.load(checkpoints["ours"]).save(folder)
+    more = more | ({"model": str(folder)} if folder != tmp_path and folder.exists() else {})
     assert message in message_of(monkeypatch, settings(**more))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path, checkpoints, monkeypatch, text):
-    shutil.copytree(checkpoints["gpt2"], tmp_path / "mixed")
-    Tokenizer(*train_bpe(text, 600, SPECIAL_TOKENS), SPECIAL_TOKENS).save(tmp_path / "mixed")
-    message = message_of(monkeypatch, settings(str(tmp_path / "mixed")))
-    assert "has 500 tokens, but its tokenizer has 600" in message
-
-
-def test_a_run_that_transformers_cannot_compute_is_refused_by_name(
-    settings, tmp_path, checkpoints, monkeypatch
-):
-    folder = str(tmp_path / "sinks")
-    config = ModelConfig(n_layers=1, d_model=32, n_heads=4, context_length=64, vocab_size=512, n_sinks=1)
-    ModernDecoderLM(config).save_pretrained(folder)
-    Tokenizer.load(checkpoints["ours"]).save(folder)
-    assert "no architecture" in message_of(monkeypatch, settings(folder))
-    examples = load_task("sentiment", "test")[0][:4]
-    assert answer_task(load_model(folder, CPU), "sentiment", examples)[0]
 
 
 def test_a_head_answers_its_own_task_only(settings, tmp_path, monkeypatch):
     finetune.finetune(settings(method="head", name="head"))
     model = load_model(str(tmp_path / "head"), CPU)
     assert answer_task(model, "sentiment", load_task("sentiment", "test")[0][:4])[0]
-    with pytest.raises(TrainError, match="has a head for classes: it cannot be asked dialogue"):
+    with pytest.raises(TrainError, match="cannot be asked dialogue"):
         answer_task(model, "dialogue", load_task("dialogue", "test")[0][:4])
     assert "--method=head" in message_of(monkeypatch, settings(str(tmp_path / "head")))
 
@@ -702,31 +573,10 @@ def test_a_checkpoint_that_lacks_weights_is_never_filled_up_with_random_ones(
     tensors = load_tensors(folder)
     del tensors[victim]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((TrainError, ValueError), match="not a complete model|does not hold|cannot be loaded"):
+    with pytest.raises(ValueError, match="not a complete model|does not hold|cannot be loaded"):
         load_model(str(folder), CPU, backend)
 
 
-def test_names_tell_task_model_and_method():
-    cfg = FinetuneConfig(model="out/laptop", task="sst2")
-    assert finetune.default_name(cfg) == "sst2-laptop"
-    cfg.lora_r, cfg.method = 8, "head"
-    assert finetune.default_name(cfg) == "sst2-laptop-head-lora"
-
-
-def test_help_answers_without_the_large_libraries():
+def test_help_needs_no_large_library():
     code = "import sys, finetune; assert not {'transformers', 'peft', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    done = subprocess.run([sys.executable, "finetune.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--lora_r" in done.stdout
-
-
-def test_small_models_are_tuned_in_float32_on_a_cpu_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "pick_dtype", lambda dtype, device: torch.bfloat16)  # a CPU with AMX
-    for dtype, width, want in (
-        ("auto", 8, "float32"),
-        ("bfloat16", 8, "bfloat16"),
-        ("auto", 5000, "bfloat16"),
-    ):
-        cfg = finetune.AdaptConfig(device="cpu", dtype=dtype, max_steps=1, out=str(tmp_path))
-        chosen = finetune.dtype_for(cfg, torch.nn.Linear(width, width))
-        assert (chosen or machine.pick_dtype(dtype, CPU)) == getattr(torch, want) and cfg.dtype == dtype

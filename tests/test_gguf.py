@@ -73,12 +73,13 @@ def test_a_file_holds_every_weight_once_under_llama_cpps_names(runs, name, tmp_p
 def test_settings_and_special_tokens_are_the_runs_own(runs, tmp_path):
     write_gguf(runs["untied"], tmp_path / "x.gguf")
     found, tokenizer = fields(tmp_path / "x.gguf"), Tokenizer.load(runs["untied"])
-    assert found["llama.rope.freq_base"] == 50_000 and found["llama.attention.key_length"] == 8
-    assert (found["llama.attention.head_count"], found["llama.attention.head_count_kv"]) == (4, 2)
-    assert found["tokenizer.ggml.pre"] == "smollm"  # every digit alone
-    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.special_id("<|end|>")
-    assert found["tokenizer.ggml.bos_token_id"] == tokenizer.eot_id
-    assert not found["tokenizer.ggml.add_bos_token"] and "<|assistant|>" in found["tokenizer.chat_template"]
+    expected = {"rope.freq_base": 50_000, "attention.key_length": 8}
+    expected |= {"attention.head_count": 4, "attention.head_count_kv": 2}
+    assert {key: found[f"llama.{key}"] for key in expected} == expected
+    expected = {"pre": "smollm", "bos_token_id": tokenizer.eot_id, "add_bos_token": False}  # each digit alone
+    expected["eos_token_id"] = tokenizer.special_id("<|end|>")
+    assert {key: found[f"tokenizer.ggml.{key}"] for key in expected} == expected
+    assert "<|assistant|>" in found["tokenizer.chat_template"]
     types = found["tokenizer.ggml.token_type"]
     assert types[tokenizer.eot_id] == gguf.TokenType.CONTROL and types[447] == gguf.TokenType.UNUSED
     assert len(found["tokenizer.ggml.tokens"]) == 448 == len(set(found["tokenizer.ggml.tokens"]))
@@ -86,18 +87,19 @@ def test_settings_and_special_tokens_are_the_runs_own(runs, tmp_path):
 
 
 def test_a_base_stops_at_the_end_of_a_document_and_begins_with_it(runs, tmp_path):
-    write_gguf(runs["llama"], tmp_path / "x.gguf")
-    found, eot = fields(tmp_path / "x.gguf"), Tokenizer.load(runs["llama"]).eot_id
+    lines = write_gguf(runs["mistral"], tmp_path / "x.gguf")
+    found, eot = fields(tmp_path / "x.gguf"), Tokenizer.load(runs["mistral"]).eot_id
     assert found["tokenizer.ggml.eos_token_id"] == eot and found["tokenizer.ggml.add_bos_token"]
     assert "tokenizer.chat_template" not in found and not (tmp_path / "Modelfile").exists()
+    # A sliding window becomes the context.
+    assert found["llama.context_length"] == 24 and "sliding window" in "".join(lines)
 
 
 def test_f16_halves_the_matrices_alone(runs, tmp_path):
     write_gguf(runs["mixtral"], tmp_path / "x.gguf", "F16")
-    types = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
-    F16, F32 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
-    assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up_exps.weight"] == F16
-    assert types["blk.0.attn_norm.weight"] == types["blk.0.ffn_gate_inp.weight"] == F32
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up_exps.weight"] == "F16"
+    assert types["blk.0.attn_norm.weight"] == types["blk.0.ffn_gate_inp.weight"] == "F32"
 
 
 def test_interleaved_rows_are_rotated_alike():
@@ -121,45 +123,35 @@ def test_interleaved_rows_are_rotated_alike():
     torch.testing.assert_close(*scores)
 
 
-def test_a_sliding_window_becomes_the_context(runs, tmp_path):
-    lines = write_gguf(runs["mistral"], tmp_path / "x.gguf")
-    assert fields(tmp_path / "x.gguf")["llama.context_length"] == 24
-    assert any("sliding window" in line for line in lines)
-
-
-def test_what_llama_cpp_does_not_compute_is_refused_by_name(tiny, tmp_path):
-    tokenizer = Tokenizer.load(tiny["base"])
-    experts = dict(ffn="moe", n_experts=2)
-    for switches in (dict(n_sinks=1), dict(norm_position="post"), dict(ffn="gelu"), dict(sparse_stride=4),
-                     dict(attention_kind="linear"), dict(moe_every=2) | experts):  # fmt: skip
-        config = ModelConfig(vocab_size=400, n_layers=2, d_model=32, n_heads=2, **switches)
-        ModernDecoderLM(config).save_pretrained(tmp_path / "odd")
-        tokenizer.save(tmp_path / "odd")
-        with pytest.raises(GGUFError, match=next(iter(switches))):
-            write_gguf(tmp_path / "odd")
+@pytest.mark.parametrize("switches", [
+    dict(n_sinks=1), dict(norm_position="post"), dict(ffn="gelu"), dict(sparse_stride=4),
+    dict(attention_kind="linear"), dict(moe_every=2, ffn="moe", n_experts=2),
+])  # fmt: skip
+def test_what_llama_cpp_does_not_compute_is_refused_by_name(tiny, tmp_path, switches):
+    config = ModelConfig(vocab_size=400, n_layers=2, d_model=32, n_heads=2, **switches)
+    ModernDecoderLM(config).save_pretrained(tmp_path)
+    Tokenizer.load(tiny["base"]).save(tmp_path)
+    with pytest.raises(GGUFError, match=next(iter(switches))):
+        write_gguf(tmp_path)
 
 
 def test_an_adapter_and_a_foreign_tokenizer_are_refused(tiny, tmp_path):
+    tokenizer = Tokenizer.load(tiny["base"])
+    tokenizer.pattern = r"\p{L}+|[^\p{L}]"
+    ModernDecoderLM.from_pretrained(tiny["base"]).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    with pytest.raises(GGUFError, match="convert_hf_to_gguf"):
+        write_gguf(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(GGUFError, match="--merge"):
         write_gguf(tmp_path)
-    tokenizer = Tokenizer.load(tiny["base"])
-    tokenizer.pattern = r"\p{L}+|[^\p{L}]"
-    ModernDecoderLM.from_pretrained(tiny["base"]).save_pretrained(tmp_path / "other")
-    tokenizer.save(tmp_path / "other")
-    with pytest.raises(GGUFError, match="convert_hf_to_gguf"):
-        write_gguf(tmp_path / "other")
-    assert not list((tmp_path / "other").glob("*gguf*"))
-
-
-def spacious() -> Tokenizer:
-    texts = ["a\n\nb  \n\nx    y\n\n1"] * 50
-    vocabulary = train_bpe(texts, 300, SPECIAL_TOKENS, split_digits=True)
-    return Tokenizer(*vocabulary, SPECIAL_TOKENS, DIGITS_PATTERN)
+    assert not list(tmp_path.glob("*gguf*"))
 
 
 def test_tokens_of_several_spaces_are_told_about(tiny):
-    assert "  " in spaces_before_digits(spacious())
+    texts = ["a\n\nb  \n\nx    y\n\n1"] * 50
+    vocabulary = train_bpe(texts, 300, SPECIAL_TOKENS, split_digits=True)
+    assert "  " in spaces_before_digits(Tokenizer(*vocabulary, SPECIAL_TOKENS, DIGITS_PATTERN))
     assert not spaces_before_digits(Tokenizer.load(tiny["base"]))
 
 

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from data import TASKS, Example
+from configs import parse_config
+from data import TASKS, Example, talk
 from dpo import DPOConfig, from_collection, without_first_exchange
 from eval import EvalConfig
 from finetune import AdaptConfig, FinetuneConfig, build_for_task, build_model
@@ -21,7 +22,6 @@ from support.machine import pick_device
 from support.runs import TrainError, read_json
 from support.text_model import answer_task
 from support.tokenizer_json import ForeignTokenizer
-from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -45,31 +45,26 @@ def llama(folder: Path, tokenizer, config=transformers.LlamaConfig, **more) -> s
 
 def renamed(tiny, special: str = "<|endoftext|>", **more):
     """The tokenizer of `tiny`, whose token between documents has another name, as Llama 3's has."""
-    inner = transformers.AutoTokenizer.from_pretrained(tiny["gpt2"])
-    content = json.loads(inner.backend_tokenizer.to_str())
-    for token in content["added_tokens"]:
-        token["content"] = token["content"].replace("<|endoftext|>", special)
-    content["model"]["vocab"] = {
-        text.replace("<|endoftext|>", special): i for text, i in content["model"]["vocab"].items()
-    }
     from tokenizers import Tokenizer as Library
 
+    text = transformers.AutoTokenizer.from_pretrained(tiny["gpt2"]).backend_tokenizer.to_str()
     names = {"eos_token": special, "pad_token": special} | more
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Library.from_str(json.dumps(content)),
+        tokenizer_object=Library.from_str(text.replace("<|endoftext|>", special)),
         **{name: token for name, token in names.items() if token},
     )
 
 
-def tuned(model: str, tmp_path, **more) -> str:
+def written(tmp_path, name: str, rows: list[dict]) -> str:
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / name)
+
+
+def tuned(model: str, tmp_path) -> str:
     rows = [{"prompt": f"Is {i} above {i % 7}?", "completion": "yes"} for i in range(80)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = SFTConfig(model=model, out=str(tmp_path), name="sft", data=str(tmp_path / "rows.jsonl"))
-    cfg.device, cfg.dtype, cfg.batch_size, cfg.max_steps, cfg.warmup_steps = "cpu", "float32", 4, 1, 1
-    cfg.eval_every, cfg.save_every, cfg.eval_examples = 0, 0, 4
-    for name, value in more.items():
-        setattr(cfg, name, value)
-    sft(cfg)
+    how = dict(model=model, out=str(tmp_path), name="sft", data=written(tmp_path, "rows.jsonl", rows))
+    how |= dict(batch_size=4, max_steps=1, warmup_steps=1, eval_every=0, save_every=0, eval_examples=4)
+    sft(SFTConfig(device="cpu", dtype="float32", **how))
     return f"{tmp_path}/sft"
 
 
@@ -96,12 +91,6 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_by_name(tiny, tmp_path):
         load_model(folder, CPU)
 
 
-def test_of_several_chat_templates_the_default_one_is_taken(tiny):
-    inner = renamed(tiny)
-    inner.chat_template = {"default": CHATML, "tool_use": "x"}
-    assert HubTokenizer(inner).chat_template == CHATML
-
-
 def test_tokens_beyond_the_tokenizers_may_be_generated(tiny, tmp_path):
     """Qwen's and Pythia's embeddings have more rows than their tokenizers have tokens."""
     model = load_model(llama(tmp_path / "m", renamed(tiny), vocab_size=480), CPU, "transformers")
@@ -117,11 +106,9 @@ def test_pairs_that_a_template_refuses_are_left_out(tiny, tmp_path):
     model = load_model(llama(tmp_path / "m", inner), CPU)
     rows = []
     for i in range(60):
-        asked = [{"role": "user", "content": f"Is {i} above {i % 7}?"}]
         system = [{"role": "system", "content": "Be brief."}] * (i % 2)
-        rows.append({"prompt": system + asked, "chosen": "yes", "rejected": "no"})
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, counts = from_collection(model, DPOConfig(data=str(tmp_path / "pairs.jsonl")), "train")
+        rows.append({"prompt": system + talk(f"Is {i} above {i % 7}?"), "chosen": "yes", "rejected": "no"})
+    pairs, counts = from_collection(model, DPOConfig(data=written(tmp_path, "pairs.jsonl", rows)), "train")
     assert pairs and all(pair.messages[0]["role"] == "user" for pair in pairs)
     assert counts["too_long"] > 0
 
@@ -169,11 +156,7 @@ def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):
     more = dict(sliding_window=32, head_dim=8)
     tuned(llama(tmp_path / "m", renamed(tiny), transformers.Gemma2Config, **more), tmp_path)
     assert "one conversation a row" in capsys.readouterr().out
-
-
-def test_our_tokenizer_states_no_context():
-    config = transformers.MambaConfig()
-    assert hf_context(config, Tokenizer({i: bytes([i]) for i in range(256)}, [], [])) == 1024
+    assert hf_context(transformers.MambaConfig()) == 1024  # it states no context
 
 
 # ---- LoRA
@@ -196,31 +179,21 @@ def test_an_adapter_of_a_classifier_holds_all_of_its_new_layers(name, tmp_path):
     new = {n for n, _ in model.named_parameters() if any(n.startswith(f"{part}.") for part in head)}
     assert new
     adapted = add_peft_lora(model, AdaptConfig(lora_r=2), "head")
-    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    for parameter in new:
-        layer, _, kind = parameter.rpartition(".")
-        assert any(layer.split(".")[-1] in n and n.endswith(kind) for n in trained)
-    assert any("lora_A" in n for n in trained)
+    trained = " ".join(n for n, p in adapted.named_parameters() if p.requires_grad)
+    assert "lora_A" in trained and all(name.split(".")[-2] in trained for name in new)
     adapted.save_pretrained(tmp_path)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        saved = {key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
-    assert new <= saved
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert new <= {key.removeprefix("base_model.model.") for key in saved}
 
 
 def test_lora_on_a_mixture_of_experts_trains_and_is_read_back(tiny, tmp_path):
     more = dict(num_local_experts=4, sliding_window=None)
     base = llama(tmp_path / "m", renamed(tiny), transformers.MixtralConfig, **more)
-    cfg = SFTConfig(model=base, lora_r=2, device="cpu")  # with lora_dropout, its default
-    model = build_model(cfg, resolve(base))
+    model = build_model(SFTConfig(model=base, lora_r=2, device="cpu"), resolve(base))  # with lora_dropout
     model.save(tmp_path / "adapter")
-    ids = [[1, 2, 3, 4]]
-    again = load_model(str(tmp_path / "adapter"), CPU)
-    want = model.model.eval()(input_ids=torch.tensor(ids)).logits
-    np.testing.assert_allclose(
-        again.model(input_ids=torch.tensor(ids)).logits.detach(), want.detach(), atol=1e-5
-    )
+    again, ids = load_model(str(tmp_path / "adapter"), CPU), torch.tensor([[1, 2, 3, 4]])
+    found, want = (m.model.eval()(input_ids=ids).logits for m in (again, model))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_head_on_a_run_of_another_task_is_asked_its_own(tiny, tmp_path):
@@ -235,7 +208,7 @@ def test_a_new_head_on_a_run_of_another_task_is_asked_its_own(tiny, tmp_path):
 # ---- damaged files, numbers
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "7", '"x"', "[" * 100_000, "", '{"settings": []}'])
+@pytest.mark.parametrize("text", ["null", "[]", '"x"', "[" * 100_000, "", '{"settings": []}'])
 def test_a_damaged_record_is_named(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(TrainError, match="run.json is damaged"):
@@ -244,24 +217,20 @@ def test_a_damaged_record_is_named(text, tmp_path):
     assert read_json(tmp_path / "run.json")["results"] is None
 
 
-@pytest.mark.parametrize("key", ["num_attention_heads", "vocab_size", "intermediate_size", "model_type"])
-@pytest.mark.parametrize("value", ["x", [], {"x": 1}, 1e308])
-def test_a_config_with_a_value_of_another_type_is_one_line(key, value, tiny, tmp_path):
-    folder = Path(llama(tmp_path / "m", renamed(tiny)))
-    config = json.loads((folder / "config.json").read_text()) | {key: value}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, OSError)):
-        load_model(str(folder), CPU)
-
-
-@pytest.mark.parametrize("key, value", [("alpha_pattern", None), ("base_model_name_or_path", {}), ("r", "x")])
-def test_a_damaged_adapter_config_is_one_line(key, value, tiny, tmp_path):
+def test_a_damaged_config_is_one_line(tiny, tmp_path):
     base = llama(tmp_path / "m", renamed(tiny))
     build_model(SFTConfig(model=base, lora_r=2, device="cpu"), resolve(base)).save(tmp_path / "a")
-    file = tmp_path / "a/adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ValueError):
-        load_model(str(tmp_path / "a"), CPU)
+    damages = [(tmp_path / "a/adapter_config.json", "alpha_pattern", None)]
+    damages += [(tmp_path / "a/adapter_config.json", "base_model_name_or_path", {})]
+    for key in ("num_attention_heads", "vocab_size", "model_type"):
+        damages += [(tmp_path / "m/config.json", key, value) for value in ("x", [], {"x": 1}, 1e308)]
+    for file, key, value in damages:
+        whole = file.read_text()
+        file.write_text(json.dumps(json.loads(whole) | {key: value}))
+        with pytest.raises((ValueError, OSError)) as error:
+            load_model(str(file.parent), CPU)
+        assert len(str(error.value).splitlines()) == 1, (key, value)
+        file.write_text(whole)
 
 
 @pytest.mark.parametrize("device", ["meta", "no such"])
@@ -271,8 +240,6 @@ def test_a_device_that_cannot_compute_is_refused(device):
 
 
 def test_whole_numbers_that_torch_cannot_hold_are_refused(capsys):
-    from configs import parse_config
-
     with pytest.raises(SystemExit):
         parse_config(EvalConfig, "", ["--limit=999999999999999999999999"])
     assert "--limit" in capsys.readouterr().err
