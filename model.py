@@ -309,7 +309,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up_proj(x)
-        return self.down_proj(F.gelu(h, approximate="tanh") if self.act == "gelu" else F.silu(h))
+        h = F.silu(h) if self.act == "silu" else F.gelu(h, approximate="tanh")
+        return self.down_proj(h)
 
 
 class MoE(nn.Module):
@@ -612,49 +613,27 @@ class ModernDecoderLM(nn.Module):
         `compile=True` decodes with a compiled step (support/kernels.py has it): half a minute to start, then
         faster.
         """
+        from support.texts import Texts
+
         check_sampling(**options)
-        rows = len(prompts) * n
-        if not rows or not all(len(p) for p in prompts):
+        if not len(prompts) or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         if max_new_tokens < 1:
-            return [[] for _ in range(rows)]
+            return [[] for _ in range(len(prompts) * n)]
         cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
-        uniforms = uniform_numbers(seed, rows, max_new_tokens).to(self.device)
-        seen = None
-        if options.get("repetition_penalty", 1.0) != 1.0:
-            seen = tokens_in(prompts, n, self.config.vocab_size).to(self.device)
-        texts = Texts(rows, stop_tokens, stream, force)
-        alive = list(range(rows))  # alive[j] is the row whose text line j of the batch continues
-
-        def draw(logits: Tensor, uniform: Tensor, token: Tensor | None = None) -> Tensor:
-            """The next token of each line, (B), after `token`."""
-            if seen is not None and token is not None:
-                seen.scatter_(1, token.unsqueeze(1), True)
-            if adjust:
-                logits = adjust(alive, logits)
-            return sample(logits, uniform, seen=seen, **options)
-
-        decoder = Decoder(self, cache, draw, n, compile=compile, record=not (force or adjust))
-        token = draw(decoder.prefill(prompts, max_new_tokens), uniforms[:, 0])
-        # Reading a token makes a GPU wait: at every step only if somebody wants to see or change it.
-        read_every = 1 if stream or force or adjust or self.device.type == "cpu" else 16
-        unread = []
+        hooks = {"stream": stream, "force": force, "adjust": adjust}
+        texts = Texts(self, prompts, n, max_new_tokens, seed, stop_tokens, options, **hooks)
+        decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
+        token = texts.draw(decoder.prefill(prompts, max_new_tokens), texts.uniforms[:, 0])
         for step in range(1, max_new_tokens + 1):
-            if force:
-                token = torch.tensor(texts.forced(alive, token.tolist()), device=self.device)
-            unread.append(token)
-            if len(unread) == read_every or step == max_new_tokens:
-                texts.add(alive, torch.stack(unread, dim=1).tolist())
-                unread = []
-                left = [j for j, row in enumerate(alive) if row not in texts.ended]
-                if not left or step == max_new_tokens:
-                    break
-                if left := decoder.shrink(left):
-                    alive = [alive[j] for j in left]
-                    index = torch.tensor(left, device=self.device)
-                    token, uniforms = token[index], uniforms[index]
-                    seen = None if seen is None else seen[index]
-            token = decoder.next(token, uniforms[:, step])
+            token = texts.take(token, last=step == max_new_tokens)
+            left = texts.left()
+            if not left or step == max_new_tokens:
+                break
+            if left := decoder.shrink(left):
+                texts.keep(left)
+                token = token[left]
+            token = decoder.next(token, texts.uniforms[:, step])
         return texts.rows
 
     def empty_cache(self, prompts: Sequence, new: int, window: int, keep: int) -> tuple["KVCache", int]:
@@ -701,40 +680,6 @@ class ModernDecoderLM(nn.Module):
         return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
 
 
-class Texts:
-    """The new tokens of every row, and which rows have ended."""
-
-    def __init__(self, rows: int, stop_tokens: Sequence[int], stream=None, force=None):
-        self.stop_tokens = stop_tokens
-        self.stream = stream
-        self.force = force
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
-        self.queues: list[list[int]] = [[] for _ in range(rows)]  # forced tokens that wait for their turn
-        self.ended: set[int] = set()
-
-    def forced(self, rows: list[int], drawn: list[int]) -> list[int]:
-        """The next token of each row: the drawn one, or what `force` puts in its place."""
-        chosen = []
-        for row, token in zip(rows, drawn, strict=True):
-            queue = self.queues[row]
-            if not queue and row not in self.ended:
-                queue.extend(self.force(row, self.rows[row]))
-            chosen.append(queue.pop(0) if queue else token)
-        return chosen
-
-    def add(self, rows: list[int], new: list[list[int]]) -> None:
-        """Appends the new tokens of each row, up to its first stop token."""
-        for row, tokens in zip(rows, new, strict=True):
-            for token in tokens:
-                if row in self.ended:
-                    break
-                self.rows[row].append(token)
-                if self.stream:
-                    self.stream(row, token)
-                if token in self.stop_tokens:
-                    self.ended.add(row)
-
-
 class KVCache:
     """Keys and values of the tokens so far: two (B, K, slots, D) tensors a layer, allocated once.
 
@@ -751,9 +696,7 @@ class KVCache:
         self.v = [torch.zeros_like(k) for k in self.k]
         self.config = config
         self.slots = slots
-        self.length = torch.zeros(
-            rows, dtype=torch.long
-        )  # tokens of each row; on the CPU, to read it at once
+        self.length = torch.zeros(rows, dtype=torch.long)  # tokens of each row; on the CPU: read at once
         # The pass that `begin` plans:
         self.positions = None  # of its tokens, (T) or (B, T)
         self.mask = None  # what they may see, (B, 1, T, S); None: all before them
@@ -902,21 +845,6 @@ def check_sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_pe
     refuse(not 0 < top_p <= 1, f"{top_p=} must be above 0 and at most 1")
     refuse(not 0 <= min_p <= 1, f"{min_p=} must be from 0 to 1")
     refuse(not 0 < repetition_penalty < math.inf, f"{repetition_penalty=} must be above 0")
-
-
-def uniform_numbers(seed: int | Sequence[int], rows: int, steps: int) -> Tensor:
-    """All the randomness that sampling needs: one number in [0, 1) per row and step, (rows, steps)."""
-    seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
-    refuse(len(seeds) != rows, f"{len(seeds)} seeds for {rows} rows")
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-
-def tokens_in(prompts: Sequence[Sequence[int]], n: int, vocab_size: int) -> Tensor:
-    """(rows, V), True for the tokens of each row's prompt."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[list(prompt)] = True
-    return seen.repeat_interleave(n, dim=0)
 
 
 # -----------------------------------------------------------------------------

@@ -256,7 +256,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T` without ever holding all logits.
 
     At 8k tokens and a vocabulary of 50k, logits, their softmax and their gradient in float32 are 4.6 GiB: on
-    a 12 GB card the loss would take more room than the model. Here a chunk of tokens at a time becomes
+    a 12 GB GPU the loss would take more room than the model. Here a chunk of tokens at a time becomes
     logits, loss and both gradients, then is forgotten. Computing the gradients already in the forward pass
     costs no extra matrix product (a recomputing checkpoint would: 5 % of a step at V=4,096, d=288). torch's
     own `linear_cross_entropy`, from 2.13 on, had 0.90 and 0.98 of the speed on a CPU (report/speed.md).
@@ -421,10 +421,10 @@ def lay_out(layers: list[nn.Linear], transposed: bool) -> None:
 
 
 class Recorded:
-    """A function of tensors that does the same to the same shapes again and again, on a card.
+    """A function of tensors that does the same to the same shapes again and again, on a GPU.
 
     A small model's step is a few hundred kernels of some microseconds each, and Python takes longer to launch
-    one than the card to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
+    one than the GPU to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
     what the function keeps in tensors (the cache) has to be changed in place. Other shapes are recorded anew.
     """
 
