@@ -189,9 +189,10 @@ class Attention(nn.Module):
         """
         c = self.config
         B, T, _ = x.shape
-        qkv = project(x, self.q_proj, self.k_proj, self.v_proj)
-        # q (B, H, T, D), k and v (B, K, T, D)
-        q, k, v = (y.view(B, T, -1, c.head_dim).transpose(1, 2) for y in qkv)
+        q, k, v = [  # q (B, H, T, D), k and v (B, K, T, D)
+            y.view(B, T, -1, c.head_dim).transpose(1, 2)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+        ]
         if c.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)

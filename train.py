@@ -23,6 +23,7 @@ processes, so how a batch is cut never changes the result.
 
 from support.terminal import StopSignal, run_script
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -193,9 +194,7 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = 0
-                    state["m"] = torch.zeros_like(p)
-                    state["v"] = torch.zeros_like(p)
+                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state["step"] += 1
                 m, v, t = state["m"], state["v"], state["step"]
                 p.mul_(1 - lr * group["weight_decay"])  # apart from the gradient: not rescaled by v
@@ -418,7 +417,6 @@ class Trainer:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.sharded = self.parallel == "fsdp" and self.world > 1
-        self.owns_group = False  # True if this object started the process group
         # The network: `model` has the gradients, `net` is the same behind DDP and torch.compile. `full_model`
         # has all weights where `model` is sharded: on rank 0, None on the others
         self.model = self.net = self.full_model = self.model.to(self.device)
@@ -438,8 +436,8 @@ class Trainer:
         self.logged = (0, 0.0)  # step and seconds of the last logged line
         # The run folder
         self.folder = run_folder(cfg)
-        self.lock = None
         self.opened = False
+        self.at_end = contextlib.ExitStack()  # what is closed when the run ends
         self.run = {}  # run.json
         self.log = RunLog(self.folder, self.rank)
         self.say = self.log.say
@@ -455,7 +453,8 @@ class Trainer:
         except (TrainError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
             error = explained(error, self.folder)
             if self.opened:
-                self.write_failure(error)
+                with contextlib.suppress(OSError):  # a full disk is perhaps what ended the run
+                    self.write_run(status="failed", error=str(error))
             raise error from None
         finally:
             self.end()
@@ -661,12 +660,6 @@ class Trainer:
             del self.run["pid"]  # by which serve.py pauses a run
         self.log.write_run(self.run)
 
-    def write_failure(self, error: Exception) -> None:
-        try:
-            self.write_run(status="failed", error=str(error))
-        except OSError:  # a full disk is perhaps what ended the run
-            pass
-
     # ---- begin and end
 
     def begin(self) -> None:
@@ -675,10 +668,11 @@ class Trainer:
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"')
         torch.set_flush_denormal(True)  # numbers near 1e-40 can slow a CPU down tenfold
-        self.owns_group = sharding.start_group(self.device, self.world)
+        if sharding.start_group(self.device, self.world):
+            self.at_end.callback(torch.distributed.destroy_process_group)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            self.lock = lock(self.folder)
+            self.at_end.callback(os.close, lock(self.folder))
             if cfg.overwrite:
                 remove_run(self.folder)
         barrier()
@@ -741,10 +735,7 @@ class Trainer:
     def end(self) -> None:
         self.optimizers = []  # evaluation, which may follow, has use for their memory
         self.log.close()
-        if self.lock is not None:
-            os.close(self.lock)
-        if self.owns_group:
-            torch.distributed.destroy_process_group()
+        self.at_end.close()
 
     # ---- checkpoints
 
@@ -799,7 +790,7 @@ class Trainer:
         if (self.folder / "run.json").exists():
             self.run = read_json(self.folder / "run.json")
         finished = self.run.get("status") == "finished"
-        if self.run and (found or finished):
+        if found or finished:
             free = [*FREE_TO_CHANGE, *self.free_to_change]
             refuse_another_run(self.folder, self.run, asdict(self.cfg), self.about, free)
         if finished:
@@ -980,10 +971,10 @@ def main() -> None:
 def report(cfg: TrainConfig, run: dict) -> None:
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    best = (run.get("results") or {}).get("best")
     folder = Path(cfg.out) / cfg.name
-    losses = f", val_loss {best['val_loss']:.4f}, {best['bits_per_byte']:.4f} bits a byte" if best else ""
-    print(f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{losses}; python chat.py {folder}")
+    best = (run.get("results") or {}).get("best")
+    loss = f", val_loss {best['val_loss']:.4f}, {best['bits_per_byte']:.4f} bits a byte" if best else ""
+    print(f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{loss}; python chat.py {folder}")
 
 
 if __name__ == "__main__":

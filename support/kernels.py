@@ -67,7 +67,8 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) ->
     v = F.pad(v, (0, 1), value=1.0)  # a column of ones sums the weights of a row
     past = torch.zeros(q.shape[-1], v.shape[-1], device=q.device)
     chunks = []
-    for queries, keys, values in zip(*(x.split(chunk, dim=-2) for x in (q, k, v)), strict=True):
+    cut = [x.split(chunk, dim=-2) for x in (q, k, v)]
+    for queries, keys, values in zip(*cut, strict=True):
         chunks.append((queries @ keys.mT).tril() @ values + queries @ past.to(q.dtype))
         past = past + (keys.mT @ values).float()
     y = torch.cat(chunks, dim=-2)
@@ -296,7 +297,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             return total, None
         if torch.compiler.is_compiling():  # all of it in one kernel, and nothing in float32 ever stored
             one_hot = torch.arange(len(w), device=h.device) == index
-            return total, (log_p.exp() - one_hot).to(h.dtype)
+            return total, (log_p.exp() - one_hot.float()).to(h.dtype)
         grad = log_p.exp_()
         grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype))
         return total, grad.to(h.dtype)

@@ -421,12 +421,12 @@ def test_the_loss_falls_in_bfloat16_and_the_weights_stay_in_full_precision(setti
     assert all(w.dtype == torch.float32 for w in load_tensors(run).values())
 
 
-def test_a_compiled_model_learns_the_same(settings, monkeypatch):
+def test_a_compiled_model_learns_the_same(settings, monkeypatch, capsys):
     """With the compiler's own front end; "eager" leaves out only the generated code, which takes a minute."""
     compiler, calls = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda net: calls.append(net) or compiler(net, backend="eager"))
     found = [train.pretrain(settings(name=f"c{c}", compile=c, max_steps=4)) for c in (False, True)]
-    assert len(calls) == 1
+    assert len(calls) == 1 and "failed" not in capsys.readouterr().out
     losses = [each["results"]["last"]["val_loss"] for each in found]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -824,7 +824,6 @@ def test_a_resumed_run_is_one_run_of_wandb_also_if_it_was_killed_while_that_was_
     calls = []
 
     class Wandb(types.ModuleType):
-        __spec__ = importlib.machinery.ModuleSpec("wandb", None)
         url = "https://wandb.test"
         log = finish = lambda self, *_, **__: None
 
@@ -834,7 +833,9 @@ def test_a_resumed_run_is_one_run_of_wandb_also_if_it_was_killed_while_that_was_
                 raise KeyboardInterrupt
             return self
 
-    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    wandb = Wandb("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(KeyboardInterrupt):
         train.pretrain(settings(wandb="project"))
     known = read_run(run)["wandb"]["id"]
