@@ -1,7 +1,7 @@
 """The model: a decoder-only transformer, from single equations up to sampling text.
 
 Read it from top to bottom: configuration, equations, layers, the whole model, key-value cache, sampling. It
-needs torch and the range checks of configs/ (and, to read and write files, support/hf_format.py).
+needs torch alone; support/ checks settings, keeps other caches, and reads and writes files.
 
     config = ModelConfig(n_layers=6, d_model=288, n_heads=6, vocab_size=4096)
     model = ModernDecoderLM(config)
@@ -19,7 +19,7 @@ names of this module, `attend`, `project`, `lm_loss` and `Decoder`, by faster ve
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from configs import check_numbers, checked
+from configs import check_numbers
+from support.checks import check_config, check_sampling
 
 
 @dataclass
@@ -66,7 +67,7 @@ class ModelConfig:
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, while training
 
     def __post_init__(self):
-        check(self)
+        check_config(self)
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.d_model // self.n_heads
         if not self.d_ff:
@@ -614,6 +615,7 @@ class ModernDecoderLM(nn.Module):
         `compile=True` decodes with a compiled step (support/kernels.py has it): half a minute to start, then
         faster.
         """
+        from support.caches import cache_for
         from support.texts import Texts
 
         check_sampling(**options)
@@ -621,7 +623,7 @@ class ModernDecoderLM(nn.Module):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         if max_new_tokens < 1:
             return [[] for _ in range(len(prompts) * n)]
-        cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
+        cache, max_new_tokens = cache_for(self, prompts, max_new_tokens, window, keep)
         hooks = {"stream": stream, "force": force, "adjust": adjust}
         texts = Texts(self, prompts, n, max_new_tokens, seed, stop_tokens, options, **hooks)
         decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
@@ -636,23 +638,6 @@ class ModernDecoderLM(nn.Module):
                 token = token[left]
             token = decoder.next(token, texts.uniforms[:, step])
         return texts.rows
-
-    def empty_cache(self, prompts: Sequence, new: int, window: int, keep: int) -> tuple["KVCache", int]:
-        """A cache with room for all prompts and their new tokens, which may be fewer than asked."""
-        c = self.config
-        longest = max(map(len, prompts))
-        where = {"device": self.device, "dtype": self.dtype}
-        if c.positions == "learned":
-            if longest >= c.context_length:
-                raise ValueError(f"a prompt of {longest} tokens leaves no room in context {c.context_length}")
-            new = min(new, c.context_length - longest)
-        elif longest + new > (keep + window if window else c.context_length):
-            from support.caches import RollingCache
-
-            slots = keep + window if window else c.context_length
-            return RollingCache(c, len(prompts), slots, keep=keep, **where), new
-        slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
-        return KVCache(c, len(prompts), slots, **where), new
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
         """Reads prompts of any lengths into an empty cache; returns the logits after each one's last token,
@@ -839,40 +824,8 @@ def sample(
     return index.squeeze(1)
 
 
-def check_sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> None:
-    """ValueError for options that describe no distribution."""
-    refuse(not 0 <= temperature < math.inf, f"{temperature=} must be 0 (greedy) or above")
-    refuse(top_k < 0, f"{top_k=} must be 0 (all tokens) or above")
-    refuse(not 0 < top_p <= 1, f"{top_p=} must be above 0 and at most 1")
-    refuse(not 0 <= min_p <= 1, f"{min_p=} must be from 0 to 1")
-    refuse(not 0 < repetition_penalty < math.inf, f"{repetition_penalty=} must be above 0")
-
-
 # -----------------------------------------------------------------------------
-# Beside the model: which configurations exist, and two layers that stand alone
-
-
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise ValueError(message)
-
-
-def check(c: ModelConfig) -> None:
-    """ValueError for settings that describe no model; zeros that mean "work it out" are still zeros here."""
-    for field in fields(c):
-        checked(getattr(c, field.name), field.type, field.name)
-    check_numbers(asdict(c), {})
-    kv_heads = c.n_kv_heads or c.n_heads
-    head_dim = c.head_dim or c.d_model / c.n_heads
-    moe = c.ffn == "moe"
-    linear = c.attention_kind == "linear"
-    refuse(head_dim % 1, f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
-    refuse(c.n_heads % kv_heads, f"n_heads={c.n_heads} is not a multiple of n_kv_heads={kv_heads}")
-    refuse(c.positions == "rope" and head_dim % 2, f"RoPE rotates pairs: {head_dim=} must be even")
-    too_many = c.experts_per_token > c.n_experts
-    refuse(moe and too_many, f"experts_per_token={c.experts_per_token} of n_experts={c.n_experts}")
-    refuse(moe and c.moe_every > c.n_layers, f"moe_every={c.moe_every}, but n_layers={c.n_layers}")
-    refuse(c.n_sinks and linear, "n_sinks belong to a softmax: attention_kind='linear' has none")
+# Beside the model: two layers that stand alone
 
 
 class Linear(nn.Module):
