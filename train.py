@@ -469,9 +469,7 @@ class Trainer:
             begun = time.perf_counter()
             with float32_products(self.precision):
                 lr = get_lr(self.step, *rates, cfg.schedule, cfg.decay_fraction)
-                for optimizer in self.optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
+                self.set_learning_rate(lr)
                 self.seed_dropout()
 
                 # Forward and backward: gradients of the sum of losses, one micro-batch after the other
@@ -534,6 +532,11 @@ class Trainer:
             if on_gpu:  # pinned memory lets the copy overlap with the computation
                 tensors = [t.pin_memory() for t in tensors]
             yield tuple(t.to(self.device, non_blocking=on_gpu) for t in tensors), first + count == rows
+
+    def set_learning_rate(self, lr: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
