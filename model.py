@@ -1,7 +1,7 @@
 """The model: a decoder-only transformer, from single equations up to sampling text.
 
 Read it from top to bottom: configuration, equations, layers, the whole model, key-value cache, sampling. It
-needs torch alone (and, to read and write files, support/hf_format.py).
+needs torch alone; support/ checks settings, keeps other caches, and reads and writes files.
 
     config = ModelConfig(n_layers=6, d_model=288, n_heads=6, vocab_size=4096)
     model = ModernDecoderLM(config)
@@ -21,13 +21,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from configs import check_numbers
+from support.checks import check_config, check_sampling
 
 
 @dataclass
@@ -64,17 +67,18 @@ class ModelConfig:
     dropout: float = 0.0  # on embeddings, attention weights and sublayer outputs, while training
 
     def __post_init__(self):
-        check(self)
+        check_config(self)
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         self.head_dim = self.head_dim or self.d_model // self.n_heads
         if not self.d_ff:
-            wanted = self.d_model * (8 / 3 if self.ffn in ("swiglu", "moe") else 4)
-            self.d_ff = 32 * math.ceil(wanted / 32)
+            widening = 8 / 3 if self.ffn in ("swiglu", "moe") else 4
+            self.d_ff = 32 * math.ceil(self.d_model * widening / 32)
 
     @property
     def moe_layers(self) -> range:
         """The blocks with experts: the last of every `moe_every`, as in GShard (Lepikhin et al., 2020)."""
-        return range(self.moe_every - 1, self.n_layers if self.ffn == "moe" else 0, self.moe_every)
+        end = self.n_layers if self.ffn == "moe" else 0
+        return range(self.moe_every - 1, end, self.moe_every)
 
     @property
     def sees_all(self) -> bool:
@@ -132,16 +136,22 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int =
     With a stride: the last `stride` tokens and, before them, every stride-th one (Child et al., 2019).
     """
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
-    mask = (distance >= 0) & (distance < window) if window else distance >= 0
-    return mask & ((distance < stride) | (distance % stride == 0)) if stride else mask
+    mask = distance >= 0
+    if window:
+        mask &= distance < window
+    if stride:
+        mask &= (distance < stride) | (distance % stride == 0)
+    return mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
     """What a layer calls: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). Without a mask: causal."""
-    group, T = q.shape[1] // k.shape[1], q.shape[2]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    if mask is None and T > 1:
-        mask = attention_mask(*2 * [torch.arange(T, device=q.device)])
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    if mask is None and q.shape[2] > 1:
+        at = torch.arange(q.shape[2], device=q.device)
+        mask = attention_mask(at, at)
     if linear:
         return linear_attention(q, k, v, mask, weights)
     return attention(q, k, v, mask, sinks, dropout, weights)
@@ -168,7 +178,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.sinks = nn.Parameter(torch.zeros(c.n_heads, c.n_sinks)) if c.n_sinks else None
 
     def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None, weights: bool = False):
@@ -177,28 +188,32 @@ class Attention(nn.Module):
         positions (T) or (B, T) default to 0 .. T-1. mask (T, S) or (B, 1, T, S), True = attend, defaults to
         causal (and the window or stride). `rope` spares the model computing the same angles in every layer.
         """
-        c, (B, T, _) = self.config, x.shape
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = q.view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = v.view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        c = self.config
+        B, T, _ = x.shape
+        q, k, v = [  # q (B, H, T, D), k and v (B, K, T, D)
+            y.view(B, T, -1, c.head_dim).transpose(1, 2)
+            for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+        ]
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if c.positions == "rope":
             if rope is None:
-                positions = torch.arange(T, device=x.device) if positions is None else positions
-                rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, q.dtype)
+                at = torch.arange(T, device=x.device) if positions is None else positions
+                rope = rope_angles(at.unsqueeze(-2), c.head_dim, c.rope_theta, q.dtype)
             q = rotate(q, *rope)
             if cache is None or not cache.rolls:  # a rolling cache rotates keys when they are read
                 k = rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
         if mask is None and T > 1 and not c.sees_all:
-            mask = attention_mask(*2 * [torch.arange(T, device=x.device)], c.sliding_window, c.sparse_stride)
+            order = torch.arange(T, device=x.device)
+            mask = attention_mask(order, order, c.sliding_window, c.sparse_stride)
         sinks = None if self.sinks is None else self.sinks.unsqueeze(1)
-        dropout, linear = c.dropout * self.training, c.attention_kind == "linear"
-        y = attend(q, k, v, mask, sinks, dropout, linear, weights)
-        y, w = y if weights else (y, None)
+        dropout = c.dropout * self.training
+        y = attend(q, k, v, mask, sinks, dropout, c.attention_kind == "linear", weights)
+        if weights:
+            y, w = y
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         return (y, w) if weights else y
 
@@ -240,7 +255,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     This is `(x * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight` in one
     kernel. The casts keep a bfloat16 residual stream bfloat16, whatever autocast thinks of norms.
     """
-    return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(x.dtype)
+    if weight is not None:
+        weight = weight.to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], weight, eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -248,7 +265,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -293,7 +311,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up_proj(x)
-        return self.down_proj(F.gelu(h, approximate="tanh") if self.act == "gelu" else F.silu(h))
+        h = F.silu(h) if self.act == "silu" else F.gelu(h, approximate="tanh")
+        return self.down_proj(h)
 
 
 class MoE(nn.Module):
@@ -317,18 +336,19 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d); what the router did is in `self.stats` afterwards."""
-        c, shape = self.config, x.shape
+        c = self.config
         E, k = c.n_experts, c.experts_per_token
-        x = x.reshape(-1, shape[-1])  # (N, d)
-        N = len(x)
+        tokens = x.reshape(-1, x.shape[-1])  # (N, d)
+        N, d = tokens.shape
         with torch.autocast(x.device.type, enabled=False):  # float32: a rounding error could change the route
-            router_logits = F.linear(x.float(), self.gate.weight)
+            router_logits = F.linear(tokens.float(), self.gate.weight)
         probs = router_logits.softmax(-1)  # (N, E)
         p, expert = probs.topk(k, dim=-1)  # (N, k)
-        p = p / p.sum(-1, keepdim=True) if k > 1 else p
+        if k > 1:
+            p = p / p.sum(-1, keepdim=True)
 
         # Rank of every (token, choice) among those that want the same expert; first choices are served first.
-        choice = expert.T.reshape(-1)  # (k N), all first choices before all second ones
+        choice = expert.T.flatten()  # (k N), all first choices before all second ones
         wants = F.one_hot(choice, E)  # (k N, E)
         rank = ((wants.cumsum(0) - 1) * wants).sum(-1)  # (k N)
         load = wants.sum(0)  # (E)
@@ -336,24 +356,21 @@ class MoE(nn.Module):
         kept = rank < C
         slot = torch.where(kept, choice * C + rank, E * C)  # slot E * C takes the dropped
 
-        token = torch.arange(N, device=x.device).repeat(k)
-        buffer = x.new_zeros(E * C + 1, shape[-1]).index_copy(0, slot, x[token])
-        b = buffer[:-1].view(E, C, -1)
+        buffer = tokens.new_zeros(E * C + 1, d).index_copy(0, slot, tokens.repeat(k, 1))
+        b = buffer[:-1].view(E, C, d)
         w1, w2, w3 = (w.to(x.dtype).mT for w in (self.w1, self.w2, self.w3))
         b = torch.bmm(F.silu(torch.bmm(b, w1)) * torch.bmm(b, w3), w2)  # (E, C, d)
-        out = torch.cat([b.view(E * C, -1), b.new_zeros(1, shape[-1])])  # the dropped get zeros
+        out = torch.cat([b.view(E * C, d), b.new_zeros(1, d)])  # the dropped get zeros
         out = out[slot] * p.T.reshape(-1, 1).to(b.dtype)  # (k N, d)
-        out = out.view(k, N, -1).sum(0)
+        out = out.view(k, N, d).sum(0)
 
         # Load balancing (Switch, eq. 4): E * sum over experts of share of choices * mean probability.
-        balance = E * (load / (k * N) * probs.mean(0)).sum()
+        share = load.detach() / (k * N)
+        balance = E * (share * probs.mean(0)).sum()
         z = router_logits.logsumexp(-1).square().mean()  # router z-loss (ST-MoE, eq. 5) keeps logits small
-        self.stats = {
-            "aux_loss": c.load_balance_coef * balance + c.router_z_coef * z,
-            "load": load.detach() / (k * N),
-            "dropped": (~kept).sum(),
-        }
-        return out.to(x.dtype).view(shape)
+        aux_loss = c.load_balance_coef * balance + c.router_z_coef * z
+        self.stats = {"aux_loss": aux_loss, "load": share, "dropped": (~kept).sum()}
+        return out.to(x.dtype).view(x.shape)
 
 
 def make_ffn(config: ModelConfig, layer: int = 0) -> nn.Module:
@@ -379,12 +396,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)  # Llama's name: the norm that comes after attention
         self.mlp = make_ffn(config, layer)
 
-    def forward(self, x: Tensor, positions=None, mask=None, rope=None, cache=None) -> Tensor:
-        """x (B, T, d) -> (B, T, d); the other arguments are `Attention.forward`'s."""
+    def forward(self, x: Tensor, *context) -> Tensor:
+        """x (B, T, d) -> (B, T, d); `context`: positions, mask, rope and cache, as in `Attention.forward`."""
         if self.config.norm_position == "post":
-            x = self.input_layernorm(x + self.drop(self.self_attn(x, positions, mask, rope, cache)))
+            x = self.input_layernorm(x + self.drop(self.self_attn(x, *context)))
             return self.post_attention_layernorm(x + self.drop(self.mlp(x)))
-        x = x + self.drop(self.self_attn(self.input_layernorm(x), positions, mask, rope, cache))
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), *context))
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -397,7 +414,8 @@ class Block(nn.Module):
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in nats, 0 where the target is -100; logits (..., V), targets (...) -> (...)."""
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (logits.exp().sum(-1).log() - chosen) * (targets != -100)
 
@@ -449,8 +467,10 @@ class ModernDecoderLM(nn.Module):
         n_layers), so that its variance does not grow with depth."""
         for name, p in self.named_parameters():
             if p.dim() >= 2 and not name.endswith("sinks"):
-                residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+                std = 0.02
+                if name.endswith(("o_proj.weight", "down_proj.weight", "w2")):
+                    std /= math.sqrt(2 * self.config.n_layers)
+                nn.init.normal_(p, std=std)
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
 
@@ -461,14 +481,13 @@ class ModernDecoderLM(nn.Module):
         """
         c = self.config
         c.context_length = context_length
-        table = rope_angles(torch.arange(context_length, device=self.device), c.head_dim, c.rope_theta)
-        table = torch.stack(table) if c.positions == "rope" else None
+        at = torch.arange(context_length, device=self.device)
+        table = torch.stack(rope_angles(at, c.head_dim, c.rope_theta)) if c.positions == "rope" else None
         self.register_buffer("rope", table, persistent=False)
 
     def set_dropout(self, p: float) -> None:
         """The dropout of a loaded model, everywhere: all layers read it from this one config."""
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout={p} must be at least 0 and below 1: it is the share that is set to 0")
+        check_numbers({"dropout": p}, {})
         self.config.dropout = p
 
     @property
@@ -596,64 +615,29 @@ class ModernDecoderLM(nn.Module):
         `compile=True` decodes with a compiled step (support/kernels.py has it): half a minute to start, then
         faster.
         """
+        from support.caches import cache_for
+        from support.texts import Texts
+
         check_sampling(**options)
-        rows = len(prompts) * n
-        if not rows or not all(len(p) for p in prompts):
+        if not len(prompts) or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         if max_new_tokens < 1:
-            return [[] for _ in range(rows)]
-        cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
-        uniforms = uniform_numbers(seed, rows, max_new_tokens).to(self.device)
-        seen = None
-        if options.get("repetition_penalty", 1.0) != 1.0:
-            seen = tokens_in(prompts, n, self.config.vocab_size).to(self.device)
-        texts = Texts(rows, stop_tokens, stream, force)
-        alive = list(range(rows))  # alive[j] is the row whose text line j of the batch continues
-
-        def draw(logits: Tensor, uniform: Tensor, token: Tensor | None = None) -> Tensor:
-            """The next token of each line, (B), after `token`."""
-            if seen is not None and token is not None:
-                seen.scatter_(1, token.unsqueeze(1), True)
-            logits = adjust(alive, logits) if adjust else logits
-            return sample(logits, uniform, seen=seen, **options)
-
-        decoder = Decoder(self, cache, draw, n, compile=compile, record=not (force or adjust))
-        token = draw(decoder.prefill(prompts, max_new_tokens), uniforms[:, 0])
-        # Reading a token makes a GPU wait: at every step only if somebody wants to see or change it.
-        look_every = 1 if stream or force or adjust or self.device.type == "cpu" else 16
-        unread = []
+            return [[] for _ in range(len(prompts) * n)]
+        cache, max_new_tokens = cache_for(self, prompts, max_new_tokens, window, keep)
+        hooks = {"stream": stream, "force": force, "adjust": adjust}
+        texts = Texts(self, prompts, n, max_new_tokens, seed, stop_tokens, options, **hooks)
+        decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
+        token = texts.draw(decoder.prefill(prompts, max_new_tokens), texts.uniforms[:, 0])
         for step in range(1, max_new_tokens + 1):
-            if force:
-                token = torch.tensor([*map(texts.forced, alive, token.tolist())], device=self.device)
-            unread.append(token)
-            if len(unread) == look_every or step == max_new_tokens:
-                for row, new in zip(alive, torch.stack(unread, dim=1).tolist(), strict=True):
-                    texts.add(row, new)
-                unread = []
-                if len(texts.ended) == rows or step == max_new_tokens:
-                    break
-                left = decoder.shrink([j for j, row in enumerate(alive) if row not in texts.ended])
-                if left:  # the others have ended
-                    alive, index = [alive[j] for j in left], torch.tensor(left, device=self.device)
-                    token, uniforms = token[index], uniforms[index]
-                    seen = seen[index] if seen is not None else None
-            token = decoder.next(token, uniforms[:, step])
+            token = texts.take(token, last=step == max_new_tokens)
+            left = texts.left()
+            if not left or step == max_new_tokens:
+                break
+            if left := decoder.shrink(left):
+                texts.keep(left)
+                token = token[left]
+            token = decoder.next(token, texts.uniforms[:, step])
         return texts.rows
-
-    def empty_cache(self, prompts: Sequence, new: int, window: int, keep: int) -> tuple["KVCache", int]:
-        """A cache with room for all prompts and their new tokens, which may be fewer than asked."""
-        c, longest = self.config, max(map(len, prompts))
-        slots = keep + window if window else min(longest + new, c.context_length)
-        where = {"device": self.device, "dtype": self.dtype}
-        if longest + new > slots and c.positions != "learned":
-            from support.caches import RollingCache
-
-            return RollingCache(c, len(prompts), slots, keep=keep, **where), new
-        if longest >= c.context_length and c.positions == "learned":
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in context {c.context_length}")
-        new = min(new, c.context_length - longest) if c.positions == "learned" else new
-        slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
-        return KVCache(c, len(prompts), slots, **where), new
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
         """Reads prompts of any lengths into an empty cache; returns the logits after each one's last token,
@@ -661,51 +645,25 @@ class ModernDecoderLM(nn.Module):
 
         What exceeds the slots of a rolling cache follows token by token, as it would have when generated.
         """
-        lengths = torch.tensor([len(p) for p in prompts])
         rows = [torch.as_tensor(p, dtype=torch.long) for p in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        lengths = torch.tensor([len(row) for row in rows])
         first = lengths.clamp(max=cache.slots)
-        cache.begin(int(first.max()), first)
-        x = self.hidden(ids[:, : first.max()], cache=cache)
-        logits = F.linear(x[torch.arange(len(x), device=x.device), first.to(x.device) - 1], self.head)
+        T = int(first.max())
+        cache.begin(T, first)
+        x = self.hidden(ids[:, :T], cache=cache)
+        last = x[torch.arange(len(x), device=x.device), first.to(x.device) - 1]
+        logits = F.linear(last, self.head)
         for t in range(cache.slots, ids.shape[1]):
             reads = lengths > t
             cache.begin(1, reads.long())
-            logits = torch.where(reads.to(x.device).unsqueeze(1), self.step(ids[:, t : t + 1], cache), logits)
+            new = self.step(ids[:, t : t + 1], cache)
+            logits = torch.where(reads.to(x.device).unsqueeze(1), new, logits)
         return logits
 
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
         return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
-
-
-class Texts:
-    """The new tokens of every row, and which rows have ended."""
-
-    def __init__(
-        self, rows: int, stop_tokens: Sequence[int], stream: Callable | None, force: Callable | None
-    ):
-        self.stop_tokens, self.stream, self.force = stop_tokens, stream, force
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
-        self.queue: list[list[int]] = [[] for _ in range(rows)]  # forced tokens that wait for their turn
-        self.ended: set[int] = set()
-
-    def forced(self, row: int, drawn: int) -> int:
-        """The next token: the drawn one, or what `force` puts in its place."""
-        if not self.queue[row] and row not in self.ended:
-            self.queue[row] = list(self.force(row, self.rows[row]))
-        return self.queue[row].pop(0) if self.queue[row] else drawn
-
-    def add(self, row: int, new: list[int]) -> None:
-        """Appends tokens up to the first stop token, behind which the row has ended."""
-        for token in new:
-            if row in self.ended:
-                return
-            self.rows[row].append(token)
-            if self.stream:
-                self.stream(row, token)
-            if token in self.stop_tokens:
-                self.ended.add(row)
 
 
 class KVCache:
@@ -721,48 +679,54 @@ class KVCache:
     def __init__(self, config: ModelConfig, rows: int, slots: int, device="cpu", dtype=torch.float32):
         shape = (rows, config.n_kv_heads, slots, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.config, self.slots = config, slots
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # tokens of each row
-        self.lengths = [0] * rows  # the same, known without asking the device
+        self.v = [torch.zeros_like(k) for k in self.k]
+        self.config = config
+        self.slots = slots
+        self.length = torch.zeros(rows, dtype=torch.long)  # tokens of each row; on the CPU: read at once
         # The pass that `begin` plans:
-        self.positions = self.mask = None  # of its tokens, (T) or (B, T); what they may see (B, 1, T, S)
-        self.block = self.write = None  # the first slot to write, if all rows agree; else all slots (B, T)
+        self.positions = None  # of its tokens, (T) or (B, T)
+        self.mask = None  # what they may see, (B, 1, T, S); None: all before them
+        self.block = None  # the first slot to write, if all rows are equally long
+        self.write = None  # else all slots, (B, T)
         self.read = 0  # slots that hold anything
 
     @property
-    def even(self) -> bool:
-        """True if all rows are equally long."""
-        return len(set(self.lengths)) == 1
+    def device(self) -> torch.device:
+        return self.k[0].device
 
     def begin(self, T: int, counts: Tensor | None = None) -> None:
         """Plans the next T tokens of every row, of which only the first counts[b] are real (default: all)."""
-        c, start, even, first = self.config, self.length, self.even, not any(self.lengths)
-        new = torch.arange(T, device=start.device)
-        self.block = self.lengths[0] if even else None
-        self.write = self.positions = self.block + new if even else start.unsqueeze(1) + new
-        self.count(T, counts)
-        self.read = max(self.lengths)
+        empty = self.read == 0
+        start = self.advance(T, counts)
         if self.read > self.slots:
             raise ValueError(f"{self.read} tokens do not fit into a KV cache of {self.slots} slots")
-        self.mask = None  # nothing is hidden but the future
-        if not first and not (even and T == 1 and c.sees_all):
-            slots = torch.arange(self.read, device=start.device)
-            mask = attention_mask(self.positions, slots, c.sliding_window, c.sparse_stride)
-            self.mask = mask.unsqueeze(-3)
+        even = bool((start == start[0]).all())
+        self.block = int(start[0]) if even else None
+        new = torch.arange(T, device=self.device)
+        self.positions = new + (self.block if even else start.to(self.device).unsqueeze(1))
+        self.write = self.positions
+        all_visible = empty or (even and T == 1 and self.config.sees_all)
+        self.mask = None if all_visible else self.visible(torch.arange(self.read, device=self.device))
 
-    def count(self, T: int, counts: Tensor | None) -> None:
-        counts = torch.full((len(self.lengths),), T) if counts is None else counts
-        self.length = self.length + counts.to(self.length.device)
-        self.lengths = [n + more for n, more in zip(self.lengths, counts.tolist(), strict=True)]
+    def advance(self, T: int, counts: Tensor | None) -> Tensor:
+        """Counts the tokens of a pass; returns the length of each row before it."""
+        start = self.length
+        self.length = start + (T if counts is None else counts)
+        self.read = int(self.length.max())
+        return start
+
+    def visible(self, keys: Tensor) -> Tensor:
+        """The mask (B, 1, T, S) of the planned tokens over keys at these positions, (S) or (B, S)."""
+        c = self.config
+        return attention_mask(self.positions, keys, c.sliding_window, c.sparse_stride).unsqueeze(-3)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, K, T, D) of the tokens planned by `begin`; returns all that they may look at."""
         keys, values = self.k[layer], self.v[layer]
         if self.block is not None:
-            end = self.block + k.shape[2]
-            keys[:, :, self.block : end] = k
-            values[:, :, self.block : end] = v
+            here = slice(self.block, self.block + k.shape[2])
+            keys[:, :, here] = k
+            values[:, :, here] = v
         else:
             rows = torch.arange(len(k), device=k.device).unsqueeze(1)
             keys[rows, :, self.write] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (B, T)
@@ -772,26 +736,30 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keeps, repeats or reorders rows: rows (B') of indices."""
         for layer in range(len(self.k)):  # one after the other: old and new keys of one layer exist together
-            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
-        self.length, self.lengths = self.length[rows], [self.lengths[i] for i in rows.tolist()]
+            self.k[layer] = self.k[layer][rows]
+            self.v[layer] = self.v[layer][rows]
+        self.length = self.length[rows.cpu()]
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+        return sum(t.nbytes for t in self.k + self.v)
 
 
 class Decoder:
     """The steps of one generation: a prefill, then one token a row at a time."""
 
     def __init__(self, model: ModernDecoderLM, cache: KVCache, draw: Callable, n: int = 1, **_):
-        self.model, self.cache, self.draw, self.n = model, cache, draw, n
+        self.model = model
+        self.cache = cache
+        self.draw = draw
+        self.n = n
 
     def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
         """The logits of the first of `new` tokens of each row, n rows a prompt: (rows, V)."""
         logits = self.model.prefill(prompts, self.cache)
+        rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(self.n)
         if self.n > 1:
-            rows = torch.arange(len(prompts), device=logits.device)
-            self.cache.select(rows.repeat_interleave(self.n))
-        return logits.repeat_interleave(self.n, dim=0)
+            self.cache.select(rows)
+        return logits[rows]
 
     def step(self, ids: Tensor) -> Tensor:
         return self.model.step(ids, self.cache)
@@ -803,9 +771,9 @@ class Decoder:
 
     def shrink(self, left: list[int]) -> list[int]:
         """Drops the rows that have ended once they are half of all; returns those left, or [] for "all"."""
-        if len(left) > len(self.cache.lengths) // 2:
+        if len(left) > len(self.cache.length) // 2:
             return []
-        self.cache.select(torch.tensor(left, device=self.cache.length.device))
+        self.cache.select(torch.tensor(left, device=self.cache.device))
         return left
 
 
@@ -851,73 +819,13 @@ def sample(
     cdf = p.double().cumsum(-1)
     index = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1]).unsqueeze(1), right=True)
     index = index.clamp(max=p.shape[-1] - 1)
-    return (index if order is None else order.gather(1, index)).squeeze(1)
-
-
-def check_sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> None:
-    """ValueError for options that describe no distribution."""
-    allowed = {
-        f"temperature={temperature} must be 0 (greedy) or above": 0 <= temperature < math.inf,
-        f"top_k={top_k} must be 0 (all tokens) or above": top_k >= 0,
-        f"top_p={top_p} must be above 0 and at most 1": 0 < top_p <= 1,
-        f"min_p={min_p} must be from 0 to 1": 0 <= min_p <= 1,
-        f"repetition_penalty={repetition_penalty} must be above 0": 0 < repetition_penalty < math.inf,
-    }
-    for message, is_allowed in allowed.items():
-        if not is_allowed:
-            raise ValueError(message)
-
-
-def uniform_numbers(seed: int | Sequence[int], rows: int, steps: int) -> Tensor:
-    """All the randomness that sampling needs: one number in [0, 1) per row and step, (rows, steps)."""
-    seeds = [seed + r for r in range(rows)] if isinstance(seed, int) else seed
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows")
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-
-def tokens_in(prompts: Sequence[Sequence[int]], n: int, vocab_size: int) -> Tensor:
-    """(rows, V), True for the tokens of each row's prompt."""
-    seen = torch.zeros(len(prompts) * n, vocab_size, dtype=torch.bool)
-    for row in range(len(seen)):
-        seen[row, list(prompts[row // n])] = True
-    return seen
+    if order is not None:
+        index = order.gather(1, index)
+    return index.squeeze(1)
 
 
 # -----------------------------------------------------------------------------
-# Beside the model: which configurations exist, and two layers that stand alone
-
-
-def check(c: ModelConfig) -> None:
-    """ValueError for numbers that describe no model; zeros that mean "work it out" are still zeros here."""
-    for name, field in ModelConfig.__dataclass_fields__.items():
-        value, choices = getattr(c, name), get_args(field.type)
-        number = {int: int, float: int | float}.get(field.type)
-        least = 1 if name in ("vocab_size context_length n_layers d_model n_heads moe_every").split() else 0
-        if number and not isinstance(value, number):
-            raise ValueError(f"{name}={value!r} must be a {'whole ' * (number is int)}number")
-        if choices and value not in choices:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
-        if number and not least <= value < math.inf:  # also false for nan
-            raise ValueError(f"{name}={value} must be a finite number, at least {least}")
-    kv_heads, head_dim = c.n_kv_heads or c.n_heads, c.head_dim or c.d_model / c.n_heads
-    moe = c.ffn == "moe"
-    refused = {
-        f"dropout={c.dropout} must be below 1: it is the share that is set to 0": c.dropout >= 1,
-        f"rope_theta={c.rope_theta} must be at least 1, usually 10000 or more": c.rope_theta < 1,
-        f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}": head_dim % 1,
-        f"n_heads={c.n_heads} is not a multiple of n_kv_heads={kv_heads}": c.n_heads % kv_heads,
-        f"RoPE rotates pairs: {head_dim=} must be even": c.positions == "rope" and head_dim % 2,
-        f"experts_per_token={c.experts_per_token} of n_experts={c.n_experts}": moe
-        and not 1 <= c.experts_per_token <= c.n_experts,
-        f"moe_every={c.moe_every} of n_layers={c.n_layers}: no block has experts": moe
-        and c.moe_every > c.n_layers,
-        f"n_sinks={c.n_sinks}: sinks are logits of a softmax, and attention_kind='linear' has none": c.n_sinks
-        and c.attention_kind == "linear",
-    }
-    for message, is_refused in refused.items():
-        if is_refused:
-            raise ValueError(message)
+# Beside the model: two layers that stand alone
 
 
 class Linear(nn.Module):

@@ -1,11 +1,31 @@
-"""Key-value caches beside the plain one: a rolling one, one with shared prompts, one of fixed shape."""
+"""Key-value caches beside the plain one: rolling, with shared prompts, of fixed shape; and which to take."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import KVCache, ModelConfig, attention_mask, rope_angles, rotate
+from model import KVCache, ModelConfig, ModernDecoderLM, rope_angles, rotate
+
+
+def cache_for(
+    model: ModernDecoderLM, prompts: Sequence, new: int, window: int, keep: int
+) -> tuple[KVCache, int]:
+    """An empty cache with room for all prompts and their new tokens, which may be fewer than asked."""
+    c = model.config
+    longest = max(map(len, prompts))
+    where = {"device": model.device, "dtype": model.dtype}
+    if c.positions == "learned":
+        if longest >= c.context_length:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room in context {c.context_length}")
+        new = min(new, c.context_length - longest)
+    elif longest + new > (keep + window if window else c.context_length):
+        slots = keep + window if window else c.context_length
+        return RollingCache(c, len(prompts), slots, keep=keep, **where), new
+    slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
+    return KVCache(c, len(prompts), slots, **where), new
 
 
 class RollingCache(KVCache):
@@ -23,37 +43,44 @@ class RollingCache(KVCache):
         if config.positions == "learned":
             raise ValueError("learned positions cannot roll: they are part of the keys in the cache")
         super().__init__(config, rows, slots, device, dtype or torch.float32)
-        self.keep, self.ring, self.key_rope = keep, slots - keep, None
+        self.keep = keep
+        self.ring = slots - keep
+        self.key_rope = None
 
     def begin(self, T: int, counts: Tensor | None = None) -> None:
         """As KVCache.begin; after the first tokens, one at a time."""
-        c, empty, start = self.config, not any(self.lengths), self.length
+        c = self.config
+        empty = self.read == 0
         if T > 1 and not empty:
             raise ValueError("a rolling cache reads one token at a time after its first prompt")
-        self.count(T, counts)
-        self.read = min(max(self.lengths), self.slots)
-        slot = torch.arange(self.read, device=start.device)
+        start = self.advance(T, counts).to(self.device)
+        self.read = min(self.read, self.slots)
+        self.mask = None
+        slot = torch.arange(self.read, device=self.device)
         if empty:
-            self.block, self.positions, where = 0, slot[:T], slot
+            self.block = 0
+            self.positions = slot[:T]
+            where = slot
         else:
-            at = start.unsqueeze(1)  # (B, 1): index of the new token in the row's whole text
-            self.block, self.positions = None, at.clamp(max=self.slots - 1)
-            self.write = torch.where(at < self.slots, at, self.keep + (at - self.keep) % self.ring)
+            new = start.unsqueeze(1)  # (B, 1): index of the new token in the row's whole text
+            self.block = None
+            self.positions = new.clamp(max=self.slots - 1)
+            self.write = torch.where(new < self.slots, new, self.keep + (new - self.keep) % self.ring)
             # The slot behind the newest token's is the oldest of a full ring; ages count from there. A row
             # without a token now (counts 0) overwrites that oldest slot, which its next token takes anyway.
-            overflow = (at + 1 - self.slots).clamp(min=0)
+            overflow = (new + 1 - self.slots).clamp(min=0)
             age = (slot - self.keep - overflow) % self.ring
             where = torch.where(slot < self.keep, slot, self.keep + age)  # (B, S): position of each slot
+            if not (c.sees_all and bool((self.length == self.length[0]).all())):
+                self.mask = self.visible(where)
         if c.positions == "rope":
             self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)
-        self.mask = None
-        if not empty and not (self.even and c.sees_all):
-            mask = attention_mask(self.positions, where, c.sliding_window, c.sparse_stride)
-            self.mask = mask.unsqueeze(-3)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = super().append(layer, k, v)
-        return (k if self.key_rope is None else rotate(k, *self.key_rope)), v
+        if self.key_rope:
+            k = rotate(k, *self.key_rope)
+        return k, v
 
 
 class SharedKeys(NamedTuple):
@@ -69,12 +96,12 @@ class SharedPromptCache(KVCache):
     """n rows continue each row of `prompts`, whose keys are stored once and read once for all of them."""
 
     def __init__(self, prompts: KVCache, n: int, slots: int):
-        rows, keys = n * len(prompts.lengths), prompts.k[0]
-        super().__init__(prompts.config, rows, slots, keys.device, keys.dtype)
+        P = len(prompts.length)
+        super().__init__(prompts.config, P * n, slots, prompts.device, prompts.k[0].dtype)
         self.prompt_k = [k[:, :, : prompts.read] for k in prompts.k]
         self.prompt_v = [v[:, :, : prompts.read] for v in prompts.v]
-        slot = torch.arange(prompts.read, device=keys.device)
-        self.prompt_mask = (slot < prompts.length.unsqueeze(1)).view(-1, 1, 1, prompts.read)
+        slot = torch.arange(prompts.read)
+        self.prompt_mask = (slot < prompts.length.unsqueeze(1)).view(P, 1, 1, -1)
         self.after = prompts.length.repeat_interleave(n)  # the position of each row's first token
 
     def begin(self, T: int, counts: Tensor | None = None) -> None:
@@ -85,25 +112,29 @@ class SharedPromptCache(KVCache):
         k, v = super().append(layer, k, v)
         return SharedKeys(self.prompt_k[layer], self.prompt_v[layer], self.prompt_mask, k), v
 
+    @property
+    def n(self) -> int:
+        """Rows of each prompt."""
+        return len(self.length) // len(self.prompt_mask)
+
     def select(self, rows: Tensor) -> None:
         """As many rows of each prompt, see `as_many_of_each`."""
-        prompt = torch.unique_consecutive(rows // (len(self.lengths) // len(self.prompt_mask)))
+        prompt = torch.unique_consecutive(rows // self.n)
         self.prompt_k = [k[prompt] for k in self.prompt_k]
         self.prompt_v = [v[prompt] for v in self.prompt_v]
-        self.prompt_mask, self.after = self.prompt_mask[prompt], self.after[rows]
+        self.prompt_mask = self.prompt_mask[prompt]
+        self.after = self.after[rows]
         super().select(rows)
 
     def as_many_of_each(self, left: list[int]) -> list[int]:
         """Rows `left`, filled up with others of the same prompts until all prompts have as many."""
-        n = len(self.lengths) // len(self.prompt_mask)
-        rows: dict[int, list[int]] = {j // n: [] for j in left}
-        for j in left:
-            rows[j // n].append(j)
-        most = max(map(len, rows.values()))
-        for prompt, some in rows.items():
-            others = [j for j in range(prompt * n, prompt * n + n) if j not in some]
-            some += others[: most - len(some)]
-        return [j for some in rows.values() for j in some]
+        ended = torch.ones(len(self.length), dtype=torch.bool)
+        ended[left] = False
+        ended = ended.view(-1, self.n)
+        most = (~ended).sum(1).max()
+        rows = ended.byte().argsort(dim=1, stable=True)[:, :most]  # of each prompt, those left first
+        rows = rows + self.n * torch.arange(len(ended)).unsqueeze(1)
+        return rows[~ended.all(1)].flatten().tolist()
 
 
 class FixedCache(KVCache):
@@ -115,13 +146,15 @@ class FixedCache(KVCache):
 
     def __init__(self, cache: KVCache):
         self.__dict__ |= vars(cache)
-        self.length = cache.length.clone()
-        self.block, self.read = None, cache.slots
+        self.next = cache.length.to(cache.device)  # (B) the position of each row's next token
+        self.block = None
+        self.read = cache.slots
 
     def begin(self, T: int = 1, counts: Tensor | None = None) -> None:
-        c = self.config
-        self.write = self.positions = self.length.unsqueeze(1).clone()  # (B, 1)
-        self.length.add_(1)
-        slots = torch.arange(self.slots, device=self.length.device)
-        mask = attention_mask(self.positions, slots, c.sliding_window, c.sparse_stride)
-        self.mask = mask.unsqueeze(-3)
+        self.write = self.positions = self.next.unsqueeze(1).clone()  # (B, 1)
+        self.next.add_(1)
+        self.mask = self.visible(torch.arange(self.slots, device=self.device))
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.next = self.next[rows]

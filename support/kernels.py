@@ -39,18 +39,19 @@ def attend(q, k, v, mask=None, sinks=None, dropout=0.0, linear=False, weights=Fa
     """`model.attend`: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
     if isinstance(k, SharedKeys):
         return attention_after_prompt(q, k.prompt_k, k.prompt_v, k.prompt_mask, k.own, v)
-    (B, H, T, D), K = q.shape, k.shape[1]
-    if linear and mask is None and T > 1 and not weights:
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    causal = mask is None and T > 1
+    if linear and causal and not weights:
         k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
         return causal_linear_attention(q, k, v)
     if linear or weights or sinks is not None:
         return PLAIN["attend"](q, k, v, mask, sinks, dropout, linear, weights)
     if T == 1 and not dropout:
         # A group's query heads become "queries" of their key head, and no key is repeated.
-        return one_query(q.view(B, K, -1, D), k, v, mask).reshape(B, H, 1, D)
+        return one_query(q.view(B, K, -1, D), k, v, mask).reshape(q.shape)
     if q.device.type == "cpu" and not dropout and 1 < T == k.shape[2] <= 1024:
         return AttentionInBlocks.apply(q, k, v, mask)
-    causal = mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=H != K)
 
 
@@ -61,11 +62,13 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) ->
     needs of the chunks before its own (eq. 9). q, k and v are (..., T, D). Decoding does not use this: the
     cache keeps keys and values, as it does for softmax.
     """
-    q, k = F.elu(q) + 1, F.elu(k) + 1
+    q = F.elu(q) + 1
+    k = F.elu(k) + 1
     v = F.pad(v, (0, 1), value=1.0)  # a column of ones sums the weights of a row
-    past, chunks = torch.zeros(q.shape[-1], v.shape[-1], device=q.device), []
-    for i in range(0, q.shape[-2], chunk):
-        queries, keys, values = (x[..., i : i + chunk, :] for x in (q, k, v))
+    past = torch.zeros(q.shape[-1], v.shape[-1], device=q.device)
+    chunks = []
+    cut = [x.split(chunk, dim=-2) for x in (q, k, v)]
+    for queries, keys, values in zip(*cut, strict=True):
         chunks.append((queries @ keys.mT).tril() @ values + queries @ past.to(q.dtype))
         past = past + (keys.mT @ values).float()
     y = torch.cat(chunks, dim=-2)
@@ -86,21 +89,27 @@ class AttentionInBlocks(torch.autograd.Function):
         """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), each H / K query heads with one of K. A mask
         (T, T) or (B, 1, T, T), True = attend, takes the place of the triangle; what may see nothing gets 0.
         """
-        (B, H, T, D), K = q.shape, k.shape[1]
-        q, k, v = (q / math.sqrt(D)).reshape(B, K, H // K, T, D), k.contiguous(), v.contiguous()
+        B, H, T, D = q.shape
+        q = (q / math.sqrt(D)).reshape(B, k.shape[1], -1, T, D)  # (B, K, H / K, T, D)
+        k = k.contiguous()
+        v = v.contiguous()
         future = torch.full((block, block), -torch.inf, dtype=q.dtype).triu(1)
-        y, weights = torch.empty_like(q), []
+        y = torch.empty_like(q)
+        weights = []
         for i in range(0, T, block):
-            j = min(i + block, T)
-            S = j if mask is None else T  # keys that this block may see
-            scores = (q[..., i:j, :].flatten(2, 3) @ k[:, :, :S].mT).view(B, K, -1, j - i, S)
+            queries = q[..., i : i + block, :]
+            n = queries.shape[-2]
+            S = i + n if mask is None else T  # keys that this block may see
+            scores = queries.flatten(2, 3) @ k[:, :, :S].mT
+            blocks = scores.unflatten(2, (-1, n))  # (B, K, H / K, n, S), a view
             if mask is None:
-                scores[..., i:] += future[: j - i, : j - i]
+                blocks[..., i:] += future[:n, :n]
             else:
-                scores.masked_fill_(~mask[..., i:j, :].unsqueeze(-3), -torch.inf)
-            w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
-            w = w if mask is None else w.nan_to_num_()
-            y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
+                blocks.masked_fill_(~mask[..., i : i + n, :].unsqueeze(-3), -torch.inf)
+            w = scores.softmax(-1)
+            if mask is not None:
+                w.nan_to_num_()
+            y[..., i : i + n, :] = (w @ v[:, :, :S]).unflatten(2, (-1, n))
             if any(ctx.needs_input_grad):
                 weights.append(w)
         ctx.save_for_backward(q, k, v, *weights)
@@ -111,17 +120,19 @@ class AttentionInBlocks(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """With y = w v: dv = w^T dy, dw = dy v^T; and through the softmax ds = w (dw - sum of w dw)."""
         q, k, v, *weights = ctx.saved_tensors
-        (B, K, G, T, D), block = q.shape, ctx.block
         grad = grad.reshape(q.shape)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, w in zip(range(0, T, block), weights, strict=True):
-            j, S = min(i + block, T), w.shape[-1]
-            dy = grad[..., i:j, :].flatten(2, 3)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        blocks = [x.split(ctx.block, dim=-2) for x in (q, dq, grad)]
+        for w, queries, dqueries, dy in zip(weights, *blocks, strict=True):
+            S = w.shape[-1]
+            dy = dy.flatten(2, 3)
             dv[:, :, :S] += w.mT @ dy
             ds = torch._softmax_backward_data(dy @ v[:, :, :S].mT, w, -1, w.dtype)
-            dq[..., i:j, :] = (ds @ k[:, :, :S]).view(B, K, G, j - i, D)
-            dk[:, :, :S] += ds.mT @ q[..., i:j, :].flatten(2, 3)
-        return (dq / math.sqrt(D)).view(B, K * G, T, D), dk, dv, None, None
+            dqueries.copy_((ds @ k[:, :, :S]).view(queries.shape))
+            dk[:, :, :S] += ds.mT @ queries.flatten(2, 3)
+        return (dq / math.sqrt(q.shape[-1])).flatten(1, 2), dk, dv, None, None
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,8 +154,10 @@ def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: 
     (as in Hydragen; Juravsky et al., 2024); each also looks at its own, k (B, K, T, D), under one softmax.
     mask (P, 1, 1, S), True = attend, leaves out the padding of short prompts.
     """
-    (B, H, _, D), (P, K, S, _) = q.shape, prompt_k.shape
-    n, G = B // P, H // K  # rows a prompt, query heads a key-value head
+    B, H, _, D = q.shape
+    P, K, S, _ = prompt_k.shape
+    n = B // P  # rows a prompt
+    G = H // K  # query heads a key-value head
 
     def per_prompt(x: Tensor) -> Tensor:  # (B, K, G, ...) -> (P, K, n G, ...)
         return x.view(P, n, K, G, -1).transpose(1, 2).reshape(P, K, n * G, -1)
@@ -153,9 +166,9 @@ def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: 
         return x.view(P, K, n, G, -1).transpose(1, 2).reshape(B, K, G, -1)
 
     q = q.reshape(B, K, G, D) / math.sqrt(D)
-    told = (per_prompt(q) @ prompt_k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
-    scores = torch.cat([per_row(told), q @ k.transpose(-1, -2)], dim=-1)  # (B, K, G, S + T)
-    w = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    prompt_scores = (per_prompt(q) @ prompt_k.mT).masked_fill(~mask, -torch.inf)
+    scores = torch.cat([per_row(prompt_scores), q @ k.mT], dim=-1)  # (B, K, G, S + T)
+    w = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     y = per_row(per_prompt(w[..., :S]) @ prompt_v) + w[..., S:] @ v
     return y.reshape(B, H, 1, D)
 
@@ -244,7 +257,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T` without ever holding all logits.
 
     At 8k tokens and a vocabulary of 50k, logits, their softmax and their gradient in float32 are 4.6 GiB: on
-    a 12 GB card the loss would take more room than the model. Here a chunk of tokens at a time becomes
+    a 12 GB GPU the loss would take more room than the model. Here a chunk of tokens at a time becomes
     logits, loss and both gradients, then is forgotten. Computing the gradients already in the forward pass
     costs no extra matrix product (a recomputing checkpoint would: 5 % of a step at V=4,096, d=288). torch's
     own `linear_cross_entropy`, from 2.13 on, had 0.90 and 0.98 of the speed on a CPU (report/speed.md).
@@ -259,13 +272,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
         for i in range(0, len(hidden), chunk):
-            h, t = hidden[i : i + chunk], targets[i : i + chunk]
-            asked = (t != -100).unsqueeze(-1)  # (n, 1)
-            loss, grad = ChunkedCrossEntropy.of_chunk(h, w, t.clamp(min=0).unsqueeze(-1), asked, need)
+            h = hidden[i : i + chunk]
+            t = targets[i : i + chunk].unsqueeze(-1)  # (n, 1)
+            counts = t != -100
+            loss, grad = ChunkedCrossEntropy.of_chunk(h, w, t.clamp(min=0), counts, need)
             total = total - loss
             if need:
-                grad_hidden[i : i + chunk] = (grad @ w) * asked
-                grad_weight += grad.T @ (h * asked)
+                grad_hidden[i : i + chunk] = (grad @ w) * counts
+                grad_weight += grad.T @ (h * counts)
             del grad  # or it would lie there beside the next chunk's
         if need:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -273,30 +287,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def of_chunk(h: Tensor, w: Tensor, index: Tensor, asked: Tensor, need: bool):
-        """Sum of log p of the targets `index` (n, 1) where `asked`, and d loss / d logits (n, V) if needed:
-        softmax - one_hot(target), also in the rows that ask for nothing.
+    def of_chunk(h: Tensor, w: Tensor, index: Tensor, counts: Tensor, need: bool):
+        """Sum of log p of the targets `index` (n, 1) where `counts`, and d loss / d logits (n, V) if needed:
+        softmax - one_hot(target), also in the rows that do not count.
         """
         log_p = torch.log_softmax((h @ w.T).float(), dim=-1)  # (n, V)
-        total = (log_p.gather(-1, index) * asked).sum()
+        total = (log_p.gather(-1, index) * counts).sum()
         if not need:
             return total, None
         if torch.compiler.is_compiling():  # all of it in one kernel, and nothing in float32 ever stored
             one_hot = torch.arange(len(w), device=h.device) == index
-            return total, (log_p.exp() - one_hot).to(h.dtype)
+            return total, (log_p.exp() - one_hot.float()).to(h.dtype)
         grad = log_p.exp_()
-        return total, grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype)).to(h.dtype)
+        grad.scatter_add_(-1, index, -torch.ones_like(index, dtype=grad.dtype))
+        return total, grad.to(h.dtype)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_output.to(grad_weight.dtype)
-        return (
-            (grad_hidden * scale).to(grad_hidden.dtype),
-            (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad_output).to(ctx.weight_dtype), None, None
 
 
 # -----------------------------------------------------------------------------
@@ -307,9 +317,11 @@ class Decoder(PLAIN["Decoder"]):
     """`model.Decoder` on weights laid out for it, with prompts read once, and steps compiled or recorded."""
 
     def __init__(self, model, cache, draw, n=1, compile=False, record=False):
-        c, rows, on_cpu = model.config, len(cache.lengths) * n, model.device.type == "cpu"
         super().__init__(decoding_copy(model, compile), cache, draw, n)
-        self.compile, self.compiled = compile, compiled_step(model.device.type) if compile else step
+        c = model.config
+        on_cpu = model.device.type == "cpu"
+        self.compile = compile
+        self.compiled = compiled_step(model.device.type) if compile else step
         # A rolling cache and a mixture of experts have tensors of other shapes at every step.
         self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
         # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast. A GPU waits for
@@ -317,30 +329,31 @@ class Decoder(PLAIN["Decoder"]):
         other = compile or self.record or cache.rolls
         self.share = n > 1 and on_cpu and c.plain_attention and not other
         # Products of compiled steps have the same shapes, but for those of grouped queries with their keys.
-        alike = compile and c.n_heads == c.n_kv_heads and rows * c.d_model >= 4096
-        self.precision = fastest_products(model.device) if alike else torch.get_float32_matmul_precision()
-        self.following = super().next if on_cpu or not self.record else Recorded(super().next)
+        same_shapes = c.n_heads == c.n_kv_heads and len(cache.length) * n * c.d_model >= 4096
+        self.precision = torch.get_float32_matmul_precision()
+        if compile and same_shapes:
+            self.precision = fastest_products(model.device)
+        if self.record and not on_cpu:
+            self.next = Recorded(self.next)
 
     def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
-        if not self.share:
-            logits = super().prefill(prompts, new)
-            self.cache = FixedCache(self.cache) if self.record else self.cache
-            return logits
-        logits = self.model.prefill(prompts, self.cache)
-        self.cache = SharedPromptCache(self.cache, self.n, new)
-        return logits.repeat_interleave(self.n, dim=0)
+        if self.share:
+            logits = self.model.prefill(prompts, self.cache)
+            self.cache = SharedPromptCache(self.cache, self.n, new)
+            return logits.repeat_interleave(self.n, dim=0)
+        logits = super().prefill(prompts, new)
+        if self.record:
+            self.cache = FixedCache(self.cache)
+        return logits
 
     def step(self, ids: Tensor) -> Tensor:
         with float32_products(self.precision):
             return self.compiled(self.model, ids, self.cache)
 
-    def next(self, token: Tensor, uniform: Tensor) -> Tensor:
-        return self.following(token, uniform)
-
     def shrink(self, left: list[int]) -> list[int]:
         if self.compile:
             return []
-        if self.share and len(left) <= len(self.cache.lengths) * 3 // 4:
+        if self.share and len(left) <= len(self.cache.length) * 3 // 4:
             left = self.cache.as_many_of_each(left)
         return super().shrink(left)
 
@@ -374,10 +387,10 @@ def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
     decoding on a CPU, see `one_row_linear`: 1.1 times as fast at 1 row (width 128, a core of a Zen 5), 1.14
     to 1.18 at 128 rows (a core of a Xeon).
     """
-    on_cpu, cast = model.device.type == "cpu", model.head.dtype != model.dtype
+    on_cpu = model.device.type == "cpu"
+    cast = model.head.dtype != model.dtype
     small = sum(p.numel() for p in model.parameters()) < 2**26  # the copy takes at most 256 MiB
-    pays = on_cpu and (compiled or small)
-    if not (cast or pays):
+    if not (cast or (on_cpu and (compiled or small))):
         return model
     # What `memo` holds is taken from there and not copied.
     memo = {id(buffer): buffer for buffer in model.buffers()}
@@ -385,7 +398,7 @@ def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
         memo[id(p)] = p if ".gate." in name else nn.Parameter(p.to(model.dtype), requires_grad=False)
     for layer in model.config.moe_layers:
         memo[id(model.model["layers"][layer].mlp.stats)] = {}
-    twin = copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo).eval()
     for block in twin.model["layers"]:
         a, m = block.self_attn, block.mlp
         groups = [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj]]
@@ -393,39 +406,45 @@ def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
             groups += [[m.gate_proj, m.up_proj], [m.down_proj]]
         for layers in groups:
             lay_out(layers, transposed=not (compiled and on_cpu))
-    return twin.eval()
+    return twin
 
 
 def lay_out(layers: list[nn.Linear], transposed: bool) -> None:
     """Makes the weights of layers parts of one matrix, which `project` multiplies by."""
     joined = torch.cat([layer.weight for layer in layers])  # (outputs, in)
-    joined = joined.t().contiguous().t() if transposed else joined
-    for layer, part in zip(layers, joined.split([layer.out_features for layer in layers]), strict=True):
+    if transposed:
+        joined = joined.t().contiguous().t()
+    parts = joined.split([layer.out_features for layer in layers])
+    for layer, part in zip(layers, parts, strict=True):
         layer.weight = nn.Parameter(part, requires_grad=False)
         layer.__class__ = OneRowLinear
     layers[0].joined = joined
 
 
 class Recorded:
-    """A function of tensors that does the same to the same shapes again and again, on a card.
+    """A function of tensors that does the same to the same shapes again and again, on a GPU.
 
     A small model's step is a few hundred kernels of some microseconds each, and Python takes longer to launch
-    one than the card to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
+    one than the GPU to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
     what the function keeps in tensors (the cache) has to be changed in place. Other shapes are recorded anew.
     """
 
     def __init__(self, run: Callable):
-        self.run, self.shapes, self.calls = run, None, 0
+        self.run = run
+        self.shapes = None
+        self.calls = 0
 
     def __call__(self, *given: Tensor) -> Tensor:
         shapes = [x.shape for x in given]
         if shapes != self.shapes:
-            self.shapes, self.calls = shapes, 0
+            self.shapes = shapes
+            self.calls = 0
         self.calls += 1
         if self.calls < 3:  # libraries choose and load their kernels when they are first called
             return self.run(*given)
         if self.calls == 3:
-            self.inputs, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
+            self.inputs = [x.clone() for x in given]
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.output = self.run(*self.inputs)
         for mine, x in zip(self.inputs, given, strict=True):

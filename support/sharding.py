@@ -1,10 +1,50 @@
-"""FSDP2: every process keeps a part of each parameter, gradient and optimizer state (a DTensor)."""
+"""The processes of a run, as torchrun starts them.
 
+DDP: every process has the model. FSDP2: every process keeps a part of each parameter, gradient and optimizer
+state (a DTensor). A "collective" must be called by every process.
+"""
+
+import contextlib
 import copy
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def start_group(device: torch.device, world: int) -> bool:
+    """Connects the processes; True if that was done here, and not before by somebody else."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or every process would shard onto the first GPU
+    if world == 1 or dist.is_initialized():
+        return False
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return True
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over the processes, in place. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gradient_sync(net: nn.Module, last: bool):
+    """A context: gradients are exchanged once a step, with its last micro-batch."""
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
+        net.set_requires_gradient_sync(last)
+    elif hasattr(net, "no_sync") and not last:  # DDP
+        return net.no_sync()
+    return contextlib.nullcontext()
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module | None:
@@ -26,7 +66,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module | None:
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, full: nn.Module | None) -> None:
-    """Copies the weights of a sharded model into `full`. Collective: every rank must call it."""
+    """Copies the weights of a sharded model into `full`. Collective."""
     copies = list(full.parameters()) if full is not None else []
     for i, p in enumerate(model.parameters()):
         weights = full_tensor(p)
@@ -35,7 +75,7 @@ def gather_weights(model: nn.Module, full: nn.Module | None) -> None:
 
 
 def full_tensor(x):
-    """A tensor; of a sharded one all parts. Collective: every rank must call it."""
+    """The whole tensor, gathered if it is sharded. Collective."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -51,6 +91,15 @@ def gather_state(state, keep: bool):
         return state
     full = state.full_tensor()
     return full.cpu() if keep else None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The inverse of `gather_state`: each process takes its part of a saved state."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state["state"].items():
+        for name, value in moments.items():
+            moments[name] = shard_like(params[i], value)
+    optimizer.load_state_dict(state)
 
 
 def shard_like(p: Tensor, x: Tensor) -> Tensor:

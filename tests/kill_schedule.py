@@ -4,15 +4,13 @@ without their times; and no temporary file may be left.
 
     python tests/kill_schedule.py --stage=train                    # all points of one stage: minutes
     python tests/kill_schedule.py --stage=all --every=5            # every fifth point of all stages
-    python tests/kill_schedule.py --stage=dpo --only=57,58 --keep  # two points; folders that differ stay
-    python tests/kill_schedule.py --stage=sft --more=--save_every=0
+    python tests/kill_schedule.py --stage=dpo --only=57,58         # two points
 
 A point is a rename, link, removal, new folder or opening of a file for writing in the output folder. Python's
 audit hooks see them. Each run is a fork of this process, which has already imported torch.
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -21,7 +19,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from pathlib import Path
 
@@ -61,31 +58,23 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of the points, every so many")
     parser.add_argument("--last", type=int, default=0, help="only the last so many points; 0: all")
     parser.add_argument("--only", default="", help="points, joined by commas")
-    parser.add_argument("--more", action="append", default=[], help="one more flag of the stage")
-    parser.add_argument("--keep", action="store_true", help="keep the folders that differ")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="kill-"))
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    import_before_forking(stages)
     bad = 0
-    try:
-        stages = list(STAGES) if args.stage == "all" else [args.stage]
-        import_before_forking(stages)
-        make_inputs(folder / "inputs", stages)
+    with tempfile.TemporaryDirectory(prefix="kill-") as folder:
+        make_inputs(Path(folder) / "inputs", stages)
         for stage in stages:
-            schedule = Schedule(stage, folder, args.more, args.keep)
+            schedule = Schedule(stage, Path(folder))
             points = range(len(schedule.points))[-args.last :][:: args.every]
             if args.only:
                 points = [int(word) for word in args.only.split(",")]
-            begun = time.perf_counter()
             for i in points:
                 differences = schedule.killed_at(i)
                 bad += bool(differences)
                 for line in differences:
                     print(f"{stage} {i} {schedule.points[i]}: {line}", flush=True)
-            took = time.perf_counter() - begun
-            print(f"{stage}: {len(points)} of {len(schedule.points)} points in {took:.0f} s", flush=True)
-    finally:
-        if not args.keep:
-            shutil.rmtree(folder)
+            print(f"{stage}: {len(points)} of {len(schedule.points)} points", flush=True)
     print(f"{bad} points differ" if bad else "all the same")
     raise SystemExit(bool(bad))
 
@@ -93,11 +82,11 @@ def main() -> None:
 class Schedule:
     """One stage: the points at which it can be killed, and what it makes if it is not."""
 
-    def __init__(self, stage: str, folder: Path, more: list[str] = (), keep: bool = False):
-        self.script, self.folder, self.keep = STAGES[stage][0], folder, keep
+    def __init__(self, stage: str, folder: Path):
+        self.script, self.folder = STAGES[stage][0], folder
         self.out = folder / "out"  # the same path for all runs: run.json holds it
         self.flags = [flag.format(out=self.out) for flag in STAGES[stage][1]]
-        self.flags += [f"--out={self.out}", "--name=run", *more]
+        self.flags += [f"--out={self.out}", "--name=run"]
         self.fresh()
         events = folder / "events"
         status = self.run(events=events)
@@ -121,11 +110,7 @@ class Schedule:
         status = self.run()
         if status != 0:
             return [f"the same command ended with {status}: {(self.folder / 'log').read_text()[-300:]}"]
-        differences = compare(self.undisturbed, snapshot(self.out))
-        if differences and self.keep:
-            shutil.copytree(self.out, self.folder / f"{self.script}-{point}")
-            differences.append(f"see {self.folder / f'{self.script}-{point}'}")
-        return differences
+        return compare(self.undisturbed, snapshot(self.out))
 
 
 def import_before_forking(stages: list[str]) -> None:
@@ -149,14 +134,7 @@ def make_inputs(folder: Path, stages: list[str]) -> None:
     log = folder.parent / "log"
     folder.mkdir(parents=True)
     tokens = f"--tokens={folder}/tokens"
-    base = [
-        *MODEL,
-        "--device=cpu",
-        "--max_steps=2",
-        "--warmup_steps=0",
-        "--save_every=0",
-        "--sample_tokens=0",
-    ]
+    base = [*MODEL, *"--device=cpu --max_steps=2 --warmup_steps=0 --save_every=0 --sample_tokens=0".split()]
     sft = [f"--model={folder}/base", "--data=arithmetic", "--max_steps=100", "--batch_size=8", "--device=cpu"]
     sft += ["--learning_rate=1e-2", "--warmup_steps=10", "--eval_every=0", "--save_every=0"]
     steps = [lambda: make_tokens(folder / "tokens")]
@@ -289,8 +267,8 @@ def without_times(x):
 
 
 def compare(wanted: dict, found: dict) -> list[str]:
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    lines = [f"missing {path}" for path in missing] + [f"left behind {path}" for path in extra]
+    lines = [f"missing {path}" for path in sorted(wanted.keys() - found.keys())]
+    lines += [f"left behind {path}" for path in sorted(found.keys() - wanted.keys())]
     for path in sorted(wanted.keys() & found.keys()):
         if wanted[path] != found[path]:
             lines.append(f"{path} differs{first_difference(wanted[path], found[path])}")
@@ -298,17 +276,13 @@ def compare(wanted: dict, found: dict) -> list[str]:
 
 
 def first_difference(a, b) -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(key for key in b if key not in a)]:
-            if a.get(key) != b.get(key):
-                return f" at {key}" + first_difference(a.get(key), b.get(key))
+    """Where two nests of dicts and lists differ, and how."""
     if isinstance(a, list) and isinstance(b, list):
-        for i, (x, y) in enumerate(zip(a, b, strict=False)):
-            if x != y:
-                return f" at {i}" + first_difference(x, y)
-    with contextlib.suppress(TypeError):
-        return f": {len(a)} and {len(b)} long, {str(a)[:80]!r} and {str(b)[:80]!r}"
-    return f": {a} and {b}"
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(key for key in [*a, *b] if a.get(key, "nothing") != b.get(key, "nothing"))
+        return f" at {key}" + first_difference(a.get(key), b.get(key))
+    return f": {str(a)[:80]!r} and {str(b)[:80]!r}"
 
 
 if __name__ == "__main__":

@@ -8,14 +8,9 @@ from torch import Tensor
 from model import ModelConfig, ModernDecoderLM
 
 VOCAB = 61
-
-
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7]]
 GPT = {"norm": "layer", "positions": "learned", "ffn": "gelu", "bias": True}
-
-
 MOE = {"ffn": "moe", "n_experts": 4, "d_ff": 24}
-
-
 VARIANTS = {  # name -> what differs from a small Llama
     "llama": {},
     "untied": {"tie_embeddings": False},
@@ -49,8 +44,6 @@ VARIANTS = {  # name -> what differs from a small Llama
     "moe, biases": MOE | {"bias": True},
     "dropout": {"dropout": 0.1},
 }
-
-
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -111,9 +104,6 @@ def feed(model, cache, ids: Tensor, chunks, counts=None) -> Tensor:
             logits.append(F.linear(model.hidden(ids[:, at : at + length], cache=cache), model.head))
             at += length
     return torch.cat(logits, dim=1)
-
-
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7]]
 
 
 def until(text: list[int], stops) -> list[int]:
