@@ -5,7 +5,7 @@ import torch
 
 from data import TASKS, Example, talk
 from finetune import tokenise
-from sft import SFTConfig, aligned_model, tokenised
+from sft import SFTConfig, chat_model, tokenised
 from support.chat_template import (
     WORDS_TEMPLATE,
     TemplateError,
@@ -185,13 +185,13 @@ def test_a_model_without_chat_tokens_can_be_given_them(tiny, tmp_path, kind, lor
     )
     cfg.dtype, cfg.max_steps, cfg.eval_examples, cfg.lora_r, cfg.chat_tokens = "float32", 2, 4, lora_r, True
     cfg.warmup_steps = 0
-    assert aligned_model(cfg).marks
+    assert chat_model(cfg).marks
     run = sft(cfg)
     model = load_model(str(tmp_path / "s"), CPU)
-    rows, _ = tokenised(model, [talk("Hi", "Ho")])
+    rows = tokenised(model, [talk("Hi", "Ho")])
     again = TextModel(model.model, model.tokenizer, "causal", chat=True)
     assert run["status"] == "finished" and again.end == model.end and any(rows[0][1])
-    resumed = aligned_model(cfg)
+    resumed = chat_model(cfg)
     resumed.read_weights(tmp_path / "s")
     ids = torch.tensor([rows[0][0]])
     resumed.model.eval()
