@@ -2,7 +2,7 @@
 
     python verifier.py configs/verifier.py                            # minutes on a laptop
     python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
-    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k --solutions=FILE.jsonl
+    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
@@ -33,9 +33,7 @@ from support.terminal import run_script
 
 import hashlib
 import json
-import math
 import re
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -47,7 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, load_task, read_rows, refuse_overlap, talk
+from data import TASKS, Example, load_task, refuse_overlap, talk
 from finetune import AdaptConfig, TrainingSet, is_smoke, weights_hash, write_run
 from sft import chat_model, run_stage, stage_trainer
 from support.files import write_atomically
@@ -74,7 +72,6 @@ class VerifierConfig(AdaptConfig):
     gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
     problems: int = 4000  # problems that the generator answers, to learn from
     first_problem: int = 12_000  # of the train split: behind those that SFT and DPO have seen
-    solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     answers_of: str = ""  # whose answers it learns from; default: the generator's
     n: int = 8  # answers a problem, to learn from
     held_n: int = 8  # answers to each problem that it is fitted and reported on
@@ -246,23 +243,19 @@ class ChannelTraining(TrainingSet):
         gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
         answers = self.answers(learn)
         contrasted = [answer for answer in answers if answer[1]]
-        used = contrasted * cfg.repeats or answers
-        self.examples = self.solutions(gold) + used  # (right, [wrong, ...])
+        solutions = [(row, []) for row in self.solutions(gold)]
+        self.examples = solutions + (contrasted * cfg.repeats or answers)  # (right, [wrong, ...])
         right = [row for row, _ in self.examples]
         super().__init__(right, rows_per_step(cfg), cfg.seed, "causal", self.model.pad)
         self.tokens = float(self.lengths.mean())
-        self.held_out = [row for row, _ in self.solutions(held_out.examples) or self.answers(held_out)]
-        self.data = {"answers": len(right), "gold": len(gold)}
-        self.summary = (
-            f"a channel from {cfg.start}, on {len(gold):,} true solutions and {len(used):,} right answers, "
-            f"{len(contrasted):,} of them beside wrong ones, such as {self.model.decode(sum(right[0], []))!r}"
-        )
+        self.held_out = self.solutions(held_out.examples)
+        self.counts = {"answers": len(right), "gold": len(gold), "contrasted": len(contrasted)}
 
     def row(self, problem: str, answer: str) -> Row:
         return backward_row(self.model, problem, answer.strip())
 
-    def solutions(self, examples: list[Example]) -> list[tuple[Row, list[Row]]]:
-        return [(self.row(e.text, e.target), []) for e in examples if e.target]
+    def solutions(self, examples: list[Example]) -> list[Row]:
+        return [self.row(e.text, e.target) for e in examples]
 
     def answers(self, samples: Samples) -> list[tuple[Row, list[Row]]]:
         """Every right answer, once, beside the wrong ones to its problem."""
@@ -375,8 +368,7 @@ class HeadTraining:
         cfg.batch_size = self.problems * cfg.group
         self.batches = max(1, len(self.right) // self.problems)
         self.tokens = float(np.mean([length(row) for row in self.rows]))
-        self.data = {}
-        self.summary = f"a head on {cfg.model}, {self.right.size:,} answers, {self.right.mean():.0%} right"
+        self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
     def rows_of(self, samples: Samples) -> list[Row]:
         return [forward_row(self.model.text_model, *pair) for pair in zip(*samples.flat(), strict=True)]
@@ -505,7 +497,6 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
         "problems": len(right),
         "answers": right.size,
         "right": float(right.mean()),
-        "right_by_source": right.mean(0).tolist(),  # of labelled solutions: each model's accuracy
         "oracle": share(right.any(1)),
         "accuracy": share(agreed),
         "calibration": calibration(right.ravel(), probabilities),
@@ -530,32 +521,8 @@ def share(hits: np.ndarray) -> dict:
 # Training
 
 
-def labelled(file: str) -> list[Samples]:
-    """Solutions that come with labels, as training, validation and test parts, split by question.
-
-    A row has a question and, for each of its sources, {"solution", "is_correct"}: the form of GSM8K's
-    example_model_solutions.jsonl. A final "A: 18" becomes "#### 18", as in everything else here.
-    """
-    parts = [([], [], []) for _ in range(3)]  # examples, answers, right
-    for row in read_rows(file):
-        question = row.get("question")
-        examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(str(question).encode()) % 4]]
-        solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
-        examples.append(Example(question, ""))
-        answers.append([re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions])
-        right.append([bool(solution["is_correct"]) for solution in solutions])
-        if not isinstance(question, str) or len(right[-1]) != len(right[0]):
-            raise DataError(f"{file}: every row needs a question and the same number of labelled solutions")
-    if not all(right for _, _, right in parts):
-        raise DataError(f"{file}: more rows are needed for a part to learn from, one to fit and one to test")
-    return [Samples(examples, answers, np.array(right)) for examples, answers, right in parts]
-
-
 def sample(cfg: VerifierConfig, generator: TextModel) -> tuple[list[Samples], dict]:
     """Answers to learn from, to fit on and to report on; and the source of the first ones."""
-    if cfg.solutions:
-        parts = labelled(cfg.solutions)
-        return parts, {"source": cfg.solutions, "examples": len(parts[0].examples)}
     teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
     if not teacher.chat:
         raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned model")
@@ -600,7 +567,7 @@ def train(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: S
     """Trains the channel or the head; returns run.json."""
     head = cfg.kind == "head"
     data = (HeadTraining if head else ChannelTraining)(cfg, generator, learn, held_out)
-    about = {"verifier": cfg.kind, "data": {"train": about | data.data}}
+    about = {"verifier": cfg.kind, "data": {"train": about | data.counts}}
     if not head:
         about["start_hash"] = weights_hash(cfg.start)
         if is_smoke(cfg.start):
@@ -610,23 +577,19 @@ def train(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: S
         tokens_per_row=1 if head else max(1, round(data.tokens)),  # the head's loss is a mean over rows
         keeps_best=head,  # the val_loss of a channel does not say how it orders answers
     )  # fmt: skip
-    trainer.say(f"{trainer.folder}: {data.summary}; {cfg.max_steps} steps of {trainer.rows} rows")
+    trainer.say(f"{trainer.folder}: {cfg.kind}, {data.counts}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 
 
 def describe(run: dict) -> str:
     found = run["verification"]
-    lines = [f"{found['answers']:,} answers to {found['problems']:,} test problems"]
-    lines[0] += f"; lambda {run['combine']['lambda']}"
+    lines = [f"{found['answers']:,} answers to test problems, {found['right']:.1%} right"]
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
-        m = found[name]
-        areas = (m["auc"], m["auc_within"]["value"])  # there is none if all answers are right or all wrong
-        overall, within = ("n/a" if math.isnan(area) else f"{area:.3f}" for area in areas)
-        best = m["best_of_n"]["value"]
-        lines.append(f"{name:16} AUC {overall}, within a problem {within}, best of n {best:.1%}")
-    accuracy, error = found["accuracy"]["value"], found["calibration"]["ece"]
-    lines.append(f"accuracy {accuracy:.1%}, calibration error {error:.1%}; {found['right']:.1%} are right")
-    return "\n  ".join(lines)
+        x = found[name]
+        figures = f"AUC {x['auc']:.3f}, within a problem {x['auc_within']['value']:.3f}"
+        lines.append(f"{name:16} {figures}, best of n {x['best_of_n']['value']:.1%}")
+    lines.append(f"lambda {run['combine']['lambda']}, calibration error {found['calibration']['ece']:.1%}")
+    return "\n  ".join(lines).replace("nan", "n/a")  # without right and wrong answers there is no AUC
 
 
 def main() -> None:
