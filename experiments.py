@@ -13,8 +13,8 @@ the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `race`, how
 soon all that helps is where a plain GPT ends; `streams`, what becomes of a text longer than the context, with
-and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, what they predict for larger
-ones, and one more run to see whether that comes true; `shapes`, what larger models and batches cost;
+and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, what they predict for a larger
+one, and one more run to see whether that comes true; `shapes`, what larger models and batches cost;
 `transfer`, a task learnt from nothing, by a pretrained model, or given in a prompt. Everything goes to
 out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 """

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, load_task, refuse_overlap, talk
-from finetune import AdaptConfig, TrainingSet, is_smoke, weights_hash, write_run
-from sft import chat_model, run_stage, stage_trainer
+from finetune import AdaptConfig, Epochs, TrainingSet, is_smoke, weights_hash, write_run
+from support.alignment import chat_model, run_stage, stage_trainer
 from support.files import write_atomically
 from support.loading import load_model
 from support.machine import pick_device
@@ -355,33 +355,34 @@ class ValueHead(nn.Module):
         self.value.load_state_dict(load_file(folder / "value.safetensors"))
 
 
-class HeadTraining:
+class HeadTraining(Epochs):
     """The generator with a value head, and its answers, right and wrong, `group` of them a problem."""
 
     def __init__(self, cfg: VerifierConfig, _generator: TextModel, learn: Samples, held_out: Samples):
         if rows_per_step(cfg) > cfg.batch_size:
             raise TrainError("--kind=head trains in one process without accumulation")
-        self.cfg, self.right, self.held_out = cfg, learn.right, held_out  # right: (P, n)
+        self.cfg, self.right, self.held_out_right = cfg, learn.right, held_out.right  # (P, n)
         self.model = ValueHead(chat_model(cfg))
-        self.rows = self.rows_of(learn)  # (P n)
-        self.problems = max(1, cfg.batch_size // cfg.group)  # a step
-        cfg.batch_size = self.problems * cfg.group
-        self.batches = max(1, len(self.right) // self.problems)
+        self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
+        problems = max(1, cfg.batch_size // cfg.group)  # a step
+        cfg.batch_size = problems * cfg.group
+        super().__init__(self.shuffled, problems)
         self.tokens = float(np.mean([length(row) for row in self.rows]))
         self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
     def rows_of(self, samples: Samples) -> list[Row]:
         return [forward_row(self.model.text_model, *pair) for pair in zip(*samples.flat(), strict=True)]
 
-    def members(self, step: int) -> np.ndarray:
-        """Indices of a step's rows: of each problem right and wrong answers by turns."""
-        epoch, at = divmod(step, self.batches)
+    def shuffled(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
-        order = np.resize(order, (self.batches, self.problems))
+        return np.resize(order, max(1, len(order) // self.batch_size) * self.batch_size)
+
+    def answers(self, step: int) -> np.ndarray:
+        """Indices of a step's rows: of each problem right and wrong answers by turns."""
         n = self.right.shape[1]
         found = []
-        for p in order[at].tolist():
-            drawn = np.random.default_rng([self.cfg.seed, step, p]).permutation(n)
+        for p in self.members(step, 0, self.batch_size):
+            drawn = np.random.default_rng([self.cfg.seed, step, int(p)]).permutation(n)
             right = self.right[p, drawn]
             rank = np.where(right, right.cumsum(), (~right).cumsum())  # among the answers of its kind
             turns = drawn[np.lexsort((~right, rank))]  # the first right one, the first wrong one, ...
@@ -389,16 +390,16 @@ class HeadTraining:
         return np.concatenate(found)
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        members = self.members(step)[first : first + count]
-        labels = torch.tensor(self.right.ravel()[members]).float()
-        return *value_rows([self.rows[i] for i in members], self.model.text_model.pad), labels
+        answers = self.answers(step)[first : first + count]
+        labels = torch.tensor(self.right.ravel()[answers]).float()
+        return *value_rows([self.rows[i] for i in answers], self.model.text_model.pad), labels
 
     def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, int]:
         return head_loss(net, *tensors, self.cfg)
 
     def evaluate(self, _net, _final) -> dict:
-        right = self.held_out.right
-        logits = self.model.logits(self.rows_of(self.held_out))
+        right = self.held_out_right
+        logits = self.model.logits(self.held_out)
         loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(right.ravel()).double())
         return {"val_loss": loss, "auc_within": auc_within(right, logits.reshape(right.shape))["value"]}
 

@@ -1,4 +1,4 @@
-"""Scaling: where to spend FLOPs. Six sizes at three budgets, what they predict for larger ones, and a check.
+"""Scaling: where to spend FLOPs. Six sizes at three budgets, what they predict for a larger one, and a check.
 
 After Hoffmann et al. (2022): approach 2 (the best size at each budget) and approach 3 (a law of the loss).
 Parameters are all of them: at these widths most are the embedding, and the head computes with it.
@@ -43,10 +43,6 @@ def size_flags(layers: int, width: int, budget: float) -> list[str]:
 
 def tokens_of(c: TrainConfig) -> int:
     return c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
-
-
-def parameters_of(c: TrainConfig) -> int:
-    return count_parameters(model_config(c))["total"]
 
 
 # -----------------------------------------------------------------------------
@@ -143,11 +139,7 @@ def best_use(law: dict | None, sizes: dict | None, flops: float, per_pair: float
 
 
 def scaling(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
-    """The fits of the scaling runs, what they predict for the profiles of a 12 GB GPU, and the check.
-
-    The predictions were written before those profiles were run, at many times the FLOPs and on other text:
-    they are guesses.
-    """
+    """The fits of the scaling runs, and the check of what they predict."""
     points = []
     runs = [run for run in runs if run.name.startswith("scaling-")]
     for run, (budget, _) in zip(runs, product(BUDGETS, SIZES), strict=True):
@@ -157,16 +149,8 @@ def scaling(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
     best = isoflop(points)
     sizes = fit_sizes(best)
     law = fit_law(points) if len(points) > 5 else None
-    found = {"points": points, "best": best, "law": law, "sizes": sizes, "predictions": {}}
-    if law and law["error"] >= 0.1:
-        law = None  # a law that misses its own runs predicts nothing
-    for profile in ("speedrun", "max3060"):
-        c = settings_of([f"configs/{profile}.py"])
-        flops = estimate_flops(model_config(c)) * tokens_of(c)
-        if predicted := best_use(law, sizes, flops):
-            has = {"parameters": parameters_of(c), "tokens": tokens_of(c)}
-            found["predictions"][profile] = {"flops": flops, **predicted, "has": has}
-    if law and not cfg.quick:
+    found = {"points": points, "best": best, "law": law, "sizes": sizes}
+    if law and law["error"] < 0.1 and not cfg.quick:  # a law that misses its own runs predicts nothing
         found["check"] = check(cfg, law, sizes, points)
     return found
 
@@ -175,21 +159,22 @@ def check(cfg: ExperimentConfig, law: dict, sizes: dict | None, points: list[dic
     """What the fits predict for CHECK FLOPs, printed before it is tried; then the run, and its result."""
     per_pair = np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in points])
     best = best_use(law, sizes, CHECK, float(per_pair))
-    trained = {}
+    predicted = {}
     for shape in LARGER:
-        c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
-        trained[shape] = {"parameters": parameters_of(c), "tokens": tokens_of(c)}
-    shape = min(LARGER, key=lambda s: abs(math.log(trained[s]["parameters"] / best["parameters"])))
-    layers, width = shape
-    said = trained[shape] | {"loss": loss_of(law, **trained[shape])}
+        flags = size_flags(*shape, CHECK)
+        c = settings_of([str(FOLDER / "baseline.py"), *flags])
+        n = count_parameters(model_config(c))["total"]
+        D = tokens_of(c)
+        predicted[n] = {"parameters": n, "tokens": D, "loss": loss_of(law, n, D)}, flags
+    n = min(predicted, key=lambda n: abs(math.log(n / best["parameters"])))
+    said, flags = predicted[n]
     print(
-        f"{CHECK:.1e} FLOPs: the fit predicts {best['parameters']:,.0f} parameters; of {layers} layers of "
-        f"{width} a loss of {said['loss']:.4f}; now they are trained",
+        f"{CHECK:.1e} FLOPs: the fit predicts {best['parameters']:,.0f} parameters; of {n:,} a loss of "
+        f"{said['loss']:.4f}; now they are trained",
         flush=True,
     )
-    flags = [f"--corpus={cfg.corpus}", *size_flags(*shape, CHECK)]
-    run = run_of(cfg, "scaling-check", "baseline.py", flags, 1)
-    found = {"flops": CHECK, "best": best, "layers": layers, "width": width, "said": said}
+    run = run_of(cfg, "scaling-check", "baseline.py", [f"--corpus={cfg.corpus}", *flags], 1)
+    found = {"flops": CHECK, "best": best, "said": said}
     if failed := train_all([run], 1):
         return found | {"failed": failed[str(run.folder)]}
     figures = read_run(run)

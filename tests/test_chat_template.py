@@ -5,7 +5,8 @@ import torch
 
 from data import TASKS, Example, talk
 from finetune import tokenise
-from sft import SFTConfig, chat_model, tokenised
+from sft import SFTConfig, tokenised
+from support.alignment import chat_model
 from support.chat_template import (
     WORDS_TEMPLATE,
     TemplateError,

@@ -99,13 +99,10 @@ def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(sett
     assert [(p.chosen, p.rejected) for p in rft] == [(p.chosen, None) for p in pairs]
 
 
-def test_preferences_of_anthropic_and_of_conversations_are_read():
+def test_preferences_of_anthropic_are_read():
     before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
     pair = preference_of({"chosen": f"{before}good", "rejected": f"{before}bad"})
     assert (pair.messages, pair.chosen, pair.rejected) == ([*talk("a", "b"), *talk("c")], "good", "bad")
-    sides = {"chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}}
-    pair = preference_of({"conversations": [{"from": "human", "value": "a"}], **sides})
-    assert (pair.messages, pair.chosen, pair.rejected) == (talk("a"), "good", "bad")
 
 
 def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_path):

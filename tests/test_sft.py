@@ -10,8 +10,8 @@ import torch
 import sft
 from data import DataError, corpus_info, documents, load_conversations, messages_of, talk
 from model import ModelConfig, ModernDecoderLM
-from sft import PackedSet, SFTConfig, chat_model, collate_bins, conversation_loss, mixture, pack, tokenised
-from support.hf_format import load_tensors
+from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, pack, tokenised
+from support.alignment import chat_model
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError, read_jsonl
 
@@ -204,13 +204,3 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r, kill
 def test_what_cannot_be_done_is_refused(settings, more, why):
     with pytest.raises((TrainError, DataError), match=why):
         sft.sft(settings(**more))
-
-
-def test_dropout_reaches_every_place_of_a_model_that_is_tuned(settings, tiny):
-    ids, outputs = torch.arange(8).unsqueeze(0), []
-    fresh = ModernDecoderLM(replace(ModernDecoderLM.from_pretrained(tiny["base"]).config, dropout=0.4))
-    fresh.load_state_dict(load_tensors(Path(tiny["base"])), strict=False)
-    for model in (fresh, chat_model(settings(dropout=0.4)).model):
-        torch.manual_seed(0)
-        outputs.append(model.train()(ids))
-    assert torch.equal(*outputs)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import dpo
 import verifier as script
 from data import Example, load_task
-from sft import chat_model
+from support.alignment import chat_model
 from support.loading import load_model
 from support.metrics import auc, auc_within, calibration
 from support.runs import TrainError, read_json
@@ -190,26 +190,20 @@ def test_logistic_regression_agrees_with_scikit_learn():
     np.testing.assert_allclose(script.logistic(x, y), expected, rtol=0.02)
 
 
-def test_auc_and_calibration_agree_with_scikit_learn():
+def test_auc_agrees_with_scikit_learn_and_within_problems_does_not_see_how_hard_they_are():
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(2)
     labels, scores = rng.random(300) < 0.4, rng.integers(0, 20, 300) / 20  # with ties
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
     assert np.isnan(auc([True, True], [1, 2]))
-    p = np.array([0.1] * 10 + [0.9] * 10)
-    truth = np.array([1] + [0] * 9 + [1] * 5 + [0] * 5)
-    assert calibration(truth, p)["ece"] == pytest.approx(0.2)
-
-
-def test_auc_within_problems_does_not_see_how_hard_they_are():
-    """Scores that know only the problem are perfect over all and worthless within."""
     labels = np.array([[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]], bool)
     by_problem = labels.mean(1, keepdims=True) + np.zeros((3, 4))
-    assert auc(labels.ravel(), by_problem.ravel()) > 0.8
-    assert auc_within(labels, by_problem)["value"] == 0.5
+    assert auc(labels.ravel(), by_problem.ravel()) > 0.8 and auc_within(labels, by_problem)["value"] == 0.5
     found = auc_within(labels, labels.astype(float))
     assert found["value"] == 1.0 and found["n"] == 2  # the third says nothing
+    truth = np.array([1] + [0] * 9 + [1] * 5 + [0] * 5)
+    assert calibration(truth, np.repeat([0.1, 0.9], 10))["ece"] == pytest.approx(0.2)
 
 
 # -----------------------------------------------------------------------------
