@@ -95,14 +95,14 @@ from support.evaluations import Result, compare, describe, results_folder, write
 from support.loading import load_model, read_run
 from support.long_context import show_streams
 from support.machine import pick_device, pick_dtype
-from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at, perplexity, proportion
+from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at, perplexity
 from support.pipeline import follow_instructions, write_pipeline
 from support.runs import TrainError
 from support.samples import draw
 from support.text_model import TextModel, answer_task
 from tasks.calculator import calculates
 from tasks.mistakes import KINDS, kinds_of
-from verifier import Verifier, vote_weights
+from verifier import Verifier, accuracy, vote_weights
 
 
 @dataclass
@@ -285,10 +285,6 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.01)  # of a probability; 1.
 def budgets(n: int) -> list[int]:
     """1, 2, 4, ... and n."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
-
-
-def accuracy(hits: np.ndarray) -> dict:
-    return proportion(int(hits.sum()), len(hits))
 
 
 def sample_until_sure(probabilities: np.ndarray, right: np.ndarray, threshold: float) -> dict:

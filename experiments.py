@@ -21,7 +21,6 @@ out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 
 from support.terminal import run_script
 
-import json
 import os
 import time
 
@@ -39,7 +38,7 @@ from lab.study import (
     settings_of,
     train_all,
 )
-from support.files import write_atomically
+from support.files import write_json
 from support.machine import git_commit, hardware, pick_device, versions
 
 FAMILIES = {
@@ -65,7 +64,7 @@ def chosen(only: str) -> dict[str, list[str]]:
     """The families, or what --only leaves of them."""
     if not only:
         return FAMILIES
-    wanted = set(only.split(","))
+    wanted = set(filter(None, only.split(",")))
     known = [*FAMILIES, *names_of(FAMILIES)]
     if unknown := wanted.difference(known):
         raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
@@ -142,7 +141,7 @@ def experiment(cfg: ExperimentConfig) -> dict:
         "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
     file = cfg.home / "experiments.json"
-    write_atomically(file, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    write_json(file, found)
     print("\nbits/byte, and minus the baseline's with its 95 % interval:")
     for name, entry in found["experiments"].items():
         print(line(name, entry))

@@ -306,10 +306,7 @@ def sft(cfg: SFTConfig) -> dict:
         return {"val_loss": mean_loss(model, val_bins, cfg.batch_size)}
 
     tokens = data.lengths.sum() / len(data.items)  # a row
-    trainer = stage_trainer(
-        cfg, model, data, tokens, about, loss=conversation_loss, evaluate=evaluate,
-        tokens_per_row=max(1, round(tokens)),
-    )  # fmt: skip
+    trainer = stage_trainer(cfg, model, data, tokens, about, loss=conversation_loss, evaluate=evaluate)
     trainer.say(
         f"{trainer.folder}: {cfg.model} on {len(data.rows):,} conversations of {cfg.data}; {cfg.max_steps} "
         f"steps of {data.batch_size} rows of {tokens:.0f} tokens"

@@ -49,10 +49,10 @@ from data import TASKS, Example, load_task, refuse_overlap, talk
 from finetune import AdaptConfig, Epochs, TrainingSet, is_smoke, weights_hash, write_run
 from support.alignment import chat_model, run_stage, stage_trainer
 from support.files import write_atomically
-from support.loading import load_model
+from support.loading import load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
-from support.runs import AlreadyFinished, TrainError, read_json, run_folder
+from support.runs import AlreadyFinished, TrainError, run_folder
 from support.samples import Samples, draw
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
 from train import rows_per_step
@@ -110,8 +110,7 @@ class Verifier:
 
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
-        file = Path(folder) / "run.json"
-        run = read_json(file) if file.exists() else {}
+        run = read_run(str(folder))
         if "verification" not in run:
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
@@ -135,9 +134,9 @@ class Verifier:
         The final number is put on a line of its own, where it stands in the answers of training.
         """
         answers = [re.sub(r"\s*####\s*", "\n#### ", answer) for answer in answers]
-        return self.from_terms(problems, answers, self.terms(problems, answers, progress))
+        return self.calibrated(problems, answers, self.terms(problems, answers, progress))
 
-    def from_terms(self, problems: list[str], answers: list[str], terms: np.ndarray) -> np.ndarray:
+    def calibrated(self, problems: list[str], answers: list[str], terms: np.ndarray) -> np.ndarray:
         scores = combined(self.kind, terms, self.fitted["lambda"])
         logits = self.features(problems, terms) @ self.fitted["logistic"]
         probabilities = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
@@ -233,6 +232,8 @@ class ChannelTraining(TrainingSet):
     wrong one.
     """
 
+    options = {"keeps_best": False}  # the loss of a channel does not say how it orders answers
+
     def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: Samples):
         self.cfg = cfg
         self.model = chat_model(replace(cfg, model=cfg.start))
@@ -250,6 +251,9 @@ class ChannelTraining(TrainingSet):
         self.tokens = float(self.lengths.mean())
         self.held_out = self.solutions(held_out.examples)
         self.counts = {"answers": len(right), "gold": len(gold), "contrasted": len(contrasted)}
+        self.about = {"start_hash": weights_hash(cfg.start)}
+        if is_smoke(cfg.start):
+            self.about["smoke"] = True
 
     def row(self, problem: str, answer: str) -> Row:
         return backward_row(self.model, problem, answer.strip())
@@ -338,9 +342,9 @@ class ValueHead(nn.Module):
         """(n) values at the end of each answer."""
         found = np.zeros(len(rows))
         for index in self.text_model.batch_indices([length(row) for row in rows], progress):
-            ids, last, _ = value_rows([rows[i] for i in index], self.text_model.pad)
+            ids, inside = value_rows([rows[i] for i in index], self.text_model.pad)
             _, values = self(ids.to(self.text_model.device))
-            found[index] = values.cpu().float().gather(1, last.unsqueeze(1)).squeeze(1).double()
+            found[index] = last_value(values.cpu().float(), inside).double()
         return found
 
     def save(self, folder: Path) -> None:
@@ -357,6 +361,9 @@ class ValueHead(nn.Module):
 
 class HeadTraining(Epochs):
     """The generator with a value head, and its answers, right and wrong, `group` of them a problem."""
+
+    options = {"tokens_per_row": 1}  # the loss is a mean over rows
+    about = {}
 
     def __init__(self, cfg: VerifierConfig, _generator: TextModel, learn: Samples, held_out: Samples):
         if rows_per_step(cfg) > cfg.batch_size:
@@ -404,14 +411,20 @@ class HeadTraining(Epochs):
         return {"val_loss": loss, "auc_within": auc_within(right, logits.reshape(right.shape))["value"]}
 
 
-def value_rows(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (B, T), index of each row's last token (B), and which tokens belong to an answer (B, T)."""
+def value_rows(rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
+    """ids, and which of them belong to an answer: (B, T) each."""
     ids = pad_rows([prompt + answer for prompt, answer in rows], pad)
     inside = pad_rows([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows], 0)
-    return ids, torch.tensor([length(row) - 1 for row in rows]), inside.bool()
+    return ids, inside.bool()
 
 
-def head_loss(model: nn.Module, ids, last, inside, labels, cfg: VerifierConfig) -> tuple[Tensor, int]:
+def last_value(values: Tensor, inside: Tensor) -> Tensor:
+    """(B) the value at the last token of each answer, of values (B, T)."""
+    last = inside.cumsum(1).argmax(1, keepdim=True)
+    return values.gather(1, last).squeeze(1)
+
+
+def head_loss(model: nn.Module, ids, inside, labels, cfg: VerifierConfig) -> tuple[Tensor, int]:
     """Binary cross-entropy at every token of an answer, the language-model loss on right answers, and a
     comparison of right and wrong answers to one problem, `cfg.group` rows each: (sum, answers).
     """
@@ -421,7 +434,7 @@ def head_loss(model: nn.Module, ids, last, inside, labels, cfg: VerifierConfig) 
     each = F.binary_cross_entropy_with_logits(values, wanted, reduction="none")
     loss = ((each * inside).sum(1) / tokens).sum()
     if cfg.contrast:
-        final = values.gather(1, last.unsqueeze(1)).view(-1, cfg.group)  # (problems, group)
+        final = last_value(values, inside).view(-1, cfg.group)  # (problems, group)
         is_right = right.view(-1, cfg.group)
         pairs = is_right.unsqueeze(2) & ~is_right.unsqueeze(1)  # (problems, right, wrong)
         apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
@@ -491,15 +504,15 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
     """How well a verifier orders right and wrong answers, beside what each of its terms alone does."""
     problems, answers = samples.flat()
     terms = verifier.terms(problems, answers, "test")
-    scores, probabilities = verifier.from_terms(problems, answers, terms)
+    scores, probabilities = verifier.calibrated(problems, answers, terms)
     right = samples.right
     agreed = (probabilities > 0.5) == right.ravel()
     found = {
         "problems": len(right),
         "answers": right.size,
         "right": float(right.mean()),
-        "oracle": share(right.any(1)),
-        "accuracy": share(agreed),
+        "oracle": accuracy(right.any(1)),
+        "accuracy": accuracy(agreed),
         "calibration": calibration(right.ravel(), probabilities),
     }
     for name, overall, within in (
@@ -510,11 +523,11 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
         within = within.reshape(right.shape)
         best = right[np.arange(len(right)), within.argmax(1)]
         found[name] = {"auc": auc(right.ravel(), overall), "auc_within": auc_within(right, within)}
-        found[name]["best_of_n"] = share(best)
+        found[name]["best_of_n"] = accuracy(best)
     return found
 
 
-def share(hits: np.ndarray) -> dict:
+def accuracy(hits: np.ndarray) -> dict:
     return proportion(int(hits.sum()), len(hits))
 
 
@@ -550,7 +563,7 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     if learn.right.all() or not learn.right.any():
         raise TrainError(f"{learn.right.mean():.0%} of the answers are right: there is nothing to tell apart")
     try:
-        run = train(cfg, generator, learn, held_out, about)
+        run = train_model(cfg, generator, learn, held_out, about)
     except AlreadyFinished as finished:
         run = finished.run
         if "verification" in run:
@@ -564,20 +577,12 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     return run
 
 
-def train(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: Samples, about: dict) -> dict:
+def train_model(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: Samples, about) -> dict:
     """Trains the channel or the head; returns run.json."""
-    head = cfg.kind == "head"
-    data = (HeadTraining if head else ChannelTraining)(cfg, generator, learn, held_out)
-    about = {"verifier": cfg.kind, "data": {"train": about | data.counts}}
-    if not head:
-        about["start_hash"] = weights_hash(cfg.start)
-        if is_smoke(cfg.start):
-            about["smoke"] = True
-    trainer = stage_trainer(
-        cfg, data.model, data, data.tokens, about, loss=data.loss, evaluate=data.evaluate,
-        tokens_per_row=1 if head else max(1, round(data.tokens)),  # the head's loss is a mean over rows
-        keeps_best=head,  # the val_loss of a channel does not say how it orders answers
-    )  # fmt: skip
+    data = (HeadTraining if cfg.kind == "head" else ChannelTraining)(cfg, generator, learn, held_out)
+    about = {"verifier": cfg.kind, "data": {"train": about | data.counts}} | data.about
+    how = data.options | {"loss": data.loss, "evaluate": data.evaluate}
+    trainer = stage_trainer(cfg, data.model, data, data.tokens, about, **how)
     trainer.say(f"{trainer.folder}: {cfg.kind}, {data.counts}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 

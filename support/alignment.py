@@ -31,13 +31,16 @@ def stage_trainer(cfg: AdaptConfig, model: TextModel, data: Epochs, tokens: floa
     smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)
     cfg.max_steps = cfg.max_steps or all_steps
     parameters = sum(p.numel() for p in model.model.parameters())
+    per_parameter = 4 if cfg.lora_r else 6  # frozen weights need no gradient
     about = origin(cfg.model) | {"chat": True, "smoke": smoke} | about
     about["data"] = about["data"] | {"tokenizer": model.tokenizer.hash}
-    return FineTuner(
-        cfg, model, data.batch, tokenizer=model.tokenizer, about=about,
-        flops_per_row=(4 if cfg.lora_r else 6) * parameters * tokens,  # frozen weights need no gradient
-        epoch=lambda step: step / data.batches, **stage,
-    )  # fmt: skip
+    usual = {
+        "tokens_per_row": max(1, round(tokens)),
+        "flops_per_row": per_parameter * parameters * tokens,
+        "epoch": lambda step: step / data.batches,
+        "tokenizer": model.tokenizer,
+    }
+    return FineTuner(cfg, model, data.batch, about=about, **usual | stage)
 
 
 def train_and_merge(cfg: AdaptConfig, trainer: Trainer) -> dict:

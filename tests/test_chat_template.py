@@ -113,7 +113,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out(hub_tokenizer, tin
         conversation_ids(hub_tokenizer, LLAMA, system)
     model = load_model(tiny["gpt2"], CPU)
     model.marks, model.template = False, LLAMA
-    assert len(tokenised(model, [system, talk("Hi", "Ho")])[0]) == 1
+    assert len(tokenised(model, [system, talk("Hi", "Ho")])) == 1
     with pytest.raises(TemplateError):
         tokenised(model, [system])
 
@@ -125,7 +125,7 @@ def test_fine_tuning_sft_and_evaluation_ask_in_the_same_way(name, tiny):
     base.tokenizer.chat_template = TEMPLATES[name]
     model = TextModel(base.model, base.tokenizer, "causal", tiny["gpt2"], chat=True)
     example = Example("Anna has 3 nuts. How many?", " She has 3.")
-    [(row, _)], _ = tokenised(model, [talk(example.text, example.target)])
+    [(row, _)] = tokenised(model, [talk(example.text, example.target)])
     prompt, _ = model.prompt(TASKS["arithmetic"], example.text)
     [(tuned_prompt, tuned_answer)], _ = tokenise(model, "arithmetic", [example])
     assert (tuned_prompt, tuned_answer) == (prompt, model.reply_ids(example.target))

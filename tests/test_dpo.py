@@ -147,11 +147,11 @@ def test_training_lowers_the_loss_of_the_pairs_that_it_sees(settings, tmp_path):
 
 def test_rounds_are_runs_that_follow_each_other_and_overwriting_the_last_leaves_the_first(settings, tmp_path):
     # Enough tries that a model that is seldom right is right somewhere, in both rounds.
-    more = dict(rounds=2, max_steps=1, problems=100, eval_examples=200, n=8)
+    more = dict(rounds=2, max_steps=1, problems=50, eval_examples=60, n=8)
     dpo.dpo(settings(**more))
     first, last = (read_json(tmp_path / name / "run.json") for name in ("run/round-1", "run"))
     assert last["parent"] == str(tmp_path / "run/round-1")
-    assert last["settings"]["first_problem"] == first["settings"]["first_problem"] + 100
+    assert last["settings"]["first_problem"] == first["settings"]["first_problem"] + 50
     dpo.dpo(settings(**more, overwrite=True))
     assert (tmp_path / "run/round-1/model.safetensors").exists()
 
