@@ -35,6 +35,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -176,8 +177,10 @@ class Verifier:
 
     def file_of(self, pairs: list[tuple[str, str]]) -> Path | None:
         """Where the terms of these pairs are kept; None for a single pair and for weights in no folder."""
+        if len(pairs) == 1 or not self.name:
+            return None
         weights = [weights_hash(name) for name in (self.generator.name, self.name)]
-        if len(pairs) == 1 or not self.name or None in weights:
+        if None in weights:
             return None
         key = [weights, self.generator.context_length, self.model.context_length, pairs]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
@@ -255,19 +258,17 @@ class ChannelTraining(TrainingSet):
         if is_smoke(cfg.start):
             self.about["smoke"] = True
 
-    def row(self, problem: str, answer: str) -> Row:
-        return backward_row(self.model, problem, answer.strip())
-
     def solutions(self, examples: list[Example]) -> list[Row]:
-        return [self.row(e.text, e.target) for e in examples]
+        return [backward_row(self.model, e.text, e.target.strip()) for e in examples]
 
     def answers(self, samples: Samples) -> list[tuple[Row, list[Row]]]:
         """Every right answer, once, beside the wrong ones to its problem."""
         found = []
         for i, example in enumerate(samples.examples):
+            row = partial(backward_row, self.model, example.text)
             wrong = samples.distinct(i, right=False) if self.cfg.contrast else []
-            wrong = [self.row(example.text, answer) for answer in wrong]
-            found += [(self.row(example.text, answer), wrong) for answer in samples.distinct(i, right=True)]
+            wrong = [row(answer) for answer in wrong]
+            found += [(row(answer), wrong) for answer in samples.distinct(i, right=True)]
         return found
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:

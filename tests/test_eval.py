@@ -173,8 +173,13 @@ def test_a_second_evaluation_and_another_backend_give_the_same_results(base, com
             assert found[2][0][name][metric]["value"] == pytest.approx(value["value"], rel=1e-4), name
 
 
-def test_results_of_other_tasks_stay_and_every_answer_is_written(base, command_line):
-    command_line(base, "--tasks=sentiment", "--limit=30")
+def test_results_of_other_tasks_stay_every_answer_is_written_and_a_limit_draws_by_seed(base, command_line):
+    picked = []
+    for seed in (2, 1):
+        _, printed = command_line(base, "--tasks=sentiment", "--limit=30", f"--seed={seed}")
+        assert f"a sample of 1,000, seed {seed}" in printed
+        picked.append([a["text"] for a in answers_of(base, "sentiment-test-0-shot")])
+    assert picked[0] != picked[1]
     command_line(base, "--tasks=sentiment", "--limit=8", "--calibrate")
     command_line(base, "--tasks=dialogue", "--limit=5", "--split=validation")
     results, name = results_of(base), "sentiment test 0-shot"
@@ -186,15 +191,6 @@ def test_results_of_other_tasks_stay_and_every_answer_is_written(base, command_l
     assert len(answers) == 30 and wrong == [a for a in answers if not a["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(1 - len(wrong) / 30)
     assert all(a["kinds"] == review_kinds(a["text"]) and 0.5 <= a["sure"] <= 1 for a in answers)
-
-
-def test_a_limit_takes_items_by_seed_and_says_so(base, command_line):
-    picked = []
-    for seed in (1, 2):
-        _, printed = command_line(base, "--tasks=sentiment", "--limit=20", f"--seed={seed}")
-        assert "a sample of 1,000, seed" in printed
-        picked.append([a["text"] for a in answers_of(base, "sentiment-test-0-shot")])
-    assert picked[0] != picked[1] and len(picked[0]) == 20
 
 
 def test_a_checkpoint_of_an_adapter_is_measured_as_its_run_is(head, command_line):

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from lab.study import finished, prepare_tokens, spread, train_all, verdict
 from model import ModelConfig, ModernDecoderLM
 from support.costs import GIB, count_parameters, estimate_memory
 from support.long_context import (
-    by_position,
     endless,
     first_token_mass,
     full_attention,
@@ -131,10 +131,7 @@ def test_a_law_is_found_through_the_runs_that_it_made_and_tells_how_to_spend_mor
     assert best["loss"] == pytest.approx(loss_of(law, best["parameters"], best["tokens"]), rel=1e-3)
 
 
-def test_positions_are_grouped_by_contexts_and_liveliness_sees_loops_and_the_topic():
-    losses = torch.cat([torch.full((2, n), x) for n, x in ((16, 1.0), (16, 2.0), (31, 3.0))], dim=1)
-    found = by_position(losses, 16)
-    assert found == {k: pytest.approx(math.exp(v)) for k, v in {"0-1": 1, "1-2": 2, "2-4": 3}.items()}
+def test_liveliness_sees_loops_repetition_and_the_topic():
     dull = liveliness("the cat sat " * 40, "An elephant walked home.")
     assert dull["loops"] == 1 and dull["repeated_4"] > 0.9 and dull["distinct_2"] < 0.1 and dull["topic"] == 0
     fresh = liveliness(" ".join(f"w{i}" for i in range(100)) + " elephant", "An elephant walked.")
@@ -179,42 +176,31 @@ def test_stretched_rope_is_hugging_faces(stretch):
     torch.testing.assert_close(sin[:, 32:], angles.sin() * scale)
 
 
-def test_an_endless_stream_has_a_cache_of_constant_size_and_attention_to_sinks_is_a_share(model):
+def test_an_endless_stream_has_a_cache_of_constant_size_and_attention_to_the_first_is_a_share(model):
     found = endless(model, 200)
     assert set(found["cache_bytes"]) == {2 * 2 * 2 * 16 * 8 * 4}  # k, v; layers, heads, slots, width, bytes
-    assert len(found["tokens_per_second"]) == 10
     ids = torch.randint(0, 40, (2, 16))
     assert all(0 < share < 1 for share in first_token_mass(model, ids))
     assert first_token_mass(model, ids, first=16) == pytest.approx([1, 1])
-    sink = ModernDecoderLM(ModelConfig(**{**vars(model.config), "n_sinks": 1})).eval()
-    assert all(share < 1 for share in first_token_mass(sink, ids, first=16))
 
 
 # -----------------------------------------------------------------------------
 # experts
 
 
-def test_an_expert_that_follows_the_class_of_a_token_shares_its_bits():
-    tokenizer = Tokenizer(*train_bpe(["Anna has 12 nuts. She buys 3 more."] * 50, 280, SPECIAL_TOKENS,
-                                     split_digits=True), SPECIAL_TOKENS)  # fmt: skip
+def test_an_expert_that_follows_the_class_of_a_token_shares_its_bits(monkeypatch):
+    text = "Anna has 12 nuts. She buys 3 more."
+    tokenizer = Tokenizer(*train_bpe([text] * 50, 280, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS)
     classes = {" 7": "digit", ".": "punctuation", " Anna": "capitalised", "nuts": "word", "\n": "other"}
     assert {piece: token_class(piece) for piece in classes} == classes
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, context_length=16, n_layers=1, d_model=8, n_heads=2,
-                         ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)  # fmt: skip
-    model = ModernDecoderLM(config).eval()
-    ids = torch.tensor([tokenizer.encode("7 7 7 7 . . . .")])
-    digit, dot = (tokenizer.encode(text)[-1] for text in (" 7", " ."))
-    gate = model.model["layers"][0].mlp.gate.weight.data
-    seen = []
-    hook = model.model["layers"][0].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0][0]))
-    model(ids)
-    hook.remove()
-    means = [seen[0][ids[0] == token].mean(0) for token in (digit, dot)]
-    gate.copy_(torch.stack([means[0] - means[1], means[1] - means[0]]))  # one expert for each class
-    (layer,) = experts_by_class(model, ids, tokenizer)
-    assert layer["bits"] > 0.5
-    gate.zero_()  # all go to one expert
+    small = dict(vocab_size=tokenizer.vocab_size, context_length=16, n_layers=1, d_model=8, n_heads=2)
+    model = ModernDecoderLM(ModelConfig(**small, ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)).eval()
+    ids = torch.tensor([tokenizer.encode("7777....")])
+    model.model["layers"][0].mlp.gate.weight.data.zero_()  # all go to one expert
     assert experts_by_class(model, ids, tokenizer)[0]["bits"] == pytest.approx(0)
+    choices = torch.eye(2)[(ids[0] == ids[0, 0]).long()]  # an expert for each class
+    monkeypatch.setattr(families, "F", SimpleNamespace(linear=lambda x, gate: choices))
+    assert experts_by_class(model, ids, tokenizer)[0]["bits"] == pytest.approx(1)
 
 
 # -----------------------------------------------------------------------------
