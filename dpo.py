@@ -216,10 +216,11 @@ def make_pairs(model: TextModel, cfg: DPOConfig) -> tuple[list[Pair], list[Pair]
         pairs, counts = from_collection(model, cfg, "train")
         val_pairs, val_counts = from_collection(model, cfg, "validation")
         source = counts
-    if not pairs or not (cfg.is_control or counts["pairs"]):
-        raise TrainError(f"there is no pair to learn from: {counts}")
-    if not val_pairs:
-        raise TrainError(f"there is no validation pair: {val_counts}; raise --eval_examples or --n")
+    if not pairs or not val_pairs or not (cfg.is_control or counts["pairs"]):
+        raise TrainError(
+            f"there is no pair to learn from or none to validate on, of {counts} and {val_counts}: raise "
+            "--problems, --eval_examples or --n"
+        )
     if not cfg.is_control and not cfg.nll:
         pairs = [pair for pair in pairs if pair.rejected is not None]  # the others would teach nothing
     return pairs, val_pairs, problems, {"train": source, "pairs": counts, "validation": val_counts}

@@ -78,9 +78,7 @@ def mixture(text: str) -> list[tuple[str, int, float]]:
     """
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, count, weight = re.fullmatch(r"(?s)(.+?)(?:@(-?\d+))?(?::(\d*\.?\d+))?", part).groups()
-        if count and int(count) < 0:
-            raise TrainError(f"--data={text}: the number after @ must be 0 (all) or more")
+        name, count, weight = re.fullmatch(r"(?s)(.+?)(?:@(\d+))?(?::(\d*\.?\d+))?", part).groups()
         found.append((name, int(count or 0), float(weight or 0)))
     weights = [weight for _, _, weight in found]
     if not found or (any(weights) and not all(weights)):

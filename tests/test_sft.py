@@ -127,7 +127,7 @@ def test_texts_of_a_corpus_are_learnt_as_in_pretraining(settings):
     ("arithmetic:3,alpaca:1", [("arithmetic", 0, 3.0), ("alpaca", 0, 1.0)]),
     ("arithmetic@2000, my/chats.jsonl", [("arithmetic", 2000, 0.0), ("my/chats.jsonl", 0, 0.0)]),
     ("a@5:0.5,b\n.jsonl:2", [("a", 5, 0.5), ("b\n.jsonl", 0, 2.0)]),
-    ("", None), ("a:1,b", None), ("a:0,b:2", None), ("a@-1", None),
+    ("", None), ("a:1,b", None), ("a:0,b:2", None),
 ])  # fmt: skip
 def test_mixtures_are_read_or_refused(text, found):
     if found:
@@ -188,6 +188,7 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r, kill
 @pytest.mark.parametrize("more, why", [
     (dict(lora_r=0, load_in_4bit=True), "lora_r"), (dict(lora_r=0, merge=True), "lora_r"),
     (dict(context_length=5), "no conversation"), (dict(data="sst3"), "neither a file nor a collection"),
+    (dict(data="arithmetic@-1"), "neither a file nor a collection"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused(settings, more, why):
     with pytest.raises((TrainError, DataError), match=why):
