@@ -182,13 +182,11 @@ def log_probs(model: TextModel, pairs: list[Pair], whole: bool, mean: bool = Fal
     Before the first step the model is the reference: `train_round` calls this then and keeps the result.
     """
     found = np.zeros((len(pairs), 2), np.float32)
-    training = model.model.training
     model.model.eval()
     for index in model.batch_indices([pair.length for pair in pairs], "log-probabilities"):
         tensors = collate_pairs([pairs[i] for i in index], model.pad, whole)
         chosen, rejected, _ = compare(model.model, *(t.to(model.device) for t in tensors), mean=mean)
         found[index] = torch.stack([chosen, rejected], dim=1).cpu().numpy()
-    model.model.train(training)
     return found
 
 
@@ -287,7 +285,7 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
     compared_reference = torch.from_numpy(compared())  # (n, 2), of what the loss compares
     reference = log_probs(model, pairs, whole=True)  # (n, 2), of whole answers
 
-    def evaluate(net: nn.Module, final: bool) -> dict:
+    def evaluate(_net, final: bool) -> dict:
         """The loss of training; margins of whole answers in nats times beta, and how many are above 0."""
         now = log_probs(model, pairs, whole=True)
         lost = (reference - now)[:, 0].mean() / tokens.mean()
@@ -312,7 +310,6 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
             file = Path(cfg.out) / cfg.name / "violations.jsonl"
             write_pairs(file, [pairs[i] for i in wrong], margin=margins[wrong].tolist())
         if final and problems:
-            net.eval()
             outputs, _ = answer_task(model, cfg.data, problems)
             found["exact_match"] = judge(cfg.data, problems, outputs)[1]["exact_match"]["value"]
         return found

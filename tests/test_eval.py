@@ -240,14 +240,18 @@ def test_models_are_compared_on_the_items_that_both_answered():
 
 
 def test_items_that_stand_in_the_training_text_of_a_run_and_its_parents_are_found(
-    base, head, tuned, tmp_path
+    base, head, tuned, tmp_path, monkeypatch
 ):
+    examples = load_task("sentiment", "test")[0]
     items = ["The quick brown fox jumps over the lazy dog.", "a b c d", "one two three four five six"]
     texts = ["", "... The QUICK, brown fox jumps over the... One two three; four five."]
     found = contamination(items, texts, 5)
     assert (found["items"], found["checked"], found["too_short"]) == (2, 2, 1)
     assert found["share"] == pytest.approx((3 + 1) / (5 + 2))
     assert contamination(items, ["quick brown fox the lazy dog"], 5)["items"] == 0
+    monkeypatch.setattr(support.contamination, "documents", lambda name, split: [examples[0].text])
+    entry = evaluate(load_model(base, CPU), "sentiment", 0, EvalConfig(contamination=4)).entry
+    assert entry["contamination"]["items"] and entry["contamination"]["sources"] == ["corpus storyworld"]
     stories = ("corpus", "storyworld")
     assert trained_on(base) == [stories] and trained_on("gpt2") == []
     assert trained_on(head) == [("task", "sentiment"), stories]
@@ -256,14 +260,6 @@ def test_items_that_stand_in_the_training_text_of_a_run_and_its_parents_are_foun
     data = {"arithmetic": {}, "storyworld": {}, "tokenizer": "x"}
     (tmp_path / "run.json").write_text(json.dumps(record | {"data": data}))
     assert trained_on(str(tmp_path)) == [("task", "arithmetic"), stories, stories]
-
-
-def test_an_entry_says_how_contaminated_its_items_are(base, monkeypatch):
-    text = load_task("sentiment", "test")[0][0].text
-    monkeypatch.setattr(support.contamination, "documents", lambda name, split: [text])
-    result = evaluate(load_model(base, CPU), "sentiment", 0, EvalConfig(contamination=4))
-    found = result.entry["contamination"]
-    assert found["items"] >= 1 and found["sources"] == ["corpus storyworld"]
 
 
 # -----------------------------------------------------------------------------
@@ -390,23 +386,18 @@ def test_many_processes_give_the_same_in_the_same_order(tiny):
     torch.set_num_threads(2)
     try:
         assert os.getpid() not in set(on_all_cores(lambda _: os.getpid(), list(range(8)), CPU))
-        with pytest.raises(ZeroDivisionError):
-            list(on_all_cores(lambda x: 1 // (5 - x), list(range(9)), CPU))
         assert model.generate(prompts, 5, "", n=4, temperature=1.0, seed=1) == alone
     finally:
         torch.set_num_threads(1)
 
 
-def test_a_calculator_forces_its_tokens_in_ragged_rows(tiny):
-    """Rows whose first forced tokens open an annotation must go on with its result, each row its own."""
+def test_a_calculator_gives_the_tokens_of_a_result(tiny):
     model = load_model(tiny["base"], CPU)
     encode = model.tokenizer.encode
-    assert model.calculator(0, encode("nothing")) == model.calculator(0, encode("<<3*(=")) == []
-    openings = [encode("<<3*4="), encode("a <<7*8="), encode("no")]
-
-    def force(row: int, new: list[int]) -> list[int]:
-        return openings[row] if not new else model.calculator(row, new)
-
-    new = model.model.generate([[1, 2], [3] * 9, [4]], 24, temperature=0, force=force)
-    for ids, beginning in zip(new, ("<<3*4=12>>", "a <<7*8=56>>", "no"), strict=True):
-        assert model.tokenizer.decode(ids).startswith(beginning)
+    for text, forced in (
+        ("<<3*4=", "12>>"),
+        ("words before <<12+30=", "42>>"),
+        ("nothing", ""),
+        ("<<3*(=", ""),
+    ):
+        assert model.calculator(0, encode(text)) == encode(forced)

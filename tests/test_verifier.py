@@ -33,13 +33,11 @@ def trained(tuned, tiny, tmp_path_factory):
 
     def make(kind: str) -> str:
         if kind not in made:
-            cfg = VerifierConfig(name=f"verifier-{kind}", kind=kind, model=tuned, start=tiny["base"])
-            cfg.out, cfg.device, cfg.dtype = str(tmp_path_factory.mktemp("verifier")), "cpu", "float32"
-            cfg.max_steps, cfg.batch_size, cfg.eval_every, cfg.learning_rate = 20, 16, 10, 3e-3
-            cfg.problems, cfg.n, cfg.held_n, cfg.gold = 60, 4, 6, 100
-            cfg.validation_problems = cfg.test_problems = 20
-            script.train_verifier(cfg)
-            made[kind] = f"{cfg.out}/{cfg.name}"
+            small = dict(device="cpu", dtype="float32", max_steps=20, batch_size=16, eval_every=10)
+            small |= dict(problems=60, n=4, held_n=6, gold=100, validation_problems=20, test_problems=20)
+            small |= dict(model=tuned, start=tiny["base"], kind=kind, learning_rate=3e-3)
+            made[kind] = str(tmp_path_factory.mktemp("out") / kind)
+            script.train_verifier(VerifierConfig(name=kind, out=str(Path(made[kind]).parent), **small))
         return made[kind]
 
     return make
