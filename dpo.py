@@ -28,8 +28,8 @@ from support.terminal import run_script
 
 import hashlib
 import json
-import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,15 +41,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, judge, load_preferences, load_task, refuse_overlap, talk
-from finetune import TrainingSet, is_smoke, rows_per_step, subsample
+from data import TASKS, Example, judge, load_task, refuse_overlap, talk
+from finetune import AdaptConfig, TrainingSet, subsample
 from model import ModernDecoderLM
-from sft import AdaptConfig, aligned_model, parents, train_and_merge, trainer_for
-from support.chat_template import TemplateError
-from support.files import write_jsonl
+from support.alignment import best_evaluation, chat_model, run_stage, stage_trainer, train_and_merge
+from support.pairs import Pair, from_collection, write_answers, write_pairs
 from support.runs import AlreadyFinished, TrainError, run_folder
 from support.samples import draw
 from support.text_model import TextModel, answer_task, pad_rows
+from train import rows_per_step
 
 
 @dataclass
@@ -71,7 +71,6 @@ class DPOConfig(AdaptConfig):
     n: int = 8  # answers a problem
     temperature: float = 0.8  # of the answers
     seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
-    pairs: int = 1  # largest number of pairs from one problem
     max_train_examples: int = 0  # pairs of a data set at most, drawn from all of it by seed; 0: all
     eval_examples: int = 300  # validation problems, or pairs
     collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never
@@ -88,47 +87,22 @@ class DPOConfig(AdaptConfig):
         return 1.0 if self.is_control else self.nll
 
 
-@dataclass
-class Pair:
-    """Ids of a prompt, a better and a worse answer; without a worse one only the better is learnt.
-
-    `messages` and `texts` are the same as text, for the files that others read: the conversation before the
-    answers, and the better and (if there is one) the worse answer.
-    """
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int] | None = None
-    messages: tuple[dict, ...] = ()
-    texts: tuple[str, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected or ()))
-
-    def first_difference(self) -> int:
-        """Index in the answers of the first token that differs; both end in an end token, so there is one."""
-        return next(i for i, (a, b) in enumerate(zip(self.chosen, self.rejected, strict=False)) if a != b)
-
-
 # -----------------------------------------------------------------------------
 # The loss
 
 
-def preference_loss(
-    chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float, method: str = "dpo",
-    label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
+def preference_loss(cfg: DPOConfig, chosen: Tensor, rejected: Tensor, reference: Tensor) -> Tensor:
     """(B) losses of pairs from log-probabilities (B) under the policy, and (B, 2) under the reference.
 
     DPO is equation 7 of Rafailov et al. (2023), ln 2 where policy and reference agree; label smoothing makes
     it cDPO (Mitchell, 2023); IPO is equation 17 of Azar et al. (2023): a margin of 1 / (2 beta), no more.
     """
     margin = (chosen - rejected) - (reference[:, 0] - reference[:, 1])
-    if method == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2
-    right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong
+    if cfg.method == "ipo":
+        return (margin - 1 / (2 * cfg.beta)) ** 2
+    right = F.logsigmoid(cfg.beta * margin)
+    wrong = F.logsigmoid(-cfg.beta * margin)
+    return -(1 - cfg.label_smoothing) * right - cfg.label_smoothing * wrong
 
 
 def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Tensor]:
@@ -147,7 +121,7 @@ def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Ten
     return found
 
 
-def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, ...]:
     """ids and targets (B, T) of prompts and chosen answers; then what the loss compares them with.
 
     `whole`: ids and targets (B, T') of prompts and rejected answers. Else no ids (B, 0), and as targets
@@ -155,7 +129,7 @@ def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, Ten
     over a row that has no rejected answer.
     """
 
-    def rows(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def rows(answers):
         ids = [(pair.prompt + answer)[:-1] for pair, answer in zip(pairs, answers, strict=True)]
         targets = [[-100] * (len(pair.prompt) - 1) + a for pair, a in zip(pairs, answers, strict=True)]
         return pad_rows(ids, pad), pad_rows(targets, -100)
@@ -171,39 +145,34 @@ def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, Ten
     return ids, targets, ids[:, :0], differing
 
 
-def compare(
-    model: nn.Module, ids: Tensor, targets: Tensor, rejected_ids: Tensor, rejected_targets: Tensor,
-    mean: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def compare(model: nn.Module, ids, targets, rejected_ids, rejected_targets, mean=False) -> tuple[Tensor, ...]:
     """The batch of `collate_pairs` -> (B) log p(chosen), (B) log p(rejected), and (B) the mean log p of a
     token of the chosen answer. `mean`: of whole answers the means over tokens and not the sums.
     """
     n_chosen, n_rejected = ((t != -100).sum(1).clamp(min=1) for t in (targets, rejected_targets))
-    if not rejected_ids.shape[1]:  # one token of each, after what both share
-        tokens, rejected = token_log_probs(model, ids, targets, rejected_targets)
+    if rejected_ids.shape[1]:
+        chosen = token_log_probs(model, ids, targets)[0].sum(1)
+        rejected = token_log_probs(model, rejected_ids, rejected_targets)[0].sum(1)
+        of_a_token = chosen / n_chosen
+        if mean:
+            chosen, rejected = of_a_token, rejected / n_rejected
+    else:  # one token of each, after what both share
+        tokens, differing = token_log_probs(model, ids, targets, rejected_targets)
         chosen = (tokens * (rejected_targets != -100)).sum(1)
-        return chosen, rejected.sum(1), tokens.sum(1) / n_chosen
-    chosen = token_log_probs(model, ids, targets)[0].sum(1)
-    rejected = token_log_probs(model, rejected_ids, rejected_targets)[0].sum(1)
-    mean_chosen = chosen / n_chosen
-    return (mean_chosen, rejected / n_rejected, mean_chosen) if mean else (chosen, rejected, mean_chosen)
+        rejected = differing.sum(1)
+        of_a_token = tokens.sum(1) / n_chosen
+    return chosen, rejected, of_a_token
 
 
-def dpo_loss(
-    cfg: DPOConfig, model: nn.Module, ids: Tensor, targets: Tensor, rejected_ids: Tensor,
-    rejected_targets: Tensor, reference: Tensor,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """(sum of losses, number of pairs) of a batch of `collate_pairs`; reference (B, 2) log-probabilities."""
-    chosen, rejected, token = compare(
-        model, ids, targets, rejected_ids, rejected_targets, mean=cfg.mean_log_probs
-    )
-    loss = -cfg.nll_weight * token
+def dpo_loss(cfg: DPOConfig, model: nn.Module, *batch: Tensor) -> tuple[Tensor, int]:
+    """(sum of losses, number of pairs) of a batch of `PairSet`."""
+    *tensors, reference = batch
+    chosen, rejected, of_a_token = compare(model, *tensors, mean=cfg.mean_log_probs)
+    loss = -cfg.nll_weight * of_a_token
     if not cfg.is_control:
-        paired = (rejected_targets != -100).any(1)
-        loss = loss + paired * preference_loss(
-            chosen, rejected, reference, cfg.beta, cfg.method, cfg.label_smoothing
-        )
-    return loss.sum(), len(ids)
+        paired = (tensors[3] != -100).any(1)
+        loss = loss + paired * preference_loss(cfg, chosen, rejected, reference)
+    return loss.sum(), len(loss)
 
 
 @torch.no_grad()
@@ -212,13 +181,12 @@ def log_probs(model: TextModel, pairs: list[Pair], whole: bool, mean: bool = Fal
 
     Before the first step the model is the reference: `train_round` calls this then and keeps the result.
     """
-    found, training = np.zeros((len(pairs), 2), np.float32), model.model.training
+    found = np.zeros((len(pairs), 2), np.float32)
     model.model.eval()
     for index in model.batch_indices([pair.length for pair in pairs], "log-probabilities"):
         tensors = collate_pairs([pairs[i] for i in index], model.pad, whole)
         chosen, rejected, _ = compare(model.model, *(t.to(model.device) for t in tensors), mean=mean)
         found[index] = torch.stack([chosen, rejected], dim=1).cpu().numpy()
-    model.model.train(training)
     return found
 
 
@@ -228,37 +196,37 @@ def log_probs(model: TextModel, pairs: list[Pair], whole: bool, mean: bool = Fal
 
 def make_pairs(model: TextModel, cfg: DPOConfig) -> tuple[list[Pair], list[Pair], list[Example], dict]:
     """Training pairs, validation pairs, validation problems (on policy), and the sources for run.json."""
-    held = []
+    problems = []
     if task := TASKS.get(cfg.data):
         if task.metric != "exact_match":
             raise TrainError(
                 f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
             )
-        problems, source = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
-        held = subsample(load_task(cfg.data, "validation")[0], cfg.eval_examples, 0)
+        train, source = load_task(cfg.data, "train", first=cfg.first_problem, count=cfg.problems)
+        problems = subsample(load_task(cfg.data, "validation")[0], cfg.eval_examples, 0)
         test, _ = load_task(cfg.data, "test")
-        refuse_overlap((e.text for e in problems), (e.text for e in test), cfg.data)
+        refuse_overlap((e.text for e in train), (e.text for e in test), cfg.data)
         model.model.eval()
-        pairs, counts = on_policy(model, cfg, "train", problems)
-        val_pairs, val_counts = on_policy(model, cfg, "validation", held)
+        pairs, counts = on_policy(model, cfg, "train", train)
+        val_pairs, val_counts = on_policy(model, cfg, "validation", problems)
         val_pairs = [pair for pair in val_pairs if pair.rejected is not None]
     else:
-        pairs, source = from_collection(model, cfg, "train")
+        pairs, counts = from_collection(model, cfg, "train")
         val_pairs, val_counts = from_collection(model, cfg, "validation")
-        counts = source
-    if not pairs or not (cfg.is_control or counts["pairs"]):
-        raise TrainError(f"there is no pair to learn from: {counts}")
-    if not val_pairs:
-        raise TrainError(f"there is no validation pair: {val_counts}; raise --eval_examples or --n")
+        source = counts
+    if not pairs or not val_pairs or not (cfg.is_control or counts["pairs"]):
+        raise TrainError(
+            f"there is no pair to learn from or none to validate on, of {counts} and {val_counts}: raise "
+            "--problems, --eval_examples or --n"
+        )
     if not cfg.is_control and not cfg.nll:
         pairs = [pair for pair in pairs if pair.rejected is not None]  # the others would teach nothing
-    return pairs, val_pairs, held, {"train": source, "pairs": counts, "validation": val_counts}
+    return pairs, val_pairs, problems, {"train": source, "pairs": counts, "validation": val_counts}
 
 
-def on_policy(
-    model: TextModel, cfg: DPOConfig, split: str, examples: list[Example]
-) -> tuple[list[Pair], dict]:
-    """Pairs from the model's own answers, and what there was: problems, pairs, only right, only wrong.
+def on_policy(model: TextModel, cfg: DPOConfig, split: str, examples: list[Example]):
+    """A pair for each problem that the model solves in one of its answers, and what there was: problems,
+    right answers, pairs, problems with only right or only wrong answers.
 
     Controls train on answers alone: rft on right ones of the model, sft on the true solutions of the same
     problems. Their validation pairs are DPO's.
@@ -266,197 +234,118 @@ def on_policy(
     method = cfg.method if split == "train" else "dpo"
     rng = np.random.default_rng([cfg.seed, split == "train"])
     samples = draw(model, cfg.data, split, examples, cfg.n, cfg.temperature, cfg.seed_samples)
-    pairs, counts = [], {"problems": len(examples), "right": int(samples.right.sum())}
-    counts |= {"pairs": 0, "only_right": 0, "only_wrong": 0, "too_long": 0}
-    for i, example in enumerate(examples):
+    solved = samples.right.any(1)
+    pairs = []
+    for i in np.flatnonzero(solved):
+        example = examples[i]
         right, wrong = samples.distinct(i, right=True), samples.distinct(i, right=False)
-        if not right:
-            counts["only_wrong"] += 1
-            continue
-        counts["only_right"] += not wrong
         if method == "sft":
             right = [example.target.strip()]
         right, wrong = ([some[j] for j in rng.permutation(len(some))] for some in (right, wrong))
-        if method in ("rft", "sft"):
-            wrong = []
+        texts = (right[0],) if method in ("rft", "sft") else (right[0], *wrong[:1])
         prompt, _ = model.prompt(TASKS[cfg.data], example.text)
-        for j in range(max(1, min(cfg.pairs, len(wrong)))):
-            texts = (right[j % len(right)], *wrong[j : j + 1])
-            pair = Pair(prompt, *map(model.reply_ids, texts), messages=tuple(talk(example.text)), texts=texts)
-            if pair.length > model.context_length or pair.chosen == pair.rejected:
-                counts["too_long"] += 1
-                continue
-            counts["pairs"] += pair.rejected is not None
-            pairs.append(pair)
-    return pairs, counts
-
-
-def from_collection(model: TextModel, cfg: DPOConfig, split: str) -> tuple[list[Pair], dict]:
-    """Pairs of a data set; a conversation that is too long loses its first turns, or is left out. So is one
-    that the model's chat template refuses, unless it refuses all.
-    """
-    preferences, about = load_preferences(cfg.data, split)
-    most = cfg.max_train_examples if split == "train" else cfg.eval_examples
-    pairs, left_out, refused = [], 0, None
-    for preference in subsample(preferences, most, cfg.seed):
-        messages, texts = preference.messages, (preference.chosen, preference.rejected)
-        chosen, rejected = map(model.reply_ids, texts)
-        room = model.context_length - max(len(chosen), len(rejected))
-        try:
-            prompt = model.conversation(messages)[0]
-            while len(prompt) > room and (shorter := without_first_exchange(messages)):
-                messages = shorter
-                prompt = model.conversation(messages)[0]
-        except TemplateError as error:  # a system turn, say, which the model's template does not know
-            left_out, refused = left_out + 1, error
-            continue
-        if len(prompt) > room or chosen == rejected:
-            left_out += 1
-        elif cfg.is_control and split == "train":
-            pairs.append(Pair(prompt, chosen, None, tuple(messages), texts[:1]))
-        else:
-            pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
-    if refused and not pairs:
-        raise refused
-    return pairs, {"pairs": len(pairs), "too_long": left_out, **about}
-
-
-def without_first_exchange(messages: list[dict]) -> list[dict]:
-    """A conversation from the user's second turn on, behind its system turn; [] if there is no second."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    return system + messages[asked[1] :] if len(asked) > 1 else []
-
-
-def fingerprint(pairs: list[Pair]) -> str:
-    return hashlib.sha256(json.dumps([[p.prompt, p.chosen, p.rejected] for p in pairs]).encode()).hexdigest()
-
-
-def turn(answer: str) -> list[dict]:
-    return [{"role": "assistant", "content": answer}]
-
-
-def write_pairs(file: Path, pairs: list[Pair], **columns: list) -> None:
-    """Pairs as JSON lines of messages, which `--data=FILE` and TRL's DPOTrainer read."""
-    rows = []
-    for i, pair in enumerate(pairs):
-        if pair.rejected is not None:
-            chosen, rejected = map(turn, pair.texts)
-            row = {"prompt": list(pair.messages), "chosen": chosen, "rejected": rejected}
-            rows.append(row | {name: values[i] for name, values in columns.items()})
-    write_jsonl(file, rows)
-
-
-def write_answers(file: Path, pairs: list[Pair]) -> None:
-    """Answers without a worse one, in the form of TRL's SFTTrainer, because its DPOTrainer fails on these."""
-    alone = [pair for pair in pairs if pair.rejected is None]
-    file.unlink(missing_ok=True)
-    if alone:
-        write_jsonl(file, [{"prompt": list(p.messages), "completion": turn(p.texts[0])} for p in alone])
+        ids = [model.reply_ids(text) for text in texts]
+        pairs.append(Pair(prompt, *ids, messages=tuple(talk(example.text)), texts=texts))
+    kept = [pair for pair in pairs if pair.length <= model.context_length and pair.chosen != pair.rejected]
+    return kept, {
+        "problems": len(examples),
+        "right": int(samples.right.sum()),
+        "pairs": sum(pair.rejected is not None for pair in kept),
+        "only_right": int(samples.right.all(1).sum()),
+        "only_wrong": int((~solved).sum()),
+        "too_long": len(pairs) - len(kept),
+    }
 
 
 # -----------------------------------------------------------------------------
 # Training
 
 
-class Validation:
-    """Held-out pairs and problems, and the log-probabilities of the pairs under the reference."""
+class PairSet(TrainingSet):
+    """Training pairs in batches of similar lengths; `reference` (n, 2) holds their log-probabilities under
+    the reference model, of whole answers or of the first tokens that differ.
+    """
 
-    def __init__(self, cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: list[Example]):
-        self.cfg, self.model, self.pairs, self.problems = cfg, model, pairs, problems
-        self.tokens = np.array([len(pair.chosen) for pair in pairs])
-        self.reference = log_probs(model, pairs, whole=True)  # (n, 2), of whole answers
-        self.compared_reference = self.compared()  # (n, 2), of what the loss compares
+    def __init__(self, pairs: list[Pair], reference: np.ndarray, whole: bool, batch: int, seed: int, pad):
+        self.pairs, self.reference, self.whole = pairs, reference, whole
+        super().__init__([(p.prompt, p.chosen) for p in pairs], batch, seed, "causal", pad)
 
-    def compared(self) -> np.ndarray:
-        return log_probs(self.model, self.pairs, not self.cfg.first_difference, self.cfg.mean_log_probs)
+    def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        index = self.members(step, first, count)
+        tensors = collate_pairs([self.pairs[i] for i in index], self.pad, self.whole)
+        return *tensors, torch.from_numpy(self.reference[index])
 
-    def evaluate(self, core: nn.Module, final: bool) -> dict:
+
+def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: list[Example]) -> Callable:
+    """The Trainer's evaluation on held-out pairs and problems. No step was taken yet, so the model is still
+    the reference, whose log-probabilities are kept.
+    """
+    tokens = np.array([len(pair.chosen) for pair in pairs])
+    compared = partial(log_probs, model, pairs, not cfg.first_difference, cfg.mean_log_probs)
+    compared_reference = torch.from_numpy(compared())  # (n, 2), of what the loss compares
+    reference = log_probs(model, pairs, whole=True)  # (n, 2), of whole answers
+
+    def evaluate(_net, final: bool) -> dict:
         """The loss of training; margins of whole answers in nats times beta, and how many are above 0."""
-        cfg, now = self.cfg, log_probs(self.model, self.pairs, whole=True)
-        lost = (self.reference[:, 0] - now[:, 0]).mean() / self.tokens.mean()
+        now = log_probs(model, pairs, whole=True)
+        lost = (reference - now)[:, 0].mean() / tokens.mean()
         if cfg.collapse and lost > cfg.collapse:
             raise TrainError(
                 f"the chosen answers lost {lost:.2f} nats a token: the model unlearns both sides of the "
                 "pairs. Lower --learning_rate, or raise --nll"
             )
-        losses = -cfg.nll_weight * torch.from_numpy(now[:, 0] / self.tokens)
+        losses = -cfg.nll_weight * torch.from_numpy(now[:, 0] / tokens)
         if not cfg.is_control:
-            chosen, rejected = torch.from_numpy(self.compared()).T
-            reference = torch.from_numpy(self.compared_reference)
-            losses += preference_loss(chosen, rejected, reference, cfg.beta, cfg.method, cfg.label_smoothing)
-        margins = cfg.beta * ((now - self.reference) @ [1, -1])
-        found = {"val_loss": losses.mean(), "reward_margin": margins.mean()}
-        found |= {"reward_accuracy": (margins > 0).mean()}
-        found |= {"chosen": now[:, 0].mean(), "rejected": now[:, 1].mean()}
-        if final:
-            self.write_violations(margins)
-        if final and self.problems:
-            core.eval()
-            _, metrics = judge(cfg.data, self.problems, answer_task(self.model, cfg.data, self.problems)[0])
-            found["exact_match"] = metrics["exact_match"]["value"]
+            losses += preference_loss(cfg, *torch.from_numpy(compared()).T, compared_reference)
+        margins = cfg.beta * ((now - reference) @ [1, -1])
+        found = {
+            "val_loss": losses.mean(),
+            "reward_margin": margins.mean(),
+            "reward_accuracy": (margins > 0).mean(),
+            "chosen": now[:, 0].mean(),
+            "rejected": now[:, 1].mean(),
+        }
+        if final and int(os.environ.get("RANK", 0)) == 0:
+            wrong = [i for i in margins.argsort(kind="stable") if margins[i] <= 0]  # the worst first
+            file = Path(cfg.out) / cfg.name / "violations.jsonl"
+            write_pairs(file, [pairs[i] for i in wrong], margin=margins[wrong].tolist())
+        if final and problems:
+            outputs, _ = answer_task(model, cfg.data, problems)
+            found["exact_match"] = judge(cfg.data, problems, outputs)[1]["exact_match"]["value"]
         return found
 
-    def write_violations(self, margins: np.ndarray) -> None:
-        """Pairs that training moved the wrong way, the worst first."""
-        order = [i for i in margins.argsort(kind="stable") if margins[i] <= 0]
-        pairs, margin = [self.pairs[i] for i in order], margins[order].tolist()
-        if int(os.environ.get("RANK", 0)) == 0:
-            write_pairs(Path(self.cfg.out) / self.cfg.name / "violations.jsonl", pairs, margin=margin)
+    return evaluate
 
 
 def train_round(cfg: DPOConfig) -> dict:
     """Makes pairs with the model of cfg.model, trains it on them, and returns run.json."""
-    folder, model = run_folder(cfg), aligned_model(cfg)
+    folder = run_folder(cfg)
+    model = chat_model(cfg)
     pairs, val_pairs, problems, sources = make_pairs(model, cfg)
     whole = not (cfg.first_difference or cfg.is_control)
     reference = np.zeros((len(pairs), 2), np.float32)
     if not cfg.is_control:  # no step was taken, so the model is still the reference
         reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
-    validation = Validation(cfg, model, val_pairs, problems)
-    batch_size = rows_per_step(cfg)
-    order = TrainingSet([(p.prompt, p.chosen) for p in pairs], batch_size, cfg.seed, "causal", model.pad)
-
-    def batch(step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        index = order.members(step, first, count)
-        tensors = collate_pairs([pairs[i] for i in index], model.pad, whole)
-        return *tensors, torch.from_numpy(reference[index])
+    evaluate = validation(cfg, model, val_pairs, problems)
+    data = PairSet(pairs, reference, whole, rows_per_step(cfg), cfg.seed, model.pad)
+    ids = json.dumps([[p.prompt, p.chosen, p.rejected] for p in pairs])
+    about = {"data": sources, "pairs_hash": hashlib.sha256(ids.encode()).hexdigest()}
 
     def write_files() -> None:
         write_pairs(folder / "pairs.jsonl", pairs)
         write_answers(folder / "answers.jsonl", pairs)
 
-    all_steps = math.ceil(order.batches * cfg.epochs)
-    smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)
-    cfg.max_steps = cfg.max_steps or all_steps
-    lengths = length_bias(pairs)
-    tokens = float(np.mean([pair.length for pair in pairs]))
-    parameters = sum(p.numel() for p in model.model.parameters())
-    about = parents(cfg, model, **sources, lengths=lengths) | {
-        "smoke": smoke,
-        "pairs_hash": fingerprint(pairs),
-    }
-    trainer = trainer_for(
-        cfg, model, batch, loss=partial(dpo_loss, cfg), evaluate=validation.evaluate,
-        flops_per_row=6 * parameters * tokens * (1 + whole), tokens_per_row=1,
-        epoch=lambda step: step / order.batches, about=about, on_begin=write_files,
+    tokens = float(np.mean([pair.length for pair in pairs])) * (1 + whole)  # whole: both answers are read
+    trainer = stage_trainer(
+        cfg, model, data, tokens, about, loss=partial(dpo_loss, cfg), evaluate=evaluate,
+        tokens_per_row=1, on_begin=write_files,
     )  # fmt: skip
     both = sources["pairs"]["pairs"]
     trainer.say(
-        f"{trainer.folder}: {cfg.model}, {cfg.method} on {both:,} pairs, {lengths['chosen_longer']:.0%} "
-        f"of the chosen longer, {len(pairs) - both:,} answers alone; {cfg.max_steps} steps of {batch_size}"
+        f"{trainer.folder}: {cfg.model}, {cfg.method} on {both:,} pairs and {len(pairs) - both:,} answers "
+        f"alone; {cfg.max_steps} steps of {data.batch_size}"
     )
-    if left_out := sources["train"].get("left_out"):
-        trainer.say(f"{cfg.data}: {left_out:,} rows that are no pair of answers were left out")
     return train_and_merge(cfg, trainer)
-
-
-def length_bias(pairs: list[Pair]) -> dict[str, float]:
-    """Mean tokens of the answers of a pair, and how often the chosen one is the longer one."""
-    both = [(len(pair.chosen), len(pair.rejected)) for pair in pairs if pair.rejected is not None]
-    chosen, rejected = np.array(both or [(0, 0)]).T
-    means = {"chosen": float(chosen.mean()), "rejected": float(rejected.mean())}
-    return means | {"chosen_longer": float((chosen > rejected).mean())}
 
 
 def dpo(cfg: DPOConfig) -> dict:
@@ -478,15 +367,7 @@ def dpo(cfg: DPOConfig) -> dict:
 
 
 def main() -> None:
-    cfg = parse_config(DPOConfig, __doc__)
-    try:
-        run = dpo(cfg)
-        found = ", ".join(f"{k} {v:.4g}" for k, v in run["results"]["best"].items())
-        print(f"{Path(cfg.out) / cfg.name}: {run['seconds'] / 60:.1f} min; {found}")
-    except AlreadyFinished:
-        print(f"{Path(cfg.out) / cfg.name} is finished: --overwrite trains it anew, --name trains another")
-    except (ValueError, OSError, DataError) as error:
-        raise SystemExit(f"dpo.py: {error}") from None
+    run_stage(dpo, parse_config(DPOConfig, __doc__), best_evaluation)
 
 
 if __name__ == "__main__":

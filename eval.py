@@ -66,7 +66,6 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -96,15 +95,14 @@ from support.evaluations import Result, compare, describe, results_folder, write
 from support.loading import load_model, read_run
 from support.long_context import show_streams
 from support.machine import pick_device, pick_dtype
-from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at, perplexity, proportion
+from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at, perplexity
 from support.pipeline import follow_instructions, write_pipeline
-from support.results import read_json
 from support.runs import TrainError
 from support.samples import draw
 from support.text_model import TextModel, answer_task
 from tasks.calculator import calculates
 from tasks.mistakes import KINDS, kinds_of
-from verifier import Verifier, vote_weights
+from verifier import Verifier, accuracy, vote_weights
 
 
 @dataclass
@@ -177,19 +175,17 @@ def evaluate_text(
     loss["n"] = tokens = int(counts.sum())
     n_bytes = sum(len(text.encode()) for text in texts)
     n_words = sum(len(text.split()) + text.count("\n") for text in texts)  # WikiText counts a line's end
-    metrics = {
-        "loss": loss,
-        "perplexity": converted(loss, perplexity, 1),
-        "bits_per_byte": converted(loss, bits_per_byte, n_bytes / tokens),
-        "word_perplexity": converted(loss, perplexity, n_words / tokens),
+    units = {
+        "perplexity": (perplexity, 1),
+        "bits_per_byte": (bits_per_byte, n_bytes / tokens),
+        "word_perplexity": (perplexity, n_words / tokens),
     }
+    metrics = {"loss": loss}
+    for name, (convert, per_token) in units.items():
+        converted = {end: convert(loss[end], per_token) for end in ("value", "low", "high")}
+        metrics[name] = converted | {"n": tokens}
     notes = {"stride": stride, "documents_alone": alone, "documents_in_windows": len(texts) - alone}
     return {"metrics": metrics, **notes}
-
-
-def converted(loss: dict, unit: Callable, per_token: float) -> dict:
-    """A loss in nats a token and its interval as perplexity, or bits, a unit of which a token has so many."""
-    return {name: x if name == "n" else unit(x, per_token) for name, x in loss.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -240,24 +236,28 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
     return Result(entry | found | {"seconds": round(time.perf_counter() - begun, 2)}, records)
 
 
-def evaluate_task(
-    model: TextModel, name: str, examples: list[Example], shots: int, cfg: EvalConfig
-) -> tuple[dict, list[dict]]:
+def evaluate_task(model: TextModel, name: str, examples: list[Example], shots: int, cfg: EvalConfig):
     """{"metrics", ...} and a record of each answer."""
     if model.kind == "head" and shots:
         raise TrainError("a classification head takes no examples")
     shown = few_shot(name, shots, cfg.seed)
     outputs, found = answer_task(model, name, examples, shown, cfg.calibrate, progress=f"{model.name} {name}")
-    probabilities = found.pop("sure", None)  # of the class that was chosen
-    records, found["metrics"] = judge(name, examples, outputs)
-    for i, record in enumerate(records):
-        record["kinds"] = kinds_of(TASKS[name].metric, record)
-        if probabilities:
-            record["sure"] = round(probabilities[i], 3)
+    probabilities = found.pop("sure", ())  # of the class that was chosen
+    records, found["metrics"] = judge_with_kinds(name, examples, outputs)
+    for record, probability in zip(records, probabilities, strict=False):
+        record["sure"] = round(probability, 3)
     if TASKS[name].labels:
         most_frequent = max(Counter(example.label for example in examples).values())
         found |= {"calibrated": cfg.calibrate, "majority_class": most_frequent / len(examples)}
     return found, records
+
+
+def judge_with_kinds(name: str, examples: list[Example], outputs: list) -> tuple[list[dict], dict]:
+    """`data.judge`, and in each record the kinds of its mistakes."""
+    records, metrics = judge(name, examples, outputs)
+    for record in records:
+        record["kinds"] = kinds_of(TASKS[name].metric, record)
+    return records, metrics
 
 
 # -----------------------------------------------------------------------------
@@ -287,10 +287,6 @@ def budgets(n: int) -> list[int]:
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
-def accuracy(hits: np.ndarray) -> dict:
-    return proportion(int(hits.sum()), len(hits))
-
-
 def sample_until_sure(probabilities: np.ndarray, right: np.ndarray, threshold: float) -> dict:
     """Samples (P, n) are drawn until the probability of one reaches the threshold; else the best is taken."""
     reached = probabilities >= threshold
@@ -307,40 +303,40 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     The first k samples are what a budget of k would have drawn, so all curves share their samples and all
     differences are paired. Only `pass`, the oracle, looks at the true answer.
     """
-    begun, n = time.perf_counter(), cfg.samples
+    begun = time.perf_counter()
     examples, entry = load_items(name, cfg)
     draw_from = partial(draw, model, name, entry["split"], examples)
-    samples = draw_from(n, cfg.temperature, cfg.seed)
-    seconds = time.perf_counter() - begun
+    samples = draw_from(cfg.samples, cfg.temperature, cfg.seed)
     greedy, calculator = (draw_from(1, 0.0, cfg.seed, calculator=tool) for tool in (False, True))
-    right, calculated = samples.right, [[calculates(answer) for answer in row] for row in samples.answers]
-    ways = {"majority": (vote, np.ones(right.shape)), "calculator vote": (vote, np.array(calculated, float))}
-    majority = vote(samples.numbers, np.ones(right.shape))
-    records, _ = judge(name, examples, [row[0] for row in greedy.answers])
-    for i, record in enumerate(records):
-        record["kinds"] = kinds_of(TASKS[name].metric, record)
-        record["right_samples"] = int(right[i].sum())
-        record["majority"] = str(samples.numbers[i, majority[i]]) or None
+    right = samples.right
+    calculated = np.array([[calculates(answer) for answer in row] for row in samples.answers], float)
+    ways = {"majority": (vote, np.ones(right.shape)), "calculator vote": (vote, calculated)}
+    records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
     gating = {}
     for verifier in verifiers:
-        label, judged = Path(verifier.name).name, verifier.judge(*samples.flat(), f"{verifier.name} judges")
-        scores, probabilities = (values.reshape(right.shape) for values in judged)
+        label = Path(verifier.name).name
+        scored = verifier.score_all(*samples.flat(), f"{verifier.name} judges")
+        scores, probabilities = (values.reshape(right.shape) for values in scored)
         ways[f"{label}, best"] = best, scores
-        ways[f"{label}, vote"] = vote, vote_weights(scores, verifier.combine["sharpness"])
+        ways[f"{label}, vote"] = vote, vote_weights(scores, verifier.fitted["sharpness"])
         gating[label] = [sample_until_sure(probabilities, right, threshold) for threshold in THRESHOLDS]
         for i, j in enumerate(scores.argmax(1)):
             records[i] |= {label: samples.answers[i][j], f"{label} correct": bool(right[i, j])}
             records[i][f"{label} sure"] = round(float(probabilities[i, j]), 4)
     hits = {}  # {way: {budget: (P) whether the chosen answer is right}}
     for way, (rule, weights) in ways.items():
-        chosen = {k: rule(samples.numbers[:, :k], weights[:, :k]) for k in budgets(n)}
+        chosen = {k: rule(samples.numbers[:, :k], weights[:, :k]) for k in budgets(cfg.samples)}
         hits[way] = {k: right[np.arange(len(right)), index] for k, index in chosen.items()}
     errors = Counter(kind for record in records for kind in record["kinds"])
-    entry |= {"samples": n, "temperature": cfg.temperature, "gating": gating}
     entry |= figures(hits, right, greedy.right[:, 0], calculator.right[:, 0])
-    entry["verifiers"] = {Path(verifier.name).name: verifier.name for verifier in verifiers}
-    entry["errors"] = {kind: errors[kind] for kind in KINDS if errors[kind]}
-    entry |= {"sampling_seconds": round(seconds, 2), "seconds": round(time.perf_counter() - begun, 2)}
+    entry |= {
+        "samples": cfg.samples,
+        "temperature": cfg.temperature,
+        "gating": gating,
+        "verifiers": {Path(verifier.name).name: verifier.name for verifier in verifiers},
+        "errors": {kind: errors[kind] for kind in KINDS if errors[kind]},
+        "seconds": round(time.perf_counter() - begun, 2),
+    }
     return Result(entry, records)
 
 
@@ -355,11 +351,12 @@ def figures(hits: dict, right: np.ndarray, greedy: np.ndarray, calculator: np.nd
     for k in budgets(n):
         mean = float(np.mean([pass_at(k, n, int(correct)) for correct in right.sum(1)]))
         curves["pass"][k] = {"value": mean, "n": len(right)}
-    differences, last = {}, {way: by_budget[n] for way, by_budget in hits.items()}
-    for way, chosen in {**last, "greedy, calculator": calculator}.items():
+    differences = {}
+    final = {way: by_budget[n] for way, by_budget in hits.items()} | {"greedy, calculator": calculator}
+    for way, chosen in final.items():
         differences[f"{way} - greedy"] = paired_bootstrap(chosen, greedy)
         if way != "majority":
-            differences[f"{way} - majority"] = paired_bootstrap(chosen, last["majority"])
+            differences[f"{way} - majority"] = paired_bootstrap(chosen, final["majority"])
     return {"metrics": metrics, "curves": curves, "differences": differences}
 
 
@@ -374,7 +371,7 @@ def read_words(argv: list[str]) -> list[str]:
 
 
 def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
-    """Tasks and shots, before anything is loaded."""
+    """Tasks and shots; a ConfigError where a name or number cannot be."""
     if not re.fullmatch(r"\d+(,\d+)*", cfg.shots):
         raise ConfigError(f"--shots={cfg.shots} must be whole numbers, joined by commas: 0,4")
     for task in cfg.tasks.split(","):
@@ -385,25 +382,26 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     return cfg.tasks.split(","), [int(shots) for shots in cfg.shots.split(",")]
 
 
-def evaluate_model(
-    name: str, tasks: list[str], shots: list[int], cfg: EvalConfig, device: torch.device, dtype: torch.dtype
-) -> list[Result]:
+def evaluate_model(name: str, cfg: EvalConfig, device: torch.device, dtype: torch.dtype) -> list[Result]:
     """One model on all tasks; results are printed and written as they come."""
     model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
-    model.dtype, folder, results = dtype, results_folder(name, cfg.out), []
+    model.dtype = dtype
+    run = read_run(name)
     half = dtype != torch.float32 and not (model.kind == "seq2seq" and dtype == torch.float16)  # T5 overflows
     size = sum(p.numel() for p in model.model.parameters()) / 1e6
-    smoke = "; SMOKE RUN, no result" * bool(read_json(Path(name) / "run.json").get("smoke"))
+    smoke = "; SMOKE RUN, no result" * bool(run.get("smoke"))
     print(f"{name}: {size:.1f}M parameters, {model.kind}{smoke}")
+    results = []
 
     def keep(result: Result) -> None:
         results.append(result)
         print(f"  {result.name}: {describe(result.entry)}", flush=True)
-        write_results(folder, results, cfg.dtype, device)
+        write_results(results_folder(name, cfg.out), results, cfg.dtype, device)
 
+    tasks, shots = checked(cfg)
     for task in tasks:
         sampled = cfg.samples and task in TASKS and TASKS[task].metric == "exact_match"
-        if sampled and (model.chat or read_run(name).get("settings", {}).get("task")):
+        if sampled and (model.chat or run.get("settings", {}).get("task")):
             paths = filter(None, cfg.verifier.split(","))
             verifiers = [Verifier.load(path, cfg.device, model) for path in paths]
             keep(evaluate_samples(model, task, cfg, verifiers))
@@ -422,39 +420,36 @@ def evaluate_model(
     return results
 
 
-def show_heads_or_streams(
-    name: str, tasks: list[str], cfg: EvalConfig, device: torch.device, dtype: torch.dtype
-) -> None:
-    print(f"{name}:")
-    if cfg.attention:
-        model = load_for_attention(name, device, cfg.backend, cfg.context_length, dtype)
-        show_attention(model, results_folder(name, cfg.out), cfg.seed, cfg.text, cfg.layer, cfg.head)
-    if cfg.streams:
-        model = load_model(name, device, "ours", cfg.context_length)
-        show_streams(model, results_folder(name, cfg.out), tasks, cfg.split or "test", cfg.limit or 4)
+def evaluate_all(cfg: EvalConfig) -> None:
+    """All models, their differences, and the table of all; or their heads, or texts beyond their contexts."""
+    tasks, _ = checked(cfg)  # before anything is loaded
+    device = pick_device(cfg.device)
+    on_cpu = (cfg.dtype, device.type) == ("auto", "cpu")
+    dtype = torch.float32 if on_cpu else pick_dtype(cfg.dtype, device)
+    results, answers = {}, {}
+    for name in cfg.models.split(","):
+        if cfg.attention:
+            model = load_for_attention(name, device, cfg.backend, cfg.context_length, dtype)
+            show_attention(model, results_folder(name, cfg.out), cfg.seed, cfg.text, cfg.layer, cfg.head)
+        if cfg.streams:
+            model = load_model(name, device, "ours", cfg.context_length)
+            show_streams(model, results_folder(name, cfg.out), tasks, cfg.split or "test", cfg.limit or 4)
+        if not (cfg.attention or cfg.streams):
+            results[name] = evaluate_model(name, cfg, device, dtype)
+    for line in compare(results):
+        print(line)
+    for name in results if cfg.battery else ():
+        model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
+        if model.kind == "causal":
+            answers[name] = follow_instructions(model, cfg.battery)
+    if results and (cfg.samples or cfg.battery):
+        write_pipeline(Path(cfg.out) / "pipeline.json", results, answers, cfg.samples)
 
 
 def main() -> None:
     cfg = parse_config(EvalConfig, __doc__, read_words(sys.argv[1:]))
     try:
-        tasks, shots = checked(cfg)
-        device = pick_device(cfg.device)
-        on_cpu = (cfg.dtype, device.type) == ("auto", "cpu")
-        dtype = torch.float32 if on_cpu else pick_dtype(cfg.dtype, device)
-        results, answers = {}, {}
-        for name in cfg.models.split(","):
-            if cfg.attention or cfg.streams:
-                show_heads_or_streams(name, tasks, cfg, device, dtype)
-            else:
-                results[name] = evaluate_model(name, tasks, shots, cfg, device, dtype)
-        for line in compare(results):
-            print(line)
-        for name in results if cfg.battery else ():
-            model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
-            if model.kind == "causal":
-                answers[name] = follow_instructions(model, cfg.battery)
-        if results and (cfg.samples or cfg.battery):
-            write_pipeline(Path(cfg.out) / "pipeline.json", results, answers, cfg.samples)
+        evaluate_all(cfg)
     except (ValueError, OSError, DataError) as error:
         raise SystemExit(f"eval.py: {error}") from None
 

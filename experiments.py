@@ -13,15 +13,14 @@ the seeds' differences (Student's t) excludes 0.
 
 Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `race`, how
 soon all that helps is where a plain GPT ends; `streams`, what becomes of a text longer than the context, with
-and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, what they predict for larger
-ones, and one more run to see whether that comes true; `shapes`, what larger models and batches cost;
+and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, what they predict for a larger
+one, and one more run to see whether that comes true; `shapes`, what larger models and batches cost;
 `transfer`, a task learnt from nothing, by a pretrained model, or given in a prompt. Everything goes to
-out/experiments/CORPUS/experiments.json, and a table to the terminal.
+out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 """
 
 from support.terminal import run_script
 
-import json
 import os
 import time
 
@@ -39,7 +38,7 @@ from lab.study import (
     settings_of,
     train_all,
 )
-from support.files import write_atomically
+from support.files import write_json
 from support.machine import git_commit, hardware, pick_device, versions
 
 FAMILIES = {
@@ -63,10 +62,12 @@ MEASURES = {  # what a family measures beside the loss: f(cfg, runs, names)
 
 def chosen(only: str) -> dict[str, list[str]]:
     """The families, or what --only leaves of them."""
-    wanted = {word for word in only.split(",") if word} or {*FAMILIES}
-    known = {*FAMILIES}.union(*FAMILIES.values())
-    if unknown := wanted - known:
-        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+    if not only:
+        return FAMILIES
+    wanted = set(filter(None, only.split(",")))
+    known = [*FAMILIES, *names_of(FAMILIES)]
+    if unknown := wanted.difference(known):
+        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
     families = {}
     for family, names in FAMILIES.items():
         some = names if family in wanted else [name for name in names if name in wanted]
@@ -99,33 +100,21 @@ def plan(cfg: ExperimentConfig) -> list[Run]:
 def measure(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     """{family: what it measures beside the loss}; {} without a baseline."""
     found = {}
-    if not by_seed(runs, "baseline"):
-        return found
-    for family, names in chosen(cfg.only).items():
+    families = chosen(cfg.only) if by_seed(runs, "baseline") else {}
+    for family, names in families.items():
         if family in MEASURES and (result := MEASURES[family](cfg, runs, names)):
             found[family] = result
     return found
 
 
-def table(experiments: dict) -> list[str]:
-    lines = [
-        "",
-        "| experiment | bits/byte | minus baseline [95 %] | tokens/s | GiB | verdict |",
-        "|---" * 6 + "|",
-    ]
-    for name, e in experiments.items():
-        if "bits_per_byte" not in e:
-            lines.append(f"| {name} | failed: {next(iter(e['failed'].values()), 'not run')} | | | | |")
-            continue
-        d = e.get("difference", {})
-        gap = ""
-        if d:
-            gap = f"{d['mean']:+.4f}" + (f" [{d['low']:+.4f}, {d['high']:+.4f}]" if "low" in d else "")
-        bits, speed, gib = (
-            e[key]["mean"] for key in ("bits_per_byte", "tokens_per_second", "peak_memory_gib")
-        )
-        lines.append(f"| {name} | {bits:.4f} | {gap} | {speed:,.0f} | {gib:.2f} | {e.get('verdict', '')} |")
-    return lines
+def line(name: str, e: dict) -> str:
+    """One experiment for the terminal."""
+    if "bits_per_byte" not in e:
+        return f"{name:16} failed: {next(iter(e['failed'].values()), 'not run')}"
+    d = e.get("difference", {})
+    gap = " ".join(f"{key} {d[key]:+.4f}" for key in ("mean", "low", "high") if key in d)
+    speed = f"{e['tokens_per_second']['mean']:,.0f} tokens/s"
+    return f"{name:16} {e['bits_per_byte']['mean']:.4f} bits/byte, {speed}; {gap} {e.get('verdict', '')}"
 
 
 def experiment(cfg: ExperimentConfig) -> dict:
@@ -152,8 +141,10 @@ def experiment(cfg: ExperimentConfig) -> dict:
         "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip
     file = cfg.home / "experiments.json"
-    write_atomically(file, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
-    print("\n".join(table(found["experiments"])))
+    write_json(file, found)
+    print("\nbits/byte, and minus the baseline's with its 95 % interval:")
+    for name, entry in found["experiments"].items():
+        print(line(name, entry))
     print(f"\n{file}: {found['seconds'] / 60:.1f} min" + "; QUICK RUN, no findings" * cfg.quick)
     return found
 
@@ -161,11 +152,12 @@ def experiment(cfg: ExperimentConfig) -> dict:
 def main() -> None:
     cfg = parse_config(ExperimentConfig, __doc__)
     try:
-        if failed := experiment(cfg)["failed"]:
-            lines = [f"  {folder}: {why}" for folder, why in failed.items()]
-            raise ConfigError("\n".join(["these runs failed, their output is in FOLDER.log:", *lines]))
+        failed = experiment(cfg)["failed"]
     except (ValueError, OSError) as error:
         raise SystemExit(f"experiments.py: {error}") from None
+    if failed:
+        lines = [f"  {folder}: {why}" for folder, why in failed.items()]
+        raise SystemExit("\n".join(["these runs failed, their output is in FOLDER.log:", *lines]))
 
 
 if __name__ == "__main__":

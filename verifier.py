@@ -1,63 +1,69 @@
-"""Stage 6: a verifier. It says how likely an answer to a problem is right, without knowing the right one.
+"""Stage 6: a verifier. It estimates how likely an answer to a problem is right, without the ground truth.
 
     python verifier.py configs/verifier.py                            # minutes on a laptop
     python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
-    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k --solutions=FILE.jsonl
-    python verifier.py --verifier=out/verifier --problem="Anna has 3 nuts. She buys 4 more nuts. How many nuts
-        does she have now?" --answer="She has <<3+4=7>>7 nuts. #### 7"
+    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
-A `channel` is an ordinary language model that reads an answer and predicts the problem, left to right. The
-score of an answer is log p(answer | problem) + lambda log p(problem | answer), the noisy channel of machine
-translation. The first term, the generator's, checks the calculation. The second, the channel's, checks that
-the answer is about this problem: a sentence that the answer ignores is hard to predict from it. The channel
-learns from true solutions, from the generator's right answers (or those of --answers_of another model, such
-as the generator before DPO), and from wrong ones, which have to score less (--contrast). A `head` (Cobbe et
-al., 2021) is the generator with a linear layer that predicts at every token of an answer whether it will be
-right: it learns one bit an answer, a channel learns from every word of the problem.
+The generator is the chat model whose answers are scored. There are two kinds of verifier:
 
-lambda is chosen, and scores become probabilities (Platt, 1999), on answers to the validation split; the test
-split is looked at once, at the end. It reads a generator and writes a run folder out/NAME; run.json says how
-well it verifies, beside the generator's own log-probability and the channel alone. The log-probabilities of
-judged answers are kept in judged/.
+channel     A language model trained backwards: it reads an answer and predicts the problem. The score of an
+            answer is that of the noisy channel in machine translation,
+
+                log p(answer | problem)  +  lambda log p(problem | answer)
+                      generator                     channel
+
+            The generator checks the calculation. The channel checks that the answer is about this problem: a
+            sentence that the answer ignores is hard to predict from it. The channel learns from true
+            solutions, from right answers of the generator (or of --answers_of another model, such as the
+            generator before DPO), and from wrong ones, which have to score less (--contrast).
+head        The generator with a linear layer that predicts at every token of an answer whether it will be
+            right (Cobbe et al., 2021). It learns one bit an answer, a channel learns from every word of the
+            problem.
+
+Calibration: lambda is chosen, and a logistic regression turns scores into probabilities (Platt, 1999), on
+answers to the validation split. The test split is looked at once, at the end.
+
+It reads a generator and writes a run folder out/NAME; run.json says how well it verifies, beside the
+generator's own log-probability and the channel alone. judged/ keeps the log-probabilities of judged answers.
 """
 
 from support.terminal import run_script
 
 import hashlib
 import json
-import math
 import re
-import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, load_task, read_rows, refuse_overlap, talk
-from finetune import TrainingSet, is_smoke, rows_per_step, weights_hash, write_run
-from model import ModernDecoderLM
-from sft import AdaptConfig, aligned_model, parents, trainer_for
+from data import TASKS, Example, load_task, refuse_overlap, talk
+from finetune import AdaptConfig, Epochs, TrainingSet, is_smoke, weights_hash, write_run
+from support.alignment import chat_model, run_stage, stage_trainer
 from support.files import write_atomically
-from support.loading import load_model
+from support.loading import load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
-from support.runs import AlreadyFinished, TrainError, read_json, run_folder
+from support.runs import AlreadyFinished, TrainError, run_folder
 from support.samples import Samples, draw
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
+from train import rows_per_step
 
 Row = tuple[list[int], list[int]]  # ids of what is read, ids of what is predicted
 
 
 @dataclass
 class VerifierConfig(AdaptConfig):
-    """Whose answers are judged, and by what."""
+    """Whose answers are scored, and by what."""
 
     name: str = "verifier"  # the run's folder is {out}/{name}
     model: str = "out/dpo"  # the generator
@@ -67,7 +73,6 @@ class VerifierConfig(AdaptConfig):
     gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
     problems: int = 4000  # problems that the generator answers, to learn from
     first_problem: int = 12_000  # of the train split: behind those that SFT and DPO have seen
-    solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     answers_of: str = ""  # whose answers it learns from; default: the generator's
     n: int = 8  # answers a problem, to learn from
     held_n: int = 8  # answers to each problem that it is fitted and reported on
@@ -78,15 +83,10 @@ class VerifierConfig(AdaptConfig):
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
     contrast: float = 1.0  # weight of the comparison of right and wrong answers to one problem
-    repeats: int = (
-        0  # channel: above 0: only right answers to problems that also got wrong ones, so often; 0: all, once
-    )
+    repeats: int = 0  # channel: above 0: only right answers beside wrong ones, each so often; 0: all, once
     group: int = 4  # head: answers to one problem that are seen together
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
-    verifier: str = ""  # judge with this one, and stop
-    problem: str = ""  # of which --verifier judges
-    answer: str = ""  # this answer
 
 
 # -----------------------------------------------------------------------------
@@ -95,13 +95,13 @@ class VerifierConfig(AdaptConfig):
 
 @dataclass
 class Verifier:
-    """A trained verifier, ready to judge answers."""
+    """A trained verifier, ready to score answers."""
 
     kind: str
     generator: TextModel
-    core: "TextModel | ValueHead"  # the channel, or the generator's twin with a value head
-    combine: dict  # fitted on validation: lambda, the sharpness of a vote, the coefficients of a probability
-    name: str = ""  # the run folder in whose judged/ log-likelihoods are kept; "": they are not
+    model: "TextModel | ValueHead"  # the channel, or a copy of the generator with a value head
+    fitted: dict  # on validation, see `fit`: "lambda", "sharpness" of a vote, "logistic" coefficients
+    name: str = ""  # the run folder in whose judged/ log-probabilities are kept; "": they are not
 
     @classmethod
     def load(
@@ -111,8 +111,7 @@ class Verifier:
 
         Raises TrainError if that does not fit, or if its own generator has been trained anew since.
         """
-        record = Path(folder) / "run.json"
-        run = read_json(record) if record.exists() else {}
+        run = read_run(str(folder))
         if "verification" not in run:
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
@@ -123,82 +122,82 @@ class Verifier:
                 )
         if run["data"]["tokenizer"] != generator.tokenizer.hash:
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
-        core = load_core(run["verifier"], str(folder), device)
-        return cls(run["verifier"], generator, core, run["combine"], str(folder) if keep else "")
+        model = load_trained(run["verifier"], folder, device)
+        return cls(run["verifier"], generator, model, run["combine"], str(folder) if keep else "")
 
     def score(self, problem: str, answer: str) -> float:
         """The probability, 0 to 1, that the answer is right."""
-        return float(self.judge([problem], [answer])[1][0])
+        return float(self.score_all([problem], [answer])[1][0])
 
-    def judge(
-        self, problems: list[str], answers: list[str], progress: str = ""
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(n) scores, which rank answers to one problem, and (n) probabilities that the answers are right.
+    def score_all(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
+        """(2, n): scores, which rank answers to one problem; and probabilities that the answers are right.
 
         The final number is put on a line of its own, where it stands in the answers of training.
         """
         answers = [re.sub(r"\s*####\s*", "\n#### ", answer) for answer in answers]
-        return self.verdict(problems, answers, self.parts(problems, answers, progress))
+        return self.calibrated(problems, answers, self.terms(problems, answers, progress))
 
-    def verdict(
-        self, problems: list[str], answers: list[str], parts: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`judge`, from `parts` that are known."""
-        score = combined(self.kind, parts, self.combine["lambda"])
-        logit = self.evidence(problems, parts) @ self.combine["logistic"]
-        probability = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
+    def calibrated(self, problems: list[str], answers: list[str], terms: np.ndarray) -> np.ndarray:
+        scores = combined(self.kind, terms, self.fitted["lambda"])
+        logits = self.features(problems, terms) @ self.fitted["logistic"]
+        probabilities = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
         empty = np.array([not answer.strip() for answer in answers])
-        return np.where(empty, -1e9, score), np.where(empty, 0.0, probability)
+        return np.where(empty, [[-1e9], [0.0]], [scores, probabilities])
 
-    def evidence(self, problems: list[str], parts: np.ndarray) -> np.ndarray:
-        """(n, 4) what a probability depends on: the two columns of `parts`, 1, and the problem's tokens.
+    def features(self, problems: list[str], terms: np.ndarray) -> np.ndarray:
+        """(n, 4) what a probability depends on: both terms, 1, and the problem's tokens.
 
-        Each log-likelihood has a weight of its own: their sum ranks the answers to one problem, but between
-        problems it differs most by their lengths.
+        Each term has a weight of its own: their sum ranks the answers to one problem, but between problems it
+        differs most by their lengths.
         """
         lengths = [len(self.generator.encode(problem)) for problem in problems]
-        return np.stack([*parts.T, np.ones(len(parts)), lengths], axis=1)
+        return np.stack([*terms.T, np.ones(len(terms)), lengths], axis=1)
 
-    def parts(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
+    def terms(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
         """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
-        answer), or the head's logit. Kept on disk, by weights and texts.
+        answer), or the head's logit. The same answer is read once; many are kept on disk.
         """
         pairs = list(zip(problems, answers, strict=True))
-        index = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}  # the same answer is judged once
-        file = self.kept(list(index)) if len(index) > 1 else None
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        file = self.file_of(list(place))
         if file and file.exists():
-            return np.fromfile(file).reshape(-1, 2)[[index[pair] for pair in pairs]]
-        forward = [forward_row(self.generator, *pair) for pair in index]
-        rows = forward if self.kind == "head" else [backward_row(self.core, *pair) for pair in index]
-        added = self.core.log_likelihoods(rows, progress)
-        parts = np.stack([self.generator.log_likelihoods(forward, progress), added], axis=1)
-        if file:
-            file.parent.mkdir(exist_ok=True)
-            write_atomically(file, parts.tofile)
-        return parts[[index[pair] for pair in pairs]]
+            terms = np.fromfile(file).reshape(-1, 2)
+        else:
+            forward = [forward_row(self.generator, *pair) for pair in place]
+            if self.kind == "head":
+                added = self.model.logits(forward, progress)
+            else:
+                backward = [backward_row(self.model, *pair) for pair in place]
+                added = self.model.log_likelihoods(backward, progress)
+            terms = np.stack([self.generator.log_likelihoods(forward, progress), added], axis=1)
+            if file:
+                file.parent.mkdir(exist_ok=True)
+                write_atomically(file, terms.tofile)
+        return terms[[place[pair] for pair in pairs]]
 
-    def kept(self, pairs: list[tuple[str, str]]) -> Path | None:
-        """Where the parts of these pairs are kept; None if nowhere, as for weights that are in no folder."""
-        weights = [weights_hash(name) for name in (self.generator.name, self.name) if name]
-        if len(weights) < 2 or None in weights:
+    def file_of(self, pairs: list[tuple[str, str]]) -> Path | None:
+        """Where the terms of these pairs are kept; None for a single pair and for weights in no folder."""
+        if len(pairs) == 1 or not self.name:
             return None
-        key = [weights, self.generator.context_length, self.core.context_length, pairs]
+        weights = [weights_hash(name) for name in (self.generator.name, self.name)]
+        if None in weights:
+            return None
+        key = [weights, self.generator.context_length, self.model.context_length, pairs]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         return Path(self.name) / "judged" / f"{digest}.float64"
 
 
-def load_core(kind: str, folder: str, device: str) -> "TextModel | ValueHead":
-    model = load_model(folder, pick_device(device))
-    if kind == "channel":
-        return model
-    head = ValueHead(model)
-    head.read_value(Path(folder))
-    return head
+def load_trained(kind: str, folder: str | Path, device: str) -> "TextModel | ValueHead":
+    model = load_model(str(folder), pick_device(device))
+    if kind == "head":
+        model = ValueHead(model)
+        model.read_value(Path(folder))
+    return model
 
 
-def combined(kind: str, parts: np.ndarray, weight: float) -> np.ndarray:
+def combined(kind: str, terms: np.ndarray, weight: float) -> np.ndarray:
     """(n) scores: log p(answer | problem) + lambda log p(problem | answer); of a head its logit."""
-    return parts[:, 1] if kind == "head" else parts[:, 0] + weight * parts[:, 1]
+    return terms[:, 1] if kind == "head" else terms[:, 0] + weight * terms[:, 1]
 
 
 def forward_row(model: TextModel, problem: str, answer: str) -> Row:
@@ -223,21 +222,24 @@ def backward_row(model: TextModel, problem: str, answer: str) -> Row:
 
 
 # -----------------------------------------------------------------------------
-# The channel
+# The channel: a language model learns to predict problems from answers
 
 
-class Channel:
-    """Trains a language model to predict problems from answers.
+class ChannelTraining(TrainingSet):
+    """The channel, and what it learns from: true solutions and the generator's right answers.
 
-    It learns from true solutions and from the generator's right answers. Where the generator also gave wrong
-    answers to the problem, one of them is drawn at each step, and the problem has to be likelier after the
-    right answer (`channel_loss`): a language model that reads only right answers never learns that "sells 4
-    stamps" does not fit 4 nuts that were sold. Two thirds of the right answers have no wrong one beside them;
-    `repeats` uses only the others, so often, each time beside another wrong one.
+    Where the generator also gave wrong answers to the problem, one of them is drawn at each step, and the
+    problem has to be likelier after the right answer (`channel_loss`): a language model that reads only right
+    answers never learns that "sells 4 stamps" does not fit 4 nuts that were sold. Two thirds of the right
+    answers have no wrong one beside them; `repeats` uses only the others, so often, each time beside another
+    wrong one.
     """
 
-    def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples):
-        self.cfg, self.model = cfg, aligned_model(replace(cfg, model=cfg.start))
+    options = {"keeps_best": False}  # the loss of a channel does not say how it orders answers
+
+    def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: Samples):
+        self.cfg = cfg
+        self.model = chat_model(replace(cfg, model=cfg.start))
         if self.model.tokenizer.hash != generator.tokenizer.hash:
             raise TrainError(
                 f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family"
@@ -245,58 +247,53 @@ class Channel:
         gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
         answers = self.answers(learn)
         contrasted = [answer for answer in answers if answer[1]]
-        used = contrasted * cfg.repeats or answers
-        self.rows = [(self.row(e.text, e.target), []) for e in gold] + used  # (right, [wrong, ...])
-        right = [row for row, _ in self.rows]
-        self.val_rows = [self.row(e.text, e.target) for e in held.examples if e.target]
-        self.val_rows = self.val_rows or [row for row, _ in self.answers(held)]
-        batch = rows_per_step(cfg)
-        self.order = TrainingSet(right, batch, cfg.seed, "causal", self.model.pad)
-        self.batches, self.tokens = self.order.batches, float(self.order.lengths.mean())
-        self.data = {"answers": len(right), "gold": len(gold)}
-        self.summary = (
-            f"a channel from {cfg.start}, on {len(gold):,} true solutions and {len(used):,} right answers, "
-            f"{len(contrasted):,} of them beside wrong ones, such as {self.model.decode(sum(right[0], []))!r}"
-        )
+        solutions = [(row, []) for row in self.solutions(gold)]
+        self.examples = solutions + (contrasted * cfg.repeats or answers)  # (right, [wrong, ...])
+        right = [row for row, _ in self.examples]
+        super().__init__(right, rows_per_step(cfg), cfg.seed, "causal", self.model.pad)
+        self.tokens = float(self.lengths.mean())
+        self.held_out = self.solutions(held_out.examples)
+        self.counts = {"answers": len(right), "gold": len(gold), "contrasted": len(contrasted)}
+        self.about = {"start_hash": weights_hash(cfg.start)}
+        if is_smoke(cfg.start):
+            self.about["smoke"] = True
 
-    def row(self, problem: str, answer: str) -> Row:
-        return backward_row(self.model, problem, answer.strip())
+    def solutions(self, examples: list[Example]) -> list[Row]:
+        return [backward_row(self.model, e.text, e.target.strip()) for e in examples]
 
     def answers(self, samples: Samples) -> list[tuple[Row, list[Row]]]:
         """Every right answer, once, beside the wrong ones to its problem."""
         found = []
         for i, example in enumerate(samples.examples):
+            row = partial(backward_row, self.model, example.text)
             wrong = samples.distinct(i, right=False) if self.cfg.contrast else []
-            wrong = [self.row(example.text, answer) for answer in wrong]
-            found += [(self.row(example.text, answer), wrong) for answer in samples.distinct(i, right=True)]
+            wrong = [row(answer) for answer in wrong]
+            found += [(row(answer), wrong) for answer in samples.distinct(i, right=True)]
         return found
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
         """`collate` of right answers, then of wrong ones; and (wrong ones) the row of the right answer."""
-        rng, rows, drawn = np.random.default_rng([self.cfg.seed, step, 0]), [], []
-        for at, i in enumerate(self.order.members(step, 0, first + count)):
-            right, wrong = self.rows[i]
-            chosen = wrong[rng.integers(len(wrong))] if wrong else None  # drawn for earlier rows, too
-            if at < first:
-                continue
-            rows.append(right)
-            if chosen:
-                drawn.append((at - first, chosen))
-        rows += [row for _, row in drawn]
-        places = torch.tensor([at for at, _ in drawn], dtype=torch.long)
-        return *collate(rows, "causal", self.model.pad), places
+        rng = np.random.default_rng([self.seed, step, 0])
+        rows, contrast, places = [], [], []
+        for at, i in enumerate(self.members(step, 0, first + count), -first):
+            right, wrong = self.examples[i]
+            drawn = wrong[rng.integers(len(wrong))] if wrong else None  # drawn for earlier rows, too
+            if at >= 0:
+                rows.append(right)
+            if at >= 0 and drawn:
+                contrast.append(drawn)
+                places.append(at)
+        return *collate(rows + contrast, "causal", self.pad), torch.tensor(places, dtype=torch.long)
 
     def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return channel_loss(net, *tensors, self.cfg.contrast)
 
-    def evaluate(self, net: nn.Module, final: bool) -> dict:
-        tokens = sum(len(predicted) for _, predicted in self.val_rows)
-        return {"val_loss": -self.model.log_likelihoods(self.val_rows).sum() / tokens}
+    def evaluate(self, _net, _final) -> dict:
+        tokens = sum(len(predicted) for _, predicted in self.held_out)
+        return {"val_loss": -self.model.log_likelihoods(self.held_out).sum() / tokens}
 
 
-def channel_loss(
-    model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, right: Tensor, contrast: float
-) -> tuple[Tensor, Tensor]:
+def channel_loss(model: nn.Module, ids, mask, targets, right, contrast: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the problems given right answers, plus `contrast` times -log sigmoid of how much
     likelier a problem is after a right answer than after a wrong one: (sum, tokens).
 
@@ -313,121 +310,122 @@ def channel_loss(
 # The value head: Cobbe et al.'s verifier
 
 
-class ValueModel(nn.Module):
-    """A decoder and a linear layer that gives a logit at every token: will this become a right answer?"""
+class ValueHead(nn.Module):
+    """A decoder and a linear layer that gives a logit at every token: will this become a right answer?
 
-    def __init__(self, lm: nn.Module):
+    For the Trainer it looks like a TextModel.
+    """
+
+    def __init__(self, text_model: TextModel):
         super().__init__()
-        self.ours = isinstance(lm, ModernDecoderLM)
-        self.lm = lm
-        self.value = nn.Linear(lm.config.d_model if self.ours else lm.config.hidden_size, 1)
+        self.text_model, self.tokenizer = text_model, text_model.tokenizer
+        self.context_length = text_model.context_length
+        self.lm = text_model.model
+        self.value = nn.Linear(self.lm.config.d_model if text_model.ours else self.lm.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
+        self.to(text_model.device)
+
+    @property
+    def model(self) -> nn.Module:
+        return self
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> logits of the next token (B, T, V), values (B, T)."""
-        if self.ours:
+        if self.text_model.ours:
             x = self.lm.hidden(ids)
             return F.linear(x, self.lm.head), self.value(x).squeeze(-1)
         out = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False)
         return out.logits, self.value(out.hidden_states[-1].float()).squeeze(-1)
 
-
-class ValueHead:
-    """A TextModel's decoder with a value head, as the Trainer needs it, and as a verifier asks it."""
-
-    def __init__(self, text_model: TextModel):
-        self.text_model, self.tokenizer = text_model, text_model.tokenizer
-        self.model = ValueModel(text_model.model).to(text_model.device)
-        self.context_length = text_model.context_length
-
-    def rows(self, samples: Samples) -> list[Row]:
-        return [forward_row(self.text_model, *pair) for pair in zip(*samples.flat(), strict=True)]
+    @torch.no_grad()
+    def logits(self, rows: list[Row], progress: str = "") -> np.ndarray:
+        """(n) values at the end of each answer."""
+        found = np.zeros(len(rows))
+        for index in self.text_model.batch_indices([length(row) for row in rows], progress):
+            ids, inside = value_rows([rows[i] for i in index], self.text_model.pad)
+            _, values = self(ids.to(self.text_model.device))
+            found[index] = last_value(values.cpu().float(), inside).double()
+        return found
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         self.text_model.save(folder)
-        save_file(self.model.value.state_dict(), folder / "value.safetensors")
+        save_file(self.value.state_dict(), folder / "value.safetensors")
 
     def read_weights(self, folder: Path) -> None:
         self.text_model.read_weights(folder)
         self.read_value(folder)
 
     def read_value(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        self.model.value.load_state_dict(load_file(folder / "value.safetensors"))
-
-    @torch.no_grad()
-    def log_likelihoods(self, rows: list[Row], progress: str = "") -> np.ndarray:
-        """(n) logits at the end of each answer."""
-        found = np.zeros(len(rows))
-        for index in self.text_model.batch_indices([length(row) for row in rows], progress):
-            ids, last, _ = value_rows([rows[i] for i in index], self.text_model.pad)
-            _, values = self.model(ids.to(self.text_model.device))
-            found[index] = values.cpu().float().gather(1, last.unsqueeze(1)).squeeze(1).double()
-        return found
+        self.value.load_state_dict(load_file(folder / "value.safetensors"))
 
 
-class Head:
-    """Trains the generator with a value head on its answers, right and wrong, `group` of them a problem."""
+class HeadTraining(Epochs):
+    """The generator with a value head, and its answers, right and wrong, `group` of them a problem."""
 
-    def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples):
+    options = {"tokens_per_row": 1}  # the loss is a mean over rows
+    about = {}
+
+    def __init__(self, cfg: VerifierConfig, _generator: TextModel, learn: Samples, held_out: Samples):
         if rows_per_step(cfg) > cfg.batch_size:
             raise TrainError("--kind=head trains in one process without accumulation")
-        self.cfg, self.right, self.held = cfg, learn.right, held
-        self.model = ValueHead(aligned_model(cfg))
-        self.rows, self.val_rows = self.model.rows(learn), self.model.rows(held)  # (P n)
-        self.problems = max(1, cfg.batch_size // cfg.group)  # a step
-        cfg.batch_size = self.problems * cfg.group
-        self.batches = max(1, len(self.right) // self.problems)
-        self.tokens, self.data = float(np.mean([length(row) for row in self.rows])), {}
-        self.summary = f"a head on {cfg.model}, {self.right.size:,} answers, {self.right.mean():.0%} right"
+        self.cfg, self.right, self.held_out_right = cfg, learn.right, held_out.right  # (P, n)
+        self.model = ValueHead(chat_model(cfg))
+        self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
+        problems = max(1, cfg.batch_size // cfg.group)  # a step
+        cfg.batch_size = problems * cfg.group
+        super().__init__(self.shuffled, problems)
+        self.tokens = float(np.mean([length(row) for row in self.rows]))
+        self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
-    def members(self, step: int) -> np.ndarray:
-        """Indices of a step's rows: of each problem right and wrong answers by turns."""
-        epoch, at = divmod(step, self.batches)
+    def rows_of(self, samples: Samples) -> list[Row]:
+        return [forward_row(self.model.text_model, *pair) for pair in zip(*samples.flat(), strict=True)]
+
+    def shuffled(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
-        order = np.resize(order, self.batches * self.problems)
+        return np.resize(order, max(1, len(order) // self.batch_size) * self.batch_size)
+
+    def answers(self, step: int) -> np.ndarray:
+        """Indices of a step's rows: of each problem right and wrong answers by turns."""
+        n = self.right.shape[1]
         found = []
-        for p in order[at * self.problems : (at + 1) * self.problems]:
-            drawn = np.random.default_rng([self.cfg.seed, step, int(p)]).permutation(self.right.shape[1])
+        for p in self.members(step, 0, self.batch_size):
+            drawn = np.random.default_rng([self.cfg.seed, step, int(p)]).permutation(n)
             right = self.right[p, drawn]
             rank = np.where(right, right.cumsum(), (~right).cumsum())  # among the answers of its kind
-            turns = drawn[
-                np.lexsort((~right, rank))
-            ]  # the first right one, the first wrong one, the second ...
-            found.append(p * self.right.shape[1] + np.resize(turns, self.cfg.group))
+            turns = drawn[np.lexsort((~right, rank))]  # the first right one, the first wrong one, ...
+            found.append(p * n + np.resize(turns, self.cfg.group))
         return np.concatenate(found)
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        members = self.members(step)[first : first + count]
-        labels = torch.tensor(self.right.ravel()[members]).float()
-        return *value_rows([self.rows[i] for i in members], self.model.text_model.pad), labels
+        answers = self.answers(step)[first : first + count]
+        labels = torch.tensor(self.right.ravel()[answers]).float()
+        return *value_rows([self.rows[i] for i in answers], self.model.text_model.pad), labels
 
     def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, int]:
         return head_loss(net, *tensors, self.cfg)
 
-    def evaluate(self, net: nn.Module, final: bool) -> dict:
-        values, right = self.model.log_likelihoods(self.val_rows), self.held.right
-        loss = F.binary_cross_entropy_with_logits(torch.tensor(values), torch.tensor(right.ravel()).double())
-        return {
-            "val_loss": loss.item(),
-            "auc_within": auc_within(right, values.reshape(right.shape))["value"],
-        }
+    def evaluate(self, _net, _final) -> dict:
+        right = self.held_out_right
+        logits = self.model.logits(self.held_out)
+        loss = F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(right.ravel()).double())
+        return {"val_loss": loss, "auc_within": auc_within(right, logits.reshape(right.shape))["value"]}
 
 
-def value_rows(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (B, T), index of each row's last token (B), and which tokens belong to an answer (B, T)."""
+def value_rows(rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
+    """ids, and which of them belong to an answer: (B, T) each."""
     ids = pad_rows([prompt + answer for prompt, answer in rows], pad)
     inside = pad_rows([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows], 0)
-    return ids, torch.tensor([length(row) - 1 for row in rows]), inside.bool()
+    return ids, inside.bool()
 
 
-def head_loss(
-    model: nn.Module, ids: Tensor, last: Tensor, inside: Tensor, labels: Tensor, cfg: VerifierConfig
-) -> tuple[Tensor, int]:
+def last_value(values: Tensor, inside: Tensor) -> Tensor:
+    """(B) the value at the last token of each answer, of values (B, T)."""
+    last = inside.cumsum(1).argmax(1, keepdim=True)
+    return values.gather(1, last).squeeze(1)
+
+
+def head_loss(model: nn.Module, ids, inside, labels, cfg: VerifierConfig) -> tuple[Tensor, int]:
     """Binary cross-entropy at every token of an answer, the language-model loss on right answers, and a
     comparison of right and wrong answers to one problem, `cfg.group` rows each: (sum, answers).
     """
@@ -437,7 +435,7 @@ def head_loss(
     each = F.binary_cross_entropy_with_logits(values, wanted, reduction="none")
     loss = ((each * inside).sum(1) / tokens).sum()
     if cfg.contrast:
-        final = values.gather(1, last.unsqueeze(1)).view(-1, cfg.group)  # (problems, group)
+        final = last_value(values, inside).view(-1, cfg.group)  # (problems, group)
         is_right = right.view(-1, cfg.group)
         pairs = is_right.unsqueeze(2) & ~is_right.unsqueeze(1)  # (problems, right, wrong)
         apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
@@ -449,15 +447,15 @@ def head_loss(
 
 
 # -----------------------------------------------------------------------------
-# Fitting and examining: how scores become choices and probabilities
+# Calibration: how scores become choices and probabilities
 
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 100.0)
 SHARPNESSES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
-def fit(kind: str, parts: np.ndarray, evidence: np.ndarray, right: np.ndarray) -> dict:
-    """lambda, the sharpness of a vote, and a logistic regression of `right` (P, n) on `evidence` (P n, 4).
+def fit(kind: str, terms: np.ndarray, features: np.ndarray, right: np.ndarray) -> dict:
+    """lambda, the sharpness of a vote, and a logistic regression of `right` (P, n) on `features` (P n, 4).
 
     lambda maximises the share of (right, wrong) answers to one problem that are in the right order. The
     accuracy of the best answer would be a noisier criterion: a few problems decide it. The likelihood of
@@ -466,12 +464,10 @@ def fit(kind: str, parts: np.ndarray, evidence: np.ndarray, right: np.ndarray) -
     """
 
     def scores(weight: float) -> np.ndarray:
-        return combined(kind, parts, weight).reshape(right.shape)
+        return combined(kind, terms, weight).reshape(right.shape)
 
-    def ordered(weight: float) -> float:
-        return auc_within(right, scores(weight))["value"]
-
-    best = 0.0 if kind == "head" else max(LAMBDAS, key=ordered)
+    lambdas = (0.0,) if kind == "head" else LAMBDAS
+    best = max(lambdas, key=lambda weight: auc_within(right, scores(weight))["value"])
     mixed = right.any(1) & ~right.all(1)  # the others say nothing of a vote
 
     def likelihood(sharpness: float) -> float:
@@ -479,7 +475,7 @@ def fit(kind: str, parts: np.ndarray, evidence: np.ndarray, right: np.ndarray) -
         return np.log((weights * right[mixed]).sum(1) / weights.sum(1) + 1e-9).mean()
 
     sharpness = max(SHARPNESSES, key=likelihood) if mixed.any() else 1.0
-    return {"lambda": best, "sharpness": sharpness, "logistic": logistic(evidence, right.ravel())}
+    return {"lambda": best, "sharpness": sharpness, "logistic": logistic(features, right.ravel())}
 
 
 def vote_weights(scores: np.ndarray, sharpness: float) -> np.ndarray:
@@ -506,72 +502,52 @@ def logistic(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> list[float]:
 
 
 def examine(verifier: Verifier, samples: Samples) -> dict:
-    """How well a verifier orders right and wrong answers, beside what each of its parts alone does."""
+    """How well a verifier orders right and wrong answers, beside what each of its terms alone does."""
     problems, answers = samples.flat()
-    parts = verifier.parts(problems, answers, "test")
-    score, probability = verifier.verdict(problems, answers, parts)
-    right, rows = samples.right, np.arange(len(samples.right))
-    found = {"problems": len(right), "answers": right.size, "right": float(right.mean())}
-    found["right_by_source"] = right.mean(0).tolist()  # of labelled solutions: each model's accuracy
-    found["oracle"] = proportion(int(right.any(1).sum()), len(right))
+    terms = verifier.terms(problems, answers, "test")
+    scores, probabilities = verifier.calibrated(problems, answers, terms)
+    right = samples.right
+    agreed = (probabilities > 0.5) == right.ravel()
+    found = {
+        "problems": len(right),
+        "answers": right.size,
+        "right": float(right.mean()),
+        "oracle": accuracy(right.any(1)),
+        "accuracy": accuracy(agreed),
+        "calibration": calibration(right.ravel(), probabilities),
+    }
     for name, overall, within in (
-        ("verifier", probability, score),
-        ("generator alone", parts[:, 0], parts[:, 0]),
-        (f"{verifier.kind} alone", parts[:, 1], parts[:, 1]),
+        ("verifier", probabilities, scores),
+        ("generator alone", terms[:, 0], terms[:, 0]),
+        (f"{verifier.kind} alone", terms[:, 1], terms[:, 1]),
     ):
         within = within.reshape(right.shape)
-        best = right[rows, within.argmax(1)]
+        best = right[np.arange(len(right)), within.argmax(1)]
         found[name] = {"auc": auc(right.ravel(), overall), "auc_within": auc_within(right, within)}
-        found[name]["best_of_n"] = proportion(int(best.sum()), len(best))
-    agreed = (probability > 0.5) == right.ravel()
-    found["accuracy"] = proportion(int(agreed.sum()), right.size)
-    return found | {"calibration": calibration(right.ravel(), probability)}
+        found[name]["best_of_n"] = accuracy(best)
+    return found
+
+
+def accuracy(hits: np.ndarray) -> dict:
+    return proportion(int(hits.sum()), len(hits))
 
 
 # -----------------------------------------------------------------------------
 # Training
 
 
-def labelled(file: str) -> list[Samples]:
-    """Solutions that come with labels, as training, validation and test parts, split by question.
-
-    A row has a question and, for each of its sources, {"solution", "is_correct"}: the form of GSM8K's
-    example_model_solutions.jsonl. A final "A: 18" becomes "#### 18", as in everything else here.
-    """
-    parts = [([], [], []) for _ in range(3)]  # examples, answers, right
-    for row in read_rows(file):
-        if not isinstance(row.get("question"), str):
-            raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
-        examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(row["question"].encode()) % 4]]
-        solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
-        examples.append(Example(row["question"], ""))
-        answers.append([re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions])
-        right.append([bool(solution["is_correct"]) for solution in solutions])
-    for _, _, right in parts:
-        if len({len(row) for row in right}) != 1:
-            raise DataError(
-                f"{file}: every question needs the same number of labelled solutions, and more rows"
-            )
-    return [Samples(examples, answers, np.array(right)) for examples, answers, right in parts]
-
-
-def sample(cfg: VerifierConfig, generator: TextModel) -> tuple[Samples, Samples, Samples, dict]:
-    """Answers to learn from, to fit on and to report on, and the source of the first ones."""
-    if cfg.solutions:
-        learn, held, test = labelled(cfg.solutions)
-        return learn, held, test, {"source": cfg.solutions, "examples": len(learn.examples)}
+def sample(cfg: VerifierConfig, generator: TextModel) -> tuple[list[Samples], dict]:
+    """Answers to learn from, to fit on and to report on; and the source of the first ones."""
     teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
     if not teacher.chat:
         raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned model")
     problems, about = load_task(cfg.task, "train", first=cfg.first_problem, count=cfg.problems)
-    learn = draw(teacher, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)
-    held = []
+    parts = [draw(teacher, cfg.task, "train", problems, cfg.n, cfg.temperature, cfg.seed_samples)]
+    how = cfg.held_n, cfg.held_temperature, cfg.seed_samples
     for split, count in (("validation", cfg.validation_problems), ("test", cfg.test_problems)):
-        some = load_task(cfg.task, split)[0][: count or None]
-        held.append(
-            draw(generator, cfg.task, split, some, cfg.held_n, cfg.held_temperature, cfg.seed_samples)
-        )
-    return learn, *held, about
+        problems = load_task(cfg.task, split)[0][: count or None]
+        parts.append(draw(generator, cfg.task, split, problems, *how))
+    return parts, about
 
 
 def train_verifier(cfg: VerifierConfig) -> dict:
@@ -582,79 +558,49 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     generator = load_model(cfg.model, pick_device(cfg.device))
     if generator.kind != "causal" or not generator.chat:
         raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")
-    learn, held, test, about = sample(cfg, generator)
-    known = (e.text for e in [*learn.examples, *held.examples])
+    (learn, held_out, test), about = sample(cfg, generator)
+    known = (e.text for e in [*learn.examples, *held_out.examples])
     refuse_overlap(known, (e.text for e in test.examples), cfg.task)
     if learn.right.all() or not learn.right.any():
-        kind = "right" if learn.right.all() else "wrong"
-        raise TrainError(f"all of {learn.right.size:,} answers are {kind}: there is nothing to tell apart")
+        raise TrainError(f"{learn.right.mean():.0%} of the answers are right: there is nothing to tell apart")
     try:
-        run = train_core(cfg, generator, learn, held, about)
+        run = train_model(cfg, generator, learn, held_out, about)
     except AlreadyFinished as finished:
         run = finished.run
         if "verification" in run:
             raise
-    core = load_core(cfg.kind, str(folder), cfg.device)
-    verifier = Verifier(cfg.kind, generator, core, {}, str(folder))
-    problems, answers = held.flat()
-    parts = verifier.parts(problems, answers, "validation")
-    verifier.combine |= fit(cfg.kind, parts, verifier.evidence(problems, parts), held.right)
-    run |= {"combine": verifier.combine, "verification": {"split": "test", **examine(verifier, test)}}
+    verifier = Verifier(cfg.kind, generator, load_trained(cfg.kind, folder, cfg.device), {}, str(folder))
+    problems, answers = held_out.flat()
+    terms = verifier.terms(problems, answers, "validation")
+    verifier.fitted |= fit(cfg.kind, terms, verifier.features(problems, terms), held_out.right)
+    run |= {"combine": verifier.fitted, "verification": {"split": "test", **examine(verifier, test)}}
     write_run(folder, run)
     return run
 
 
-def train_core(cfg: VerifierConfig, generator: TextModel, learn: Samples, held: Samples, about: dict) -> dict:
+def train_model(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: Samples, about) -> dict:
     """Trains the channel or the head; returns run.json."""
-    lesson = (Head if cfg.kind == "head" else Channel)(cfg, generator, learn, held)
-    record = {"verifier": cfg.kind, "smoke": bool(cfg.max_steps) or is_smoke(cfg.model)}
-    if cfg.kind == "channel":
-        record |= {"start_hash": weights_hash(cfg.start), "smoke": record["smoke"] or is_smoke(cfg.start)}
-    cfg.max_steps = cfg.max_steps or math.ceil(lesson.batches * cfg.epochs)
-    parameters = sum(p.numel() for p in lesson.model.model.parameters())
-    trainer = trainer_for(
-        cfg, lesson.model, lesson.batch, loss=lesson.loss, evaluate=lesson.evaluate,
-        flops_per_row=6 * parameters * lesson.tokens,
-        tokens_per_row=1 if cfg.kind == "head" else max(1, round(lesson.tokens)),  # the head's loss is a mean
-        epoch=lambda step: step / lesson.batches,
-        about=parents(cfg, generator, train=about | lesson.data) | record,
-        keeps_best=cfg.kind == "head",  # the val_loss of a channel does not say how it orders answers
-    )  # fmt: skip
-    trainer.say(f"{trainer.folder}: {lesson.summary}; {cfg.max_steps} steps of {trainer.rows} rows")
+    data = (HeadTraining if cfg.kind == "head" else ChannelTraining)(cfg, generator, learn, held_out)
+    about = {"verifier": cfg.kind, "data": {"train": about | data.counts}} | data.about
+    how = data.options | {"loss": data.loss, "evaluate": data.evaluate}
+    trainer = stage_trainer(cfg, data.model, data, data.tokens, about, **how)
+    trainer.say(f"{trainer.folder}: {cfg.kind}, {data.counts}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 
 
 def describe(run: dict) -> str:
-    found, combine = run["verification"], run["combine"]
-    lines = [
-        f"{found['answers']:,} answers to {found['problems']:,} test problems; lambda {combine['lambda']}"
-    ]
+    found = run["verification"]
+    lines = [f"{found['answers']:,} answers to test problems, {found['right']:.1%} right"]
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
-        m = found[name]
-        best, areas = m["best_of_n"]["value"], []
-        for area in (
-            m["auc"],
-            m["auc_within"]["value"],
-        ):  # there is none if all answers are right or all wrong
-            areas.append("n/a" if math.isnan(area) else f"{area:.3f}")
-        lines.append(f"{name:16} AUC {areas[0]}, within a problem {areas[1]}, best of n {best:.1%}")
-    accuracy, error = found["accuracy"]["value"], found["calibration"]["ece"]
-    lines.append(f"accuracy {accuracy:.1%}, calibration error {error:.1%}; {found['right']:.1%} are right")
-    return "\n  ".join(lines)
+        x = found[name]
+        figures = f"AUC {x['auc']:.3f}, within a problem {x['auc_within']['value']:.3f}"
+        lines.append(f"{name:16} {figures}, best of n {x['best_of_n']['value']:.1%}")
+    lines.append(f"lambda {run['combine']['lambda']}, calibration error {found['calibration']['ece']:.1%}")
+    return "\n  ".join(lines).replace("nan", "n/a")  # without right and wrong answers there is no AUC
 
 
 def main() -> None:
-    cfg = parse_config(VerifierConfig, __doc__)
-    try:
-        if cfg.verifier:
-            print(f"{Verifier.load(cfg.verifier, cfg.device).score(cfg.problem, cfg.answer):.4f}")
-            return
-        print(describe(train_verifier(cfg)))
-    except AlreadyFinished as finished:
-        print(describe(finished.run))
-        print("nothing to do: --overwrite trains it anew, --name trains another")
-    except (ValueError, OSError, DataError) as error:
-        raise SystemExit(f"verifier.py: {error}") from None
+    run_stage(train_verifier, parse_config(VerifierConfig, __doc__), describe)
 
 
 if __name__ == "__main__":

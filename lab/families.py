@@ -4,6 +4,7 @@ transfer."""
 import math
 import multiprocessing
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from support.long_context import STREAM, endless, streams
 from support.machine import peak_resident_bytes, pick_device
 from support.plan import Step
 from support.processes import worker_pool
-from support.runs import read_json, read_jsonl
+from support.runs import read_jsonl
 from support.text_model import answer_task
 from support.timing import in_turns, medians
 from tokenizer import Tokenizer, open_tokens, tokens_folder
@@ -74,11 +75,11 @@ def held_out_text(cfg: ExperimentConfig, run: Run) -> tuple[Tokenizer, Tensor]:
 def stream(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
     tokenizer, ids = held_out_text(cfg, runs[0])
     found = {}
-    judge = None
+    baseline = None
     for name, model in models_of(cfg, runs, names):
-        judge = judge or model  # the baseline
-        found[name] = streams(model, ids, tokenizer, judge)
-        if name == "baseline":
+        baseline = baseline or model
+        found[name] = streams(model, ids, tokenizer, baseline)
+        if model is baseline:
             found[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
     return found
 
@@ -117,32 +118,27 @@ def routing(folder: Path) -> dict:
         "steps": [x["step"] for x in lines],
         "busiest_expert": [round(max(x["router_load"]) * len(x["router_load"]), 3) for x in lines],
         "dropped": [x["dropped"] for x in lines],  # choices in the logged step, all layers
-        "last_load": lines[-1]["router_load"] if lines else [],
     }
 
 
 @torch.no_grad()
 def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) -> list[dict]:
-    """For each layer, the share of each expert in the first choices of each class of tokens, and the mutual
-    information of expert and class in bits. ids (B, T).
+    """For each layer, {"bits"}: the mutual information of the class of a token and its first expert. ids
+    (B, T).
     """
     names = list(CLASSES)
-    found = []
     kinds = [names.index(token_class(tokenizer.decode([i]))) for i in range(tokenizer.vocab_size)]
     kind = torch.tensor(kinds)[ids.flatten().cpu()]
+    found = []
 
     def watch(moe: MoE, args: tuple[Tensor], _) -> None:
         n = moe.config.n_experts
         expert = F.linear(args[0].float(), moe.gate.weight).argmax(-1).flatten().cpu()
-        counts = (
-            torch.bincount(kind * n + expert, minlength=len(names) * n).view(-1, n).double()
-        )  # (class, expert)
-        joint = counts / counts.sum()
+        counts = torch.bincount(kind * n + expert, minlength=len(names) * n).view(-1, n)  # (class, expert)
+        joint = counts.double() / counts.sum()
         independent = joint.sum(1, keepdim=True) * joint.sum(0)
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         bits = torch.xlogy(joint, joint / independent.clamp(min=1e-300)).sum() / math.log(2)
-        shares = (np.round(row, 3).tolist() for row in share.numpy())
-        found.append({"bits": bits.item(), "share": dict(zip(names, shares, strict=True))})
+        found.append({"bits": bits.item()})
 
     hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, MoE)]
     model(ids)
@@ -161,23 +157,20 @@ def race(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
     """
     gpts = by_seed(runs, "gpt")
     moderns = by_seed(runs, "modern")
-    folders = {run.seed: run.folder for run in runs if run.name == "modern"}
     seeds = {}
-    for seed in sorted(gpts.keys() & moderns.keys()):
-        gpt = gpts[seed]
-        modern = moderns[seed]
-        seeds[seed] = entry = {
-            "loss": gpt["val_loss"], "gpt_seconds": gpt["seconds"], "gpt_steps": gpt["steps"],
-            "modern_loss": modern["val_loss"], "modern_seconds": modern["seconds"],
-        }  # fmt: skip
-        seconds = {}
-        for line in read_jsonl(folders[seed] / "metrics.jsonl"):
-            if "seconds" in line:
-                seconds[line["step"]] = line["seconds"]
+    for run in runs:
+        if run.name != "modern" or run.seed not in gpts.keys() & moderns.keys():
+            continue
+        gpt = gpts[run.seed]
+        entry = {"loss": gpt["val_loss"], "gpt_seconds": gpt["seconds"], "gpt_steps": gpt["steps"]}
+        entry["modern_loss"] = moderns[run.seed]["val_loss"]
+        seconds = 0.0
+        for line in read_jsonl(run.folder / "metrics.jsonl"):
+            seconds = line.get("seconds", seconds)  # a line of an evaluation follows that of its step
             if line.get("val_loss", math.inf) <= gpt["val_loss"]:
-                entry |= {"step": line["step"], "seconds": seconds[line["step"]]}
-                entry["ratio"] = entry["seconds"] / gpt["seconds"]
+                entry |= {"step": line["step"], "seconds": seconds, "ratio": seconds / gpt["seconds"]}
                 break
+        seeds[run.seed] = entry
     ratios = [entry["ratio"] for entry in seeds.values() if "ratio" in entry]
     found = {"seeds": seeds} if seeds else {}
     return found | ({"ratio": spread(ratios)} if ratios and len(ratios) == len(seeds) else {})
@@ -186,12 +179,16 @@ def race(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
 # -----------------------------------------------------------------------------
 # Shapes and batches: what they cost
 
-SHAPES = {
+SHAPES = {  # layers, width, rows
     "shape-4x256": (4, 256, 4),
     "shape-8x512": (8, 512, 4),
     "shape-12x768": (12, 768, 4),
-}  # layers, width, rows
-SHAPES |= {f"rows-{rows}": (4, 128, rows) for rows in (1, 4, 16, 64, 256)}
+    "rows-1": (4, 128, 1),
+    "rows-4": (4, 128, 4),
+    "rows-16": (4, 128, 16),
+    "rows-64": (4, 128, 64),
+    "rows-256": (4, 128, 256),
+}
 
 
 def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
@@ -253,28 +250,26 @@ def transfer(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
     is left out.
     """
     tuned = {(run.name, run.seed): run for run in runs if run.script == "finetune.py"}
-    found = {}
     bases = [run for run in runs if run.name == "transfer-pretrained"]
+    found = {}
     for task in cfg.tasks.split(","):
-        scores: dict[str, list[float]] = {}
+        scores = defaultdict(list)
         examples, _ = load_task(task, "validation")
         for base in bases:
             pair = {way: tuned[f"transfer-{way}-{task}", base.seed] for way in ("scratch", "pretrained")}
             if not all(finished(run) for run in pair.values()):
                 continue
             for way, run in pair.items():
-                evaluation = read_json(run.folder / "run.json")["evaluation"]
-                scores.setdefault(f"{way}, tuned", []).append(points(evaluation["metrics"]))
+                scores[f"{way}, tuned"].append(points(run.record["evaluation"]["metrics"]))
+            gain = scores["pretrained, tuned"][-1] - scores["scratch, tuned"][-1]
             model = load_model(str(base.folder), pick_device(cfg.device))
             some = subsample(examples, 50 if cfg.quick else 500, base.seed)
             for shots in (0, 4):
                 outputs, _ = answer_task(model, task, some, few_shot(task, shots, base.seed))
-                metrics = judge(task, some, outputs)[1]
-                scores.setdefault(f"prompted, {shots} shots", []).append(points(metrics))
+                scores[f"prompted, {shots} shots"].append(points(judge(task, some, outputs)[1]))
+            scores["pretrained - scratch"].append(gain)
         if scores:
             found[task] = {way: spread(values) for way, values in scores.items()}
-            gains = np.subtract(scores["pretrained, tuned"], scores["scratch, tuned"])
-            found[task]["pretrained - scratch"] = spread(gains.tolist())
     return found
 
 

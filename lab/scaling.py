@@ -1,4 +1,4 @@
-"""Scaling: where to spend FLOPs. Six sizes at three budgets, what they predict for larger ones, and a check.
+"""Scaling: where to spend FLOPs. Six sizes at three budgets, what they predict for a larger one, and a check.
 
 After Hoffmann et al. (2022): approach 2 (the best size at each budget) and approach 3 (a law of the loss).
 Parameters are all of them: at these widths most are the embedding, and the head computes with it.
@@ -6,6 +6,7 @@ Parameters are all of them: at these widths most are the embedding, and the head
 
 import math
 from itertools import product
+from operator import itemgetter
 
 import numpy as np
 
@@ -33,26 +34,23 @@ def size_flags(layers: int, width: int, budget: float) -> list[str]:
     """Flags of a model of this shape that is trained for a budget of FLOPs; smaller ones learn faster."""
     flags = [f"--n_layers={layers}", f"--d_model={width}", "--d_ff=0", "--eval_every=0"]
     c = settings_of([str(FOLDER / "baseline.py"), *flags])
-    steps = max(4, round(budget / (estimate_flops(model_config(c)) * tokens_of(c) / c.max_steps)))
+    flops = estimate_flops(model_config(c)) * tokens_of(c) / c.max_steps
+    steps = max(4, round(budget / flops))
     rate = c.learning_rate * math.sqrt(128 / width)
-    return [
-        *flags,
-        f"--max_steps={steps}",
-        f"--warmup_steps={max(1, steps // 20)}",
-        f"--learning_rate={rate:.2g}",
-    ]
+    flags += [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}"]
+    return [*flags, f"--learning_rate={rate:.2g}"]
 
 
 def tokens_of(c: TrainConfig) -> int:
     return c.max_steps * c.batch_size * c.grad_accum_steps * c.context_length
 
 
-def parameters_of(c: TrainConfig) -> int:
-    return count_parameters(model_config(c))["total"]
-
-
 # -----------------------------------------------------------------------------
 # Fits
+
+
+def column(points: list[dict], key: str) -> np.ndarray:
+    return np.array([p[key] for p in points], float)
 
 
 def isoflop(points: list[dict]) -> list[dict]:
@@ -62,19 +60,20 @@ def isoflop(points: list[dict]) -> list[dict]:
     """
     best = []
     for budget in sorted({p["budget"] for p in points}):
-        some = sorted((p for p in points if p["budget"] == budget), key=lambda p: p["parameters"])
+        some = [p for p in points if p["budget"] == budget]
+        some.sort(key=itemgetter("parameters"))
         if len(some) < 3:
             continue
-        size, tokens, loss = (np.array([p[key] for p in some]) for key in ("parameters", "tokens", "loss"))
+        size = np.log(column(some, "parameters"))
+        loss = column(some, "loss")
         least = int(loss.argmin())
-        size = np.log(size)
         near = slice(least - 1, least + 2) if 0 < least < len(some) - 1 else slice(None)
         a, b, c = np.polyfit(size[near], loss[near], 2)
         at = -b / (2 * a) if a > 0 else math.nan
         entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
         if entry["inside"]:
             entry["parameters"] = math.exp(at)
-            entry["tokens"] = math.exp(np.interp(at, size, np.log(tokens)))
+            entry["tokens"] = math.exp(np.interp(at, size, np.log(column(some, "tokens"))))
             entry["loss"] = float(c - b * b / (4 * a))
         best.append(entry)
     return best
@@ -85,8 +84,8 @@ def fit_sizes(best: list[dict]) -> dict | None:
     inside = [b for b in best if b["inside"]]
     if len(inside) < 3:
         return None
-    budgets, sizes = (np.log([b[key] for b in inside]) for key in ("budget", "parameters"))
-    exponent, start = np.polyfit(budgets, sizes, 1)
+    budgets = np.log(column(inside, "budget"))
+    exponent, start = np.polyfit(budgets, np.log(column(inside, "parameters")), 1)
     return {"coefficient": math.exp(start), "exponent": float(exponent)}
 
 
@@ -97,13 +96,13 @@ def fit_law(points: list[dict]) -> dict | None:
     relative error, without the floor E where it would be negative. None if no law of this form falls with N
     and D.
     """
-    N, D, L = (np.array([p[key] for p in points], float) for key in ("parameters", "tokens", "loss"))
+    N, D, L = (column(points, key) for key in ("parameters", "tokens", "loss"))
     N0 = np.median(N)
     D0 = np.median(D)
+    ones = np.ones_like(L)
     best = None
-    ones = np.ones_like(L)  # units near 1
     for a, b in product(EXPONENTS, EXPONENTS):
-        columns = np.stack([ones, (N / N0) ** -a, (D / D0) ** -b], axis=1) / L[:, None]
+        columns = np.stack([ones, (N / N0) ** -a, (D / D0) ** -b], axis=1) / L[:, None]  # units near 1
         found = np.linalg.lstsq(columns, ones, rcond=None)[0]
         if (found < 0).any():
             found = np.insert(np.linalg.lstsq(columns[:, 1:], ones, rcond=None)[0], 0, 0.0)
@@ -120,17 +119,19 @@ def loss_of(law: dict, parameters, tokens):
 
 def best_use(law: dict | None, sizes: dict | None, flops: float, per_pair: float = 6.0) -> dict:
     """The best model for so many FLOPs, at `per_pair` FLOPs a parameter and token: its size from the minima,
-    or else from the law, which also tells its loss; {} without either.
+    or else from the law, which also gives its loss; {} without either.
     """
-    if not (law or sizes):
-        return {}
     if sizes:
         n = sizes["coefficient"] * flops ** sizes["exponent"]
-    else:
+    elif law:
         grid = np.geomspace(1e3, 1e12, 4000)
         n = float(grid[loss_of(law, grid, flops / (per_pair * grid)).argmin()])
+    else:
+        return {}
     best = {"parameters": n, "tokens": flops / (per_pair * n)}
-    return best | ({"loss": loss_of(law, **best)} if law else {})
+    if law:
+        best["loss"] = loss_of(law, **best)
+    return best
 
 
 # -----------------------------------------------------------------------------
@@ -138,54 +139,43 @@ def best_use(law: dict | None, sizes: dict | None, flops: float, per_pair: float
 
 
 def scaling(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
-    """The fits of the scaling runs, what they predict for the profiles of a 12 GB GPU, and the check.
-
-    The predictions were written before those profiles were run, at many times the FLOPs and on other text:
-    they are guesses.
-    """
+    """The fits of the scaling runs, and the check of what they predict."""
     points = []
-    for run in runs:
-        if run.name.startswith("scaling-") and (figures := read_run(run)):
-            c = settings_of(run.words)
-            budget = min(BUDGETS, key=lambda b: abs(b - float(run.name.split("-")[1])))
-            points.append(
-                {"budget": budget, "layers": c.n_layers, "width": c.d_model, "loss": figures["val_loss"]}
-            )
-            points[-1] |= {key: figures[key] for key in ("parameters", "tokens", "flops")}
+    runs = [run for run in runs if run.name.startswith("scaling-")]
+    for run, (budget, _) in zip(runs, product(BUDGETS, SIZES), strict=True):
+        if figures := read_run(run):
+            point = {key: figures[key] for key in ("parameters", "tokens", "flops")}
+            points.append(point | {"budget": budget, "loss": figures["val_loss"]})
     best = isoflop(points)
+    sizes = fit_sizes(best)
     law = fit_law(points) if len(points) > 5 else None
-    found = {"points": points, "best": best, "law": law, "sizes": fit_sizes(best)}
-    if law and law["error"] >= 0.1:
-        law = None  # a law that misses its own runs predicts nothing
-    for profile in ("speedrun", "max3060"):
-        c = settings_of([f"configs/{profile}.py"])
-        flops = estimate_flops(model_config(c)) * tokens_of(c)
-        if predicted := best_use(law, found["sizes"], flops):
-            has = {"parameters": parameters_of(c), "tokens": tokens_of(c)}
-            found.setdefault("predictions", {})[profile] = {"flops": flops, **predicted, "has": has}
-    if law and not cfg.quick:
-        found["check"] = check(cfg, law, found["sizes"], points)
+    found = {"points": points, "best": best, "law": law, "sizes": sizes}
+    if law and law["error"] < 0.1 and not cfg.quick:  # a law that misses its own runs predicts nothing
+        found["check"] = check(cfg, law, sizes, points)
     return found
 
 
 def check(cfg: ExperimentConfig, law: dict, sizes: dict | None, points: list[dict]) -> dict:
     """What the fits predict for CHECK FLOPs, printed before it is tried; then the run, and its result."""
-    per_pair = float(np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in points]))
-    best = best_use(law, sizes, CHECK, per_pair)
-
-    def of(shape: tuple[int, int]) -> tuple[int, int]:
-        c = settings_of([str(FOLDER / "baseline.py"), *size_flags(*shape, CHECK)])
-        return parameters_of(c), tokens_of(c)
-
-    layers, width = min(LARGER, key=lambda shape: abs(math.log(of(shape)[0] / best["parameters"])))
-    n, tokens = of((layers, width))
-    said = {"parameters": n, "tokens": tokens, "loss": loss_of(law, n, tokens)}
-    print(f"{CHECK:.1e} FLOPs: the fit predicts {best['parameters']:,.0f} parameters; of {layers} layers of "
-          f"{width} a loss of {said['loss']:.4f}; now they are trained", flush=True)  # fmt: skip
-    flags = [f"--corpus={cfg.corpus}", *size_flags(layers, width, CHECK)]
-    run = run_of(cfg, "scaling-check", "baseline.py", flags, 1)
-    found = {"flops": CHECK, "best": best, "layers": layers, "width": width, "said": said}
+    per_pair = np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in points])
+    best = best_use(law, sizes, CHECK, float(per_pair))
+    predicted = {}
+    for shape in LARGER:
+        flags = size_flags(*shape, CHECK)
+        c = settings_of([str(FOLDER / "baseline.py"), *flags])
+        n = count_parameters(model_config(c))["total"]
+        D = tokens_of(c)
+        predicted[n] = {"parameters": n, "tokens": D, "loss": loss_of(law, n, D)}, flags
+    n = min(predicted, key=lambda n: abs(math.log(n / best["parameters"])))
+    said, flags = predicted[n]
+    print(
+        f"{CHECK:.1e} FLOPs: the fit predicts {best['parameters']:,.0f} parameters; of {n:,} a loss of "
+        f"{said['loss']:.4f}; now they are trained",
+        flush=True,
+    )
+    run = run_of(cfg, "scaling-check", "baseline.py", [f"--corpus={cfg.corpus}", *flags], 1)
+    found = {"flops": CHECK, "best": best, "said": said}
     if failed := train_all([run], 1):
         return found | {"failed": failed[str(run.folder)]}
     figures = read_run(run)
-    return found | {"came": {"parameters": n, "tokens": figures["tokens"], "loss": figures["val_loss"]}}
+    return found | {"came": said | {"tokens": figures["tokens"], "loss": figures["val_loss"]}}

@@ -19,7 +19,7 @@ from statistics import fmean, median, stdev
 from configs import ROOT, ConfigError, parse_config
 from finetune import FinetuneConfig
 from model import ModelConfig
-from support.costs import count_parameters, estimate_flops
+from support.costs import estimate_flops
 from support.runs import TrainError, read_json, read_jsonl, weights_hash
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 from train import FREE_TO_CHANGE, TrainConfig
@@ -133,8 +133,7 @@ class Trainings:
         run.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / run.script), *run.words, *more]
         with open(run.log, "a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
+            print("$", shlex.join(command), file=log, flush=True)
             # A session of its own: Ctrl-C in the terminal is passed on once, by us.
             process = subprocess.Popen(command, stdout=log, stderr=log, env=self.env, start_new_session=True)
         self.running.add(process)
@@ -142,10 +141,8 @@ class Trainings:
             process.send_signal(signal.SIGINT)
         status = process.wait()
         self.running.discard(process)
-        if status == -signal.SIGKILL:
-            return status, "killed (SIGKILL), most likely out of memory: fewer --jobs need less"
         if status < 0:
-            return status, f"ended by signal {-status}"
+            return status, f"ended by signal {-status} (9: most likely out of memory; fewer --jobs need less)"
         return status, run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
 
     def train(self, run: Run) -> str:
@@ -190,9 +187,8 @@ def prepare_tokens(runs: list[Run]) -> None:
             continue
         flags = [f"--{key}={getattr(c, key)}" for key in ("corpus", "vocab_size", "out")]
         command = [sys.executable, str(ROOT / "tokenizer.py"), run.words[0], *flags]
-        if status := subprocess.run(
-            command, env=os.environ | {"END_WITH_PARENT": str(os.getpid())}
-        ).returncode:
+        status = subprocess.run(command, env=os.environ | {"END_WITH_PARENT": str(os.getpid())}).returncode
+        if status:
             raise ConfigError(f"{tokens_folder(c)}: tokenizer.py ended with status {status}; see above")
 
 
@@ -218,19 +214,16 @@ def read_run(run: Run) -> dict | None:
         return None
     lines = [x for x in read_jsonl(run.folder / "metrics.jsonl") if "tokens_per_second" in x]
     names = {f.name for f in fields(ModelConfig)}
-    results = record["results"]
     config = ModelConfig(**{k: v for k, v in record["settings"].items() if k in names})
+    last = record["results"]["last"]
     tokens = lines[-1]["tokens"]
     return {
         "parameters": record["parameters"],
-        "active_parameters": count_parameters(config)["active"],
         "tokens": tokens,
         "flops": estimate_flops(config) * tokens,
         "train_loss": fmean([x["loss"] for x in lines if "loss" in x][-5:]),
-        "val_loss": results["last"]["val_loss"],
-        "bits_per_byte": results["last"]["bits_per_byte"],
-        "best_val_loss": results["best"]["val_loss"],
-        "best_step": results["best"]["step"],
+        "val_loss": last["val_loss"],
+        "bits_per_byte": last["bits_per_byte"],
         "steps": record["step"],
         "tokens_per_second": median(x["tokens_per_second"] for x in lines),
         "peak_memory_gib": max(x["peak_memory_gib"] for x in lines),
@@ -279,14 +272,8 @@ def compared(name: str, runs: list[Run], failed: dict[str, str]) -> dict:
         "failed": {run.seed: failed[str(run.folder)] for run in mine if str(run.folder) in failed},
     }
     if seeds:
-        for key in (
-            "train_loss",
-            "val_loss",
-            "bits_per_byte",
-            "tokens_per_second",
-            "peak_memory_gib",
-            "seconds",
-        ):
+        keys = "train_loss val_loss bits_per_byte tokens_per_second peak_memory_gib seconds"
+        for key in keys.split():
             entry[key] = spread([figures[key] for figures in seeds.values()])
     pairs = [seed for seed in seeds if seed in base]
     if pairs and name != "baseline":

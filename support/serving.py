@@ -133,7 +133,7 @@ class Pool:
 
         def load() -> tuple[Verifier, int]:
             found = Verifier.load(folder, str(self.device), generator, keep=False)
-            return found, weight_bytes(getattr(found.core, "text_model", found.core).model)
+            return found, weight_bytes(found.model.model)
 
         return self.cached((name, generator.name), load, folder, generator.name)
 
@@ -419,7 +419,7 @@ def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
 
 def rank_answers(verifier: Verifier, problem: str, answers: list[str], greedy: str) -> dict:
     """The answers from best to worst by the verifier, beside what the majority and the greedy answer say."""
-    scores, probabilities = verifier.judge([problem] * len(answers), answers)
+    scores, probabilities = verifier.score_all([problem] * len(answers), answers)
     numbers = [extract_number(answer) for answer in answers]
     ranked = []
     for i in sorted(range(len(answers)), key=lambda i: -scores[i]):

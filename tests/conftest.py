@@ -25,6 +25,29 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def killed_at(monkeypatch):
+    """killed_at(step, stage, cfg): the stage ends before that step and writes nothing more, as by kill -9."""
+
+    def run(last: int, stage: Callable, cfg) -> None:
+        import train
+
+        class Killed(BaseException):
+            pass
+
+        def get_lr(step: int, *settings) -> float:
+            if step == last:
+                raise Killed
+            return schedule(step, *settings)
+
+        schedule = train.get_lr
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, "get_lr", get_lr)
+            stage(cfg)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, str]:
     """A small run of ours with chat tokens, and a GPT-2 of transformers that shares its vocabulary."""

@@ -6,7 +6,8 @@ import transformers
 
 from data import TASKS, Example, talk
 from finetune import tokenise
-from sft import SFTConfig, aligned_model, sft, tokenised
+from sft import SFTConfig, sft, tokenised
+from support.alignment import chat_model
 from support.chat_template import (
     CHATML_TURN,
     WORDS_TEMPLATE,
@@ -99,7 +100,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out(tiny):
     system = [{"role": "system", "content": "Be brief."}, *talk("Hi", "Ho")]
     model = load_model(tiny["gpt2"], CPU)
     model.marks, model.template = False, LLAMA
-    assert len(tokenised(model, [system, talk("Hi", "Ho")])[0]) == 1
+    assert len(tokenised(model, [system, talk("Hi", "Ho")])) == 1
     with pytest.raises(TemplateError, match="no system turn"):
         tokenised(model, [system])
 
@@ -111,7 +112,7 @@ def test_fine_tuning_sft_and_evaluation_ask_in_the_same_way(name, tiny):
     base.tokenizer.chat_template = TEMPLATES[name]
     model = TextModel(base.model, base.tokenizer, "causal", tiny["gpt2"], chat=True)
     example = Example("Anna has 3 nuts. How many?", " She has 3.")
-    [(row, _)], _ = tokenised(model, [talk(example.text, example.target)])
+    [(row, _)] = tokenised(model, [talk(example.text, example.target)])
     prompt, _ = model.prompt(TASKS["arithmetic"], example.text)
     [(tuned_prompt, tuned_answer)], _ = tokenise(model, "arithmetic", [example])
     assert (tuned_prompt, tuned_answer) == (prompt, model.reply_ids(example.target))
@@ -155,8 +156,8 @@ def test_a_model_without_chat_tokens_can_be_given_them(tiny, tmp_path, kind, lor
     assert sft(cfg)["status"] == "finished"
     model = load_model(str(tmp_path / "s"), CPU)
     assert model.chat and model.marks and model.end == model.tokenizer.special_id("<|end|>")
-    rows, _ = tokenised(model, [talk("Hi", "Ho")])
-    resumed = aligned_model(cfg)
+    rows = tokenised(model, [talk("Hi", "Ho")])
+    resumed = chat_model(cfg)
     resumed.read_weights(tmp_path / "s")
     ids = torch.tensor([rows[0][0]])
     resumed.model.eval()

@@ -3,35 +3,21 @@
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import dpo as script
+import dpo
 from data import DataError, load_preferences, load_task, preference_of, talk
-from dpo import (
-    DPOConfig,
-    Pair,
-    collate_pairs,
-    compare,
-    log_probs,
-    on_policy,
-    preference_loss,
-    token_log_probs,
-)
+from dpo import DPOConfig, Pair, collate_pairs, compare, log_probs, preference_loss
 from support import runs
-from support.hf_format import load_tensors
 from support.loading import load_model
 from support.runs import TrainError, read_json
 from support.samples import Samples
 from support.tables import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(script.__file__).parent
 
 
 @pytest.fixture
@@ -54,37 +40,28 @@ def model(tuned):
 
 
 def test_the_loss_on_numbers_worked_by_hand():
-    chosen, rejected = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0])
-    ref = torch.tensor([[-3.5, -4.0], [-5.0, -4.5]])
-
-    def dpo(margin: float) -> float:
-        return math.log(1 + math.exp(-0.1 * margin))
-
-    # margins: (1) - (0.5) = 0.5, and (-1) - (-0.5) = -0.5
+    chosen, rejected = torch.tensor([-3.0, -5.0], requires_grad=True), torch.tensor([-4.0, -4.0])
+    reference = torch.tensor([[-3.5, -4.0], [-5.0, -4.5]])  # margins: 1 - 0.5 = 0.5, and -1 - -0.5 = -0.5
+    right, wrong = (math.log(1 + math.exp(-0.1 * margin)) for margin in (0.5, -0.5))
     for more, expected in (
-        ({}, [dpo(0.5), dpo(-0.5)]),
-        ({"label_smoothing": 0.2}, [0.8 * dpo(m) + 0.2 * dpo(-m) for m in (0.5, -0.5)]),
+        ({}, [right, wrong]),
+        ({"label_smoothing": 0.2}, [0.8 * right + 0.2 * wrong, 0.8 * wrong + 0.2 * right]),
         ({"method": "ipo"}, [20.25, 30.25]),
     ):
-        loss = preference_loss(chosen, rejected, ref, 0.1, **more)
+        loss = preference_loss(DPOConfig(beta=0.1, **more), chosen, rejected, reference)
         torch.testing.assert_close(loss, torch.tensor(expected))
-
-
-def test_gradients_push_the_chosen_up_and_the_rejected_down():
-    chosen, rejected = torch.tensor([-3.0], requires_grad=True), torch.tensor([-4.0], requires_grad=True)
-    preference_loss(chosen, rejected, torch.tensor([[-3.5, -4.0]]), 0.1).sum().backward()
-    assert chosen.grad.item() < 0 < rejected.grad.item()
-    assert chosen.grad.item() == pytest.approx(-0.1 / (1 + math.exp(0.1 * 0.5)))
+    preference_loss(DPOConfig(beta=0.1), chosen, rejected, reference).sum().backward()
+    assert chosen.grad[0].item() == pytest.approx(-0.1 / (1 + math.exp(0.1 * 0.5)))
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_at_the_start_the_loss_is_ln_2(settings, model, whole):
     problems = load_task("arithmetic", "train", first=4000, count=40)[0]
-    pairs = [pair for pair in on_policy(model, settings(), "train", problems)[0] if pair.rejected]
+    pairs = [pair for pair in dpo.on_policy(model, settings(), "train", problems)[0] if pair.rejected]
     reference = torch.from_numpy(log_probs(model, pairs, whole))
     with torch.no_grad():
         chosen, rejected, _ = compare(model.model, *collate_pairs(pairs, model.pad, whole))
-    loss = preference_loss(chosen, rejected, reference, 0.5)
+    loss = preference_loss(settings(), chosen, rejected, reference)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)), rtol=0, atol=2e-4)
 
 
@@ -98,13 +75,8 @@ def test_log_probabilities_are_those_of_log_likelihoods(model):
     first = log_probs(model, pairs, whole=False)  # of the first token that differs
     expected = model.log_likelihoods([([5, 6, 7, 8], [9]), ([5, 6, 7, 8], [4]), ([5], [3]), ([5], [4])])
     np.testing.assert_allclose(first.ravel(), expected, atol=1e-4)
-
-
-def test_the_prompt_is_not_trained_on(model):
     ids, targets, *_ = collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=False)
-    assert ids.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[-100, -100, 8, 9]]
-    (log_p,) = token_log_probs(model.model, ids, targets)
-    assert (log_p[0, :2] == 0).all() and (log_p[0, 2:] < 0).all()
+    assert ids.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[-100, -100, 8, 9]]  # not of the prompt
 
 
 # -----------------------------------------------------------------------------
@@ -117,29 +89,20 @@ def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(sett
     gold = [e.target.strip() for e in examples]
     answers = [[gold[0], "#### 0"], [gold[1], gold[1]], ["", "#### 0"], [gold[3], ""]]
     right = np.array([[True, False], [True, True], [False, False], [True, False]])
-    monkeypatch.setattr(script, "draw", lambda *_: Samples(examples, answers, right))
-    pairs, counts = on_policy(model, settings(n=2), "train", examples)
+    monkeypatch.setattr(dpo, "draw", lambda *_: Samples(examples, answers, right))
+    pairs, counts = dpo.on_policy(model, settings(n=2), "train", examples)
     assert (counts["pairs"], counts["only_right"], counts["only_wrong"], counts["right"]) == (2, 1, 1, 4)
     decode = model.tokenizer.decode
     assert [decode(p.chosen) for p in pairs] == [f"{gold[i]}<|end|>" for i in (0, 1, 3)]
     assert [p.rejected and decode(p.rejected) for p in pairs] == ["#### 0<|end|>", None, "<|end|>"]
-    rft, _ = on_policy(model, settings(n=2, method="rft"), "train", examples)
+    rft, _ = dpo.on_policy(model, settings(n=2, method="rft"), "train", examples)
     assert [(p.chosen, p.rejected) for p in rft] == [(p.chosen, None) for p in pairs]
 
 
-@pytest.mark.parametrize("row, messages", [
-    ({"prompt": "a", "chosen": "good", "rejected": "bad"}, talk("a")),
-    ({"instruction": "a", "input": "x", "output": "?", "chosen": "good", "rejected": "bad"}, talk("a\n\nx")),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: good",
-      "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: bad"},
-     [*talk("a", "b"), *talk("c")]),
-    ({"prompt": "a", "chosen": talk("a", "good"), "rejected": talk("a", "bad")}, talk("a")),
-    ({"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "good"},
-      "rejected": {"from": "gpt", "value": "bad"}}, talk("a")),
-])  # fmt: skip
-def test_rows_of_the_usual_forms_become_pairs(row, messages):
-    pair = preference_of(row)
-    assert (pair.messages, pair.chosen, pair.rejected) == (messages, "good", "bad")
+def test_preferences_of_anthropic_are_read():
+    before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    pair = preference_of({"chosen": f"{before}good", "rejected": f"{before}bad"})
+    assert (pair.messages, pair.chosen, pair.rejected) == ([*talk("a", "b"), *talk("c")], "good", "bad")
 
 
 def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_path):
@@ -149,14 +112,14 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
     columns = "prompt", "chosen", "rejected"
     file.write_text("\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows))
     assert sum(len(load_preferences(str(file), split)[0]) for split in ("train", "validation")) < 152
-    run = script.dpo(settings(data=str(file), first_difference=False, max_steps=20, nll=1.0))
+    run = dpo.dpo(settings(data=str(file), first_difference=False, max_steps=20, nll=1.0))
     assert run["data"]["train"]["pairs"] > 100
     wrong = [x["margin"] for x in read_jsonl(tmp_path / "run/violations.jsonl")]
     pairs = run["data"]["validation"]["pairs"]
     assert len(wrong) == round((1 - run["results"]["last"]["reward_accuracy"]) * pairs)
     assert wrong == sorted(margin for margin in wrong if margin <= 0)
     file.write_text(json.dumps({"prompt": "a", "better": "b"}))
-    with pytest.raises(DataError, match="no row has a question and two answers to it; the columns"):
+    with pytest.raises(DataError, match="two answers"):
         load_preferences(str(file), "train")
 
 
@@ -165,78 +128,57 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
 
 
 @pytest.mark.parametrize("more", [
-    {}, {"first_difference": False, "beta": 0.1, "nll": 0.0}, {"method": "ipo", "mean_log_probs": True},
-    {"method": "rft"}, {"method": "sft"}, {"label_smoothing": 0.1, "pairs": 2}, {"lora_r": 4},
+    {"first_difference": False, "beta": 0.1, "nll": 0.0}, {"method": "ipo", "mean_log_probs": True},
+    {"method": "rft"}, {"method": "sft"}, {"label_smoothing": 0.1}, {"lora_r": 4},
 ])  # fmt: skip
 def test_every_method_trains(settings, more):
-    run = script.dpo(settings(**more))
+    run = dpo.dpo(settings(**more))
     assert run["status"] == "finished" and run["chat"] and run["data"]["pairs"]["problems"] == 80
     found = {"reward_margin", "reward_accuracy", "chosen", "rejected", "exact_match"}
     assert found <= set(run["results"]["last"])
 
 
-def test_training_widens_the_margin(settings, tmp_path):
-    """Of the pairs that it sees: DPO's loss begins at ln 2, and so few pairs, seen again and again, bring it
-    down. (What they do to a handful of held-out pairs is luck.)
-    """
+def test_training_lowers_the_loss_of_the_pairs_that_it_sees(settings, tmp_path):
     more = dict(first_difference=False, nll=0.0, max_steps=60, eval_every=0, collapse=0.0)
-    script.dpo(settings(**more, learning_rate=3e-4))
+    dpo.dpo(settings(**more, learning_rate=3e-4))
     losses = [x["loss"] for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in x]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-10:]) / 10 < losses[0] - 0.05
 
 
 def test_rounds_are_runs_that_follow_each_other_and_overwriting_the_last_leaves_the_first(settings, tmp_path):
     # Enough tries that a model that is seldom right is right somewhere, in both rounds.
-    more = dict(rounds=2, max_steps=1, problems=100, eval_examples=200, n=8)
-    script.dpo(settings(**more))
+    more = dict(rounds=2, max_steps=1, problems=50, eval_examples=60, n=8)
+    dpo.dpo(settings(**more))
     first, last = (read_json(tmp_path / name / "run.json") for name in ("run/round-1", "run"))
     assert last["parent"] == str(tmp_path / "run/round-1")
-    assert last["settings"]["first_problem"] == first["settings"]["first_problem"] + 100
-    script.dpo(settings(**more, overwrite=True))
+    assert last["settings"]["first_problem"] == first["settings"]["first_problem"] + 50
+    dpo.dpo(settings(**more, overwrite=True))
     assert (tmp_path / "run/round-1/model.safetensors").exists()
 
 
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def test_a_refused_command_changes_nothing_on_disk(settings, tmp_path):
+    run = dpo.dpo(settings(max_steps=2))
+    for status, method, why in (
+        ("finished", "rft", "other settings"),
+        ("interrupted", "rft", "other settings"),
+        ("interrupted", "dpo", "another process"),
+    ):
+        (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": status}))
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        lock = runs.lock(tmp_path / "run") if method == "dpo" else None
+        with pytest.raises(TrainError, match=why):
+            dpo.dpo(settings(max_steps=2, method=method))
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    os.close(lock)
 
 
-@pytest.mark.parametrize("kind", ["finished", "interrupted", "in use"])
-def test_a_refused_command_changes_nothing_on_disk(settings, tmp_path, kind):
-    run = script.dpo(settings(max_steps=2))
-    if kind != "finished":
-        (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": "interrupted"}))
-    lock = runs.lock(tmp_path / "run") if kind == "in use" else None
-    method, why = ("dpo", "another process") if lock else ("rft", "other settings")
-    (tmp_path / "run/pairs.jsonl").write_text("this stays")
-    before = everything_in(tmp_path)
-    with pytest.raises(TrainError, match=why):
-        script.dpo(settings(max_steps=2, method=method))
-    assert everything_in(tmp_path) == before
-    if lock:
-        os.close(lock)
-
-
-def test_a_killed_run_goes_on_to_the_same_bits(settings, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(settings, tmp_path, killed_at):
     """The reference is computed again from the weights of the start, not from those of the checkpoint."""
-    script.dpo(settings(name="complete"))
-    cut = settings(name="cut")
-    changed = {k: v for k, v in vars(cut).items() if v != getattr(DPOConfig(), k)}
-    command = ["dpo.py", *(f"--{k}={v}" for k, v in changed.items())]
-    code = (
-        "import os, sys, train, dpo\n"
-        "get_lr = train.get_lr\n"
-        "def dies(step, *more):\n"
-        "    os._exit(9) if step == 5 else None\n"
-        "    return get_lr(step, *more)\n"
-        "train.get_lr = dies\n"
-        f"sys.argv = {command!r}\n"
-        "dpo.main()\n"
-    )
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert died.returncode == 9
-    script.dpo(cut)
-    a, b = (load_tensors(tmp_path / name) for name in ("complete", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    dpo.dpo(settings(name="complete"))
+    killed_at(5, dpo.dpo, settings(name="cut"))
+    dpo.dpo(settings(name="cut"))
+    complete, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("complete", "cut"))
+    assert complete == cut
 
 
 @pytest.mark.parametrize("more, why", [
@@ -248,4 +190,4 @@ def test_a_killed_run_goes_on_to_the_same_bits(settings, tmp_path):
 def test_what_cannot_be_done_is_refused(settings, tiny, more, why):
     more = more | ({"model": tiny["base"]} if "model" in more else {})
     with pytest.raises(TrainError, match=why):
-        script.dpo(settings(**more))
+        dpo.dpo(settings(**more))

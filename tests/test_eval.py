@@ -4,9 +4,9 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,18 +18,18 @@ import transformers
 
 import eval as evaluation
 import support.contamination
-from data import TASKS, load_task
-from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, sample_until_sure, vote
+from data import load_task
+from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, vote, windows
 from finetune import FinetuneConfig, finetune
 from model import ModelConfig, ModernDecoderLM
-from support.contamination import contamination, ngrams, trained_on
+from support.contamination import contamination, trained_on
 from support.evaluations import Result, compare, describe
 from support.loading import load_model
 from support.metrics import majority
 from support.results import read_json
 from support.samples import Samples
 from support.tables import read_jsonl
-from support.text_model import TextModel, on_all_cores, sample_answers
+from support.text_model import on_all_cores, sample_answers
 from tasks.calculator import calculates
 from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
@@ -91,33 +91,12 @@ def answers_of(folder: str, stem: str) -> list[dict]:
 # Perplexity
 
 
-class Rows(TextModel):
-    """Notes which windows are asked for."""
-
-    def log_likelihoods(self, rows, progress=""):
-        self.rows = rows
-        return super().log_likelihoods(rows, progress)
-
-
-@pytest.fixture
-def noting(base) -> Rows:
-    return Rows(ModernDecoderLM.from_pretrained(base), Tokenizer.load(base), "causal")
-
-
-@pytest.mark.parametrize("stride", [0, 1, 7, 96])
-@pytest.mark.parametrize("n_texts", [1, 3])
-def test_windows_predict_every_token_once_with_the_context_they_promise(noting, stride, n_texts):
-    texts = list(storyworld("test", n_texts))
-    evaluate_text(noting, texts, stride, running_text=True)
-    ids = [noting.eos]
-    for text in texts:
-        ids += [*noting.encode(text), noting.eos]
-    at = 1
-    for i, (prompt, new) in enumerate(noting.rows):
-        assert new == ids[at : at + len(new)] and prompt == ids[at - len(prompt) : at]
-        assert len(prompt) + len(new) - 1 <= 96
-        if i:
-            assert len(new) <= (stride or 48) and len(prompt) + len(new) - 1 == 96
+@pytest.mark.parametrize("stride", [1, 7, 48, 96])
+def test_windows_predict_every_token_once_with_the_context_they_promise(stride):
+    ids, at = list(range(500)), 1
+    for known, new in windows(ids, 96, stride):
+        assert new == ids[at : at + len(new)] and known == ids[at - len(known) : at]
+        assert at == 1 or len(new) <= stride and len(known) + len(new) == 97
         at += len(new)
     assert at == len(ids)
 
@@ -151,34 +130,18 @@ def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base):
             assert metric["low"] <= metric["value"] <= metric["high"] and metric["n"] == tokens
 
 
-def test_one_window_equals_what_training_reports(base):
-    """With stride = context and a text that fits, train.py's validation loss is the same number."""
-    from train import evaluate_lm
-
-    text = next(storyworld("test", 1))[:120]
-    model = load_model(base, CPU)
-    ids = np.array([model.eos, *model.encode(text), model.eos])
-    theirs = evaluate_lm(ModernDecoderLM.from_pretrained(base), ids, 96, 4, len(text.encode()))
-    ours = evaluate_text(model, [text], 96)["metrics"]
-    assert ours["loss"]["value"] == pytest.approx(theirs["val_loss"], rel=1e-5)
-    assert ours["bits_per_byte"]["value"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
-
-
-def test_every_document_is_scored_by_itself_and_a_long_one_in_windows(noting):
+def test_every_document_is_scored_by_itself_and_a_long_one_in_windows(base, monkeypatch):
+    model, asked = load_model(base, CPU), []
+    monkeypatch.setattr(model, "log_likelihoods", lambda rows, _: asked.extend(rows) or np.zeros(len(rows)))
     short, long = ["The fox slept.", "It was a long way home."], [*storyworld("test", 2)]
     texts = [short[0], *long, short[1]]
-    found = evaluate_text(noting, texts, 48)
+    found = evaluate_text(model, texts, 48)
     assert (found["stride"], found["documents_alone"], found["documents_in_windows"]) == (48, 2, 2)
-    starts = [prompt + new for prompt, new in noting.rows if prompt == noting.bos]
-    assert [ids[:97] for ids in starts] == [[*noting.bos, *noting.encode(t), noting.eos][:97] for t in texts]
-    assert not any(noting.eos in new[:-1] or noting.eos in prompt[1:] for prompt, new in noting.rows)
-    together, nats = found["metrics"]["loss"], 0.0
-    for text in texts:
-        loss = evaluate_text(noting, [text], 48)["metrics"]["loss"]
-        nats += loss["value"] * loss["n"]
-    assert together["value"] * together["n"] == pytest.approx(nats, rel=1e-5)
-    found = evaluate_text(noting, short, running_text=True)  # pieces of one text are joined
-    assert len(noting.rows) == 1 and found["documents_in_windows"] == 2 and found["documents_alone"] == 0
+    starts = [known + new for known, new in asked if known == model.bos]
+    assert [ids[:97] for ids in starts] == [[*model.bos, *model.encode(t), model.eos][:97] for t in texts]
+    asked.clear()
+    found = evaluate_text(model, short, running_text=True)  # pieces of one text are joined
+    assert len(asked) == 1 and found["documents_in_windows"] == 2 and found["documents_alone"] == 0
 
 
 def test_a_file_is_measured_and_its_rows_without_text_are_counted(base, tmp_path, command_line):
@@ -210,40 +173,24 @@ def test_a_second_evaluation_and_another_backend_give_the_same_results(base, com
             assert found[2][0][name][metric]["value"] == pytest.approx(value["value"], rel=1e-4), name
 
 
-def test_results_of_other_tasks_stay_and_every_answer_is_written(base, command_line):
-    command_line(base, "--tasks=sentiment", "--limit=30")
+def test_results_of_other_tasks_stay_every_answer_is_written_and_a_limit_draws_by_seed(base, command_line):
+    picked = []
+    for seed in (2, 1):
+        _, printed = command_line(base, "--tasks=sentiment", "--limit=30", f"--seed={seed}")
+        assert f"a sample of 1,000, seed {seed}" in printed
+        picked.append([a["text"] for a in answers_of(base, "sentiment-test-0-shot")])
+    assert picked[0] != picked[1]
     command_line(base, "--tasks=sentiment", "--limit=8", "--calibrate")
     command_line(base, "--tasks=dialogue", "--limit=5", "--split=validation")
     results, name = results_of(base), "sentiment test 0-shot"
-    assert {name, "dialogue validation 0-shot"} <= results.keys() and results[f"{name} calibrated"][
-        "calibrated"
-    ]
+    assert {name, "dialogue validation 0-shot", f"{name} calibrated"} <= results.keys()
     entry = results[name]
     assert entry["items"] == 30 and entry["of"] == 1000 and entry["data"]["fingerprint"]
-    assert {
-        "git",
-        "versions",
-        "hardware",
-        "backend",
-        "context_length",
-        "seed",
-        "majority_class",
-    } <= entry.keys()
+    assert set("git versions hardware backend context_length seed majority_class".split()) <= entry.keys()
     answers, wrong = (answers_of(base, f"sentiment-test-0-shot{end}") for end in ("", "-wrong"))
     assert len(answers) == 30 and wrong == [a for a in answers if not a["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(1 - len(wrong) / 30)
     assert all(a["kinds"] == review_kinds(a["text"]) and 0.5 <= a["sure"] <= 1 for a in answers)
-
-
-def test_a_limit_takes_items_by_seed_says_so_and_widens_the_interval(base, command_line):
-    widths, picked = [], []
-    for more in (["--limit=20"], ["--limit=20", "--seed=2"], ["--limit=300"]):
-        assert "a sample of 1,000, seed" in command_line(base, "--tasks=sentiment", *more)[1]
-        metric = results_of(base)["sentiment test 0-shot"]["metrics"]["accuracy"]
-        widths.append(metric["high"] - metric["low"])
-        picked.append([a["text"] for a in answers_of(base, "sentiment-test-0-shot")])
-    assert picked[0] != picked[1] and len(picked[0]) == 20
-    assert widths[2] < widths[0]
 
 
 def test_a_checkpoint_of_an_adapter_is_measured_as_its_run_is(head, command_line):
@@ -279,13 +226,11 @@ def test_models_are_compared_on_the_items_that_both_answered():
         return [Result({"task": task, "split": "test", "shots": 0}, [{"correct": c} for c in correct])]
 
     a, b = [True] * 10 + [False] * 30, [True] * 35 + [False] * 5
-    (line,) = compare({"base": made_up("sst2", a), "tuned": made_up("sst2", b)})
-    assert line.startswith("sst2 test 0-shot: tuned minus base (0-shot) +62.5 [") and "no diff" not in line
-    (line,) = compare({"base": made_up("sst2", a), "twin": made_up("sst2", a)})
-    assert "+0.0 [+0.0, +0.0] (no difference found)" in line
-    three = compare({name: made_up("sst2", x) for name, x in (("base", a), ("sft", b), ("dpo", a))})
+    lines = compare({name: made_up("sst2", x) for name, x in (("base", a), ("sft", b), ("dpo", a))})
     pairs = ["sft minus base", "dpo minus base", "dpo minus sft"]
-    assert [line.split(": ")[1].split(" (")[0] for line in three] == pairs
+    assert [line.split(": ")[1].split(" (")[0] for line in lines] == pairs
+    assert lines[0].startswith("sst2 test 0-shot: sft minus base (0-shot) +62.5 [")
+    assert "no diff" not in lines[0] and "+0.0 [+0.0, +0.0] (no difference found)" in lines[1]
     for other in (made_up("gsm8k", b), made_up("sst2", b[:-1])):
         assert compare({"base": made_up("sst2", a), "other": other}) == []
 
@@ -294,60 +239,48 @@ def test_models_are_compared_on_the_items_that_both_answered():
 # Contamination
 
 
-def test_items_that_stand_in_the_training_text_are_found():
+def test_items_that_stand_in_the_training_text_of_a_run_and_its_parents_are_found(
+    base, head, tuned, tmp_path, monkeypatch
+):
+    examples = load_task("sentiment", "test")[0]
     items = ["The quick brown fox jumps over the lazy dog.", "a b c d", "one two three four five six"]
     texts = ["", "... The QUICK, brown fox jumps over the... One two three; four five."]
     found = contamination(items, texts, 5)
-    assert found["items"] == 2 and found["checked"] == 2 and found["too_short"] == 1
+    assert (found["items"], found["checked"], found["too_short"]) == (2, 2, 1)
     assert found["share"] == pytest.approx((3 + 1) / (5 + 2))
     assert contamination(items, ["quick brown fox the lazy dog"], 5)["items"] == 0
-    assert ngrams("It's 3 o'clock", 3) == {"it s 3", "s 3 o", "3 o clock"}
-
-
-def test_what_a_run_was_trained_on_is_followed_to_its_first_parent(base, head, tuned, monkeypatch, tmp_path):
+    monkeypatch.setattr(support.contamination, "documents", lambda name, split: [examples[0].text])
+    entry = evaluate(load_model(base, CPU), "sentiment", 0, EvalConfig(contamination=4)).entry
+    assert entry["contamination"]["items"] and entry["contamination"]["sources"] == ["corpus storyworld"]
     stories = ("corpus", "storyworld")
     assert trained_on(base) == [stories] and trained_on("gpt2") == []
     assert trained_on(head) == [("task", "sentiment"), stories]
     assert trained_on(tuned) == [("task", "arithmetic")]
-    sources = {"arithmetic": {}, "storyworld": {}, "tokenizer": "x"}
     record = {"stage": "sft", "settings": {"data": "arithmetic@20:3,storyworld:1"}, "parent": base}
-    (tmp_path / "run.json").write_text(json.dumps(record | {"data": sources}))
+    data = {"arithmetic": {}, "storyworld": {}, "tokenizer": "x"}
+    (tmp_path / "run.json").write_text(json.dumps(record | {"data": data}))
     assert trained_on(str(tmp_path)) == [("task", "arithmetic"), stories, stories]
-    text = load_task("sentiment", "test")[0][0].text
-    monkeypatch.setattr(support.contamination, "documents", lambda name, split: [text])
-    found = evaluate(load_model(base, CPU), "sentiment", 0, EvalConfig(contamination=4)).entry[
-        "contamination"
-    ]
-    assert found["items"] >= 1 and found["sources"] == ["corpus storyworld"]
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
 
+NUMBERS = "limit=-1 samples=-1 battery=-5 contamination=-8 seed=-1 temperature=nan shots=many shots=0,-1"
+
+
 @pytest.mark.parametrize("words, message", [
     (["--tasks=sst3"], '"sst3" is no task, corpus or file; there are sst2'),
-    (["--shots=many"], "--shots=many must be whole numbers"),
-    (["--shots=0,-1"], "--shots=0,-1 must be"),
     (["out/nowhere"], "there is no folder out/nowhere"),
     (["--stride=97", "--tasks=storyworld", "--limit=2"], "--stride=97 must be from 1 to"),
     (["--split=dev"], 'no split "dev"'),
-    *(([f"--{word}"], f"--{word.split('=')[0]}") for word in
-      "limit=-1 samples=-1 battery=-5 contamination=-8 seed=-1 temperature=nan".split()),
+    *(([f"--{word}"], f"--{word.split('=')[0]}") for word in NUMBERS.split()),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused_by_name(base, command_line, words, message):
+def test_what_cannot_be_is_refused_by_name(base, command_line, words, message, tmp_path):
     models = [] if any(word.startswith("out/") for word in words) else [base]
     code, printed = command_line(*models, *words)
     assert code and message in f"{code}{printed}"
-
-
-def test_a_folder_that_is_no_model_says_so(tmp_path, command_line):
-    assert "neither config.json nor" in command_line(str(tmp_path))[0]
-
-
-def test_every_task_is_explained_in_help():
-    done = subprocess.run([sys.executable, "eval.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and all(name in done.stdout for name in TASKS)
+    assert "neither config.json nor" in command_line(str(tmp_path))[0]  # a folder that is no model
 
 
 # -----------------------------------------------------------------------------
@@ -366,17 +299,10 @@ def test_a_vote_adds_up_weights_and_takes_the_first_of_equals():
         assert (row[index] or None) == majority(answer or None for answer in row)
 
 
-def test_sampling_ends_at_the_first_sure_answer_or_takes_the_best():
-    p, right = np.array([[0.2, 0.6, 0.9], [0.2, 0.6, 0.4]]), np.array([[0, 1, 0], [1, 1, 0]], bool)
-    for threshold, samples, value in ((0.5, 2, 1), (0.61, 3, 0.5), (1.01, 3, 0.5)):
-        found = sample_until_sure(p, right, threshold)
-        assert found["samples"] == samples and found["right"]["value"] == value
-
-
 @pytest.mark.parametrize("text, fine", [
     ("3*4=<<3*4=12>>12\n#### 12", True), ("<<3*4=13>>13\n#### 13", False), ("<<3*4=12>>12\n#### 13", False),
-    ("#### 12", False), ("<<3*(=12>>\n#### 12", False), ("<<5/2=2.5>>2.5\n#### 2.5", True),
-    ("<<3-3=>>\n#### 0", False), ("<<3*4=>>", False), ("<<=12>>\n#### 12", False), ("", False),
+    ("#### 12", False), ("<<3*(=12>>\n#### 12", False), ("<<5/2=2.5>>2.5\n#### 2.5", True), ("", False),
+    ("<<3-3=>>\n#### 0", False), ("<<3*4=>>", False), ("<<=12>>\n#### 12", False),
 ])  # fmt: skip
 def test_a_calculator_confirms_a_solution(text, fine):
     assert calculates(text) is fine
@@ -395,9 +321,9 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
         return Samples(examples, answers, np.array(right))
 
     class Oracle:
-        name, combine = "out/oracle", {"sharpness": 1.0}
+        name, fitted = "out/oracle", {"sharpness": 1.0}
 
-        def judge(self, problems, answers, progress=""):
+        def score_all(self, problems, answers, progress=""):
             truth = {e.text: e.target.strip() for e in examples}
             p = np.array([0.9 if truth[q] == a else 0.1 for q, a in zip(problems, answers, strict=True)])
             return np.log(p), p
@@ -418,7 +344,6 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert gates[1.01]["samples"] == 4 and sum(entry["errors"].values()) == 2
     assert [len(r["kinds"]) for r in result.records] == [0, 1, 1, 0]  # of the greedy answers
     assert [r["oracle sure"] for r in result.records] == [0.9, 0.9, 0.1, 0.9]
-    assert [r["majority"] for r in result.records] == [gold[0].split()[-1], "0", "0", gold[3].split()[-1]]
     assert "oracle, best" in describe(entry)
 
 
@@ -428,15 +353,13 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
 
 def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypatch):
     model, examples = load_model(tiny["base"], CPU), load_task("arithmetic", "test")[0][:5]
-    four, two, other = (
-        sample_answers(model, "arithmetic", "test", examples, n, seed=seed)
-        for n, seed in ((4, 3), (2, 3), (2, 4))
-    )
+    ask = partial(sample_answers, model, "arithmetic", "test")
+    four, two, other = (ask(examples, n, seed=seed) for n, seed in ((4, 3), (2, 3), (2, 4)))
     assert [some[:2] for some in four] == two != other and len({a for some in four for a in some}) > 5
     monkeypatch.setattr(model, "generate", lambda *a: pytest.fail("sampled again"))
-    assert sample_answers(model, "arithmetic", "test", examples, 4, seed=3) == four
+    assert ask(examples, 4, seed=3) == four
     with pytest.raises(pytest.fail.Exception):
-        sample_answers(model, "arithmetic", "test", examples[:3], 4, seed=3)
+        ask(examples[:3], 4, seed=3)
 
 
 @pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
@@ -462,33 +385,19 @@ def test_many_processes_give_the_same_in_the_same_order(tiny):
     alone = model.generate(prompts, 5, "", n=4, temperature=1.0, seed=1)
     torch.set_num_threads(2)
     try:
-        pids = set(on_all_cores(lambda _: os.getpid(), list(range(8)), CPU))
-        assert os.getpid() not in pids and len(pids) <= 2
-        assert list(on_all_cores(lambda x: x * x, list(range(9)), CPU)) == [x * x for x in range(9)]
-        with pytest.raises(ZeroDivisionError):
-            list(on_all_cores(lambda x: 1 // (5 - x), list(range(9)), CPU))
+        assert os.getpid() not in set(on_all_cores(lambda _: os.getpid(), list(range(8)), CPU))
         assert model.generate(prompts, 5, "", n=4, temperature=1.0, seed=1) == alone
     finally:
         torch.set_num_threads(1)
 
 
-def test_a_calculator_forces_its_tokens_in_ragged_rows(tiny):
-    """A model that wants to say something else is made to say the result, each row its own."""
+def test_a_calculator_gives_the_tokens_of_a_result(tiny):
     model = load_model(tiny["base"], CPU)
     encode = model.tokenizer.encode
     for text, forced in (
         ("<<3*4=", "12>>"),
-        ("some words before <<12+30=", "42>>"),
+        ("words before <<12+30=", "42>>"),
         ("nothing", ""),
         ("<<3*(=", ""),
     ):
-        assert model.calculator(0, encode(text)) == (encode(forced) if forced else [])
-    # In a batch: rows whose first forced tokens open an annotation must go on with its result.
-    openings = [encode("<<3*4="), encode("a <<7*8="), encode("no")]
-
-    def force(row: int, new: list[int]) -> list[int]:
-        return openings[row] if not new else model.calculator(row, new)
-
-    new = model.model.generate([[1, 2], [3] * 9, [4]], 24, temperature=0, force=force)
-    for ids, beginning in zip(new, ("<<3*4=12>>", "a <<7*8=56>>", "no"), strict=True):
-        assert model.tokenizer.decode(ids).startswith(beginning)
+        assert model.calculator(0, encode(text)) == encode(forced)

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +22,10 @@ from experiments import FAMILIES, FOLDER, ExperimentConfig, compared, plan, sett
 from lab import families, study
 from lab.families import experts_by_class, token_class
 from lab.scaling import best_use, fit_law, fit_sizes, isoflop, loss_of
-from lab.study import Run, finished, prepare_tokens, spread, train_all, verdict
+from lab.study import finished, prepare_tokens, spread, train_all, verdict
 from model import ModelConfig, ModernDecoderLM
 from support.costs import GIB, count_parameters, estimate_memory
 from support.long_context import (
-    by_position,
     endless,
     first_token_mass,
     full_attention,
@@ -71,16 +72,16 @@ def test_every_experiment_has_a_hypothesis_a_baseline_and_a_family():
 
 
 def test_only_names_experiments_and_families_and_wandb_reaches_all_runs():
-    def runs(**more) -> list[Run]:
-        return [r for r in plan(ExperimentConfig(seeds=2, **more)) if r.seed == 1]
+    def names(**more) -> list[str]:
+        runs = plan(ExperimentConfig(seeds=2, **more))
+        assert all(f"--wandb={more['wandb']}" in r.words for r in runs) if "wandb" in more else True
+        return [r.name for r in runs if r.seed == 1]
 
-    assert [r.name for r in runs(only="gqa")] == ["baseline", "kv_heads_1", "kv_heads_2"]
-    assert [r.name for r in runs(only="qk_norm")] == ["baseline", "qk_norm"]
-    assert sum(r.name.startswith("scaling-") for r in runs(only="scaling")) == 18
+    assert names(only="gqa", wandb="project") == ["baseline", "kv_heads_1", "kv_heads_2"]
+    assert names(only="qk_norm") == ["baseline", "qk_norm"]
+    assert sum(name.startswith("scaling-") for name in names(only="scaling")) == 18
     with pytest.raises(ConfigError, match="qknorm"):
-        runs(only="qknorm")
-    assert all("--wandb=project" in r.words for r in runs(wandb="project"))
-    assert not any("wandb" in word for r in runs() for word in r.words)
+        names(only="qknorm")
 
 
 # -----------------------------------------------------------------------------
@@ -104,15 +105,15 @@ def test_isoflop_finds_the_law_that_made_the_points():
             loss = 50 * budget**-0.1 + 0.05 * math.log(factor) ** 2
             points.append({"budget": budget, "parameters": n, "tokens": budget / (6 * n), "loss": loss})
     for entry in isoflop(points):
-        best = 0.1 * entry["budget"] ** 0.5
-        assert entry["inside"] and entry["parameters"] == pytest.approx(best, rel=1e-6)
+        assert entry["inside"] and entry["parameters"] == pytest.approx(
+            0.1 * entry["budget"] ** 0.5, rel=1e-6
+        )
         assert entry["loss"] == pytest.approx(50 * entry["budget"] ** -0.1)
     assert fit_sizes(isoflop(points)) == {"coefficient": pytest.approx(0.1), "exponent": pytest.approx(0.5)}
     assert fit_sizes(isoflop(points)[:2]) is None  # any two lie on a line
     far = [p | {"loss": p["loss"] + 5 * (p["parameters"] > 0.3 * p["budget"] ** 0.5)} for p in points]
     assert isoflop(far) == isoflop(points)  # a model that has not begun to learn bends nothing
-    ever_better = [p | {"loss": -math.log(p["parameters"])} for p in points]
-    assert not any(b["inside"] for b in isoflop(ever_better))
+    assert not any(b["inside"] for b in isoflop([p | {"loss": -math.log(p["parameters"])} for p in points]))
 
 
 def test_a_law_is_found_through_the_runs_that_it_made_and_tells_how_to_spend_more():
@@ -130,12 +131,6 @@ def test_a_law_is_found_through_the_runs_that_it_made_and_tells_how_to_spend_mor
     assert best["loss"] == pytest.approx(loss_of(law, best["parameters"], best["tokens"]), rel=1e-3)
 
 
-def test_positions_are_grouped_by_contexts():
-    losses = torch.cat([torch.full((2, 16), 1.0), torch.full((2, 16), 2.0), torch.full((2, 31), 3.0)], dim=1)
-    found = by_position(losses, 16)
-    assert found == {k: pytest.approx(math.exp(v)) for k, v in {"0-1": 1, "1-2": 2, "2-4": 3}.items()}
-
-
 def test_liveliness_sees_loops_repetition_and_the_topic():
     dull = liveliness("the cat sat " * 40, "An elephant walked home.")
     assert dull["loops"] == 1 and dull["repeated_4"] > 0.9 and dull["distinct_2"] < 0.1 and dull["topic"] == 0
@@ -147,32 +142,21 @@ def test_liveliness_sees_loops_repetition_and_the_topic():
 # streams
 
 
-def test_a_rolling_cache_is_full_attention_until_it_is_full(model):
-    ids = torch.randint(0, 40, (3, 16))
-    assert torch.allclose(rolling(model, ids, keep=1), full_attention(model, ids), atol=1e-5)
-
-
-def test_beyond_the_context_only_the_kept_and_the_newest_tokens_count(model):
+def test_a_rolling_cache_is_full_attention_and_then_only_the_kept_and_the_newest_tokens_count(model):
     """A slow reference: each loss from a forward pass over what the cache then holds.
 
     With one layer: in deeper ones, what was forgotten lives on in the states of those that saw it.
     """
+    ids, T, keep = torch.randint(0, 40, (2, 40)), 16, 2
+    begun = ids[:, :T]
+    assert torch.allclose(rolling(model, begun, keep=1), full_attention(model, begun), atol=1e-5)
     model.model["layers"] = model.model["layers"][:1]
     model.config.n_layers = 1
-    ids, T, keep = torch.randint(0, 40, (2, 40)), 16, 2
     found = rolling(model, ids, keep)
     for t in range(T, 39):
         held = torch.cat([ids[:, :keep], ids[:, t + 1 - (T - keep) : t + 1]], dim=1)
         wanted = torch.nn.functional.cross_entropy(model(held)[:, -1], ids[:, t + 1], reduction="none")
         assert torch.allclose(found[:, t], wanted, atol=1e-4)
-
-
-def test_stretching_by_one_changes_nothing(model):
-    ids = torch.randint(0, 40, (2, 30))
-    full = full_attention(model, ids)
-    for stretch in ("linear", "ntk", "yarn"):
-        assert torch.allclose(full_attention(model, ids, stretch, 1.0), full, atol=1e-5)
-        assert not torch.allclose(full_attention(model, ids, stretch, 4.0), full, atol=1e-5)
 
 
 @pytest.mark.parametrize("stretch", ["linear", "yarn"])
@@ -192,45 +176,31 @@ def test_stretched_rope_is_hugging_faces(stretch):
     torch.testing.assert_close(sin[:, 32:], angles.sin() * scale)
 
 
-def test_an_endless_stream_has_a_cache_of_constant_size(model):
+def test_an_endless_stream_has_a_cache_of_constant_size_and_attention_to_the_first_is_a_share(model):
     found = endless(model, 200)
-    assert set(found["cache_bytes"]) == {
-        2 * 2 * 2 * 16 * 8 * 4
-    }  # k and v, layers, heads, slots, head_dim, bytes
-    assert len(found["tokens_per_second"]) == 10
-
-
-def test_attention_to_the_first_token_is_a_share(model):
+    assert set(found["cache_bytes"]) == {2 * 2 * 2 * 16 * 8 * 4}  # k, v; layers, heads, slots, width, bytes
     ids = torch.randint(0, 40, (2, 16))
-    shares = first_token_mass(model, ids)
-    assert len(shares) == 2 and all(0 < s < 1 for s in shares)
+    assert all(0 < share < 1 for share in first_token_mass(model, ids))
     assert first_token_mass(model, ids, first=16) == pytest.approx([1, 1])
-    sink = ModernDecoderLM(ModelConfig(**{**vars(model.config), "n_sinks": 1})).eval()
-    assert all(s < 1 for s in first_token_mass(sink, ids, first=16))
 
 
 # -----------------------------------------------------------------------------
 # experts
 
 
-def test_experts_are_counted_by_class_of_token():
-    tokenizer = Tokenizer(*train_bpe(["Anna has 12 nuts. She buys 3 more."] * 50, 280, SPECIAL_TOKENS,
-                                     split_digits=True), SPECIAL_TOKENS)  # fmt: skip
+def test_an_expert_that_follows_the_class_of_a_token_shares_its_bits(monkeypatch):
+    text = "Anna has 12 nuts. She buys 3 more."
+    tokenizer = Tokenizer(*train_bpe([text] * 50, 280, SPECIAL_TOKENS, split_digits=True), SPECIAL_TOKENS)
     classes = {" 7": "digit", ".": "punctuation", " Anna": "capitalised", "nuts": "word", "\n": "other"}
     assert {piece: token_class(piece) for piece in classes} == classes
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, context_length=16, n_layers=1, d_model=8, n_heads=2,
-                         ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)  # fmt: skip
-    model, ids = ModernDecoderLM(config).eval(), torch.tensor([tokenizer.encode("7 7 7 . . .")])
-    moe, seen = model.model["layers"][0].mlp, []
-    moe.register_forward_hook(lambda _, args, out: seen.append(args[0].clone()))
-    (layer,) = experts_by_class(model, ids, tokenizer)
-    choice = (seen[0] @ moe.gate.weight.T).argmax(-1)[0]
-    kinds = np.array([token_class(tokenizer.decode([i])) for i in ids[0].tolist()])
-    for kind in ("digit", "punctuation"):
-        wanted = [float((choice[kinds == kind] == e).float().mean()) for e in (0, 1)]
-        assert layer["share"][kind] == pytest.approx(wanted, abs=1e-3)
-    assert layer["bits"] >= 0 and sum(layer["share"]["word"]) == 0
+    small = dict(vocab_size=tokenizer.vocab_size, context_length=16, n_layers=1, d_model=8, n_heads=2)
+    model = ModernDecoderLM(ModelConfig(**small, ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)).eval()
+    ids = torch.tensor([tokenizer.encode("7777....")])
+    model.model["layers"][0].mlp.gate.weight.data.zero_()  # all go to one expert
+    assert experts_by_class(model, ids, tokenizer)[0]["bits"] == pytest.approx(0)
+    choices = torch.eye(2)[(ids[0] == ids[0, 0]).long()]  # an expert for each class
+    monkeypatch.setattr(families, "F", SimpleNamespace(linear=lambda x, gate: choices))
+    assert experts_by_class(model, ids, tokenizer)[0]["bits"] == pytest.approx(1)
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +258,6 @@ def test_what_shapes_cost(monkeypatch):
     found = families.costs(ExperimentConfig(device="cpu"), [], [])["tiny"]
     wanted = ModelConfig(vocab_size=1024, context_length=128, n_layers=2, d_model=32, n_heads=4)
     assert found["parameters"] == count_parameters(wanted)["total"] and found["rows"] == 3
-    assert found["tokens_per_second"] > 0 and found["peak_memory_gib"] > 0
     most = found["most_rows_in_12_gib"]
     assert estimate_memory(wanted, most)["peak"] <= 12 * GIB < estimate_memory(wanted, 2 * most)["peak"]
 
@@ -307,18 +276,15 @@ def test_half_made_tokens_are_completed_and_a_run_that_fails_is_an_entry_that_sa
     assert runs[1].log.read_text().startswith("$ ")
     entry = compared("qk_norm", runs, failed)
     assert "nowhere" in entry["failed"][1] and "bits_per_byte" not in entry
-    assert "failed: " in "\n".join(script.table({"qk_norm": entry}))
+    assert "failed: " in script.line("qk_norm", entry)
 
 
 def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
     cfg = ExperimentConfig(only="qk_norm", corpus=text, out=str(tmp_path), seeds=1)
     words = ["--only=qk_norm", f"--corpus={text}", f"--out={tmp_path}", "--seeds=1", "--jobs=2"]
-    lab = subprocess.Popen(
-        [sys.executable, "experiments.py", *words],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # even if we run in the background
-    )
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even if we run in the background
+    command = [sys.executable, "experiments.py", *words]
+    lab = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=heed)
     try:
         deadline, metrics = time.monotonic() + 120, cfg.home / "baseline-s1/metrics.jsonl"
         while not (metrics.exists() and metrics.stat().st_size):
@@ -372,5 +338,3 @@ def test_failed_runs_are_named_and_give_a_status(monkeypatch):
     monkeypatch.setattr(script, "experiment", lambda cfg: {"failed": {"out/a-s1": "why"}})
     with pytest.raises(SystemExit, match="out/a-s1: why"):
         script.main()
-    monkeypatch.setattr(script, "experiment", lambda cfg: {"failed": {}})
-    script.main()

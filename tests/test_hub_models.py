@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from configs import parse_config
 from data import TASKS, Example, talk
-from dpo import DPOConfig, from_collection, without_first_exchange
+from dpo import DPOConfig
 from eval import EvalConfig
 from finetune import AdaptConfig, FinetuneConfig, build_for_task, build_model
 from sft import SFTConfig, can_pack, sft
@@ -19,6 +19,7 @@ from support.costs import shape_of
 from support.hub_models import HubTokenizer, hf_context
 from support.loading import load_model, load_tokenizer, resolve
 from support.machine import pick_device
+from support.pairs import from_collection, without_first_exchange
 from support.runs import TrainError, read_json
 from support.text_model import answer_task
 from support.tokenizer_json import ForeignTokenizer

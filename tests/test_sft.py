@@ -1,10 +1,5 @@
 """Instruction tuning: masks, packing, mixes, and runs that are cut off."""
 
-import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,29 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import sft as script
+import sft
 from data import DataError, corpus_info, documents, load_conversations, messages_of, talk
 from model import ModelConfig, ModernDecoderLM
-from sft import (
-    PackedSet,
-    SFTConfig,
-    aligned_model,
-    collate_bins,
-    conversation_loss,
-    format_row,
-    mixture,
-    pack,
-    source_rows,
-    tokenised,
-)
-from support.hf_format import load_tensors
+from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, pack, tokenised
+from support.alignment import chat_model
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError, read_jsonl
-from support.text_model import TextModel
-from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT, CPU = Path(script.__file__).parent, torch.device("cpu")
+CPU = torch.device("cpu")
 CHATS = [
     talk("Say hello to Anna.", "Hello, Anna!"),
     [{"role": "system", "content": "You are kind."}, *talk("Shout: fox!", "FOX"), *talk("And nut?", "NUT")],
@@ -52,20 +34,14 @@ def settings(tiny, tmp_path):
     return make
 
 
-def trained_ids(row: tuple) -> list[int]:
-    return [i for i, trained in zip(*row, strict=True) if trained]
-
-
 # -----------------------------------------------------------------------------
 # Packing
 
 
-@pytest.mark.parametrize("model", ["base", "gpt2"])
-@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("model, lora_r", [("base", 0), ("base", 4), ("gpt2", 0), ("gpt2", 4)])
 def test_packed_loss_and_gradient_equal_those_of_conversations_one_by_one(settings, model, lora_r):
-    text_model = aligned_model(settings(model, lora_r=lora_r, lora_dropout=0.0))
-    net, (rows, lost) = text_model.model.eval(), tokenised(text_model, CHATS)
-    assert lost == 0 and text_model.ours == (not lora_r or model == "base")
+    text_model = chat_model(settings(model, lora_r=lora_r, lora_dropout=0.0))
+    net, rows = text_model.model.eval(), tokenised(text_model, CHATS)
 
     def loss_of(bins):
         total, count = conversation_loss(net, *collate_bins(bins, text_model.pad))
@@ -74,37 +50,28 @@ def test_packed_loss_and_gradient_equal_those_of_conversations_one_by_one(settin
         return total.item(), count.item(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
     alone = [loss_of([[row]]) for row in rows]
+    assert len(alone) == 3
     for total, count, grads in (loss_of([rows]), loss_of([[row] for row in rows])):
         assert count == sum(n for _, n, _ in alone)
         assert total == pytest.approx(sum(nats for nats, _, _ in alone), rel=1e-5)
         for i, grad in enumerate(grads):
             torch.testing.assert_close(grad, sum(g[i] for _, _, g in alone), rtol=1e-3, atol=1e-4)
+    ids, targets, positions, numbers = collate_bins([rows], text_model.pad)
+    leaking, _ = conversation_loss(net, ids, targets, positions, numbers[:, :0])
+    assert abs(leaking.item() - sum(nats for nats, _, _ in alone)) > 1e-3, "without the mask it would differ"
 
 
-@pytest.mark.parametrize(
-    "switches", [dict(sliding_window=4), dict(sparse_stride=3), dict(attention_kind="linear")], ids=str
-)
-def test_packing_keeps_the_models_own_window_stride_and_kind_of_attention(switches):
+@pytest.mark.parametrize("more", [{"sliding_window": 4}, {"sparse_stride": 3}, {"attention_kind": "linear"}])
+def test_packing_keeps_the_models_own_window_stride_and_kind_of_attention(more):
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=40, context_length=40, n_layers=2, d_model=16, n_heads=2, **switches)
+    config = ModelConfig(vocab_size=40, context_length=40, n_layers=2, d_model=16, n_heads=2, **more)
     model = ModernDecoderLM(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(10 if p.dim() > 1 else 1)  # attention is nearly uniform at initialisation
     rows = [(list(range(start, start + n)), [True] * n) for start, n in ((1, 15), (9, 20), (3, 4))]
-    alone = [conversation_loss(model, *collate_bins([[row]], 0)) for row in rows]
-    packed, count = conversation_loss(model, *collate_bins([rows], 0))
-    assert count == sum(n for _, n in alone)
-    assert packed.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
-
-
-def test_without_the_mask_a_conversation_would_see_the_one_before(settings):
-    """The tests above can fail: with plain causal attention the second conversation reads the first."""
-    model = aligned_model(settings())
-    ids, targets, positions, numbers = collate_bins([tokenised(model, CHATS)[0]], model.pad)
-    masked, _ = conversation_loss(model.model, ids, targets, positions, numbers)
-    leaking, _ = conversation_loss(model.model, ids, targets, positions, numbers[:, :0])
-    assert abs(masked.item() - leaking.item()) > 1e-3
+    alone = sum(conversation_loss(model, *collate_bins([[row]], 0))[0].item() for row in rows)
+    assert conversation_loss(model, *collate_bins([rows], 0))[0].item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_packing_uses_every_conversation_once_and_no_bin_overflows():
@@ -116,21 +83,9 @@ def test_packing_uses_every_conversation_once_and_no_bin_overflows():
     assert len(bins) < 1.1 * sum(lengths) / 128
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_rows_are_a_pure_function_of_seed_and_step(packing):
-    rows = [([1] * n, [True] * n) for n in np.random.default_rng(0).integers(3, 40, 90).tolist()]
-    shares = [(np.arange(60), 0.0), (np.arange(60, 90), 0.0)]
-    a, b = (PackedSet(rows, shares, 4, 64, seed=1, pad=0, packing=packing) for _ in range(2))
-    for step in (0, 7, a.batches, 3):
-        for x, y in zip(a.batch(step, 0, 4), b.batch(step, 0, 4), strict=True):
-            assert torch.equal(x, y)
-    counts = [int((a.batch(5, *rows)[1] != -100).sum()) for rows in ((0, 4), (0, 1), (1, 3))]
-    assert counts[0] == counts[1] + counts[2]
-
-
 def test_weights_are_the_shares_of_an_epoch():
-    rows, shares = [([1] * 10, [True] * 10)] * 100, [(np.arange(80), 1.0), (np.arange(80, 100), 3.0)]
-    drawn = PackedSet(rows, shares, 4, 10, seed=0, pad=0).items
+    row = ([1] * 10, [True] * 10)
+    drawn = PackedSet([([row] * 80, 1.0), ([row] * 20, 3.0)], 4, 10, seed=0, pad=0).items
     assert sum(members[0] >= 80 for members in drawn) == 75 and len(drawn) == 100
 
 
@@ -139,50 +94,29 @@ def test_weights_are_the_shares_of_an_epoch():
 
 
 def test_only_what_the_assistant_says_is_trained_on(settings):
-    model = aligned_model(settings())
+    model = chat_model(settings())
     row = model.conversation(CHATS[1])
     assert row[0] == model.tokenizer.chat(CHATS[1], add_generation_prompt=False)
-    assert model.tokenizer.decode(trained_ids(row)) == "FOX<|end|>NUT<|end|>"
-    assert "[<|end|>]" in format_row(model, row) and "[<|user|>]" not in format_row(model, row)
-    _, targets, _, _ = collate_bins([[row]], model.pad)
-    assert targets[0][targets[0] != -100].tolist() == trained_ids(row)
-
-
-def test_a_model_without_chat_tokens_gets_turns_in_words(tiny):
-    base = load_model(tiny["base"], CPU)
-    plain = Tokenizer(base.tokenizer.vocab, base.tokenizer.merges, ["<|endoftext|>"])
-    model = TextModel(base.model, plain, "causal", chat=True)
-    row = model.conversation(CHATS[1])
-    assert plain.decode(row[0][1:]) == (
-        "System: You are kind.\nUser: Shout: fox!\nAssistant: FOX<|endoftext|>"
-        "User: And nut?\nAssistant: NUT<|endoftext|>"
-    )
-    assert plain.decode(trained_ids(row)) == " FOX<|endoftext|> NUT<|endoftext|>"
-    assert plain.decode(model.conversation(talk("Hello!"))[0][1:]) == "User: Hello!\nAssistant:"
-
-
-def test_text_that_spells_a_special_token_does_not_become_one(settings):
-    model = aligned_model(settings())
+    assert "[<|end|>]" in sft.format_row(model, row) and "[<|user|>]" not in sft.format_row(model, row)
+    targets = collate_bins([[row]], model.pad)[1][0]
+    assert model.tokenizer.decode(targets[targets != -100].tolist()) == "FOX<|end|>NUT<|end|>"
     ids, _ = model.conversation(talk("<|end|><|assistant|>Sure", "no"))
-    assert ids.count(model.end) == 2
+    assert ids.count(model.end) == 2, "text that spells a special token does not become one"
 
 
 def test_a_long_conversation_loses_its_last_turns(settings):
-    model = aligned_model(settings(context_length=40))
+    model = chat_model(settings(context_length=40))
     long = [*CHATS[0], *talk("Say it again " * 30, "no")]
-    rows, lost = tokenised(model, [long, talk("word " * 60, "yes"), talk("no answer")])
-    assert lost == 2 and rows == [model.conversation(CHATS[0])]
+    rows = tokenised(model, [long, talk("word " * 60, "yes"), talk("no answer")])
+    assert rows == [model.conversation(CHATS[0])]
 
 
 def test_texts_of_a_corpus_are_learnt_as_in_pretraining(settings):
-    model = aligned_model(settings())
-    rows, lost, about = source_rows(model, "storyworld", "train", 5)
+    model = chat_model(settings())
+    rows, _, about = sft.source_rows(model, "storyworld", "train", 5)
     text = next(documents("storyworld", "train"))
     assert rows[0][0] == [model.eos, *model.encode(text), model.eos][: model.context_length]
-    assert (len(rows), lost) == (5, 0) and all(all(trained) for _, trained in rows)
-    assert about == corpus_info("storyworld", "train")
-    run = script.sft(settings(data="instructions@30,storyworld@10", name="texts"))
-    assert run["data"]["storyworld"]["train"]["examples"] == 10
+    assert len(rows) == 5 and all(rows[0][1]) and about == corpus_info("storyworld", "train")
 
 
 # -----------------------------------------------------------------------------
@@ -192,27 +126,22 @@ def test_texts_of_a_corpus_are_learnt_as_in_pretraining(settings):
 @pytest.mark.parametrize("text, found", [
     ("arithmetic:3,alpaca:1", [("arithmetic", 0, 3.0), ("alpaca", 0, 1.0)]),
     ("arithmetic@2000, my/chats.jsonl", [("arithmetic", 2000, 0.0), ("my/chats.jsonl", 0, 0.0)]),
-    ("a@5:0.5,b:2", [("a", 5, 0.5), ("b", 0, 2.0)]),
-    ("a\nb.jsonl@3", [("a\nb.jsonl", 3, 0.0)]),
+    ("a@5:0.5,b\n.jsonl:2", [("a", 5, 0.5), ("b\n.jsonl", 0, 2.0)]),
+    ("", None), ("a:1,b", None), ("a:0,b:2", None),
 ])  # fmt: skip
-def test_mixtures_are_read(text, found):
-    assert mixture(text) == found
-
-
-@pytest.mark.parametrize("text", ["", "a:1,b", "a:0,b:2"])
-def test_bad_mixtures_are_refused(text):
-    with pytest.raises(TrainError, match="weight"):
-        mixture(text)
+def test_mixtures_are_read_or_refused(text, found):
+    if found:
+        assert mixture(text) == found
+    else:
+        with pytest.raises(TrainError, match="--data"):
+            mixture(text)
 
 
 @pytest.mark.parametrize("row, found", [
-    ({"messages": talk("a", "b")}, talk("a", "b")),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, talk("a", "b")),
     ({"conversations": ["a", "b", "c", "d"]}, [*talk("a", "b"), *talk("c", "d")]),
     ({"instruction": "a", "input": "x", "output": "b"}, talk("a\n\nx", "b")),
     ({"instruction": "a", "context": "", "response": "b"}, talk("a", "b")),
-    ({"prompt": "a", "completion": "b"}, talk("a", "b")),
-    ({"question": "a", "answer": ""}, []),
 ])  # fmt: skip
 def test_rows_of_the_usual_forms_become_messages(row, found):
     assert messages_of(row) == found
@@ -222,79 +151,45 @@ def test_instructions_of_one_split_are_not_in_another():
     shared = ("opposite", "say", "sound", "comes after", "day after", "hello", "Greet")  # of a few words each
     asked = []
     for split in ("train", "validation", "test"):
-        messages = [m for chat in load_conversations("instructions", split)[0] for m in chat]
-        turns = {m["content"] for m in messages if m["role"] == "user"}
+        chats = load_conversations("instructions", split)[0]
+        turns = {m["content"] for chat in chats for m in chat if m["role"] == "user"}
         asked.append({turn for turn in turns if not any(words in turn for words in shared)})
     train, validation, test = asked
     assert len(test) > 100 and not train & test and not train & validation and not validation & test
-
-
-def test_a_file_of_conversations_is_split_by_what_is_asked(tmp_path):
-    file = tmp_path / "chats.jsonl"
-    rows = [{"instruction": f"question {i % 50}", "output": f"answer {i}"} for i in range(200)]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    parts = [load_conversations(str(file), split)[0] for split in ("train", "validation", "test")]
-    assert sum(map(len, parts)) == 200
-    asked = [{c[0]["content"] for c in part} for part in parts]
-    assert not asked[0] & asked[1] and not asked[0] & asked[2] and all(asked)
-    with pytest.raises(DataError, match="alpaca"):
-        load_conversations("no-such-thing", "train")
 
 
 # -----------------------------------------------------------------------------
 # Runs
 
 
-@pytest.mark.parametrize("model, lora_r, packing", [("base", 0, True), ("base", 4, True), ("gpt2", 4, False)])
+@pytest.mark.parametrize("model, lora_r, packing", [("base", 0, True), ("gpt2", 4, False)])
 def test_a_run_learns_and_can_be_asked(settings, model, lora_r, packing):
     cfg = settings(model, lora_r=lora_r, packing=packing, max_steps=12, learning_rate=1e-2)
-    run, folder = script.sft(cfg), Path(cfg.out) / "run"
+    run, folder = sft.sft(cfg), Path(cfg.out) / "run"
     losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] and run["chat"] and run["smoke"]
     assert 30 <= run["data"]["arithmetic"]["train"]["examples"] <= 60  # a few are too long for 160 tokens
     asked = load_model(str(folder), CPU)
     assert asked.chat and asked.end == asked.tokenizer.special_id("<|end|>")
     with pytest.raises(AlreadyFinished):
-        script.sft(replace(cfg, max_steps=12))
+        sft.sft(replace(cfg, max_steps=12))
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
-def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r):
-    script.sft(settings(name="whole", max_steps=40, lora_r=lora_r))
-    cut, log = settings(name="cut", max_steps=40, lora_r=lora_r), tmp_path / "cut/metrics.jsonl"
-    flags = [f"--{k}={v}" for k, v in vars(cut).items() if v != getattr(SFTConfig(), k)]
-    process = subprocess.Popen(
-        [sys.executable, "sft.py", *flags],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    while not (log.exists() and '"step": 13,' in log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    script.sft(cut)
+def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r, killed_at):
+    whole, cut = (settings(name=name, max_steps=12, lora_r=lora_r) for name in ("whole", "cut"))
+    sft.sft(whole)
+    killed_at(7, sft.sft, cut)
+    sft.sft(cut)
     file = "adapter_model.safetensors" if lora_r else "model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
 @pytest.mark.parametrize("more, why", [
-    (dict(lora_r=0, load_in_4bit=True), "lora_r"),
-    (dict(lora_r=0, merge=True), "lora_r"),
-    (dict(context_length=5), "no conversation"),
-    (dict(data="sst3"), "neither a file nor a collection"),
+    (dict(lora_r=0, load_in_4bit=True), "lora_r"), (dict(lora_r=0, merge=True), "lora_r"),
+    (dict(context_length=5), "no conversation"), (dict(data="sst3"), "neither a file nor a collection"),
+    (dict(data="arithmetic@-1"), "neither a file nor a collection"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_refused(settings, more, why):
     with pytest.raises((TrainError, DataError), match=why):
-        script.sft(settings(**more))
-
-
-def test_dropout_reaches_every_place_of_a_model_that_is_tuned(settings, tiny):
-    ids, outputs = torch.arange(8).unsqueeze(0), []
-    fresh = ModernDecoderLM(replace(ModernDecoderLM.from_pretrained(tiny["base"]).config, dropout=0.4))
-    fresh.load_state_dict(load_tensors(Path(tiny["base"])), strict=False)
-    for model in (fresh, aligned_model(settings(dropout=0.4)).model):
-        torch.manual_seed(0)
-        outputs.append(model.train()(ids))
-    assert torch.equal(*outputs)
+        sft.sft(settings(**more))

@@ -12,25 +12,13 @@ import torch.nn.functional as F
 import dpo
 import verifier as script
 from data import Example, load_task
-from sft import aligned_model
+from support.alignment import chat_model
 from support.loading import load_model
 from support.metrics import auc, auc_within, calibration
 from support.runs import TrainError, read_json
 from support.samples import Samples
 from support.text_model import collate
-from verifier import (
-    Channel,
-    ValueModel,
-    Verifier,
-    VerifierConfig,
-    backward_row,
-    channel_loss,
-    fit,
-    forward_row,
-    head_loss,
-    logistic,
-    value_rows,
-)
+from verifier import ChannelTraining, ValueHead, Verifier, VerifierConfig, backward_row, forward_row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROBLEM = "Anna has 3 nuts. She buys 4 nuts. How many nuts does she have now?"
@@ -45,13 +33,11 @@ def trained(tuned, tiny, tmp_path_factory):
 
     def make(kind: str) -> str:
         if kind not in made:
-            cfg = VerifierConfig(name=f"verifier-{kind}", kind=kind, model=tuned, start=tiny["base"])
-            cfg.out, cfg.device, cfg.dtype = str(tmp_path_factory.mktemp("verifier")), "cpu", "float32"
-            cfg.max_steps, cfg.batch_size, cfg.eval_every, cfg.learning_rate = 20, 16, 10, 3e-3
-            cfg.problems, cfg.n, cfg.held_n, cfg.gold = 60, 4, 6, 100
-            cfg.validation_problems = cfg.test_problems = 40
-            script.train_verifier(cfg)
-            made[kind] = f"{cfg.out}/{cfg.name}"
+            small = dict(device="cpu", dtype="float32", max_steps=20, batch_size=16, eval_every=10)
+            small |= dict(problems=60, n=4, held_n=6, gold=100, validation_problems=20, test_problems=20)
+            small |= dict(model=tuned, start=tiny["base"], kind=kind, learning_rate=3e-3)
+            made[kind] = str(tmp_path_factory.mktemp("out") / kind)
+            script.train_verifier(VerifierConfig(name=kind, out=str(Path(made[kind]).parent), **small))
         return made[kind]
 
     return make
@@ -67,66 +53,53 @@ def model(tuned):
 
 
 @KINDS
-def test_a_verifier_scores_alone_as_in_a_batch(trained, kind):
+def test_a_verifier_scores_alone_as_in_a_batch_and_once(trained, kind, monkeypatch):
     verifier = Verifier.load(trained(kind), "cpu")
     examples = load_task("arithmetic", "test")[0][:6]
-    problems, answers = [e.text for e in examples], [e.target.strip() for e in examples]
-    alone = [verifier.score(p, a) for p, a in zip(problems, answers, strict=True)]
-    np.testing.assert_allclose(verifier.judge(problems, answers)[1], alone, atol=1e-5)
-    assert all(0 <= p <= 1 for p in alone)
+    problems, answers = [e.text for e in examples] * 2, [e.target.strip() for e in examples] * 2
+    alone = [verifier.score(p, a) for p, a in zip(problems[:6], answers[:6], strict=True)]
+    found = verifier.score_all(problems, answers)
+    np.testing.assert_allclose(found[1], alone * 2, atol=1e-5)
     assert verifier.score(problems[0], "") == 0.0 == verifier.score(problems[0], "  ")
     assert 0 <= verifier.score("why? " * 400, "because " * 400) <= 1  # longer than the context
-
-
-@KINDS
-def test_what_was_judged_is_not_judged_again(trained, kind, monkeypatch):
-    verifier, examples = Verifier.load(trained(kind), "cpu"), load_task("arithmetic", "test")[0][10:14]
-    problems = [e.text for e in examples] * 2
-    answers = [e.target.strip() for e in examples] + ["1", "2", "3", ""]
-    first = verifier.judge(problems, answers)
     again = Verifier.load(trained(kind), "cpu")
     monkeypatch.setattr(again.generator, "log_likelihoods", None)
-    np.testing.assert_array_equal(first, again.judge(problems, answers))
+    np.testing.assert_array_equal(found, again.score_all(problems, answers))
     with pytest.raises(TypeError):
-        again.judge(problems, answers[::-1])  # other pairs
+        again.score_all(problems, answers[::-1])  # other pairs
     again.generator.name = trained("head" if kind == "channel" else "channel")  # another generator's weights
     with pytest.raises(TypeError):
-        again.judge(problems, answers)
+        again.score_all(problems, answers)
 
 
 @KINDS
-def test_the_record_says_how_well_it_verifies_beside_its_parts(trained, kind):
+def test_the_record_says_how_well_it_verifies_beside_its_terms(trained, kind):
     run = read_json(Path(trained(kind)) / "run.json")
     found = run["verification"]
     for name in ("verifier", "generator alone", f"{kind} alone"):
         assert {"auc", "auc_within", "best_of_n"} <= set(found[name])
-    assert found["problems"] == 40 and found["answers"] == 240 and found["calibration"]["bins"]
-    assert len(run["combine"]["logistic"]) == 4
+    assert found["problems"] == 20 and found["answers"] == 120 and found["calibration"]["bins"]
+    assert len(run["combine"]["logistic"]) == 4 and "AUC" in script.describe(run)
 
 
-def test_a_channel_reads_the_answer_and_predicts_the_problem(model):
+def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
     decode = model.tokenizer.decode
     read, predicted = backward_row(model, "How many?", "3 #### 3")
     assert (decode(read), decode(predicted)) == ("<|assistant|>3 #### 3<|end|><|user|>", "How many?<|end|>")
     read, predicted = forward_row(model, "How many?", "3 #### 3")
     assert (decode(read), decode(predicted)) == ("<|user|>How many?<|end|><|assistant|>", "3 #### 3<|end|>")
-
-
-def test_the_score_is_the_generator_plus_lambda_times_the_channel(trained):
     verifier = Verifier.load(trained("channel"), "cpu")
-    own = verifier.generator.log_likelihoods([forward_row(verifier.generator, PROBLEM, GOOD)])[0]
-    back = verifier.core.log_likelihoods([backward_row(verifier.core, PROBLEM, GOOD)])[0]
-    score, _ = verifier.judge([PROBLEM], [GOOD])
-    assert score[0] == pytest.approx(own + verifier.combine["lambda"] * back, abs=1e-4)
+    forward = verifier.generator.log_likelihoods([forward_row(verifier.generator, PROBLEM, GOOD)])[0]
+    backward = verifier.model.log_likelihoods([backward_row(verifier.model, PROBLEM, GOOD)])[0]
+    scores, _ = verifier.score_all([PROBLEM], [GOOD])
+    assert scores[0] == pytest.approx(forward + verifier.fitted["lambda"] * backward, abs=1e-4)
 
 
 def test_a_verifier_of_another_tokenizer_or_generator_is_refused(trained, tmp_path):
     folder = shutil.copytree(trained("channel"), tmp_path / "v")
     run = read_json(folder / "run.json")
-    for changed, why in (
-        ({"data": run["data"] | {"tokenizer": "x"}}, "another tokenizer"),
-        ({"parent_hash": "x"}, "another model"),
-    ):
+    other = run["data"] | {"tokenizer": "x"}
+    for changed, why in (({"data": other}, "another tokenizer"), ({"parent_hash": "x"}, "another model")):
         (folder / "run.json").write_text(json.dumps(run | changed))
         with pytest.raises(TrainError, match=why):
             Verifier.load(folder, "cpu")
@@ -142,11 +115,13 @@ def test_a_right_answer_has_to_score_above_a_wrong_one(model):
     """The loss of one pair, from likelihoods that are computed elsewhere."""
     rows = [backward_row(model, PROBLEM, a) for a in (GOOD, BAD)]
     good, bad = model.log_likelihoods(rows)
-    loss, tokens = channel_loss(model.model, *collate(rows, "causal", model.pad), torch.tensor([0]), 2.0)
+    loss, tokens = script.channel_loss(
+        model.model, *collate(rows, "causal", model.pad), torch.tensor([0]), 2.0
+    )
     assert tokens == len(rows[0][1])
     assert loss.item() == pytest.approx(-good + 2.0 * np.log1p(np.exp(bad - good)), rel=1e-4)
     alone = *collate(rows[:1], "causal", model.pad), torch.tensor([], dtype=torch.long)
-    assert channel_loss(model.model, *alone, 2.0)[0].item() == pytest.approx(-good, rel=1e-4)
+    assert script.channel_loss(model.model, *alone, 2.0)[0].item() == pytest.approx(-good, rel=1e-4)
 
 
 def test_a_channel_learns_each_right_answer_beside_the_wrong_ones_to_its_problem(tuned, model):
@@ -154,28 +129,27 @@ def test_a_channel_learns_each_right_answer_beside_the_wrong_ones_to_its_problem
     answers = [[GOOD, BAD, "#### 2", GOOD, BAD], ["#### 5"] * 5]
     samples = Samples([Example(PROBLEM, ""), Example("Two and three?", "")], answers, right)
     cfg = VerifierConfig(model=tuned, start=tuned, device="cpu", gold=2, repeats=0, batch_size=2)
-    first, second = (backward_row(model, PROBLEM, a) for a in (BAD, "#### 2"))
-    channel = Channel(cfg, model, samples, samples)
-    assert [len(wrong) for _, wrong in channel.rows] == [0, 0, 2, 0] and channel.rows[2][1] == [first, second]
-    assert channel.rows[2][0] == backward_row(model, PROBLEM, GOOD)
-    cfg.repeats = 3
-    assert [len(wrong) for _, wrong in Channel(cfg, model, samples, samples).rows] == [0, 0, 2, 2, 2]
+    good, bad, two = (backward_row(model, PROBLEM, a) for a in (GOOD, BAD, "#### 2"))
+    channel = ChannelTraining(cfg, model, samples, samples)
+    assert [len(wrong) for _, wrong in channel.examples] == [0, 0, 2, 0]
+    assert channel.examples[2] == (good, [bad, two])
     ids, _, _, places = channel.batch(0, 0, 2)
-    members = channel.order.members(0, 0, 2)
+    members = channel.members(0, 0, 2)
     assert places.tolist() == [at for at, i in enumerate(members) if i == 2] and len(ids) == 2 + len(places)
+    cfg.repeats = 3
+    assert [len(w) for _, w in ChannelTraining(cfg, model, samples, samples).examples] == [0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("more", [{"contrast": 0, "lm_weight": 0}, {"contrast": 2, "lm_weight": 0.5}])
 def test_the_loss_of_the_head_is_a_plain_loop(tuned, more):
     cfg = VerifierConfig(model=tuned, device="cpu", group=2, **more)
     torch.manual_seed(0)
-    net = ValueModel(aligned_model(cfg).model).eval()
+    net = ValueHead(chat_model(cfg)).eval()
     torch.nn.init.normal_(net.value.weight)
     rows = [([1, 2], [3, 4]), ([1, 2], [5])]  # the right and the wrong answer to one problem
-    ids, last, inside = value_rows(rows, 0)
-    assert last.tolist() == [3, 2]
+    ids, inside = script.value_rows(rows, 0)
     assert inside.tolist() == [[False, False, True, True], [False, False, True, False]]
-    loss, n = head_loss(net, ids, last, inside, torch.tensor([1.0, 0.0]), cfg)
+    loss, n = script.head_loss(net, ids, inside, torch.tensor([1.0, 0.0]), cfg)
     logits, values = net(ids)
     expected = -F.logsigmoid(values[0, 2:4]).mean() - F.logsigmoid(-values[1, 2])
     expected += 2 * cfg.contrast * -F.logsigmoid(values[0, 3] - values[1, 2])  # times the answers
@@ -194,7 +168,7 @@ def test_lambda_is_the_one_that_chooses_best():
     parts = np.stack([right.ravel() * w + rng.normal(size=1600) for w in (0.7, 2.0)], axis=1)
 
     def fitted(parts: np.ndarray) -> dict:
-        return fit("channel", parts, np.stack([*parts.T, np.ones(1600)], axis=1), right)
+        return script.fit("channel", parts, np.stack([*parts.T, np.ones(1600)], axis=1), right)
 
     found = fitted(parts)
     assert 2.0 <= found["lambda"] <= 4.0 and found["logistic"][0] > 0  # 2 / 0.7 is best
@@ -210,29 +184,23 @@ def test_logistic_regression_agrees_with_scikit_learn():
     y = rng.random(500) < 1 / (1 + np.exp(-(x[:, 0] * 0.1 - 1 + 0.02 * x[:, 2])))
     theirs = LogisticRegression(C=1e6, tol=1e-8, max_iter=10_000).fit(x[:, [0, 2]], y)
     expected = [theirs.coef_[0, 0], theirs.intercept_[0], theirs.coef_[0, 1]]
-    np.testing.assert_allclose(logistic(x, y), expected, rtol=0.02)
+    np.testing.assert_allclose(script.logistic(x, y), expected, rtol=0.02)
 
 
-def test_auc_and_calibration_agree_with_scikit_learn():
+def test_auc_agrees_with_scikit_learn_and_within_problems_does_not_see_how_hard_they_are():
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(2)
     labels, scores = rng.random(300) < 0.4, rng.integers(0, 20, 300) / 20  # with ties
     assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
     assert np.isnan(auc([True, True], [1, 2]))
-    p = np.array([0.1] * 10 + [0.9] * 10)
-    truth = np.array([1] + [0] * 9 + [1] * 5 + [0] * 5)
-    assert calibration(truth, p)["ece"] == pytest.approx(0.2)
-
-
-def test_auc_within_problems_does_not_see_how_hard_they_are():
-    """Scores that know only the problem are perfect over all and worthless within."""
     labels = np.array([[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]], bool)
     by_problem = labels.mean(1, keepdims=True) + np.zeros((3, 4))
-    assert auc(labels.ravel(), by_problem.ravel()) > 0.8
-    assert auc_within(labels, by_problem)["value"] == 0.5
+    assert auc(labels.ravel(), by_problem.ravel()) > 0.8 and auc_within(labels, by_problem)["value"] == 0.5
     found = auc_within(labels, labels.astype(float))
     assert found["value"] == 1.0 and found["n"] == 2  # the third says nothing
+    truth = np.array([1] + [0] * 9 + [1] * 5 + [0] * 5)
+    assert calibration(truth, np.repeat([0.1, 0.9], 10))["ece"] == pytest.approx(0.2)
 
 
 # -----------------------------------------------------------------------------
@@ -253,29 +221,6 @@ def test_dpo_and_the_verifier_learn_from_the_same_answers(tuned, tiny, tmp_path)
     cfg.answers_of, cfg.name = tiny["base"], "other"
     with pytest.raises(TrainError, match="answers_of"):
         script.train_verifier(cfg)
-
-
-def test_labelled_solutions_are_learnt_without_sampling(tuned, tiny, tmp_path):
-    rows = []
-    for i in range(60):
-        right, wrong = f"It is {i + 1}.\nA: {i + 1}", "No.\nA: 0"
-        sources = {
-            "a": {"solution": right, "is_correct": True},
-            "b": {"solution": wrong, "is_correct": False},
-        }
-        rows.append({"question": f"What is {i} + 1?", **sources})
-    file = tmp_path / "solutions.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    cfg = VerifierConfig(
-        model=tuned, start=tiny["base"], solutions=str(file), out=str(tmp_path), device="cpu"
-    )
-    cfg.max_steps, cfg.batch_size, cfg.gold, cfg.dtype = 2, 4, 4, "float32"
-    run = script.train_verifier(cfg)
-    assert run["verification"]["right_by_source"] == [1.0, 0.0]
-    assert run["data"]["train"]["source"] == str(file)
-    file.write_text("\n".join(json.dumps(row) for row in [*rows, {"question": "What?"}]))
-    with pytest.raises(script.DataError, match="same number of labelled solutions"):
-        script.labelled(str(file))
 
 
 def test_samples_of_one_kind_are_refused(tuned, tiny, monkeypatch, tmp_path):
