@@ -40,10 +40,9 @@ def stages(name: str, entries: list[dict], answers: list[dict]) -> list[dict]:
         metrics, task = entry["metrics"], entry["task"]
         if "bits_per_byte" in metrics:
             row[f"{task}, bits/byte"] = metrics["bits_per_byte"]
-        elif entry.get("samples"):
-            tasks.setdefault(task, {}).update(metrics)
-        elif "exact_match" in metrics:
-            tasks.setdefault(task, {})["exact_match"] = metrics["exact_match"]
+        elif entry.get("samples") or "exact_match" in metrics:
+            columns = metrics if entry.get("samples") else {"exact_match": metrics["exact_match"]}
+            tasks[task] = tasks.get(task, {}) | columns
     return [row | {"task": task} | columns for task, columns in tasks.items()] or [row]
 
 
@@ -62,7 +61,3 @@ def write_pipeline(
     battery = before.get("battery", {}) | answered
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"rows": list(merged.values()), "battery": battery, "samples": samples})
-    for answers in list(zip(*answered.values(), strict=True))[:6]:  # one instruction, model by model
-        print(f"\n{answers[0]['asked']} -> {answers[0]['meant']}")
-        for name, answer in zip(answered, answers, strict=True):
-            print(f"  {name}: {answer['said'][:100]!r}")
