@@ -33,20 +33,7 @@ from data import TASKS
 from support.charts import BLUE, GREY, Line, Panel, chart, line
 from support.curves import loss_curves, overlaid, preferences
 from support.metrics import proportion
-from support.pages import (
-    Block,
-    Sections,
-    Table,
-    Text,
-    fill,
-    interval,
-    percent,
-    row,
-    rows_of,
-    say,
-    shorten,
-    write,
-)
+from support.pages import Block, Sections, Table, Text, fill, percent, row, rows_of, say, shorten, write
 from support.results import METRICS, SMOKE, Comparison, Measurement, Records, Run, differing
 from support.tables import read_jsonl
 from tasks.mistakes import KINDS
@@ -65,11 +52,6 @@ class ReportConfig:
 # -----------------------------------------------------------------------------
 # The life of the model
 
-WAYS = {  # of answering, as columns
-    "exact_match": "greedy",
-    "calculator": "greedy + calculator",
-    "mean_sample": "one sampled answer",
-}
 STAGES = """
 Percent of problems solved, of one training run each, with 95 % intervals over the problems; bits per byte \
 where it says so.
@@ -77,17 +59,20 @@ where it says so.
 
 
 def stages(records: Records) -> list[Block]:
-    """The life of the model, a row per stage."""
-    rows = []
-    for stage in records.pipeline.get("rows", []):
-        cells = {"model": records.run(stage["model"]).shown, "task": stage.get("task", "")}
-        cells["minutes of training"] = fill("{minutes:.1f}", {"minutes": 0} | stage)
-        for key, metric in stage.items():
-            if isinstance(metric, dict):
-                cells[WAYS.get(key, key)] = interval(metric, 1, 3) if "bits" in key else percent(metric)
-        rows.append(cells)
+    """The life of the model, a row per run: its results on problems and texts, without examples."""
+    rows: dict[Path, dict] = {}
+    for m in records.measurements:
+        for name, value in m.values.items():
+            if not m.shots and (name in ("exact_match", "bits_per_byte") or m.entry.get("samples")):
+                cells = rows.setdefault(m.run.folder, {"model": m.run.shown})
+                cells |= row("minutes of training: {seconds:minutes}", {"seconds": 0} | m.run.record)
+                cells[f"{m.task}: {METRICS.get(name, name)}"] = value
+    for model, answers in records.pipeline.get("battery", {}).items():
+        right = sum(answer["correct"] for answer in answers)
+        cells = rows.setdefault(records.run(model).folder, {"model": records.run(model).shown})
+        cells["instructions followed"] = percent(proportion(right, len(answers)))
     caption = "The life of the model, in percent of problems solved."
-    return [*say(STAGES), Table("stages", rows, caption)] if rows else []
+    return [*say(STAGES), Table("stages", list(rows.values()), caption)] if rows else []
 
 
 SIDE_BY_SIDE = """
@@ -196,15 +181,15 @@ def samples_of(run: Run) -> list[Block]:
     """Of one run: a row per prompt, a column per step; of many steps a few."""
     blocks = []
     for file, words in (("samples", "while it was trained"), ("generations", "asked afterwards")):
-        lines = [x for x in read_jsonl(run.folder / f"{file}.jsonl") if "text" in x]
-        steps = sorted({x.get("step", 0) for x in lines})
+        lines = [x for x in read_jsonl(run.folder / f"{file}.jsonl") if "text" in x and "step" in x]
+        steps = sorted({x["step"] for x in lines})
         kept = steps[:: -max(1, -(-len(steps) // COLUMNS))]
         rows: dict[str, dict] = {}
-        for x in sorted(lines, key=lambda x: x.get("step", 0)):
-            if x.get("step", 0) in kept:
+        for x in sorted(lines, key=lambda x: x["step"]):
+            if x["step"] in kept:
                 prompt = shorten(x.get("prompt", "")) or "(start of a text)"
                 cells = rows.setdefault(prompt, {"prompt": prompt})
-                cells[f"step {x.get('step', 0):,}"] = shorten(x["text"])
+                cells |= row(f"step {x['step']:,}: {{text:shorten}}", x)
         if rows:
             blocks += say("**{run.shown}** {words}, the same prompt by step:", run=run, words=words)
             blocks.append(Table(f"{file}-{run.folder.name}", list(rows.values())))
@@ -313,19 +298,16 @@ def mistakes(m: Measurement) -> list[Block]:
     wrong = [r for r in answers if not r.get("correct", r["kinds"] == ["other"])]
     rows = []
     for kind, words in KINDS.items():
-        some = [r for r in answers if kind in r["kinds"]]
-        bad = [r for r in wrong if kind in r["kinds"]]
+        some, bad = ([r for r in group if kind in r["kinds"]] for group in (answers, wrong))
         if some:
-            # Every review is of a kind, right or wrong; only wrong solutions and flawed summaries are.
-            column, total = ("% of these", some) if TASKS[m.task].labels else ("% of all", answers)
             cells = {"kind": words, "answers": len(some), "wrong": len(bad)}
-            cells[column] = percent(proportion(len(bad), len(total)))
+            cells["% of all"] = percent(proportion(len(bad), len(answers)))
             for r in bad[:1]:
                 said = r.get("output", r.get("prediction"))  # a class, where nothing is written
                 cells |= row(EXAMPLE, r | {"said": said})
             rows.append(cells)
-    caption = f"Mistakes of {m.run.shown}, {m.place}."
-    table = Table("-".join(("errors", m.run.folder.name, *m.where)), rows, caption)
+    name = "-".join(("errors", m.run.folder.name, *m.where))
+    table = Table(name, rows, f"Mistakes of {m.run.shown}, {m.place}.")
     return [*say(WRONG, m=m, wrong=len(wrong), all=len(answers)), table] if answers else []
 
 
@@ -391,8 +373,7 @@ minus the first: {gap:+.4f}
 
 def comparison(folders: list[Path]) -> list[Block]:
     """Settings that differ, losses in one picture, the last difference and how much of it is noise."""
-    alike = len({folder.name for folder in folders}) < len(folders)
-    runs = {str(folder) if alike else folder.name: Run(folder, folder.parent) for folder in folders}
+    runs = {str(folder): Run(folder, folder.parent) for folder in folders}
     for run in runs.values():
         if not run.record:
             raise ConfigError(f"{run.folder} holds no run that can be read")

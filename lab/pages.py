@@ -274,10 +274,6 @@ STEP = """
 config: {config} | rows: {rows} | step: {way} | tokens/s: {value:,.0f} | % of matrix products: {share:.0f}
 """
 SPEED = "of: {task} | by: {way} | tokens/s: {value:,.0f} | times transformers: {times:.2f}"
-MOMENTS = """
-{config}: forward {seconds[forward]:.3f} s, with backward {seconds[forward and backward]:.3f} s, the whole \
-eager step {seconds[eager]:.3f} s.
-"""
 PEERS = """
 Other libraries with the same shape: 6 layers of width 288, float32, on one CPU thread: \
 `OMP_NUM_THREADS=1 python -m lab.peers --what=step,decoding --compile`.
@@ -323,8 +319,6 @@ def one_machine(found: dict, number: int) -> list[Block]:
     for name, (words, rows) in tables.items():
         if rows:
             blocks += [*say(words, **found), Table(name + f"-{number}" * (number > 1), rows)]
-    for r in training:
-        blocks += say(MOMENTS, **r)
     return blocks
 
 

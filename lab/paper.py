@@ -70,17 +70,13 @@ def abstract(records: Records) -> list[Block]:
     for run in [run for run in records.runs if run.stage == "train" and not run.smoke][:1]:
         words += say("The base has {parameters:count} parameters.", **run.record)
         words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **run.last)
-    last, task = {}, None
-    for row in records.pipeline.get("rows", []):
-        run, task = records.run(row["model"]), task or row.get("task")
-        if row.get("exact_match") and row.get("task") == task and not run.smoke:
-            last = row
-            solved = "{name} solves {exact_match:percent} % of the problems greedily."
-            words += say(solved, name=run.name, exact_match=row["exact_match"])
-    for way, metric in last.items():
-        if ", best of" in way:
-            words += say("With the {way} answers it solves {metric:percent} %.", way=way, metric=metric)
-    words += [] if last else [Text("Alignment: not run.")]
+    solvers = [m for m in records.measurements if m.headline == "exact_match" and not (m.smoke or m.shots)]
+    for m in solvers:
+        words += say("{m.run.name} solves {m.values[exact_match]} % of {m.task}'s problems greedily.", m=m)
+        for way, value in m.values.items():
+            if ", best of" in way:
+                words += say("With the {way} answers it solves {value} %.", way=way, value=value)
+    words += [] if solvers else [Text("Alignment: not run.")]
     return [Text(" ".join(block.words for block in words))]
 
 

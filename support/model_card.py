@@ -262,24 +262,24 @@ def results(folder: Path, run: dict) -> str:
 
 def usage(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     """Example code that loads the folder. An adapter has no config: its base model gets the classes."""
-    kind = {
-        "verifier": run.get("verifier"),
-        "ours": config.get("model_type") == "modern_llm",
-        "adapter": adapter,
-        "seq2seq": run.get("kind") == "seq2seq",
-        "head": run.get("kind") == "head",
-        "chat": run.get("chat"),
-        "text": True,
-    }
+    kind = (
+        run.get("kind") if run.get("kind") in ("head", "seq2seq") else "chat" if run.get("chat") else "text"
+    )
+    if run.get("verifier"):
+        kind = "verifier"
+    elif config.get("model_type") == "modern_llm":
+        kind = "ours"
+    elif adapter:
+        kind = "adapter"
     labels = ""
     if run.get("labels"):
         names = dict(enumerate(run["labels"]))
         ids = {name: i for i, name in names.items()}
         labels = f", id2label={names}, label2id={ids}, pad_token_id=tokenizer.pad_token_id"
-    code = USAGE[next(name for name, holds in kind.items() if holds)].strip()
-    base, absolute = adapter.get("base_model_name_or_path"), os.path.abspath(folder)
-    peft = "AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM")
-    return code.format(folder=folder, absolute=absolute, peft=peft, labels=labels, base=base)
+    values = {"folder": folder, "absolute": os.path.abspath(folder), "labels": labels}
+    values["base"] = adapter.get("base_model_name_or_path")
+    values["peft"] = "AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM")
+    return USAGE[kind].strip().format(**values)
 
 
 def limits(run: dict, config: dict) -> list[str]:

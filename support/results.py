@@ -247,8 +247,8 @@ def measured_runs(home: Path, damaged: list[str]) -> list[Run]:
 
 @dataclass
 class Comparison:
-    """A measurement of a tuned model, and others by their role: its "base", the base "prompted" with the most
-    examples, and the same training "from scratch". A base from which nothing was trained has a row, too.
+    """A measurement of a model, and others by their role: its "base", the base "prompted" with the most
+    examples, and the same training "from scratch".
     """
 
     m: Measurement
@@ -270,17 +270,13 @@ class Comparison:
 
 
 def side_by_side(found: list[Measurement]) -> list[Comparison]:
-    """For each task and split, a row for every tuned model, and for every base without one."""
-    # Of several measurements of a model the one with the most examples, and on the most items, counts.
+    """A row for every model on every task and split, without examples in its prompt if that was measured."""
+    # Of several measurements the one with the most examples, and on the most items, counts: the last.
     found = sorted((m for m in found if m.headline), key=lambda m: (m.where, m.shots, m.items))
-    rows = {}
+    rows: dict[tuple, Measurement] = {}
     for m in found:
-        if m.role == "after training" and not m.shots:
+        if m.role != "from scratch" and m.shots == rows.setdefault((m.where, m.run.name), m).shots:
             rows[m.where, m.run.name] = m
-    tuned = {(m.where, m.run.origin) for m in rows.values()}
-    for m in found:
-        if m.role in ("base", "prompted") and (m.where, m.run.origin) not in tuned:
-            rows.setdefault((m.where, m.run.name), m)
     return [Comparison(m, others_of(m, found)) for m in rows.values()]
 
 
@@ -288,12 +284,13 @@ def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement
     """What stands beside a measurement; a twin from scratch has the same seed, if there is one."""
     others: dict[str, Measurement] = {}
     for other in found:
-        of_base = other.role in ("base", "prompted") and other.run.origin == m.run.origin
-        twin = other.role == "from scratch" and other.run.settings.get("seed") == m.run.settings.get("seed")
-        if other.where == m.where and (of_base or twin):
-            others[other.role] = other
-        elif other.where == m.where and other.role == "from scratch":
+        seeds = [x.run.settings.get("seed") for x in (m, other)]
+        if other.where != m.where or other.role == "after training":
+            continue
+        if other.role == "from scratch" and seeds[0] != seeds[1]:
             others.setdefault(other.role, other)
+        elif other.role == "from scratch" or other.run.origin == m.run.origin:
+            others[other.role] = other
     return others
 
 

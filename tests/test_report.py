@@ -110,10 +110,8 @@ def life(home: Path) -> Path:
     for folder in (mood, child, home / "eval" / "google--flan-t5-small"):
         measured(folder, "sentiment", [True] * 10)
     measured(base / "checkpoints" / "step-500", "sentiment", [False] * 10)
-    rows = [{"model": "out/base", "minutes": 0.62, "exact_match": SHARE},
-            {"model": "out/child", "exact_match": SHARE, "storyworld, bits/byte": {"value": 0.2361}}]
-    said = [{"asked": "Say <b>", "meant": "<b>", "said": "<script>alert(1)</script>"}]
-    write_json(home / "pipeline.json", {"rows": rows, "battery": {"out/child": said}})
+    said = {"asked": "Say <b>", "meant": "<b>", "said": "<script>alert(1)</script>", "correct": False}
+    write_json(home / "pipeline.json", {"battery": {"out/child": [said]}})
     write_lines(child / "samples.jsonl", [{"step": 1, "prompt": "p", "text": "t"}])
     return home
 
@@ -209,8 +207,8 @@ def everything(tmp_path_factory) -> Path:
 # What the sections say
 
 CELLS = """
-stages stages: base: greedy = 72.3 [69.4, 75.0]; minutes of training = 0.6; storyworld, bits/byte =
-stages stages: child (SMOKE RUN, no result): storyworld, bits/byte = 0.236
+stages stages: sft: arithmetic: exact match = 72.3 [69.4, 75.0]; minutes of training = 5.1
+stages stages: child (SMOKE: instructions followed = 0.0 [0.0, 79.3]
 results results: prompted, 4 examples: model = base; task = sentiment; split = test; items = 9
 results results: a sample of 70: model = base; metric = bits/byte; value [95 %] = 0.625 [0.500, 0.750]
 results results: base, step 500: task = sentiment; split = test; way = base
@@ -227,7 +225,7 @@ choosing differences-dpo-arithmetic: majority - greedy: points [95 %] = +1.2 [-0
 choosing gating-dpo-verifier: 0.5: answers a problem = 2.2; right = 72.3 [69.4, 75.0]
 verifiers verifier-verifier: channel: AUC = 0.810; AUC within a problem = 0.770; best of n = 72.3 [69.4, 75.0]
 failures errors-sft-arithmetic-test: another wrong step: answers = 2; wrong = 2; said = sft 0; should be = t
-failures errors-rev-sst2-validation: none of these: answers = 2; % of these = 50.0 [9.5, 90.5]
+failures errors-rev-sst2-validation: none of these: answers = 2; wrong = 1
 failures errors-sum-samsum-test: less than half as long: wrong = 2; % of all = 66.7 [20.8, 93.9]
 failures violations-pairs: q: margin = -2.0; chosen = y; rejected = n
 lab lab-storyworld: muon: minus baseline [95 %] = -0.1250 [-0.1562, -0.0938]; verdict = better
@@ -257,9 +255,9 @@ def test_tables_and_sentences_are_what_the_files_say(everything, undrawn):
     names = set(re.findall(r"^\w+", CELLS + WORDS, re.M))
     sections = {name: next(iter(report.sections_of(records, name).values())) for name in names}
     for text in CELLS.strip().splitlines():
-        name, table, key, values = re.fullmatch(r"(\w+) (\S+): (.+): (.+)", text).groups()
+        name, table, key, values = re.fullmatch(r"(\w+) (\S+): (.+?): (.+)", text).groups()
         found = [x for x in cells(sections[name], table) if any(key in cell for cell in x.values())]
-        for value in values.split("; ") if "(SMOKE" not in values else [values]:
+        for value in re.split("; (?=[^=;]+ =)", values):
             column, wanted = (x.strip() for x in value.split("=", 1))
             assert any(x[column] == wanted for x in found), text
     for text in WORDS.strip().splitlines():
@@ -447,7 +445,7 @@ def test_the_papers_text_holds_only_what_the_json_says(everything, undrawn):
     for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text):
         digits, value = len(number.partition(".")[2]), float(number.replace(",", ""))
         assert any(abs(value - x) <= 0.5001 * 10**-digits for x in shares), f"{number} in: {text}"
-    assert "base solves 72.3 [69.4, 75.0] % of" in text
+    assert "sft solves 72.3 [69.4, 75.0] % of" in text
     assert list(sections)[:4] == ["Abstract", "Introduction", "Related work", "Method"]
     assert {"Results on tasks", "Attention"} <= set(sections)
 
@@ -480,13 +478,13 @@ def test_comparison_shows_what_differs_and_what_is_noise(tmp_path, undrawn):
 
     a, b = run("a1", 3.0, seed=1, lr=1, out="x", model="x/base"), run("b", 3.5, seed=1, lr=2)
     blocks = report.comparison([a, b])
-    assert {"setting": "lr", "a1": "1", "b": "2"} in cells(blocks, "settings")
+    assert {"setting": "lr", str(a): "1", str(b): "2"} in cells(blocks, "settings")
     assert cells(blocks, "last")[1]["minus the first"] == "+0.5000"
     assert "repeat them with --seed=2" in words(blocks)
     twin = run("again", 3.0, seed=1, lr=1, out="z", model="z/base")  # the first one's twin: no news
     other = run("a2", 3.2, seed=2, lr=1, out="y", model="y/base")
     first, second = cells(report.comparison([a, b, twin, other]), "last")
-    assert (first["runs"], first["mean"], second["minus the first"]) == ("a1, a2", "3.1000", "+0.4000")
+    assert (first["runs"], first["mean"], second["minus the first"]) == (f"{a}, {other}", "3.1000", "+0.4000")
     assert list(first.values())[3] == "0.1414" and list(second.values())[3] == ""
     with pytest.raises(report.ConfigError, match="nowhere"):
         report.comparison([a, tmp_path / "nowhere"])
