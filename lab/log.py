@@ -9,7 +9,7 @@ from pathlib import Path
 from support.curves import overlaid
 from support.observations import observations
 from support.pages import Block, Figure, Sections, Table, Text, blocks_of, fill, points, row, say
-from support.results import SMOKE, Comparison, Measurement, Records, Run, differing
+from support.results import SMOKE, Comparison, Measurement, Records, Run
 
 # -----------------------------------------------------------------------------
 # Findings and recommendations
@@ -79,7 +79,11 @@ def task_advice(measured: list[Measurement]) -> list[Block]:
     return blocks
 
 
-ADVICE = {"better": "use", "worse": "leave out"}
+COLUMNS = {  # verdict of experiments.py: what to do
+    "better": "better: use it",
+    "worse": "worse: leave it out",
+    "no difference found": "no difference found: speed or memory decide",
+}
 BESIDE = "{name} {difference[mean]:+.4f} at {speed:.2f} times the speed"
 
 
@@ -94,16 +98,12 @@ def lab_findings(found: dict) -> list[dict]:
         cells = {"family": f"{found['corpus']}, {family}"}
         cells |= row("lowest bits/byte: {name}, {bits_per_byte[mean]:.4f}", some[0])
         usual = experiments["baseline"]["tokens_per_second"]["mean"]
-        cells |= dict.fromkeys(("better", "worse", "no difference found"), "")
-        for e in some:
-            beside = fill(BESIDE, e | {"speed": e["tokens_per_second"]["mean"] / usual})
-            cells[e["verdict"]] += ", " * bool(cells[e["verdict"]]) + beside
-        advice = []
-        for verdict, words in ADVICE.items():
-            alike = [e["name"] for e in some if e["verdict"] == verdict]
-            advice += [f"{words} {', '.join(alike)}"] if alike else []
-        advice = "; ".join(advice) or "keep the baseline unless speed or memory decides"
-        rows.append(cells | {"recommendation": advice})
+        for verdict, column in COLUMNS.items():
+            alike = [e for e in some if e["verdict"] == verdict]
+            speeds = [e["tokens_per_second"]["mean"] / usual for e in alike]
+            beside = [fill(BESIDE, e | {"speed": x}) for e, x in zip(alike, speeds, strict=True)]
+            cells[column] = ", ".join(beside)
+        rows.append(cells)
     return rows
 
 
@@ -211,16 +211,13 @@ def of_lab(e: dict, records: Records) -> dict:
     name, folder, seeds = e["name"], e["folder"], e.get("seeds") or {"1": {}}
     runs = [Run(folder / f"{name}-s{seed}", records.home, records.damaged) for seed in seeds]
     baseline = Run(folder / f"baseline-s{next(iter(seeds))}", records.home)
-    both = {"baseline": baseline.settings, name: runs[0].settings}
-    changed = differing(both) if all(both.values()) else {}
-    changes = [f"{key}={values[name]}" for key, values in changed.items() if key not in STATED]
     logged = [f"{run.folder.name}: {wandb(run)}" for run in runs if wandb(run)]
     verdict = e.get("verdict") or ("the baseline" if name == "baseline" else "")
     values = of_run(runs[0], records, set()) | e
     values |= {
         "heading": f"{name}, {folder.name}" + f" ({SMOKE})" * e["quick"],
         "stage": f"lab, {folder.name}",
-        "change": f"`{', '.join(changes)}`; " * bool(changes) + fill("`{command}`", e),
+        "change": fill("`{command}`", e),
         "measured": fill(MEASURED, e | {"n": len(seeds)}),
         "gap": fill("{difference:difference} bits/byte", e),
         "comparison": fill(COMPARISON, e | {"verdict": verdict}),
@@ -232,6 +229,3 @@ def of_lab(e: dict, records: Records) -> dict:
         beside = {run.folder.name: run for run in [baseline, *runs]}
         values["figures"] = [overlaid(f"curves-{folder.name}-{name}", beside)]
     return values
-
-
-STATED = ("hypothesis", "baseline")  # settings that say what an experiment is about
