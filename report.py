@@ -67,7 +67,7 @@ def stages(records: Records) -> list[Block]:
                 cells = rows.setdefault(m.run.folder, {"model": m.run.shown})
                 cells |= row("minutes of training: {seconds:minutes}", {"seconds": 0} | m.run.record)
                 cells[f"{m.task}: {METRICS.get(name, name)}"] = value
-    for model, answers in records.pipeline.get("battery", {}).items():
+    for model, answers in records.battery.items():
         right = sum(answer["correct"] for answer in answers)
         cells = rows.setdefault(records.run(model).folder, {"model": records.run(model).shown})
         cells["instructions followed"] = percent(proportion(right, len(answers)))
@@ -199,7 +199,7 @@ def samples_of(run: Run) -> list[Block]:
 def battery(records: Records) -> list[Block]:
     """The same instructions by stage, from pipeline.json."""
     rows: dict[str, dict] = {}
-    for model, answers in records.pipeline.get("battery", {}).items():
+    for model, answers in records.battery.items():
         for x in answers[:12]:
             cells = row("asked: {asked:shorten} | expected: {meant:shorten}", x)
             rows.setdefault(x["asked"], cells)[records.run(model).shown] = shorten(x["said"])

@@ -104,6 +104,9 @@ class Run:
         # Its first ancestor, which may be a model of the hub.
         self.origin = self.records[-1].get("parent") or label(self.lineage[-1], home)
 
+    def has(self, file: str) -> bool:
+        return (self.folder / file).exists()
+
     @cached_property
     def metrics(self) -> list[dict]:
         """metrics.jsonl, with minutes and perplexities. Evaluations get the clock of the step before."""
@@ -214,11 +217,6 @@ def way_of(run: Run, entry: dict) -> str:
     return ways.get(run.stage, "base")
 
 
-def measurements(home: Path, damaged: list[str]) -> list[Measurement]:
-    """All measurements in `home`, by the starting time of the runs; adds what cannot be read to `damaged`."""
-    return each(measured_runs(home, damaged), lambda run: of_run(run, damaged), damaged)
-
-
 def of_run(run: Run, damaged: list[str]) -> list[Measurement]:
     """What eval.py and finetune.py measured of one run."""
     file, found = run.folder / "results.json", {}
@@ -230,15 +228,6 @@ def of_run(run: Run, damaged: list[str]) -> list[Measurement]:
         entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
         found[f"{run.folder}/run.json"] = (entry, run.folder / "predictions.jsonl")
     return each(found, lambda name: [Measurement(run, *found[name])], damaged)
-
-
-def measured_runs(home: Path, damaged: list[str]) -> list[Run]:
-    """Every folder in `home` with a run or results, and parents outside of it, such as a hub model."""
-    folders = {file.parent for name in ("results.json", "run.json") for file in home.rglob(name)}
-    runs = each(folders, lambda folder: [Run(folder, home)], damaged)
-    outside = {folder for run in runs for folder in run.lineage} - folders
-    runs += each(outside, lambda folder: [Run(folder, home)], damaged)
-    return sorted(runs, key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
 
 
 # -----------------------------------------------------------------------------
@@ -298,17 +287,25 @@ def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement
 # Everything that a folder holds
 
 
+FILES = ("run.json", "results.json", "attention.json", "streams.json")  # what a model's folder may hold
+
+
 class Records:
     """A folder of runs, read once; the sections of a page take it."""
 
     def __init__(self, home: Path):
         self.home = home
         self.damaged: list[str] = []  # a line for each record that could not be read
-        runs = self.each(home.glob("*/run.json"), lambda file: [Run(file.parent, home, self.damaged)])
-        self.runs = sorted(runs, key=lambda run: (str(run.record.get("started")), run.folder.name))
-        self.measurements = measurements(home, self.damaged)
+        folders = {file.parent for name in FILES for file in home.rglob(name)}
+        every = self.each(folders, self.read_run)
+        # Parents outside of `home`, such as a model of the hub.
+        every += self.each({folder for run in every for folder in run.lineage} - folders, self.read_run)
+        every.sort(key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
+        self.models = every  # runs, checkpoints and models of the hub, those of experiments too
+        self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
+        self.measurements = self.each(every, lambda run: of_run(run, self.damaged))
         self.comparisons = side_by_side(self.measurements)
-        self.pipeline = read_json(home / "pipeline.json")  # the life of one model, by eval.py
+        self.battery = read_json(home / "pipeline.json").get("battery") or {}  # answers to instructions
         self.labs = self.each(sorted(home.glob("experiments/*/experiments.json")), read_lab)
         self.ledger = self.each(lines_of(home / "ledger.tsv"), spent)  # by run_all.sh
         self.plan = self.each(lines_of(home / "plan.tsv"), spent)
@@ -316,15 +313,16 @@ class Records:
     def each(self, items: Iterable, read: Callable[..., list]) -> list:
         return each(items, read, self.damaged)
 
+    def read_run(self, folder: Path) -> list[Run]:
+        return [Run(folder, self.home, self.damaged)]
+
     def run(self, model: str) -> Run:
         """The run of a path such as out/sft, also if the folder was copied."""
         return Run(self.home / Path(model).name, self.home)
 
     def with_file(self, name: str) -> list[Run]:
-        """Runs, checkpoints and models of the hub whose folder holds this file."""
-        patterns = (f"*/{name}", f"*/checkpoints/*/{name}", f"eval/*/{name}")
-        files = [file for pattern in patterns for file in self.home.glob(pattern)]
-        return [Run(file.parent, self.home) for file in sorted(files)]
+        """The models whose folder holds this file."""
+        return [run for run in self.models if run.has(name)]
 
 
 def read_lab(file: Path) -> list[dict]:

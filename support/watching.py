@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs import ROOT
 from support.observations import observations
-from support.results import METRICS, Run, differing, measurements, read_json, run_of
+from support.results import METRICS, Records, Run, differing, read_json, run_of
 from support.runs import TrainError, checkpoints, lock, locked
 from support.tables import read_jsonl
 
@@ -192,7 +192,7 @@ def observed(folder: Path) -> tuple[list[str], list[str]]:
 def results_table(folder: Path, home: Path) -> dict:
     """Every measurement of a run and its checkpoints, with its interval."""
     rows = []
-    for found in measurements(home, []):
+    for found in Records(home).measurements:
         entry = found.entry
         if found.file.resolve().is_relative_to(folder.resolve()):
             where = f"{entry.get('task')} ({entry.get('split', '')})"
