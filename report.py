@@ -82,15 +82,20 @@ items that both answered.
 """
 
 
+RESULT = """
+task: {m.task} | split: {m.split} | model: {m.run.name} | shots: {m.shots} | way: {m.way} | metric: {metric}
+value [95 %]: {value} | items: {items} | note: {m.notes}
+"""
+
+
 def results(records: Records) -> list[Block]:
     """Every number that was measured, and on each task what training changed."""
     rows = []
     for m in sorted(records.measurements, key=lambda m: m.where):
         for name, value in m.values.items():
-            cells = {"task": m.task, "split": m.split, "model": m.run.name, "way": m.way}
-            cells |= {"metric": METRICS.get(name, name), "value [95 %]": value}
-            cells["items"] = m.entry["metrics"][name].get("n", m.items)
-            rows.append(cells | {"note": m.notes})
+            about = {"m": m, "metric": METRICS.get(name, name), "value": value}
+            about["items"] = m.entry["metrics"][name].get("n", m.items)
+            rows.append(row(RESULT, about))
     if not rows:
         return []
     caption = "Results by task: base, prompted, trained; paired differences in points."

@@ -44,7 +44,15 @@ def heads(run: Run) -> list[Block]:
     for i, example in enumerate(found["maps"], 1):
         labels = [printable(token) for token in example["tokens"]]
         maps = {fill("{most} layer {layer}, head {head}", x): x["weights"] for x in example["heads"]}
-        blocks.append(images(f"attention-{name}-{i}", fill(LOOK_FOR, {"run": run}), maps, 2, labels))
+        blocks.append(
+            images(
+                f"attention-{name}-{i}",
+                fill(LOOK_FOR, {"run": run}),
+                maps,
+                2 if len(maps) <= 4 else 4,
+                labels,
+            )
+        )
         if example.get("inside"):
             blocks.append(inside(f"inside-{name}-{i}", run, example["inside"]))
     return blocks

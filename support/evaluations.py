@@ -76,9 +76,10 @@ def describe(entry: dict) -> str:
     """A line of metrics, one of what has to be known about them, and for samples a table."""
     metrics = entry["metrics"]
     figures = [f"{METRICS[name]} {value_of(name, metrics[name])}" for name in METRICS if name in metrics]
-    facts = {key: value or None for key, value in entry.items()}  # what counts nothing is not worth a note
-    facts["left_out"] = entry["data"].get("left_out") or None
+    facts = entry | {"left_out": entry["data"].get("left_out")}
     facts["limited"] = entry["of"] if entry["items"] < entry["of"] else None
+    for key in ("left_out", "majority_class", "cut", "shots_dropped"):
+        facts[key] = facts.get(key) or None  # none of it: not worth a note
     lines = [", ".join(figures), "; ".join(lines_of(NOTES, facts))]
     return "\n      ".join(lines + (samples_table(entry) if "samples" in entry else []))
 

@@ -321,8 +321,8 @@ class Records:
         return Run(self.home / Path(model).name, self.home)
 
     def with_file(self, name: str) -> list[Run]:
-        """The models whose folder holds this file."""
-        return [run for run in self.models if run.has(name)]
+        """The models in `home` whose folder holds this file."""
+        return [run for run in self.models if run.has(name) and self.home in run.folder.parents]
 
 
 def read_lab(file: Path) -> list[dict]:

@@ -199,12 +199,12 @@ EXPECTED = """
 | sft | 5.1 |  | 72.3 [69.4, 75.0] |  |
 | child (SMOKE RUN, no result) |  |  |  | 0.0 [0.0, 79.3] |
 | 100.0 [99.0, 101.0] (10 items) |  | +50.0 [+20.0, +80.0] (10 items) | +66.7 [+33.3, +100.0] (9 items) |  |
-| sentiment | test | base | prompted, 4 examples | accuracy | 33.3 [32.3, 34.3] | 9 |  |
-| sentiment | test | base, step 500 | base | accuracy | 0.0 [-1.0, 1.0] | 10 |  |
-| sentiment | test | google/flan-t5-small | base | accuracy | 100.0 [99.0, 101.0] | 10 |  |
-| sentiment | test | child | preference-tuned | accuracy | 100.0 [99.0, 101.0] | 10 | SMOKE RUN, no result |
-| sentiment | validation | mood | fine-tuned | accuracy | 72.3 [69.4, 75.0] | 50 |  |
-| storyworld | test | base | base | bits/byte | 0.625 [0.500, 0.750] | 99 | a sample of 70 |
+| sentiment | test | base | 4 | prompted, 4 examples | accuracy | 33.3 [32.3, 34.3] | 9 |  |
+| sentiment | test | base, step 500 | 0 | base | accuracy | 0.0 [-1.0, 1.0] | 10 |  |
+| sentiment | test | google/flan-t5-small | 0 | base | accuracy | 100.0 [99.0, 101.0] | 10 |  |
+| sentiment | test | child | 0 | preference-tuned | accuracy | 100.0 [99.0, 101.0] | 10 | SMOKE RUN, no result |
+| sentiment | validation | mood | 0 | fine-tuned | accuracy | 72.3 [69.4, 75.0] | 50 |  |
+| storyworld | test | base | 0 | base | bits/byte | 0.625 [0.500, 0.750] | 99 | a sample of 70 |
 | sft | 2.0 | 1.5 | python sft.py |
 | all | 3.0 | 2.2 |  |
 | made | train | 870k | finished | 3.2500 at 100 | 3.2500 at 100 | 51.2k | 2.7e+11 | 5.1 | 1,050 | 0.50 |
