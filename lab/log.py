@@ -70,10 +70,8 @@ def task_advice(measured: list[Measurement]) -> list[Block]:
             by_task.setdefault(m.place, []).append(m)
     blocks = []
     for some in by_task.values():
-        most = max(m.items for m in some)
-        some = [m for m in some if m.items == most]
-        if len({m.run.name for m in some}) > 1:
-            best = max(some, key=lambda m: m.numbers[m.headline])
+        best = max(some, key=lambda m: (m.items, m.numbers[m.headline]))
+        if len({m.run.name for m in some if m.items == best.items}) > 1:
             words = "**{m.place}**: take {m.run.name} ({m.way}), {value}."
             blocks += say(words, m=best, value=best.values[best.headline])
     return blocks

@@ -202,7 +202,7 @@ EXPECTED = """
 | sentiment | test | base | 4 | prompted, 4 examples | accuracy | 33.3 [32.3, 34.3] | 9 |  |
 | sentiment | test | base, step 500 | 0 | base | accuracy | 0.0 [-1.0, 1.0] | 10 |  |
 | sentiment | test | google/flan-t5-small | 0 | base | accuracy | 100.0 [99.0, 101.0] | 10 |  |
-| sentiment | test | child | 0 | preference-tuned | accuracy | 100.0 [99.0, 101.0] | 10 | SMOKE RUN, no result |
+| sentiment | test | child | 0 | preference-tuned | accuracy | 100.0 [99.0, 101.0] | 10 | SMOKE RUN
 | sentiment | validation | mood | 0 | fine-tuned | accuracy | 72.3 [69.4, 75.0] | 50 |  |
 | storyworld | test | base | 0 | base | bits/byte | 0.625 [0.500, 0.750] | 99 | a sample of 70 |
 | sft | 2.0 | 1.5 | python sft.py |
