@@ -42,11 +42,11 @@ def write_results(folder: Path, results: list[Result], dtype: str, device: torch
     about |= {"smoke": run.get("smoke", False), "model_step": run.get("step")}
     before = read_json(folder / "results.json").get("results")
     entries = before if isinstance(before, dict) else {}
-    (folder / "answers").mkdir(exist_ok=True)
     for result in results:
         entries[result.name] = result.entry | about
         if result.records:
             file = folder / "answers" / result.name.replace(" ", "-")
+            file.parent.mkdir(exist_ok=True)
             wrong = [record for record in result.records if not record.get("correct", True)]
             write_jsonl(Path(f"{file}.jsonl"), result.records)
             write_jsonl(Path(f"{file}-wrong.jsonl"), wrong)
