@@ -369,9 +369,6 @@ def test_observations_are_what_the_curves_say():
     text = said(falling, (50, 4.0), (100, 3.0), (150, 3.2), (200, 3.4))
     assert "lowest at step 100 (3.0000) and rose to 3.4000" in text and "dropout" in text
     assert "flat since step 150" in said(falling, (50, 4.0), (100, 3.0), (150, 3.0), (200, 2.99))
-    noisy = [3.0 + (0.2 if i % 2 else -0.2) for i in range(40)]
-    assert "flat since step" in said([*noisy, 3.2, 3.2]), "the last mean is above the lowest, by chance"
-    assert "The training loss was lowest" in said([*noisy, 5.0, 5.0, 5.0])
     text = said([x + 2 * (i == 20) for i, x in enumerate(falling)])
     assert "1 spike of the training loss, the largest at step 200 (+1.900)" in text and "warmup" in text
     assert said([5.0]) == "Too short to say anything."
