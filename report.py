@@ -455,7 +455,7 @@ def sections_of(records: Records, only: str = "") -> Sections:
         section = pkgutil.resolve_name(section) if isinstance(section, str) else section
         known.append(section.__name__)
         if not wanted or section.__name__ in wanted:
-            found[heading] = records.each([records], section) or [Text(empty)]
+            found[heading] = records.each([section], lambda section: section(records)) or [Text(empty)]
     if unknown := set(wanted).difference(known):
         raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
     if records.damaged:
