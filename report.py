@@ -378,7 +378,8 @@ minus the first: {gap:+.4f}
 
 def comparison(folders: list[Path]) -> list[Block]:
     """Settings that differ, losses in one picture, the last difference and how much of it is noise."""
-    runs = {str(folder): Run(folder, folder.parent) for folder in folders}
+    damaged: list[str] = []
+    runs = {str(folder): Run(folder, folder.parent, damaged) for folder in folders}
     for run in runs.values():
         if not run.record:
             raise ConfigError(f"{run.folder} holds no run that can be read")
@@ -388,15 +389,15 @@ def comparison(folders: list[Path]) -> list[Block]:
     blocks = blocks if rows else [Text("No setting differs.")]
     rows = last_losses(runs)
     repeated = any(cells["standard deviation over seeds"] for cells in rows)
-    words = [] if repeated else [Text(ALONE)]
-    return [*blocks, overlaid("comparison", runs), Table("last", rows), *words]
+    blocks += [overlaid("comparison", runs), Table("last", rows)]
+    return blocks + [Text(words) for words in damaged + [ALONE] * (not repeated)]
 
 
 def last_losses(runs: dict[str, Run]) -> list[dict]:
     """A row per group of runs that differ in nothing but the seed, with the spread of their last losses."""
     groups: dict[str, dict] = {}  # settings: {seed: name}
     for name, run in runs.items():
-        if "val_loss" in run.last:
+        if isinstance(run.last.get("val_loss"), int | float):
             groups.setdefault(settings_but_seed(run), {}).setdefault(run.settings.get("seed"), name)
     rows, first = [], None
     for names in groups.values():
