@@ -173,7 +173,7 @@ def of_run(run: Run, records: Records, figures: set[str]) -> dict:
         "curves": ", ".join(links) or None,
         "logged": wandb(run) or None,
         "outcome": observed[0],
-        "observations": " ".join(observed),
+        "observations": " ".join(observed) if run.metrics else None,
         "next": f"{SMOKE}: run it in full." if run.smoke else " ".join(todo) or None,
         "figures": [],
     }
@@ -184,13 +184,16 @@ def compared_with(run: Run, records: Records) -> list[str]:
     found = []
     for c in records.comparisons:
         for role, gap in c.gaps.items() if c.m.run.folder == run.folder else ():
-            words = "{m.place}: {gap:points} points over {other.run.name}, {other.way}"
-            found.append(fill(words, {"m": c.m, "gap": gap, "other": c.others[role]}))
+            other = c.others[role]
+            found.append(f"{c.m.place}: {points(gap)} points over {other.run.name}, {other.way}")
+    baseline = Path(str(run.settings.get("baseline"))).stem
     for other in records.runs:
-        named = other.folder.name == Path(str(run.settings.get("baseline") or "")).stem
-        if named and run.text == other.text and run.text[1]:
-            gap = fill("{0:+.4f}", {"0": run.last["val_loss"] - other.last["val_loss"]})
-            found.append(f"validation loss {gap} from {other.name} (one seed: no finding)")
+        losses = [x.last.get("val_loss") for x in (run, other)]
+        alike = run.text == other.text and run.text[1] and None not in losses
+        if other.folder.name == baseline and alike:
+            found.append(
+                f"validation loss {losses[0] - losses[1]:+.4f} from {baseline} (one seed: no finding)"
+            )
     return found
 
 
@@ -218,7 +221,7 @@ def of_lab(e: dict, records: Records) -> dict:
         "change": fill("`{command}`", e),
         "measured": fill(MEASURED, e | {"n": len(seeds)}),
         "gap": fill("{difference:difference} bits/byte", e),
-        "comparison": fill(COMPARISON, e | {"verdict": verdict}),
+        "comparison": fill(COMPARISON, e | {"verdict": verdict}) or None,
         "logged": "; ".join(logged) or None,
         "outcome": verdict,
         "next": f"{SMOKE}: run it in full." if e["quick"] else NEXT.get(verdict),
