@@ -104,20 +104,23 @@ def results(records: Records) -> list[Block]:
     return [*say(SIDE_BY_SIDE), beside, Text("Every number that was measured, shares in percent:"), every]
 
 
+COMPARED = """
+task: {m.place} | model: {m.run.name}, {m.way} | metric: {metric} | base: {some[base]}
+prompted: {some[prompted]} | after training: {some[after training]} | from scratch: {some[from scratch]}
+after - base: {gaps[base]:points} ({gaps[base][n]} items)
+after - prompted: {gaps[prompted]:points} ({gaps[prompted][n]} items)
+after - from scratch: {gaps[from scratch]:points} ({gaps[from scratch][n]} items)
+"""
+
+
 def compared(c: Comparison) -> list[dict]:
     """A row of the table that sets results side by side."""
-    metric = c.m.headline
-    about = {"m": c.m, "metric": METRICS[metric]}
-    cells = row("task: {m.place} | model: {m.run.name}, {m.way} | metric: {metric}", about)
-    some = c.others | {c.m.role: c.m}
-    for role in ("base", "prompted", "after training", "from scratch"):
-        cells[role] = ""
-        if role in some:
-            value = {"value": some[role].values.get(metric), "mark": f"{SMOKE}; " * some[role].smoke}
-            cells[role] = fill("{value} ({mark}{m.items} items)", value | {"m": some[role]})
-    for role in ("base", "prompted", "from scratch"):
-        cells[f"after - {role}"] = fill("{gap:points} ({gap[n]} items)", {"gap": c.gaps.get(role)})
-    return [cells]
+    headline, some = c.m.headline, {}
+    for role, m in (c.others | {c.m.role: c.m}).items():
+        mark = f"{SMOKE}; " * m.smoke
+        values = {"m": m, "mark": mark, "value": m.values.get(headline)}
+        some[role] = fill("{value} ({mark}{m.items} items)", values)
+    return [row(COMPARED, {"m": c.m, "metric": METRICS[headline], "some": some, "gaps": c.gaps})]
 
 
 LEDGER = "stage: {stage} | minutes: {seconds:minutes} | planned: {planned:minutes} | command: {command}"

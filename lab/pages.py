@@ -3,7 +3,7 @@ lab/hardware.py measured. The templates of tables and sentences name the keys of
 """
 
 from support.charts import Line, Panel, canvas, chart, line, saved
-from support.pages import Block, Figure, Table, Text, fill, interval, lines_of, row, rows_of, say, shorten
+from support.pages import Block, Figure, Table, fill, lines_of, row, rows_of, say
 from support.results import SMOKE, Records, Run, read_json
 
 # -----------------------------------------------------------------------------
@@ -117,6 +117,11 @@ ENDLESS = """
 A stream of {tokens:,} tokens through {name}: a cache of {bytes} bytes, {slowest:,.0f} to {fastest:,.0f} \
 tokens/s.
 """
+CONTINUATION = """
+window, over four contexts: {key} | distinct 2: {distinct_2:.3f} | repeated 4: {repeated_4:.3f}
+loops: {loops:.3f} | topic: {topic:.3f} | perplexity of the end: {perplexity_of_the_end:.3f}
+example: {example:shorten}
+"""
 JUMPS = "{name}: a text sixteen times as long as the context. Where a line jumps, the model fails."
 
 
@@ -141,12 +146,7 @@ def streams(corpus: str, found: dict) -> list[Block]:
         panel = Panel(curves, "position in the text, in contexts", "perplexity", name, log="y")
         caption = fill(JUMPS, {"name": name})
         blocks.append(chart(f"streams-{corpus}-{name}", caption, [panel], size=(6.4, 3.8)))
-        rows = []
-        for way, values in x["continuations"].items():
-            cells = {"window, over four contexts": way}
-            for key, value in values.items():
-                cells[key.replace("_", " ")] = shorten(value) if key == "example" else f"{value:.3f}"
-            rows.append(cells)
+        rows = rows_of(CONTINUATION, x["continuations"])
         blocks.append(Table(f"continuations-{corpus}-{name}", rows))
         if endless := x.get("endless"):
             sizes, rates = sorted(set(endless["cache_bytes"])), sorted(endless["tokens_per_second"])
@@ -217,13 +217,12 @@ seed: {key} | gpt ends at: {loss:.3f} | steps: {gpt_steps} | seconds: {gpt_secon
 modern reaches it at step: {step} | after seconds: {seconds:.0f} | share: {ratio:.2f}
 modern ends at: {modern_loss:.3f}
 """),
+    "transfer": ("A task learnt from scratch, by a pretrained model, or from its prompt; percent right.", """
+task: {key} | scratch, tuned: {scratch, tuned:interval} | pretrained, tuned: {pretrained, tuned:interval}
+prompted, 0 shots: {prompted, 0 shots:interval} | prompted, 4 shots: {prompted, 4 shots:interval}
+pretrained - scratch: {pretrained - scratch:interval}
+"""),
 }  # fmt: skip
-
-
-def transfer(name: str, found: dict) -> list[Block]:
-    rows = [{"task": task} | {way: interval(x) for way, x in ways.items()} for task, ways in found.items()]
-    words = "A task learnt from scratch, by a pretrained model, or from its prompt; percent right."
-    return [Text(words), Table(f"transfer-{name}", rows)]
 
 
 LAW = """
@@ -261,7 +260,7 @@ def scaling(name: str, found: dict) -> list[Block]:
     return blocks + ([*say(PREDICTED), Table(f"predicted-{name}", rows)] if rows else [])
 
 
-FAMILIES = {"streams": streams, "scaling": scaling, "transfer": transfer}
+FAMILIES = {"streams": streams, "scaling": scaling}
 
 # -----------------------------------------------------------------------------
 # Machines
