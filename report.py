@@ -286,7 +286,10 @@ def verified(run: Run) -> list[Block]:
 # Mistakes
 
 WRONG = "**{m.run.shown}**, {m.place}, {m.way}: {wrong:,} of {all:,} answers are wrong or have a flaw."
-EXAMPLE = "asked: {text:shorten} | said: {said:shorten} | should be: {target:shorten}"
+KIND = """
+kind: {kind} | answers: {answers} | wrong: {wrong} | % of all: {share:percent} | asked: {example[text]:shorten}
+said: {example[output]:shorten} | should be: {example[target]:shorten}
+"""
 MOVED = "**{run.shown}** moved {n} of {run.validation[pairs]} held-out pairs the wrong way; the three worst:"
 VIOLATION = """
 margin: {margin:.1f} | prompt: {prompt:shorten} | chosen: {chosen:shorten} | rejected: {rejected:shorten}
@@ -308,12 +311,9 @@ def mistakes(m: Measurement) -> list[Block]:
     for kind, words in KINDS.items():
         some, bad = ([r for r in group if kind in r["kinds"]] for group in (answers, wrong))
         if some:
-            cells = {"kind": words, "answers": len(some), "wrong": len(bad)}
-            cells["% of all"] = percent(proportion(len(bad), len(answers)))
-            for r in bad[:1]:
-                said = r.get("output", r.get("prediction"))  # a class, where nothing is written
-                cells |= row(EXAMPLE, r | {"said": said})
-            rows.append(cells)
+            example = {"output": bad[0].get("prediction")} | bad[0] if bad else {}  # a class is no text
+            values = {"kind": words, "answers": len(some), "wrong": len(bad), "example": example}
+            rows.append(row(KIND, values | {"share": proportion(len(bad), len(answers))}))
     name = "-".join(("errors", m.run.folder.name, *m.where))
     table = Table(name, rows, f"Mistakes of {m.run.shown}, {m.place}.")
     return [*say(WRONG, m=m, wrong=len(wrong), all=len(answers)), table] if answers else []
