@@ -287,8 +287,8 @@ def verified(run: Run) -> list[Block]:
 
 WRONG = "**{m.run.shown}**, {m.place}, {m.way}: {wrong:,} of {all:,} answers are wrong or have a flaw."
 KIND = """
-kind: {kind} | answers: {answers} | wrong: {wrong} | % of all: {share:percent} | asked: {example[text]:shorten}
-said: {example[output]:shorten} | should be: {example[target]:shorten}
+kind: {kind} | answers: {answers} | wrong: {wrong} | % of all: {share:percent}
+asked: {example[text]:shorten} | said: {example[output]:shorten} | should be: {example[target]:shorten}
 """
 MOVED = "**{run.shown}** moved {n} of {run.validation[pairs]} held-out pairs the wrong way; the three worst:"
 VIOLATION = """
