@@ -27,7 +27,8 @@ def paper(records: Records, made: Sections) -> Sections:
     none = [Text("No difference between a base and what was trained from it was measured.")]
     parts = {  # of lab/paper.md
         "abstract": records.each([records], abstract),
-        "models": records.each(bases, lambda run: about(run, MODEL)) or [Text("Pretraining: not run.")],
+        "models": records.each(bases, lambda run: about(run, MODEL))
+        or [Text("Pretraining: not run.")] * (not bases),
         "data": records.each(bases, lambda run: about(run, DATA)) or [Text("Not run.")],
         "training": first(made["Training"], 1, 1),
         "tasks": (task_findings(records) or none) + tables.get("side-by-side", []),
@@ -70,7 +71,7 @@ def abstract(records: Records) -> list[Block]:
     for run in [run for run in records.runs if run.stage == "train" and not run.smoke][:1]:
         words += say("The base has {parameters:count} parameters.", **run.record)
         words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **run.last)
-    solvers = [m for m in records.measurements if m.headline == "exact_match" and not (m.smoke or m.shots)]
+    solvers = [m for m in records.measurements if m.entry.get("samples") and not m.smoke]
     for m in solvers:
         words += say("{m.run.name} solves {m.values[exact_match]} % of {m.task}'s problems greedily.", m=m)
         for way, value in m.values.items():
