@@ -145,8 +145,8 @@ def solved(folder: Path, right: list[bool], **more) -> None:
                 "kinds": [] if ok else ["plan"]} for i, ok in enumerate(right)]
     curves = {"majority": {"1": SHARE, "2": SHARE}, "pass": {"1": {"value": 0.7}, "2": {"value": 0.8}}}
     gap = {"value": 0.012, "low": -0.003, "high": 0.027}
-    measured(make_run(folder, **more), "arithmetic", records, curves=curves, metrics={"exact_match": SHARE}, samples=16,
-             differences={"majority - greedy": gap},
+    measured(make_run(folder, **more), "arithmetic", records, curves=curves, metrics={"exact_match": SHARE},
+             differences={"majority - greedy": gap}, samples=16,
              gating={"verifier": [{"threshold": 0.5, "samples": 2.24, "right": SHARE}]})
 
 
