@@ -406,6 +406,7 @@ def test_the_paper_is_valid_latex(everything, tmp_path):
     assert r"\caption{All of it.}" in text and "empty" not in text and r"\bfseries A \& B}" in text
     records = Records(everything)
     write_paper(tmp_path, records, report.sections_of(records))
+    assert [x[:5] for x in records.damaged] == ["torn:"], "every figure can be drawn"
     text = (tmp_path / "paper.tex").read_text()
     for kind in set(re.findall(r"\\begin\{(\w+\*?)\}", text)):
         assert text.count(rf"\begin{{{kind}}}") == text.count(rf"\end{{{kind}}}")
