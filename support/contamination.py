@@ -45,11 +45,9 @@ def trained_on(name: str) -> list[tuple[str, str]]:
     while run := read_json(Path(name or "") / "run.json"):
         settings = run.get("settings", {})
         found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
-        sources = (
-            [source for source in run["data"] if source != "tokenizer"] if run.get("stage") == "sft" else []
-        )
-        if not sources and settings.get("data") in TASKS:
-            sources = [settings["data"]]
+        sources = [settings["data"]] if settings.get("data") in TASKS else []
+        if run.get("stage") == "sft":
+            sources = [source for source in run["data"] if source != "tokenizer"]
         found += [("corpus" if source in corpora else "task", source) for source in sources]
         name = run.get("parent")
     return found
