@@ -26,8 +26,8 @@ has transformers do it, with the same result.
                                 interval is a bootstrap over documents and windows.
 
 --battery=200 gives every model so many instructions of the embedded collection's test split, counts answers
-that are exactly right and shows some side by side. With it or --samples, a table of all models goes to
-out/pipeline.json.
+that are exactly right and shows some. The answers go to out/pipeline.json, and report.py sets them side by
+side.
 
 --shots=0,4 puts so many worked examples, drawn from the train split by --seed, before each question; a model
 that was tuned on the task wants none. --limit=N takes N items by --seed, and the interval widens as it
@@ -443,7 +443,7 @@ def evaluate_all(cfg: EvalConfig) -> None:
         if model.kind == "causal":
             answers[name] = follow_instructions(model, cfg.battery)
     if results and (cfg.samples or cfg.battery):
-        write_pipeline(Path(cfg.out) / "pipeline.json", results, answers, cfg.samples)
+        write_pipeline(Path(cfg.out) / "pipeline.json", answers)
 
 
 def main() -> None:

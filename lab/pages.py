@@ -3,99 +3,102 @@ lab/hardware.py measured. The templates of tables and sentences name the keys of
 """
 
 from support.charts import Line, Panel, canvas, chart, line, saved
-from support.pages import Block, Figure, Text, fill, interval, row, shorten, table
+from support.pages import Block, Figure, Table, fill, lines_of, row, rows_of, say
 from support.results import SMOKE, Records, Run, read_json
 
 # -----------------------------------------------------------------------------
 # Heads
 
-SEEN = {  # score of a head: what its map shows
-    "previous": "a line just below the diagonal: every token looks at the one before",
-    "first": "a full first column: heads park their attention there when nothing else fits",
-    "induction": "spots off the diagonal: what followed the same word last time",
-    "entropy": "an even shade: the head averages over all it may see",
-}
+LOOK_FOR = """
+{run.shown}: rows look at columns. Of a head that looks at the token before, look for a line below the \
+diagonal; at the first token: a full first column; of an induction head: spots off the diagonal, at what \
+followed the same word last time.
+"""
+SCORES = """
+{run.shown}: scores of every head on random tokens that come twice. 1: all of its attention; of entropy: \
+spread evenly.
+"""
+SURPRISE = """
+{run.shown}: surprise of each token; the likeliest next one is {next[0][text]!r} ({next[0][p]:.0%}).
+"""
+PARTS = """
+The parts sum to {parts[sum]:.4f}, the logit is {parts[target][logit]:.4f}. Below the lens: the likeliest \
+token after each layer.
+"""
 
 
 def attention(records: Records) -> list[Block]:
     """What the heads look at, from attention.json of eval.py --attention."""
-    blocks: list[Block] = []
-    for run in records.folders_with("attention.json"):
-        found = read_json(run.folder / "attention.json")
-        if not found.get("scores"):
-            continue
-        stem = stem_of(run)
-        blocks.append(head_scores(f"heads-{stem}", run.shown, found["scores"]))
-        if copies := found.get("copies"):
-            shares = " and ".join(f"{share:.0%} of those of {kind}" for kind, share in copies.items())
-            blocks.append(Text(f"Of repeated digits, {shares} are copied (a guess gets a quarter or so)."))
-        for i, example in enumerate(found["maps"], 1):
-            blocks.append(attention_maps(f"attention-{stem}-{i}", run.shown, example))
-            if example.get("inside"):
-                blocks.append(inside(f"inside-{stem}-{i}", run.shown, example["inside"]))
-    return blocks or [Text("No maps: `python eval.py out/base --attention` makes them.")]
+    return records.each(records.with_file("attention.json"), heads)
+
+
+def heads(run: Run) -> list[Block]:
+    """Scores of all heads, maps of the foremost, and what is behind a token."""
+    found, name = read_json(run.folder / "attention.json"), stem_of(run)
+    if not found.get("scores"):
+        return []
+    blocks = [images(f"heads-{name}", fill(SCORES, {"run": run}), found["scores"], len(found["scores"]))]
+    for kind, share in found.get("copies", {}).items():
+        words = "Of repeated digits in {kind}, {share:.0%} are copied (a guess gets a quarter or so)."
+        blocks += say(words, kind=kind, share=share)
+    for i, example in enumerate(found["maps"], 1):
+        labels = [printable(token) for token in example["tokens"]]
+        maps = {fill("{most} layer {layer}, head {head}", x): x["weights"] for x in example["heads"]}
+        blocks.append(
+            images(
+                f"attention-{name}-{i}",
+                fill(LOOK_FOR, {"run": run}),
+                maps,
+                2 if len(maps) <= 4 else 4,
+                labels,
+            )
+        )
+        if example.get("inside"):
+            blocks.append(inside(f"inside-{name}-{i}", run, example["inside"]))
+    return blocks
 
 
 def stem_of(run: Run) -> str:
     """The name of a model's folder as a part of file names."""
-    return "-".join(part for part in run.folder.relative_to(run.home).parts if part != "checkpoints")
+    return "-".join(run.folder.relative_to(run.home).parts)
 
 
-def head_scores(file: str, name: str, scores: dict[str, list]) -> Figure:
-    """Every score as an image (layers, heads)."""
-    fig, grid = canvas(1, len(scores), 11, 2.8)
-    for axes, (score, values) in zip(grid.flat, scores.items(), strict=True):
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set(title=score, xlabel="head", ylabel="layer" if axes is grid[0, 0] else "")
-        axes.locator_params(integer=True, min_n_ticks=1)
-    fig.colorbar(image, ax=grid, fraction=0.02)
-    caption = f"{name}: scores of every head on random tokens that come twice. 1: all of its attention; "
-    return saved(file, caption + "of entropy: spread evenly.", fig)
-
-
-def attention_maps(file: str, name: str, example: dict) -> Figure:
-    """The heads of one text: every row is a token, which looks at the columns."""
-    labels, heads = [printable(token) for token in example["tokens"]], example["heads"]
-    across = min(len(heads), 2 if len(heads) <= 4 else 4)
-    down, side = -(-len(heads) // across), 11 / across  # inches
-    size = max(3, min(7, 45 * side / len(labels)))  # of letters, in points
-    fig, grid = canvas(down, across, side * across, side * down)
-    for axes in grid.flat[len(heads) :]:
+def images(name: str, caption: str, pictures: dict, across: int, labels: list[str] | None = None) -> Figure:
+    """Matrices of values from 0 to 1 as images, `across` in a row: (layers, heads), or of labelled tokens."""
+    down, side = -(-len(pictures) // across), 11 / across  # inches
+    fig, grid = canvas(down, across, 11, side * down)
+    for axes in grid.flat:
         axes.set_axis_off()
-    for axes, head in zip(grid.flat, heads, strict=False):
-        image = axes.imshow(head["weights"], vmin=0, vmax=1, cmap="viridis")
-        most = f"most {head['most']}: " if head.get("most") else ""
-        axes.set_title(f"{most}layer {head['layer']}, head {head['head']}", fontsize=10)
-        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
-        axes.set_yticks(range(len(labels)), labels, fontsize=size)
+    for axes, (title, values) in zip(grid.flat, pictures.items(), strict=False):
+        axes.set_axis_on()
+        axes.set_title(title, fontsize=10)
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="equal" if labels else "auto")
+        if labels:
+            size = max(3, min(7, 45 * side / len(labels)))  # of letters, in points
+            axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
+            axes.set_yticks(range(len(labels)), labels, fontsize=size)
+        else:
+            axes.set(xlabel="head", ylabel="layer")
+            axes.locator_params(integer=True, min_n_ticks=1)
     fig.tight_layout()
     fig.colorbar(image, ax=grid, fraction=0.02)
-    seen = [f"{head['most']}, {SEEN[head['most']]}" for head in heads if head.get("most") in SEEN]
-    caption = f"{name}: rows look at columns."
-    return saved(file, caption + f" To look for: {'; '.join(seen)}." * bool(seen), fig)
+    return saved(name, caption.strip(), fig)
 
 
-INSIDE = "{name}: surprise of each token; the likeliest next one is {next[0][text]!r} ({next[0][p]:.0%})."
-PARTS_SUM = (
-    " The parts sum to {parts[sum]:.4f}, the logit is {parts[target][logit]:.4f}. Below the lens: the "
-    "likeliest token after each layer."
-)
-
-
-def inside(file: str, name: str, found: dict) -> Figure:
+def inside(name: str, run: Run, found: dict) -> Figure:
     """One text: how surprising each token was, and, where model.py computed it, who chose the next one."""
+    values = {"run": run} | found
     tokens = [token["text"] for token in found["tokens"]]
     panels = [bars("surprise, bits", tokens, [x["bits"] if x else 0 for x in found["surprise"]])]
-    caption = fill(INSIDE, found | {"name": name})
-    if found["lens"] and "parts" in (found["parts"] or {}):
-        layers = [f"{row['top'][0][0]} {row['layer']}" for row in found["lens"]]
-        target = printable(found["parts"]["target"]["text"])
-        panels.append(bars(f"logit lens: p({target})", layers, [row["target_p"] for row in found["lens"]]))
-        largest = sorted(found["parts"]["parts"], key=lambda part: -abs(part["value"]))[:12]
+    parts = found.get("parts") or {}
+    if found["lens"] and "parts" in parts:
+        layers = [f"{x['top'][0][0]} {x['layer']}" for x in found["lens"]]
+        target = printable(parts["target"]["text"])
+        panels.append(bars(f"logit lens: p({target})", layers, [x["target_p"] for x in found["lens"]]))
+        largest = sorted(parts["parts"], key=lambda part: -abs(part["value"]))[:12]
         names = [part["name"] for part in largest]
         panels.append(bars("contributions to its logit", names, [part["value"] for part in largest]))
-        caption += fill(PARTS_SUM, found)
-    return chart(file, caption, panels)
+    return chart(name, " ".join(lines_of(SURPRISE + PARTS, values)), panels)
 
 
 def bars(title: str, labels: list[str], values: list[float]) -> Panel:
@@ -110,40 +113,45 @@ def printable(token: str) -> str:
 # -----------------------------------------------------------------------------
 # Beyond the context
 
+ENDLESS = """
+A stream of {tokens:,} tokens through {name}: a cache of {bytes} bytes, {slowest:,.0f} to {fastest:,.0f} \
+tokens/s.
+"""
+CONTINUATION = """
+window, over four contexts: {key} | distinct 2: {distinct_2:.3f} | repeated 4: {repeated_4:.3f}
+loops: {loops:.3f} | topic: {topic:.3f} | perplexity of the end: {perplexity_of_the_end:.3f}
+example: {example:shorten}
+"""
+JUMPS = "{name}: a text sixteen times as long as the context. Where a line jumps, the model fails."
+
 
 def beyond(records: Records) -> list[Block]:
     """Texts longer than the context, from streams.json of eval.py --streams."""
-    blocks: list[Block] = []
-    for run in records.folders_with("streams.json"):
-        found = read_json(run.folder / "streams.json")
-        if found.get("perplexity"):
-            blocks.append(Text(f"**{run.shown}**, {found['source']}:"))
-            blocks += streams(stem_of(run), {"own": found})
-    return blocks or [Text("Not measured: `python eval.py out/base --streams` does it.")]
+    return records.each(records.with_file("streams.json"), own_streams)
+
+
+def own_streams(run: Run) -> list[Block]:
+    found = read_json(run.folder / "streams.json")
+    if not found.get("perplexity"):
+        return []
+    words = say("**{run.shown}**, {source}:", run=run, source=found["source"])
+    return words + streams(stem_of(run), {"own": found})
 
 
 def streams(corpus: str, found: dict) -> list[Block]:
     """Perplexity and continuations beyond the context, for each attention window."""
-    blocks: list[Block] = []
+    blocks = []
     for name, x in found.items():
-        curves = []
-        for way, values in x["perplexity"].items():
-            curves.append(Line(list(values), list(values.values()), way, "o-"))
+        curves = [Line(list(ys), list(ys.values()), way, "o-") for way, ys in x["perplexity"].items()]
         panel = Panel(curves, "position in the text, in contexts", "perplexity", name, log="y")
-        caption = f"{name}: a text sixteen times as long as the context. Where a line jumps, the model fails."
+        caption = fill(JUMPS, {"name": name})
         blocks.append(chart(f"streams-{corpus}-{name}", caption, [panel], size=(6.4, 3.8)))
-        rows = []
-        for way, values in x["continuations"].items():
-            cells = {"window, over four contexts": way}
-            for key, value in values.items():
-                cells[key.replace("_", " ")] = shorten(value) if key == "example" else f"{value:.3f}"
-            rows.append(cells)
-        blocks.append(table(f"continuations-{corpus}-{name}", rows))
+        rows = rows_of(CONTINUATION, x["continuations"])
+        blocks.append(Table(f"continuations-{corpus}-{name}", rows))
         if endless := x.get("endless"):
-            rates, sizes = endless["tokens_per_second"], sorted(set(endless["cache_bytes"]))
-            words = f"A stream of {endless['tokens']:,} tokens through {name}: a cache of "
-            words += f"{' to '.join(f'{size:,}' for size in sizes)} bytes, "
-            blocks.append(Text(words + f"{min(rates):,.0f} to {max(rates):,.0f} tokens/s."))
+            sizes, rates = sorted(set(endless["cache_bytes"])), sorted(endless["tokens_per_second"])
+            texts = {"name": name, "bytes": " to ".join(f"{size:,}" for size in sizes)}
+            blocks += say(ENDLESS, **texts, tokens=endless["tokens"], slowest=rates[0], fastest=rates[-1])
     return blocks
 
 
@@ -151,289 +159,191 @@ def streams(corpus: str, found: dict) -> list[Block]:
 # Experiments
 
 EXPERIMENT = """
-hypothesis: {hypothesis} | bits/byte: {bits_per_byte[mean]:.4f}
+experiment: {key} | hypothesis: {hypothesis} | bits/byte: {bits_per_byte[mean]:.4f}
 minus baseline [95 %]: {difference:difference} | training loss: {train_loss[mean]:.4f}
 tokens/s: {tokens_per_second[mean]:,.0f} | verdict: {verdict}
+"""
+FOREST = """
+Differences to the baseline (down: better) with 95 % intervals over the seeds; where an interval crosses the \
+line, no difference was found.
 """
 
 
 def lab(records: Records) -> list[Block]:
     """The comparisons with the baseline: a table, a forest plot, and what the families measured beside."""
-    blocks: list[Block] = []
-    for folder, found in records.labs.items():
-        entries = {name: e for name, e in found.get("experiments", {}).items() if "bits_per_byte" in e}
-        if not entries:
-            continue
-        mark = f" ({SMOKE})" * bool(found.get("quick"))
-        words = fill("**{corpus}**, seeds: {seeds}, {seconds:minutes} minutes", found)
-        blocks.append(Text(f"{words}{mark}."))
-        caption = fill("Ablations on {corpus}, seeds: {seeds}", found) + mark
-        rows = [{"experiment": name} | row(EXPERIMENT, e) for name, e in entries.items()]
-        blocks.append(table(f"lab-{folder.name}", rows, caption))
-        blocks += forest_plot(f"forest-{folder.name}", entries)
-        for family, measured in found.get("measured", {}).items():
-            if measured:
-                blocks += FAMILIES[family](folder.name, measured)
-    return blocks or [Text("The lab has not run: `bash run_all.sh experiments`.")]
+    return records.each(records.labs, one_lab)
 
 
-def forest_plot(file: str, entries: dict[str, dict]) -> list[Block]:
-    """Differences to the baseline with their intervals, the lowest loss first."""
-    gaps = {name: e["difference"] for name, e in entries.items() if "low" in e.get("difference", {})}
-    if not gaps:
+def one_lab(found: dict) -> list[Block]:
+    experiments, name = found["experiments"], found["folder"].name
+    if not experiments:
         return []
-    names = sorted(gaps, key=lambda name: gaps[name]["mean"])
-    mean, low, high = ([gaps[name][key] for name in names] for key in ("mean", "low", "high"))
-    gap = Line(range(len(names)), mean, form="o", low=low, high=high)
-    panel = Panel([gap], "", "bits a byte minus the baseline's")
-    panel.level, panel.symlog, panel.ticks = 0, 0.1, dict(enumerate(names))
-    caption = (
-        "Differences to the baseline (down: better) with 95 % intervals over the seeds; where an interval "
-    )
-    return [chart(file, caption + "crosses the line, no difference was found.", [panel], size=(9, 4))]
-
-
-GQA = "cache bytes a token: {cache_bytes_per_token} | decoded tokens/s: {tokens_per_second:,.0f}"
-
-
-def gqa(corpus: str, found: dict) -> list[Block]:
-    return [table(f"gqa-{corpus}", [{"key-value heads": name} | row(GQA, x) for name, x in found.items()])]
-
-
-def moe(corpus: str, found: dict) -> list[Block]:
-    """Load and dropped tokens of the router during training, one line per seed."""
-    load, dropped, rows = [], [], []
-    for i, (name, x) in enumerate(found.items()):
-        for seed, run in enumerate(x["routing"].values()):
-            label = name if seed == 0 else None
-            load.append(Line(run["steps"], run["busiest_expert"], label, style={"color": f"C{i}"}))
-            dropped.append(Line(run["steps"], run["dropped"], style={"color": f"C{i}"}))
-        bits = ", ".join(f"{layer['bits']:.2f}" for layer in x["classes"])
-        rows.append({"mixture": name, "bits that expert and class of a token share, by layer": bits})
-    panels = [Panel(load, "step", "load of the busiest expert / even load", level=1)]
-    panels.append(Panel(dropped, "step", "choices dropped in a step"))
-    caption = "The router during training, one line per seed; 1 is an even load."
-    return [chart(f"moe-{corpus}", caption, panels), table(f"moe-{corpus}", rows)]
-
-
-LAW = (
-    "Loss = {E:.3f} + {A:.3g} / N^{a:.2f} + {B:.3g} / D^{b:.2f} for N parameters and D tokens; the runs "
-    "deviate by {error:.1%}."
-)
-SIZE = "FLOPs: {flops:.2e} | parameters: {parameters:count} | tokens: {tokens:count} | loss: {loss:.3f}"
-
-
-def scaling(corpus: str, found: dict) -> list[Block]:
-    """Losses of model sizes at equal FLOPs, their minima, the fitted scaling law and its predictions."""
-    law = found.get("law")
-    caption = (
-        "Model sizes at equal FLOPs (dots), the fitted scaling law (lines), and the minimum of a parabola "
-        "through three sizes, if it lies between them (stars)."
-    )
-    panel = Panel(scaling_curves(found, law), "parameters", "validation loss", log="xy")
-    blocks: list[Block] = [chart(f"scaling-{corpus}", caption, [panel], size=(6.4, 4))]
-    if sizes := found.get("sizes"):
-        blocks.append(Text(f"The best model size grows with FLOPs C as C^{sizes['exponent']:.2f}."))
-    if not law:
-        return [*blocks, Text("No scaling law fits these runs.")]
-    rows = []
-    for name, p in found.get("predictions", {}).items():
-        predicted = row(SIZE, p)
-        predicted["loss"] = predicted["loss"] or "no prediction: the law does not fit its own runs"
-        rows.append({"run": f"{name}, predicted best"} | predicted)
-        if "has" in p:
-            rows.append({"run": f"{name}, as configured"} | row(SIZE, p | {"loss": None} | p["has"]))
-    check = found.get("check", {})
-    for what, key in (("predicted", "said"), ("measured", "came")):
-        if "came" in check:
-            rows.append({"run": f"one more run, {what}"} | row(SIZE, check | check[key]))
-    blocks.append(Text(fill(LAW, law)))
-    if rows:
-        words = "Predicted by the fit before any run of that size, in nats per token of this text:"
-        blocks += [Text(words), table(f"predicted-{corpus}", rows)]
+    values = found | {"mark": f" ({SMOKE})" * found["quick"]}
+    caption = fill("Ablations on {corpus}, seeds: {seeds}{mark}", values)
+    blocks = [*say("**{corpus}**, seeds: {seeds}, {seconds:minutes} minutes{mark}.", **values)]
+    blocks.append(Table(f"lab-{name}", rows_of(EXPERIMENT, experiments), caption))
+    gaps = {key: e["difference"] for key, e in experiments.items() if "low" in e["difference"]}
+    if gaps:
+        blocks.append(forest_plot(f"forest-{name}", gaps))
+    for family, measured in found.get("measured", {}).items():
+        if measured and family in TABLES:
+            words, template = TABLES[family]
+            table = Table(f"{family}-{name}", rows_of(template, measured.get("seeds", measured)))
+            blocks += [*say(words), table]
+        elif measured and family in FAMILIES:
+            blocks += FAMILIES[family](name, measured)
     return blocks
 
 
-def scaling_curves(found: dict, law: dict | None) -> list[Line]:
-    """For each budget of FLOPs the measured losses, those of the law and the best size."""
-    curves, minima = [], {best["budget"]: best for best in found["best"]}
+def forest_plot(name: str, gaps: dict[str, dict]) -> Figure:
+    """Differences to the baseline with their intervals, the lowest loss first."""
+    names = sorted(gaps, key=lambda name: gaps[name]["mean"])
+    mean, low, high = ([gaps[name][key] for name in names] for key in ("mean", "low", "high"))
+    panel = Panel([Line(range(len(names)), mean, form="o", low=low, high=high)], "")
+    panel.ylabel, panel.level, panel.symlog = "bits a byte minus the baseline's", 0, 0.1
+    panel.ticks = dict(enumerate(names))
+    return chart(name, FOREST.strip(), [panel], size=(9, 4))
+
+
+TABLES = {  # family: a sentence, and the columns of its table
+    "gqa": ("", "key-value heads: {key} | cache bytes a token: {cache_bytes_per_token} | "
+                "decoded tokens/s: {tokens_per_second:,.0f}"),
+    "shapes": ("", """
+shape: {key} | parameters: {parameters:count} | rows: {rows} | tokens/s: {tokens_per_second:,.0f}
+GiB: {peak_memory_gib:.2f} | rows that 12 GiB would hold, by the plan: {most_rows_in_12_gib:,}
+"""),
+    "race": ("How soon a model with all modern parts reaches a plain GPT's final loss (nats per token).", """
+seed: {key} | gpt ends at: {loss:.3f} | steps: {gpt_steps} | seconds: {gpt_seconds:.0f}
+modern reaches it at step: {step} | after seconds: {seconds:.0f} | share: {ratio:.2f}
+modern ends at: {modern_loss:.3f}
+"""),
+    "transfer": ("A task learnt from scratch, by a pretrained model, or from its prompt; percent right.", """
+task: {key} | scratch, tuned: {scratch, tuned:interval} | pretrained, tuned: {pretrained, tuned:interval}
+prompted, 0 shots: {prompted, 0 shots:interval} | prompted, 4 shots: {prompted, 4 shots:interval}
+pretrained - scratch: {pretrained - scratch:interval}
+"""),
+}  # fmt: skip
+
+
+LAW = """
+Loss = {E:.3f} + {A:.3g} / N^{a:.2f} + {B:.3g} / D^{b:.2f} for N parameters and D tokens; the runs \
+deviate by {error:.1%}.
+"""
+SIZES = "The best model size grows with FLOPs C as C^{exponent:.2f}."
+SIZE = """
+run: {key} | FLOPs: {flops:.2e} | parameters: {parameters:count} | tokens: {tokens:count} | loss: {loss:.3f}
+"""
+PREDICTED = """
+Predicted by the fit before any run of that size, in nats per token of this text; no loss is predicted by a \
+law that does not fit its own runs:
+"""
+
+
+def scaling(name: str, found: dict) -> list[Block]:
+    """Losses of model sizes at equal FLOPs, the fitted scaling law and its predictions."""
+    curves = []
     for i, budget in enumerate(sorted({p["budget"] for p in found["points"]})):
         points = [p for p in found["points"] if p["budget"] == budget]
-        curves.append(line(points, "parameters", "loss", f"{budget:.1e} FLOPs", "o", color=f"C{i}"))
-        if law:
-            for p in points:
-                of_size, of_tokens = p["parameters"] ** law["a"], p["tokens"] ** law["b"]
-                p["law"] = law["E"] + law["A"] / of_size + law["B"] / of_tokens
-            curves.append(line(points, "parameters", "law", color=f"C{i}"))
-        best = minima.get(budget, {})
-        if best.get("inside"):
-            curves.append(line([best], "parameters", "loss", form="*", color=f"C{i}", ms=12))
-    return curves
+        curves.append(line(points, "parameters", "loss", f"{budget:.1e} FLOPs", "o-", color=f"C{i}"))
+    panel = Panel(curves, "parameters", "validation loss", log="xy")
+    blocks = [chart(f"scaling-{name}", "Model sizes at equal FLOPs.", [panel], size=(6.4, 4))]
+    blocks += say(SIZES, **found.get("sizes") or {}) + say(LAW, **found.get("law") or {})
+    sizes = {}
+    for config, p in found.get("predictions", {}).items():
+        sizes[f"{config}, predicted best"] = p
+        if "has" in p:
+            sizes[f"{config}, as configured"] = p | {"loss": None} | p["has"]
+    check = found.get("check") or {}
+    for what, key in (("predicted", "said"), ("measured", "came")):
+        sizes[f"one more run, {what}"] = check | check.get(key, {})
+    rows = [cells for cells in rows_of(SIZE, sizes) if cells["FLOPs"]]
+    return blocks + ([*say(PREDICTED), Table(f"predicted-{name}", rows)] if rows else [])
 
 
-SHAPE = """
-parameters: {parameters:count} | rows: {rows} | tokens/s: {tokens_per_second:,.0f}
-GiB: {peak_memory_gib:.2f} | rows that 12 GiB would hold, by the plan: {most_rows_in_12_gib:,}
-"""
-
-
-def shapes(corpus: str, found: dict) -> list[Block]:
-    return [table(f"shapes-{corpus}", [{"shape": name} | row(SHAPE, x) for name, x in found.items()])]
-
-
-def transfer(corpus: str, found: dict) -> list[Block]:
-    rows = [{"task": task} | {way: interval(x) for way, x in ways.items()} for task, ways in found.items()]
-    words = "A task learnt from scratch, by a pretrained model, or from its prompt; percent right."
-    return [Text(words), table(f"transfer-{corpus}", rows)]
-
-
-RACE = """
-gpt ends at: {loss:.3f} | steps: {gpt_steps} | seconds: {gpt_seconds:.0f} | modern reaches it at step: {step}
-after seconds: {seconds:.0f} | share: {ratio:.2f} | modern ends at: {modern_loss:.3f}
-"""
-
-
-def race(corpus: str, found: dict) -> list[Block]:
-    rows = [{"seed": seed} | row(RACE, {"step": "never"} | x) for seed, x in found["seeds"].items()]
-    words = "How soon a model with all modern parts reaches a plain GPT's final loss (nats per token)."
-    return [Text(words), table(f"race-{corpus}", rows)]
-
-
-FAMILIES = {
-    "gqa": gqa,
-    "moe": moe,
-    "race": race,
-    "streams": streams,
-    "scaling": scaling,
-    "shapes": shapes,
-    "transfer": transfer,
-}
+FAMILIES = {"streams": streams, "scaling": scaling}
 
 # -----------------------------------------------------------------------------
 # Machines
 
+MACHINE = """
+**{hardware[device]}**, {hardware[threads]} threads
+Large matrix products reach {peaks}.
+One core tokenises {data[encoded_mb_per_second_and_core]:.1f} MB/s.
+"""
 MEMORY = """
 training step of: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
-plan is off by %: {off:+.1f}
+not measured: {error}
 """
 ATTENTION = """
 of: {shape} | torch: {milliseconds[torch]:.1f} | in blocks: {milliseconds[in blocks]:.1f}
-times torch: {times:.1f}
 """
 STEP = """
-config: {config} | rows: {rows} | step: {way} | tokens/s: {rate:,.0f} | % of matrix products: {share:.0f}
+config: {config} | rows: {rows} | step: {way} | tokens/s: {value:,.0f} | % of matrix products: {share:.0f}
 """
-KERNELS = "config: {config} | step: {way} | peak GiB: {peak:gib}"
-PARTS = (
-    "{config}, eager: forward {forward:.0f} ms, backward {backward:.0f} ms, clipping and {optimizer} "
-    "{rest:.0f} ms."
-)
+SPEED = "of: {task} | by: {way} | tokens/s: {value:,.0f} | times transformers: {times:.2f}"
+PEERS = """
+Other libraries with the same shape: 6 layers of width 288, float32, on one CPU thread: \
+`python -m lab.hardware --only=peers`.
+"""
 
 
 def machine(records: Records) -> list[Block]:
     """What lab/hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
     files = [records.home / "hardware.json", *sorted(records.home.glob("hardware-*.json"))]
-    blocks: list[Block] = []
-    for number, file in enumerate(file for file in files if file.exists()):
-        blocks += one_machine(read_json(file), f"-{number + 1}" if number else "")
-    return blocks or [Text("The machine was not measured: `bash run_all.sh hardware`.")]
+    files = [file for file in files if file.exists()]
+    return records.each(files, lambda file: one_machine(read_json(file), files.index(file) + 1))
 
 
-def one_machine(found: dict, more: str) -> list[Block]:
-    """The measurements of one machine. `more` makes the names of its tables unique."""
-    words = fill("**{device}**, {threads} threads", found["hardware"])
+def one_machine(found: dict, number: int) -> list[Block]:
+    """The measurements of one machine; the names of its tables end in its number, from the second on."""
     peaks = [f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in found.get("matmul", {}).items()]
-    blocks: list[Block] = [Text(words + (f"; matrix products reach {', '.join(peaks)}." if peaks else "."))]
-    for part, show in PARTS_OF_A_MACHINE.items():
-        if found.get(part):
-            blocks += show(found, more)
+    blocks = say(MACHINE, **found | {"peaks": ", ".join(peaks) or None})
+    training = found.get("training", [])
+    peers = found.get("peers", {})
+    rates = [{"task": "a training step"} | peers["step"]] if peers else []
+    for task, by_library in peers.get("decoding", {}).items():
+        rates.append({"task": f"decoding, {task}", "tokens_per_second": by_library})
+    kernels = []
+    for r in unfolded(training, "kernels"):
+        cells = row(
+            "config: {config} | step: {way} | peak GiB: {peak:gib}", r | {"peak": r["peak_memory"][r["way"]]}
+        )
+        kernels.append(cells | {kind: f"{1000 * seconds:.1f}" for kind, seconds in r["value"].items()})
+    tables = {
+        "memory": (
+            "Memory that a training step asks for, within {cap_gib:g} GiB:",
+            [row(MEMORY, r) for r in found.get("memory", [])],
+        ),
+        "steps": ("", [row(STEP, r) for r in unfolded(training, "tokens_per_second")]),
+        "kernels": ("What the GPU did during a step, in milliseconds:", kernels),
+        "attention-speed": (
+            "Attention on a CPU, forward and backward, milliseconds:",
+            [row(ATTENTION, r) for r in found.get("attention", [])],
+        ),
+        "decoding": ("", speeds(found.get("decoding", []))),
+        "peers": (PEERS, speeds(rates)),
+    }
+    for name, (words, rows) in tables.items():
+        if rows:
+            blocks += [*say(words, **found), Table(name + f"-{number}" * (number > 1), rows)]
     return blocks
 
 
-def memory(found: dict, more: str) -> list[Block]:
-    """Planned and measured memory of training steps; or why it was not measured, such as out of memory."""
-    rows = []
-    for r in found["memory"]:
-        if "measured" in r:
-            rows.append(row(MEMORY, r | {"off": 100 * (r["planned"] / r["measured"] - 1)}))
-        else:
-            rows.append(row(MEMORY, r) | {"GiB measured": r["error"]})
-    words = f"Memory that a training step asks for, within {found['cap_gib']:g} GiB:"
-    return [Text(words), table(f"memory{more}", rows)]
+def unfolded(rows: list[dict], key: str) -> list[dict]:
+    """A row for each entry of a dict in a row: {"way": its key, "value": its value, "share": ...}."""
+    found = []
+    for r in rows:
+        for way, value in r.get(key, {}).items():
+            share = r.get("share_of_matmul", {}).get(way)
+            found.append(r | {"way": way, "value": value, "share": share and 100 * share})
+    return found
 
 
-def attention_speed(found: dict, more: str) -> list[Block]:
-    rows = []
-    for r in found["attention"]:
-        times = r["milliseconds"]["torch"] / r["milliseconds"]["in blocks"]
-        rows.append(row(ATTENTION, r | {"times": times}))
-    words = "Attention on a CPU, forward and backward, milliseconds:"
-    return [Text(words), table(f"attention-speed{more}", rows)]
-
-
-def decoding(found: dict, more: str) -> list[Block]:
-    rows = []
-    for r in found["decoding"]:
-        rows += speed_rows("decoding", r["task"], r["tokens_per_second"])
-    return [table(f"decoding{more}", rows)]
-
-
-def data_speed(found: dict, more: str) -> list[Block]:
-    return [Text(fill("One core tokenises {encoded_mb_per_second_and_core:.1f} MB/s.", found["data"]))]
-
-
-def training_steps(found: dict, more: str) -> list[Block]:
-    """Speed of the configs' training steps, GPU time by kind of kernel, and the parts of an eager step."""
-    speeds, kernels, parts = [], [], []
-    for r in found["training"]:
-        for way, rate in r["tokens_per_second"].items():
-            speeds.append(row(STEP, r | {"way": way, "rate": rate, "share": 100 * r["share_of_matmul"][way]}))
-        for way, seconds in r.get("kernels", {}).items():
-            cells = row(KERNELS, r | {"way": way, "peak": r["peak_memory"][way]})
-            kernels.append(cells | {kind: f"{1000 * x:.1f}" for kind, x in seconds.items()})
-        if "forward" in r["seconds"]:
-            ways = ("forward", "forward and backward", "eager")
-            forward, both, step = (1000 * r["seconds"][way] for way in ways)
-            times = {"forward": forward, "backward": both - forward, "rest": step - both}
-            parts.append(Text(fill(PARTS, r | times)))
-    blocks: list[Block] = [table(f"steps{more}", speeds)]
-    if kernels:
-        words = "What the GPU did during a step, in milliseconds:"
-        blocks += [Text(words), table(f"kernels{more}", kernels)]
-    return blocks + parts
-
-
-def speed_rows(column: str, what: str, rates: dict[str, float]) -> list[dict]:
+def speeds(rows: list[dict]) -> list[dict]:
     """A row per library: tokens/s, and how many times as fast as transformers."""
-    template = "by: {by} | tokens/s: {rate:,.0f} | times transformers: {times:.2f}"
-    reference = rates.get("transformers") or rates["transformers, eager"]
-    rows = []
-    for library, rate in rates.items():
-        rows.append({column: what} | row(template, {"by": library, "rate": rate, "times": rate / reference}))
-    return rows
-
-
-def other_libraries(found: dict, more: str) -> list[Block]:
-    peers = found["peers"]
-    rows = speed_rows("what", "a training step", peers["step"]["tokens_per_second"])
-    for task, rates in peers["decoding"].items():
-        rows += speed_rows("what", f"decoding, {task}", rates)
-    words = "Other libraries with the same shape: 6 layers of width 288, float32, on one CPU thread: "
-    words += "`python -m lab.hardware --only=peers`."
-    shares = peers["step"].get("share_of_matmul", {})
-    ours = [library for library in shares if library.startswith("ours")]
-    if ours:
-        best = max(ours, key=shares.get)
-        words += f" Our step, {best.removeprefix('ours, ')}, runs at {shares[best]:.1%} of what large matrix "
-        words += "products reach."
-    return [Text(words), table(f"peers{more}", rows)]
-
-
-PARTS_OF_A_MACHINE = {  # of hardware.json
-    "memory": memory,
-    "training": training_steps,
-    "attention": attention_speed,
-    "decoding": decoding,
-    "peers": other_libraries,
-    "data": data_speed,
-}
+    found = []
+    for r in unfolded(rows, "tokens_per_second"):
+        rates = r["tokens_per_second"]
+        reference = rates.get("transformers") or rates["transformers, eager"]
+        found.append(row(SPEED, r | {"times": r["value"] / reference}))
+    return found

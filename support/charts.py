@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from support.pages import Figure, count
+from support.pages import Figure
 
 BLUE, RED, GREY = "#4477aa", "#ee6677", "#888888"
 POINTS = 1000  # of a line; more cannot be seen in a figure
@@ -76,18 +76,13 @@ def draw(axes, panel: Panel) -> None:
         axes.set_xscale("log")
     if "y" in panel.log:
         axes.set_yscale("log")
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
     if panel.symlog:
         axes.set_yscale("symlog", linthresh=panel.symlog)
     if panel.ticks:
         long = max(map(len, panel.ticks.values())) > 3
         axes.set_xticks(list(panel.ticks), panel.ticks.values(), rotation=90 if long else 0, fontsize=7)
         axes.minorticks_off()
-    elif "tokens" in panel.xlabel:
-        axes.locator_params(axis="x", nbins=4)
-        axes.xaxis.set_major_formatter(lambda x, _: count(x) if x else "0")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
 

@@ -9,7 +9,7 @@ from support.files import write_json, write_jsonl
 from support.machine import git_commit, hardware, versions
 from support.metrics import paired_bootstrap
 from support.model_card import write_model_card
-from support.pages import points
+from support.pages import lines_of, points
 from support.results import METRICS, read_json, value_of
 from tasks.mistakes import KINDS
 
@@ -40,59 +40,57 @@ def write_results(folder: Path, results: list[Result], dtype: str, device: torch
     run = read_json(folder / "run.json")
     about = {"git": git_commit(), "versions": versions(), "hardware": hardware(device), "dtype": dtype}
     about |= {"smoke": run.get("smoke", False), "model_step": run.get("step")}
-    entries = read_json(folder / "results.json").get("results", {})
-    entries |= {result.name: result.entry | about for result in results}
-    write_json(folder / "results.json", {"results": entries})
-    answers = folder / "answers"
+    before = read_json(folder / "results.json").get("results")
+    entries = before if isinstance(before, dict) else {}
     for result in results:
+        entries[result.name] = result.entry | about
         if result.records:
-            answers.mkdir(exist_ok=True)
-            file = result.name.replace(" ", "-")
+            file = folder / "answers" / result.name.replace(" ", "-")
+            file.parent.mkdir(exist_ok=True)
             wrong = [record for record in result.records if not record.get("correct", True)]
-            write_jsonl(answers / f"{file}.jsonl", result.records)
-            write_jsonl(answers / f"{file}-wrong.jsonl", wrong)
+            write_jsonl(Path(f"{file}.jsonl"), result.records)
+            write_jsonl(Path(f"{file}-wrong.jsonl"), wrong)
+    write_json(folder / "results.json", {"results": entries})
     write_model_card(folder)
 
 
 # -----------------------------------------------------------------------------
 # For the terminal
 
-NOTES = (  # what an entry has to have, and what is printed of it
-    ("stride", "documents alone: {documents_alone:,}, in windows: {documents_in_windows:,}"),
-    ("left_out", "{left_out:,} rows without text left out"),
-    ("limited", "a sample of {of:,}, seed {seed}"),
-    ("majority_class", "always the most frequent class: {majority_class:.1%}"),
-    ("cut", "{cut} texts were too long and lost their end"),
-    ("shots_dropped", "{shots_dropped} prompts had room for fewer examples"),
-    ("contamination", "{contamination[items]} of {contamination[checked]} items share {contamination[words]} "
-     "words in a row with the training text ({contamination[share]:.1%} of such runs)"),
-)  # fmt: skip
+NOTES = """
+{items:,} items
+documents alone: {documents_alone:,}, in windows: {documents_in_windows:,}
+{left_out:,} rows without text left out
+a sample of {limited:,}, seed {seed}
+always the most frequent class: {majority_class:.1%}
+{cut} texts were too long and lost their end
+{shots_dropped} prompts had room for fewer examples
+{contamination[items]} of {contamination[checked]} items share {contamination[words]} words in a row with \
+the training text ({contamination[share]:.1%} of such runs)
+{seconds:.1f} s
+"""
+LABELS = {"pass": "pass (oracle)", "calculator vote": "calculator vote (a tool)"}
 
 
 def describe(entry: dict) -> str:
     """A line of metrics, one of what has to be known about them, and for samples a table."""
     metrics = entry["metrics"]
-    figures = [
-        f"{label} {value_of(name, metrics[name])}" for name, label in METRICS.items() if name in metrics
-    ]
-    facts = entry | {"left_out": entry["data"].get("left_out"), "limited": entry["items"] < entry["of"]}
-    notes = [text.format_map(facts) for name, text in NOTES if facts.get(name)]
-    notes = [f"{entry['items']:,} items", *notes, f"{entry['seconds']:.1f} s"]
-    lines = [", ".join(figures), "; ".join(notes), *(samples_table(entry) if "samples" in entry else ())]
-    return "\n      ".join(lines)
+    figures = [f"{METRICS[name]} {value_of(name, metrics[name])}" for name in METRICS if name in metrics]
+    facts = entry | {"left_out": entry["data"].get("left_out")}
+    facts["limited"] = entry["of"] if entry["items"] < entry["of"] else None
+    for key in ("left_out", "majority_class", "cut", "shots_dropped"):
+        facts[key] = facts.get(key) or None  # none of it: not worth a note
+    lines = [", ".join(figures), "; ".join(lines_of(NOTES, facts))]
+    return "\n      ".join(lines + (samples_table(entry) if "samples" in entry else []))
 
 
 def samples_table(entry: dict) -> list[str]:
-    """Ways to choose by budget, then differences, sampling until sure, and mistakes."""
-    rows = {"answers a problem": entry["curves"]["pass"].keys()}
+    """Ways to choose by budget, then differences and mistakes."""
+    rows = {"answers a problem": list(entry["curves"]["pass"])}
     for way, curve in entry["curves"].items():
-        label = {"pass": "pass (oracle)", "calculator vote": "calculator vote (a tool)"}.get(way, way)
-        rows[label] = [f"{100 * point['value']:.1f}" for point in curve.values()]
+        rows[LABELS.get(way, way)] = [f"{100 * point['value']:.1f}" for point in curve.values()]
     lines = [f"{label:32}" + "".join(f"{cell:>7}" for cell in cells) for label, cells in rows.items()]
     lines += [f"{name:48} {points(difference)}" for name, difference in entry["differences"].items()]
-    for label, stops in entry["gating"].items():
-        cells = [f"{100 * point['right']['value']:.1f} at {point['samples']:.1f}" for point in stops]
-        lines.append(f"{label}, sampling until sure: {', '.join(cells)} samples")
     kinds = [f"{KINDS[kind]} {count}" for kind, count in entry["errors"].items()]
     return [*lines, f"wrong greedy answers: {', '.join(kinds) or 'none'}"]
 
@@ -100,8 +98,8 @@ def samples_table(entry: dict) -> list[str]:
 def compare(results: dict[str, list[Result]]) -> list[str]:
     """Paired differences of every model to the first and to the one before it, on what both answered."""
     names, lines = list(results), []
-    for i, name in enumerate(names):
-        for other in dict.fromkeys(names[: min(i, 1)] + names[max(0, i - 1) : i]):
+    for i, name in enumerate(names[1:], 1):
+        for other in dict.fromkeys((names[0], names[i - 1])):
             for result in results[name]:
                 lines += paired(name, result, other, results[other])
     return lines
@@ -109,16 +107,14 @@ def compare(results: dict[str, list[Result]]) -> list[str]:
 
 def paired(name: str, result: Result, other: str, before: list[Result]) -> list[str]:
     """A line, if the other model answered the same items, with the same number of shots or another."""
-
-    def items(result: Result) -> tuple:
-        return result.entry["task"], result.entry["split"], len(result.records)
-
-    twins = [twin for twin in before if twin.records and items(twin) == items(result)]
+    twins = []
+    for old in before:
+        same = old.entry["task"] == result.entry["task"] and old.entry["split"] == result.entry["split"]
+        if same and result.records and len(old.records) == len(result.records):
+            twins.insert(0 if old.name == result.name else len(twins), old)
     if not twins:
         return []
-    twin = max(twins, key=lambda twin: twin.name == result.name)
     measure = "correct" if "correct" in result.records[0] else "rougeL"
-    a, b = ([float(record[measure]) for record in side.records] for side in (result, twin))
-    d = paired_bootstrap(a, b)
-    verdict = "" if d["low"] > 0 or d["high"] < 0 else " (no difference found)"
-    return [f"{result.name}: {name} minus {other} ({twin.entry['shots']}-shot) {points(d)}{verdict}"]
+    d = paired_bootstrap(*([float(r[measure]) for r in side.records] for side in (result, twins[0])))
+    verdict = "" if d["low"] * d["high"] > 0 else " (no difference found)"
+    return [f"{result.name}: {name} minus {other} ({twins[0].entry['shots']}-shot) {points(d)}{verdict}"]

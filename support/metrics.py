@@ -118,14 +118,10 @@ def calibration(labels, probabilities, bins: int = 10) -> dict:
 
     labels, probabilities = np.asarray(labels, float), np.asarray(probabilities, float)
     bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
-    found, error = [], 0.0
+    found = []
     for b in np.unique(bin_of):
         inside = bin_of == b
-        n, predicted, true = (
-            int(inside.sum()),
-            float(probabilities[inside].mean()),
-            float(labels[inside].mean()),
-        )
-        found.append({"n": n, "said": predicted, "is": true})
-        error += n * abs(predicted - true) / len(labels)
+        means = {"said": float(probabilities[inside].mean()), "is": float(labels[inside].mean())}
+        found.append({"n": int(inside.sum())} | means)
+    error = sum(x["n"] * abs(x["said"] - x["is"]) for x in found) / len(labels)
     return {"ece": error, "bins": found}

@@ -10,8 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from support.files import write_atomically
-from support.results import Run, parent_of, read_json
+from support.files import write_text
+from support.pages import Table, count, fill, lines_of, markdown_block, row
+from support.results import Run, each, parent_of, read_json, value_of
 from support.tables import read_jsonl
 
 LICENSES = """
@@ -19,14 +20,13 @@ LICENSES = """
     cdla-permissive-2.0 odc-by
 """.split()  # the licences of our data sets, as the hub names them
 STAGES = {
-    "train": "a language model pretrained from scratch",
-    "finetune": "a model fine-tuned on one task",
-    "sft": "a model tuned on conversations (SFT)",
-    "dpo": "a model tuned on preferences",
-    "verifier": "a verifier, which estimates how likely an answer to a problem is right",
+    "train": "A language model pretrained from scratch",
+    "finetune": "A model fine-tuned on one task",
+    "sft": "A model tuned on conversations (SFT)",
+    "dpo": "A model tuned on preferences",
+    "verifier": "A verifier, which estimates how likely an answer to a problem is right",
 }
 METRIC_TYPES = {"macro_f1": "f1", "rouge1": "rouge", "rouge2": "rouge", "rougeL": "rouge"}
-SHARES = ("accuracy", "macro_f1", "exact_match", "rouge1", "rouge2", "rougeL", "answered")  # shown in percent
 PIPELINES = {"head": "text-classification", "seq2seq": "text2text-generation"}
 CLASSES = {"head": "SequenceClassification", "seq2seq": "Seq2SeqLM"}
 
@@ -36,7 +36,8 @@ CARD = """---
 
 # {name}
 
-{what}: {size}. Made with Modern LLM, the whole life of a small language model in plain Python.
+{what}: {size} parameters. Made with Modern LLM, the whole life of a small language model in plain \
+Python.
 
 ## How it was made
 
@@ -54,6 +55,96 @@ CARD = """---
 
 {limits}
 """
+HOW_MADE = """
+- command: `{command}`
+- started from: `{parent}`
+- data: {names} ({sources})
+- licences of the data, also of the runs before: {licences}
+- tokens: {tokens:,}
+- steps: {step:,}
+- LoRA: {lora[trained_parameters]:count} parameters trained
+- hardware: {hardware[device]}, {processes} process(es), {dtype}; {seconds:minutes} minutes of training
+- code: commit {git}, torch {versions[torch]}
+"""
+ROW = """
+task: {task} | split: {split} | examples in the prompt: {shots} | metric: {metric}
+value [95 % interval]: {value}
+"""
+LIMITS = """
+- Its context is {context:,} tokens.
+- {not_trained}
+- It reproduces its training data, with their language, errors and biases.
+"""
+USAGE = {  # by what the folder holds
+    "verifier": """
+```python
+from verifier import Verifier  # of this project
+verifier = Verifier.load("{folder}")
+verifier.score(problem, answer)
+```
+""",
+    "ours": """
+transformers has no architecture for this combination of settings; this project runs it:
+
+    python chat.py {folder}
+""",
+    "adapter": """
+```python
+from peft import {peft}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{absolute}")
+model = {peft}.from_pretrained("{absolute}"{labels})
+```
+
+The adapter needs its base model, `{base}`.
+""",
+    "seq2seq": """
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+""",
+    "head": """
+```python
+from transformers import pipeline
+
+pipe = pipeline("text-classification", model="{folder}")
+pipe("A wonderful film.")
+```
+""",
+    "chat": """
+```python
+from transformers import pipeline
+
+pipe = pipeline("text-generation", model="{folder}")
+pipe([{{"role": "user", "content": "Hello!"}}])  # uses the chat template
+```
+
+lm-evaluation-harness, with the chat template:
+
+    lm_eval --model hf --model_args pretrained={folder} --apply_chat_template --tasks ...
+
+llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file.
+""",
+    "text": """
+```python
+from transformers import pipeline
+
+pipe = pipeline("text-generation", model="{folder}")
+pipe("<|endoftext|>Once upon a time")  # as in training
+```
+
+lm-evaluation-harness must put `<|endoftext|>` before a text, as in training (leave `add_bos_token` out for \
+perplexity tasks, which already do this):
+
+    lm_eval --model hf --model_args pretrained={folder},add_bos_token=True --tasks ...
+
+llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file.
+""",
+}
 
 
 # -----------------------------------------------------------------------------
@@ -66,13 +157,6 @@ def family(folder: Path, run: dict) -> list[dict]:
     return [run, *(Run(parent, folder.parent).records if parent else [])]
 
 
-def hub_base(runs: list[dict]) -> str | None:
-    """The hub model that the first run of a family started from."""
-    parent = str(runs[-1].get("parent") or "")
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", parent) and not parent.startswith((".", "out/"))
-    return parent if is_id and not Path(parent).exists() else None
-
-
 def values_of(data: object, key: str) -> list[str]:
     """All values of `key` in nested dicts, as texts."""
     found = []
@@ -83,15 +167,26 @@ def values_of(data: object, key: str) -> list[str]:
 
 def licenses_of(runs: list[dict]) -> list[str]:
     """Licences of all data; a mix says "storyworld: MIT; numbers: MIT"."""
-    parts = "; ".join(text for run in runs for text in values_of(run.get("data"), "licence")).split(";")
-    return [name for name in dict.fromkeys(part.split(": ")[-1].strip() for part in parts) if name]
+    found = {}
+    for run in runs:
+        for part in "; ".join(values_of(run.get("data"), "licence")).split(";"):
+            found[part.split(": ")[-1].strip()] = True
+    return [name for name in found if name]
 
 
-def measurements(folder: Path, run: dict) -> list[dict]:
-    """Entries {"task", "split", "shots", "metrics"} of eval.py and of the evaluation in finetune.py."""
-    found = [{"task": run.get("task"), "shots": 0, **run["evaluation"]}] if "evaluation" in run else []
-    measured = read_json(folder / "results.json").get("results", {}).values()
-    return found + [entry for entry in measured if "metrics" in entry]
+def measured(folder: Path, run: dict) -> list[dict]:
+    """{"task", "split", "shots", "metric", "value", "x"} of every number of eval.py and finetune.py."""
+
+    def rows(entry: dict) -> list[dict]:
+        about, found = {key: entry[key] for key in ("task", "split", "shots")}, []
+        for name, x in entry["metrics"].items():
+            shown = value_of(name, x) + fill(", n={n:,}", x)
+            found.append(about | {"metric": name, "value": shown, "x": x})
+        return found
+
+    entries = [{"task": run.get("task"), "shots": 0} | run["evaluation"]] if run.get("evaluation") else []
+    entries += (read_json(folder / "results.json").get("results") or {}).values()
+    return each(entries, rows, [])
 
 
 # -----------------------------------------------------------------------------
@@ -103,160 +198,96 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     runs = family(folder, run)
-    licenses = licenses_of(runs)
-    names = {re.sub(r"[\s_]+", "-", name.lower()) for name in licenses} - {"yours"}
-    sources = " ".join(source for run in runs for source in values_of(run.get("data"), "source"))
-    pipeline = None if run.get("verifier") else PIPELINES.get(run.get("kind"), "text-generation")
-    tags = ["modern-llm", run.get("stage", "train")]
-    tags += ["conversational"] if run.get("chat") and not run.get("verifier") else []
-    tags += ["lora"] if adapter else []
+    licences = licenses_of(runs)
+    names = {re.sub(r"[\s_]+", "-", name.lower()) for name in licences} - {"yours"}
+    known = len(names) == 1 and names <= set(LICENSES)
+    sources = " ".join(source for r in runs for source in values_of(r.get("data"), "source"))
+    pipeline = PIPELINES.get(run.get("kind"), "text-generation")
+    base = str(runs[-1].get("parent") or "")  # what the first run of the family started from
+    hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?", base) and not Path(base).exists()
+    tags = {"conversational": run.get("chat") and not run.get("verifier"), "lora": adapter}
     library = "peft" if adapter else "transformers"
-    card = {
-        "language": None if "yours" in licenses else "en",
-        "base_model": hub_base(runs),
-        "datasets": sorted(set(re.findall(r"([\w.-]+/[\w.-]+) on Hugging Face", sources))) or None,
-        "library_name": None if config.get("model_type") == "modern_llm" else library,  # it cannot load ours
-        "pipeline_tag": pipeline,
-        "tags": tags,
-    }
-    if len(names) == 1 and names <= set(LICENSES):
-        card["license"] = names.pop()
-    elif names:
-        card |= {"license": "other", "license_name": "of-the-data-see-below"}
     results = []
-    for entry in [] if run.get("smoke") else measurements(folder, run):
-        for name, metric in entry["metrics"].items():
-            result = EvalResult(
-                task_type=pipeline or "text-generation",
-                dataset_type=str(entry["task"]),
-                dataset_name=f"{entry['task']}, {entry['shots']} examples in the prompt",
-                dataset_split=entry["split"],
-                metric_type=METRIC_TYPES.get(name, name),
-                metric_name=name,
-                metric_value=metric["value"],
-                metric_args={key: metric[key] for key in ("low", "high", "n") if key in metric} or None,
-            )
-            results.append(result)
-    if results:
-        card |= {"model_name": folder.resolve().name, "eval_results": results}
-    return ModelCardData(**{key: value for key, value in card.items() if value is not None}).to_yaml().strip()
-
-
-def how_made(folder: Path, run: dict) -> list[str]:
-    hardware, settings = run.get("hardware", {}), run.get("settings", {})
-    names = settings.get("data") or settings.get("task") or settings.get("corpus")
-    licenses = ", ".join(licenses_of(family(folder, run)))
-    tokens = None
-    if run.get("stage") in ("train", "sft", "finetune"):  # the other stages count answers
-        counts = [line["tokens"] for line in read_jsonl(folder / "metrics.jsonl") if "tokens" in line]
-        tokens = counts[-1] if counts else None
-    lines = [f"- command: `{run.get('command')}`"]
-    lines += [f"- started from: `{run['parent']}`"] if run.get("parent") else []
-    lines += [f"- data: {names} ({'; '.join(values_of(run.get('data'), 'source'))})"]
-    lines += [f"- licences of the data, also of the runs before: {licenses}"] if licenses else []
-    steps = f"{run.get('step', 0):,}"
-    lines += [f"- tokens: {tokens:,} in {steps} steps" if tokens else f"- steps: {steps}"]
-    lines += [
-        f"- hardware: {hardware.get('device')}, {run.get('processes', 1)} process(es), {run.get('dtype')}; "
-        f"{run.get('seconds', 0) / 60:.1f} minutes of training"
-    ]
-    return [*lines, f"- code: commit {run.get('git')}, torch {run.get('versions', {}).get('torch')}"]
-
-
-def format_metric(name: str, metric: dict) -> str:
-    """88.1 [85.0, 90.7], n=500"""
-    scale = 100 if name in SHARES else 1
-    text = f"{scale * metric['value']:.2f}"
-    if "low" in metric:
-        text += f" [{scale * metric['low']:.2f}, {scale * metric['high']:.2f}]"
-    return text + (f", n={metric['n']:,}" if "n" in metric else "")
-
-
-def results(folder: Path, run: dict) -> list[str]:
-    if run.get("smoke"):
-        return ["This was a smoke run, cut short to see whether the program works: **no result**."]
-    best, lines = (run.get("results") or {}).get("best") or {}, []
-    figures = [f"{name} {value:.4g}" for name, value in best.items() if name not in ("step", "val_tokens")]
-    if figures:
-        lines += [f"On held-out data while training: {', '.join(figures)}.", ""]
-    rows = []
-    for entry in measurements(folder, run):
-        where = f"{entry['task']} | {entry['split']} | {entry['shots']}"
-        for name, metric in entry["metrics"].items():
-            rows.append(f"| {where} | {name} | {format_metric(name, metric)} |")
-    if rows:
-        lines += ["| task | split | examples in the prompt | metric | value [95 % interval] |"]
-        lines += ["|---|---|---|---|---|", *rows]
-    return lines or ["Not measured yet: `python eval.py` adds results here."]
-
-
-def usage(folder: Path, run: dict, config: dict, adapter: dict) -> list[str]:
-    """Example code that loads the folder."""
-    kind = run.get("kind")
-    if run.get("verifier"):
-        code = ["from verifier import Verifier  # of this project", f'verifier = Verifier.load("{folder}")']
-        code += ["verifier.score(problem, answer)"]
-    elif config.get("model_type") == "modern_llm":
-        why = "transformers has no architecture for this combination of settings; this project runs it:"
-        return [why, "", f"    python chat.py {folder}"]
-    elif adapter:
-        return adapter_usage(folder, run, adapter)
-    elif kind == "seq2seq":
-        code = ["from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", ""]
-        code += [f'model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")']
-        code += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")']
-    else:
-        task, call = "text-generation", 'pipe("<|endoftext|>Once upon a time")  # as in training'
-        if run.get("chat"):
-            call = 'pipe([{"role": "user", "content": "Hello!"}])  # uses the chat template'
-        if kind == "head":
-            task, call = "text-classification", 'pipe("A wonderful film.")'
-        code = ["from transformers import pipeline", "", f'pipe = pipeline("{task}", model="{folder}")', call]
-    lines = ["```python", *code, "```"]
-    decoder = kind not in ("head", "seq2seq") and not run.get("verifier")
-    return lines + (["", *other_programs(folder, run)] if decoder else [])
-
-
-def other_programs(folder: Path, run: dict) -> list[str]:
-    options = f"pretrained={folder},add_bos_token=True"
-    how = (
-        "lm-evaluation-harness must put `<|endoftext|>` before a text, as in training (leave `add_bos_token` "
-        "out for perplexity tasks, which already do this):"
-    )
-    if run.get("chat"):
-        how, options = (
-            "lm-evaluation-harness, with the chat template:",
-            f"pretrained={folder} --apply_chat_template",
+    for x in [] if run.get("smoke") else measured(folder, run):
+        result = EvalResult(
+            task_type=pipeline,
+            dataset_type=str(x["task"]),
+            dataset_name=f"{x['task']}, {x['shots']} examples in the prompt",
+            dataset_split=x["split"],
+            metric_type=METRIC_TYPES.get(x["metric"], x["metric"]),
+            metric_name=x["metric"],
+            metric_value=x["x"]["value"],
+            metric_args={key: x["x"][key] for key in ("low", "high", "n") if key in x["x"]} or None,
         )
-    command = f"    lm_eval --model hf --model_args {options} --tasks ..."
-    gguf = f"llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file."
-    return [how, "", command, "", gguf]
+        results.append(result)
+    card = ModelCardData(
+        language=None if "yours" in licences else "en",
+        license=names.pop() if known else "other" if names else None,
+        license_name="of-the-data-see-below" if names and not known else None,
+        base_model=base if hub_id else None,
+        datasets=sorted(set(re.findall(r"([\w.-]+/[\w.-]+) on Hugging Face", sources))) or None,
+        library_name=None if config.get("model_type") == "modern_llm" else library,  # it cannot load ours
+        pipeline_tag=None if run.get("verifier") else pipeline,
+        tags=["modern-llm", run.get("stage", "train"), *(tag for tag, holds in tags.items() if holds)],
+        model_name=folder.resolve().name if results else None,
+        eval_results=results or None,
+    )
+    return card.to_yaml().strip()
 
 
-def adapter_usage(folder: Path, run: dict, adapter: dict) -> list[str]:
-    """An adapter has no config: class names and the padding token must be passed to its base model."""
-    base, folder = adapter.get("base_model_name_or_path"), os.path.abspath(folder)
-    cls = "AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM")
-    code = [f"from peft import {cls}", "from transformers import AutoTokenizer", ""]
-    code += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")']
-    names = ""
+def how_made(folder: Path, run: dict, adapter: dict) -> list[str]:
+    settings = run.get("settings", {})
+    values = run | {
+        "names": settings.get("data") or settings.get("task") or settings.get("corpus"),
+        "sources": "; ".join(values_of(run.get("data"), "source")),
+        "licences": ", ".join(licenses_of(family(folder, run))) or None,
+        "lora": run if adapter else None,
+    }
+    if run.get("stage") in ("train", "sft", "finetune"):  # the other stages count answers
+        for line in read_jsonl(folder / "metrics.jsonl"):
+            values["tokens"] = line.get("tokens", values.get("tokens"))
+    return lines_of(HOW_MADE, values)
+
+
+def results(folder: Path, run: dict) -> str:
+    if run.get("smoke"):
+        return "This was a smoke run, cut short to see whether the program works: **no result**."
+    rows = [row(ROW, x) for x in measured(folder, run)]
+    best = (run.get("results") or {}).get("best") or {}
+    figures = [f"{name} {value:.4g}" for name, value in best.items() if name not in ("step", "val_tokens")]
+    words = [f"On held-out data while training: {', '.join(figures)}."] if figures else []
+    words += [markdown_block(Table("results", rows))] if rows else []
+    return "\n\n".join(words) or "Not measured yet: `python eval.py` adds results here."
+
+
+def usage(folder: Path, run: dict, config: dict, adapter: dict) -> str:
+    """Example code that loads the folder. An adapter has no config: its base model gets the classes."""
+    kind = (
+        run.get("kind") if run.get("kind") in ("head", "seq2seq") else "chat" if run.get("chat") else "text"
+    )
+    if run.get("verifier"):
+        kind = "verifier"
+    elif config.get("model_type") == "modern_llm":
+        kind = "ours"
+    elif adapter:
+        kind = "adapter"
+    labels = ""
     if run.get("labels"):
-        labels = dict(enumerate(run["labels"]))
-        ids = {name: i for i, name in labels.items()}
-        code += [f"names = dict(id2label={labels}, label2id={ids}, pad_token_id=tokenizer.pad_token_id)"]
-        names = ", **names"
-    code += [f'model = {cls}.from_pretrained("{folder}"{names})']
-    return ["```python", *code, "```", "", f"The adapter needs its base model, `{base}`."]
+        names = dict(enumerate(run["labels"]))
+        ids = {name: i for i, name in names.items()}
+        labels = f", id2label={names}, label2id={ids}, pad_token_id=tokenizer.pad_token_id"
+    values = {"folder": folder, "absolute": os.path.abspath(folder), "labels": labels}
+    values["base"] = adapter.get("base_model_name_or_path")
+    values["peft"] = "AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM")
+    return USAGE[kind].strip().format(**values)
 
 
 def limits(run: dict, config: dict) -> list[str]:
     context = config.get("max_position_embeddings") or config.get("n_positions")
-    lines = [f"- Its context is {context:,} tokens."] if context else []
+    words = "It was not trained to hold conversations or to refuse requests."
     if run.get("chat"):
-        lines.append("- It was not trained to be safe or truthful; it invents facts and numbers.")
-    else:
-        lines.append("- It was not trained to hold conversations or to refuse requests.")
-    return [*lines, "- It reproduces its training data, with their language, errors and biases."]
+        words = "It was not trained to be safe or truthful; it invents facts and numbers."
+    return lines_of(LIMITS, {"context": context, "not_trained": words})
 
 
 # -----------------------------------------------------------------------------
@@ -267,19 +298,15 @@ def model_card(folder: Path, run: dict | None = None) -> str:
     """The text of README.md. `run`: the content of run.json, which may not be written yet."""
     run = run or read_json(folder / "run.json")
     adapter, config = (read_json(folder / f"{name}.json") for name in ("adapter_config", "config"))
-    size = f"{run.get('parameters', 0) / 1e6:.1f}M parameters"
-    if adapter:
-        size += f", {run.get('trained_parameters', 0) / 1e6:.2f}M of them trained (LoRA)"
-    what = STAGES.get(run.get("stage"), "a language model")
-    what += f", {run['task']}" if run.get("task") else ""
+    what = STAGES.get(run.get("stage"), "A language model")
     return CARD.format(
         metadata=metadata(folder, run, config, adapter),
         name=folder.resolve().name,
-        what=what[0].upper() + what[1:],
-        size=size,
-        how_made="\n".join(how_made(folder, run)),
-        results="\n".join(results(folder, run)),
-        usage="\n".join(usage(folder, run, config, adapter)),
+        what=f"{what}, {run['task']}" if run.get("task") else what,
+        size=count(run.get("parameters", 0)),
+        how_made="\n".join(how_made(folder, run, adapter)),
+        results=results(folder, run),
+        usage=usage(folder, run, config, adapter),
         limits="\n".join(limits(run, config)),
     )
 
@@ -288,12 +315,11 @@ def write_model_card(folder: str | Path, run: dict | None = None) -> None:
     """Writes README.md of a run folder, atomically; `run` is read from run.json if it is not given."""
     folder = Path(folder)
     if run or (folder / "run.json").exists():
-        text = model_card(folder, run)
-        write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / "README.md", model_card(folder, run))
 
 
 def write_run(folder: Path, run: dict) -> None:
     """run.json, and before it the card: if a process is killed between the two, the next one writes both."""
     text = json.dumps(run, indent=2) + "\n"
     write_model_card(folder, run)
-    write_atomically(folder / "run.json", lambda path: path.write_text(text))
+    write_text(folder / "run.json", text)

@@ -1,11 +1,11 @@
-"""The life of a model in one table, pipeline.json: a row a stage and task, and answers to instructions."""
+"""The same held-out instructions given to every model: pipeline.json, which report.py sets side by side."""
 
 from pathlib import Path
 
 from data import load_conversations
-from support.evaluations import Result
 from support.files import write_json
 from support.metrics import proportion
+from support.pages import percent
 from support.results import read_json
 from support.text_model import TextModel
 
@@ -24,45 +24,18 @@ def follow_instructions(model: TextModel, n: int) -> list[dict]:
     texts = model.generate(prompts, longest, "\n", f"{model.name} follows instructions")
     rows = []
     for (user, assistant), text in zip(chats, texts, strict=True):
-        answer, wanted = text.strip(), assistant["content"]
-        rows.append({"asked": user["content"], "meant": wanted, "said": answer, "correct": answer == wanted})
+        answer = {"asked": user["content"], "meant": assistant["content"], "said": text.strip()}
+        rows.append(answer | {"correct": answer["said"] == answer["meant"]})
     return rows
 
 
-def stages(name: str, entries: list[dict], answers: list[dict]) -> list[dict]:
-    """The rows of one model: one for each task that was asked, or a single one."""
-    run = read_json(Path(name) / "run.json")
-    row = {"model": name, "stage": run.get("stage"), "minutes": round(run.get("seconds", 0) / 60, 2)}
-    if answers:
-        row["instructions"] = proportion(sum(answer["correct"] for answer in answers), len(answers))
-    tasks: dict[str, dict] = {}
-    for entry in entries:
-        metrics, task = entry["metrics"], entry["task"]
-        if "bits_per_byte" in metrics:
-            row[f"{task}, bits/byte"] = metrics["bits_per_byte"]
-        elif entry.get("samples"):
-            tasks.setdefault(task, {}).update(metrics)
-        elif "exact_match" in metrics:
-            tasks.setdefault(task, {})["exact_match"] = metrics["exact_match"]
-    return [row | {"task": task} | columns for task, columns in tasks.items()] or [row]
-
-
-def write_pipeline(
-    file: Path, results: dict[str, list[Result]], answered: dict[str, list[dict]], samples: int
-) -> None:
-    """Adds the models' rows to the file, where what was measured before stays, and prints them."""
-    before = read_json(file)
-    merged = {(row["model"], row.get("task")): row for row in before.get("rows", [])}
-    for name, some in results.items():
-        for row in stages(name, [result.entry for result in some], answered.get(name, [])):
-            key = name, row.get("task")
-            merged[key] = merged.get(key, {}) | row
-            figures = [f"{column} {x['value']:.3f}" for column, x in row.items() if isinstance(x, dict)]
-            print(f"{', '.join(filter(None, key))}: {', '.join(figures)}; {row['minutes']} minutes")
-    battery = before.get("battery", {}) | answered
+def write_pipeline(file: Path, answered: dict[str, list[dict]]) -> None:
+    """Adds the answers {model: answers} to the file, where those of other models stay; prints some."""
+    battery = read_json(file).get("battery")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"rows": list(merged.values()), "battery": battery, "samples": samples})
-    for answers in list(zip(*answered.values(), strict=True))[:6]:  # one instruction, model by model
-        print(f"\n{answers[0]['asked']} -> {answers[0]['meant']}")
-        for name, answer in zip(answered, answers, strict=True):
-            print(f"  {name}: {answer['said'][:100]!r}")
+    write_json(file, {"battery": (battery if isinstance(battery, dict) else {}) | answered})
+    for name, answers in answered.items():
+        right = proportion(sum(answer["correct"] for answer in answers), len(answers))
+        print(f"{name}: {percent(right)} % of {len(answers)} instructions followed to the letter")
+        for answer in answers[:6]:
+            print(f"  {answer['asked']} -> {answer['said'][:100]!r}")

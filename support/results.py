@@ -2,14 +2,16 @@
 
 eval.py writes results.json and answers/ into the folder of a run, an adapter or a checkpoint, and into
 eval/MODEL for a model of the hub. finetune.py ends with an evaluation in run.json and predictions.jsonl.
-Missing and half-written files are tolerated: a run may still be in progress.
+Missing and half-written files are tolerated: a run may still be in progress. A record with values of the
+wrong type is left out, and `Records.damaged` names it.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, median
 
 from support.metrics import paired_bootstrap
 from support.pages import interval
@@ -34,6 +36,9 @@ METRICS = {  # name in results.json: name in a table
 # Comparisons use the first of these that a task has.
 HEADLINES = ("accuracy", "exact_match", "rougeL", "bits_per_byte")
 DIGITS = {"perplexity": 2, "word_perplexity": 2, "bits_per_byte": 3, "loss": 4, "words": 1}  # no shares
+LOGGED = "step loss val_loss tokens seconds tokens_per_second peak_memory_gib epoch skipped".split()
+# What reading a value of the wrong type raises.
+WrongType = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def read_json(file: Path) -> dict:
@@ -43,6 +48,18 @@ def read_json(file: Path) -> dict:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def each(items: Iterable, read: Callable[..., list], damaged: list[str]) -> list:
+    """read(item) of every item, joined. An item with values of the wrong type is left out and noted."""
+    found = []
+    for item in items:
+        try:
+            found += read(item)
+        except WrongType as error:
+            name = getattr(item, "shown", getattr(item, "__name__", item))
+            damaged.append(f"{name}: damaged values, {type(error).__name__}: {error}")
+    return found
 
 
 def value_of(name: str, metric: dict) -> str:
@@ -58,10 +75,13 @@ class Run:
     """The folder of a run, of one of its checkpoints, or of a hub model that was measured.
 
     lineage: the folder, then its ancestors: parent, grandparent, ...; records: run.json of each, or {}.
+    damaged: gets a line if metrics.jsonl holds some of the wrong types.
     """
 
-    def __init__(self, folder: Path, home: Path):
-        self.folder, self.home = folder, home  # home: the folder that holds the runs
+    def __init__(self, folder: Path, home: Path, damaged: list[str] | None = None):
+        self.folder = folder
+        self.home = home  # the folder that holds the runs
+        self.damaged = [] if damaged is None else damaged
         self.lineage: list[Path] = []
         self.records: list[dict] = []
         ancestor: Path | None = folder
@@ -71,55 +91,63 @@ class Run:
             ancestor = parent_of(self.records[-1], home)
         self.record = self.records[0]
         self.stage = self.record.get("stage") or ""
-        self.settings = self.record.get("settings") or {}
-        self.data = self.record.get("data") or {}
-        self.validation = self.data.get("validation") or {}  # the validation data
-        results = self.record.get("results") or {}
-        self.last, self.best = (results.get(key) or {} for key in ("last", "best"))  # evaluations on it
+        self.settings, self.data, results = (self.record.get(part) or {} for part in PARTS)
+        self.last = results.get("last") or {}  # evaluations on the validation data
+        self.best = results.get("best") or {}
+        self.validation = self.data.get("validation") or {}
+        self.text = self.record.get("tokenizer"), self.validation.get("fingerprint")  # losses on it compare
         self.smoke = any(record.get("smoke") for record in self.records)
         if folder.parent.parent == home / "experiments":  # the lab caps its examples on purpose
             self.smoke = folder.parent.name.endswith("-quick")
         self.name = label(folder, home)
         self.shown = self.name + f" ({SMOKE})" * self.smoke
-        # Its first ancestor; that may be a model of the hub, by its id or in a folder.
+        # Its first ancestor, which may be a model of the hub.
         self.origin = self.records[-1].get("parent") or label(self.lineage[-1], home)
-        if (Path(self.origin) / "results.json").exists():
-            self.origin = Path(self.origin).name
 
+    def has(self, file: str) -> bool:
+        return (self.folder / file).exists()
+
+    @cached_property
     def metrics(self) -> list[dict]:
-        """metrics.jsonl. Evaluations get the tokens and seconds of the training step before them."""
-        clock, lines = {}, read_jsonl(self.folder / "metrics.jsonl")
-        for i, line in enumerate(lines):
-            clock |= {key: line[key] for key in ("tokens", "seconds") if key in line}
-            lines[i] = clock | line
+        """metrics.jsonl, with minutes and perplexities. Evaluations get the clock of the step before."""
+        lines, clock = [], {}
+        logged = read_jsonl(self.folder / "metrics.jsonl")
+        for line in logged:
+            if all(isinstance(line.get(key, 0), int | float) for key in LOGGED):
+                clock |= {key: line[key] for key in ("tokens", "seconds") if key in line}
+                line = clock | line
+                line["minutes"] = line.get("seconds", 0) / 60
+                lines.append(line)
+        if left_out := len(logged) - len(lines):
+            self.damaged.append(f"{self.folder}/metrics.jsonl: {left_out} lines of the wrong types")
         return lines
 
-    def results(self) -> dict[str, dict]:
-        """The entries of results.json that are measurements."""
-        entries = read_json(self.folder / "results.json").get("results")
-        entries = entries if isinstance(entries, dict) else {}
-        return {key: entry for key, entry in entries.items() if has_metrics(entry)}
+    def typical(self, key: str, last: int = 0) -> float | None:
+        """The median of what metrics.jsonl logged under a key, or the mean of its last values."""
+        values = [x[key] for x in self.metrics if key in x][-last:]
+        return (fmean(values) if last else median(values)) if values else None
 
-    def answers_file(self, key: str) -> Path:
-        """The answers behind an entry of results.json."""
-        return self.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
+
+PARTS = ("settings", "data", "results")  # of run.json
 
 
 def run_of(folder: Path) -> dict:
     """run.json of a run folder, or of the run that a checkpoint belongs to; {} if its parts are damaged."""
     run = read_json((folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json")
-    parts = [run.get(part) or {} for part in ("settings", "results", "data")]
-    return run if all(isinstance(part, dict) for part in parts) else {}
+    return run if all(isinstance(run.get(part) or {}, dict) for part in PARTS) else {}
 
 
 def parent_of(run: dict, home: Path) -> Path | None:
-    """The folder of the run that this one started from, also if `home` was copied; None if it is missing."""
+    """The folder that this run started from, also if `home` was copied; None if it has no records."""
     if not run.get("parent"):
         return None
-    parent, out = Path(run["parent"]), Path((run.get("settings") or {}).get("out") or home)
-    inside = [home / parent.relative_to(out)] if parent.is_relative_to(out) else []
-    folders = [*inside, home / parent.name, parent]
-    return next((folder for folder in folders if (folder / "run.json").exists()), None)
+    parent = Path(run["parent"])
+    out = (run.get("settings") or {}).get("out") or home
+    folders = [home / parent.relative_to(out)] if parent.is_relative_to(out) else []
+    for folder in [*folders, home / parent.name, parent]:
+        if (folder / "run.json").exists() or (folder / "results.json").exists():
+            return folder
+    return None
 
 
 def label(folder: Path, home: Path) -> str:
@@ -127,10 +155,6 @@ def label(folder: Path, home: Path) -> str:
     if folder.parent.name == "checkpoints":
         return f"{folder.parents[1].name}, {folder.name.replace('-', ' ')}"
     return folder.name.replace("--", "/") if folder.parent == home / "eval" else folder.name
-
-
-def is_smoke(folder: Path, home: Path) -> bool:
-    return Run(folder, home).smoke
 
 
 def differing(settings: dict[str, dict]) -> dict[str, dict]:
@@ -143,12 +167,6 @@ def differing(settings: dict[str, dict]) -> dict[str, dict]:
     return found
 
 
-def has_metrics(entry: object) -> bool:
-    """True for {"metrics": {name: {"value": ...}}, ...}."""
-    metrics = entry.get("metrics") if isinstance(entry, dict) else None
-    return isinstance(metrics, dict) and all(isinstance(m, dict) and "value" in m for m in metrics.values())
-
-
 # -----------------------------------------------------------------------------
 # Measurements
 
@@ -157,27 +175,33 @@ class Measurement:
     """An entry of results.json, or the final evaluation of finetune.py; `file` holds the answers."""
 
     def __init__(self, run: Run, entry: dict, file: Path):
-        self.run, self.entry, self.file = run, entry, file
-        self.model, self.origin = run.name, run.origin
+        self.run = run
+        self.entry = entry
+        self.file = file
+        self.where = self.task, self.split = (entry.get("task") or "", entry.get("split") or "")
+        self.place = ", ".join(filter(None, self.where))
+        self.items, self.shots, of = (int(entry.get(key) or 0) for key in ("items", "shots", "of"))
         self.smoke = bool(entry.get("smoke")) or run.smoke
-        self.where = (entry.get("task") or "", entry.get("split") or "")
-        self.items = entry.get("items", 0)
-        # The metric used in comparisons.
-        self.headline = next((name for name in HEADLINES if name in entry["metrics"]), None)
+        self.shown = f"{run.shown}, {self.place}"
         self.way = way_of(run, entry)
-        notes = {
-            SMOKE: self.smoke,
-            f"a sample of {entry.get('of', 0):,}": self.items < entry.get("of", 0),
-            "calibrated": entry.get("calibrated"),
-            f"{entry.get('samples')} samples": entry.get("samples"),
-        }
-        self.notes = ", ".join(note for note, holds in notes.items() if holds)
+        self.role = "prompted" if self.shots else "base"  # in a comparison
+        if run.name != run.origin:
+            self.role = "from scratch" if self.way == "from scratch" else "after training"
+        notes = [SMOKE] * self.smoke + [f"a sample of {of:,}"] * (self.items < of)
+        notes += ["calibrated"] * bool(entry.get("calibrated"))
+        notes += [f"{entry['samples']} samples"] if entry.get("samples") else []
+        self.notes = ", ".join(notes)
+        self.numbers = {name: float(metric["value"]) for name, metric in entry["metrics"].items()}
+        self.values = {name: value_of(name, metric) for name, metric in entry["metrics"].items()}
+        # The metric used in comparisons.
+        self.headline = next((name for name in HEADLINES if name in self.values), None)
 
     @cached_property
     def scores(self) -> dict[str, float]:
         """{text of the item: its score} by the headline metric; {} for a corpus, which has no answers."""
         key = "rougeL" if self.headline == "rougeL" else "correct"
-        return {r["text"]: float(r[key]) for r in read_jsonl(self.file) if "text" in r and key in r}
+        rows = read_jsonl(self.file)
+        return {str(r["text"]): r[key] for r in rows if "text" in r and isinstance(r.get(key), int | float)}
 
 
 def way_of(run: Run, entry: dict) -> str:
@@ -193,28 +217,17 @@ def way_of(run: Run, entry: dict) -> str:
     return ways.get(run.stage, "base")
 
 
-def measurements(home: Path) -> list[Measurement]:
-    """All measurements in `home`, by the starting time of the runs."""
-    found = []
-    for run in measured_runs(home):
-        found += [Measurement(run, entry, run.answers_file(key)) for key, entry in run.results().items()]
-        own = run.record.get("evaluation")
-        if has_metrics(own):
-            items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
-            entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
-            found.append(Measurement(run, entry, run.folder / "predictions.jsonl"))
-    return found
-
-
-def measured_runs(home: Path) -> list[Run]:
-    """Every folder in `home` with a run or results, and parents outside of it, such as a hub model."""
-    folders = {file.parent for name in ("results.json", "run.json") for file in home.rglob(name)}
-    runs = {folder.resolve(): Run(folder, home) for folder in folders}
-    for run in list(runs.values()):
-        parent = run.lineage[1] if len(run.lineage) > 1 else Path(run.record.get("parent") or "")
-        if (parent / "results.json").exists():
-            runs.setdefault(parent.resolve(), Run(parent, home))
-    return sorted(runs.values(), key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
+def of_run(run: Run, damaged: list[str]) -> list[Measurement]:
+    """What eval.py and finetune.py measured of one run."""
+    file, found = run.folder / "results.json", {}
+    for key, entry in (read_json(file).get("results") or {}).items():
+        answers = run.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
+        found[f"{file}, {key}"] = (entry, answers)
+    if own := run.record.get("evaluation"):
+        items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
+        entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
+        found[f"{run.folder}/run.json"] = (entry, run.folder / "predictions.jsonl")
+    return each(found, lambda name: [Measurement(run, *found[name])], damaged)
 
 
 # -----------------------------------------------------------------------------
@@ -223,57 +236,58 @@ def measured_runs(home: Path) -> list[Run]:
 
 @dataclass
 class Comparison:
-    """A tuned model and the model that it was tuned from, on one task."""
+    """A measurement of a model, and others by their role: its "base", the base "prompted" with the most
+    examples, and the same training "from scratch".
+    """
 
-    tuned: Measurement | None
-    base: Measurement | None
-    prompted: Measurement | None  # the base with few-shot examples (the largest number measured)
-    scratch: Measurement | None  # the same training from random weights
+    m: Measurement
+    others: dict[str, Measurement]
 
-    def minus(self, other: Measurement | None) -> dict | None:
-        """The paired difference, tuned minus other, over the items that both answered."""
-        if not (self.tuned and other):
-            return None
-        both = [text for text in self.tuned.scores if text in other.scores]
-        pairs = [[m.scores[text] for text in both] for m in (self.tuned, other)]
-        return paired_bootstrap(*pairs) if both else None
+    @property
+    def shown(self) -> str:
+        return self.m.shown
 
-
-def most_items(some: Iterable[Measurement]) -> Measurement | None:
-    """Of several measurements of a model on a task, the one on the most items."""
-    return max(some, key=lambda m: m.items, default=None)
+    @cached_property
+    def gaps(self) -> dict[str, dict]:
+        """The paired differences, tuned minus other, over the items that both answered."""
+        found = {}
+        for role, other in self.others.items():
+            both = [text for text in self.m.scores if text in other.scores]
+            if both and self.m.role == "after training":
+                found[role] = paired_bootstrap(*([m.scores[text] for text in both] for m in (self.m, other)))
+        return found
 
 
 def side_by_side(found: list[Measurement]) -> list[Comparison]:
-    """For each task and split, a row for every tuned model; a base without tuned models gets its own row."""
-    rows = []
-    for where in dict.fromkeys(m.where for m in found if m.headline):
-        some = [m for m in found if m.where == where and m.headline]
-        scratch = [m for m in some if m.way == "from scratch"]
-        for origin in dict.fromkeys(m.origin for m in some if m not in scratch):
-            rows += from_one_origin([m for m in some if m.origin == origin], scratch)
-    return rows
+    """A row for every model on every task and split, without examples in its prompt if that was measured."""
+    # Of several measurements the one with the most examples, and on the most items, counts: the last.
+    found = sorted((m for m in found if m.headline), key=lambda m: (m.where, m.shots, m.items))
+    rows: dict[tuple, Measurement] = {}
+    for m in found:
+        if m.role != "from scratch" and m.shots == rows.setdefault((m.where, m.run.name), m).shots:
+            rows[m.where, m.run.name] = m
+    return [Comparison(m, others_of(m, found)) for m in rows.values()]
 
 
-def from_one_origin(some: list[Measurement], scratch: list[Measurement]) -> list[Comparison]:
-    """The rows of one base model on one task; a twin from scratch has the same seed, if there is one."""
-    own = [m for m in some if m.model == m.origin]
-    shots = [m for m in own if m.entry.get("shots")]
-    base = most_items(m for m in own if m not in shots)
-    prompted = max(shots, key=lambda m: (m.entry["shots"], m.items), default=None)
-    tuned: dict[str, Measurement] = {}
-    for m in some:
-        if m not in own and not m.entry.get("shots"):
-            tuned[m.model] = most_items([tuned.get(m.model, m), m])
-    rows = []
-    for m in tuned.values():
-        twins = [x for x in scratch if x.run.settings.get("seed") == m.run.settings.get("seed")]
-        rows.append(Comparison(m, base, prompted, next(iter(twins or scratch), None)))
-    return rows or [Comparison(None, base, prompted, next(iter(scratch), None))]
+def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement]:
+    """What stands beside a measurement; a twin from scratch has the same seed, if there is one."""
+    others: dict[str, Measurement] = {}
+    for other in found:
+        seeds = [x.run.settings.get("seed") for x in (m, other)]
+        if other.where != m.where or other.role == "after training":
+            continue
+        if other.role == "from scratch" and seeds[0] != seeds[1]:
+            others.setdefault(other.role, other)
+        elif other.role == "from scratch" or other.run.origin == m.run.origin:
+            others[other.role] = other
+    return others
 
 
 # -----------------------------------------------------------------------------
 # Everything that a folder holds
+
+
+FILES = ("run.json", "results.json", "attention.json", "streams.json")  # what a model's folder may hold
 
 
 class Records:
@@ -281,31 +295,53 @@ class Records:
 
     def __init__(self, home: Path):
         self.home = home
-        runs = [Run(file.parent, home) for file in home.glob("*/run.json")]
-        self.runs = sorted(runs, key=lambda run: (str(run.record.get("started")), run.folder.name))
-        self.measurements = measurements(home)
+        self.damaged: list[str] = []  # a line for each record that could not be read
+        folders = {file.parent for name in FILES for file in home.rglob(name)}
+        every = self.each(folders, self.read_run)
+        # Parents outside of `home`, such as a model of the hub.
+        every += self.each({folder for run in every for folder in run.lineage} - folders, self.read_run)
+        every.sort(key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
+        self.models = every  # runs, checkpoints and models of the hub, those of experiments too
+        self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
+        self.measurements = self.each(every, lambda run: of_run(run, self.damaged))
         self.comparisons = side_by_side(self.measurements)
-        self.pipeline = read_json(home / "pipeline.json")  # the life of one model, by eval.py
-        files = sorted(home.glob("experiments/*/experiments.json"))
-        self.labs = {file.parent: read_json(file) for file in files}  # {folder: what experiments.py found}
-        self.ledger = read_columns(home / "ledger.tsv")  # stage, seconds, command
-        self.plan = read_columns(home / "plan.tsv")  # stage, seconds, GiB
+        self.battery = read_json(home / "pipeline.json").get("battery") or {}  # answers to instructions
+        self.labs = self.each(sorted(home.glob("experiments/*/experiments.json")), read_lab)
+        self.ledger = self.each(lines_of(home / "ledger.tsv"), spent)  # by run_all.sh
+        self.plan = self.each(lines_of(home / "plan.tsv"), spent)
+
+    def each(self, items: Iterable, read: Callable[..., list]) -> list:
+        return each(items, read, self.damaged)
+
+    def read_run(self, folder: Path) -> list[Run]:
+        return [Run(folder, self.home, self.damaged)]
 
     def run(self, model: str) -> Run:
         """The run of a path such as out/sft, also if the folder was copied."""
         return Run(self.home / Path(model).name, self.home)
 
-    def folders_with(self, file: str) -> list[Run]:
-        """Runs, checkpoints and models of the hub whose folder holds this file."""
-        patterns = (f"*/{file}", f"*/checkpoints/*/{file}", f"eval/*/{file}")
-        folders = {found.parent for pattern in patterns for found in self.home.glob(pattern)}
-        return [Run(folder, self.home) for folder in sorted(folders)]
+    def with_file(self, name: str) -> list[Run]:
+        """The models in `home` whose folder holds this file."""
+        return [run for run in self.models if run.has(name) and self.home in run.folder.parents]
 
 
-def read_columns(file: Path) -> list[list[str]]:
-    """The complete lines of run_all.sh's ledger or of the plan, three columns each; [] without the file."""
-    try:
-        lines = [line.split("\t") for line in file.read_text(errors="replace").splitlines()]
-    except OSError:
-        return []
-    return [line for line in lines if len(line) == 3]
+def read_lab(file: Path) -> list[dict]:
+    """What experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
+    found = read_json(file)
+    found |= {"folder": file.parent, "quick": bool(found.get("quick"))}
+    experiments = {}
+    for name, e in (found.get("experiments") or {}).items():
+        if "bits_per_byte" in e:
+            about = {"name": name, "folder": file.parent, "quick": found["quick"]}
+            experiments[name] = {"difference": {}} | e | about
+    return [found | {"experiments": experiments}]
+
+
+def lines_of(file: Path) -> list[str]:
+    return file.read_text(errors="replace").splitlines() if file.exists() else []
+
+
+def spent(line: str) -> list[dict]:
+    """A line of the ledger or of the plan. A torn one raises ValueError."""
+    stage, seconds, command = line.split("\t")
+    return [{"stage": stage, "seconds": float(seconds), "command": command}]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs import ROOT
 from support.observations import observations
-from support.results import METRICS, differing, is_smoke, measurements, read_json, run_of, value_of
+from support.results import METRICS, Records, Run, differing, read_json, run_of
 from support.runs import TrainError, checkpoints, lock, locked
 from support.tables import read_jsonl
 
@@ -95,7 +95,7 @@ def summary_of_files(folder: Path, home: Path) -> dict:
         "tokens_per_second": newest.get("tokens_per_second"),
         "seconds_left": left if state == "running" and left > 0 else None,
         "started": run.get("started"),
-        "smoke": is_smoke(folder, home),
+        "smoke": Run(folder, home).smoke,
         "has_results": (folder / "results.json").exists(),
         "verifier": run.get("verifier"),
         "error": run.get("error") if state == "failed" else None,
@@ -192,13 +192,11 @@ def observed(folder: Path) -> tuple[list[str], list[str]]:
 def results_table(folder: Path, home: Path) -> dict:
     """Every measurement of a run and its checkpoints, with its interval."""
     rows = []
-    for found in measurements(home):
+    for found in Records(home).measurements:
         entry = found.entry
         if found.file.resolve().is_relative_to(folder.resolve()):
             where = f"{entry.get('task')} ({entry.get('split', '')})"
-            values = []
-            for key, metric in entry["metrics"].items():
-                values.append(f"{METRICS.get(key, key)} {value_of(key, metric)}")
+            values = [f"{METRICS.get(key, key)} {value}" for key, value in found.values.items()]
             rows.append([where, found.way, entry.get("items"), "; ".join(values), found.notes])
     return {"head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
 

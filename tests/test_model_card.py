@@ -6,32 +6,17 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from support.model_card import licenses_of, model_card, write_model_card
+from support.model_card import model_card, write_model_card
 
+SHARE = {"value": 0.881, "low": 0.857, "high": 0.901, "n": 872}
 RUN = {
-    "status": "finished",
-    "stage": "finetune",
-    "command": "python finetune.py",
-    "settings": {"task": "sst2"},
-    "parent": "openai-community/gpt2",
-    "task": "sst2",
-    "kind": "head",
-    "labels": ["bad", "good"],
-    "smoke": False,
+    "stage": "finetune", "command": "python finetune.py", "settings": {"task": "sst2"}, "git": "d76ef08",
+    "parent": "openai-community/gpt2", "task": "sst2", "kind": "head", "labels": ["bad", "good"], "step": 100,
     "data": {"train": {"source": "nyu-mll/glue on Hugging Face", "licence": "MIT"}, "tokenizer": "3fa2"},
-    "parameters": 124_000_000,
-    "dtype": "float32",
-    "processes": 1,
-    "hardware": {"device": "RTX 3060", "threads": 8},
-    "versions": {"torch": "2.13.0"},
-    "git": "d76ef08",
-    "step": 100,
-    "seconds": 90.0,
-    "evaluation": {
-        "split": "validation",
-        "metrics": {"accuracy": {"value": 0.881, "low": 0.857, "high": 0.901, "n": 872}},
-    },
-}
+    "parameters": 124_000_000, "dtype": "float32", "processes": 1, "seconds": 90.0,
+    "hardware": {"device": "RTX 3060", "threads": 8}, "versions": {"torch": "2.13.0"},
+    "evaluation": {"split": "validation", "metrics": {"accuracy": SHARE}},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -47,7 +32,11 @@ def written(folder: Path, **changes) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_the_hub_reads_the_metadata(folder):
+def test_the_hub_reads_the_metadata_and_results_of_eval_py_are_added(folder):
+    metric = {"value": 3.2, "low": 3.1, "high": 3.3, "n": 50}
+    entry = {"task": "wikitext2", "split": "test", "shots": 0, "metrics": {"perplexity": metric}}
+    entries = {"wikitext2 test 0-shot": entry, "damaged": {"task": "x", "metrics": [1]}}
+    (folder / "results.json").write_text(json.dumps({"results": entries}))
     card = written(folder)
     data = card.data
     assert (data.base_model, data.datasets, data.license) == (
@@ -55,19 +44,12 @@ def test_the_hub_reads_the_metadata(folder):
         ["nyu-mll/glue"],
         "mit",
     )
-    assert (data.language, data.library_name, data.pipeline_tag) == (
-        "en",
-        "transformers",
-        "text-classification",
-    )
-    (result,) = data.eval_results
-    assert (result.dataset_type, result.dataset_split, result.metric_type) == (
-        "sst2",
-        "validation",
-        "accuracy",
-    )
-    assert result.metric_value == 0.881 and result.metric_args["n"] == 872
-    for text in ("RTX 3060", "1.5 minutes", "12,345", "88.10 [85.70, 90.10], n=872", "1,024 tokens"):
+    assert (data.language, data.library_name) == ("en", "transformers")
+    assert data.pipeline_tag == "text-classification"
+    own, perplexity = data.eval_results
+    assert (own.dataset_type, own.dataset_split, own.metric_type) == ("sst2", "validation", "accuracy")
+    assert own.metric_value == 0.881 and own.metric_args["n"] == 872 and perplexity.metric_value == 3.2
+    for text in ("RTX 3060", "1.5 minutes", "12,345", "88.1 [85.7, 90.1], n=872", "3.20 [3.10, 3.30], n=50"):
         assert text in card.text, text
 
 
@@ -76,31 +58,22 @@ def test_a_smoke_run_shows_no_result(folder):
     assert not card.data.eval_results and "no result" in card.text and "88" not in card.text
 
 
-def test_results_of_eval_py_are_added(folder):
-    metric = {"value": 3.2, "low": 3.1, "high": 3.3, "n": 50}
-    entry = {"task": "wikitext2", "split": "test", "shots": 0, "metrics": {"perplexity": metric}}
-    (folder / "results.json").write_text(json.dumps({"results": {"wikitext2 test 0-shot": entry}}))
-    card = written(folder)
-    assert {r.metric_type for r in card.data.eval_results} == {"accuracy", "perplexity"}
-    assert "3.20 [3.10, 3.30], n=50" in card.text
-
-
 def test_a_path_on_this_disk_is_no_base_model_of_the_hub(folder):
     base = folder.parent / "base"
     base.mkdir(exist_ok=True)
-    (base / "config.json").write_text("{}")
-    own = {"source": "notes/*.txt", "licence": "yours"}
-    (base / "run.json").write_text(json.dumps(RUN | {"parent": None, "data": own}))
+    (base / "run.json").write_text(json.dumps(RUN | {"parent": None, "data": {"licence": "yours"}}))
     card = written(folder, parent=str(base), kind="causal", stage="sft", chat=True)
     assert card.data.base_model is None and card.data.language is None
     assert "conversational" in card.data.tags and "chat template" in card.text
 
 
-def test_licences_of_a_mix_and_of_several_sets(folder):
-    mix = {"licence": "storyworld: MIT; wikitext2: CC BY-SA 3.0"}
-    assert licenses_of([{"data": mix}]) == ["MIT", "CC BY-SA 3.0"]
-    assert written(folder, data=mix).data.license == "other"
-    assert written(folder, data={"licence": "CC BY-NC-ND 4.0"}).data.license == "cc-by-nc-nd-4.0"
+@pytest.mark.parametrize(
+    ("licence", "name"),
+    [("storyworld: MIT; wikitext2: CC BY-SA 3.0", "other"), ("CC BY-NC 4.0", "cc-by-nc-4.0")],
+)
+def test_licences_of_one_set_and_of_a_mix(folder, licence, name):
+    card = written(folder, data={"licence": licence})
+    assert card.data.license == name and licence.split(": ")[-1] in card.text
 
 
 def test_a_run_that_has_just_begun_and_a_folder_without_a_run(tmp_path):
