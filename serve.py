@@ -23,6 +23,7 @@ import contextlib
 import os
 import secrets
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +47,10 @@ except ImportError as error:
 
 import torch
 
-from support.attention import attention_weights
+from support.attention import attention_of_text
 from support.forms import config_class, forms, settings_of
 from support.guard import LOOPBACK, Guard, Json, NotFound, Refused, error_response
-from support.inside import check_length, look_inside
+from support.inside import look_inside
 from support.machine import pick_device
 from support.openai_api import Chat, Completion, Job, event
 from support.serving import Pool, use_cores
@@ -77,8 +78,7 @@ class Lab:
 
     def __init__(self, cfg: ServeConfig):
         self.home = Path(cfg.out)
-        others = [name.strip() for name in cfg.models.split(",") if name.strip()]
-        self.pool = Pool(self.home, pick_device(cfg.device), others, cfg.memory)
+        self.pool = Pool(self.home, pick_device(cfg.device), cfg.models.replace(",", " ").split(), cfg.memory)
         self.may_train = cfg.host in LOOPBACK or cfg.allow_training
         self.streams = 0
         self.threads = ThreadPoolExecutor(MOST_STREAMS, "generation")
@@ -86,9 +86,9 @@ class Lab:
 
     def folder(self, name: str) -> Path:
         """The folder of a run; one that failed early has none yet."""
-        if all(run["name"] != name for run in summaries(self.home)):
-            raise NotFound(f"there is no run {name!r} in {self.home}")
-        return self.home / name
+        if name in [run["name"] for run in summaries(self.home)]:
+            return self.home / name
+        raise NotFound(f"there is no run {name!r} in {self.home}")
 
     def refuse_if_full(self) -> None:
         if self.streams >= MOST_STREAMS:
@@ -174,16 +174,6 @@ def tokenize(lab: AnyLab, words: TokenizeRequest):
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
 
 
-class DetokenizeRequest(BaseModel):
-    model: str
-    tokens: list[int]
-
-
-@router.post("/detokenize")
-def detokenize(lab: AnyLab, words: DetokenizeRequest):
-    return {"prompt": lab.pool.get(words.model).tokenizer.decode(words.tokens)}
-
-
 # -----------------------------------------------------------------------------
 # The lab: runs
 
@@ -237,8 +227,7 @@ class RunRequest(BaseModel):
 
     def argv(self, out: Path) -> list[str]:
         """The command line. Raises ValueError for settings that cannot be changed here."""
-        known = {field.name for field in settings_of(self.stage)}
-        if unknown := self.changes.keys() - known:
+        if unknown := self.changes.keys() - {field.name for field in settings_of(self.stage)}:
             raise ValueError(f"{self.stage}.py has no setting {unknown.pop()!r} that can be changed here")
         changes = {"name": self.name} if self.name else {}
         for name, value in configured(self.stage, self.config).items():
@@ -280,17 +269,10 @@ async def plan(lab: AnyLab, wish: RunRequest):
     command = [sys.executable, "-m", "lab.plan", f"{wish.stage}.py", *wish.argv(lab.home.resolve())]
     if lab.planning.locked():
         raise Refused(429, "another plan is being computed: try again when it is done")
-    pipe = asyncio.subprocess.PIPE
+    how = {"cwd": ROOT, "capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 180}
     async with lab.planning:
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=pipe, stderr=pipe)
-        try:
-            text, errors = await asyncio.wait_for(process.communicate(), 180)
-        except asyncio.TimeoutError:
-            return {"ok": False, "text": "planning took longer than three minutes"}
-        finally:
-            if process.returncode is None:
-                process.kill()
-    return {"ok": process.returncode == 0, "text": (text or errors).decode("utf-8", "replace")}
+        done = await run_in_threadpool(subprocess.run, command, **how)
+    return {"ok": done.returncode == 0, "text": done.stdout or done.stderr}
 
 
 @router.post("/lab/start")
@@ -359,17 +341,14 @@ def inside(lab: AnyLab, look: InspectRequest):
 def attention(lab: AnyLab, look: InspectRequest):
     """The weights of one layer on a text, heads x T x T bytes: 255 is a weight of 1."""
     model = lab.pool.get(look.model)
-    ids = look.ids(model)
-    check_length(model, ids)
     use_cores(model)
     with lab.pool.turns:
-        given = torch.tensor([ids], device=model.device)
-        layers = attention_weights(model.model, given, lambda w: (w * 255).round().to(torch.uint8))
+        ids = look.ids(model)
+        layers = attention_of_text(model, ids, lambda w: (w * 255).round().to(torch.uint8))
     if look.layer >= len(layers):
         raise ValueError(f"the model has {len(layers)} layers")
-    weights = layers[look.layer, 0]
-    shape = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids))}
-    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=shape)
+    headers = {"X-Tokens": str(len(ids))}
+    return Response(layers[look.layer].numpy().tobytes(), 200, headers, "application/octet-stream")
 
 
 # -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ adapter. `python eval.py MODEL --attention` writes the results to attention.json
 import random
 import re
 from collections.abc import Callable
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from model import ModernDecoderLM
 from support.files import write_json
 from support.inside import check_length, logits_of, look_inside
 from support.loading import explained, is_adapter, load_model, load_tokenizer, resolve
-from support.results import read_json
 from support.text_model import TextModel
 from tasks.arithmetic import arithmetic, things, told_again
 
@@ -49,6 +48,12 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
     for hook in hooks:
         hook.remove()
     return torch.stack(found)
+
+
+def attention_of_text(model: TextModel, ids: list[int], reduce: Callable = lambda w: w) -> Tensor:
+    """The same for one text: (layers, heads, T, T). Raises ValueError if it is longer than the context."""
+    check_length(model, ids)
+    return attention_weights(model.model, torch.tensor([ids], device=model.device), reduce)[:, 0]
 
 
 def hub_attention(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
@@ -128,8 +133,7 @@ def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]
     """{score: (layer, head) with the highest value}."""
     found = {}
     for name, values in scores.items():
-        layer, head = np.unravel_index(np.argmax(values), np.shape(values))
-        found[name] = int(layer), int(head)
+        found[name] = divmod(int(np.argmax(values)), len(values[0]))
     return found
 
 
@@ -139,60 +143,47 @@ def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, in
     """
     if layer < 0 and head < 0:
         return [(name, *at) for name, at in foremost(scores).items()]
-    ranges = []
-    for flag, chosen, n in zip(("layer", "head"), (layer, head), np.shape(scores["previous"]), strict=True):
-        if chosen >= n:
-            raise ValueError(f"--{flag}={chosen}: the model has {n}, from 0 to {n - 1}")
-        ranges.append(range(n) if chosen < 0 else [chosen])
-    return [("", i, j) for i, j in product(*ranges)]
+    sizes = dict(zip(("layer", "head"), np.shape(scores["previous"]), strict=True))
+    for flag, chosen in (("layer", layer), ("head", head)):
+        if chosen >= sizes[flag]:
+            raise ValueError(f"--{flag}={chosen}: the model has {sizes[flag]}, from 0 to {sizes[flag] - 1}")
+    every = [("", i, j) for i in range(sizes["layer"]) for j in range(sizes["head"])]
+    return [(_, i, j) for _, i, j in every if layer in (-1, i) and head in (-1, j)]
 
 
 def attention_map(model: TextModel, text: str, heads: list[tuple[str, int, int]]) -> dict:
     """The weights of some heads on a text; for decoders also what support/inside.py says of the text."""
     ids = [*model.before, *model.encode(text), *model.behind]
-    check_length(model, ids)
-    weights = attention_weights(model.model, torch.tensor([ids], device=model.device))[:, 0]
+    weights = attention_of_text(model, ids)
     found = {"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": []}
     for score, i, j in heads:
-        about = {"most": score, "layer": i, "head": j}
-        found["heads"].append(about | {"weights": rounded(weights[i, j], 3)})
-    return found | ({"inside": look_inside(model, ids)} if model.kind == "causal" else {})
+        found["heads"].append({"most": score, "layer": i, "head": j, "weights": rounded(weights[i, j], 3)})
+    if model.kind == "causal":
+        found["inside"] = look_inside(model, ids)
+    return found
 
 
 def rounded(values: Tensor, digits: int) -> list:
-    return np.round(values.double().numpy(), digits).tolist()
+    return values.double().numpy().round(digits).tolist()
 
 
 def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: int, head: int) -> None:
-    """Writes and prints the scores of all heads and the maps of some, on `text` or on two example texts;
-    without a text for decoders also the copy accuracy.
-
-    attention.json keeps the maps of other texts and heads as long as the weights, and so the scores, are the
-    same.
+    """Writes and prints the scores of all heads and the maps of some, on `text` or on two example texts; for
+    decoders also the copy accuracy.
     """
     scores = head_scores(model.model, seed, length=min(32, model.context_length // 2))
     scores = {name: rounded(values, 4) for name, values in scores.items()}
     heads = chosen_heads(scores, layer, head)
     maps = [attention_map(model, example, heads) for example in ([text] if text else EXAMPLE_TEXTS)]
-    found = {"model": model.name, "scores": scores, "maps": maps}
-    if model.kind == "causal" and not text:
-        found["copies"] = copying(model, seed)
+    copies = copying(model, seed) if model.kind == "causal" else {}
     file = folder / "attention.json"
-    before = read_json(file) if text else {}
-    if before.get("scores") == scores:
-        new = [what_is_shown(example) for example in maps]
-        found["maps"] = [old for old in before["maps"] if what_is_shown(old) not in new] + maps
-        found = before | found
+    found = {"model": model.name, "scores": scores, "maps": maps, "copies": copies}
     write_json(file, found, indent=None)
     for score, (i, j) in foremost(scores).items():
         print(f"  most {score}: layer {i}, head {j}: {scores[score][i][j]:.3f}")
-    for kind, accuracy in found.get("copies", {}).items():
+    for kind, accuracy in copies.items():
         print(f"  copy accuracy on repeated digits, {kind}: {accuracy:.0%}")
-    print(f"  attention maps of {len(found['maps'])} text(s) in {file}; python report.py draws them")
-
-
-def what_is_shown(example: dict) -> tuple:
-    return example["tokens"], [(head["layer"], head["head"]) for head in example["heads"]]
+    print(f"  attention maps of {len(maps)} text(s) in {file}; python report.py draws them")
 
 
 def load_for_attention(name: str, device: torch.device, *how) -> TextModel:

@@ -19,7 +19,7 @@ from configs import ROOT
 from support.observations import observations
 from support.results import METRICS, differing, is_smoke, measurements, read_json, run_of, value_of
 from support.runs import TrainError, checkpoints, lock, locked
-from support.tables import read_jsonl
+from support.tables import json_lines, read_jsonl
 
 STAGES = {  # scripts that train: their settings
     "train": "TrainConfig",
@@ -47,9 +47,7 @@ def summaries(home: Path) -> list[dict]:
     """What the list of runs shows, by starting time; see `summary`."""
     found = {}
     for name, folder in named_runs(home).items():
-        times = []
-        for file in ("run.json", "metrics.jsonl", "results.json"):
-            times.append(written_at(folder / file))
+        times = [written_at(folder / file) for file in ("run.json", "metrics.jsonl", "results.json")]
         found[name] = summary(name, folder, home, tuple(times), locked(folder))
     for begun in starting(home):
         run = found.get(begun["name"], {})
@@ -77,14 +75,14 @@ def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -
 def summary_of_files(folder: Path, home: Path) -> dict:
     run = run_of(folder)
     newest: dict = {}
-    for line in parsed(last_bytes(folder / "metrics.jsonl", 8192)):
+    for line in json_lines(last_bytes(folder / "metrics.jsonl", 8192)):
         newest |= line
     results = run.get("results") or {}
     checked = results.get("last") or results.get("best") or {}
-    most = (run.get("settings") or {}).get("max_steps")
+    most = int((run.get("settings") or {}).get("max_steps") or 0)
     step = max(int(newest.get("step") or 0), int(run.get("step") or 0))
-    left = (int(most or 0) - step) * float(newest.get("step_seconds") or 0)
     state = state_of(folder, run)
+    left = (most - step) * float(newest.get("step_seconds") or 0)
     return {
         "stage": run.get("stage"),
         "state": state,
@@ -93,7 +91,7 @@ def summary_of_files(folder: Path, home: Path) -> dict:
         "loss": newest.get("loss"),
         "val_loss": newest.get("val_loss", checked.get("val_loss")),
         "tokens_per_second": newest.get("tokens_per_second"),
-        "seconds_left": left if state == "running" and left > 0 else None,
+        "seconds_left": max(left, 0) if state == "running" else 0,
         "started": run.get("started"),
         "smoke": is_smoke(folder, home),
         "has_results": (folder / "results.json").exists(),
@@ -106,8 +104,8 @@ def state_of(folder: Path, run: dict) -> str:
     """running, finished, interrupted (paused), failed, or lost: its process died without saying anything."""
     if locked(folder):
         return "running"
-    status = run.get("status") or "lost"
-    return "lost" if status == "running" else status
+    status = run.get("status")
+    return "lost" if status in ("running", None) else status
 
 
 def last_bytes(file: Path, most: int) -> bytes:
@@ -118,19 +116,6 @@ def last_bytes(file: Path, most: int) -> bytes:
             return handle.read()
     except OSError:
         return b""
-
-
-def parsed(text: bytes) -> list[dict]:
-    """The lines that are JSON objects; one that was cut off is none."""
-    found = []
-    for line in text.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | None]:
@@ -150,17 +135,14 @@ def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | Non
             reset, inode, text = inode is None, 0, b""
         text = text[: text.rfind(b"\n") + 1]
         offset += len(text)
-        lines = parsed(text)
-        if len(lines) > most:
-            lines = thinned(lines, most)
+        lines = thinned(json_lines(text), most)
         yield (reset, lines) if reset or lines else None
 
 
 def thinned(lines: list[dict], most: int) -> list[dict]:
-    """Every k-th line, so that `most` remain; also the last one and those of evaluations."""
-    every = -(-len(lines) // most)
-    found = [x for i, x in enumerate(lines[:-1]) if i % every == 0 or "val_loss" in x]
-    return [*found, lines[-1]]
+    """Every k-th line, so that `most` remain; also those of evaluations."""
+    every = max(1, -(-len(lines) // most))
+    return [x for i, x in enumerate(reversed(lines)) if i % every == 0 or "val_loss" in x][::-1]
 
 
 # -----------------------------------------------------------------------------
@@ -248,9 +230,7 @@ def starting(home: Path) -> list[dict]:
     for file in home.glob("logs/page-*.json"):
         about = read_json(file)
         name, stage = about.get("name"), about.get("stage")
-        if not isinstance(name, str) or file != page_file(home, name, "json"):
-            continue
-        if written_at(home / name / "run.json") > written_at(file):  # it has begun
+        if not name or written_at(home / name / "run.json") > written_at(file):  # half written; it has begun
             continue
         run = {"name": name, "stage": stage, "state": "starting", "error": None}
         if not locked(page_file(home, name, "log")):
@@ -261,10 +241,9 @@ def starting(home: Path) -> list[dict]:
 
 def last_words(log: str, script: str) -> str:
     """The error at the end of a log: from where the script names itself, else the last line."""
-    begin = log.rfind(script)
-    if begin >= 0:
-        return log[begin:].strip()
-    return (log.strip() or "it ended at once").splitlines()[-1]
+    words = log.strip() or "it ended at once"
+    begin = max(words.rfind(script), 0) or words.rfind("\n") + 1
+    return words[begin:]
 
 
 def log_tail(home: Path, name: str) -> str:
