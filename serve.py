@@ -27,11 +27,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from configs import ROOT, parse_config, read_file
+from configs import ROOT, parse_config
 
 try:
     import uvicorn
@@ -48,7 +48,7 @@ except ImportError as error:
 import torch
 
 from support.attention import attention_of_text
-from support.forms import config_class, forms, settings_of
+from support.forms import CONFIGS, configured, form, settings_of
 from support.guard import LOOPBACK, Guard, Json, NotFound, Refused, error_response
 from support.inside import look_inside
 from support.machine import pick_device
@@ -117,7 +117,6 @@ def lab_that_trains(request: Request) -> Lab:
 
 AnyLab = Annotated[Lab, Depends(lab_of)]
 TrainingLab = Annotated[Lab, Depends(lab_that_trains)]
-Stage = Literal[tuple(STAGES)]
 router = APIRouter()
 
 
@@ -220,8 +219,8 @@ def compare_runs(lab: AnyLab, runs: Names):
 class RunRequest(BaseModel):
     """Body of /lab/plan and /lab/start."""
 
-    stage: Stage
-    config: str = ""
+    stage: Literal[tuple(STAGES)]
+    config: Literal[tuple(["", *CONFIGS])] = ""
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$|^$")
     changes: dict[str, bool | int | float | str] = {}
 
@@ -238,29 +237,12 @@ class RunRequest(BaseModel):
         return files + [f"--{name}={value}" for name, value in changes.items()]
 
 
-def configured(stage: str, config: str) -> dict:
-    """All settings of a stage with the values of a config file; with none the defaults."""
-    Config = config_class(stage)
-    settings = {field.name: field.default for field in fields(Config)}
-    if not config:
-        return settings
-    if config not in forms()[stage]["configs"]:
-        raise NotFound(f"there is no config {config!r} of {stage}.py")
-    found = read_file(ROOT / f"configs/{config}.py", settings, Config)
-    return {name: found[name] for name in settings}  # others are those of other scripts
-
-
 # What reads configs is `async`, to run in one thread: Python 3.11's ast.parse is not safe in several.
 
 
 @router.get("/lab/forms")
 async def show_forms(lab: AnyLab):
-    return {"stages": forms(), "allow_training": lab.may_train}
-
-
-@router.get("/lab/config")
-async def show_config(stage: Stage, config: str):
-    return configured(stage, config)
+    return {"stages": {stage: form(stage) for stage in STAGES}, "allow_training": lab.may_train}
 
 
 @router.post("/lab/plan")
@@ -370,11 +352,14 @@ def make_app(cfg: ServeConfig) -> FastAPI:
 
 def main() -> None:
     cfg = parse_config(ServeConfig, __doc__)
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     try:
         app = make_app(cfg)
-        listener = listen(cfg.host, cfg.port)
+        listener = socket.create_server((cfg.host, cfg.port), family=family, backlog=128)
     except (ValueError, OSError, OverflowError) as error:
         raise SystemExit(f"serve.py: cannot serve at {cfg.host}, port {cfg.port}: {error}") from None
+    # A connection inherits it. Otherwise a request takes 45 ms instead of 1: asyncio does not set it here.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     print(f"http://{host}:{listener.getsockname()[1]}/" + f"#token={cfg.token}" * bool(cfg.token))
     print(f"shows the runs in {cfg.out}; the API is at /v1. Ctrl-C ends it; training goes on.", flush=True)
@@ -383,14 +368,6 @@ def main() -> None:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         os._exit(130)  # a thread may still load or judge; nothing is lost with it
-
-
-def listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=128)
-    # A socket made from a descriptor knows its protocol. Without it asyncio sets no TCP_NODELAY, and a
-    # request takes 45 ms instead of 1.
-    return socket.socket(fileno=listener.detach())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""Attention analysis: what each head attends to, and whether a model can copy from its context.
+"""Attention analysis: what each head attends to.
 
 Works on ModernDecoderLM and on transformers' decoders, encoders and encoder-decoders, also with a PEFT
 adapter. `python eval.py MODEL --attention` writes the results to attention.json.
 """
 
-import random
 import re
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 
 from model import ModernDecoderLM
 from support.files import write_json
-from support.inside import check_length, logits_of, look_inside
+from support.inside import check_length, look_inside
 from support.loading import explained, is_adapter, load_model, load_tokenizer, resolve
 from support.text_model import TextModel
-from tasks.arithmetic import arithmetic, things, told_again
 
 EXAMPLE_TEXTS = (
     "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
@@ -38,9 +35,9 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
 
     def watch(layer, args, kwargs, _) -> None:
         x = args[0] if args else kwargs["x"]
-        found.append(
-            reduce(type(layer).forward(layer, x, weights=True)[1][..., : ids.shape[1]].float().cpu())
-        )
+        _, weights = type(layer).forward(layer, x, weights=True)
+        weights = weights[..., : ids.shape[1]].float().cpu()  # without the learned sinks
+        found.append(reduce(weights))
 
     hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
     with torch.no_grad():
@@ -53,12 +50,14 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
 def attention_of_text(model: TextModel, ids: list[int], reduce: Callable = lambda w: w) -> Tensor:
     """The same for one text: (layers, heads, T, T). Raises ValueError if it is longer than the context."""
     check_length(model, ids)
-    return attention_weights(model.model, torch.tensor([ids], device=model.device), reduce)[:, 0]
+    given = torch.tensor([ids], device=model.device)
+    return attention_weights(model.model, given, reduce)[:, 0]
 
 
 def hub_attention(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
     """The same for a transformers model, with or without a PEFT adapter: one tensor per layer."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     core = model.get_encoder() if model.config.is_encoder_decoder else model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the others do not return their weights
@@ -84,49 +83,21 @@ def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32
     """
     generator = torch.Generator().manual_seed(seed)
     once = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
-    device = next(model.parameters()).device
-    each = attention_weights(model, torch.cat([once, once], dim=1).to(device))  # (layers, rows, heads, T, T)
+    twice = torch.cat([once, once], dim=1).to(next(model.parameters()).device)
+    each = attention_weights(model, twice)  # (layers, rows, heads, T, T)
     w = each.mean(1)  # mean over the rows
     t = torch.arange(1, 2 * length)
     second = torch.arange(length, 2 * length)
     causal = not (each.triu(1) > 0).any()
-    visible = t + 1.0 if causal else torch.full((len(t),), 2.0 * length)
-    entropy = -(each.clamp(min=1e-12).log() * each).sum(-1)[..., 1:] / visible.log()
+    visible = t + 1.0 if causal else 2.0 * length + 0 * t
+    entropy = -each.clamp(min=1e-12).log().mul(each).sum(-1)
+    entropy = entropy[..., 1:] / visible.log()  # the first token sees itself alone
     return {
         "previous": w[..., t, t - 1].mean(-1),
         "first": w[..., t, 0].mean(-1),
         "induction": w[..., second, second - length + 1].mean(-1),
         "entropy": entropy.mean((1, -1)),
     }
-
-
-def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
-    """Copy accuracy on repeated digits: {"facts": fraction, "lists": fraction}.
-
-    A digit counts as copied if it is the most likely token, given the true tokens before it. `facts`: n word
-    problems, each followed by its sentences in another order. `lists`: n lists of eight random things, each
-    repeated. A model that guesses gets about a quarter right.
-    """
-    rng = random.Random(seed)
-    questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
-    lists = [things(rng) for _ in range(n)]
-    facts = copied_digits(model, [(question, told_again(rng, question)) for question in questions])
-    return {"facts": facts, "lists": copied_digits(model, [(text, text) for text in lists])}
-
-
-def copied_digits(model: TextModel, pairs: list[tuple[str, str]]) -> float:
-    """The fraction of digits in the second text of each pair that the model predicts after the first text."""
-    hits = []
-    for first, second in pairs:
-        start = [model.eos, *model.encode(f"{first}\n")]
-        ids = [*start, *model.encode(second)]
-        if len(ids) > model.context_length + 1:  # learned positions end there
-            continue
-        predicted = logits_of(model, ids[:-1]).argmax(-1).tolist()
-        for token, true in zip(predicted[len(start) - 1 :], ids[len(start) :], strict=True):
-            if model.decode([true]).strip().isdigit():
-                hits.append(token == true)
-    return sum(hits) / max(1, len(hits))
 
 
 def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]:
@@ -143,12 +114,12 @@ def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, in
     """
     if layer < 0 and head < 0:
         return [(name, *at) for name, at in foremost(scores).items()]
-    sizes = dict(zip(("layer", "head"), np.shape(scores["previous"]), strict=True))
-    for flag, chosen in (("layer", layer), ("head", head)):
-        if chosen >= sizes[flag]:
-            raise ValueError(f"--{flag}={chosen}: the model has {sizes[flag]}, from 0 to {sizes[flag] - 1}")
-    every = [("", i, j) for i in range(sizes["layer"]) for j in range(sizes["head"])]
-    return [(_, i, j) for _, i, j in every if layer in (-1, i) and head in (-1, j)]
+    n_layers, n_heads = np.shape(scores["previous"])
+    if layer >= n_layers or head >= n_heads:
+        raise ValueError(f"--layer={layer} --head={head}: {n_layers} layers of {n_heads} heads count from 0")
+    layers = range(n_layers) if layer < 0 else [layer]
+    heads = range(n_heads) if head < 0 else [head]
+    return [("", i, j) for i in layers for j in heads]
 
 
 def attention_map(model: TextModel, text: str, heads: list[tuple[str, int, int]]) -> dict:
@@ -157,7 +128,8 @@ def attention_map(model: TextModel, text: str, heads: list[tuple[str, int, int]]
     weights = attention_of_text(model, ids)
     found = {"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": []}
     for score, i, j in heads:
-        found["heads"].append({"most": score, "layer": i, "head": j, "weights": rounded(weights[i, j], 3)})
+        about = {"most": score, "layer": i, "head": j, "weights": rounded(weights[i, j], 3)}
+        found["heads"].append(about)
     if model.kind == "causal":
         found["inside"] = look_inside(model, ids)
     return found
@@ -168,21 +140,19 @@ def rounded(values: Tensor, digits: int) -> list:
 
 
 def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: int, head: int) -> None:
-    """Writes and prints the scores of all heads and the maps of some, on `text` or on two example texts; for
-    decoders also the copy accuracy.
-    """
-    scores = head_scores(model.model, seed, length=min(32, model.context_length // 2))
-    scores = {name: rounded(values, 4) for name, values in scores.items()}
+    """Writes and prints the scores of all heads, and the maps of some on `text` or on two example texts."""
+    length = min(32, model.context_length // 2)
+    scores = {}
+    for name, values in head_scores(model.model, seed, length=length).items():
+        scores[name] = rounded(values, 4)
     heads = chosen_heads(scores, layer, head)
-    maps = [attention_map(model, example, heads) for example in ([text] if text else EXAMPLE_TEXTS)]
-    copies = copying(model, seed) if model.kind == "causal" else {}
+    texts = [text] if text else EXAMPLE_TEXTS
+    maps = [attention_map(model, example, heads) for example in texts]
     file = folder / "attention.json"
-    found = {"model": model.name, "scores": scores, "maps": maps, "copies": copies}
+    found = {"model": model.name, "scores": scores, "maps": maps}
     write_json(file, found, indent=None)
     for score, (i, j) in foremost(scores).items():
         print(f"  most {score}: layer {i}, head {j}: {scores[score][i][j]:.3f}")
-    for kind, accuracy in copies.items():
-        print(f"  copy accuracy on repeated digits, {kind}: {accuracy:.0%}")
     print(f"  attention maps of {len(maps)} text(s) in {file}; python report.py draws them")
 
 

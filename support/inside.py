@@ -34,18 +34,16 @@ def without_heads(model: ModernDecoderLM, off: Heads = ()) -> ModernDecoderLM:
     Such a head's columns of the output projection are 0. The other tensors are not copied. Raises ValueError
     if there is no such head.
     """
+    if not isinstance(model, ModernDecoderLM):
+        raise ValueError("heads can be switched off only in models that model.py computes")
     c = model.config
     weights = dict(model.state_dict())
     for layer, head in set(off):
         if not (0 <= layer < c.n_layers and 0 <= head < c.n_heads):
-            raise ValueError(
-                f"there is no head {head} in layer {layer}: layers 0 to {c.n_layers - 1}, "
-                f"heads 0 to {c.n_heads - 1}"
-            )
+            raise ValueError(f"no head {head} in layer {layer}: {c.n_layers} layers of {c.n_heads} heads")
         name = f"model.layers.{layer}.self_attn.o_proj.weight"
-        columns = slice(head * c.head_dim, (head + 1) * c.head_dim)
         weights[name] = weights[name].clone()
-        weights[name][:, columns] = 0
+        weights[name].view(-1, c.n_heads, c.head_dim)[:, head] = 0
     with torch.device("meta"):
         twin = ModernDecoderLM(c)
     twin.load_state_dict(weights, assign=True)
@@ -105,29 +103,30 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
     if c.norm_position == "post":
         raise ValueError("post-norm: the logit is not a sum of what the layers added")
     norm = model.model["norm"]
-    x = found.residual[-1].double()
-    direction = model.head[target].double()  # a part's share of the logit is its product with this
-    bias = getattr(norm, "bias", None)  # it is added behind the norm's scale
+    stream = found.residual[-1].double()
     parts: list[dict] = []
+    direction = model.head[target].double()  # a part's share of the logit is its product with this
 
-    def add(name: str, value: Tensor, layer: int, head: int | None = None) -> None:
-        parts.append({"name": name, "layer": layer, "head": head, "value": float(value)})
+    def add(name: str, values: Tensor, layer: int, head: int | None = None) -> None:
+        value = float(values.double() @ direction)
+        parts.append({"name": name, "layer": layer, "head": head, "value": value})
 
-    if bias is not None:
-        add("final bias", bias.double() @ direction, c.n_layers)
-    if c.norm == "rms":
-        direction = direction * norm.weight.double() / (x.square().mean() + c.norm_eps).sqrt()
-    elif c.norm == "layer":
-        direction = direction * norm.weight.double() / (x.var(unbiased=False) + c.norm_eps).sqrt()
+    if getattr(norm, "bias", None) is not None:  # it is added behind the norm's scale
+        add("final bias", norm.bias, c.n_layers)
+    if c.norm != "none":
+        centre = stream.mean() if c.norm == "layer" else 0
+        variance = (stream - centre).square().mean()
+        direction = direction * norm.weight / (variance + c.norm_eps).sqrt()
+    if c.norm == "layer":
         direction = direction - direction.mean()  # the norm subtracts the mean of each part
-    add("embedding", found.residual[0].double() @ direction, -1)
+    add("embedding", found.residual[0], -1)
     for layer, block in enumerate(model.model["layers"]):
         out = block.self_attn.o_proj
-        for head, columns in enumerate(out.weight.double().split(c.head_dim, dim=1)):
-            add(f"L{layer} H{head}", columns @ found.heads[layer, head].double() @ direction, layer, head)
+        for head, columns in enumerate(out.weight.float().split(c.head_dim, dim=1)):
+            add(f"L{layer} H{head}", columns @ found.heads[layer, head], layer, head)
         if out.bias is not None:
-            add(f"L{layer} bias", out.bias.double() @ direction, layer)
-        add(f"L{layer} MLP", found.ffn[layer].double() @ direction, layer)
+            add(f"L{layer} bias", out.bias, layer)
+        add(f"L{layer} MLP", found.ffn[layer], layer)
     return parts
 
 
@@ -139,9 +138,9 @@ def token_of(model: "TextModel", i: int) -> dict:
     """A token: text, bytes, and which merge of the BPE made it (None: a byte, or a special token)."""
     tokenizer = model.tokenizer
     raw = tokenizer.token_bytes(i)
+    merge = getattr(tokenizer, "merge_order", {}).get(i)  # transformers' tokenizers do not expose it
     special = i in tokenizer.special_ids.values()
-    merges = getattr(tokenizer, "merge_order", {})  # transformers' tokenizers do not expose them
-    return {"id": i, "text": token_text(raw), "bytes": list(raw), "merge": merges.get(i), "special": special}
+    return {"id": i, "text": token_text(raw), "bytes": list(raw), "merge": merge, "special": special}
 
 
 def token_text(raw: bytes) -> str:
@@ -153,18 +152,20 @@ def token_text(raw: bytes) -> str:
 
 
 @torch.no_grad()
-def logits_of(model: "TextModel", ids: list[int]) -> Tensor:
+def logits_of(net, ids: list[int], device: torch.device) -> Tensor:
     """(T, V) in float32, of any decoder."""
-    given = torch.tensor([ids], device=model.device)
-    found = model.model(given)
+    found = net(torch.tensor([ids], device=device))
     return (found if isinstance(found, Tensor) else found.logits)[0].float()
 
 
 def likeliest(logits: Tensor, names, most: int) -> list[dict]:
     """The next tokens with the highest logits (V), with their probabilities."""
     p = logits.softmax(-1)
-    best = logits.topk(min(most, len(logits))).indices.tolist()
-    return [{"id": i, "text": names(i), "p": float(p[i]), "logit": float(logits[i])} for i in best]
+    found = []
+    for i in logits.topk(min(most, len(logits))).indices.tolist():
+        token = {"id": i, "text": names(i), "p": float(p[i]), "logit": float(logits[i])}
+        found.append(token)
+    return found
 
 
 def top_of(logits: Tensor, names) -> list[list]:
@@ -177,8 +178,13 @@ def surprise_of(logits: Tensor, ids: list[int], names) -> list[dict | None]:
     found: list[dict | None] = [None]
     for row, i in zip(logits, ids[1:], strict=False):
         nats = float(row.logsumexp(0) - row[i])
-        about = {"bits": nats / math.log(2), "rank": int((row > row[i]).sum()) + 1, "p": math.exp(-nats)}
-        found.append(about | {"top": top_of(row, names)})
+        about = {
+            "bits": nats / math.log(2),
+            "rank": int((row > row[i]).sum()) + 1,
+            "p": math.exp(-nats),
+            "top": top_of(row, names),
+        }
+        found.append(about)
     return found
 
 
@@ -207,28 +213,25 @@ def look_inside(
     check_length(model, ids)
     config = model.model.config
     position = len(ids) - 1 if position == -1 else position
-    if not 0 <= position < len(ids) or not (target is None or 0 <= target < config.vocab_size):
+    if not 0 <= position < len(ids) or not 0 <= (target or 0) < config.vocab_size:
         raise ValueError(f"position {position} or target {target} is outside of the text or the vocabulary")
-    if off and not model.ours:
-        raise ValueError("heads can be switched off only in models that model.py computes")
 
     def names(i: int) -> str:
         return token_text(model.tokenizer.token_bytes(i))
 
     found = {"context_length": model.context_length, "next_off": None, "lens": None, "parts": None}
-    if model.ours:
-        net = without_heads(model.model).float()  # float32: the parts sum to the logit
-        logits = net(torch.tensor([ids], device=model.device))[0]
-        found |= {"layers": config.n_layers, "heads": config.n_heads}
-    else:
-        logits = logits_of(model, ids)
-        found["layers"] = getattr(config, "num_hidden_layers", None)
-        found["heads"] = getattr(config, "num_attention_heads", None)
     found["tokens"] = [token_of(model, i) for i in ids]
+    net = model.model
+    if model.ours or off:
+        net = without_heads(net).float()  # float32: the parts sum to the logit
+    logits = logits_of(net, ids, model.device)
     found["surprise"] = surprise_of(logits, ids, names)
     found["next"] = likeliest(logits[position], names, alternatives)
     if not model.ours:
+        found["layers"] = getattr(config, "num_hidden_layers", None)
+        found["heads"] = getattr(config, "num_attention_heads", None)
         return found
+    found |= {"layers": config.n_layers, "heads": config.n_heads}
     net = without_heads(net, off)
     seen = trace(net, torch.tensor(ids, device=model.device), position)
     if off:
@@ -238,7 +241,8 @@ def look_inside(
     try:
         parts = contributions(net, seen, target)
         about = {"id": target, "text": names(target), "logit": float(seen.logits[position, target])}
-        found["parts"] = {"target": about, "sum": math.fsum(p["value"] for p in parts), "parts": parts}
+        total = math.fsum(part["value"] for part in parts)
+        found["parts"] = {"target": about, "sum": total, "parts": parts}
     except ValueError as error:
         found["parts"] = {"why_not": str(error)}
     return found
@@ -249,8 +253,12 @@ def lens_table(model: ModernDecoderLM, found: Trace, names, target: int) -> list
     rows = []
     for layer, logits in enumerate(logit_lens(model, found)):
         name = f"layer {layer - 1}" if layer else "embedding"
-        row = {"layer": layer, "name": name, "top": top_of(logits, names)}
-        row["target_p"] = float(logits.softmax(-1)[target])
-        row["norm"] = float(found.residual[layer].norm())
+        row = {
+            "layer": layer,
+            "name": name,
+            "top": top_of(logits, names),
+            "target_p": float(logits.softmax(-1)[target]),
+            "norm": float(found.residual[layer].norm()),
+        }
         rows.append(row)
     return rows

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from support.guard import Refused, error_body, to_json
-from support.serving import Generation, Piece, Row, prompt_entries, rank_answers
+from support.serving import Piece, Row, generate, prompt_entries, rank_answers
 from support.tables import valid
 from support.text_model import TextModel
 
@@ -122,20 +122,20 @@ class Completion(Question):
         return self.prompt[0], ""
 
     def form(self, piece: Piece, streaming: bool) -> dict:
-        return {"text": piece.text, "logprobs": None if self.logprobs is None else text_logprobs(piece)}
+        return {
+            "text": piece.text,
+            "logprobs": None if self.logprobs is None else text_logprobs(piece.tokens),
+        }
 
 
-def text_logprobs(piece: Piece) -> dict:
-    names, best, offsets = [], [], []
-    offset = piece.offset
-    for entry in piece.tokens:
-        name, top = entry["token"], entry["top_logprobs"]
-        names.append(name)
-        best.append(top if top is None else {one["token"]: one["logprob"] for one in top})
-        offsets.append(offset)
-        offset += 0 if name.startswith("bytes:") else len(name)
-    values = [entry["logprob"] for entry in piece.tokens]
-    return {"tokens": names, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
+def text_logprobs(entries: list[dict]) -> dict:
+    found = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+    for entry in entries:
+        top = entry["top_logprobs"]
+        found["tokens"].append(entry["token"])
+        found["token_logprobs"].append(entry["logprob"])
+        found["top_logprobs"].append(top if top is None else {x["token"]: x["logprob"] for x in top})
+    return found
 
 
 class Part(BaseModel):
@@ -213,30 +213,28 @@ class Job:
     """A request whose model, prompts and limits have been checked: computes the answer, and sends it."""
 
     def __init__(self, lab, question: Completion | Chat):
-        self.lab = lab
-        self.model = lab.pool.get(question.model)
-        if self.model.kind != "causal":
-            raise ValueError(f"{question.model} is not a decoder (kind: {self.model.kind})")
-        if question.heads_off and not self.model.ours:
-            raise ValueError("heads_off is for models that model.py computes")
-        self.prompts = question.prompts(self.model)
-        known = self.model.model.config.vocab_size
-        for ids in [*self.prompts, question.logit_bias]:
+        model = lab.pool.get(question.model)
+        if model.kind != "causal":
+            raise ValueError(f"{question.model} is not a decoder (kind: {model.kind})")
+        prompts = question.prompts(model)
+        known = model.model.config.vocab_size
+        for ids in [*prompts, question.logit_bias]:
             if not all(0 <= i < known for i in ids):
                 raise ValueError(f"token ids must be from 0 to {known - 1}")
-        if len(self.prompts) * question.n > MOST_ROWS:
+        if len(prompts) * question.n > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
-        most = self.model.context_length
-        longest = max(map(len, self.prompts))
+        most = model.context_length
+        longest = max(map(len, prompts))
         new = max(1, most - longest) if question.max_tokens is None else question.max_tokens
         if longest + new > most:
             words = f"this model's context length is {most} tokens; you asked for {longest + new}"
             words += f" ({longest} in the prompt, {new} to be generated)"
             raise Refused(400, words, "context_length_exceeded")
+        self.lab, self.model, self.prompts = lab, model, prompts
         self.question = question.model_copy(update={"max_tokens": new})
         self.verifier = None
         if question.verifier:
-            self.verifier = lab.pool.verifier(question.verifier, self.model)
+            self.verifier = lab.pool.verifier(question.verifier, model)
             self.problem = question.problem()
         self.rows: list[Row] = []
         self.gone = threading.Event()  # the client is
@@ -271,7 +269,7 @@ class Job:
             self.verdict = rank_answers(self.verifier, problem, answers, begun + greedy.text)
 
     def generate(self, how: Completion | Chat, rows: list[Row]) -> None:
-        Generation(self.model, self.prompts, how, rows, self.gone, self.lab.pool.turns).run()
+        generate(self.model, self.prompts, how, rows, self.gone, self.lab.pool.turns)
 
     async def ticks(self) -> AsyncIterator[None]:
         """Computes; returns every hundredth of a second. Leaving the loop stops the computation."""

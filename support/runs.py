@@ -1,5 +1,6 @@
 """Run folders: their names, checkpoints, logs and run.json, and the lock of a process that trains in one."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -61,8 +62,8 @@ def first_line(error: BaseException) -> str:
 
 def weights_hash(name: str) -> str | None:
     """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     digest = hashlib.sha256()
+    files = sorted(Path(name).glob("*.safetensors"))
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest() if files else None
@@ -133,9 +134,8 @@ def prune(folder: Path, best: Path, step: int, keep_last: int) -> None:
 def remove_checkpoints(folder: Path) -> None:
     for path in checkpoints(folder):
         remove_folder(path)
-    rest = folder / "checkpoints"
-    if rest.exists() and not any(rest.iterdir()):
-        rest.rmdir()
+    with contextlib.suppress(OSError):  # not empty, or not there
+        (folder / "checkpoints").rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -133,10 +133,8 @@ class Pool:
     def cached(self, key: tuple, load: Callable[[], tuple], *folders: str | Path):
         """load() gives (object, module); called again when the weights in `folders` have changed."""
         state = [weights_of(folder) for folder in folders]
-        size = state[0][1]
-        if size > self.budget:
-            have, most = size / 2**30, self.budget / 2**30
-            raise TrainError(f"{key[0]} has {have:.1f} GiB of weights, of {most:.1f} for models (--memory)")
+        if state[0][1] > self.budget:
+            raise TrainError(f"the weights of {key[0]} need more memory than models may take (--memory)")
         with self.guard:
             entry = self.loaded.pop(key, None)
             if entry is None or entry[0] != state:
@@ -188,19 +186,19 @@ class Piece:
     """News of a row."""
 
     text: str
-    offset: int = 0  # characters of the row before it
     calculator: bool = False  # written by the calculator, not by the model
     tokens: list[dict] = ()  # log-probabilities, if they were asked for
     finish: str | None = None  # "stop" or "length"
 
 
 class Row:
-    """One text while it is written. `ready` characters of it can no longer change: the rest could be the
-    beginning of a stop string. One thread calls `add`, another one `take`.
+    """One text while it is written. `ready` characters of it can no longer change: the last `held` ones could
+    be the beginning of a stop string. One thread calls `add`, another one `take`.
     """
 
     def __init__(self, stop: list[str], text: str = "", tokens: list[dict] = ()):
         self.stop = stop
+        self.held = max(map(len, stop), default=1) - 1
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of characters
         self.ids: list[int] = []
         self.computed = 0  # so many of the next tokens are the calculator's
@@ -220,14 +218,11 @@ class Row:
         self.authors += [by_calculator] * (len(text) - len(self.authors))
         ends = [text.find(stop, self.ready) for stop in self.stop]
         ends = [end for end in ends if end >= 0]
-        held = 0
         if ends:
             text = text[: min(ends)]
             finish = "stop"
-        elif finish is None:
-            held = max((overlap(text[self.ready :], stop) for stop in self.stop), default=0)
         self.text = text
-        self.ready = len(text) - held
+        self.ready = len(text) if finish else max(self.ready, len(text) - self.held)
         self.finish = finish  # the last: `take` reads it first
 
     def take(self) -> list[Piece]:
@@ -241,19 +236,12 @@ class Row:
         pieces = []
         for author, characters in groupby(self.authors[begin : now[0]]):
             end = begin + len(list(characters))
-            pieces.append(Piece(self.text[begin:end], begin, author))
+            pieces.append(Piece(self.text[begin:end], author))
             begin = end
-        if not pieces:
-            pieces.append(Piece("", begin))
+        pieces = pieces or [Piece("")]
         pieces[-1].tokens = self.tokens[seen : now[1]]
         pieces[-1].finish = finish
         return pieces
-
-
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Stopped(Exception):
@@ -264,82 +252,60 @@ class Stopped(Exception):
 SAMPLING = {"n", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 
 
-class Generation:
-    """Continues prompts and adds each token to its row, until `gone` is set. `how`: a Question's fields."""
+def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], gone, turns: Turns) -> None:
+    """Continues prompts and adds each token to its row, until `gone` (an Event) is set. how: a Question."""
+    if how.heads_off:
+        net = without_heads(model.model, how.heads_off)
+        model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
+    stops = {model.eos, model.end}
+    special = set(model.tokenizer.special_ids.values())
+    log_p: dict[int, torch.Tensor] = {}  # of the next token of each row, (V)
 
-    def __init__(self, model: TextModel, prompts: list[list[int]], how, rows: list[Row], gone, turns: Turns):
-        self.model = model
-        self.prompts = prompts
-        self.how = how
-        self.rows = rows
-        self.gone = gone
-        self.turns = turns
-        self.log_p: dict = {}  # row: log-probabilities of its next token, (V)
-
-    def run(self) -> None:
-        how, model = self.how, self.model
-        if how.heads_off:
-            net = without_heads(model.model, how.heads_off)
-            model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
-        use_cores(model)
-        try:
-            with self.turns:
-                self.stop_if_done()  # the client may have left while it waited
-                model.continuations(
-                    self.prompts,
-                    how.max_tokens,
-                    **how.model_dump(include=SAMPLING),
-                    stop_tokens=sorted({model.eos, model.end}),
-                    stream=self.token,
-                    adjust=self.adjust,
-                    force=self.force if how.calculator or how.stop else None,
-                )
-        except Stopped:
-            pass
-        for row in self.rows:
-            if not row.finish:
-                row.add(b"", [], "length")
-
-    def stop_if_done(self) -> None:
-        if self.gone.is_set() or all(row.finish for row in self.rows):
-            raise Stopped
-
-    def adjust(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+    def adjust(alive: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Called once a token with logits (B, V): passes the lock on, stops, adds biases."""
-        self.turns.hand_on()
-        self.stop_if_done()
-        how = self.how
+        turns.hand_on()
+        if gone.is_set() or all(row.finish for row in rows):
+            raise Stopped
         if how.alternatives is not None:
-            self.log_p = dict(zip(rows, logits.float().log_softmax(-1), strict=True))
+            log_p.update(zip(alive, logits.float().log_softmax(-1), strict=True))
         if how.logit_bias:
             logits = logits.float().clone()
             logits[:, list(how.logit_bias)] += torch.tensor(list(how.logit_bias.values())).to(logits)
         return logits
 
-    def force(self, r: int, new: list[int]) -> list[int]:
+    def force(r: int, new: list[int]) -> list[int]:
         """Ids that must come next: the end of a finished row, or the calculator's result."""
-        row = self.rows[r]
-        if row.finish:
-            return [self.model.eos]
-        if not self.how.calculator:
+        if rows[r].finish:
+            return [model.eos]
+        if not how.calculator:
             return []
-        known = self.prompts[r // self.how.n][-100:]  # a prompt may end in an open sum
-        result = self.model.calculator(r, [*known, *new])
-        row.computed = len(result)
+        known = prompts[r // how.n][-100:]  # a prompt may end in an open sum
+        result = model.calculator(r, [*known, *new])
+        rows[r].computed = len(result)
         return result
 
-    def token(self, r: int, token: int) -> None:
+    def token(r: int, new: int) -> None:
         """Called with every new token of row r."""
-        row, model = self.rows[r], self.model
-        if row.finish:
+        if rows[r].finish:
             return
-        row.ids.append(token)
+        rows[r].ids.append(new)
         entries = []
-        if self.how.alternatives is not None:
-            entries = [token_entry(model, self.log_p[r], token, self.how.alternatives)]
-        special = token in model.tokenizer.special_ids.values()
-        text = b"" if special else model.tokenizer.token_bytes(token)
-        row.add(text, entries, "stop" if token in (model.eos, model.end) else None)
+        if how.alternatives is not None:
+            entries = [token_entry(model, log_p[r], new, how.alternatives)]
+        text = b"" if new in special else model.tokenizer.token_bytes(new)
+        rows[r].add(text, entries, "stop" if new in stops else None)
+
+    options = how.model_dump(include=SAMPLING)
+    if how.calculator or how.stop:
+        options["force"] = force
+    use_cores(model)
+    with contextlib.suppress(Stopped), turns:
+        model.continuations(
+            prompts, how.max_tokens, stop_tokens=sorted(stops), stream=token, adjust=adjust, **options
+        )
+    for row in rows:
+        if not row.finish:
+            row.add(b"", [], "length")
 
 
 def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) -> dict:
@@ -357,7 +323,7 @@ def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) ->
 @torch.no_grad()
 def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
     """`token_entry` of every token of a prompt given those before it; the first one's logprob is None."""
-    log_p = logits_of(model, ids).log_softmax(-1)
+    log_p = logits_of(model.model, ids, model.device).log_softmax(-1)
     entries = [token_entry(model, log_p[t - 1], i, most) for t, i in enumerate(ids)]
     entries[0] |= {"logprob": None, "top_logprobs": None}
     return entries

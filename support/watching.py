@@ -32,11 +32,8 @@ STAGES = {  # scripts that train: their settings
 
 def named_runs(home: Path) -> dict[str, Path]:
     """{name: folder} of all runs, those of the lab's experiments too."""
-    found = {}
-    for pattern in ("*/run.json", "*/*/run.json", "experiments/*/*/run.json"):
-        for file in home.glob(pattern):
-            found[file.parent.relative_to(home).as_posix()] = file.parent
-    return found
+    files = [*home.glob("*/run.json"), *home.glob("*/*/run.json"), *home.glob("experiments/*/*/run.json")]
+    return {file.parent.relative_to(home).as_posix(): file.parent for file in files}
 
 
 # -----------------------------------------------------------------------------
@@ -66,38 +63,21 @@ def written_at(file: Path) -> int:
 
 @lru_cache(2048)  # a run is read again only when its files or its lock have changed
 def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -> dict:
+    """Name, state and what run.json and the newest lines of metrics.jsonl say."""
     try:
-        return summary_of_files(folder, home) | {"name": name}
+        run = run_of(folder)
+        results = run.get("results") or {}
+        checked = results.get("last") or results.get("best") or {}
+        found = {key: run.get(key) for key in ("stage", "started", "verifier", "error")}
+        found |= {"step": run.get("step") or 0, "val_loss": checked.get("val_loss")}
+        for line in json_lines(last_bytes(folder / "metrics.jsonl", 8192)):
+            found |= line
+        found["max_steps"] = (run.get("settings") or {}).get("max_steps")
+        found["smoke"] = is_smoke(folder, home)
+        found["has_results"] = (folder / "results.json").exists()
+        return found | {"name": name, "state": state_of(folder, run)}
     except Exception as error:  # its files may hold anything: one bad run must not hide the others
         return {"name": name, "stage": None, "state": "lost", "error": f"its files are damaged: {error}"}
-
-
-def summary_of_files(folder: Path, home: Path) -> dict:
-    run = run_of(folder)
-    newest: dict = {}
-    for line in json_lines(last_bytes(folder / "metrics.jsonl", 8192)):
-        newest |= line
-    results = run.get("results") or {}
-    checked = results.get("last") or results.get("best") or {}
-    most = int((run.get("settings") or {}).get("max_steps") or 0)
-    step = max(int(newest.get("step") or 0), int(run.get("step") or 0))
-    state = state_of(folder, run)
-    left = (most - step) * float(newest.get("step_seconds") or 0)
-    return {
-        "stage": run.get("stage"),
-        "state": state,
-        "step": step,
-        "max_steps": most,
-        "loss": newest.get("loss"),
-        "val_loss": newest.get("val_loss", checked.get("val_loss")),
-        "tokens_per_second": newest.get("tokens_per_second"),
-        "seconds_left": max(left, 0) if state == "running" else 0,
-        "started": run.get("started"),
-        "smoke": is_smoke(folder, home),
-        "has_results": (folder / "results.json").exists(),
-        "verifier": run.get("verifier"),
-        "error": run.get("error") if state == "failed" else None,
-    }
 
 
 def state_of(folder: Path, run: dict) -> str:
@@ -142,7 +122,11 @@ def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | Non
 def thinned(lines: list[dict], most: int) -> list[dict]:
     """Every k-th line, so that `most` remain; also those of evaluations."""
     every = max(1, -(-len(lines) // most))
-    return [x for i, x in enumerate(reversed(lines)) if i % every == 0 or "val_loss" in x][::-1]
+    found = []
+    for i, line in enumerate(reversed(lines)):
+        if i % every == 0 or "val_loss" in line:
+            found.append(line)
+    return found[::-1]
 
 
 # -----------------------------------------------------------------------------
@@ -175,24 +159,27 @@ def results_table(folder: Path, home: Path) -> dict:
     """Every measurement of a run and its checkpoints, with its interval."""
     rows = []
     for found in measurements(home):
+        if not found.file.resolve().is_relative_to(folder.resolve()):
+            continue
         entry = found.entry
-        if found.file.resolve().is_relative_to(folder.resolve()):
-            where = f"{entry.get('task')} ({entry.get('split', '')})"
-            values = []
-            for key, metric in entry["metrics"].items():
-                values.append(f"{METRICS.get(key, key)} {value_of(key, metric)}")
-            rows.append([where, found.way, entry.get("items"), "; ".join(values), found.notes])
+        where = f"{entry.get('task')} ({entry.get('split', '')})"
+        values = []
+        for key, metric in entry["metrics"].items():
+            values.append(f"{METRICS.get(key, key)} {value_of(key, metric)}")
+        rows.append([where, found.way, entry.get("items"), "; ".join(values), found.notes])
     return {"head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
 
 
 def compare(folders: dict[str, Path]) -> dict:
     """The settings in which runs differ, and what their curves say."""
-    settings = {name: run_of(folder).get("settings") or {} for name, folder in folders.items()}
+    settings, seen = {}, {}
+    for name, folder in folders.items():
+        settings[name] = run_of(folder).get("settings") or {}
+        seen[name], _ = observed(folder)
     rows = []
     for key, values in differing(settings).items():
         if key != "out":
             rows.append([key, *map(str, values.values())])
-    seen = {name: observed(folder)[0] for name, folder in folders.items()}
     return {"differences": {"head": ["setting", *folders], "rows": rows}, "observations": seen}
 
 
@@ -219,7 +206,7 @@ def start(home: Path, name: str, stage: str, words: list[str]) -> None:
         subprocess.Popen(
             [sys.executable, str(ROOT / f"{stage}.py"), *words],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held] if os.name == "posix" else [],
+            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held],
         )  # fmt: skip
     os.close(held)  # the process has inherited it
 
@@ -262,12 +249,12 @@ def pause(folder: Path) -> None:
 def resume(home: Path, name: str, folder: Path) -> None:
     """Starts the command in run.json again. Raises TrainError if that is none of ours, or it still runs."""
     run = run_of(folder)
-    words = shlex.split(str(run.get("command") or ""))
-    script = Path(words[1]).stem if len(words) > 1 else ""
     state = state_of(folder, run)
     if state in ("running", "finished"):
         raise TrainError(f"{name} is {state}")
-    if script not in STAGES:
+    _, script, *flags = [*shlex.split(str(run.get("command"))), ""]
+    stage = Path(script).stem
+    if stage not in STAGES:
         raise TrainError(f"run.json of {name} has no command that can be resumed")
-    flags = [word for word in words[2:] if not word.startswith(("--overwrite", "--out="))]
-    start(home, name, script, [*flags, f"--out={home}"])
+    flags = [word for word in flags if word and not word.startswith(("--overwrite", "--out="))]
+    start(home, name, stage, [*flags, f"--out={home}"])

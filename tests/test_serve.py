@@ -152,6 +152,7 @@ def test_what_the_calculator_wrote_is_marked_also_behind_a_stop_string(client):
     for text, computed in ((b"ab", 0), (b"7", 1), (b"c", 0), (b"\xc3", 0), (b"\xa9", 0)):
         row.computed = computed
         row.add(text, [])
+    row.add(b"", [], "length")
     found = [(piece.text, piece.calculator) for piece in row.take()]
     assert found == [("ab", False), ("7", True), ("cé", False)]  # é: of two tokens
 
@@ -283,12 +284,12 @@ def test_another_host_needs_the_token_and_does_not_train():
 
 def test_a_client_that_leaves_stops_the_computation_at_the_next_token(client, ours, monkeypatch):
     from support.openai_api import Completion
-    from support.serving import Generation, Row, Turns
+    from support.serving import Row, Turns, generate
 
     gone, row = threading.Event(), Row([])
     monkeypatch.setattr(row, "add", lambda *_: gone.set() if len(row.ids) == 3 else None)
     how = Completion(model="base", prompt="a", max_tokens=100, logit_bias={0: -100})
-    Generation(ours("base"), [[5, 6]], how, [row], gone, Turns()).run()
+    generate(ours("base"), [[5, 6]], how, [row], gone, Turns())
     assert len(row.ids) == 3
     body = {"model": "base", "prompt": ["Once"] * 64, "max_tokens": 150, "temperature": 1.5, "stream": True}
     with client.stream("POST", TEXTS, json=body) as response:
@@ -474,12 +475,12 @@ def test_runs_are_described_compared_and_made_by_a_form(client):
     assert "learning_rate" in [row[0] for row in compared["differences"]["rows"]]
     found = client.get("/lab/forms").json()
     assert set(found["stages"]) == {"train", "finetune", "sft", "dpo", "verifier"} and found["allow_training"]
-    settings = {f["name"]: f for group in found["stages"]["train"]["groups"] for f in group["fields"]}
+    settings = {f["name"]: f for group in found["stages"]["train"]["groups"].values() for f in group}
     assert settings["n_layers"]["kind"] == "int" and "block" in settings["n_layers"]["help"]
     assert settings["norm"]["choices"] == ["rms", "layer", "none"]
-    values = client.get("/lab/config", params={"stage": "train", "config": "cpu"}).json()
+    values = found["stages"]["train"]["configs"]["cpu"]
     assert values["corpus"] and values["d_model"] == 128
-    assert ask(client, "/lab/plan", stage="train", config="nobody").status_code == 404
+    assert ask(client, "/lab/plan", stage="train", config="../serve").status_code == 400
 
 
 def test_look_inside_over_http(client):
