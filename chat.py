@@ -80,7 +80,7 @@ def load(cfg: ChatConfig) -> "TextModel":
 
 
 def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
-    """The same prompts, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
+    """The same prompt, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
     from support.files import write_jsonl
     from support.runs import checkpoints, step_of
     from support.tables import read_jsonl
@@ -89,14 +89,14 @@ def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
     if not found:
         raise ValueError(f"{cfg.model} holds no checkpoints: train with --save_every=N and --keep_last=N")
     seed = cfg.seed if cfg.seed >= 0 else 1
-    for prompt in [cfg.prompt] if cfg.prompt else iter(lambda: input("> "), ""):
-        lines = [line for line in read_jsonl(file) if line.get("prompt") != prompt]
-        for path in found:
-            print(f"step {step_of(path):,}:")
-            asked = replace(cfg, model=str(path), seed=seed)
-            text = answer(load(asked), asked, prompt, messages)
-            lines.append({"step": step_of(path), "prompt": prompt, "text": text})
-        write_jsonl(file, lines)
+    prompt = cfg.prompt or input("> ")
+    lines = [line for line in read_jsonl(file) if line.get("prompt") != prompt]
+    for path in found:
+        print(f"step {step_of(path):,}:")
+        asked = replace(cfg, model=str(path), seed=seed)
+        text = answer(load(asked), asked, prompt, messages)
+        lines.append({"step": step_of(path), "prompt": prompt, "text": text})
+    write_jsonl(file, lines)
 
 
 def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:

@@ -93,10 +93,9 @@ def test_a_stream_adds_up_to_the_whole_and_ends_before_a_stop_string(client):
     whole = ask(client, **how, stop=[stop, "never"]).json()
     parts = streamed(client, **how, stop=[stop, "never"], stream_options={"include_usage": True})
     rows = [{"text": "", "finish_reason": None} for _ in range(3)]
-    for choice in (choice for part in parts for choice in part["choices"]):
-        row = rows[choice["index"]]
-        row["text"] += choice["text"]
-        row["finish_reason"] = choice["finish_reason"]
+    for choice in sum((part["choices"] for part in parts), []):
+        rows[choice["index"]]["text"] += choice["text"]
+        rows[choice["index"]]["finish_reason"] = choice["finish_reason"]
     assert rows == [{key: choice[key] for key in rows[0]} for choice in whole["choices"]]
     assert parts[-1]["usage"] == whole["usage"] and rows[0]["finish_reason"] == "stop"
     assert all(row["text"].startswith("Once upon") and stop not in row["text"] for row in rows)
@@ -189,11 +188,9 @@ def test_the_openai_client_understands_all_of_it(lab_url):
     with client.chat.completions.stream(**how, n=2) as stream:
         for _ in stream:
             pass
-        for choice in stream.get_final_completion().choices:
-            assert (choice.message.role, choice.message.content) == (
-                "assistant",
-                whole.choices[0].message.content,
-            )
+        messages = [choice.message for choice in stream.get_final_completion().choices]
+    for message in messages:
+        assert (message.role, message.content) == ("assistant", whole.choices[0].message.content)
     assert client.models.retrieve("base/checkpoints/step-40").id == "base/checkpoints/step-40"
     with pytest.raises(openai.BadRequestError, match="context length") as caught:
         client.completions.create(model="base", prompt="a", max_tokens=1000)
@@ -214,13 +211,11 @@ def test_the_openai_client_understands_all_of_it(lab_url):
         (400, {"n": 65}, "n:"),
         (400, {"prompt": ["a"] * 10, "n": 10}, "at most 64"),
         (400, {"prompt": [3, 4000]}, "token ids"),
-        (400, {"prompt": [[]]}, "prompt"),
         (400, {"logit_bias": {"4000": 1}}, "token ids"),
-        (400, {"temperature": -1}, "temperature"),
+        (400, {"prompt": [[]]}, "prompt"),
         (400, {"presence_penalty": 1}, "presence_penalty"),
-        (400, {"stop": [""]}, "stop"),
-        (400, {"verifier": "verifier", "model": "sft", "prompt": [5, 6]}, "one prompt"),
         (404, {"verifier": "sft"}, "no verifier"),
+        (400, {"verifier": "verifier", "model": "sft", "prompt": [5, 6]}, "one prompt"),
         (400, {"messages": TURNS, "model": "base"}, "/v1/completions"),
         (400, {"messages": [{"role": "user", "content": "nuts " * 200}]}, "context length"),
         (400, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
@@ -234,31 +229,22 @@ def test_errors_have_openais_form_and_say_why(client, status, body, word):
         assert set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize(
-    "headers, status",
-    [
-        ({"Host": "evil.example"}, 403),
-        ({"Host": "127.0.0.1.evil.example:80"}, 403),
-        ({"Origin": "http://evil.example"}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Host": "["}, 400),
-        ({"Sec-Fetch-Site": "same-site"}, 403),
-        ({"Content-Type": "text/plain"}, 415),
-        ({"Sec-Fetch-Site": "same-origin"}, 200),
-    ],
-)
-def test_other_sites_are_refused(client, headers, status):
-    assert client.post(TEXTS, content=json.dumps(USUAL[TEXTS]), headers=JSON | headers).status_code == status
-
-
-def test_a_body_beyond_a_megabyte_is_not_read(client):
+def test_other_sites_large_bodies_and_paths_out_are_refused(client):
+    body = json.dumps(USUAL[TEXTS])
+    for name, value, status in (
+        ("Host", "127.0.0.1.evil.example:80", 403),
+        ("Host", "[", 400),
+        ("Origin", "http://evil.example", 403),
+        ("Origin", "null", 403),
+        ("Sec-Fetch-Site", "same-site", 403),
+        ("Content-Type", "text/plain", 415),
+        ("Sec-Fetch-Site", "same-origin", 200),
+    ):
+        assert client.post(TEXTS, content=body, headers=JSON | {name: value}).status_code == status
     body = json.dumps({"model": "base", "prompt": "a" * 2**20})
     in_parts = (body[i : i + 60_000].encode() for i in range(0, len(body), 60_000))  # no length is announced
     for content in (body, in_parts):
         assert client.post(TEXTS, content=content, headers=JSON).status_code == 413
-
-
-def test_pages_have_a_strict_policy_and_paths_do_not_lead_out(client):
     assert "default-src 'self'" in client.get("/v1/models").headers["content-security-policy"]
     for path in ("/../serve.py", "/%2e%2e/serve.py", "/..%2fserve.py", "//etc/passwd", "/lab/run?name=../.."):
         assert client.get(path).status_code in (403, 404, 405)
@@ -481,15 +467,3 @@ def test_runs_are_described_compared_and_made_by_a_form(client):
     values = found["stages"]["train"]["configs"]["cpu"]
     assert values["corpus"] and values["d_model"] == 128
     assert ask(client, "/lab/plan", stage="train", config="../serve").status_code == 400
-
-
-def test_look_inside_over_http(client):
-    body = {"model": "base", "text": "Once upon a time", "heads_off": [[0, 1]]}
-    found = ask(client, "/lab/inside", **body).json()
-    assert found["parts"]["sum"] == pytest.approx(found["parts"]["target"]["logit"], abs=1e-3)
-    assert found["next"] != found["next_off"] and len(found["lens"]) == 3
-    response = ask(client, "/lab/attention", **body, layer=1)
-    tokens = int(response.headers["x-tokens"])
-    assert len(response.content) == 4 * tokens * tokens
-    assert sum(response.content[:tokens]) == 255  # the first token sees itself alone
-    assert ask(client, "/lab/attention", **body, layer=9).status_code == 400

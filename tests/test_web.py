@@ -96,7 +96,7 @@ def test_a_run_is_started_paused_and_resumed_from_the_page(page, lab_home):
     page.select_option("#start-config", "cpu")
     page.fill("#start-name", "from-page")
     changes = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "context_length": 32}
-    changes |= {"batch_size": 4, "max_steps": 1500, "log_every": 5, "eval_every": 0, "save_every": 0}
+    changes |= {"batch_size": 4, "max_steps": 800, "log_every": 5, "eval_every": 0, "save_every": 0}
     changes |= {"tokens": str(lab_home / "tokens"), "device": "cpu", "dtype": "float32", "sample_tokens": 0}
     expect(page.locator("#field-d_model")).to_have_value("128")  # the file's value is there
     page.evaluate("document.querySelectorAll('#start-fields details').forEach((one) => (one.open = true))")
