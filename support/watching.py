@@ -249,8 +249,7 @@ def pause(folder: Path) -> None:
 def resume(home: Path, name: str, folder: Path) -> None:
     """Starts the command in run.json again. Raises TrainError if that is none of ours, or it still runs."""
     run = run_of(folder)
-    state = state_of(folder, run)
-    if state in ("running", "finished"):
+    if (state := state_of(folder, run)) in ("running", "finished"):
         raise TrainError(f"{name} is {state}")
     _, script, *flags = [*shlex.split(str(run.get("command"))), ""]
     stage = Path(script).stem
