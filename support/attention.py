@@ -1,11 +1,13 @@
-"""Attention analysis: what each head attends to.
+"""Attention analysis: what each head attends to, and whether a model can copy from its context.
 
 Works on ModernDecoderLM and on transformers' decoders, encoders and encoder-decoders, also with a PEFT
 adapter. `python eval.py MODEL --attention` writes the results to attention.json.
 """
 
+import random
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 
 from model import ModernDecoderLM
 from support.files import write_json
-from support.inside import check_length, look_inside
+from support.inside import check_length, logits_of, look_inside
 from support.loading import explained, is_adapter, load_model, load_tokenizer, resolve
 from support.text_model import TextModel
+from tasks.arithmetic import arithmetic, things, told_again
 
 EXAMPLE_TEXTS = (
     "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
@@ -100,6 +103,38 @@ def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32
     }
 
 
+def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
+    """Copy accuracy on repeated digits: {"facts": fraction, "lists": fraction}.
+
+    A digit counts as copied if it is the most likely token, given the true tokens before it. `facts`: n word
+    problems, each followed by its sentences in another order. `lists`: n lists of eight random things, each
+    repeated. A model that guesses gets about a quarter right.
+    """
+    rng = random.Random(seed)
+    questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
+    lists = [things(rng) for _ in range(n)]
+    return {
+        "facts": copied_digits(model, questions, [told_again(rng, question) for question in questions]),
+        "lists": copied_digits(model, lists, lists),
+    }
+
+
+def copied_digits(model: TextModel, texts: list[str], copies: list[str]) -> float:
+    """The fraction of digits in each copy that the model predicts after its text."""
+    hits = []
+    for text, copy in zip(texts, copies, strict=True):
+        before = [model.eos, *model.encode(f"{text}\n")]
+        after = model.encode(copy)
+        ids = before + after[:-1]
+        if len(ids) > model.context_length:  # learned positions end there
+            continue
+        logits = logits_of(model.model, ids, model.device)[len(before) - 1 :]
+        for token, true in zip(logits.argmax(-1).tolist(), after, strict=True):
+            if model.decode([true]).strip().isdigit():
+                hits.append(token == true)
+    return sum(hits) / max(1, len(hits))
+
+
 def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]:
     """{score: (layer, head) with the highest value}."""
     found = {}
@@ -140,7 +175,9 @@ def rounded(values: Tensor, digits: int) -> list:
 
 
 def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: int, head: int) -> None:
-    """Writes and prints the scores of all heads, and the maps of some on `text` or on two example texts."""
+    """Writes and prints the scores of all heads, and the maps of some on `text` or on two example texts;
+    without a text for decoders also the copy accuracy.
+    """
     length = min(32, model.context_length // 2)
     scores = {}
     for name, values in head_scores(model.model, seed, length=length).items():
@@ -150,9 +187,13 @@ def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: 
     maps = [attention_map(model, example, heads) for example in texts]
     file = folder / "attention.json"
     found = {"model": model.name, "scores": scores, "maps": maps}
+    if model.kind == "causal" and not text:
+        found["copies"] = copying(model, seed)
     write_json(file, found, indent=None)
     for score, (i, j) in foremost(scores).items():
         print(f"  most {score}: layer {i}, head {j}: {scores[score][i][j]:.3f}")
+    for kind, accuracy in found.get("copies", {}).items():
+        print(f"  copy accuracy on repeated digits, {kind}: {accuracy:.0%}")
     print(f"  attention maps of {len(maps)} text(s) in {file}; python report.py draws them")
 
 
