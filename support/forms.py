@@ -26,7 +26,9 @@ def configured(stage: str, config: str) -> dict:
     """All settings of a stage with the values of a config file; with none the defaults."""
     Config = config_class(stage)
     settings = {field.name: field.default for field in fields(Config)}
-    found = read_file(ROOT / f"configs/{config}.py", settings, Config) if config else settings
+    found = settings
+    if config:
+        found = read_file(ROOT / f"configs/{config}.py", settings, Config)
     return {name: found[name] for name in settings}  # others are those of other scripts
 
 
@@ -54,10 +56,11 @@ def kind_of(annotation) -> dict:
     """{"kind": "bool", "int", "float", "str" or "choice", "choices": [...]} of a setting's type."""
     types = alternatives(annotation)
     choices = [value for one in types for value in get_args(one)]
-    if choices and bool in types:
+    if not choices:
+        return {"kind": next(KINDS[one] for one in types if one in KINDS), "choices": []}
+    if bool in types:
         choices += [True, False]
-    kind = "choice" if choices else next(KINDS[one] for one in types if one in KINDS)
-    return {"kind": kind, "choices": choices}
+    return {"kind": "choice", "choices": choices}
 
 
 def stage_of(config: str) -> str:

@@ -213,13 +213,14 @@ def look_inside(
     check_length(model, ids)
     config = model.model.config
     position = len(ids) - 1 if position == -1 else position
-    if not 0 <= position < len(ids) or not 0 <= (target or 0) < config.vocab_size:
+    if not (0 <= position < len(ids) and 0 <= (target or 0) < config.vocab_size):
         raise ValueError(f"position {position} or target {target} is outside of the text or the vocabulary")
 
     def names(i: int) -> str:
         return token_text(model.tokenizer.token_bytes(i))
 
-    found = {"context_length": model.context_length, "next_off": None, "lens": None, "parts": None}
+    found = dict.fromkeys(("next_off", "lens", "parts"))
+    found["context_length"] = model.context_length
     found["tokens"] = [token_of(model, i) for i in ids]
     net = model.model
     if model.ours or off:

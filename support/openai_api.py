@@ -272,7 +272,7 @@ class Job:
         generate(self.model, self.prompts, how, rows, self.gone, self.lab.pool.turns)
 
     async def ticks(self) -> AsyncIterator[None]:
-        """Computes; returns every hundredth of a second. Leaving the loop stops the computation."""
+        """Computes; yields every hundredth of a second. Leaving the loop stops the computation."""
         with self.lab.stream():
             done = asyncio.get_running_loop().run_in_executor(self.lab.threads, self.compute)
             try:

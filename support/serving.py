@@ -339,9 +339,13 @@ def rank_answers(verifier: Verifier, problem: str, answers: list[str], greedy: s
     numbers = [extract_number(answer) for answer in answers]
     ranked = []
     for i in (-scores).argsort(kind="stable").tolist():
-        about = {"index": i, "number": numbers[i], "text": answers[i]}
-        about["probability"] = round(float(probabilities[i]), 4)
-        about["score"] = round(max(float(scores[i]), -1e6), 4)
+        about = {
+            "index": i,
+            "number": numbers[i],
+            "text": answers[i],
+            "probability": round(float(probabilities[i]), 4),
+            "score": round(max(float(scores[i]), -1e6), 4),
+        }
         ranked.append(about)
     winner = majority(numbers)
     return {

@@ -32,8 +32,11 @@ STAGES = {  # scripts that train: their settings
 
 def named_runs(home: Path) -> dict[str, Path]:
     """{name: folder} of all runs, those of the lab's experiments too."""
-    files = [*home.glob("*/run.json"), *home.glob("*/*/run.json"), *home.glob("experiments/*/*/run.json")]
-    return {file.parent.relative_to(home).as_posix(): file.parent for file in files}
+    found = {}
+    for pattern in ("*/run.json", "*/*/run.json", "experiments/*/*/run.json"):
+        for file in home.glob(pattern):
+            found[file.parent.relative_to(home).as_posix()] = file.parent
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -44,8 +47,9 @@ def summaries(home: Path) -> list[dict]:
     """What the list of runs shows, by starting time; see `summary`."""
     found = {}
     for name, folder in named_runs(home).items():
-        times = [written_at(folder / file) for file in ("run.json", "metrics.jsonl", "results.json")]
-        found[name] = summary(name, folder, home, tuple(times), locked(folder))
+        files = ("run.json", "metrics.jsonl", "results.json")
+        times = tuple(written_at(folder / file) for file in files)
+        found[name] = summary(name, folder, home, times, locked(folder))
     for begun in starting(home):
         run = found.get(begun["name"], {})
         if run.get("state") != "running":
@@ -229,7 +233,9 @@ def starting(home: Path) -> list[dict]:
 def last_words(log: str, script: str) -> str:
     """The error at the end of a log: from where the script names itself, else the last line."""
     words = log.strip() or "it ended at once"
-    begin = max(words.rfind(script), 0) or words.rfind("\n") + 1
+    begin = words.rfind(script)
+    if begin < 0:
+        begin = words.rfind("\n") + 1
     return words[begin:]
 
 
@@ -251,7 +257,8 @@ def resume(home: Path, name: str, folder: Path) -> None:
     run = run_of(folder)
     if (state := state_of(folder, run)) in ("running", "finished"):
         raise TrainError(f"{name} is {state}")
-    _, script, *flags = [*shlex.split(str(run.get("command"))), ""]
+    words = shlex.split(str(run.get("command")))
+    _, script, *flags = [*words, ""]
     stage = Path(script).stem
     if stage not in STAGES:
         raise TrainError(f"run.json of {name} has no command that can be resumed")
