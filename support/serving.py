@@ -299,10 +299,10 @@ def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], g
     if how.calculator or how.stop:
         options["force"] = force
     use_cores(model)
+    options |= {"stop_tokens": sorted(stops), "stream": token, "adjust": adjust}
     with contextlib.suppress(Stopped), turns:
-        model.continuations(
-            prompts, how.max_tokens, stop_tokens=sorted(stops), stream=token, adjust=adjust, **options
-        )
+        if not gone.is_set():  # the client may have left while it waited
+            model.continuations(prompts, how.max_tokens, **options)
     for row in rows:
         if not row.finish:
             row.add(b"", [], "length")

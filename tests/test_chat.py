@@ -100,14 +100,6 @@ def test_characters_spread_over_tokens_are_printed_whole(run, monkeypatch, capsy
     assert all(set(piece) <= set(text) for piece in printed[1 : 1 + len(text)])  # never half a character
 
 
-def test_n_samples_differ_and_a_seed_repeats_them(run, said):
-    words = [run, "--prompt=the", "--n=2", "--seed=5", "--max_new_tokens=20", "--temperature=1.5"]
-    first = said(*words)[0]
-    one, two = first.split("---\n")
-    assert one.startswith("the") and two.startswith("the") and one != two
-    assert said(*words)[0] == first != said(*words, "--seed=77")[0]
-
-
 def chat_process(*words: str, stdin: str = "") -> subprocess.CompletedProcess:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "chat.py", *words]

@@ -94,17 +94,18 @@ def alive(pid: int) -> bool:
     return bool(state.strip()) and not state.startswith("Z")
 
 
-def test_a_child_ends_when_its_parent_is_killed(tmp_path):
-    child = script(tmp_path, "import time\nprint('here', flush=True)\ntime.sleep(300)")
-    code = "import os, subprocess, sys\n"
-    code += "env = os.environ | {'END_WITH_PARENT': str(os.getpid())}\n"
-    code += f"child = subprocess.Popen([sys.executable, {child!r}], env=env)\n"
-    code += "print(child.pid, flush=True); child.wait()"
+def ends_with_its_parent(code: str) -> None:
+    """`code` starts a process and prints its id."""
     parent = start("-c", code)
     pid = int(parent.stdout.readline())
-    assert parent.stdout.readline() == b"here\n"
     parent.kill()
     wait_until(lambda: not alive(pid))
+
+
+def test_a_child_ends_when_its_parent_is_killed(tmp_path):
+    child = script(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(300)")
+    code = "import os, subprocess, sys\nenv = os.environ | {'END_WITH_PARENT': str(os.getpid())}\n"
+    ends_with_its_parent(code + f"subprocess.run([sys.executable, {child!r}], env=env)")
 
 
 # -----------------------------------------------------------------------------
@@ -132,15 +133,11 @@ def test_leaving_a_pool_by_an_exception_does_not_wait_for_its_work():
 
 
 def test_workers_end_when_their_parent_is_killed():
-    code = "import os, time\nfrom support.processes import worker_pool\n"
-    code += "with worker_pool(2, '') as pool:\n"
+    code = "import os, time\nfrom support.processes import worker_pool\nwith worker_pool(2, '') as pool:\n"
     code += (
         "    print(pool.submit(os.getpid).result(), flush=True)\n    pool.submit(time.sleep, 300).result()"
     )
-    parent = start("-c", code)
-    pid = int(parent.stdout.readline())
-    parent.kill()
-    wait_until(lambda: not alive(pid))
+    ends_with_its_parent(code)
 
 
 def test_one_process_at_a_time_works_in_a_folder(tmp_path):
