@@ -76,6 +76,7 @@ def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -
         found |= {"step": run.get("step") or 0, "val_loss": checked.get("val_loss")}
         for line in json_lines(last_bytes(folder / "metrics.jsonl", 8192)):
             found |= line
+        found["step"] = max(found["step"], run.get("step") or 0)  # not every step has a line
         found["max_steps"] = (run.get("settings") or {}).get("max_steps")
         found["smoke"] = is_smoke(folder, home)
         found["has_results"] = (folder / "results.json").exists()
