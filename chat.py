@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # libraries are loaded when they are needed: --help answers a
 class ChatConfig:
     model: str = "out/base"  # run folder or Hugging Face model; may also be given as a bare word
     prompt: str = ""  # continue this and stop; nothing: ask
-    start: bool = False  # write whole texts from their start, asking nothing
     chat: bool = False  # a conversation in the chat template instead of a text to continue
     system: str = ""  # chat: what the assistant is told beforehand
     max_new_tokens: int = 300  # tokens of an answer at most
@@ -37,7 +36,6 @@ class ChatConfig:
     top_p: float = 0.95  # sample among the likeliest tokens that hold this much probability; 1: all
     min_p: float = 0.0  # drop tokens less likely than this times the likeliest
     repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
-    window: int = 0  # look at the first tokens and this many of the newest (StreamingLLM); 0: the context
     n: int = 1  # samples a prompt
     seed: int = -1  # of the samples; -1: another one every time
     device: str = "auto"  # cuda, cpu, ...
@@ -52,7 +50,7 @@ def main() -> None:
     try:
         if cfg.checkpoints:
             ask_checkpoints(cfg, messages)
-        elif cfg.prompt or cfg.start:
+        elif cfg.prompt:
             answer(load(cfg), cfg, cfg.prompt, messages)
         else:
             converse(load(cfg), cfg, messages)
@@ -76,32 +74,29 @@ def load(cfg: ChatConfig) -> "TextModel":
         raise ValueError(f"{cfg.model} does not continue texts: it is of kind {model.kind}")
     if model.ours:
         model.model.to(model.dtype)
-    elif cfg.window or cfg.compile:
-        raise ValueError(f"--window and --compile are for models that model.py computes, not {cfg.model}")
+    elif cfg.compile:
+        raise ValueError(f"--compile is for models that model.py computes, not {cfg.model}")
     return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
 
 
 def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
-    """The same prompts, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
+    """The same prompt, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
     from support.files import write_jsonl
     from support.runs import checkpoints, step_of
     from support.tables import read_jsonl
 
     found, file = checkpoints(Path(cfg.model)), Path(cfg.model) / "generations.jsonl"
     if not found:
-        raise ValueError(
-            f"{cfg.model} holds no checkpoints: train with --save_every=N (steps from one to the next) "
-            "and --keep_last=N (how many are kept)"
-        )
+        raise ValueError(f"{cfg.model} holds no checkpoints: train with --save_every=N and --keep_last=N")
     seed = cfg.seed if cfg.seed >= 0 else 1
-    for prompt in [cfg.prompt] if cfg.prompt or cfg.start else iter(lambda: input("> "), ""):
-        lines = [line for line in read_jsonl(file) if line.get("prompt") != prompt]
-        for path in found:
-            print(f"step {step_of(path):,}:")
-            asked = replace(cfg, model=str(path), seed=seed)
-            text = answer(load(asked), asked, prompt, messages)
-            lines.append({"step": step_of(path), "prompt": prompt, "text": text})
-        write_jsonl(file, lines)
+    prompt = cfg.prompt or input("> ")
+    lines = [line for line in read_jsonl(file) if line.get("prompt") != prompt]
+    for path in found:
+        print(f"step {step_of(path):,}:")
+        asked = replace(cfg, model=str(path), seed=seed)
+        text = answer(load(asked), asked, prompt, messages)
+        lines.append({"step": step_of(path), "prompt": prompt, "text": text})
+    write_jsonl(file, lines)
 
 
 def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:
@@ -118,19 +113,17 @@ class Screen:
     """Prints tokens as they come; a character that is spread over several tokens, when it is complete."""
 
     def __init__(self, decode: Callable[[list[int]], str]):
-        self.decode, self.ids, self.printed = decode, [], ""
+        self.decode, self.ids, self.text = decode, [], ""
 
     def add(self, row: int, token: int) -> None:
         self.ids.append(token)
         text = self.decode(self.ids)
         if not text.endswith("\ufffd"):
-            print(text[len(self.printed) :], end="", flush=True)
-            self.printed = text
+            self.show(text)
 
-    def end(self) -> str:
-        text = self.decode(self.ids)
-        print(text[len(self.printed) :])
-        return text
+    def show(self, text: str) -> None:
+        print(text[len(self.text) :], end="", flush=True)
+        self.text = text
 
 
 def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict]) -> str:
@@ -139,8 +132,8 @@ def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict])
     ids = [*(model.bos or [model.eos]), *model.encode(text)]
     if cfg.chat:
         ids, _ = model.conversation([*messages, {"role": "user", "content": text}])
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    how = {name: getattr(cfg, name) for name in (*names, *(("window", "compile") if model.ours else ()))}
+    names = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"] + ["compile"] * cfg.compile
+    how = {name: getattr(cfg, name) for name in names}
     how["stop_tokens"] = [model.end, model.eos]
     count, begun = 0, time.perf_counter()
     for i in range(cfg.n):
@@ -151,10 +144,10 @@ def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict])
             model.continuations([ids], cfg.max_new_tokens, seed=seed, stream=screen.add, **how)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        reply = screen.end()
+        screen.show(screen.decode(screen.ids) + "\n")
         count += len(screen.ids)
     print(f"[{count} tokens, {count / (time.perf_counter() - begun):.0f} tokens/s]", file=sys.stderr)
-    return reply
+    return screen.text[:-1]
 
 
 if __name__ == "__main__":

@@ -23,14 +23,15 @@ import contextlib
 import os
 import secrets
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from configs import ROOT, parse_config, read_file
+from configs import ROOT, parse_config
 
 try:
     import uvicorn
@@ -46,10 +47,10 @@ except ImportError as error:
 
 import torch
 
-from support.attention import attention_weights
-from support.forms import config_class, forms, settings_of
+from support.attention import attention_of_text
+from support.forms import CONFIGS, configured, form, settings_of
 from support.guard import LOOPBACK, Guard, Json, NotFound, Refused, error_response
-from support.inside import check_length, look_inside
+from support.inside import look_inside
 from support.machine import pick_device
 from support.openai_api import Chat, Completion, Job, event
 from support.serving import Pool, use_cores
@@ -77,8 +78,7 @@ class Lab:
 
     def __init__(self, cfg: ServeConfig):
         self.home = Path(cfg.out)
-        others = [name.strip() for name in cfg.models.split(",") if name.strip()]
-        self.pool = Pool(self.home, pick_device(cfg.device), others, cfg.memory)
+        self.pool = Pool(self.home, pick_device(cfg.device), cfg.models.replace(",", " ").split(), cfg.memory)
         self.may_train = cfg.host in LOOPBACK or cfg.allow_training
         self.streams = 0
         self.threads = ThreadPoolExecutor(MOST_STREAMS, "generation")
@@ -86,9 +86,9 @@ class Lab:
 
     def folder(self, name: str) -> Path:
         """The folder of a run; one that failed early has none yet."""
-        if all(run["name"] != name for run in summaries(self.home)):
-            raise NotFound(f"there is no run {name!r} in {self.home}")
-        return self.home / name
+        if name in [run["name"] for run in summaries(self.home)]:
+            return self.home / name
+        raise NotFound(f"there is no run {name!r} in {self.home}")
 
     def refuse_if_full(self) -> None:
         if self.streams >= MOST_STREAMS:
@@ -117,7 +117,6 @@ def lab_that_trains(request: Request) -> Lab:
 
 AnyLab = Annotated[Lab, Depends(lab_of)]
 TrainingLab = Annotated[Lab, Depends(lab_that_trains)]
-Stage = Literal[tuple(STAGES)]
 router = APIRouter()
 
 
@@ -174,16 +173,6 @@ def tokenize(lab: AnyLab, words: TokenizeRequest):
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
 
 
-class DetokenizeRequest(BaseModel):
-    model: str
-    tokens: list[int]
-
-
-@router.post("/detokenize")
-def detokenize(lab: AnyLab, words: DetokenizeRequest):
-    return {"prompt": lab.pool.get(words.model).tokenizer.decode(words.tokens)}
-
-
 # -----------------------------------------------------------------------------
 # The lab: runs
 
@@ -230,15 +219,14 @@ def compare_runs(lab: AnyLab, runs: Names):
 class RunRequest(BaseModel):
     """Body of /lab/plan and /lab/start."""
 
-    stage: Stage
-    config: str = ""
+    stage: Literal[tuple(STAGES)]
+    config: Literal[tuple(["", *CONFIGS])] = ""
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$|^$")
     changes: dict[str, bool | int | float | str] = {}
 
     def argv(self, out: Path) -> list[str]:
         """The command line. Raises ValueError for settings that cannot be changed here."""
-        known = {field.name for field in settings_of(self.stage)}
-        if unknown := self.changes.keys() - known:
+        if unknown := self.changes.keys() - {field.name for field in settings_of(self.stage)}:
             raise ValueError(f"{self.stage}.py has no setting {unknown.pop()!r} that can be changed here")
         changes = {"name": self.name} if self.name else {}
         for name, value in configured(self.stage, self.config).items():
@@ -249,29 +237,12 @@ class RunRequest(BaseModel):
         return files + [f"--{name}={value}" for name, value in changes.items()]
 
 
-def configured(stage: str, config: str) -> dict:
-    """All settings of a stage with the values of a config file; with none the defaults."""
-    Config = config_class(stage)
-    settings = {field.name: field.default for field in fields(Config)}
-    if not config:
-        return settings
-    if config not in forms()[stage]["configs"]:
-        raise NotFound(f"there is no config {config!r} of {stage}.py")
-    found = read_file(ROOT / f"configs/{config}.py", settings, Config)
-    return {name: found[name] for name in settings}  # others are those of other scripts
-
-
 # What reads configs is `async`, to run in one thread: Python 3.11's ast.parse is not safe in several.
 
 
 @router.get("/lab/forms")
 async def show_forms(lab: AnyLab):
-    return {"stages": forms(), "allow_training": lab.may_train}
-
-
-@router.get("/lab/config")
-async def show_config(stage: Stage, config: str):
-    return configured(stage, config)
+    return {"stages": {stage: form(stage) for stage in STAGES}, "allow_training": lab.may_train}
 
 
 @router.post("/lab/plan")
@@ -280,17 +251,10 @@ async def plan(lab: AnyLab, wish: RunRequest):
     command = [sys.executable, "-m", "lab.plan", f"{wish.stage}.py", *wish.argv(lab.home.resolve())]
     if lab.planning.locked():
         raise Refused(429, "another plan is being computed: try again when it is done")
-    pipe = asyncio.subprocess.PIPE
+    how = {"cwd": ROOT, "capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 180}
     async with lab.planning:
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=pipe, stderr=pipe)
-        try:
-            text, errors = await asyncio.wait_for(process.communicate(), 180)
-        except asyncio.TimeoutError:
-            return {"ok": False, "text": "planning took longer than three minutes"}
-        finally:
-            if process.returncode is None:
-                process.kill()
-    return {"ok": process.returncode == 0, "text": (text or errors).decode("utf-8", "replace")}
+        done = await run_in_threadpool(subprocess.run, command, **how)
+    return {"ok": done.returncode == 0, "text": done.stdout or done.stderr}
 
 
 @router.post("/lab/start")
@@ -359,17 +323,14 @@ def inside(lab: AnyLab, look: InspectRequest):
 def attention(lab: AnyLab, look: InspectRequest):
     """The weights of one layer on a text, heads x T x T bytes: 255 is a weight of 1."""
     model = lab.pool.get(look.model)
-    ids = look.ids(model)
-    check_length(model, ids)
     use_cores(model)
     with lab.pool.turns:
-        given = torch.tensor([ids], device=model.device)
-        layers = attention_weights(model.model, given, lambda w: (w * 255).round().to(torch.uint8))
+        ids = look.ids(model)
+        layers = attention_of_text(model, ids, lambda w: (w * 255).round().to(torch.uint8))
     if look.layer >= len(layers):
         raise ValueError(f"the model has {len(layers)} layers")
-    weights = layers[look.layer, 0]
-    shape = {"X-Heads": str(len(weights)), "X-Tokens": str(len(ids))}
-    return Response(weights.numpy().tobytes(), media_type="application/octet-stream", headers=shape)
+    headers = {"X-Tokens": str(len(ids))}
+    return Response(layers[look.layer].numpy().tobytes(), 200, headers, "application/octet-stream")
 
 
 # -----------------------------------------------------------------------------
@@ -391,11 +352,14 @@ def make_app(cfg: ServeConfig) -> FastAPI:
 
 def main() -> None:
     cfg = parse_config(ServeConfig, __doc__)
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     try:
         app = make_app(cfg)
-        listener = listen(cfg.host, cfg.port)
+        listener = socket.create_server((cfg.host, cfg.port), family=family, backlog=128)
     except (ValueError, OSError, OverflowError) as error:
         raise SystemExit(f"serve.py: cannot serve at {cfg.host}, port {cfg.port}: {error}") from None
+    # A connection inherits it. Otherwise a request takes 45 ms instead of 1: asyncio does not set it here.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     print(f"http://{host}:{listener.getsockname()[1]}/" + f"#token={cfg.token}" * bool(cfg.token))
     print(f"shows the runs in {cfg.out}; the API is at /v1. Ctrl-C ends it; training goes on.", flush=True)
@@ -404,14 +368,6 @@ def main() -> None:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         os._exit(130)  # a thread may still load or judge; nothing is lost with it
-
-
-def listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=128)
-    # A socket made from a descriptor knows its protocol. Without it asyncio sets no TCP_NODELAY, and a
-    # request takes 45 ms instead of 1.
-    return socket.socket(fileno=listener.detach())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ adapter. `python eval.py MODEL --attention` writes the results to attention.json
 import random
 import re
 from collections.abc import Callable
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from model import ModernDecoderLM
 from support.files import write_json
 from support.inside import check_length, logits_of, look_inside
 from support.loading import explained, is_adapter, load_model, load_tokenizer, resolve
-from support.results import read_json
 from support.text_model import TextModel
 from tasks.arithmetic import arithmetic, things, told_again
 
@@ -39,9 +38,9 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
 
     def watch(layer, args, kwargs, _) -> None:
         x = args[0] if args else kwargs["x"]
-        found.append(
-            reduce(type(layer).forward(layer, x, weights=True)[1][..., : ids.shape[1]].float().cpu())
-        )
+        _, weights = type(layer).forward(layer, x, weights=True)
+        weights = weights[..., : ids.shape[1]].float().cpu()  # without the learned sinks
+        found.append(reduce(weights))
 
     hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
     with torch.no_grad():
@@ -51,9 +50,17 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
     return torch.stack(found)
 
 
+def attention_of_text(model: TextModel, ids: list[int], reduce: Callable = lambda w: w) -> Tensor:
+    """The same for one text: (layers, heads, T, T). Raises ValueError if it is longer than the context."""
+    check_length(model, ids)
+    given = torch.tensor([ids], device=model.device)
+    return attention_weights(model.model, given, reduce)[:, 0]
+
+
 def hub_attention(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
     """The same for a transformers model, with or without a PEFT adapter: one tensor per layer."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     core = model.get_encoder() if model.config.is_encoder_decoder else model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the others do not return their weights
@@ -79,14 +86,15 @@ def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32
     """
     generator = torch.Generator().manual_seed(seed)
     once = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
-    device = next(model.parameters()).device
-    each = attention_weights(model, torch.cat([once, once], dim=1).to(device))  # (layers, rows, heads, T, T)
+    twice = torch.cat([once, once], dim=1).to(next(model.parameters()).device)
+    each = attention_weights(model, twice)  # (layers, rows, heads, T, T)
     w = each.mean(1)  # mean over the rows
     t = torch.arange(1, 2 * length)
     second = torch.arange(length, 2 * length)
     causal = not (each.triu(1) > 0).any()
-    visible = t + 1.0 if causal else torch.full((len(t),), 2.0 * length)
-    entropy = -(each.clamp(min=1e-12).log() * each).sum(-1)[..., 1:] / visible.log()
+    visible = t + 1.0 if causal else 2.0 * length + 0 * t
+    entropy = -each.clamp(min=1e-12).log().mul(each).sum(-1)
+    entropy = entropy[..., 1:] / visible.log()  # the first token sees itself alone
     return {
         "previous": w[..., t, t - 1].mean(-1),
         "first": w[..., t, 0].mean(-1),
@@ -105,20 +113,23 @@ def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
     rng = random.Random(seed)
     questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
     lists = [things(rng) for _ in range(n)]
-    facts = copied_digits(model, [(question, told_again(rng, question)) for question in questions])
-    return {"facts": facts, "lists": copied_digits(model, [(text, text) for text in lists])}
+    return {
+        "facts": copied_digits(model, questions, [told_again(rng, question) for question in questions]),
+        "lists": copied_digits(model, lists, lists),
+    }
 
 
-def copied_digits(model: TextModel, pairs: list[tuple[str, str]]) -> float:
-    """The fraction of digits in the second text of each pair that the model predicts after the first text."""
+def copied_digits(model: TextModel, texts: list[str], copies: list[str]) -> float:
+    """The fraction of digits in each copy that the model predicts after its text."""
     hits = []
-    for first, second in pairs:
-        start = [model.eos, *model.encode(f"{first}\n")]
-        ids = [*start, *model.encode(second)]
-        if len(ids) > model.context_length + 1:  # learned positions end there
+    for text, copy in zip(texts, copies, strict=True):
+        before = [model.eos, *model.encode(f"{text}\n")]
+        after = model.encode(copy)
+        ids = before + after[:-1]
+        if len(ids) > model.context_length:  # learned positions end there
             continue
-        predicted = logits_of(model, ids[:-1]).argmax(-1).tolist()
-        for token, true in zip(predicted[len(start) - 1 :], ids[len(start) :], strict=True):
+        logits = logits_of(model.model, ids, model.device)[len(before) - 1 :]
+        for token, true in zip(logits.argmax(-1).tolist(), after, strict=True):
             if model.decode([true]).strip().isdigit():
                 hits.append(token == true)
     return sum(hits) / max(1, len(hits))
@@ -128,8 +139,7 @@ def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]
     """{score: (layer, head) with the highest value}."""
     found = {}
     for name, values in scores.items():
-        layer, head = np.unravel_index(np.argmax(values), np.shape(values))
-        found[name] = int(layer), int(head)
+        found[name] = divmod(int(np.argmax(values)), len(values[0]))
     return found
 
 
@@ -139,60 +149,52 @@ def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, in
     """
     if layer < 0 and head < 0:
         return [(name, *at) for name, at in foremost(scores).items()]
-    ranges = []
-    for flag, chosen, n in zip(("layer", "head"), (layer, head), np.shape(scores["previous"]), strict=True):
-        if chosen >= n:
-            raise ValueError(f"--{flag}={chosen}: the model has {n}, from 0 to {n - 1}")
-        ranges.append(range(n) if chosen < 0 else [chosen])
-    return [("", i, j) for i, j in product(*ranges)]
+    n_layers, n_heads = np.shape(scores["previous"])
+    if layer >= n_layers or head >= n_heads:
+        raise ValueError(f"--layer={layer} --head={head}: {n_layers} layers of {n_heads} heads count from 0")
+    layers = range(n_layers) if layer < 0 else [layer]
+    heads = range(n_heads) if head < 0 else [head]
+    return [("", i, j) for i in layers for j in heads]
 
 
 def attention_map(model: TextModel, text: str, heads: list[tuple[str, int, int]]) -> dict:
     """The weights of some heads on a text; for decoders also what support/inside.py says of the text."""
     ids = [*model.before, *model.encode(text), *model.behind]
-    check_length(model, ids)
-    weights = attention_weights(model.model, torch.tensor([ids], device=model.device))[:, 0]
+    weights = attention_of_text(model, ids)
     found = {"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": []}
     for score, i, j in heads:
-        about = {"most": score, "layer": i, "head": j}
-        found["heads"].append(about | {"weights": rounded(weights[i, j], 3)})
-    return found | ({"inside": look_inside(model, ids)} if model.kind == "causal" else {})
+        about = {"most": score, "layer": i, "head": j, "weights": rounded(weights[i, j], 3)}
+        found["heads"].append(about)
+    if model.kind == "causal":
+        found["inside"] = look_inside(model, ids)
+    return found
 
 
 def rounded(values: Tensor, digits: int) -> list:
-    return np.round(values.double().numpy(), digits).tolist()
+    return values.double().numpy().round(digits).tolist()
 
 
 def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: int, head: int) -> None:
-    """Writes and prints the scores of all heads and the maps of some, on `text` or on two example texts;
+    """Writes and prints the scores of all heads, and the maps of some on `text` or on two example texts;
     without a text for decoders also the copy accuracy.
-
-    attention.json keeps the maps of other texts and heads as long as the weights, and so the scores, are the
-    same.
     """
-    scores = head_scores(model.model, seed, length=min(32, model.context_length // 2))
-    scores = {name: rounded(values, 4) for name, values in scores.items()}
+    length = min(32, model.context_length // 2)
+    scores = {}
+    for name, values in head_scores(model.model, seed, length=length).items():
+        scores[name] = rounded(values, 4)
     heads = chosen_heads(scores, layer, head)
-    maps = [attention_map(model, example, heads) for example in ([text] if text else EXAMPLE_TEXTS)]
+    texts = [text] if text else EXAMPLE_TEXTS
+    maps = [attention_map(model, example, heads) for example in texts]
+    file = folder / "attention.json"
     found = {"model": model.name, "scores": scores, "maps": maps}
     if model.kind == "causal" and not text:
         found["copies"] = copying(model, seed)
-    file = folder / "attention.json"
-    before = read_json(file) if text else {}
-    if before.get("scores") == scores:
-        new = [what_is_shown(example) for example in maps]
-        found["maps"] = [old for old in before["maps"] if what_is_shown(old) not in new] + maps
-        found = before | found
     write_json(file, found, indent=None)
     for score, (i, j) in foremost(scores).items():
         print(f"  most {score}: layer {i}, head {j}: {scores[score][i][j]:.3f}")
     for kind, accuracy in found.get("copies", {}).items():
         print(f"  copy accuracy on repeated digits, {kind}: {accuracy:.0%}")
-    print(f"  attention maps of {len(found['maps'])} text(s) in {file}; python report.py draws them")
-
-
-def what_is_shown(example: dict) -> tuple:
-    return example["tokens"], [(head["layer"], head["head"]) for head in example["heads"]]
+    print(f"  attention maps of {len(maps)} text(s) in {file}; python report.py draws them")
 
 
 def load_for_attention(name: str, device: torch.device, *how) -> TextModel:

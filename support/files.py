@@ -1,16 +1,12 @@
 """Atomic writes: even if a process is killed, a file under its final name is always complete."""
 
+import fcntl
 import glob
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -52,16 +48,15 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     """Calls write(temporary folder) and renames it to `folder`."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        temporary.mkdir(parents=True)
         write(temporary)
         for file in temporary.rglob("*"):
             give_default_mode(file)
         remove_folder(folder)
         os.replace(temporary, folder)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def remove_folder(folder: Path) -> None:
@@ -90,10 +85,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def take_lock(folder: Path, wait: bool = False, shared: bool = False) -> int | None:
     """Locks `folder` until the returned handle is closed, or the process ends; None if another process holds
-    a lock that excludes this one. On Windows and on file systems without locks nothing is locked.
+    a lock that excludes this one. On file systems without locks nothing is locked.
     """
-    if fcntl is None:
-        return os.open(os.devnull, os.O_RDONLY)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -106,12 +99,10 @@ def take_lock(folder: Path, wait: bool = False, shared: bool = False) -> int | N
 
 
 def process_is_alive(pid: str) -> bool:
-    if os.name == "nt" or not pid.isdecimal():  # on Windows os.kill() would send a Ctrl-C
-        return True
     try:
         os.kill(int(pid), 0)  # signal 0 only checks that the process exists
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's process
-        return True
+    except (OSError, ValueError):  # another user's process; no file of ours
+        pass
     return True

@@ -3,14 +3,13 @@
 import importlib
 import runpy
 from dataclasses import Field, fields
-from functools import cache
-from pathlib import Path
 from typing import get_type_hints
 
-from configs import ROOT, alternatives, field_comments
+from configs import ROOT, alternatives, field_comments, read_file
 from support.watching import STAGES
 
-NOT_HERE = "out name overwrite plan measure vram card list verifier problem answer wandb".split()
+NOT_HERE = "out name overwrite plan measure vram card list wandb".split()
+CONFIGS = sorted(file.stem for file in ROOT.glob("configs/[!_]*.py"))
 KINDS = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -23,42 +22,49 @@ def settings_of(stage: str) -> list[Field]:
     return [field for field in fields(config_class(stage)) if field.name not in NOT_HERE]
 
 
-@cache
-def forms() -> dict:
-    return {stage: form(stage) for stage in STAGES}
+def configured(stage: str, config: str) -> dict:
+    """All settings of a stage with the values of a config file; with none the defaults."""
+    Config = config_class(stage)
+    settings = {field.name: field.default for field in fields(Config)}
+    found = settings
+    if config:
+        found = read_file(ROOT / f"configs/{config}.py", settings, Config)
+    return {name: found[name] for name in settings}  # others are those of other scripts
 
 
 def form(stage: str) -> dict:
-    """Settings in groups, one for each dataclass that `Config` extends."""
-    Config, groups = config_class(stage), {}
-    types, helps = get_type_hints(Config), field_comments(Config)
+    """Settings in groups, one for each dataclass that the stage's extends; their values in each config."""
+    Config = config_class(stage)
+    types = get_type_hints(Config)
+    helps = field_comments(Config)
+    groups = {}
     for field in settings_of(stage):
-        owner = next(c for c in reversed(Config.__mro__) if field.name in vars(c).get("__annotations__", {}))
-        title = owner.__doc__.splitlines()[0]
-        about = {"name": field.name, "default": field.default, "help": helps.get(field.name, "")}
+        owners = [c for c in Config.__mro__ if field.name in vars(c).get("__annotations__", {})]
+        title = owners[-1].__doc__.splitlines()[0]
+        about = {"name": field.name, "help": helps.get(field.name, "")}
         about |= kind_of(types[field.name])
         groups.setdefault(title, []).append(about)
-    files = sorted(ROOT.glob("configs/[!_]*.py"))
-    return {
-        "doc": importlib.import_module(stage).__doc__.splitlines()[0],
-        "configs": [file.stem for file in files if stage_of(file) == stage],
-        "groups": [{"title": title, "fields": some} for title, some in groups.items()],
-    }
+    configs = {}
+    for config in CONFIGS:
+        if stage_of(config) == stage:
+            configs[config] = configured(stage, config)
+    doc = importlib.import_module(stage).__doc__.splitlines()[0]
+    return {"doc": doc, "configs": configs, "groups": groups}
 
 
 def kind_of(annotation) -> dict:
     """{"kind": "bool", "int", "float", "str" or "choice", "choices": [...]} of a setting's type."""
     types = alternatives(annotation)
     choices = [one for one in types if not isinstance(one, type)]
-    if choices and bool in types:
+    if not choices:
+        return {"kind": next(KINDS[one] for one in types if one in KINDS), "choices": []}
+    if bool in types:
         choices += [True, False]
-    if choices:
-        return {"kind": "choice", "choices": choices}
-    return {"kind": next(KINDS[one] for one in types if one in KINDS), "choices": []}
+    return {"kind": "choice", "choices": choices}
 
 
-def stage_of(config: Path) -> str:
+def stage_of(config: str) -> str:
     """Which script a config file is for."""
-    if config.stem in STAGES:
-        return config.stem
-    return "finetune" if "task" in runpy.run_path(str(config)) else "train"
+    if config in STAGES:
+        return config
+    return "finetune" if "task" in runpy.run_path(str(ROOT / f"configs/{config}.py")) else "train"

@@ -34,18 +34,16 @@ def without_heads(model: ModernDecoderLM, off: Heads = ()) -> ModernDecoderLM:
     Such a head's columns of the output projection are 0. The other tensors are not copied. Raises ValueError
     if there is no such head.
     """
+    if not isinstance(model, ModernDecoderLM):
+        raise ValueError("heads can be switched off only in models that model.py computes")
     c = model.config
     weights = dict(model.state_dict())
     for layer, head in set(off):
         if not (0 <= layer < c.n_layers and 0 <= head < c.n_heads):
-            raise ValueError(
-                f"there is no head {head} in layer {layer}: layers 0 to {c.n_layers - 1}, "
-                f"heads 0 to {c.n_heads - 1}"
-            )
+            raise ValueError(f"no head {head} in layer {layer}: {c.n_layers} layers of {c.n_heads} heads")
         name = f"model.layers.{layer}.self_attn.o_proj.weight"
-        columns = slice(head * c.head_dim, (head + 1) * c.head_dim)
         weights[name] = weights[name].clone()
-        weights[name][:, columns] = 0
+        weights[name].view(-1, c.n_heads, c.head_dim)[:, head] = 0
     with torch.device("meta"):
         twin = ModernDecoderLM(c)
     twin.load_state_dict(weights, assign=True)
@@ -67,20 +65,18 @@ class Trace:
 def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
     """One forward pass over ids (T) that also keeps the parts of the residual stream at `position`."""
     model = without_heads(model)  # packed weights bypass the hooks of a layer; this twin has none
-    residual, heads, ffn, hooks = [], [], [], []
+    residual, heads, ffn = [], [], []
 
     def keep(found: list):
         return lambda layer, given, *result: found.append((result or given)[0][0, position].float())
 
     layers = model.model["layers"]
-    hooks.append(layers[0].register_forward_pre_hook(keep(residual)))
+    layers[0].register_forward_pre_hook(keep(residual))
     for block in layers:
-        hooks.append(block.register_forward_hook(keep(residual)))
-        hooks.append(block.self_attn.o_proj.register_forward_pre_hook(keep(heads)))
-        hooks.append(block.mlp.register_forward_hook(keep(ffn)))
+        block.register_forward_hook(keep(residual))
+        block.self_attn.o_proj.register_forward_pre_hook(keep(heads))
+        block.mlp.register_forward_hook(keep(ffn))
     logits = model(ids[None])[0].float()
-    for hook in hooks:
-        hook.remove()
     c = model.config
     read = torch.stack(heads).view(c.n_layers, c.n_heads, c.head_dim)
     return Trace(logits, torch.stack(residual), read, torch.stack(ffn))
@@ -107,19 +103,22 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
     if c.norm_position == "post":
         raise ValueError("post-norm: the logit is not a sum of what the layers added")
     norm = model.model["norm"]
-    x, row = found.residual[-1].double(), model.head[target].double()
-    scale = torch.ones_like(x)
-    if c.norm == "rms":
-        scale = norm.weight.double() / (x.square().mean() + c.norm_eps).sqrt()
-    elif c.norm == "layer":
-        scale = norm.weight.double() / (x.var(unbiased=False) + c.norm_eps).sqrt()
+    stream = found.residual[-1].double()
     parts: list[dict] = []
+    direction = model.head[target].double()  # a part's share of the logit is its product with this
 
-    def add(name: str, part: Tensor, layer: int, head: int | None = None) -> None:
-        part = part.double()
-        centred = part - part.mean() if c.norm == "layer" else part
-        parts.append({"name": name, "layer": layer, "head": head, "value": float((centred * scale) @ row)})
+    def add(name: str, values: Tensor, layer: int, head: int | None = None) -> None:
+        value = float(values.double() @ direction)
+        parts.append({"name": name, "layer": layer, "head": head, "value": value})
 
+    if getattr(norm, "bias", None) is not None:  # it is added behind the norm's scale
+        add("final bias", norm.bias, c.n_layers)
+    if c.norm != "none":
+        centre = stream.mean() if c.norm == "layer" else 0
+        variance = (stream - centre).square().mean()
+        direction = direction * norm.weight / (variance + c.norm_eps).sqrt()
+    if c.norm == "layer":
+        direction = direction - direction.mean()  # the norm subtracts the mean of each part
     add("embedding", found.residual[0], -1)
     for layer, block in enumerate(model.model["layers"]):
         out = block.self_attn.o_proj
@@ -128,9 +127,6 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
         if out.bias is not None:
             add(f"L{layer} bias", out.bias, layer)
         add(f"L{layer} MLP", found.ffn[layer], layer)
-    if getattr(norm, "bias", None) is not None:  # it is added behind the norm's scale
-        value = float(norm.bias.double() @ row)
-        parts.append({"name": "final bias", "layer": c.n_layers, "head": None, "value": value})
     return parts
 
 
@@ -142,9 +138,9 @@ def token_of(model: "TextModel", i: int) -> dict:
     """A token: text, bytes, and which merge of the BPE made it (None: a byte, or a special token)."""
     tokenizer = model.tokenizer
     raw = tokenizer.token_bytes(i)
+    merge = getattr(tokenizer, "merge_order", {}).get(i)  # transformers' tokenizers do not expose it
     special = i in tokenizer.special_ids.values()
-    merges = getattr(tokenizer, "merge_order", {})  # transformers' tokenizers do not expose them
-    return {"id": i, "text": token_text(raw), "bytes": list(raw), "merge": merges.get(i), "special": special}
+    return {"id": i, "text": token_text(raw), "bytes": list(raw), "merge": merge, "special": special}
 
 
 def token_text(raw: bytes) -> str:
@@ -156,42 +152,47 @@ def token_text(raw: bytes) -> str:
 
 
 @torch.no_grad()
-def logits_of(model: "TextModel", ids: list[int]) -> Tensor:
+def logits_of(net, ids: list[int], device: torch.device) -> Tensor:
     """(T, V) in float32, of any decoder."""
-    given = torch.tensor([ids], device=model.device)
-    found = model.model(given)
+    found = net(torch.tensor([ids], device=device))
     return (found if isinstance(found, Tensor) else found.logits)[0].float()
-
-
-def surprise_of(log_p: Tensor, ids: list[int], names, most: int = 5) -> list[dict | None]:
-    """For each token after the first: bits, rank (1: the likeliest), probability, and the likeliest tokens.
-
-    log_p (T, V): natural logarithms of the probabilities of the next token.
-    """
-    found: list[dict | None] = [None]
-    for row, i in zip(log_p, ids[1:], strict=False):
-        p, best = row[i], row.topk(min(most, len(row)))
-        top = [[j, names(j), math.exp(x)] for x, j in zip(*map(Tensor.tolist, best), strict=True)]
-        rank = int((row > p).sum()) + 1
-        found.append({"bits": float(-p / math.log(2)), "rank": rank, "p": float(p.exp()), "top": top})
-    return found
 
 
 def likeliest(logits: Tensor, names, most: int) -> list[dict]:
     """The next tokens with the highest logits (V), with their probabilities."""
-    log_p = logits.log_softmax(-1)
-    return [
-        {"id": i, "text": names(i), "p": float(log_p[i].exp()), "logit": float(logits[i])}
-        for i in logits.topk(min(most, len(logits))).indices.tolist()
-    ]
+    p = logits.softmax(-1)
+    found = []
+    for i in logits.topk(min(most, len(logits))).indices.tolist():
+        token = {"id": i, "text": names(i), "p": float(p[i]), "logit": float(logits[i])}
+        found.append(token)
+    return found
+
+
+def top_of(logits: Tensor, names) -> list[list]:
+    """[[text, probability], ...] of the five likeliest tokens."""
+    return [[token["text"], token["p"]] for token in likeliest(logits, names, 5)]
+
+
+def surprise_of(logits: Tensor, ids: list[int], names) -> list[dict | None]:
+    """For each token after the first: bits, rank (1: the likeliest), probability, the likeliest tokens."""
+    found: list[dict | None] = [None]
+    for row, i in zip(logits, ids[1:], strict=False):
+        nats = float(row.logsumexp(0) - row[i])
+        about = {
+            "bits": nats / math.log(2),
+            "rank": int((row > row[i]).sum()) + 1,
+            "p": math.exp(-nats),
+            "top": top_of(row, names),
+        }
+        found.append(about)
+    return found
 
 
 def check_length(model: "TextModel", ids: list[int]) -> None:
     """Raises ValueError if a text is empty or longer than the context."""
-    if not 1 <= len(ids) <= model.context_length:
-        raise ValueError(
-            f"the text has {len(ids)} tokens; the context of {model.name} is {model.context_length}"
-        )
+    T = model.context_length
+    if not 1 <= len(ids) <= T:
+        raise ValueError(f"the text has {len(ids)} tokens; the context of {model.name} is {T}")
 
 
 @torch.no_grad()
@@ -212,27 +213,26 @@ def look_inside(
     check_length(model, ids)
     config = model.model.config
     position = len(ids) - 1 if position == -1 else position
-    if not 0 <= position < len(ids) or not (target is None or 0 <= target < config.vocab_size):
+    if not (0 <= position < len(ids) and 0 <= (target or 0) < config.vocab_size):
         raise ValueError(f"position {position} or target {target} is outside of the text or the vocabulary")
-    if off and not model.ours:
-        raise ValueError("heads can be switched off only in models that model.py computes")
 
     def names(i: int) -> str:
         return token_text(model.tokenizer.token_bytes(i))
 
-    net = without_heads(model.model).float() if model.ours else None  # float32: the parts sum to the logit
-    logits = net(torch.tensor([ids], device=model.device))[0] if model.ours else logits_of(model, ids)
-    found = {
-        "tokens": [token_of(model, i) for i in ids],
-        "surprise": surprise_of(logits.log_softmax(-1), ids, names),
-        "next": likeliest(logits[position], names, alternatives),
-        "context_length": model.context_length,
-        "layers": getattr(config, "n_layers" if model.ours else "num_hidden_layers", None),
-        "heads": getattr(config, "n_heads" if model.ours else "num_attention_heads", None),
-        **dict.fromkeys(("next_off", "lens", "parts")),
-    }
+    found = dict.fromkeys(("next_off", "lens", "parts"))
+    found["context_length"] = model.context_length
+    found["tokens"] = [token_of(model, i) for i in ids]
+    net = model.model
+    if model.ours or off:
+        net = without_heads(net).float()  # float32: the parts sum to the logit
+    logits = logits_of(net, ids, model.device)
+    found["surprise"] = surprise_of(logits, ids, names)
+    found["next"] = likeliest(logits[position], names, alternatives)
     if not model.ours:
+        found["layers"] = getattr(config, "num_hidden_layers", None)
+        found["heads"] = getattr(config, "num_attention_heads", None)
         return found
+    found |= {"layers": config.n_layers, "heads": config.n_heads}
     net = without_heads(net, off)
     seen = trace(net, torch.tensor(ids, device=model.device), position)
     if off:
@@ -242,23 +242,24 @@ def look_inside(
     try:
         parts = contributions(net, seen, target)
         about = {"id": target, "text": names(target), "logit": float(seen.logits[position, target])}
-        found["parts"] = {"target": about, "sum": math.fsum(p["value"] for p in parts), "parts": parts}
+        total = math.fsum(part["value"] for part in parts)
+        found["parts"] = {"target": about, "sum": total, "parts": parts}
     except ValueError as error:
         found["parts"] = {"why_not": str(error)}
     return found
 
 
-def lens_table(model: ModernDecoderLM, found: Trace, names, target: int, most: int = 5) -> list[dict]:
+def lens_table(model: ModernDecoderLM, found: Trace, names, target: int) -> list[dict]:
     """A row for each layer: its likeliest next tokens, the probability of `target`, the stream's norm."""
     rows = []
     for layer, logits in enumerate(logit_lens(model, found)):
-        rows.append(
-            {
-                "layer": layer,
-                "name": f"layer {layer - 1}" if layer else "embedding",
-                "top": [[token["text"], token["p"]] for token in likeliest(logits, names, most)],
-                "target_p": float(logits.softmax(-1)[target]),
-                "norm": float(found.residual[layer].norm()),
-            }
-        )
+        name = f"layer {layer - 1}" if layer else "embedding"
+        row = {
+            "layer": layer,
+            "name": name,
+            "top": top_of(logits, names),
+            "target_p": float(logits.softmax(-1)[target]),
+            "norm": float(found.residual[layer].norm()),
+        }
+        rows.append(row)
     return rows

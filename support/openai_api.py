@@ -5,32 +5,68 @@ Fields and errors are those of vLLM and llama.cpp, with extras: see serve.py.
 
 import asyncio
 import contextlib
+import secrets
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from support.guard import Refused, error_body, to_json
-from support.serving import MOST_ROWS, Generation, Piece, Sampling, as_list, prompt_entries, rank_answers
+from support.serving import Piece, Row, generate, prompt_entries, rank_answers
 from support.tables import valid
 from support.text_model import TextModel
+
+MOST_ROWS = 64  # texts that one request generates
 
 # -----------------------------------------------------------------------------
 # Requests
 
 
-class Question(Sampling):
-    """What /v1/completions and /v1/chat/completions have in common. A null counts as absent."""
+def as_list(given: object) -> object:
+    return [given] if isinstance(given, str) else given
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Question(BaseModel):
+    """What both kinds of requests have in common. A null counts as absent."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     model: str
     stream: bool = False
     stream_options: dict = {}
-    verifier: str = ""
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(lambda t: t if t > 1e-5 else 0.0)] = 1.0
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: Annotated[int, Field(ge=-1, le=10**9), AfterValidator(lambda k: max(0, k))] = 0
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=0, le=0)  # is not computed, so anything but 0 is refused
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    n: int = Field(1, ge=1, le=MOST_ROWS)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: seed % 2**31)] = Field(
+        default_factory=lambda: secrets.randbelow(2**31)
+    )
+    # A text ends before the first of these.
+    stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(as_list)] = []
+    calculator: bool = False  # what follows `<<9*3=` is computed
+    verifier: str = ""  # a run that ranks the n answers
+    heads_off: list[tuple[int, int]] = []  # (layer, head) that contribute nothing
 
     @model_validator(mode="before")
     @classmethod
@@ -38,10 +74,6 @@ class Question(Sampling):
         if not isinstance(given, dict):
             return given
         return {key: value for key, value in given.items() if value is not None}
-
-    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
-        """Pieces with the prompts, if they belong to the answer."""
-        return ()
 
 
 def as_prompts(given: object) -> object:
@@ -66,26 +98,22 @@ class Completion(Question):
 
     @property
     def alternatives(self) -> int | None:
+        """Log-probabilities are wanted, of each token and of so many likeliest ones; None: they are not."""
         return self.logprobs
 
     def prompts(self, model: TextModel) -> list[list[int]]:
         """The ids of each prompt. A text gets the token that begins a document, ids are left as they are."""
-        found = []
-        for prompt in self.prompt:
-            if isinstance(prompt, str):
-                prompt = [*(model.bos or [model.eos]), *model.encode(valid(prompt))]
-            found.append(prompt)
-        return found
+        begin = model.bos or [model.eos]
+        return [p if isinstance(p, list) else begin + model.encode(valid(p)) for p in self.prompt]
 
-    def echoed(self, model: TextModel, prompts: list[list[int]]) -> Iterable[Piece]:
-        """Each prompt is the first piece of each of its n rows, without what `prompts` added."""
-        for i, ids in enumerate(prompts if self.echo else []):
-            added = 0
-            if isinstance(self.prompt[i], str):
-                added = len(model.bos or [model.eos])
-            entries = [] if self.logprobs is None else prompt_entries(model, ids, self.logprobs)
-            for row in range(i * self.n, (i + 1) * self.n):
-                yield Piece(row, model.tokenizer.decode(ids[added:]), tokens=entries[added:])
+    def begin(self, model: TextModel, i: int, ids: list[int]) -> tuple[str, list[dict]]:
+        """The text with which the answers to prompt i begin, by echo the prompt; its log-probabilities."""
+        if not self.echo:
+            return "", []
+        entries = [] if self.logprobs is None else prompt_entries(model, ids, self.logprobs)
+        if isinstance(self.prompt[i], str):
+            return valid(self.prompt[i]), entries[len(model.bos or [model.eos]) :]
+        return model.tokenizer.decode(ids), entries
 
     def problem(self) -> tuple[str, str]:
         """(problem, beginning of the answer), for the verifier."""
@@ -93,12 +121,21 @@ class Completion(Question):
             raise ValueError("verifier: give one prompt as a text, without echo")
         return self.prompt[0], ""
 
-    def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
-        """The form of a piece; `sent`: the text of its row that was sent before, None if nothing was."""
-        found = {"text": piece.text, "logprobs": None}
-        if self.logprobs is not None:
-            found["logprobs"] = text_logprobs(piece.tokens, len(sent or ""))
-        return found
+    def form(self, piece: Piece, streaming: bool) -> dict:
+        return {
+            "text": piece.text,
+            "logprobs": None if self.logprobs is None else text_logprobs(piece.tokens),
+        }
+
+
+def text_logprobs(entries: list[dict]) -> dict:
+    found = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+    for entry in entries:
+        top = entry["top_logprobs"]
+        found["tokens"].append(entry["token"])
+        found["token_logprobs"].append(entry["logprob"])
+        found["top_logprobs"].append(top if top is None else {x["token"]: x["logprob"] for x in top})
+    return found
 
 
 class Part(BaseModel):
@@ -141,33 +178,31 @@ class Chat(Question):
     def prompts(self, model: TextModel) -> list[list[int]]:
         """The conversation as ids, up to where the assistant goes on."""
         if not model.chat:
-            raise ValueError(
-                f"{self.model} is not a chat model: use /v1/completions, or a model that sft.py made"
-            )
+            raise ValueError(f"{self.model} is not a chat model: use /v1/completions, or a run of sft.py")
         turns = [message.turn() for message in self.messages]
         if self.continue_final_message != (turns[-1]["role"] == "assistant"):
             raise ValueError(
-                "continue_final_message: set it if, and only if, the last message is the assistant's"
+                "set continue_final_message if, and only if, the last message is the assistant's"
             )
         if not self.continue_final_message:
             return [model.conversation(turns)[0]]
-        *before, last = turns
-        return [model.conversation(before)[0] + model.encode(last["content"])]
+        return [model.conversation(turns[:-1])[0] + model.encode(turns[-1]["content"])]
+
+    def begin(self, *_) -> tuple[str, list[dict]]:
+        return "", []
 
     def problem(self) -> tuple[str, str]:
         turns = [message.turn() for message in self.messages]
         asked = [turn["content"] for turn in turns if turn["role"] == "user"]
         if not asked:
             raise ValueError("verifier: no user message has a problem")
-        begun = turns[-1]["content"] if self.continue_final_message else ""
-        return asked[-1], begun
+        return asked[-1], turns[-1]["content"] if self.continue_final_message else ""
 
-    def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
-        message = {"content": piece.text}
-        if sent is None:
-            message["role"] = "assistant"
+    def form(self, piece: Piece, streaming: bool) -> dict:
         logprobs = {"content": piece.tokens} if self.logprobs else None
-        return {"delta" if streaming else "message": message, "logprobs": logprobs}
+        if streaming:
+            return {"delta": {"content": piece.text}, "logprobs": logprobs}
+        return {"message": {"role": "assistant", "content": piece.text}, "logprobs": logprobs}
 
 
 # -----------------------------------------------------------------------------
@@ -178,91 +213,95 @@ class Job:
     """A request whose model, prompts and limits have been checked: computes the answer, and sends it."""
 
     def __init__(self, lab, question: Completion | Chat):
-        self.lab = lab
-        self.model = lab.pool.get(question.model)
-        if self.model.kind != "causal":
-            raise ValueError(f"{question.model} is not a decoder (kind: {self.model.kind})")
-        if question.heads_off and not self.model.ours:
-            raise ValueError("heads_off is for models that model.py computes")
-        self.prompts = question.prompts(self.model)
-        known = self.model.model.config.vocab_size
-        for ids in [*self.prompts, question.logit_bias]:
+        model = lab.pool.get(question.model)
+        if model.kind != "causal":
+            raise ValueError(f"{question.model} is not a decoder (kind: {model.kind})")
+        prompts = question.prompts(model)
+        known = model.model.config.vocab_size
+        for ids in [*prompts, question.logit_bias]:
             if not all(0 <= i < known for i in ids):
                 raise ValueError(f"token ids must be from 0 to {known - 1}")
-        self.n_rows = len(self.prompts) * question.n
-        if self.n_rows > MOST_ROWS:
+        if len(prompts) * question.n > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
-        most = self.model.context_length
-        longest = max(map(len, self.prompts))
+        most = model.context_length
+        longest = max(map(len, prompts))
         new = max(1, most - longest) if question.max_tokens is None else question.max_tokens
         if longest + new > most:
             words = f"this model's context length is {most} tokens; you asked for {longest + new}"
             words += f" ({longest} in the prompt, {new} to be generated)"
             raise Refused(400, words, "context_length_exceeded")
+        self.lab, self.model, self.prompts = lab, model, prompts
         self.question = question.model_copy(update={"max_tokens": new})
-        self.verifier = self.problem = None
+        self.verifier = None
         if question.verifier:
-            self.verifier = lab.pool.verifier(question.verifier, self.model)
+            self.verifier = lab.pool.verifier(question.verifier, model)
             self.problem = question.problem()
+        self.rows: list[Row] = []
+        self.gone = threading.Event()  # the client is
         name = question.id_prefix + uuid.uuid4().hex
         self.head = {"id": name, "created": int(time.time()), "model": question.model}
         self.usage = self.verdict = None  # known when the answer is complete
 
     # ---- computing, in a thread
 
-    def compute(self, emit: Callable[[Piece], None], gone: threading.Event) -> None:
+    def compute(self) -> None:
         turns = self.lab.pool.turns
-        with turns:
-            for piece in self.question.echoed(self.model, self.prompts):
-                emit(piece)
-                turns.hand_on()
-                if gone.is_set():
-                    return
-        rows = Generation(self.model, self.prompts, self.question, emit, gone, turns).run()
+        rows = []
+        for i, ids in enumerate(self.prompts):
+            if self.gone.is_set():
+                return
+            with turns:
+                begin = self.question.begin(self.model, i, ids)
+            rows += [Row(self.question.stop, *begin) for _ in range(self.question.n)]
+        self.rows = rows
+        self.generate(self.question, rows)
         asked = sum(map(len, self.prompts))
         new = sum(len(row.ids) for row in rows)
         self.usage = {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}
-        if self.verifier is None or gone.is_set():
+        if self.verifier is None or self.gone.is_set():
             return
+        greedy = Row(self.question.stop)
         how = self.question.model_copy(update={"n": 1, "temperature": 0.0, "logprobs": None})
-        rows += Generation(self.model, self.prompts, how, lambda _: None, gone, turns).run()
+        self.generate(how, [greedy])
         problem, begun = self.problem
-        *answers, greedy = (begun + row.text for row in rows)
+        answers = [begun + row.text for row in rows]
         with turns:
-            self.verdict = rank_answers(self.verifier, problem, answers, greedy)
+            self.verdict = rank_answers(self.verifier, problem, answers, begun + greedy.text)
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What is new, every hundredth of a second. Leaving the loop stops the computation."""
-        news: deque[Piece] = deque()
-        gone = threading.Event()
+    def generate(self, how: Completion | Chat, rows: list[Row]) -> None:
+        generate(self.model, self.prompts, how, rows, self.gone, self.lab.pool.turns)
+
+    async def ticks(self) -> AsyncIterator[None]:
+        """Computes; yields every hundredth of a second. Leaving the loop stops the computation."""
         with self.lab.stream():
-            loop = asyncio.get_running_loop()
-            done = loop.run_in_executor(self.lab.threads, self.compute, news.append, gone)
+            done = asyncio.get_running_loop().run_in_executor(self.lab.threads, self.compute)
             try:
-                while not done.done() or news:
-                    yield merged(news)
+                while not done.done():
                     await asyncio.wait([done], timeout=0.01)
-                await done
+                    yield
+                await done  # raises what it raised
             finally:
-                gone.set()
+                self.gone.set()
 
     # ---- sending
 
-    def choice(self, piece: Piece, sent: str | None, streaming: bool) -> dict:
-        found = {"index": piece.row, "finish_reason": piece.finish, "calculator": piece.calculator}
-        return found | self.question.choice(piece, sent, streaming)
+    def choice(self, index: int, piece: Piece, streaming: bool) -> dict:
+        found = {"index": index, "finish_reason": piece.finish, "calculator": piece.calculator}
+        return found | self.question.form(piece, streaming)
 
     async def stream(self) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         head = self.head | {"object": self.question.objects[1], "choices": []}
-        sent: list[str | None] = [None] * self.n_rows
+        if isinstance(self.question, Chat):
+            for index in range(self.question.n):
+                delta = {"role": "assistant", "content": ""}
+                yield event(head | {"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
         try:
-            async with contextlib.aclosing(self.pieces()) as news:
-                async for pieces in news:
-                    for piece in pieces:
-                        before = sent[piece.row]
-                        sent[piece.row] = (before or "") + piece.text
-                        yield event(head | {"choices": [self.choice(piece, before, True)]})
+            async with contextlib.aclosing(self.ticks()) as ticks:
+                async for _ in ticks:
+                    for index, row in enumerate(self.rows):
+                        for piece in row.take():
+                            yield event(head | {"choices": [self.choice(index, piece, True)]})
             if self.verdict:
                 yield event(head | {"verdict": self.verdict})
             if self.question.stream_options.get("include_usage"):
@@ -273,14 +312,14 @@ class Job:
 
     async def whole(self, request: Request) -> dict:
         """The answer in one piece; with a verifier, the best choice first."""
-        rows = [Piece(r) for r in range(self.n_rows)]
-        async with contextlib.aclosing(self.pieces()) as news:
-            async for pieces in news:
-                for piece in pieces:
-                    rows[piece.row].add(piece)
+        async with contextlib.aclosing(self.ticks()) as ticks:
+            async for _ in ticks:
                 if await request.is_disconnected():
                     break
-        choices = [self.choice(row, None, False) for row in rows]
+        choices = []
+        for index, row in enumerate(self.rows):
+            piece = Piece(row.text, tokens=row.tokens, finish=row.finish)
+            choices.append(self.choice(index, piece, False))
         found = self.head | {"object": self.question.objects[0], "usage": self.usage}
         if self.verdict:
             found["verdict"] = self.verdict
@@ -288,37 +327,7 @@ class Job:
         return found | {"choices": choices}
 
 
-def merged(news: deque[Piece]) -> list[Piece]:
-    """Takes the pieces that are there; those of one row and one author become one."""
-    found: list[Piece] = []
-    newest: dict[int, Piece] = {}
-    while news:
-        piece = news.popleft()
-        before = newest.get(piece.row)
-        if before and before.calculator == piece.calculator:
-            before.add(piece)
-        else:
-            found.append(piece)
-            newest[piece.row] = piece
-    return found
-
-
 def event(data, name: str = "") -> str:
     """A server-sent event."""
     begin = f"event: {name}\n" if name else ""
     return f"{begin}data: {to_json(data)}\n\n"
-
-
-def text_logprobs(entries: list[dict], offset: int) -> dict:
-    """As in /v1/completions; offset: characters of the text before."""
-    found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for entry in entries:
-        name, top = entry["token"], entry["top_logprobs"]
-        if top is not None:
-            top = {one["token"]: one["logprob"] for one in top}
-        found["tokens"].append(name)
-        found["token_logprobs"].append(entry["logprob"])
-        found["top_logprobs"].append(top)
-        found["text_offset"].append(offset)
-        offset += 0 if name.startswith("bytes:") else len(name)
-    return found

@@ -1,5 +1,6 @@
 """Run folders: their names, checkpoints, logs and run.json, and the lock of a process that trains in one."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
 from support.processes import tqdm
+from support.tables import json_lines, read_jsonl
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
 SUBFOLDERS = ("checkpoints", "merged", "samples", "judged")
@@ -60,8 +62,8 @@ def first_line(error: BaseException) -> str:
 
 def weights_hash(name: str) -> str | None:
     """sha256 of a folder's weights; None for a model from the hub."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     digest = hashlib.sha256()
+    files = sorted(Path(name).glob("*.safetensors"))
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest() if files else None
@@ -132,9 +134,8 @@ def prune(folder: Path, best: Path, step: int, keep_last: int) -> None:
 def remove_checkpoints(folder: Path) -> None:
     for path in checkpoints(folder):
         remove_folder(path)
-    rest = folder / "checkpoints"
-    if rest.exists() and not any(rest.iterdir()):
-        rest.rmdir()
+    with contextlib.suppress(OSError):  # not empty, or not there
+        (folder / "checkpoints").rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -171,31 +172,14 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines of a log that can be read."""
-    return read_log(path)[0]
-
-
 def read_log(path: Path) -> tuple[list[dict], int]:
     """The lines of a log that can be read, and how many could not. A last line that a crash cut off is not
     counted.
     """
-    if not path.exists():
-        return [], 0
-    lines = []
-    damaged = 0
-    *complete, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other
-    for text in [*complete, rest]:  # line separators, at which splitlines() would cut
-        try:
-            line = json.loads(text)
-        except ValueError:
-            damaged += bool(text.strip()) and text is not rest
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
-            lines.append(line)
-        else:
-            damaged += 1
-    return lines, damaged
+    text = path.read_bytes() if path.exists() else b""
+    lines = [line for line in json_lines(text) if isinstance(line.get("step", 0), int)]
+    written = sum(bool(line.strip()) for line in text.split(b"\n")[:-1])
+    return lines, max(0, written - len(lines))
 
 
 def list_runs(out: str) -> None:
@@ -209,17 +193,23 @@ def list_runs(out: str) -> None:
         except TrainError as error:
             print(error)
             continue
-        losses = {}
+        checks = {"": "not evaluated"}
         for line in read_jsonl(file.parent / "metrics.jsonl"):
             if "val_loss" in line:
-                losses[line["step"]] = f"val_loss {line['val_loss']:.4f}"
-        best = (run.get("results") or {}).get("best")
-        result = f"val_loss {best['val_loss']:.4f} at step {best['step']}" if best else "not evaluated"
+                checks[line["step"]] = f"val_loss {line['val_loss']:.4f} at step {line['step']}"
+        best = (run.get("results") or {}).get("best") or {"step": ""}
         minutes = f"{run.get('seconds', 0) / 60:.1f} min"
-        print(f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {result}")
+        print(
+            file.parent,
+            run.get("status"),
+            f"step {run.get('step')}",
+            minutes,
+            checks.get(best["step"]),
+            sep="  ",
+        )
         for path in checkpoints(file.parent):
             size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
-            print(f"    {path}  {size:.0f} MiB  {losses.get(step_of(path), '')}")
+            print(f"    {path}  {size:.0f} MiB  {checks.get(step_of(path), '')}")
 
 
 # -----------------------------------------------------------------------------

@@ -7,18 +7,15 @@ most one more token.
 
 import codecs
 import contextlib
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from support.costs import weight_bytes
 from support.guard import NotFound
@@ -38,22 +35,19 @@ class Turns:
     """A lock that is granted in the order in which it was asked for."""
 
     def __init__(self):
-        self.guard = threading.Lock()
-        self.queue: deque[threading.Event] = deque()  # the first one holds the lock
+        self.changed = threading.Condition()
+        self.queue: deque = deque()  # the first one holds the lock
 
     def __enter__(self) -> None:
-        mine = threading.Event()
-        with self.guard:
+        mine = object()
+        with self.changed:
             self.queue.append(mine)
-            if self.queue[0] is mine:
-                return
-        mine.wait()
+            self.changed.wait_for(lambda: self.queue[0] is mine)
 
     def __exit__(self, *_) -> None:
-        with self.guard:
+        with self.changed:
             self.queue.popleft()
-            if self.queue:
-                self.queue[0].set()
+            self.changed.notify_all()
 
     def hand_on(self) -> None:
         """Lets waiting threads compute first. The caller must hold the lock."""
@@ -64,7 +58,6 @@ class Turns:
 
 # -----------------------------------------------------------------------------
 # Models
-
 
 SMALL = 20_000_000  # parameters; below this a second core slows decoding
 CORES = torch.get_num_threads()
@@ -118,11 +111,11 @@ class Pool:
         if folder is None:
             raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
 
-        def load() -> tuple[TextModel, int]:
+        def load() -> tuple:
             model = load_model(folder, self.device)
             if model.ours:
                 model.model.to(model.dtype)
-            return model, weight_bytes(model.model)
+            return model, model.model
 
         return self.cached((name,), load, folder)
 
@@ -131,25 +124,22 @@ class Pool:
         if folder is None or "verifier" not in run_of(folder):
             raise NotFound(f"there is no verifier {name!r}: verifier.py trains one")
 
-        def load() -> tuple[Verifier, int]:
+        def load() -> tuple:
             found = Verifier.load(folder, str(self.device), generator, keep=False)
-            return found, weight_bytes(found.model.model)
+            return found, found.model.model
 
         return self.cached((name, generator.name), load, folder, generator.name)
 
     def cached(self, key: tuple, load: Callable[[], tuple], *folders: str | Path):
-        """load() gives (model, bytes); it is called again when the weights in `folders` have changed."""
+        """load() gives (object, module); called again when the weights in `folders` have changed."""
         state = [weights_of(folder) for folder in folders]
-        on_disk = state[0][1]
-        if on_disk > self.budget:
-            have, most = on_disk / 2**30, self.budget / 2**30
-            raise TrainError(
-                f"{key[0]} has {have:.1f} GiB of weights; models may take {most:.1f} GiB (--memory)"
-            )
+        if state[0][1] > self.budget:
+            raise TrainError(f"the weights of {key[0]} need more memory than models may take (--memory)")
         with self.guard:
             entry = self.loaded.pop(key, None)
             if entry is None or entry[0] != state:
-                entry = state, *load()
+                found, module = load()
+                entry = state, found, weight_bytes(module)
             self.loaded[key] = entry
             sizes = [size for *_, size in self.loaded.values()]
             while len(sizes) > 1 and sum(sizes) > self.budget:
@@ -182,214 +172,140 @@ def about(name: str, folder: str, written: float) -> dict:
         "chat": bool(chat),
         "checkpoint": Path(folder).parent.name == "checkpoints",
         "context_length": config.get("max_position_embeddings") or config.get("n_positions"),
+        "stage": run.get("stage"),
     }
-    for key in ("stage", "parameters", "smoke"):
-        meta[key] = run.get(key)
     return {"id": name, "object": "model", "created": int(written), "owned_by": "modern-llm", "meta": meta}
 
 
 # -----------------------------------------------------------------------------
 # Generation
 
-MOST_ROWS = 64  # texts that one request generates
-
-
-def as_list(given: object) -> object:
-    return [given] if isinstance(given, str) else given
-
-
-# The fields that ModernDecoderLM.generate knows by the same name.
-SAMPLING = {"n", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class Sampling(BaseModel):
-    """How to continue prompts; the names are those of OpenAI's API and of ModernDecoderLM.generate."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    max_tokens: int | None = Field(None, ge=0)
-    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(lambda t: t if t > 1e-5 else 0.0)] = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=-1, le=10**9), AfterValidator(lambda k: max(0, k))] = 0
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)  # subtracted from the logit of a token that was there
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)  # the same, times how often
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
-    n: int = Field(1, ge=1, le=MOST_ROWS)
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: seed % 2**31)] = Field(
-        default_factory=lambda: secrets.randbelow(2**31)
-    )
-    # A text ends before the first of these.
-    stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(as_list)] = []
-    calculator: bool = False  # what follows `<<9*3=` is computed
-    heads_off: list[tuple[int, int]] = []  # (layer, head) that contribute nothing
-
-    @property
-    def alternatives(self) -> int | None:
-        """Log-probabilities are wanted, of each token and of so many likeliest ones; None: they are not."""
-        raise NotImplementedError
-
 
 @dataclass
 class Piece:
-    """News of one row."""
+    """News of a row."""
 
-    row: int
-    text: str = ""
+    text: str
     calculator: bool = False  # written by the calculator, not by the model
-    tokens: list[dict] = field(default_factory=list)  # if log-probabilities were asked for
+    tokens: list[dict] = ()  # log-probabilities, if they were asked for
     finish: str | None = None  # "stop" or "length"
-
-    def add(self, later: "Piece") -> None:
-        self.text += later.text
-        self.tokens = self.tokens + later.tokens
-        self.finish = later.finish
 
 
 class Row:
-    """A row's text: gives to `emit` only what later tokens cannot change."""
+    """One text while it is written. `ready` characters of it can no longer change: the last `held` ones could
+    be the beginning of a stop string. One thread calls `add`, another one `take`.
+    """
 
-    def __init__(self, index: int, stop: list[str], emit: Callable[[Piece], None]):
-        self.index = index
+    def __init__(self, stop: list[str], text: str = "", tokens: list[dict] = ()):
         self.stop = stop
-        self.emit = emit
+        self.held = max(map(len, stop), default=1) - 1
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of characters
         self.ids: list[int] = []
         self.computed = 0  # so many of the next tokens are the calculator's
-        self.text = ""  # given out
-        self.held = ""  # not yet
-        self.authors: list[bool] = []  # of each character held: is it the calculator's?
+        self.text = text
+        self.authors = [False] * len(text)  # of each character: is it the calculator's?
+        self.ready = len(text)
+        self.tokens = list(tokens)
         self.finish: str | None = None
+        self.taken = (0, 0, None)  # characters, tokens, finish: what was given out
 
     def add(self, new: bytes, tokens: list[dict], finish: str | None = None) -> None:
-        """The bytes of the next token, its log-probabilities, and why the row ends with it (None: it does
-        not). Gives out the text that cannot be part of a stop string, a piece for each author.
-        """
+        """The bytes of the next token, its log-probabilities, and why the row ends with it, if it does."""
         by_calculator = self.computed > 0
         self.computed -= by_calculator
-        self.held += self.decoder.decode(new, final=finish is not None)
-        self.authors += [by_calculator] * (len(self.held) - len(self.authors))
-        found = [at for at in map(self.held.find, self.stop) if at >= 0]
-        size = len(self.held)
-        if found:
-            size, finish = min(found), "stop"
-        elif finish is None:
-            size -= max((overlap(self.held, stop) for stop in self.stop), default=0)
-        self.finish = finish
-        *before, last = self.pieces(size) or [Piece(self.index)]
-        for piece in before:
-            self.emit(piece)
-        last.tokens, last.finish = tokens, finish
-        self.emit(last)
+        self.tokens += tokens
+        text = self.text + self.decoder.decode(new, final=finish is not None)
+        self.authors += [by_calculator] * (len(text) - len(self.authors))
+        ends = [text.find(stop, self.ready) for stop in self.stop]
+        ends = [end for end in ends if end >= 0]
+        if ends:
+            text = text[: min(ends)]
+            finish = "stop"
+        self.text = text
+        self.ready = len(text) if finish else max(self.ready, len(text) - self.held)
+        self.finish = finish  # the last: `take` reads it first
 
-    def pieces(self, size: int) -> list[Piece]:
-        """Takes the first `size` characters from `held`."""
-        found, begin = [], 0
-        for author, characters in groupby(self.authors[:size]):
+    def take(self) -> list[Piece]:
+        """What is new since the last call, a piece for each author."""
+        finish = self.finish
+        now = (self.ready, len(self.tokens), finish)
+        if now == self.taken:
+            return []
+        begin, seen, _ = self.taken
+        self.taken = now
+        pieces = []
+        for author, characters in groupby(self.authors[begin : now[0]]):
             end = begin + len(list(characters))
-            found.append(Piece(self.index, self.held[begin:end], author))
+            pieces.append(Piece(self.text[begin:end], author))
             begin = end
-        self.text += self.held[:size]
-        self.held = self.held[size:]
-        self.authors = self.authors[size:]
-        return found
-
-
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+        pieces = pieces or [Piece("")]
+        pieces[-1].tokens = self.tokens[seen : now[1]]
+        pieces[-1].finish = finish
+        return pieces
 
 
 class Stopped(Exception):
     """The client is gone, or every row has ended."""
 
 
-class Generation:
-    """Continues prompts and gives `emit` a Piece for each token, until `gone` is set."""
+# Fields of a request that ModernDecoderLM.generate knows by the same name.
+SAMPLING = {"n", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 
-    def __init__(self, model: TextModel, prompts: list[list[int]], how: Sampling, emit, gone, turns: Turns):
-        self.model = model
-        self.prompts = prompts
-        self.how = how
-        self.gone = gone
-        self.turns = turns
-        self.rows = [Row(r, how.stop, emit) for r in range(len(prompts) * how.n)]
-        self.log_p: dict = {}  # row: log-probabilities of its next token, (V)
 
-    def run(self) -> list[Row]:
-        how, model = self.how, self.model
-        if how.heads_off:
-            net = without_heads(model.model, how.heads_off)
-            model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
-        use_cores(model)
-        try:
-            with self.turns:
-                self.stop_if_done()  # the client may have left while it waited
-                model.continuations(
-                    self.prompts,
-                    how.max_tokens,
-                    **how.model_dump(include=SAMPLING),
-                    stop_tokens=sorted({model.eos, model.end}),
-                    stream=self.token,
-                    adjust=self.adjust,
-                    force=self.force if how.calculator or how.stop else None,
-                )
-        except Stopped:
-            pass
-        for row in self.rows:
-            if not row.finish:
-                row.add(b"", [], "length")
-        return self.rows
+def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], gone, turns: Turns) -> None:
+    """Continues prompts and adds each token to its row, until `gone` (an Event) is set. how: a Question."""
+    if how.heads_off:
+        net = without_heads(model.model, how.heads_off)
+        model = TextModel(net, model.tokenizer, model.kind, model.name, chat=model.chat)
+    stops = {model.eos, model.end}
+    special = set(model.tokenizer.special_ids.values())
+    log_p: dict[int, torch.Tensor] = {}  # of the next token of each row, (V)
 
-    def stop_if_done(self) -> None:
-        if self.gone.is_set() or all(row.finish for row in self.rows):
+    def adjust(alive: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """Called once a token with logits (B, V): passes the lock on, stops, adds biases."""
+        turns.hand_on()
+        if gone.is_set() or all(row.finish for row in rows):
             raise Stopped
-
-    def adjust(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Called once a token with logits (B, V): passes the lock on, stops, applies biases and penalties."""
-        self.turns.hand_on()
-        self.stop_if_done()
-        how = self.how
         if how.alternatives is not None:
-            self.log_p = dict(zip(rows, logits.float().log_softmax(-1), strict=True))
-        penalized = how.presence_penalty or how.frequency_penalty
-        if how.logit_bias or penalized:
+            log_p.update(zip(alive, logits.float().log_softmax(-1), strict=True))
+        if how.logit_bias:
             logits = logits.float().clone()
-        for token, bias in how.logit_bias.items():
-            logits[:, token] += bias
-        for i, r in enumerate(rows if penalized else ()):
-            ids, times = torch.tensor(self.rows[r].ids, dtype=torch.long).unique(return_counts=True)
-            penalty = how.presence_penalty + how.frequency_penalty * times
-            logits[i, ids.to(logits.device)] -= penalty.to(logits)
+            logits[:, list(how.logit_bias)] += torch.tensor(list(how.logit_bias.values())).to(logits)
         return logits
 
-    def force(self, r: int, new: list[int]) -> list[int]:
+    def force(r: int, new: list[int]) -> list[int]:
         """Ids that must come next: the end of a finished row, or the calculator's result."""
-        row = self.rows[r]
-        if row.finish:
-            return [self.model.eos]
-        if not self.how.calculator:
+        if rows[r].finish:
+            return [model.eos]
+        if not how.calculator:
             return []
-        known = self.prompts[r // self.how.n][-100:]  # a prompt may end in an open sum
-        result = self.model.calculator(r, [*known, *new])
-        row.computed = len(result)
+        known = prompts[r // how.n][-100:]  # a prompt may end in an open sum
+        result = model.calculator(r, [*known, *new])
+        rows[r].computed = len(result)
         return result
 
-    def token(self, r: int, token: int) -> None:
+    def token(r: int, new: int) -> None:
         """Called with every new token of row r."""
-        row, model = self.rows[r], self.model
-        if row.finish:
+        if rows[r].finish:
             return
-        row.ids.append(token)
+        rows[r].ids.append(new)
         entries = []
-        if self.how.alternatives is not None:
-            entries.append(token_entry(model, self.log_p[r], token, self.how.alternatives))
-        special = token in model.tokenizer.special_ids.values()
-        text = b"" if special else model.tokenizer.token_bytes(token)
-        row.add(text, entries, "stop" if token in (model.eos, model.end) else None)
+        if how.alternatives is not None:
+            entries = [token_entry(model, log_p[r], new, how.alternatives)]
+        text = b"" if new in special else model.tokenizer.token_bytes(new)
+        rows[r].add(text, entries, "stop" if new in stops else None)
+
+    options = how.model_dump(include=SAMPLING)
+    if how.calculator or how.stop:
+        options["force"] = force
+    use_cores(model)
+    options |= {"stop_tokens": sorted(stops), "stream": token, "adjust": adjust}
+    with contextlib.suppress(Stopped), turns:
+        if not gone.is_set():  # the client may have left while it waited
+            model.continuations(prompts, how.max_tokens, **options)
+    for row in rows:
+        if not row.finish:
+            row.add(b"", [], "length")
 
 
 def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) -> dict:
@@ -407,7 +323,7 @@ def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) ->
 @torch.no_grad()
 def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
     """`token_entry` of every token of a prompt given those before it; the first one's logprob is None."""
-    log_p = logits_of(model, ids).log_softmax(-1)
+    log_p = logits_of(model.model, ids, model.device).log_softmax(-1)
     entries = [token_entry(model, log_p[t - 1], i, most) for t, i in enumerate(ids)]
     entries[0] |= {"logprob": None, "top_logprobs": None}
     return entries
@@ -422,19 +338,18 @@ def rank_answers(verifier: Verifier, problem: str, answers: list[str], greedy: s
     scores, probabilities = verifier.score_all([problem] * len(answers), answers)
     numbers = [extract_number(answer) for answer in answers]
     ranked = []
-    for i in sorted(range(len(answers)), key=lambda i: -scores[i]):
+    for i in (-scores).argsort(kind="stable").tolist():
         about = {
             "index": i,
             "number": numbers[i],
+            "text": answers[i],
             "probability": round(float(probabilities[i]), 4),
             "score": round(max(float(scores[i]), -1e6), 4),
-            "text": answers[i],
         }
         ranked.append(about)
     winner = majority(numbers)
-    votes = 0 if winner is None else numbers.count(winner)
     return {
         "answers": ranked,
-        "majority": {"number": winner, "votes": votes},
+        "majority": {"number": winner, "votes": numbers.count(winner) if winner else 0},
         "greedy": {"number": extract_number(greedy), "text": greedy},
     }

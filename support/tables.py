@@ -87,17 +87,20 @@ def text_lines(path: str) -> Iterator[str]:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a JSON-lines file that this project wrote; [] if there is no such file.
-
-    A line that cannot be read (truncated by a crash, blank, not UTF-8) is skipped. Lines end at "\\n" only:
-    str.splitlines() would also cut at U+2028 and U+0085, which JSON strings may hold.
-    """
+    """The objects of a JSON-lines file that this project wrote; [] if there is no such file."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        return json_lines(Path(path).read_bytes())
     except OSError:
         return []
+
+
+def json_lines(text: bytes) -> list[dict]:
+    """The lines that are JSON objects: one that was cut off by a crash, is blank or not UTF-8 is skipped.
+
+    Lines end at "\n" only: str.splitlines() would also cut at U+2028 and U+0085, which JSON strings may hold.
+    """
     found = []
-    for line in lines:
+    for line in text.split(b"\n"):
         try:
             row = parse_json(line.decode())
         except (ValueError, RecursionError):

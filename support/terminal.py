@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells expect
-PIPE_CLOSED = 128 + 13  # the same for SIGPIPE, which Windows does not have
+PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -39,11 +39,11 @@ def run_script(main: Callable[[], None]) -> None:
 def bare_words(argv: list[str], Config) -> tuple[list[str], list[str]]:
     """Splits a command line: flags with their values and config files; and other words, such as out/base."""
     takes_value = {f"--{field.name}" for field in fields(Config) if field.type is not bool}
-    rest, words = [], []
+    flags, words = [], []
     for before, word in zip(["", *argv], argv, strict=False):
-        bare = not word.startswith("-") and not word.endswith(".py") and before not in takes_value
-        (words if bare else rest).append(word)
-    return rest, words
+        bare = not (word.startswith("-") or word.endswith(".py") or before in takes_value)
+        (words if bare else flags).append(word)
+    return flags, words
 
 
 def take_over_interrupts() -> None:
@@ -99,7 +99,15 @@ class StopSignal:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output or error. If its reader has closed, as in `| head -3`, the program ends silently."""
+    """Standard output or error. If its reader has closed, as in `| head -3`, the program ends silently. A
+    character that the encoding lacks is replaced: it must not end hours of training.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, errors: str):
+        super().__init__(
+            stream.buffer, stream.encoding, errors,
+            line_buffering=stream.line_buffering, write_through=stream.write_through,
+        )  # fmt: skip
 
     def write(self, text: str) -> int:
         try:
@@ -118,12 +126,6 @@ class Output(io.TextIOWrapper):
         raise SystemExit(PIPE_CLOSED)
 
 
-def forgiving(stream: io.TextIOWrapper, errors: str) -> Output:
-    """`stream`, but a character that its encoding lacks is replaced: it must not end hours of training."""
-    buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    return Output(stream.buffer, stream.encoding, errors, **buffering)
-
-
 def end_with_parent() -> None:
     """Ends this process when its parent ends, even by kill -9, if $END_WITH_PARENT is set.
 
@@ -131,7 +133,7 @@ def end_with_parent() -> None:
     run would go on without them and keep its folder locked.
     """
     wanted = os.environ.pop("END_WITH_PARENT", "")  # not passed on to our own children
-    if not wanted or os.name != "posix":
+    if not wanted:
         return
     parent = os.getppid()
     if parent == 1 and wanted != "1":  # the parent ended before this line
@@ -149,9 +151,9 @@ def begin() -> None:
     take_over_interrupts()
     end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout = forgiving(sys.stdout, "replace")
+        sys.stdout = Output(sys.stdout, "replace")
     if isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = forgiving(sys.stderr, "backslashreplace")
+        sys.stderr = Output(sys.stderr, "backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 

@@ -19,7 +19,7 @@ from configs import ROOT
 from support.observations import observations
 from support.results import METRICS, Records, Run, differing, read_json, run_of
 from support.runs import TrainError, checkpoints, lock, locked
-from support.tables import read_jsonl
+from support.tables import json_lines, read_jsonl
 
 STAGES = {  # scripts that train: their settings
     "train": "TrainConfig",
@@ -47,10 +47,9 @@ def summaries(home: Path) -> list[dict]:
     """What the list of runs shows, by starting time; see `summary`."""
     found = {}
     for name, folder in named_runs(home).items():
-        times = []
-        for file in ("run.json", "metrics.jsonl", "results.json"):
-            times.append(written_at(folder / file))
-        found[name] = summary(name, folder, home, tuple(times), locked(folder))
+        files = ("run.json", "metrics.jsonl", "results.json")
+        times = tuple(written_at(folder / file) for file in files)
+        found[name] = summary(name, folder, home, times, locked(folder))
     for begun in starting(home):
         run = found.get(begun["name"], {})
         if run.get("state") != "running":
@@ -68,46 +67,30 @@ def written_at(file: Path) -> int:
 
 @lru_cache(2048)  # a run is read again only when its files or its lock have changed
 def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -> dict:
+    """Name, state and what run.json and the newest lines of metrics.jsonl say."""
     try:
-        return summary_of_files(folder, home) | {"name": name}
+        run = run_of(folder)
+        results = run.get("results") or {}
+        checked = results.get("last") or results.get("best") or {}
+        found = {key: run.get(key) for key in ("stage", "started", "verifier", "error")}
+        found |= {"step": run.get("step") or 0, "val_loss": checked.get("val_loss")}
+        for line in json_lines(last_bytes(folder / "metrics.jsonl", 8192)):
+            found |= line
+        found["step"] = max(found["step"], run.get("step") or 0)  # not every step has a line
+        found["max_steps"] = (run.get("settings") or {}).get("max_steps")
+        found["smoke"] = Run(folder, home).smoke
+        found["has_results"] = (folder / "results.json").exists()
+        return found | {"name": name, "state": state_of(folder, run)}
     except Exception as error:  # its files may hold anything: one bad run must not hide the others
         return {"name": name, "stage": None, "state": "lost", "error": f"its files are damaged: {error}"}
-
-
-def summary_of_files(folder: Path, home: Path) -> dict:
-    run = run_of(folder)
-    newest: dict = {}
-    for line in parsed(last_bytes(folder / "metrics.jsonl", 8192)):
-        newest |= line
-    results = run.get("results") or {}
-    checked = results.get("last") or results.get("best") or {}
-    most = (run.get("settings") or {}).get("max_steps")
-    step = max(int(newest.get("step") or 0), int(run.get("step") or 0))
-    left = (int(most or 0) - step) * float(newest.get("step_seconds") or 0)
-    state = state_of(folder, run)
-    return {
-        "stage": run.get("stage"),
-        "state": state,
-        "step": step,
-        "max_steps": most,
-        "loss": newest.get("loss"),
-        "val_loss": newest.get("val_loss", checked.get("val_loss")),
-        "tokens_per_second": newest.get("tokens_per_second"),
-        "seconds_left": left if state == "running" and left > 0 else None,
-        "started": run.get("started"),
-        "smoke": Run(folder, home).smoke,
-        "has_results": (folder / "results.json").exists(),
-        "verifier": run.get("verifier"),
-        "error": run.get("error") if state == "failed" else None,
-    }
 
 
 def state_of(folder: Path, run: dict) -> str:
     """running, finished, interrupted (paused), failed, or lost: its process died without saying anything."""
     if locked(folder):
         return "running"
-    status = run.get("status") or "lost"
-    return "lost" if status == "running" else status
+    status = run.get("status")
+    return "lost" if status in ("running", None) else status
 
 
 def last_bytes(file: Path, most: int) -> bytes:
@@ -118,19 +101,6 @@ def last_bytes(file: Path, most: int) -> bytes:
             return handle.read()
     except OSError:
         return b""
-
-
-def parsed(text: bytes) -> list[dict]:
-    """The lines that are JSON objects; one that was cut off is none."""
-    found = []
-    for line in text.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | None]:
@@ -150,17 +120,18 @@ def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | Non
             reset, inode, text = inode is None, 0, b""
         text = text[: text.rfind(b"\n") + 1]
         offset += len(text)
-        lines = parsed(text)
-        if len(lines) > most:
-            lines = thinned(lines, most)
+        lines = thinned(json_lines(text), most)
         yield (reset, lines) if reset or lines else None
 
 
 def thinned(lines: list[dict], most: int) -> list[dict]:
-    """Every k-th line, so that `most` remain; also the last one and those of evaluations."""
-    every = -(-len(lines) // most)
-    found = [x for i, x in enumerate(lines[:-1]) if i % every == 0 or "val_loss" in x]
-    return [*found, lines[-1]]
+    """Every k-th line, so that `most` remain; also those of evaluations."""
+    every = max(1, -(-len(lines) // most))
+    found = []
+    for i, line in enumerate(reversed(lines)):
+        if i % every == 0 or "val_loss" in line:
+            found.append(line)
+    return found[::-1]
 
 
 # -----------------------------------------------------------------------------
@@ -203,12 +174,14 @@ def results_table(folder: Path, home: Path) -> dict:
 
 def compare(folders: dict[str, Path]) -> dict:
     """The settings in which runs differ, and what their curves say."""
-    settings = {name: run_of(folder).get("settings") or {} for name, folder in folders.items()}
+    settings, seen = {}, {}
+    for name, folder in folders.items():
+        settings[name] = run_of(folder).get("settings") or {}
+        seen[name], _ = observed(folder)
     rows = []
     for key, values in differing(settings).items():
         if key != "out":
             rows.append([key, *map(str, values.values())])
-    seen = {name: observed(folder)[0] for name, folder in folders.items()}
     return {"differences": {"head": ["setting", *folders], "rows": rows}, "observations": seen}
 
 
@@ -235,7 +208,7 @@ def start(home: Path, name: str, stage: str, words: list[str]) -> None:
         subprocess.Popen(
             [sys.executable, str(ROOT / f"{stage}.py"), *words],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held] if os.name == "posix" else [],
+            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held],
         )  # fmt: skip
     os.close(held)  # the process has inherited it
 
@@ -246,9 +219,7 @@ def starting(home: Path) -> list[dict]:
     for file in home.glob("logs/page-*.json"):
         about = read_json(file)
         name, stage = about.get("name"), about.get("stage")
-        if not isinstance(name, str) or file != page_file(home, name, "json"):
-            continue
-        if written_at(home / name / "run.json") > written_at(file):  # it has begun
+        if not name or written_at(home / name / "run.json") > written_at(file):  # half written; it has begun
             continue
         run = {"name": name, "stage": stage, "state": "starting", "error": None}
         if not locked(page_file(home, name, "log")):
@@ -259,10 +230,11 @@ def starting(home: Path) -> list[dict]:
 
 def last_words(log: str, script: str) -> str:
     """The error at the end of a log: from where the script names itself, else the last line."""
-    begin = log.rfind(script)
-    if begin >= 0:
-        return log[begin:].strip()
-    return (log.strip() or "it ended at once").splitlines()[-1]
+    words = log.strip() or "it ended at once"
+    begin = words.rfind(script)
+    if begin < 0:
+        begin = words.rfind("\n") + 1
+    return words[begin:]
 
 
 def log_tail(home: Path, name: str) -> str:
@@ -281,12 +253,12 @@ def pause(folder: Path) -> None:
 def resume(home: Path, name: str, folder: Path) -> None:
     """Starts the command in run.json again. Raises TrainError if that is none of ours, or it still runs."""
     run = run_of(folder)
-    words = shlex.split(str(run.get("command") or ""))
-    script = Path(words[1]).stem if len(words) > 1 else ""
-    state = state_of(folder, run)
-    if state in ("running", "finished"):
+    if (state := state_of(folder, run)) in ("running", "finished"):
         raise TrainError(f"{name} is {state}")
-    if script not in STAGES:
+    words = shlex.split(str(run.get("command")))
+    _, script, *flags = [*words, ""]
+    stage = Path(script).stem
+    if stage not in STAGES:
         raise TrainError(f"run.json of {name} has no command that can be resumed")
-    flags = [word for word in words[2:] if not word.startswith(("--overwrite", "--out="))]
-    start(home, name, script, [*flags, f"--out={home}"])
+    flags = [word for word in flags if word and not word.startswith(("--overwrite", "--out="))]
+    start(home, name, stage, [*flags, f"--out={home}"])

@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,15 @@ import pytest
 def pytest_collection_modifyitems(items):
     """The rehearsal takes longest: of several processes one begins with it."""
     items.sort(key=lambda item: item.path.name != "test_rehearsal.py")
+
+
+def wait_until(done, seconds: float = 120):
+    """What done() returns, as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +77,14 @@ def tiny(tmp_path_factory) -> dict[str, str]:
     config = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, context_length=160, vocab_size=400)
     eot = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     ModernDecoderLM(config).save_pretrained(folder / "base", **eot)
-    tokenizer.save(folder / "base")
     gpt2 = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=160, vocab_size=400, **eot)
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
-    tokenizer.save(folder / "gpt2")
+    for name in ("base", "gpt2"):
+        tokenizer.save(folder / name)
     return {name: str(folder / name) for name in ("base", "gpt2")}
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+def made_once(factory: pytest.TempPathFactory, name: str, make) -> Path:
     """A folder that make(folder) fills once, also where several processes run the tests: each gets a copy."""
     import fcntl
 
@@ -100,11 +111,9 @@ def tuned(tiny, tmp_path_factory) -> str:
 def train_tuned(base: str, out: Path) -> None:
     import sft
 
-    cfg = sft.SFTConfig(model=base, out=str(out), name="sft")
-    cfg.device, cfg.dtype, cfg.batch_size, cfg.data = "cpu", "float32", 8, "arithmetic"
-    cfg.max_steps, cfg.learning_rate, cfg.warmup_steps = 150, 1e-2, 10
-    cfg.eval_examples, cfg.eval_every = 20, 0
-    sft.sft(cfg)
+    how = dict(device="cpu", dtype="float32", batch_size=8, max_steps=150, learning_rate=1e-2)
+    how |= dict(warmup_steps=10, eval_examples=20, eval_every=0)
+    sft.sft(sft.SFTConfig(model=base, out=str(out), name="sft", data="arithmetic", **how))
 
 
 @pytest.fixture(scope="session")
@@ -126,34 +135,33 @@ def train_lab(tiny: dict[str, str], tuned: str, home: Path) -> None:
     for split, n in (("train", 60), ("validation", 4)):
         info = {"source": "a test", "licence": "none", "fingerprint": f"{split}-1"}
         write_tokens(tokenizer, storyworld(split, n), tokens, split, info)
-    cfg = TrainConfig(n_layers=2, d_model=64, n_heads=4, context_length=160, batch_size=4, device="cpu")
-    cfg.max_steps, cfg.save_every, cfg.keep_last, cfg.dtype, cfg.sample_tokens = 40, 10, 3, "float32", 20
-    cfg.tokens, cfg.out, cfg.warmup_steps, cfg.eval_every, cfg.log_every = str(tokens), str(home), 5, 10, 2
-    pretrain(cfg)
-    cfg = VerifierConfig(model=str(home / "sft"), start=str(home / "sft"), out=str(home), device="cpu")
-    cfg.max_steps, cfg.batch_size, cfg.learning_rate, cfg.dtype = 10, 16, 3e-3, "float32"
-    cfg.problems, cfg.n, cfg.held_n, cfg.gold, cfg.eval_every = 30, 4, 4, 50, 0
-    cfg.validation_problems = cfg.test_problems = 20
-    train_verifier(cfg)
+    where = dict(out=str(home), device="cpu", dtype="float32")
+    shape = dict(n_layers=2, d_model=64, n_heads=4, context_length=160, batch_size=4)
+    how = dict(max_steps=40, warmup_steps=5, eval_every=10, save_every=10, keep_last=3, log_every=2)
+    pretrain(TrainConfig(tokens=str(tokens), sample_tokens=20, **where, **shape, **how))
+    how = dict(max_steps=10, batch_size=16, learning_rate=3e-3, eval_every=0, problems=30, n=4, held_n=4)
+    how |= dict(gold=50, validation_problems=20, test_problems=20)
+    train_verifier(VerifierConfig(model=str(home / "sft"), start=str(home / "sft"), **where, **how))
 
 
-@pytest.fixture(scope="session")
-def lab_server(lab_home):
-    """A serve.py over `lab_home`: (its address, its process)."""
-    import subprocess
-    import sys
-
-    command = [sys.executable, str(Path(__file__).parents[1] / "serve.py"), f"--out={lab_home}", "--port=0"]
-    command += [f"--models={lab_home}/models/gpt2", "--device=cpu"]
+def start_server(out: Path, *words: str) -> tuple[str, subprocess.Popen]:
+    """(address, process) of a serve.py on one core, when it listens."""
+    script = str(Path(__file__).parents[1] / "serve.py")
     process = subprocess.Popen(
-        command,
+        [sys.executable, script, f"--out={out}", "--port=0", "--device=cpu", *words],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
-    yield process.stdout.readline().strip(), process
+    return process.stdout.readline().strip(), process
+
+
+@pytest.fixture(scope="session")
+def lab_server(lab_home):
+    url, process = start_server(lab_home, f"--models={lab_home}/models/gpt2")
+    yield url, process
     process.terminate()
-    assert process.wait(20) in (0, -15, 143)
+    assert process.wait(60) in (0, -15, 143)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +18,6 @@ import support.attention as attending
 from model import ModelConfig, ModernDecoderLM
 from support import long_context
 from support.attention import attention_weights, chosen_heads, head_scores
-from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -32,12 +32,17 @@ def weights_of(model, ids, **inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("which", ["base", "gpt2"])
 def test_our_weights_are_those_of_transformers(which, tiny):
-    """A Llama with grouped keys, and a GPT-2, computed by model.py."""
+    """A Llama with grouped keys, and a GPT-2, computed by model.py; then with an adapter."""
     ids = torch.randint(400, (2, 12))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny[which]).eval()
     ours = attention_weights(ModernDecoderLM.from_pretrained(tiny[which]).eval(), ids)
     torch.testing.assert_close(ours, weights_of(theirs, ids), atol=1e-5, rtol=0)
     torch.testing.assert_close(attention_weights(theirs, ids), ours, atol=1e-5, rtol=0)
+    where = {"base": "q_proj", "gpt2": "c_attn"}[which]
+    settings = peft.LoraConfig(
+        target_modules=[where], init_lora_weights=False, fan_in_fan_out=which == "gpt2"
+    )
+    assert (attention_weights(peft.get_peft_model(theirs, settings).eval(), ids) - ours).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("sinks", [0, 1])
@@ -51,7 +56,7 @@ def test_attention_weights_are_shares_of_what_may_be_seen(sinks):
     assert (total < 1).all() if sinks else torch.allclose(total, torch.ones_like(total), atol=1e-5)
 
 
-def test_encoders_look_both_ways_and_adapters_count(tiny):
+def test_encoders_look_both_ways():
     ids = torch.randint(400, (2, 10))
     torch.manual_seed(0)
     bert = transformers.BertModel(transformers.BertConfig(**SMALL, intermediate_size=32)).eval()
@@ -63,11 +68,6 @@ def test_encoders_look_both_ways_and_adapters_count(tiny):
     config = transformers.T5Config(vocab_size=400, decoder_start_token_id=0, **shape)
     t5 = transformers.T5ForConditionalGeneration(config).eval()
     torch.testing.assert_close(attention_weights(t5, ids), weights_of(t5.get_encoder(), ids))
-    gpt2 = transformers.AutoModelForCausalLM.from_pretrained(tiny["gpt2"]).eval()
-    before = attention_weights(gpt2, ids)
-    settings = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
-    tuned = peft.get_peft_model(gpt2, settings).eval()
-    assert (attention_weights(tuned, ids) - before).abs().max() > 1e-3
 
 
 def test_heads_are_scored_by_what_they_look_at(monkeypatch):
@@ -85,6 +85,16 @@ def test_heads_are_scored_by_what_they_look_at(monkeypatch):
     for head, name in enumerate(("previous", "first", "induction", "entropy")):
         assert scores[name].argmax() == head and scores[name][0, head] == pytest.approx(1, abs=1e-5)
     assert scores["entropy"][0, :3].max() < 1e-6
+    assert chosen_heads(scores, -1, -1) == [
+        ("previous", 0, 0),
+        ("first", 0, 1),
+        ("induction", 0, 2),
+        ("entropy", 0, 3),
+    ]
+    assert chosen_heads(scores, 0, -1) == [("", 0, head) for head in range(4)]
+    assert chosen_heads(scores, -1, 2) == [("", 0, 2)]
+    with pytest.raises(ValueError, match="--layer=1"):
+        chosen_heads(scores, 1, -1)
 
 
 def test_copied_digits_are_counted_where_they_are_repeated():
@@ -95,24 +105,10 @@ def test_copied_digits_are_counted_where_they_are_repeated():
                 logits[0, t, seen[seen.index(i) + 1] if i in seen[:t] else 10] = 1
             return logits
 
-    encode, decode = lambda text: list(text.encode()), lambda ids: chr(ids[0])  # noqa: E731
-    model = SimpleNamespace(
-        model=Echo(), eos=299, device="cpu", context_length=999, encode=encode, decode=decode
-    )
-    assert attending.copied_digits(model, [("a1 b2", "a1 b2"), ("a1", "a1")]) == 1
-    assert attending.copied_digits(model, [("a1 b2", "b1 a2 x3"), ("a4", "a4")]) == 0.25
-    found = attending.copying(model, seed=1, n=20)
-    assert set(found) == {"facts", "lists"} and all(0 < accuracy < 1 for accuracy in found.values())
-
-
-def test_flags_choose_heads():
-    scores = {"previous": [[0.1, 0.9], [0.2, 0.3]], "first": [[0.5, 0.5], [0.5, 0.5]]}
-    assert chosen_heads(scores, -1, -1) == [("previous", 0, 1), ("first", 0, 0)]
-    assert chosen_heads(scores, 1, -1) == [("", 1, 0), ("", 1, 1)]
-    assert chosen_heads(scores, -1, 1) == [("", 0, 1), ("", 1, 1)]
-    assert chosen_heads(scores, 1, 0) == [("", 1, 0)]
-    with pytest.raises(ValueError, match="--layer=2: the model has 2, from 0 to 1"):
-        chosen_heads(scores, 2, -1)
+    model = SimpleNamespace(model=Echo(), eos=299, device="cpu", context_length=999)
+    model.encode, model.decode = lambda text: list(text.encode()), lambda ids: chr(ids[0])
+    assert attending.copied_digits(model, ["a1 b2", "a1"], ["a1 b2", "a1"]) == 1
+    assert attending.copied_digits(model, ["a1 b2", "a4"], ["b1 a2 x3", "a4"]) == 0.25
 
 
 @pytest.fixture
@@ -124,53 +120,29 @@ def command_line(monkeypatch, tmp_path):
     return run
 
 
-@pytest.fixture
-def run(tiny, tmp_path):
-    """A folder with the tiny base, and the base itself."""
-    model = ModernDecoderLM.from_pretrained(tiny["base"])
-    model.save_pretrained(tmp_path / "run")
-    Tokenizer.load(tiny["base"]).save(tmp_path / "run")
-    return tmp_path / "run", model
-
-
-def test_maps_of_any_text_are_added_and_those_of_other_weights_go(run, command_line):
-    folder, model = run
-    words = str(folder), "--attention"
-    for text, flags in (("Anna has 3 nuts.", ["--layer=1"]), ("Ben sings.", ["--layer=0", "--head=2"])):
-        for _ in range(2):  # the same again: once
-            command_line(*words, f"--text={text}", *flags)
-    found = json.loads((folder / "attention.json").read_text())["maps"]
-    heads = [[(head["layer"], head["head"]) for head in example["heads"]] for example in found]
-    assert heads == [[(1, 0), (1, 1), (1, 2), (1, 3)], [(0, 2)]]
-    assert "".join(found[1]["tokens"]) == "<|endoftext|>Ben sings."
-    with torch.no_grad():
-        model.model["layers"][0].self_attn.q_proj.weight.mul_(5)
-    model.save_pretrained(folder)
-    command_line(*words, "--text=Ben sings.", "--layer=0")
-    assert len(json.loads((folder / "attention.json").read_text())["maps"]) == 1
+def test_maps_of_any_text_and_head(tiny, tmp_path, command_line):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] ben sings .".split()
+    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.save_pretrained(tmp_path / "bert")
+    config = transformers.BertConfig(**SMALL | {"vocab_size": len(words)}, intermediate_size=32)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")  # an encoder without its head
+    for model, begin in ((tiny["base"], "<|endoftext|>"), (str(tmp_path / "bert"), "[CLS]")):
+        command_line(model, "--attention", "--text=Ben sings.", "--layer=1", "--head=2")
+        (example,) = json.loads(Path(model, "attention.json").read_text())["maps"]
+        (head,) = example["heads"]
+        assert (head["layer"], head["head"], example["tokens"][0]) == (1, 2, begin)
+        assert sum(head["weights"][-1]) == pytest.approx(1, abs=0.01)
+        assert "".join(example["tokens"][1:]).lower().startswith("ben")
     with pytest.raises(SystemExit, match="is 160"):
-        command_line(*words, "--text=" + "nuts " * 200)
+        command_line(tiny["base"], "--attention", "--text=" + "nuts " * 200)
 
 
-def test_an_encoder_without_a_head_is_read(tmp_path, command_line):
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat"]
-    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
-    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
-    config = transformers.BertConfig(**SMALL | {"vocab_size": len(tokens)}, intermediate_size=32)
-    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    command_line(str(tmp_path / "bert"), "--attention", "--text=the cat sat", "--layer=1", "--head=3")
-    (example,) = json.loads((tmp_path / "bert" / "attention.json").read_text())["maps"]
-    assert example["tokens"] == ["[CLS]", "the", "cat", "sat", "[SEP]"]
-    (head,) = example["heads"]
-    assert (head["layer"], head["head"]) == (1, 3) and sum(head["weights"][0]) == pytest.approx(1, abs=0.01)
-
-
-def test_streams_of_a_run_of_ones_own(tiny, run, tmp_path, monkeypatch, command_line):
+def test_streams_of_a_text_of_ones_own(tiny, tmp_path, monkeypatch, command_line):
     (tmp_path / "text.txt").write_text("Anna has 3 nuts. She buys 4 more.<|endoftext|>\n" * 600)
     monkeypatch.setattr(long_context, "ENDLESS", 50)
     words = "--streams", f"--tasks={tmp_path}/text.txt", "--context_length=16", "--limit=2"
-    command_line(str(run[0]), *words)
-    found = json.loads((run[0] / "streams.json").read_text())
+    command_line(tiny["base"], *words)
+    found = json.loads(Path(tiny["base"], "streams.json").read_text())
     assert set(found["perplexity"]) == {"full", *(f"window, first {keep} kept" for keep in (0, 1, 4))}
     assert list(found["perplexity"]["full"]) == ["0-1", "1-2", "2-4", "4-8", "8-16"]
     assert len(found["attention to the first token"]) == 2 and found["endless"]["tokens"] == 50

@@ -25,14 +25,7 @@ from lab.scaling import best_use, fit_law, fit_sizes, isoflop, loss_of
 from lab.study import finished, prepare_tokens, spread, train_all, verdict
 from model import ModelConfig, ModernDecoderLM
 from support.costs import GIB, count_parameters, estimate_memory
-from support.long_context import (
-    endless,
-    first_token_mass,
-    full_attention,
-    liveliness,
-    rolling,
-    stretched_rope,
-)
+from support.long_context import endless, first_token_mass, full_attention, liveliness, rolling
 from tokenizer import SPECIAL_TOKENS, Tokenizer, tokens_folder, train_bpe
 from train import model_config
 
@@ -159,24 +152,15 @@ def test_a_rolling_cache_is_full_attention_and_then_only_the_kept_and_the_newest
         assert torch.allclose(found[:, t], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("stretch", ["linear", "yarn"])
-def test_stretched_rope_is_hugging_faces(stretch):
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    c = ModelConfig(vocab_size=40, context_length=64, n_layers=1, d_model=128, n_heads=2)
-    rope = {"rope_type": stretch, "factor": 4.0, "rope_theta": c.rope_theta}
-    rope |= {"original_max_position_embeddings": 64} if stretch == "yarn" else {}
-    theirs = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=256,
-                         rope_parameters=rope)  # fmt: skip
-    frequencies, scale = ROPE_INIT_FUNCTIONS[stretch](theirs, "cpu")
-    angles = torch.arange(256).float()[:, None] * frequencies
-    cos, sin = stretched_rope(c, 256, stretch, 4.0)
-    torch.testing.assert_close(cos[:, 32:], angles.cos() * scale)
-    torch.testing.assert_close(sin[:, 32:], angles.sin() * scale)
+def test_stretching_by_one_changes_nothing(model):
+    ids = torch.randint(0, 40, (2, 30))
+    full = full_attention(model, ids)
+    for stretch in ("linear", "ntk", "yarn"):
+        assert torch.allclose(full_attention(model, ids, stretch, 1.0), full, atol=1e-5)
+        assert not torch.allclose(full_attention(model, ids, stretch, 4.0), full, atol=1e-5)
 
 
-def test_an_endless_stream_has_a_cache_of_constant_size_and_attention_to_the_first_is_a_share(model):
+def test_an_endless_stream_has_a_cache_of_constant_size(model):
     found = endless(model, 200)
     assert set(found["cache_bytes"]) == {2 * 2 * 2 * 16 * 8 * 4}  # k, v; layers, heads, slots, width, bytes
     ids = torch.randint(0, 40, (2, 16))

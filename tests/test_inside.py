@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig, ModernDecoderLM
-from support.inside import contributions, logit_lens, look_inside, token_text, trace, without_heads
+from support.inside import contributions, logit_lens, look_inside, trace, without_heads
 from support.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def small(**more) -> ModernDecoderLM:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_parts_of_a_logit_sum_to_it(shape):
+def test_the_parts_of_a_logit_sum_to_it_and_the_last_lens_is_the_model(shape):
     model = small(**SHAPES[shape])
     ids = torch.randint(96, (12,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -42,12 +42,11 @@ def test_the_parts_of_a_logit_sum_to_it(shape):
     for position, target in ((0, 5), (7, 90), (11, 0)):
         found = trace(model, ids, position)
         assert torch.allclose(found.logits, expected, atol=1e-4)
+        assert torch.allclose(logit_lens(model, found)[-1], expected[position], atol=1e-4)
         parts = contributions(model, found, target)
-        assert math.fsum(p["value"] for p in parts) == pytest.approx(
-            float(expected[position, target]), abs=2e-4
-        )
-        c = model.config
-        assert sum(p["head"] is not None for p in parts) == c.n_layers * c.n_heads
+        total = math.fsum(p["value"] for p in parts)
+        assert total == pytest.approx(float(expected[position, target]), abs=2e-4)
+        assert sum(p["head"] is not None for p in parts) == 2 * 4
 
 
 def test_post_norm_is_no_sum_and_says_so():
@@ -56,67 +55,41 @@ def test_post_norm_is_no_sum_and_says_so():
         contributions(model, trace(model, torch.arange(5), 2), 1)
 
 
-def test_the_lens_of_the_last_layer_is_the_model():
-    model, ids = small(), torch.arange(9)
-    found = trace(model, ids, 4)
-    assert torch.allclose(logit_lens(model, found)[-1], found.logits[4], atol=1e-4)
-    assert len(found.residual) == model.config.n_layers + 1
-
-
 def test_a_head_that_is_off_adds_nothing_and_the_model_itself_stays():
     model, ids = small(), torch.arange(9)[None]
     with torch.no_grad():
         before = model(ids)
         off = without_heads(model, [(1, 2)])
-        parts = contributions(off, trace(off, ids[0], 8), 3)
-        value = next(p["value"] for p in parts if p["name"] == "L1 H2")
-        assert value == 0 and not torch.equal(off(ids), before)
+        values = {p["name"]: p["value"] for p in contributions(off, trace(off, ids[0], 8), 3)}
+        assert values["L1 H2"] == 0 and not torch.equal(off(ids), before)
         assert torch.equal(model(ids), before)
-        everything = [(layer, head) for layer in range(2) for head in range(4)]
-        off = without_heads(model, everything)(ids)
+        off = without_heads(model, [(layer, head) for layer in range(2) for head in range(4)])(ids)
         for block in model.model["layers"]:
             block.self_attn.o_proj.weight.zero_()
         assert torch.allclose(off, model(ids), atol=1e-6)
-    with pytest.raises(ValueError, match="no head 4 in layer 0"):
-        without_heads(model, [(0, 4)])
 
 
-def test_surprise_is_the_cross_entropy_of_each_token(tuned):
-    model = load_model(tuned, torch.device("cpu"))
+def test_surprise_is_the_cross_entropy_of_each_token_also_by_transformers(tiny):
+    model = load_model(tiny["gpt2"], torch.device("cpu"))
+    theirs = load_model(tiny["gpt2"], torch.device("cpu"), backend="transformers")
     ids = [model.eos, *model.encode("Anna has 3 nuts. She buys 4 more nuts.")]
-    found = look_inside(model, ids, position=5)
     logits = model.model(torch.tensor([ids]))[0].detach()
     nats = F.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
-    assert found["surprise"][0] is None
-    for said, true in zip(found["surprise"][1:], nats.tolist(), strict=True):
-        assert said["bits"] * math.log(2) == pytest.approx(true, abs=1e-3)
-        assert (said["rank"] == 1) == (said["top"][0][2] <= said["p"] + 1e-7)
-    best = logits[5].softmax(-1).max()
-    assert found["next"][0]["p"] == pytest.approx(float(best), abs=1e-4)
-    assert found["parts"]["sum"] == pytest.approx(found["parts"]["target"]["logit"], abs=1e-3)
-    assert "".join(bytes(token["bytes"]).decode() for token in found["tokens"][1:]).startswith("Anna has 3")
-
-
-def test_transformers_models_have_surprise_and_the_next_token(tiny):
-    ours = load_model(tiny["gpt2"], torch.device("cpu"))
-    theirs = load_model(tiny["gpt2"], torch.device("cpu"), backend="transformers")
-    ids = [ours.eos, *ours.encode("She buys 4 more nuts.")]
-    a, b = look_inside(ours, ids), look_inside(theirs, ids)
-    assert b["lens"] is b["parts"] is None
-    for x, y in zip(a["surprise"][1:], b["surprise"][1:], strict=True):
-        assert x["bits"] == pytest.approx(y["bits"], abs=1e-3)
+    for one in (model, theirs):
+        found = look_inside(one, ids, position=5)
+        assert found["surprise"][0] is None
+        for said, true in zip(found["surprise"][1:], nats.tolist(), strict=True):
+            assert said["bits"] * math.log(2) == pytest.approx(true, abs=1e-3)
+            assert (said["rank"] == 1) == (said["top"][0][1] <= said["p"] + 1e-7)
+        assert found["next"][0]["p"] == pytest.approx(float(logits[5].softmax(-1).max()), abs=1e-4)
+        text = b"".join(bytes(token["bytes"]) for token in found["tokens"][1:]).decode()
+        assert text.startswith("Anna has 3")
+    assert found["lens"] is found["parts"] is None
     with pytest.raises(ValueError, match="model.py"):
         look_inside(theirs, ids, off=[(0, 0)])
 
 
-@pytest.mark.parametrize(
-    "wrong", [dict(position=99), dict(position=-2), dict(target=400), dict(off=[(9, 0)])]
-)
-def test_what_does_not_exist_is_refused(tuned, wrong):
+@pytest.mark.parametrize("wrong", [{"position": 99}, {"position": -2}, {"target": 400}, {"off": [(9, 0)]}])
+def test_what_does_not_exist_is_refused(tiny, wrong):
     with pytest.raises(ValueError):
-        look_inside(load_model(tuned, torch.device("cpu")), [1, 2, 3], **wrong)
-
-
-def test_a_part_of_a_character_is_written_as_its_bytes():
-    assert token_text(b" caf\xc3\xa9") == " café"
-    assert token_text(b"\xe2\x82") == "bytes:\\xe2\\x82"
+        look_inside(load_model(tiny["base"], torch.device("cpu")), [1, 2, 3], **wrong)

@@ -1,7 +1,6 @@
 """Ctrl-C, closed pipes, encodings, and processes whose parent dies."""
 
 import ast
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 from support.processes import WorkerDied, alone_in, worker_pool
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(f.name for f in ROOT.glob("*.py") if "__main__" in f.read_text(encoding="utf-8"))
-posix = pytest.mark.skipif(os.name != "posix", reason="signals")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 
 def start(*words: str, **env: str) -> subprocess.Popen:
@@ -39,10 +39,8 @@ def test_every_script_takes_over_the_terminal_first_of_all(name):
     assert source.splitlines()[-1] == "    run_script(main)"
 
 
-@posix
-@pytest.mark.parametrize("name", ["train.py", "report.py"])  # whose imports take a while
-def test_ctrl_c_while_libraries_are_imported_is_quiet(name):
-    process = start("-v", name, "--help")  # -v: says on stderr what is imported
+def test_ctrl_c_while_libraries_are_imported_is_quiet():
+    process = start("-v", "train.py", "--help")  # -v: says on stderr what is imported
     for line in process.stderr:
         if line.startswith(b"import 'support.terminal'"):  # printed after the module has run
             break
@@ -53,21 +51,19 @@ def test_ctrl_c_while_libraries_are_imported_is_quiet(name):
 def script(tmp_path: Path, text: str) -> str:
     """A script beside ours: `support.terminal` acts for the folder that it lies in."""
     (tmp_path / "support").mkdir()
-    for name in ("__init__", "terminal", "processes", "files"):
-        text_of = (ROOT / "support" / f"{name}.py").read_text(encoding="utf-8")
-        (tmp_path / "support" / f"{name}.py").write_text(text_of, encoding="utf-8")
+    for name in ("__init__", "terminal"):
+        (tmp_path / "support" / f"{name}.py").write_bytes((ROOT / "support" / f"{name}.py").read_bytes())
     file = tmp_path / "script.py"
     file.write_text(f"from support.terminal import run_script\n\n{text}", encoding="utf-8")
     return str(file)
 
 
-@posix
 def test_ctrl_c_in_main_tidies_up_and_ends_with_130(tmp_path):
     text = """
 import time
 def main():
     try:
-        print("here", flush=True); time.sleep(30)
+        print("here", flush=True); time.sleep(300)
     finally:
         print("tidied up", flush=True)
 run_script(main)
@@ -75,50 +71,41 @@ run_script(main)
     process = start(script(tmp_path, text))
     assert process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=10)
-    assert (process.returncode, out, errors) == (130, b"tidied up\n", b"")
+    assert process.communicate() == (b"tidied up\n", b"") and process.returncode == 130
 
 
-@posix
 def test_a_reader_that_goes_ends_the_script_in_silence(tmp_path):
-    text = "def main():\n    while True: print('a line')\nrun_script(main)"
-    process = start(script(tmp_path, text))
+    process = start(script(tmp_path, "def main():\n    while True: print('a line')\nrun_script(main)"))
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(10) == 141 and process.stderr.read() == b""
+    assert process.wait() == 141 and process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_character_that_the_terminal_lacks_is_replaced(tmp_path, encoding):
     text = "def main():\n    print('caf\\u00e9 \\u6771\\u4eac', input()[:1])\nrun_script(main)"
     process = start(script(tmp_path, text), PYTHONIOENCODING=encoding)
-    out, errors = process.communicate("é".encode() + b"\n", timeout=20)
+    out, errors = process.communicate("é".encode() + b"\n")
     assert process.returncode == 0 and errors == b"" and b"??" in out
-
-
-@posix
-def test_a_child_ends_when_its_parent_is_killed(tmp_path):
-    child = script(tmp_path, "import time\nprint('here', flush=True)\ntime.sleep(60)")
-    code = "import os, subprocess, sys, time\n"
-    code += "env = os.environ | {'END_WITH_PARENT': str(os.getpid())}\n"
-    code += f"child = subprocess.Popen([sys.executable, {child!r}], env=env)\n"
-    code += "print(child.pid, flush=True); time.sleep(60)"
-    parent = start("-c", code)
-    pid = int(parent.stdout.readline())
-    assert parent.stdout.readline() == b"here\n"
-    parent.kill()
-    parent.wait()
-    for _ in range(50):
-        if not alive(pid):
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the child goes on without its parent")
 
 
 def alive(pid: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
     return bool(state.strip()) and not state.startswith("Z")
+
+
+def ends_with_its_parent(code: str) -> None:
+    """`code` starts a process and prints its id."""
+    parent = start("-c", code)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    wait_until(lambda: not alive(pid))
+
+
+def test_a_child_ends_when_its_parent_is_killed(tmp_path):
+    child = script(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(300)")
+    code = "import os, subprocess, sys\nenv = os.environ | {'END_WITH_PARENT': str(os.getpid())}\n"
+    ends_with_its_parent(code + f"subprocess.run([sys.executable, {child!r}], env=env)")
 
 
 # -----------------------------------------------------------------------------
@@ -129,51 +116,34 @@ def die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@posix
-@pytest.mark.parametrize("name, told", [("SIGKILL", "out of memory"), ("SIGALRM", "signal 14")])
-def test_a_worker_that_dies_is_one_message(name, told):
-    with pytest.raises(WorkerDied, match=f"{told}.*--workers=1"):
+@pytest.mark.parametrize("name, word", [("SIGKILL", "out of memory"), ("SIGALRM", "signal 14")])
+def test_a_worker_that_dies_is_one_message(name, word):
+    with pytest.raises(WorkerDied, match=f"{word}.*--workers=1"):
         with worker_pool(2, "--workers=1") as pool:
             pool.submit(die, getattr(signal, name)).result()
 
 
-@posix
 def test_leaving_a_pool_by_an_exception_does_not_wait_for_its_work():
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         with worker_pool(2, "") as pool:
-            pool.submit(time.sleep, 60)
+            pool.submit(time.sleep, 300)
             raise KeyboardInterrupt
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 200
 
 
-@posix
 def test_workers_end_when_their_parent_is_killed():
-    code = "import os, time\nfrom support.processes import worker_pool\n"
-    code += "with worker_pool(2, '') as pool:\n"
-    code += "    print(pool.submit(os.getpid).result(), flush=True)\n    pool.submit(time.sleep, 60).result()"
-    parent = start("-c", code)
-    pid = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(pid)
+    code = "import os, time\nfrom support.processes import worker_pool\nwith worker_pool(2, '') as pool:\n"
+    code += (
+        "    print(pool.submit(os.getpid).result(), flush=True)\n    pool.submit(time.sleep, 300).result()"
+    )
+    ends_with_its_parent(code)
 
 
-@posix
 def test_one_process_at_a_time_works_in_a_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    code = "from pathlib import Path\nfrom support.processes import alone_in\n"
+    code += f"with alone_in(Path({str(tmp_path)!r})): print('in', flush=True)"
     with alone_in(tmp_path):
-        other = context.Process(target=enter, args=(tmp_path,))
-        other.start()
-        other.join(2)
-        assert other.is_alive() and not (tmp_path / "entered").exists()
-    other.join(20)
-    assert (tmp_path / "entered").exists()
-
-
-def enter(folder: Path) -> None:
-    with alone_in(folder):
-        (folder / "entered").touch()
+        other = start("-c", code)
+        assert b"waiting" in other.stdout.readline()
+    assert other.stdout.readline() == b"in\n" and other.wait() == 0

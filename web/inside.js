@@ -116,7 +116,7 @@ function factsOf(i) {
   const facts = `token ${i}: id ${id}, bytes ${hex}, ${origin}`;
   if (!view.surprise[i]) return facts;
   const { bits, rank, p, top } = view.surprise[i];
-  const expected = top.map(([, words, q]) => `${visible(words)} ${percent(q)}`).join(", ");
+  const expected = top.map(([words, q]) => `${visible(words)} ${percent(q)}`).join(", ");
   return `${facts}; ${number(bits, 3)} bits, rank ${rank}, p ${percent(p)}; expected ${expected}`;
 }
 
@@ -207,8 +207,8 @@ async function generate() {
 // ---------------------------------------------------------------------- Lens and contributions
 function lensCard() {
   const max = Math.max(...view.lens.map((one) => one.norm));
-  const heat = (p) => ({ class: "heat", "--heat": `${100 * p}%`, "data-tip": percent(p) });
-  const token = ([words, p]) => h("span", heat(p), visible(words));
+  const heat = (words, p) => ({ class: "heat", "--heat": `${100 * p}%`, "data-tip": `${visible(words)} ${percent(p)}` });
+  const token = ([words, p]) => h("span", heat(words, p), visible(words));
   const length = (norm) => h("span", {}, h("meter", { max, value: norm }), ` ${number(norm, 3)}`);
   const row = ({ name, top, target_p: p, norm }) => [name, ...top.map(token), percent(p), length(norm)];
   const head = ["after", "1st", "2nd", "3rd", "4th", "5th", "p of target", "norm"];

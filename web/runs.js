@@ -95,13 +95,17 @@ function showRows(data) {
 function showLine(row) {
   if (!rowElements.has(row.name)) rowElements.set(row.name, newLine(row));
   const line = rowElements.get(row.name);
-  const left = row.state === "running" && row.seconds_left !== null ? duration(row.seconds_left) : "";
+  const left = timeLeft(row);
   const figures = [number(row.loss), number(row.val_loss), number(row.tokens_per_second, 3), left];
   const values = [row.stage, row.state, `${number(row.step)} / ${number(row.max_steps)}`, ...figures];
   values.forEach((value, i) => (line.cells[i + 2].textContent = value));
   line.dataset.state = row.state;
   line.style.setProperty("--done", `${(100 * row.step) / row.max_steps}%`);
   line.querySelector(".tick").checked = state.ticked.includes(row.name);
+}
+
+function timeLeft({ state, step, max_steps: most, step_seconds: seconds }) {
+  return state === "running" && seconds && most > step ? duration((most - step) * seconds) : "";
 }
 
 function newLine({ name, smoke }) {
@@ -133,14 +137,13 @@ async function compare(names, key) {
 // ---------------------------------------------------------------------- One run's page
 function showHead() {
   const row = rowOf(opened) ?? { state: "not found", stage: "there is no such run in this folder" };
-  const running = ["running", "starting"].includes(row.state);
-  const left = running && row.seconds_left ? `, ${duration(row.seconds_left)} left` : "";
+  const left = timeLeft(row) && `, ${timeLeft(row)} left`;
   $("run-name").textContent = opened;
   $("run-page").dataset.state = $("run-state").textContent = row.state;
   $("run-now").textContent = `${row.stage}, step ${number(row.step)} of ${number(row.max_steps)}${left}`;
   $("pause").hidden = row.state !== "running";
   $("resume").hidden = !["interrupted", "lost", "failed"].includes(row.state);
-  $("run-error").hidden = !row.error;
+  $("run-error").hidden = !row.error || !["failed", "lost"].includes(row.state);
   $("run-error").textContent = row.error;
 }
 

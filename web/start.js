@@ -5,7 +5,6 @@ import { $, api, attempt, fillSelect, h, on, stored, text, tie, toast } from "./
 const state = stored("start", { stage: "train", config: "", name: "", changes: {} });
 let forms = null;
 let planned = ""; // the state whose plan succeeded
-let choices = 0; // an answer that comes after a later choice is not shown
 
 export async function startStart() {
   forms = await attempt(() => api("lab/forms"));
@@ -23,20 +22,18 @@ export async function startStart() {
   choose(state.stage, state.config, state.changes);
 }
 
-async function choose(stage, config, changes = {}) {
+function choose(stage, config, changes = {}) {
   stage = forms.stages[stage] ? stage : "train";
   const { configs, doc, groups } = forms.stages[stage];
-  const mine = ++choices;
-  Object.assign(state, { stage, changes, config: configs.includes(config) ? config : configs[0] });
-  fillSelect($("start-config"), { configs }, state.config);
+  const [first] = Object.keys(configs);
+  Object.assign(state, { stage, changes, config: config in configs ? config : first });
+  fillSelect($("start-config"), { configs: Object.keys(configs) }, state.config);
   $("start-doc").textContent = doc;
-  const set = await attempt(() => api(`lab/config?${new URLSearchParams({ stage, config: state.config })}`));
-  if (!set || mine !== choices) return;
-  const opened = [...document.querySelectorAll("#start-fields details[open]")].map((group) => group.firstChild.textContent);
-  const boxes = groups.map(({ title, fields }, i) => {
-    const inner = fields.map((field) => fieldBox(field, set[field.name] ?? field.default));
+  const opened = [...document.querySelectorAll("#start-fields details[open]")].map((group) => group.id);
+  const boxes = Object.entries(groups).map(([title, fields], i) => {
+    const inner = fields.map((field) => fieldBox(field, configs[state.config][field.name]));
     const open = opened.length ? opened.includes(title) : i === 0;
-    return h("details", { open }, h("summary", {}, title), h("div", { class: "fields" }, inner));
+    return h("details", { id: title, open }, h("summary", {}, title), h("div", { class: "fields" }, inner));
   });
   $("start-fields").replaceChildren(...boxes);
   showChanges();
