@@ -255,10 +255,9 @@ def check_settings(cfg: AdaptConfig, source: Source) -> None:
 
 
 def load_weights(cfg: AdaptConfig, source: Source, labels: tuple[str, ...], ours: bool) -> nn.Module:
-    """The weights in float32; where they stay frozen, in 4 bits or in the dtype of activations of a GPU."""
+    """The weights in float32; where they stay frozen, in 4 bits or in the dtype of the activations."""
     device = pick_device(cfg.device)
-    frozen = cfg.lora_r and device.type == "cuda"
-    dtype = pick_dtype(cfg.dtype, device) if frozen else torch.float32
+    dtype = pick_dtype(cfg.dtype, device) if cfg.lora_r else torch.float32
     if ours:
         return ModernDecoderLM.from_pretrained(cfg.model).to(device, dtype)
     kwargs = four_bit(device) if cfg.load_in_4bit else {"dtype": dtype}

@@ -84,7 +84,7 @@ class AttentionInBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block: int = 64) -> Tensor:
         """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), each H / K query heads with one of K. A mask
-        (T, T) or (B, 1, T, T), True = attend, takes the place of the triangle; what may see nothing gets 0.
+        (T, T) or (B, 1, T, T), True = attend, lies within the causal triangle; what may see nothing gets 0.
         """
         (B, H, T, D), K = q.shape, k.shape[1]
         q, k, v = (q / math.sqrt(D)).reshape(B, K, H // K, T, D), k.contiguous(), v.contiguous()
@@ -92,15 +92,14 @@ class AttentionInBlocks(torch.autograd.Function):
         y, weights = torch.empty_like(q), []
         for i in range(0, T, block):
             j = min(i + block, T)
-            S = j if mask is None else T  # keys that this block may see
-            scores = (q[..., i:j, :].flatten(2, 3) @ k[:, :, :S].mT).view(B, K, -1, j - i, S)
+            scores = (q[..., i:j, :].flatten(2, 3) @ k[:, :, :j].mT).view(B, K, -1, j - i, j)
             if mask is None:
                 scores[..., i:] += future[: j - i, : j - i]
             else:
-                scores.masked_fill_(~mask[..., i:j, :].unsqueeze(-3), -torch.inf)
-            w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, S)
+                scores.masked_fill_(~mask[..., i:j, :j].unsqueeze(-3), -torch.inf)
+            w = scores.softmax(-1).flatten(2, 3)  # (B, K, queries of the group, j)
             w = w if mask is None else w.nan_to_num_()
-            y[..., i:j, :] = (w @ v[:, :, :S]).view(B, K, -1, j - i, D)
+            y[..., i:j, :] = (w @ v[:, :, :j]).view(B, K, -1, j - i, D)
             if any(ctx.needs_input_grad):
                 weights.append(w)
         ctx.save_for_backward(q, k, v, *weights)
@@ -115,12 +114,12 @@ class AttentionInBlocks(torch.autograd.Function):
         grad = grad.reshape(q.shape)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, w in zip(range(0, T, block), weights, strict=True):
-            j, S = min(i + block, T), w.shape[-1]
+            j = min(i + block, T)
             dy = grad[..., i:j, :].flatten(2, 3)
-            dv[:, :, :S] += w.mT @ dy
-            ds = torch._softmax_backward_data(dy @ v[:, :, :S].mT, w, -1, w.dtype)
-            dq[..., i:j, :] = (ds @ k[:, :, :S]).view(B, K, G, j - i, D)
-            dk[:, :, :S] += ds.mT @ q[..., i:j, :].flatten(2, 3)
+            dv[:, :, :j] += w.mT @ dy
+            ds = torch._softmax_backward_data(dy @ v[:, :, :j].mT, w, -1, w.dtype)
+            dq[..., i:j, :] = (ds @ k[:, :, :j]).view(B, K, G, j - i, D)
+            dk[:, :, :j] += ds.mT @ q[..., i:j, :].flatten(2, 3)
         return (dq / math.sqrt(D)).view(B, K * G, T, D), dk, dv, None, None
 
 
@@ -234,7 +233,11 @@ def mkl_is_slow() -> bool:
 
 
 def lm_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
-    """`model.lm_loss`, `chunk` tokens at a time."""
+    """`model.lm_loss`, `chunk` tokens at a time, and on a CPU without those that have no target."""
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        asked = targets != -100
+        if not asked.all():
+            hidden, targets = hidden[asked], targets[asked]
     # A Function does not see no_grad(): attached, the head would get its gradient in evaluation too.
     head = head if torch.is_grad_enabled() else head.detach()
     return ChunkedCrossEntropy.apply(hidden, head, targets, chunk)
@@ -254,10 +257,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """hidden (N, d), weight (V, d), targets (N), -100 = ignore -> sum of losses in nats (float32)."""
         total = torch.zeros((), device=hidden.device)
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        trains_weight = ctx.needs_input_grad[1]  # False with LoRA, whose head is frozen
+        need = ctx.needs_input_grad[0] or trains_weight
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if need else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains_weight else None
         for i in range(0, len(hidden), chunk):
             h, t = hidden[i : i + chunk], targets[i : i + chunk]
             asked = (t != -100).unsqueeze(-1)  # (n, 1)
@@ -265,6 +269,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total = total - loss
             if need:
                 grad_hidden[i : i + chunk] = (grad @ w) * asked
+            if trains_weight:
                 grad_weight += grad.T @ (h * asked)
             del grad  # or it would lie there beside the next chunk's
         if need:
@@ -290,13 +295,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_output.to(grad_weight.dtype)
-        return (
-            (grad_hidden * scale).to(grad_hidden.dtype),
-            (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 # -----------------------------------------------------------------------------
