@@ -87,7 +87,7 @@ class AttentionInBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, block: int = 64) -> Tensor:
         """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), each H / K query heads with one of K. A mask
-        (T, T) or (B, 1, T, T), True = attend, takes the place of the triangle; what may see nothing gets 0.
+        (T, T) or (B, 1, T, T), True = attend, lies within the causal triangle; what may see nothing gets 0.
         """
         B, H, T, D = q.shape
         q = (q / math.sqrt(D)).reshape(B, k.shape[1], -1, T, D)  # (B, K, H / K, T, D)
@@ -99,17 +99,17 @@ class AttentionInBlocks(torch.autograd.Function):
         for i in range(0, T, block):
             queries = q[..., i : i + block, :]
             n = queries.shape[-2]
-            S = i + n if mask is None else T  # keys that this block may see
+            S = i + n  # keys that this block may see
             scores = queries.flatten(2, 3) @ k[:, :, :S].mT
             blocks = scores.unflatten(2, (-1, n))  # (B, K, H / K, n, S), a view
             if mask is None:
                 blocks[..., i:] += future[:n, :n]
             else:
-                blocks.masked_fill_(~mask[..., i : i + n, :].unsqueeze(-3), -torch.inf)
+                blocks.masked_fill_(~mask[..., i:S, :S].unsqueeze(-3), -torch.inf)
             w = scores.softmax(-1)
             if mask is not None:
                 w.nan_to_num_()
-            y[..., i : i + n, :] = (w @ v[:, :, :S]).unflatten(2, (-1, n))
+            y[..., i:S, :] = (w @ v[:, :, :S]).unflatten(2, (-1, n))
             if any(ctx.needs_input_grad):
                 weights.append(w)
         ctx.save_for_backward(q, k, v, *weights)
@@ -247,7 +247,11 @@ def mkl_is_slow() -> bool:
 
 
 def lm_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
-    """`model.lm_loss`, `chunk` tokens at a time."""
+    """`model.lm_loss`, `chunk` tokens at a time, and on a CPU without those that have no target."""
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        asked = targets != -100
+        if not asked.all():
+            hidden, targets = hidden[asked], targets[asked]
     # A Function does not see no_grad(): attached, the head would get its gradient in evaluation too.
     head = head if torch.is_grad_enabled() else head.detach()
     return ChunkedCrossEntropy.apply(hidden, head, targets, chunk)
@@ -267,10 +271,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """hidden (N, d), weight (V, d), targets (N), -100 = ignore -> sum of losses in nats (float32)."""
         total = torch.zeros((), device=hidden.device)
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        trains_weight = ctx.needs_input_grad[1]  # False with LoRA, whose head is frozen
+        need = ctx.needs_input_grad[0] or trains_weight
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if need else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains_weight else None
         for i in range(0, len(hidden), chunk):
             h = hidden[i : i + chunk]
             t = targets[i : i + chunk].unsqueeze(-1)  # (n, 1)
@@ -279,6 +284,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total = total - loss
             if need:
                 grad_hidden[i : i + chunk] = (grad @ w) * counts
+            if trains_weight:
                 grad_weight += grad.T @ (h * counts)
             del grad  # or it would lie there beside the next chunk's
         if need:
@@ -306,7 +312,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
-        return grad_hidden, (grad_weight * grad_output).to(ctx.weight_dtype), None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 # -----------------------------------------------------------------------------
