@@ -211,8 +211,9 @@ def build_model(
     tokenizer = load_tokenizer(cfg.model)
     torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
     ours = has_own_lora(source, cfg) if cfg.lora_r else align and not source.why_not_ours()
-    # float32; weights that stay frozen: in 4 bits, or in the dtype of activations
-    how = {"dtype": pick_dtype(cfg.dtype, device) if cfg.lora_r else torch.float32}
+    # float32; weights that stay frozen: in 4 bits, or on a GPU in the dtype of activations
+    frozen = cfg.lora_r and device.type == "cuda"
+    how = {"dtype": pick_dtype(cfg.dtype, device) if frozen else torch.float32}
     model = load_network(source, ours, labels, True, **four_bit(device) if cfg.load_in_4bit else how)
     if source.adapter:
         float32_where_trained(model)
@@ -223,9 +224,8 @@ def build_model(
         tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
     if cfg.gradient_checkpointing and not ours:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if ours:
-        model.to(device, **how)
     if cfg.lora_r and ours:
+        model.to(device, dtype_for(cfg, model) or pick_dtype(cfg.dtype, device))
         adapter = Adapter(model, cfg, source.base)
     elif cfg.lora_r and not source.adapter:
         model = add_peft_lora(model, cfg, source.kind, new_tokens)

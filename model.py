@@ -625,7 +625,8 @@ class ModernDecoderLM(nn.Module):
             return [[] for _ in range(len(prompts) * n)]
         cache, max_new_tokens = cache_for(self, prompts, max_new_tokens, window, keep)
         hooks = {"stream": stream, "force": force, "adjust": adjust}
-        texts = Texts(self, prompts, n, max_new_tokens, seed, stop_tokens, options, **hooks)
+        where = (self.device, self.config.vocab_size)
+        texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, *where, **hooks)
         decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
         token = texts.draw(decoder.prefill(prompts, max_new_tokens), texts.uniforms[:, 0])
         for step in range(1, max_new_tokens + 1):

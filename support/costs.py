@@ -271,8 +271,7 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
             scores = 3 * 4 * c.n_heads * pairs
     elif on_cpu:  # AttentionInBlocks: scores of 64 queries, their softmax, and that of the 64 before
         attention += 2 * kv
-        before = max(0, length - 64) if c.sees_all else length
-        keys = 2 * length + before
+        keys = 2 * length + max(0, length - 64)
         scores = size * rows * c.n_heads * min(64, length) * keys
     mask = 0 if s.ours else pairs
     return max(size * N * ffn, size * N * attention + scores) + mask

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModernDecoderLM, Texts, check_sampling, sample, tokens_in, uniform_numbers
+from model import ModernDecoderLM
+from support.checks import check_sampling
 from support.hf_format import write_generation_config
 from support.tables import valid
+from support.texts import Texts
 from support.tokenizer_json import HUB_MARK, letter_bytes, unspell
 from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 
@@ -127,12 +129,8 @@ class HubTokenizer:
 @torch.no_grad()
 def generate(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int, decoder_only: bool,
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-    repetition_penalty: float = 1.0, stop_tokens: Sequence[int] = (), n: int = 1,
-    seed: int | Sequence[int] = 0,
-    stream: Callable[[int, int], None] | None = None,
-    force: Callable[[int, list[int]], Sequence[int]] | None = None,
-    adjust: Callable[[list[int], Tensor], Tensor] | None = None,
+    stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0, stream=None, force=None,
+    adjust=None, **options,
 ) -> list[list[int]]:  # fmt: skip
     """ModernDecoderLM.generate for a transformers model; see there for the arguments.
 
@@ -140,8 +138,7 @@ def generate(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    filters = (temperature, top_k, top_p, min_p, repetition_penalty)
-    check_sampling(*filters)
+    check_sampling(**options)
     rows = [prompt for prompt in prompts for _ in range(n)]
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -151,30 +148,23 @@ def generate(
         ids[row, where] = torch.tensor(prompt)
         mask[row, where] = 1
     start = width if decoder_only else 1
-    uniforms = uniform_numbers(seed, len(rows), max_new_tokens)
-    texts = Texts(len(rows), stop_tokens, stream, force)
+    device = next(model.parameters()).device
+    vocab_size = model.config.get_text_config().vocab_size
+    hooks = {"stream": stream, "force": force, "adjust": adjust}
+    texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, device, vocab_size, **hooks)
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
-        new = input_ids[:, start:]
-        seen = None
-        if adjust:
-            scores = adjust(list(range(len(rows))), scores)
-        if repetition_penalty != 1.0:
-            seen = tokens_in(prompts, n, scores.shape[1]).to(scores.device).scatter(1, new, True)
-        chosen = sample(scores, uniforms[:, new.shape[1]].to(scores.device), *filters, seen).tolist()
-        for row, token in enumerate(chosen):
-            chosen[row] = texts.forced(row, token) if force else token
-            texts.add(row, [chosen[row]])
-        column = torch.tensor(chosen, device=scores.device).unsqueeze(1)
-        return torch.full_like(scores, -torch.inf).scatter(1, column, 0.0)
+        step = input_ids.shape[1] - start
+        before = input_ids[:, -1] if step else None
+        token = texts.take(texts.draw(scores, texts.uniforms[:, step], before), last=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
         eos_token_id=list(stop_tokens) or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:

@@ -3,18 +3,17 @@
 import torch
 from torch import Tensor
 
-from model import ModernDecoderLM, sample
+from model import sample
 
 
 class Texts:
     """The rows that a generation writes. Line j of the batch continues row alive[j]."""
 
     def __init__(
-        self, model: ModernDecoderLM, prompts, n: int, steps: int, seed, stop_tokens, options: dict,
-        stream=None, force=None, adjust=None,
+        self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,
+        vocab_size: int, stream=None, force=None, adjust=None,
     ):  # fmt: skip
         rows = len(prompts) * n
-        device = model.device
         seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
         if len(seeds) != rows:
             raise ValueError(f"{len(seeds)} seeds for {rows} rows")
@@ -23,7 +22,7 @@ class Texts:
         self.uniforms = torch.stack(streams).to(device)
         self.seen = None  # (rows, V), True for the tokens of each row
         if options.get("repetition_penalty", 1.0) != 1.0:
-            seen = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool)
+            seen = torch.zeros(rows, vocab_size, dtype=torch.bool)
             for row in range(rows):
                 seen[row, list(prompts[row // n])] = True
             self.seen = seen.to(device)
