@@ -1,7 +1,7 @@
 """The model: a decoder-only transformer, from single equations up to sampling text.
 
 Read it from top to bottom: configuration, equations, layers, the whole model, key-value cache, sampling. It
-needs torch alone; support/ checks settings, keeps other caches, and reads and writes files.
+needs torch alone; support/ reads and writes files and has a cache that rolls.
 
     config = ModelConfig(n_layers=6, d_model=288, n_heads=6, vocab_size=4096)
     model = ModernDecoderLM(config)
@@ -19,18 +19,15 @@ names of this module, `attend`, `project`, `lm_loss` and `Decoder`, by faster ve
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from configs import check_numbers
-from support.checks import check_config, check_sampling
 
 
 @dataclass
@@ -487,7 +484,7 @@ class ModernDecoderLM(nn.Module):
 
     def set_dropout(self, p: float) -> None:
         """The dropout of a loaded model, everywhere: all layers read it from this one config."""
-        check_numbers({"dropout": p}, {})
+        refuse(not 0 <= p < 1, f"dropout={p} must be from 0 to below 1")
         self.config.dropout = p
 
     @property
@@ -615,15 +612,12 @@ class ModernDecoderLM(nn.Module):
         `compile=True` decodes with a compiled step (support/kernels.py has it): half a minute to start, then
         faster.
         """
-        from support.caches import cache_for
-        from support.texts import Texts
-
         check_sampling(**options)
         if not len(prompts) or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         if max_new_tokens < 1:
             return [[] for _ in range(len(prompts) * n)]
-        cache, max_new_tokens = cache_for(self, prompts, max_new_tokens, window, keep)
+        cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
         hooks = {"stream": stream, "force": force, "adjust": adjust}
         where = (self.device, self.config.vocab_size)
         texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, *where, **hooks)
@@ -639,6 +633,25 @@ class ModernDecoderLM(nn.Module):
                 token = token[left]
             token = decoder.next(token, texts.uniforms[:, step])
         return texts.rows
+
+    def empty_cache(self, prompts: Sequence, new: int, window: int, keep: int) -> tuple["KVCache", int]:
+        """A cache with room for all prompts and their new tokens, which may be fewer than asked."""
+        c = self.config
+        longest = max(map(len, prompts))
+        where = {"device": self.device, "dtype": self.dtype}
+        if c.positions == "learned":
+            refuse(
+                longest >= c.context_length,
+                f"a prompt of {longest} tokens leaves no room in context {c.context_length}",
+            )
+            new = min(new, c.context_length - longest)
+        elif longest + new > (keep + window if window else c.context_length):
+            from support.caches import RollingCache
+
+            slots = keep + window if window else c.context_length
+            return RollingCache(c, len(prompts), slots, keep=keep, **where), new
+        slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
+        return KVCache(c, len(prompts), slots, **where), new
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: "KVCache") -> Tensor:
         """Reads prompts of any lengths into an empty cache; returns the logits after each one's last token,
@@ -665,6 +678,85 @@ class ModernDecoderLM(nn.Module):
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
         return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+
+
+class Texts:
+    """The rows that a generation writes. Line j of the batch continues row alive[j]."""
+
+    def __init__(
+        self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,
+        vocab_size: int, stream=None, force=None, adjust=None,
+    ):  # fmt: skip
+        rows = len(prompts) * n
+        seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
+        if len(seeds) != rows:
+            raise ValueError(f"{len(seeds)} seeds for {rows} rows")
+        # All the randomness that sampling needs: one number in [0, 1) per row and step, (rows, steps).
+        streams = [torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self.uniforms = torch.stack(streams).to(device)
+        self.seen = None  # (rows, V), True for the tokens of each row
+        if options.get("repetition_penalty", 1.0) != 1.0:
+            seen = torch.zeros(rows, vocab_size, dtype=torch.bool)
+            for row in range(rows):
+                seen[row, list(prompts[row // n])] = True
+            self.seen = seen.to(device)
+        self.options = options
+        self.stop_tokens = stop_tokens
+        self.stream, self.force, self.adjust = stream, force, adjust
+        # Reading a token makes a GPU wait: at every step only if somebody wants to see or change it.
+        self.read_every = 1 if stream or force or adjust or device.type == "cpu" else 16
+        self.unread: list[Tensor] = []
+        self.alive = list(range(rows))
+        self.rows: list[list[int]] = [[] for _ in range(rows)]  # the new tokens
+        self.queues: list[list[int]] = [[] for _ in range(rows)]  # forced tokens that wait for their turn
+        self.ended: set[int] = set()
+
+    def draw(self, logits: Tensor, uniform: Tensor, token: Tensor | None = None) -> Tensor:
+        """The next token of each line, (B), after `token`."""
+        if self.seen is not None and token is not None:
+            self.seen.scatter_(1, token.unsqueeze(1), True)
+        if self.adjust:
+            logits = self.adjust(self.alive, logits)
+        return sample(logits, uniform, seen=self.seen, **self.options)
+
+    def take(self, token: Tensor, last: bool) -> Tensor:
+        """Notes the drawn token of each line, (B), or what `force` puts in its place; returns it."""
+        if self.force:
+            token = torch.tensor([*map(self.forced, self.alive, token.tolist())], device=token.device)
+        self.unread.append(token)
+        if last or len(self.unread) == self.read_every:
+            for row, new in zip(self.alive, torch.stack(self.unread, dim=1).tolist(), strict=True):
+                self.add(row, new)
+            self.unread = []
+        return token
+
+    def forced(self, row: int, drawn: int) -> int:
+        queue = self.queues[row]
+        if not queue and row not in self.ended:
+            queue.extend(self.force(row, self.rows[row]))
+        return queue.pop(0) if queue else drawn
+
+    def add(self, row: int, new: list[int]) -> None:
+        """Appends tokens up to the first stop token, behind which the row has ended."""
+        for token in new:
+            if row in self.ended:
+                return
+            self.rows[row].append(token)
+            if self.stream:
+                self.stream(row, token)
+            if token in self.stop_tokens:
+                self.ended.add(row)
+
+    def left(self) -> list[int]:
+        """The lines whose rows go on."""
+        return [j for j, row in enumerate(self.alive) if row not in self.ended]
+
+    def keep(self, lines: list[int]) -> None:
+        """Forgets all other lines of the batch."""
+        self.alive = [self.alive[j] for j in lines]
+        self.uniforms = self.uniforms[lines]
+        if self.seen is not None:
+            self.seen = self.seen[lines]
 
 
 class KVCache:
@@ -823,6 +915,50 @@ def sample(
     if order is not None:
         index = order.gather(1, index)
     return index.squeeze(1)
+
+
+# -----------------------------------------------------------------------------
+# Settings that mean nothing are refused by name
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
+
+
+def check_config(c: ModelConfig) -> None:
+    """ValueError if a config describes no model; a 0 that means "work it out" is still 0 here."""
+    at_least_1 = "vocab_size context_length n_layers d_model n_heads n_experts experts_per_token moe_every"
+    for field in fields(c):
+        name, value = field.name, getattr(c, field.name)
+        if choices := get_args(field.type):
+            refuse(value not in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
+            continue
+        right_type = type(value) is field.type or (field.type is float and type(value) is int)
+        refuse(not right_type, f"{name} must be of type {field.type.__name__}, not {value!r}")
+        lowest = 1 if name in at_least_1.split() else 0
+        refuse(not lowest <= value < 10**12, f"{name}={value} must be a number from {lowest}")
+    refuse(c.dropout >= 1, f"dropout={c.dropout} must be below 1")
+    kv_heads = c.n_kv_heads or c.n_heads
+    head_dim = c.head_dim or c.d_model / c.n_heads
+    refuse(head_dim % 1, f"d_model={c.d_model} is not a multiple of n_heads={c.n_heads}")
+    refuse(c.n_heads % kv_heads, f"n_heads={c.n_heads} is not a multiple of n_kv_heads={kv_heads}")
+    refuse(c.positions == "rope" and head_dim % 2, f"RoPE rotates pairs: {head_dim=} must be even")
+    if c.ffn == "moe":
+        too_many = c.experts_per_token > c.n_experts
+        refuse(too_many, f"experts_per_token={c.experts_per_token} of n_experts={c.n_experts}")
+        refuse(c.moe_every > c.n_layers, f"moe_every={c.moe_every}, but n_layers={c.n_layers}")
+    if c.attention_kind == "linear":
+        refuse(c.n_sinks, "n_sinks belong to a softmax: attention_kind='linear' has none")
+
+
+def check_sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> None:
+    """ValueError for options that describe no distribution."""
+    refuse(not 0 <= temperature < math.inf, f"{temperature=} must be 0 (greedy) or above")
+    refuse(top_k < 0, f"{top_k=} must be 0 (all tokens) or above")
+    refuse(not 0 < top_p <= 1, f"{top_p=} must be above 0 and at most 1")
+    refuse(not 0 <= min_p <= 1, f"{min_p=} must be from 0 to 1")
+    refuse(not 0 < repetition_penalty < math.inf, f"{repetition_penalty=} must be above 0")
 
 
 # -----------------------------------------------------------------------------

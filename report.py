@@ -478,10 +478,11 @@ def make_report(cfg: ReportConfig) -> Path:
         raise ConfigError(f"there is no folder {home}: run bash run_all.sh cpu, or name another by --home")
     records = Records(home)
     sections = sections_of(records, cfg.only)
+    page = write(to, "Modern LLM: report", sections)
     if not cfg.only:
         write(to, "Modern LLM: experiments", pkgutil.resolve_name(LOG)(records, sections), "experiments")
-        pkgutil.resolve_name(PAPER)(to / "paper", records, sections)
-    return write(to, "Modern LLM: report", sections)
+        pkgutil.resolve_name(PAPER)(to / "paper", records, sections)  # with the page's figures
+    return page
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ class TrainerConfig:
     warmup_steps: int = 100  # steps from 0 up to learning_rate
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
     decay_fraction: float = 0.2  # wsd: share of the steps that decay, the last ones
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices in the layers; AdamW for the rest
+    optimizer: Literal["adamw", "adamw_plain", "muon"] = "adamw"  # torch's fused one, ours to read, or Muon
     weight_decay: float = 0.1  # pulls matrices, not norms and biases, towards 0
     beta1: float = 0.9  # memory of the gradient's mean
     beta2: float = 0.95  # memory of its square
@@ -178,7 +178,8 @@ def get_lr(
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019, algorithm 2), to be read.
 
-    Training uses torch's fused version, which does the same in one kernel (a test compares them).
+    Training uses torch's fused version, which does the same in one kernel (a test compares them), and this
+    one with --optimizer=adamw_plain.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
@@ -289,8 +290,9 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
     optimizers = []
     if groups:
         fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
-        betas = (cfg.beta1, cfg.beta2)
-        optimizers.append(torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused))
+        how = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2)}
+        plain = cfg.optimizer == "adamw_plain"
+        optimizers.append(AdamW(groups, **how) if plain else torch.optim.AdamW(groups, fused=fused, **how))
     if hidden:
         optimizers.append(Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
     return optimizers

@@ -2,7 +2,7 @@
 
     python verifier.py configs/verifier.py                            # minutes on a laptop
     python verifier.py configs/verifier.py --kind=head --name=head    # the published baseline
-    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k
+    python verifier.py --model=out/sft-gsm8k --start=out/sft-gsm8k --task=gsm8k --solutions=FILE.jsonl
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
@@ -54,7 +54,7 @@ from support.loading import load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.runs import AlreadyFinished, TrainError, run_folder
-from support.samples import Samples, draw
+from support.samples import Samples, draw, labelled
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
 from train import rows_per_step
 
@@ -73,6 +73,7 @@ class VerifierConfig(AdaptConfig):
     gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
     problems: int = 4000  # problems that the generator answers, to learn from
     first_problem: int = 12_000  # of the train split: behind those that SFT and DPO have seen
+    solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     answers_of: str = ""  # whose answers it learns from; default: the generator's
     n: int = 8  # answers a problem, to learn from
     held_n: int = 8  # answers to each problem that it is fitted and reported on
@@ -512,6 +513,7 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
         "problems": len(right),
         "answers": right.size,
         "right": float(right.mean()),
+        "right_by_source": right.mean(0).tolist(),  # of labelled solutions: of each model
         "oracle": accuracy(right.any(1)),
         "accuracy": accuracy(agreed),
         "calibration": calibration(right.ravel(), probabilities),
@@ -538,6 +540,8 @@ def accuracy(hits: np.ndarray) -> dict:
 
 def sample(cfg: VerifierConfig, generator: TextModel) -> tuple[list[Samples], dict]:
     """Answers to learn from, to fit on and to report on; and the source of the first ones."""
+    if cfg.solutions:
+        return labelled(cfg.solutions), {"source": cfg.solutions}
     teacher = load_model(cfg.answers_of, generator.device) if cfg.answers_of else generator
     if not teacher.chat:
         raise TrainError(f"--answers_of={cfg.answers_of} must be an instruction-tuned model")

@@ -1,31 +1,11 @@
 """Key-value caches beside the plain one: rolling, with shared prompts, of fixed shape; and which to take."""
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import KVCache, ModelConfig, ModernDecoderLM, rope_angles, rotate
-
-
-def cache_for(
-    model: ModernDecoderLM, prompts: Sequence, new: int, window: int, keep: int
-) -> tuple[KVCache, int]:
-    """An empty cache with room for all prompts and their new tokens, which may be fewer than asked."""
-    c = model.config
-    longest = max(map(len, prompts))
-    where = {"device": model.device, "dtype": model.dtype}
-    if c.positions == "learned":
-        if longest >= c.context_length:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in context {c.context_length}")
-        new = min(new, c.context_length - longest)
-    elif longest + new > (keep + window if window else c.context_length):
-        slots = keep + window if window else c.context_length
-        return RollingCache(c, len(prompts), slots, keep=keep, **where), new
-    slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
-    return KVCache(c, len(prompts), slots, **where), new
+from model import KVCache, ModelConfig, rope_angles, rotate
 
 
 class RollingCache(KVCache):

@@ -108,8 +108,8 @@ def kept_scores(c: ModelConfig, rows: int, T: int, half: bool) -> int:
     if c.attention_kind == "linear" and c.sees_all:  # of each chunk the weights and the D x D matrix
         return of_a_key * (min(T, 64) + c.head_dim**2 // 64)
     keys = 0
-    if not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks: behind a mask all
-        keys = min(T, (T + 64) // 2) if c.sees_all else T
+    if not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks
+        keys = min(T, (T + 64) // 2)
     if c.n_sinks or c.attention_kind == "linear":  # every score: as it is, as float32 weight, as weight
         keys += 3 * T
     return of_a_key * keys

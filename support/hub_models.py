@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModernDecoderLM
-from support.checks import check_sampling
+from model import ModernDecoderLM, Texts, check_sampling
 from support.hf_format import write_generation_config
 from support.tables import valid
-from support.texts import Texts
 from support.tokenizer_json import HUB_MARK, letter_bytes, unspell
 from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 

@@ -272,20 +272,24 @@ def latex_table(block: Table) -> list[str]:
 def latex_block(block: Block) -> list[str]:
     if isinstance(block, Text):
         return ["", latex_text(block.words), ""]
-    if isinstance(block, Table):
-        return latex_table(block) if block.rows else []
     picture = rf"\includegraphics[width=\linewidth]{{../figures/{block.name}.png}}"
     caption = rf"\caption{{{latex_text(block.caption)}}}"
     return [r"\begin{figure}[t]\centering", picture, caption, r"\end{figure}"]
 
 
 def as_latex(title: str, sections: Sections) -> str:
-    """The article. The section "Abstract" becomes the abstract."""
-    out = []
+    """The article. The section "Abstract" becomes the abstract; tables stand behind the two-column text."""
+    out, tables = [], []
     for heading, blocks in sections.items():
-        lines = [line for block in blocks for line in latex_block(block)]
+        lines = []
+        for block in blocks:
+            if not isinstance(block, Table):
+                lines += latex_block(block)
+            elif block.rows:
+                tables += latex_table(block)
+                lines += ["", f"(Table at the end: {latex_text(block.caption or block.name)})"]
         if heading == "Abstract":
             out += [r"\begin{abstract}", *lines, r"\end{abstract}"]
         else:
             out += [rf"\section{{{latex_text(heading)}}}", *lines]
-    return framed("paper.tex", latex_text(title), out)
+    return framed("paper.tex", latex_text(title), [*out, r"\clearpage\onecolumn", *tables])

@@ -3,13 +3,16 @@
 DPO makes pairs of them, a verifier learns from them, and eval.py measures ways to choose among them.
 """
 
+import re
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
 
-from data import Example, judge
+from data import DataError, Example, judge
+from support.tables import read_rows
 from support.text_model import TextModel, sample_answers
 from tasks.calculator import extract_number
 
@@ -52,3 +55,25 @@ def draw(
     records, _ = judge(task, repeated, [*chain(*answers)])
     right = np.array([record["correct"] for record in records])
     return Samples(examples, answers, right.reshape(len(examples), -1))
+
+
+def labelled(file: str) -> list[Samples]:
+    """Solutions that come with labels, split by question: training (half), validation and test (a quarter).
+
+    A row has a question and, for each source, {"solution", "is_correct"}: the form of GSM8K's
+    example_model_solutions.jsonl. A final "A: 18" becomes "#### 18", as in everything else here.
+    """
+    parts = [([], [], []) for _ in range(3)]  # examples, answers, right
+    for row in read_rows(file):
+        question = row.get("question")
+        if not isinstance(question, str):
+            raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
+        solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
+        examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(question.encode()) % 4]]
+        examples.append(Example(question, ""))
+        answers.append([re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions])
+        right.append([bool(solution["is_correct"]) for solution in solutions])
+    for _, _, right in parts:
+        if len({len(row) for row in right}) != 1:
+            raise DataError(f"{file}: every question needs as many labelled solutions; or there are too few")
+    return [Samples(examples, answers, np.array(right)) for examples, answers, right in parts]

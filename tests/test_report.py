@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+import lab.pages  # noqa: F401  before a test replaces what it imports
 import report
 from lab.log import log
 from lab.paper import paper, write_paper
@@ -405,16 +406,18 @@ def test_the_paper_is_valid_latex(everything, tmp_path):
     assert r"100 \% of a\_b \& c \{d\} \# " in text and "漢" not in text and "x.org" not in text
     assert r"\caption{All of it.}" in text and "empty" not in text and r"\bfseries A \& B}" in text
     records = Records(everything)
-    write_paper(tmp_path, records, report.sections_of(records))
+    sections = report.sections_of(records)
+    write(tmp_path, "figures", sections)
+    write_paper(tmp_path / "paper", records, sections)
     assert [x[:5] for x in records.damaged] == ["torn:"], "every figure can be drawn"
-    text = (tmp_path / "paper.tex").read_text()
+    text = (tmp_path / "paper/paper.tex").read_text()
     for kind in set(re.findall(r"\\begin\{(\w+\*?)\}", text)):
         assert text.count(rf"\begin{{{kind}}}") == text.count(rf"\end{{{kind}}}")
     for layout, lines in re.findall(r"\\begin\{longtable\}\{([^\n]*)\}\n(.*?)\\end\{", text, re.S):
         rows = re.findall(r"^(?!\\caption)(.*) \\\\$", lines, re.M)
         assert rows and all(len(re.findall(r"(?<!\\)&", x)) == layout.count("p{") - 1 for x in rows), layout
     if shutil.which("pdflatex"):
-        assert (tmp_path / "paper.pdf").read_bytes()[:4] == b"%PDF"
+        assert (tmp_path / "paper/paper.pdf").read_bytes()[:4] == b"%PDF"
 
 
 # -----------------------------------------------------------------------------

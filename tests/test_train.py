@@ -27,7 +27,7 @@ from torch import nn
 
 import train
 from model import ModelConfig, ModernDecoderLM
-from support import machine, runs
+from support import machine, plan, runs
 from support.hf_format import load_tensors
 from support.runs import TrainError
 from tasks.stories import storyworld
@@ -911,7 +911,7 @@ def script(monkeypatch, capsys):
     (["--vram=12"], (16, 8)), (["--vram=6"], (4, 32)), (["--vram=80"], (128, 1)), ([], (16, 8)),
 ])  # fmt: skip
 def test_auto_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch(monkeypatch, script, more, wanted):
-    monkeypatch.setattr(machine, "matmul_flops", lambda dtype: 1e11)
+    monkeypatch.setattr(plan, "matmul_flops", lambda dtype: 1e11)
     out = script("configs/max3060.py", "--batch_size=auto", "--plan", "--device=cpu", *more)
     assert f"--batch_size=auto: {wanted[0]} sequences at a time, {wanted[1]} times a step" in out
     assert "131,072 tokens a step" in out and "DOES NOT FIT" not in out

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import dpo
 import verifier as script
-from data import Example, load_task
+from data import DataError, Example, load_task
 from support.alignment import chat_model
 from support.loading import load_model
 from support.metrics import auc, auc_within, calibration
@@ -221,6 +221,26 @@ def test_dpo_and_the_verifier_learn_from_the_same_answers(tuned, tiny, tmp_path)
     cfg.answers_of, cfg.name = tiny["base"], "other"
     with pytest.raises(TrainError, match="answers_of"):
         script.train_verifier(cfg)
+
+
+def test_labelled_solutions_are_learnt_without_sampling(tuned, tiny, tmp_path):
+    rows = []
+    for i in range(60):
+        right = {"solution": f"It is {i + 1}.\nA: {i + 1}", "is_correct": True}
+        wrong = {"solution": "No.\nA: 0", "is_correct": False}
+        rows.append({"question": f"What is {i} + 1?", "a": right, "b": wrong})
+    file = tmp_path / "solutions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    cfg = VerifierConfig(
+        model=tuned, start=tiny["base"], solutions=str(file), out=str(tmp_path), device="cpu"
+    )
+    cfg.max_steps, cfg.batch_size, cfg.gold, cfg.dtype = 2, 4, 4, "float32"
+    run = script.train_verifier(cfg)
+    assert run["verification"]["right_by_source"] == [1.0, 0.0]
+    assert run["data"]["train"]["source"] == str(file)
+    file.write_text("\n".join(json.dumps(row) for row in [*rows, {"question": "What?"}]))
+    with pytest.raises(DataError, match="labelled solutions"):
+        script.labelled(str(file))
 
 
 def test_samples_of_one_kind_are_refused(tuned, tiny, monkeypatch, tmp_path):
