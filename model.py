@@ -928,8 +928,9 @@ def refuse(wrong: bool, message: str) -> None:
 
 def check_config(c: ModelConfig) -> None:
     """ValueError if a config describes no model; a 0 that means "work it out" is still 0 here."""
-    at_least_1 = "vocab_size context_length n_layers d_model n_heads n_experts experts_per_token moe_every"
-    for field in fields(c):
+    at_least_1 = """vocab_size context_length n_layers d_model n_heads n_experts experts_per_token moe_every
+        rope_theta"""
+    for field in fields(ModelConfig):
         name, value = field.name, getattr(c, field.name)
         if choices := get_args(field.type):
             refuse(value not in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
