@@ -3,7 +3,7 @@ are made on the spot. No download, no GPU. The first step of an LLM lab; nano.py
 
     python tokenizer.py configs/gpt_tiny.py
     python train.py configs/gpt_tiny.py
-    python chat.py out/gpt_tiny --start
+    python chat.py out/gpt_tiny --prompt="Once upon a time"
 
 LayerNorm, learned positions, GELU and biases: the run folder loads as GPT2LMHeadModel.
 """

@@ -64,7 +64,7 @@ class Trace:
 @torch.no_grad()
 def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
     """One forward pass over ids (T) that also keeps the parts of the residual stream at `position`."""
-    model = without_heads(model)  # packed weights bypass the hooks of a layer; this twin has none
+    model = without_heads(model)  # a twin, which is forgotten with its hooks
     residual, heads, ffn = [], [], []
 
     def keep(found: list):
