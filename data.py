@@ -307,9 +307,9 @@ def example_of(task: Task, row: dict, where: str) -> Example | None:
     return Example(text, labels[answer], int(answer))
 
 
-def few_shot(name: str, shots: int, seed: int = SEED, data_dir: str = "") -> list[Example]:
+def few_shot(name: str, shots: int, seed: int = SEED) -> list[Example]:
     """`shots` examples drawn from the train split by seed, with as many of each class as of the others."""
-    examples, _ = load_task(name, "train", data_dir)
+    examples, _ = load_task(name, "train")
     rng = random.Random(f"{name} {seed}")
     most = -(-shots // max(1, len(TASKS[name].labels)))  # of a class, rounded up
     kept: list[Example] = []

@@ -11,17 +11,19 @@ On policy (--data names a task whose answers can be checked): the model answers 
 new model and fresh problems. A problem without a wrong answer still teaches by its right one (--nll).
 
 The loss of a pair is -log sigmoid(beta (margin - margin_ref)), margin = log p(chosen) - log p(rejected).
-The reference is the model at the start (Rafailov et al., 2023). The program loads its weights, computes two
-log-probabilities a pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on.
-So no second model is in memory, and a resumed run computes the same array again. The loss also has --nll
-times the mean log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks
-(Pang et al., 2024). --first_difference (the default) compares one token of each answer, the first that
-differs: tokens before it are equal and cancel, and tokens after it depend on the first mistake.
+By default log p is that of one token, the first in which the two answers differ: tokens before it are equal
+and cancel, and tokens after it depend on the first mistake. With --first_difference=False it is the sum over
+all tokens of an answer, as in the paper (Rafailov et al., 2023). The loss also has --nll times the mean
+log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks (Pang et al., 2024).
+
+The reference is the model at the start. The program loads its weights, computes two log-probabilities for
+each pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on. So no second
+model is in memory, and a resumed run computes the same array again.
 
 It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
 model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
-right answers without a wrong one; violations.jsonl, held-out pairs that the last step has moved the wrong
-way. With rounds, the earlier ones are in out/NAME/round-1, ...
+right answers without a wrong one; violations.jsonl, held-out pairs whose margin is not larger after training
+than under the reference. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 from support.terminal import run_script
@@ -42,7 +44,7 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, judge, load_task, refuse_overlap, talk
-from finetune import AdaptConfig, TrainingSet, subsample
+from finetune import AdaptConfig, TrainingSet, dtype_for, subsample
 from model import ModernDecoderLM
 from support.alignment import best_evaluation, chat_model, run_stage, stage_trainer, train_and_merge
 from support.pairs import Pair, from_collection, write_answers, write_pairs
@@ -262,8 +264,8 @@ def on_policy(model: TextModel, cfg: DPOConfig, split: str, examples: list[Examp
 
 
 class PairSet(TrainingSet):
-    """Training pairs in batches of similar lengths; `reference` (n, 2) holds their log-probabilities under
-    the reference model, of whole answers or of the first tokens that differ.
+    """Training pairs in batches of similar lengths; `reference` (n, 2) holds what the loss compares, under
+    the reference model: log-probabilities of the first tokens that differ, or of whole answers.
     """
 
     def __init__(self, pairs: list[Pair], reference: np.ndarray, whole: bool, batch: int, seed: int, pad):
@@ -281,8 +283,8 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
     the reference, whose log-probabilities are kept.
     """
     tokens = np.array([len(pair.chosen) for pair in pairs])
-    compared = partial(log_probs, model, pairs, not cfg.first_difference, cfg.mean_log_probs)
-    compared_reference = torch.from_numpy(compared())  # (n, 2), of what the loss compares
+    in_loss = partial(log_probs, model, pairs, not cfg.first_difference, cfg.mean_log_probs)
+    reference_in_loss = torch.from_numpy(in_loss())  # (n, 2), of what the loss compares
     reference = log_probs(model, pairs, whole=True)  # (n, 2), of whole answers
 
     def evaluate(_net, final: bool) -> dict:
@@ -291,12 +293,13 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
         lost = (reference - now)[:, 0].mean() / tokens.mean()
         if cfg.collapse and lost > cfg.collapse:
             raise TrainError(
-                f"the chosen answers lost {lost:.2f} nats a token: the model unlearns both sides of the "
+                f"the chosen answers lost {lost:.2f} nats per token: the model unlearns both sides of the "
                 "pairs. Lower --learning_rate, or raise --nll"
             )
         losses = -cfg.nll_weight * torch.from_numpy(now[:, 0] / tokens)
         if not cfg.is_control:
-            losses += preference_loss(cfg, *torch.from_numpy(compared()).T, compared_reference)
+            chosen, rejected = torch.from_numpy(in_loss()).T
+            losses += preference_loss(cfg, chosen, rejected, reference_in_loss)
         margins = cfg.beta * ((now - reference) @ [1, -1])
         found = {
             "val_loss": losses.mean(),
@@ -324,9 +327,11 @@ def train_round(cfg: DPOConfig) -> dict:
     pairs, val_pairs, problems, sources = make_pairs(model, cfg)
     whole = not (cfg.first_difference or cfg.is_control)
     reference = np.zeros((len(pairs), 2), np.float32)
-    if not cfg.is_control:  # no step was taken, so the model is still the reference
-        reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
-    evaluate = validation(cfg, model, val_pairs, problems)
+    dtype = dtype_for(cfg, model.model)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):  # as the steps compute
+        if not cfg.is_control:  # no step was taken, so the model is still the reference
+            reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
+        evaluate = validation(cfg, model, val_pairs, problems)
     data = PairSet(pairs, reference, whole, rows_per_step(cfg), cfg.seed, model.pad)
     ids = json.dumps([[p.prompt, p.chosen, p.rejected] for p in pairs])
     about = {"data": sources, "pairs_hash": hashlib.sha256(ids.encode()).hexdigest()}

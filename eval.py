@@ -387,7 +387,6 @@ def evaluate_model(name: str, cfg: EvalConfig, device: torch.device, dtype: torc
     model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
     model.dtype = dtype
     run = read_run(name)
-    half = dtype != torch.float32 and not (model.kind == "seq2seq" and dtype == torch.float16)  # T5 overflows
     size = sum(p.numel() for p in model.model.parameters()) / 1e6
     smoke = "; SMOKE RUN, no result" * bool(run.get("smoke"))
     print(f"{name}: {size:.1f}M parameters, {model.kind}{smoke}")
@@ -410,7 +409,7 @@ def evaluate_model(name: str, cfg: EvalConfig, device: torch.device, dtype: torc
             print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
         for n in shots if task in TASKS else [0]:
             try:
-                with torch.autocast(device.type, dtype, enabled=half):
+                with model.autocast():
                     result = evaluate(model, task, n, cfg)
                 keep(result)
             except TrainError as error:

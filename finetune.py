@@ -57,7 +57,7 @@ from support.loading import Source, is_smoke, load_model, load_network, load_tok
 from support.machine import pick_device, pick_dtype
 from support.model_card import write_run
 from support.results import value_of
-from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash  # noqa: F401
+from support.runs import AlreadyFinished, TrainError, run_folder
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
 
@@ -225,7 +225,7 @@ def build_model(
     if cfg.gradient_checkpointing and not ours:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_r and ours:
-        model.to(device, dtype_for(cfg, model) or pick_dtype(cfg.dtype, device))
+        model.to(device, dtype_for(cfg, model))
         adapter = Adapter(model, cfg, source.base)
     elif cfg.lora_r and not source.adapter:
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
@@ -268,14 +268,15 @@ class FineTuner(Trainer):
         self.text_model.read_weights(folder)
 
 
-def dtype_for(cfg: AdaptConfig, model: nn.Module) -> torch.dtype | None:
-    """auto: float32 for a small model on a CPU, even one that multiplies bfloat16 faster. These stages'
+def dtype_for(cfg: AdaptConfig, model: nn.Module) -> torch.dtype:
+    """The dtype of activations. auto: float32 for a small model on a CPU, even one that multiplies bfloat16 faster. These stages'
     batches have ever new shapes, and for each one kernels in bfloat16 are made anew: with 0.9M parameters
     float32 was 1.1 (SFT) to 1.6 times (the verifier) as fast, in a third of the memory.
     """
     small = sum(p.numel() for p in model.parameters()) < 2e7
-    on_cpu = cfg.dtype == "auto" and pick_device(cfg.device).type == "cpu"
-    return torch.float32 if small and on_cpu else None
+    device = pick_device(cfg.device)
+    on_cpu = cfg.dtype == "auto" and device.type == "cpu"
+    return torch.float32 if small and on_cpu else pick_dtype(cfg.dtype, device)
 
 
 # -----------------------------------------------------------------------------
@@ -411,7 +412,8 @@ def finetune(cfg: FinetuneConfig) -> dict:
     about = {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
     about |= origin(cfg.model)
     about["trained_parameters"] = trained
-    about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or bool(cfg.max_eval_examples)
+    capped = bool(cfg.max_train_examples or cfg.max_eval_examples)
+    about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or capped
     if model.kind == "head":
         names = model.model.config.id2label
         about["labels"] = [str(names[i]) for i in sorted(names)]
@@ -475,9 +477,9 @@ def parameters_of(model: nn.Module) -> tuple[int, int]:
 
 def plan_steps(cfg: AdaptConfig, all_steps: int) -> bool:
     """Sets max_steps where it is 0. True for a smoke run, cut short or a child of one: it is no result."""
-    smoke = cfg.max_train_examples or 0 < cfg.max_steps < all_steps
+    smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)
     cfg.max_steps = cfg.max_steps or max(1, all_steps)
-    return bool(smoke or is_smoke(cfg.model))
+    return smoke
 
 
 def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict:

@@ -11,9 +11,10 @@ needs torch alone; support/ reads and writes files and has a cache that rolls.
     model.save_pretrained("out/base")                       # a folder that transformers loads too
 
 Shapes are written (B, T, d): B sequences of T tokens, d = d_model. H query heads, K key-value heads, D =
-head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; each other switch is one `if`
-in one place. Everything is computed plainly here. `kernels.install()`, which the scripts call, replaces four
-names of this module, `attend`, `project`, `lm_loss` and `Decoder`, by faster versions with the same results.
+head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; each other switch is an `if` or
+two, near the layer that it changes. Everything is computed plainly here. The scripts run faster: `pick_device`
+(support/machine.py) replaces four names of this module, `attend`, `project`, `lm_loss` and `Decoder`, by those
+of support/kernels.py, with the same results.
 """
 
 import functools
@@ -48,7 +49,7 @@ class ModelConfig:
     positions: Literal["rope", "learned", "none"] = "rope"  # how a token knows where it stands
     rope_theta: float = 10000.0  # slowest RoPE wavelength is about 2 pi theta tokens
     qk_norm: bool = False  # RMSNorm on every query and key (Qwen3): tames attention logits
-    n_sinks: int = 0  # learned attention sinks a head: logits that softmax may spend its mass on
+    n_sinks: int = 0  # learned attention sinks per head: logits that softmax may spend its mass on
     sliding_window: int = 0  # a token sees this many tokens, itself included; 0: all before it
     sparse_stride: int = 0  # n: a token sees the last n tokens and every n-th one before them; 0: all
     attention_kind: Literal["softmax", "linear"] = "softmax"  # linear: elu(x) + 1 instead of softmax's exp
@@ -142,7 +143,10 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int =
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
-    """What a layer calls: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). Without a mask: causal."""
+    """What a layer calls: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). Without a mask: causal.
+
+    The scripts put support/kernels.py's in its place, for which a mask must not show what is to come.
+    """
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)
     v = v.repeat_interleave(group, dim=1)
@@ -516,8 +520,8 @@ class ModernDecoderLM(nn.Module):
         if c.positions == "rope" and rope is None:  # the same angles serve every layer
             rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, self.dtype)
         x = self.model["embed_tokens"](ids)
-        # Under autocast a GPU's residual stream is bfloat16 too: 37 bytes a token and d per layer instead of
-        # 47. A CPU has the room: float32 takes no longer there and ends at 0.671 nats and not 0.676 (cpu.py).
+        # Under autocast a GPU's residual stream is bfloat16 too, which saves a fifth of the activations. On a
+        # CPU float32 takes no longer, and configs/cpu.py ends at a loss of 0.671 with it, at 0.676 without.
         x = x.to(self.dtype) if x.is_cuda else x
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)
@@ -681,7 +685,7 @@ class ModernDecoderLM(nn.Module):
 
 
 class Texts:
-    """The rows that a generation writes. Line j of the batch continues row alive[j]."""
+    """The rows that a generation writes. `alive`: those still in the batch, whose line j is row alive[j]."""
 
     def __init__(
         self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,
@@ -967,7 +971,7 @@ def check_sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_pe
 
 
 class Linear(nn.Module):
-    """x W^T, to be read and to stand alone; the model uses torch's nn.Linear, which may have a bias.
+    """x W^T, for study: the model uses torch's nn.Linear, which may have a bias.
 
     Weights from N(0, 2 / (in + out)) (Glorot & Bengio, 2010), cut at three standard deviations.
     """
@@ -984,7 +988,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of the matrix for each id, to be read; the model uses torch's. Weights from N(0, 1), cut at 3."""
+    """A row of the matrix for each id, for study: the model uses torch's. Weights from N(0, 1), cut at 3."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None):
         super().__init__()

@@ -5,6 +5,8 @@
 #   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
 #   bash run_all.sh speedrun           about four hours on an RTX 3060
 #   bash run_all.sh max3060            about a day
+#   bash run_all.sh smol               an evening on a laptop: SmolLM2-135M of the hub on SST-2 and GSM8K, from SFT
+#                                      to a verifier; MODEL=models/smollm2 takes another model or folder
 #   bash run_all.sh cpu pretrain       some stages only: tokenizer, pretrain, samples, finetune, sft, dpo,
 #                                      verifier, eval
 #   bash run_all.sh speedrun --plan --vram=12    what it will cost, and nothing else
@@ -21,13 +23,14 @@ cd "$(dirname "$0")"
 
 OUT=${OUT:-out}
 VENV=.venv
+MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 planning= planned=
 
 main() {
     local profile=${1:-}
     [ $# -gt 0 ] && shift
     case "$profile" in
-        "" | cpu | speedrun | max3060 | experiments | hardware | rehearse | test) ;;
+        "" | cpu | speedrun | max3060 | smol | experiments | hardware | rehearse | test) ;;
         -h | --help) usage; exit 0 ;;
         *) echo "run_all.sh: unknown profile '$profile'" >&2; usage >&2; exit 2 ;;
     esac
@@ -62,8 +65,13 @@ main() {
             *) echo "run_all.sh: unknown stage '$word' (tokenizer, pretrain, samples, finetune, sft, dpo, verifier, eval)" >&2; exit 2 ;;
         esac
     done
+    local all=(tokenizer pretrain samples finetune sft dpo verifier eval)
+    if [ "$profile" = smol ]; then
+        config=configs/smol_sft.py
+        all=(finetune sft dpo verifier eval)
+    fi
     run=$OUT/$(python -c "import runpy; print(runpy.run_path('$config').get('name', 'base'))")
-    [ ${#stages[@]} -gt 0 ] || stages=(tokenizer pretrain samples finetune sft dpo verifier eval)
+    [ ${#stages[@]} -gt 0 ] || stages=("${all[@]}")
     mkdir -p "$OUT/logs" "$OUT/stamps"
     echo "profile $profile: ${stages[*]}; everything goes to $OUT/"
     planning=yes life | python -m lab.plan --out="$OUT" ${for_plan[@]+"${for_plan[@]}"} || unplanned=$?
@@ -84,6 +92,10 @@ main() {
 life() {
     local name
     for name in "${stages[@]}"; do
+        if [ "$profile" = smol ]; then
+            smol "$name"
+            continue
+        fi
         case "$name" in
             tokenizer) stage tokenizer "$OUT/tokens" python tokenizer.py "$config" --out="$OUT" ;;
             pretrain) stage pretrain "$run/model.safetensors" python train.py "$config" --out="$OUT" ;;
@@ -96,6 +108,25 @@ life() {
             eval) evaluate ;;
         esac
     done
+}
+
+# The same stages for a real model that others pretrained.
+smol() {
+    local sft=$OUT/smol-sft dpo=$OUT/smol-dpo eval=(python eval.py --out="$OUT" "$MODEL")
+    local verifier=(python verifier.py configs/smol_verifier.py --model="$sft" --start="$sft" --out="$OUT")
+    case "$1" in
+        finetune) tune smol_sst2 --model="$MODEL" ;;
+        sft) stage smol-sft "$sft/run.json" python sft.py configs/smol_sft.py --model="$MODEL" --out="$OUT" ;;
+        dpo) stage smol-dpo "$dpo/run.json" python dpo.py configs/smol_dpo.py --model="$sft" --out="$OUT" ;;
+        verifier)
+            stage smol-verifier "$OUT/smol-verifier/run.json" "${verifier[@]}"
+            stage smol-head "$OUT/smol-head/run.json" "${verifier[@]}" --kind=head --name=smol-head ;;
+        eval)
+            stage eval-smol_sst2 "$OUT/smol_sst2/results.json" "${eval[@]}" "$OUT/smol_sst2" --tasks=sst2 --shots=0,4
+            stage eval-smol "$sft/results.json" "${eval[@]}" "$sft" "$dpo" --tasks=gsm8k --limit=500 --samples=16 \
+                --verifier="$OUT/smol-verifier,$OUT/smol-head" ;;
+        *) echo "run_all.sh: smol has the stages finetune, sft, dpo, verifier and eval" >&2; exit 2 ;;
+    esac
 }
 
 # Our base learns the embedded stand-in; a card has time for real tasks and models from the Hugging Face hub.
@@ -164,12 +195,15 @@ test_everything() {
 # The stage whose result NAME reads: once that has begun again, what NAME made before is out of date.
 stage_before() {
     case "$1" in
-        tokenizer | finetune-sst2 | finetune-samsum | finetune-gsm8k) ;; # the last three begin with models of the hub
+        # These begin with text, or with models of the hub.
+        tokenizer | finetune-sst2 | finetune-samsum | finetune-gsm8k | finetune-smol_sst2 | smol-sft) ;;
+        smol-dpo | smol-verifier | smol-head) echo smol-sft ;;
+        eval-smol) echo smol-head ;;
         pretrain) echo tokenizer ;;
         dpo) echo sft ;;
         verifier) echo dpo ;;
         eval-life) echo verifier ;;
-        eval-sentiment | eval-sst2 | eval-samsum | eval-gsm8k) echo "finetune-${1#eval-}" ;;
+        eval-sentiment | eval-sst2 | eval-samsum | eval-gsm8k | eval-smol_sst2) echo "finetune-${1#eval-}" ;;
         *) echo pretrain ;;
     esac
 }

@@ -219,8 +219,8 @@ def compare_runs(lab: AnyLab, runs: Names):
 class RunRequest(BaseModel):
     """Body of /lab/plan and /lab/start."""
 
-    stage: Literal[tuple(STAGES)]
-    config: Literal[tuple(["", *CONFIGS])] = ""
+    stage: Literal[STAGES]
+    config: Literal[("", *CONFIGS)] = ""
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$|^$")
     changes: dict[str, bool | int | float | str] = {}
 

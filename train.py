@@ -18,7 +18,7 @@ It reads the token files that tokenizer.py wrote and writes a run folder, out/NA
 Two ideas make runs exact. The batch of step s is a pure function of (seed, s), so there is no loader state
 that a crash could lose: a run that was killed and resumed has the same bits as one that was not. And a loss
 is a (sum, count) pair: gradients are divided by the count of the whole batch, over all micro-batches and
-processes, so how a batch is cut never changes the result.
+processes, so how a batch is cut changes the result by rounding only.
 """
 
 from support.terminal import StopSignal, run_script
@@ -47,7 +47,7 @@ from support.checkpoints import (
     best_checkpoint,
     explained,
     first_record,
-    last_checkpoint,
+    what_is_left,
     load_checkpoint,  # noqa: F401
     refuse_another_run,
     save_checkpoint,  # noqa: F401
@@ -93,7 +93,7 @@ class TrainerConfig:
     batch_size: int = 16  # sequences in one forward pass of one process; train.py: auto, as many as fit
     grad_accum_steps: int = 1  # forward passes before an optimizer step
     learning_rate: float = 1e-3  # the highest
-    min_lr: float = 1e-4  # the lowest, reached at max_steps
+    min_lr: float = 1e-4  # where cosine and linear decay end, at max_steps
     warmup_steps: int = 100  # steps from 0 up to learning_rate
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
     decay_fraction: float = 0.2  # wsd: share of the steps that decay, the last ones
@@ -155,7 +155,9 @@ def get_lr(
     schedule: str = "cosine",
     decay_fraction: float = 0.2,
 ) -> float:
-    """From 0 at step 0 linearly up to max_lr, then down to min_lr at max_steps, then flat."""
+    """Linear warm-up from 0 to max_lr; then by `schedule`: constant; cosine or linear decay to min_lr at
+    max_steps; wsd: max_lr, but for the last decay_fraction of the steps, in which it decays linearly.
+    """
     if step < warmup_steps:
         return max_lr * step / warmup_steps
     if schedule == "constant":
@@ -176,7 +178,7 @@ def get_lr(
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019, algorithm 2), to be read.
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019, algorithm 2), for study.
 
     Training uses torch's fused version, which does the same in one kernel (a test compares them), and this
     one with --optimizer=adamw_plain.
@@ -211,7 +213,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, eps: flo
     """Scales the gradients, in place, so that the L2 norm of all of them is at most `max_norm` (Pascanu et
     al., 2013).
 
-    To be read; training uses torch's clip_grad_norm_, which does the same in few kernels.
+    For study: training uses torch's clip_grad_norm_, which does the same in few kernels.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(grad.float().square().sum() for grad in grads))
@@ -361,7 +363,10 @@ def windows_at(tokens: np.ndarray, starts, T: int) -> tuple[Tensor, Tensor]:
 
 
 def get_batch(data: np.ndarray, batch_size: int, context_length: int, device="cpu", rng=None):
-    """Windows at random places of a 1-D token array: ids and targets, (batch_size, context_length) int64."""
+    """Windows at random places of a 1-D token array: ids and targets, (batch_size, context_length) int64.
+
+    For study, as in nanoGPT: the Trainer reads `Windows`, which an interrupted run finds again.
+    """
     starts = (rng or np.random.default_rng()).integers(0, len(data) - context_length, batch_size)
     ids, targets = windows_at(data, starts, context_length)
     return ids.to(device), targets.to(device)
@@ -465,7 +470,9 @@ class Trainer:
     def train(self, progress: Progress) -> None:
         """The algorithm, every step of it, from the first one that is not done yet."""
         cfg = self.cfg
-        tokens_per_step = self.rows * max(1, self.tokens_per_row)  # targets, if no row is short
+        # The count of targets is known after the last micro-batch. Dividing by this guess of it keeps float16
+        # gradients in range; a factor corrects it below.
+        tokens_per_step = self.rows * max(1, self.tokens_per_row)
         rates = cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, cfg.max_steps
         while self.step < cfg.max_steps:
             begun = time.perf_counter()
@@ -593,7 +600,7 @@ class Trainer:
         if self.bad_in_a_row == 5:
             raise TrainError(
                 "five steps in a row gave no finite loss or gradient: try a lower --learning_rate, more "
-                f"--warmup_steps, --dtype=float32 or --qk_norm; {last_checkpoint(self.folder)}"
+                f"--warmup_steps, --dtype=float32 or --qk_norm; {what_is_left(self.folder)}"
             )
         return False
 

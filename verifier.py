@@ -8,8 +8,9 @@ From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
 The generator is the chat model whose answers are scored. There are two kinds of verifier:
 
-channel     A language model trained backwards: it reads an answer and predicts the problem. The score of an
-            answer is that of the noisy channel in machine translation,
+channel     A language model of the other direction: it reads an answer and predicts the problem (the tokens
+            keep their order). By Bayes, p(answer | problem) is proportional to p(answer) p(problem | answer).
+            The score of an answer is that of the noisy channel in machine translation (Brown et al., 1993),
 
                 log p(answer | problem)  +  lambda log p(problem | answer)
                       generator                     channel
@@ -22,8 +23,13 @@ head        The generator with a linear layer that predicts at every token of an
             right (Cobbe et al., 2021). It learns one bit an answer, a channel learns from every word of the
             problem.
 
-Calibration: lambda is chosen, and a logistic regression turns scores into probabilities (Platt, 1999), on
-answers to the validation split. The test split is looked at once, at the end.
+The score ranks the answers to one problem. eval.py chooses by it: the answer with the highest score, or a
+vote in which an answer weighs exp(sharpness x score). The probability can be compared between problems, and
+stops sampling when an answer is sure enough.
+
+Calibration, on answers to the validation split: lambda and sharpness are chosen, and a logistic regression
+predicts right or wrong from the two log-probabilities and the length of the problem. Nothing is fitted on
+the test split.
 
 It reads a generator and writes a run folder out/NAME; run.json says how well it verifies, beside the
 generator's own log-probability and the channel alone. judged/ keeps the log-probabilities of judged answers.
@@ -47,13 +53,14 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, load_task, refuse_overlap, talk
-from finetune import AdaptConfig, Epochs, TrainingSet, is_smoke, weights_hash, write_run
+from finetune import AdaptConfig, Epochs, TrainingSet
 from support.alignment import chat_model, run_stage, stage_trainer
 from support.files import write_atomically
-from support.loading import load_model, read_run
+from support.loading import is_smoke, load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
-from support.runs import AlreadyFinished, TrainError, run_folder
+from support.model_card import write_run
+from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash
 from support.samples import Samples, draw, labelled
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
 from train import rows_per_step
@@ -67,7 +74,7 @@ class VerifierConfig(AdaptConfig):
 
     name: str = "verifier"  # the run's folder is {out}/{name}
     model: str = "out/dpo"  # the generator
-    kind: Literal["channel", "head"] = "channel"  # a model run backwards, or a number read off the generator
+    kind: Literal["channel", "head"] = "channel"  # from answer to problem, or a number from the generator
     start: str = "out/sft"  # channel: the weights it starts from
     task: str = "arithmetic"  # whose answers can be checked
     gold: int = 2000  # channel: true solutions that are turned around, the first of the train split
@@ -146,10 +153,10 @@ class Verifier:
         return np.where(empty, [[-1e9], [0.0]], [scores, probabilities])
 
     def features(self, problems: list[str], terms: np.ndarray) -> np.ndarray:
-        """(n, 4) what a probability depends on: both terms, 1, and the problem's tokens.
+        """(n, 4) what a probability depends on: both terms, 1, and the number of tokens of the problem.
 
-        Each term has a weight of its own: their sum ranks the answers to one problem, but between problems it
-        differs most by their lengths.
+        The score would not do: it ranks the answers to one problem, but between problems it differs most by
+        their lengths.
         """
         lengths = [len(self.generator.encode(problem)) for problem in problems]
         return np.stack([*terms.T, np.ones(len(terms)), lengths], axis=1)
@@ -458,10 +465,9 @@ SHARPNESSES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 def fit(kind: str, terms: np.ndarray, features: np.ndarray, right: np.ndarray) -> dict:
     """lambda, the sharpness of a vote, and a logistic regression of `right` (P, n) on `features` (P n, 4).
 
-    lambda maximises the share of (right, wrong) answers to one problem that are in the right order. The
-    accuracy of the best answer would be a noisier criterion: a few problems decide it. The likelihood of
-    right answers would depend too much on a few wrong ones of which the generator is sure. The sharpness of
-    `vote_weights` maximises the mean log of the weight that right answers get within their problem.
+    lambda maximises the share of pairs, a right and a wrong answer to one problem, that are in the right
+    order. (The accuracy of the best answer is a noisier criterion: a few problems decide it.) The sharpness
+    of `vote_weights` maximises the mean log of the weight that right answers get within their problem.
     """
 
     def scores(weight: float) -> np.ndarray:

@@ -24,7 +24,7 @@ from support.long_context import STREAM, endless, streams
 from support.machine import peak_resident_bytes, pick_device
 from support.plan import Step
 from support.processes import worker_pool
-from support.runs import read_jsonl
+from support.tables import read_jsonl
 from support.text_model import answer_task
 from support.timing import in_turns, medians
 from tokenizer import Tokenizer, open_tokens, tokens_folder

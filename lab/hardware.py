@@ -14,7 +14,6 @@ beside transformers and, if installed, litgpt. `data`: the tokenizer, beside tok
 from support.terminal import run_script
 
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from configs import ConfigError, parse_config
 from lab import peers as others
 from support.costs import GIB, estimate_flops, estimate_memory
-from support.files import write_atomically
+from support.files import write_json
 from support.hf_format import to_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
@@ -238,8 +237,7 @@ def measure(cfg: HardwareConfig) -> dict:
         found = {}
     for part in wanted:
         found |= {part: PARTS[part](cfg, device)} | about
-        text = json.dumps(found, indent=1) + "\n"
-        write_atomically(file, lambda path, text=text: path.write_text(text))
+        write_json(file, found, indent=1)
     print(file)
     return found
 

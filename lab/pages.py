@@ -274,9 +274,6 @@ MEMORY = """
 training step of: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
 not measured: {error}
 """
-ATTENTION = """
-of: {shape} | torch: {milliseconds[torch]:.1f} | in blocks: {milliseconds[in blocks]:.1f}
-"""
 STEP = """
 config: {config} | rows: {rows} | step: {way} | tokens/s: {value:,.0f} | % of matrix products: {share:.0f}
 """
@@ -316,10 +313,6 @@ def one_machine(found: dict, number: int) -> list[Block]:
         ),
         "steps": ("", [row(STEP, r) for r in unfolded(training, "tokens_per_second")]),
         "kernels": ("What the GPU did during a step, in milliseconds:", kernels),
-        "attention-speed": (
-            "Attention on a CPU, forward and backward, milliseconds:",
-            [row(ATTENTION, r) for r in found.get("attention", [])],
-        ),
         "decoding": ("", speeds(found.get("decoding", []))),
         "peers": (PEERS, speeds(rates)),
     }

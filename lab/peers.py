@@ -23,11 +23,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from data import documents
 from model import ModelConfig, ModernDecoderLM
 from support.costs import estimate_flops
+from support.cutting import SLAB
 from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import fastest_products, float32_products
 from support.plan import Step
+from support.processes import CORES
 from support.timing import matmul_flops, medians
-from tokenizer import CORES, SLAB, SPECIAL_TOKENS, Tokenizer, at_most, train_bpe
+from support.token_files import at_most
+from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from train import TrainConfig
 
 SHAPE = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length=512, vocab_size=4096)

@@ -142,6 +142,9 @@ ON_HUB = {  # models that the configs and the README name
     "google/flan-t5-small": ModelConfig(  # encoder and decoder together
         vocab_size=32_128, context_length=512, n_layers=16, d_model=512, n_heads=6, head_dim=64, d_ff=1024
     ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
+        vocab_size=49_152, context_length=8192, n_layers=30, d_model=576, n_heads=9, n_kv_heads=3, d_ff=1536
+    ),
     "TinyLlama/TinyLlama_v1.1": ModelConfig(
         vocab_size=32_000,
         context_length=2048,

@@ -20,7 +20,8 @@ from configs import ROOT, ConfigError, parse_config
 from finetune import FinetuneConfig
 from model import ModelConfig
 from support.costs import estimate_flops
-from support.runs import TrainError, read_json, read_jsonl, weights_hash
+from support.runs import TrainError, read_json, weights_hash
+from support.tables import read_jsonl
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 from train import FREE_TO_CHANGE, TrainConfig
 

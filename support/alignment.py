@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data import DataError
-from finetune import AdaptConfig, Epochs, FineTuner, build_model, is_smoke
+from finetune import AdaptConfig, Epochs, FineTuner, build_model, parameters_of, plan_steps
 from support.adapters import merge
 from support.loading import origin, resolve
 from support.runs import AlreadyFinished, TrainError
@@ -27,10 +27,8 @@ def stage_trainer(cfg: AdaptConfig, model: TextModel, data: Epochs, tokens: floa
 
     Sets max_steps where it is 0. `about` goes to run.json.
     """
-    all_steps = max(1, math.ceil(data.batches * cfg.epochs))
-    smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)
-    cfg.max_steps = cfg.max_steps or all_steps
-    parameters = sum(p.numel() for p in model.model.parameters())
+    smoke = plan_steps(cfg, math.ceil(data.batches * cfg.epochs))
+    parameters, _ = parameters_of(model.model)
     per_parameter = 4 if cfg.lora_r else 6  # frozen weights need no gradient
     about = origin(cfg.model) | {"chat": True, "smoke": smoke} | about
     about["data"] = about["data"] | {"tokenizer": model.tokenizer.hash}

@@ -125,10 +125,10 @@ def explained(error: Exception, folder: Path) -> Exception:
         return error
     where = getattr(error, "filename", None) or folder
     cause = getattr(error, "strerror", None) or first_line(error)
-    return TrainError(f"cannot read or write {where}: {cause}; {last_checkpoint(folder)}")
+    return TrainError(f"cannot read or write {where}: {cause}; {what_is_left(folder)}")
 
 
-def last_checkpoint(folder: Path) -> str:
+def what_is_left(folder: Path) -> str:
     """The end of an error message: what is left."""
     last = newest(folder)
     rest = "the same command goes on when that is solved"
@@ -138,14 +138,11 @@ def last_checkpoint(folder: Path) -> str:
 
 
 # -----------------------------------------------------------------------------
-# The smallest checkpoint from which training can go on, to be read and to stand alone
+# For study: the smallest checkpoint from which training can go on. The Trainer does not use it
 
 
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out) -> None:
-    """Writes weights, optimizer state and the number of steps done to `out`, a path or a binary file.
-
-    The Trainer has its own, see above.
-    """
+    """Writes weights, optimizer state and the number of steps done to `out`, a path or a binary file."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration}
     if isinstance(out, str | os.PathLike):
         write_atomically(Path(out), lambda path: torch.save(state, path))

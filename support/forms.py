@@ -5,7 +5,7 @@ import runpy
 from dataclasses import Field, fields
 from typing import get_type_hints
 
-from configs import ROOT, alternatives, field_comments, read_file
+from configs import ROOT, SCRIPTS, alternatives, field_comments, read_file
 from support.watching import STAGES
 
 NOT_HERE = "out name overwrite plan measure vram card list wandb".split()
@@ -14,7 +14,7 @@ KINDS = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def config_class(stage: str):
-    return getattr(importlib.import_module(stage), STAGES[stage])
+    return getattr(importlib.import_module(stage), SCRIPTS[stage])
 
 
 def settings_of(stage: str) -> list[Field]:

@@ -166,6 +166,7 @@ NAMES = {
     "mixtral": [(".block_sparse_moe.", ".mlp.")],
 }
 QKV = ("q_proj", "k_proj", "v_proj")
+EXPERTS = ("w1", "w2", "w3")
 NO_WEIGHTS = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 
 
@@ -175,11 +176,7 @@ def to_hf_tensors(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in ours.items():
         layer, _, leaf = name.rpartition(".mlp.")
-        if kind == "mixtral" and leaf in (
-            "w1",
-            "w2",
-            "w3",
-        ):  # the experts of a layer: one tensor here, a matrix each there
+        if kind == "mixtral" and leaf in EXPERTS:  # of a layer: one tensor here, a matrix each there
             for e, matrix in enumerate(tensor):
                 tensors[f"{layer}.mlp.experts.{e}.{leaf}.weight"] = matrix.clone()
         elif kind != "gpt2" or not re.search("[kv]_proj", name):

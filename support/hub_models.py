@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from model import ModernDecoderLM, Texts, check_sampling
 from support.hf_format import write_generation_config
 from support.tables import valid
-from support.tokenizer_json import HUB_MARK, letter_bytes, unspell
-from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
+from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, letter_bytes, unspell
+from tokenizer import SPECIAL_TOKENS
 
 
 class HubTokenizer:

@@ -34,8 +34,10 @@ class Pair:
 
 
 def from_collection(model: TextModel, cfg, split: str) -> tuple[list[Pair], dict]:
-    """Pairs of a data set, by the settings of dpo.py. A conversation that is too long loses its first turns,
-    or is left out. So is one that the model's chat template refuses, unless it refuses all.
+    """Pairs of a data set, by the settings of dpo.py.
+
+    A conversation that is too long loses its first turns; if that is not enough, it is left out. So is one
+    that the model's chat template refuses; if it refuses all, that is an error.
     """
     train = split == "train"
     preferences, about = load_preferences(cfg.data, split)

@@ -101,6 +101,12 @@ class TextModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def autocast(self):
+        """A context in which the model computes in its dtype; T5's activations exceed float16's 65,504."""
+        overflows = self.kind == "seq2seq" and self.dtype == torch.float16
+        half = self.dtype != torch.float32 and not overflows
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
+
     # ---- text and tokens
 
     def encode(self, text: str) -> Ids:
@@ -258,9 +264,7 @@ class TextModel:
 
     def continuations(self, prompts: list[Ids], max_new_tokens: int, **how) -> list[Ids]:
         """Generated ids; see ModernDecoderLM.generate for the arguments."""
-        overflows = self.kind == "seq2seq" and self.dtype == torch.float16  # T5's activations exceed 65,504
-        half = self.dtype != torch.float32 and not overflows
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
+        with self.autocast():
             if self.ours:
                 with self.adapter.merged() if self.adapter else contextlib.nullcontext():
                     return self.model.generate(prompts, max_new_tokens, **how)
@@ -515,14 +519,12 @@ def answer_task(
     shots: Iterable[Example] = (),
     calibrate: bool = False,
     progress: str = "",
-    calculator: bool = False,
 ) -> tuple[list, dict]:
     """A model's outputs on a task, for `data.judge`, and how many prompts had to be cut: {"cut": ...}.
 
     Classes are compared by the log-likelihood of their names; "sure" has the probability of each winner.
     `calibrate` subtracts the scores of an empty text, N/A, which removes the model's preference for one of
-    the names (Zhao et al., 2021). Answers are generated greedily, the sums in them by a `calculator` if
-    wanted.
+    the names (Zhao et al., 2021). Answers are generated greedily.
     """
     task = find_task(name)
     if model.kind == "head" and not task.labels:
@@ -536,7 +538,7 @@ def answer_task(
     cuts = [cut for _, cut in asked]
     notes = {"cut": cuts.count("text"), "shots_dropped": cuts.count("shots")}
     if not task.labels:
-        return model.generate(prompts, new_tokens, task.stop, progress, calculator=calculator), notes
+        return model.generate(prompts, new_tokens, task.stop, progress), notes
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
@@ -574,9 +576,9 @@ def sample_answers(
     questions = [example.text for example in examples]
     kept = read_jsonl(file)
     answers = [row.get("samples") for row in kept]
-    if [row.get("question") for row in kept] == questions:
-        if all(isinstance(some, list) and len(some) == n for some in answers):
-            return answers
+    whole = all(isinstance(some, list) and len(some) == n for some in answers)
+    if whole and [row.get("question") for row in kept] == questions:
+        return answers
     texts = model.generate(
         prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )

@@ -21,13 +21,7 @@ from support.results import METRICS, Records, Run, differing, read_json, run_of
 from support.runs import TrainError, checkpoints, lock, locked
 from support.tables import json_lines, read_jsonl
 
-STAGES = {  # scripts that train: their settings
-    "train": "TrainConfig",
-    "finetune": "FinetuneConfig",
-    "sft": "SFTConfig",
-    "dpo": "DPOConfig",
-    "verifier": "VerifierConfig",
-}
+STAGES = ("train", "finetune", "sft", "dpo", "verifier")  # scripts that train
 
 
 def named_runs(home: Path) -> dict[str, Path]:

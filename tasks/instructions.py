@@ -33,7 +33,7 @@ WISHES = {  # question and answer; {x} and {y} are drawn, {z} follows from them
     "after": ("Which day comes after {x}?|What day is it the day after {x}?", "{z} comes after {x}."),
     "greet": ("Say hello to {x}.|Greet {x}.", "Hello, {x}!"),
     "first": ("What is the first letter of {x}?|Which letter does {x} begin with?", "{X} begins with {z}."),
-}  # fmt: skip
+}
 
 
 def values(rng: random.Random, kind: str) -> tuple:

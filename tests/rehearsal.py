@@ -49,7 +49,11 @@ SMALLER = {
     "dpo": "problems = 60\nmax_steps, eval_every, save_every = 4, 2, 2\neval_examples = 80\n",
     "verifier": "gold, problems, validation_problems, test_problems = 40, 60, 20, 20\nheld_n = 4\n"
     "max_steps, eval_every, save_every = 4, 2, 2\n",
+    "smol_sst2": TUNED,
 }
+for stage in ("sft", "dpo", "verifier"):
+    more = "grad_accum_steps, context_length = 1, 256\n" + SMALLER[stage].replace('"arithmetic"', '"gsm8k"')
+    SMALLER[f"smol_{stage}"] = more
 # What is replaced in the copy of run_all.sh: numbers of flags, which would win over any config file.
 FLAGS = {
     "(python eval.py ": "(python eval.py --limit=8 ",

@@ -145,6 +145,15 @@ def test_training_lowers_the_loss_of_the_pairs_that_it_sees(settings, tmp_path):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-10:]) / 10 < losses[0] - 0.05
 
 
+def test_the_reference_has_the_precision_of_training(settings, monkeypatch):
+    half = []
+    real = dpo.log_probs
+    watched = lambda *args, **more: half.append(torch.is_autocast_enabled("cpu")) or real(*args, **more)  # noqa: E731
+    monkeypatch.setattr(dpo, "log_probs", watched)
+    dpo.dpo(settings(dtype="bfloat16", max_steps=1))
+    assert len(half) >= 3 and all(half)
+
+
 def test_rounds_are_runs_that_follow_each_other_and_overwriting_the_last_leaves_the_first(settings, tmp_path):
     # Enough tries that a model that is seldom right is right somewhere, in both rounds.
     more = dict(rounds=2, max_steps=1, problems=50, eval_examples=60, n=8)

@@ -26,7 +26,8 @@ from model import ModelConfig, ModernDecoderLM
 from support.adapters import LORA_TARGETS
 from support.hf_format import load_tensors
 from support.loading import load_model, load_tokenizer
-from support.runs import AlreadyFinished, TrainError, read_json, read_jsonl
+from support.runs import AlreadyFinished, TrainError, read_json, weights_hash
+from support.tables import read_jsonl
 from support.text_model import TextModel, answer_task, collate, target_logits
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
@@ -298,7 +299,7 @@ def test_an_adapter_is_trained_further_and_refuses_another_base(settings, tmp_pa
     shutil.copytree(checkpoints["ours"], base)
     finetune.finetune(settings(base, lora_r=2, name="adapter"))
     run = finetune.finetune(settings(adapter, name="further"))
-    assert run["parent"] == adapter and run["base_hash"] == finetune.weights_hash(base)
+    assert run["parent"] == adapter and run["base_hash"] == weights_hash(base)
     before, after = weights(adapter), weights(tmp_path / "further")
     assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
     assert same(weights(base), weights(checkpoints["ours"]))

@@ -20,7 +20,7 @@ from small_models import (
     tokens,
     until,
     variants,
-)  # fmt: skip
+)
 from torch import Tensor
 
 from model import KVCache, ModernDecoderLM, apply_rope, attention, attention_mask, linear_attention
@@ -34,7 +34,7 @@ from support.kernels import (
     float32_products,
     one_query,
     one_row_linear,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

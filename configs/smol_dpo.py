@@ -1,0 +1,21 @@
+"""DPO on GSM8K: pairs of what smol_sft.py's model answers to its own training problems."""
+
+name = "smol-dpo"
+model = "out/smol-sft"
+data = "gsm8k"
+first_problem = 0
+problems = 2000
+n = 8
+hypothesis = "Pairs of the model's own answers raise greedy accuracy over SFT on real problems, too."
+
+beta = 0.5
+nll = 30.0
+epochs = 1.0
+batch_size = 4
+grad_accum_steps = 4
+context_length = 512
+learning_rate = 5e-5
+warmup_steps = 10
+eval_every = 40
+save_every = 40
+eval_examples = 100

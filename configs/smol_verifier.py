@@ -1,0 +1,26 @@
+"""A verifier for GSM8K: smol_sft.py's model, taught to tell a problem from its answer.
+
+With --kind=head it is the published baseline (Cobbe et al., 2021), from the same answers.
+"""
+
+name = "smol-verifier"
+model = "out/smol-sft"
+start = "out/smol-sft"
+task = "gsm8k"
+gold = 6973
+first_problem = 0
+problems = 2000  # the same answers as DPO's
+n = 8
+held_n = 16
+validation_problems = 200
+test_problems = 200
+hypothesis = "On real problems a channel chooses better than majority, greedy and the published head."
+
+epochs = 1.0
+batch_size = 4
+grad_accum_steps = 4
+context_length = 512
+learning_rate = 1e-4
+warmup_steps = 20
+eval_every = 100
+save_every = 100
