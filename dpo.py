@@ -14,7 +14,7 @@ The loss of a pair is -log sigmoid(beta (margin - margin_ref)), margin = log p(c
 By default log p is that of one token, the first in which the two answers differ: tokens before it are equal
 and cancel, and tokens after it depend on the first mistake. With --first_difference=False it is the sum over
 all tokens of an answer, as in the paper (Rafailov et al., 2023). The loss also has --nll times the mean
-log-loss of the chosen answer's tokens, without which the likelihood of both answers sinks (Pang et al., 2024).
+log-loss of the chosen answer's tokens: without it the likelihood of both answers sinks (Pang et al., 2024).
 
 The reference is the model at the start. The program loads its weights, computes two log-probabilities for
 each pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on. So no second

@@ -269,9 +269,10 @@ class FineTuner(Trainer):
 
 
 def dtype_for(cfg: AdaptConfig, model: nn.Module) -> torch.dtype:
-    """The dtype of activations. auto: float32 for a small model on a CPU, even one that multiplies bfloat16 faster. These stages'
-    batches have ever new shapes, and for each one kernels in bfloat16 are made anew: with 0.9M parameters
-    float32 was 1.1 (SFT) to 1.6 times (the verifier) as fast, in a third of the memory.
+    """The dtype of activations. auto: float32 for a small model on a CPU, also where bfloat16 is faster.
+
+    The batches of these stages have ever new shapes, for each of which bfloat16 needs new kernels: with 0.9M
+    parameters float32 was 1.1 (SFT) to 1.6 times (the verifier) as fast, in a third of the memory.
     """
     small = sum(p.numel() for p in model.parameters()) < 2e7
     device = pick_device(cfg.device)

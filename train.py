@@ -47,11 +47,11 @@ from support.checkpoints import (
     best_checkpoint,
     explained,
     first_record,
-    what_is_left,
     load_checkpoint,  # noqa: F401
     refuse_another_run,
     save_checkpoint,  # noqa: F401
     tidy,
+    what_is_left,
     write_checkpoint,
 )
 from support.costs import estimate_flops

@@ -15,7 +15,8 @@ from finetune import FinetuneConfig, finetune
 from sft import SFTConfig, sft
 from support.adapters import merge
 from support.loading import load_model, resolve
-from support.runs import TrainError, read_json, read_jsonl
+from support.runs import TrainError, read_json
+from support.tables import read_jsonl
 from support.text_model import answer_task, label_order
 from support.tokenizer_json import ForeignTokenizer
 from tokenizer import EOT, SPECIAL_TOKENS, Tokenizer

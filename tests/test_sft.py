@@ -13,7 +13,8 @@ from model import ModelConfig, ModernDecoderLM
 from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, pack, tokenised
 from support.alignment import chat_model
 from support.loading import load_model
-from support.runs import AlreadyFinished, TrainError, read_jsonl
+from support.runs import AlreadyFinished, TrainError
+from support.tables import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
