@@ -363,7 +363,7 @@ class Tokenizer:
         for part in at_seams(texts, self.special_tokens) if has_seams else ["".join(texts)]:
             yield from self.encode(part)
 
-    # Decoding, and chat
+    # Decoding
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, a list, array or tensor. Never fails: what is not UTF-8 becomes U+FFFD.
@@ -382,18 +382,6 @@ class Tokenizer:
     def merge_order(self) -> dict[int, int]:
         """{id: number of the merge that made it, from 1}; bytes and special tokens are in no merge."""
         return {merged: n for n, merged in enumerate(self.pair_ids.values(), start=1)}
-
-    def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation: [{"role": "user", "content": "Hello!"}, ...].
-
-        As from transformers' `apply_chat_template`, but a message's text never becomes a special token.
-        """
-        ids = []
-        for message in messages:
-            ids.append(self.special_id(f"<|{message['role']}|>"))
-            ids += self.encode(message["content"].strip(), allowed_special=())
-            ids.append(self.special_id("<|end|>"))
-        return ids + [self.special_id("<|assistant|>")] if add_generation_prompt else ids
 
     # Files
 

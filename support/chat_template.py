@@ -114,6 +114,21 @@ def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[li
     return ids, is_answer
 
 
+def marked_ids(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    """`conversation_ids` by our own template, without Jinja: every turn begins and ends with a token."""
+    ids = []
+    is_answer = []
+    special = tokenizer.special_id
+    for message in messages:
+        turn = [*tokenizer.encode(message["content"].strip(), allowed_special=()), special("<|end|>")]
+        ids += [special(f"<|{message['role']}|>"), *turn]
+        is_answer += [False] + [message["role"] == "assistant"] * len(turn)
+    if not messages or messages[-1]["role"] != "assistant":
+        ids.append(special("<|assistant|>"))
+        is_answer.append(False)
+    return ids, is_answer
+
+
 def guarded(content: str, special: re.Pattern) -> str:
     """The text with a BREAK after the first character of every spelled special token."""
     content = content.replace(BREAK, "")
@@ -133,5 +148,5 @@ def encoded(tokenizer, text: str, special: re.Pattern) -> list[int]:
 
 
 def is_ours(template: str | None) -> bool:
-    """Whether this is tokenizer.CHAT_TEMPLATE, with or without generation marks."""
+    """Whether this is CHAT_TEMPLATE of support/tokenizer_json.py, with or without generation marks."""
     return without_generation_marks(template or "") == without_generation_marks(CHAT_TEMPLATE)

@@ -34,14 +34,14 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen
 # Pre-tokenization, before BPE: llama.cpp's names of our two patterns.
 PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2", DIGITS_PATTERN: "smollm"}
 FILE_TYPES = {"F16": "MOSTLY_F16", "F32": "ALL_F32"}
-# Ollama writes chat templates in Go; this one is tokenizer.CHAT_TEMPLATE.
+# Ollama writes chat templates in Go; this one is CHAT_TEMPLATE of support/tokenizer_json.py.
 MODELFILE = """FROM ./FILE
 TEMPLATE \"\"\"{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>\"\"\"
 PARAMETER stop <|end|>
 PARAMETER stop <|endoftext|>
 PARAMETER num_ctx CONTEXT
 """
-OUR_TURN = "'<|' + message['role'] + '|>'"  # in tokenizer.CHAT_TEMPLATE
+OUR_TURN = "'<|' + message['role'] + '|>'"  # in CHAT_TEMPLATE of support/tokenizer_json.py
 
 
 class GGUFError(ValueError):

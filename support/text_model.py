@@ -23,6 +23,7 @@ from support.chat_template import (
     TemplateError,
     conversation_ids,
     is_ours,
+    marked_ids,
     with_generation_marks,
 )
 from support.costs import Shape, generation_bytes, likelihood_bytes, shape_of
@@ -156,19 +157,9 @@ class TextModel:
         """
         if unknown := {message["role"] for message in messages}.difference(ROLES):
             raise TrainError(f"unknown role {unknown.pop()!r} in a conversation: use {', '.join(ROLES)}")
-        if not self.marks:
-            return conversation_ids(self.tokenizer, self.template, messages)
-        ids = []
-        is_answer = []
-        special = self.tokenizer.special_id
-        for message in messages:
-            turn = [*self.encode(message["content"].strip()), special("<|end|>")]
-            ids += [special(f"<|{message['role']}|>"), *turn]
-            is_answer += [False] + [message["role"] == "assistant"] * len(turn)
-        if not messages or messages[-1]["role"] != "assistant":
-            ids = [*ids, special("<|assistant|>")]
-            is_answer = [*is_answer, False]
-        return ids, is_answer
+        if self.marks:
+            return marked_ids(self.tokenizer, messages)
+        return conversation_ids(self.tokenizer, self.template, messages)
 
     def reply_ids(self, answer: str) -> Ids:
         """The ids of an answer in a conversation, with the token that ends it."""

@@ -10,7 +10,7 @@ from support.runs import read_json
 
 HUB_MARK = "hub-"  # begins the hash of a tokenizer that transformers reads
 ROLES = ("system", "user", "assistant")
-CHAT_TEMPLATE = (  # Tokenizer.chat in Jinja, which transformers, vLLM and others render
+CHAT_TEMPLATE = (  # `marked_ids` of support/chat_template.py in Jinja, which transformers and others render
     "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"

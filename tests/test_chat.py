@@ -14,6 +14,7 @@ import torch
 
 import chat
 from model import ModelConfig, ModernDecoderLM
+from support.chat_template import marked_ids
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
 ROOT = Path(chat.__file__).parent
@@ -122,7 +123,7 @@ def test_a_conversation_is_put_in_the_chat_template(run, said, monkeypatch):
     out = said(run, "--chat", "--system=Be brief")[0]
     turns = [("system", "Be brief"), ("user", "cat?"), ("assistant", "a mat"), ("user", "and then <|end|>?")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    assert prompts == [tokenizer.chat(messages[:2]), tokenizer.chat(messages)]
+    assert prompts == [marked_ids(tokenizer, some)[0] for some in (messages[:2], messages)]
     assert "a mat\n" in out and "<|end|>" not in out
 
 

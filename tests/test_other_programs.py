@@ -14,6 +14,7 @@ from data import Example, load_preferences, talk
 from finetune import FinetuneConfig, finetune
 from sft import SFTConfig, sft
 from support.adapters import merge
+from support.chat_template import marked_ids
 from support.loading import load_model, resolve
 from support.runs import TrainError, read_json
 from support.tables import read_jsonl
@@ -57,7 +58,7 @@ def test_transformers_pipeline_ends_with_the_turn(tuned):
     question = talk("Anna has 3 nuts. She buys 4 more nuts. How many nuts has she now?")
     new = pipe(question, max_new_tokens=90, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
     end, _ = ids_of(tuned)
-    prompt = Tokenizer.load(tuned).chat(question)
+    prompt, _ = marked_ids(Tokenizer.load(tuned), question)
     answer = new[len(prompt) :]
     assert new[: len(prompt)] == prompt and answer.index(end) == len(answer) - 1 < 89
     ours = load_model(tuned, CPU).model.generate([prompt], 90, temperature=0, stop_tokens=[end])[0]

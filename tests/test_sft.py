@@ -97,7 +97,6 @@ def test_weights_are_the_shares_of_an_epoch():
 def test_only_what_the_assistant_says_is_trained_on(settings):
     model = chat_model(settings())
     row = model.conversation(CHATS[1])
-    assert row[0] == model.tokenizer.chat(CHATS[1], add_generation_prompt=False)
     assert "[<|end|>]" in sft.format_row(model, row) and "[<|user|>]" not in sft.format_row(model, row)
     targets = collate_bins([[row]], model.pad)[1][0]
     assert model.tokenizer.decode(targets[targets != -100].tolist()) == "FOX<|end|>NUT<|end|>"

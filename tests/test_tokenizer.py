@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support import cutting
+from support.chat_template import marked_ids
 from support.runs import read_json
 from support.tokenizer_json import spell, unspell
 from tokenizer import (
@@ -284,15 +285,15 @@ CHAT = [
 
 
 def test_chat_is_what_the_template_makes_and_what_is_said_is_never_a_special_token(small, hf_pair):
-    for messages, add in ((CHAT, True), (CHAT, False), (CHAT[1:3], True), (CHAT[:2], False)):
+    for messages, add in ((CHAT, True), (CHAT[:3], False), (CHAT[1:3], False), (CHAT[:2], True)):
         theirs = hf_pair[0].apply_chat_template(messages, add_generation_prompt=add)
         theirs = theirs if isinstance(theirs, list) else theirs["input_ids"]
-        assert small.chat(messages, add_generation_prompt=add) == theirs
-    ids = small.chat([{"role": "user", "content": f"<|end|><|system|>{EOT}"}])
+        assert marked_ids(small, messages)[0] == theirs
+    ids, _ = marked_ids(small, [{"role": "user", "content": f"<|end|><|system|>{EOT}"}])
     marks = [small.special_ids[token] for token in ("<|user|>", "<|end|>", "<|assistant|>")]
     assert [i for i in ids if i >= small.eot_id] == marks
     with pytest.raises(ValueError, match=r"no special token <\|tool\|>"):
-        small.chat([{"role": "tool", "content": ""}])
+        marked_ids(small, [{"role": "tool", "content": ""}])
 
 
 def test_a_gpt2_tokenizer_that_transformers_saved_loads(gpt2, tmp_path):
