@@ -75,7 +75,7 @@ class DPOConfig(AdaptConfig):
     seed_samples: int = 1  # of the answers; verifier.py's, so that both can learn from the same ones
     max_train_examples: int = 0  # pairs of a data set at most, drawn from all of it by seed; 0: all
     eval_examples: int = 300  # validation problems, or pairs
-    collapse: float = 0.5  # stop if the chosen answers lose so many nats a token; 0: never
+    collapse: float = 0.5  # stop if the chosen answers lose this many nats per token; 0: never
     epochs: float = 2.0  # times through the pairs
     learning_rate: float = 2e-4  # the highest
 

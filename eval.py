@@ -25,11 +25,11 @@ has transformers do it, with the same result.
                                 Perplexities a token compare only under one tokenizer, bits a byte always. The
                                 interval is a bootstrap over documents and windows.
 
---battery=200 gives every model so many instructions of the embedded collection's test split, counts answers
+--battery=200 gives every model 200 instructions of the embedded collection's test split, counts answers
 that are exactly right and shows some. The answers go to out/pipeline.json, and report.py sets them side by
 side.
 
---shots=0,4 puts so many worked examples, drawn from the train split by --seed, before each question; a model
+--shots=4 puts four worked examples, drawn from the train split by --seed, before each question; a model
 that was tuned on the task wants none. --limit=N takes N items by --seed, and the interval widens as it
 should. A prompt that is too long loses examples first, then the end of its text, never the question; how many
 did is reported. --contamination=8 tells how many test items share 8 words in a row with what the model was
@@ -118,7 +118,7 @@ class EvalConfig:
     calibrate: bool = False  # classification: subtract the log-likelihood that each class has for "N/A"
     context_length: int = 0  # tokens that a model may look at; 0: as many as it can
     stride: int = 0  # corpora: tokens from one window to the next; 0: half a window
-    contamination: int = 0  # look for so many words in a row of each item in the training text; 0: don't
+    contamination: int = 0  # N: look for N words in a row of each item in the training text; 0: don't
     samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
     temperature: float = 1.0  # of these samples
     attention: bool = False  # what the heads look at, instead of tasks
@@ -126,7 +126,7 @@ class EvalConfig:
     layer: int = -1  # attention: maps of this layer, from 0; -1: top-scoring heads, or with --head all layers
     head: int = -1  # attention: maps of this head, from 0; -1: top-scoring heads, or with --layer all heads
     streams: bool = False  # texts longer than the context, instead of tasks
-    battery: int = 0  # so many held-out instructions are given to every model, some shown side by side
+    battery: int = 0  # held-out instructions that are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a card

@@ -92,7 +92,7 @@ class FinetuneConfig(AdaptConfig):
     name: str = ""  # the run's folder is {out}/{name}; default TASK-MODEL, with -lora or -qlora
     task: str = "sentiment"  # sst2, samsum, gsm8k, or embedded: sentiment, dialogue, arithmetic
     method: Literal["lm", "head"] = "lm"  # say the answer, or read a class off a linear layer on top
-    max_train_examples: int = 0  # for a smoke run: train on so many only; 0: all
+    max_train_examples: int = 0  # for a smoke run: train on this many only; 0: all
     eval_examples: int = 500  # validation examples looked at while training; all at the end
     max_eval_examples: int = 0  # for a smoke run: validation examples at the end; 0: all
     save_every: int = 200  # steps between checkpoints; 0: none, only the model at the end

@@ -91,7 +91,7 @@ class VerifierConfig(AdaptConfig):
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
     contrast: float = 1.0  # weight of the comparison of right and wrong answers to one problem
-    repeats: int = 0  # channel: above 0: only right answers beside wrong ones, each so often; 0: all, once
+    repeats: int = 0  # channel: 0: each right answer once; n: those beside wrong ones, n times
     group: int = 4  # head: answers to one problem that are seen together
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
@@ -239,7 +239,7 @@ class ChannelTraining(TrainingSet):
     Where the generator also gave wrong answers to the problem, one of them is drawn at each step, and the
     problem has to be likelier after the right answer (`channel_loss`): a language model that reads only right
     answers never learns that "sells 4 stamps" does not fit 4 nuts that were sold. Two thirds of the right
-    answers have no wrong one beside them; `repeats` uses only the others, so often, each time beside another
+    answers have no wrong one beside them; `repeats` n uses only the others, n times, each time beside another
     wrong one.
     """
 
