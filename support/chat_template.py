@@ -1,8 +1,9 @@
 """Conversations as token ids, by the chat template that a tokenizer carries.
 
 A chat template is a small Jinja program that transformers, vLLM, TRL and llama.cpp all render in the same
-way. Training, evaluation and chat all use `conversation_ids`: it gives the ids of a conversation
-and marks those of the assistant. So a model meets in use exactly the format of its training.
+way. Training, evaluation and chat all use `conversation_ids`, or `marked_ids` for our own template: it gives
+the ids of a conversation and marks those of the assistant. So a model meets in use exactly the format of its
+training.
 """
 
 import re
