@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,6 @@ import torch
 
 from support import kernels
 from support.runs import TrainError
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # the second: WSL, often not on the PATH
@@ -167,13 +163,11 @@ def git_commit() -> str:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process ever held (0 where the system does not say)."""
+    """The most memory this process ever held."""
     # Linux's getrusage goes on from what the parent held when it made this process; VmHWM does not.
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
-    if resource is None:
-        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

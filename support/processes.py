@@ -82,9 +82,6 @@ def become_worker() -> None:
 @contextmanager
 def without_interrupts() -> Iterator[None]:
     """Delays Ctrl-C until the end of the block. Processes started inside it never receive Ctrl-C."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -80,7 +80,7 @@ def lock(folder: Path) -> int:
 
 
 def locked(folder: Path) -> bool:
-    """Whether a process is training in this folder, or holds the lock of a file. (Windows: False.)"""
+    """Whether a process is training in this folder, or holds the lock of a file."""
     try:
         handle = take_lock(folder, shared=True)
     except OSError:  # not there, or not ours to open

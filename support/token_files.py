@@ -99,8 +99,8 @@ def in_batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def open_tokens(folder: str | Path, split: str, tokenizer=None) -> tuple:
     """A token file mapped into memory, and its .json: (np.memmap (tokens,), dict).
 
-    `tokenizer`: the Tokenizer, or its hash, that the file must have been made with. Raises FileNotFoundError,
-    or ValueError if the file is truncated or was made with another tokenizer.
+    `tokenizer`: the one that the file must have been made with. Raises FileNotFoundError, or ValueError if
+    the file is truncated or was made with another tokenizer.
     """
     import numpy as np
 
@@ -114,10 +114,9 @@ def open_tokens(folder: str | Path, split: str, tokenizer=None) -> tuple:
     expected = meta["tokens"] * dtype.itemsize
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its .json states {expected:,}: delete it and {REMEDY}")
-    wanted = getattr(tokenizer, "hash", tokenizer)
     made_with = meta["tokenizer"]
-    if wanted not in (None, made_with):
-        differ = f"was made with tokenizer {made_with[:8]}.., this run uses {wanted[:8]}.."
+    if tokenizer is not None and tokenizer.hash != made_with:
+        differ = f"was made with tokenizer {made_with[:8]}.., this run uses {tokenizer.hash[:8]}.."
         raise ValueError(f"{path} {differ}: {REMEDY}")
     return np.memmap(path, dtype, mode="r"), meta
 
