@@ -129,7 +129,7 @@ class Screen:
 def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict]) -> str:
     """Prints cfg.n continuations of `text`, or answers to it, as they are sampled; returns the last one."""
     text = text.encode("utf-8", "replace").decode()  # half an emoji in the terminal's input is no text
-    ids = [*(model.bos or [model.eos]), *model.encode(text)]
+    ids = [*model.start, *model.encode(text)]
     if cfg.chat:
         ids, _ = model.conversation([*messages, {"role": "user", "content": text}])
     names = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"] + ["compile"] * cfg.compile

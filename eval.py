@@ -167,8 +167,7 @@ def evaluate_text(
     alone = 0 if running_text else sum(len(ids) <= T for ids in sequences)
     if running_text:
         sequences = [list(chain(*sequences))]
-    start = model.bos[:1] or [model.eos]
-    rows = [window for ids in sequences for window in windows(start + ids, T, stride)]
+    rows = [window for ids in sequences for window in windows(model.start + ids, T, stride)]
     counts = np.array([len(new) for _, new in rows])
     nats_and_tokens = np.stack([-model.log_likelihoods(rows, progress), counts], axis=1)  # resampled together
     loss = bootstrap(nats_and_tokens, lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), rounds=500)

@@ -304,7 +304,7 @@ class InspectRequest(BaseModel):
         text = valid(self.text)
         if self.chat:
             return model.conversation([{"role": "user", "content": text}])[0]
-        begin = model.before or ([model.eos] if model.kind == "causal" else [])
+        begin = model.start if model.kind == "causal" else model.before
         return [*begin, *model.encode(text), *model.behind]
 
 

@@ -103,8 +103,7 @@ class Completion(Question):
 
     def prompts(self, model: TextModel) -> list[list[int]]:
         """The ids of each prompt. A text gets the token that begins a document, ids are left as they are."""
-        begin = model.bos or [model.eos]
-        return [p if isinstance(p, list) else begin + model.encode(valid(p)) for p in self.prompt]
+        return [p if isinstance(p, list) else model.start + model.encode(valid(p)) for p in self.prompt]
 
     def begin(self, model: TextModel, i: int, ids: list[int]) -> tuple[str, list[dict]]:
         """The text with which the answers to prompt i begin, by echo the prompt; its log-probabilities."""
@@ -112,7 +111,7 @@ class Completion(Question):
             return "", []
         entries = [] if self.logprobs is None else prompt_entries(model, ids, self.logprobs)
         if isinstance(self.prompt[i], str):
-            return valid(self.prompt[i]), entries[len(model.bos or [model.eos]) :]
+            return valid(self.prompt[i]), entries[len(model.start) :]
         return model.tokenizer.decode(ids), entries
 
     def problem(self) -> tuple[str, str]:

@@ -75,6 +75,7 @@ class TextModel:
         self.context_length = min(self.longest, context_length or self.longest)
         self.bos = tokenizer.bos
         self.eos = tokenizer.eot_id
+        self.start = self.bos or [self.eos]  # what a document begins with
         self.pad = tokenizer.pad_id
         if not self.ours and model.config.pad_token_id is None:  # GPT-2; a head finds the end of a text by it
             model.config.pad_token_id = self.pad
