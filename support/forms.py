@@ -64,7 +64,8 @@ def kind_of(annotation) -> dict:
 
 
 def stage_of(config: str) -> str:
-    """Which script a config file is for."""
-    if config in STAGES:
-        return config
+    """Which script a config file is for, by the end of its name or by what it sets."""
+    end = config.rpartition("_")[2]
+    if end in STAGES:
+        return end
     return "finetune" if "task" in runpy.run_path(str(ROOT / f"configs/{config}.py")) else "train"
