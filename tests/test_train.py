@@ -163,8 +163,8 @@ def start(cfg: TrainConfig, **environment) -> subprocess.Popen:
 
 def start_together(cfg: TrainConfig, n: int = 2) -> list[subprocess.Popen]:
     """Processes that train together, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.socket() as free:  # not a port that a system gives to whoever asks for any: others do meanwhile
+        free.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 30_000)))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [start(cfg, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(n)]
