@@ -163,7 +163,7 @@ def start(cfg: TrainConfig, **environment) -> subprocess.Popen:
 
 def start_together(cfg: TrainConfig, n: int = 2) -> list[subprocess.Popen]:
     """Processes that train together, as torchrun would start them."""
-    with socket.socket() as free:  # not a port that a system gives to whoever asks for any: others do meanwhile
+    with socket.socket() as free:  # a port below those that systems give away
         free.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 30_000)))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
