@@ -411,8 +411,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     data = {"train": train_about | {"examples": len(train)} | lost, "tokenizer": model.tokenizer.hash}
     data["validation"] = validation_about | {"examples": len(validation)}
     about = {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
-    about |= origin(cfg.model)
-    about["trained_parameters"] = trained
+    about |= origin(cfg.model) | {"trained_parameters": trained}
     capped = bool(cfg.max_train_examples or cfg.max_eval_examples)
     about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or capped
     if model.kind == "head":

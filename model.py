@@ -116,18 +116,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.
     return (w @ v, w) if weights else w @ v
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, weights: bool = False):
-    """phi(q) phi(k)^T v, each row of weights divided by its sum, with phi(x) = elu(x) + 1 where softmax has
-    exp (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`.
-
-    RoPE has turned q and k before: the weights stay positive, but depend on more than the distance.
-    """
-    w = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).float()
-    w = w if mask is None else w * mask
-    w = (w / w.sum(-1, keepdim=True).clamp(min=1e-6)).to(v.dtype)
-    return (w @ v, w) if weights else w @ v
-
-
 def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int = 0) -> Tensor:
     """Who may look at whom, True = attend: positions of queries (..., T), of keys (..., S) -> (..., T, S).
 
@@ -156,11 +144,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, 
     if linear:
         return linear_attention(q, k, v, mask, weights)
     return attention(q, k, v, mask, sinks, dropout, weights)
-
-
-def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
-    """What several linear layers make of the same x (..., d)."""
-    return [layer(x) for layer in layers]
 
 
 class Attention(nn.Module):
@@ -217,6 +200,23 @@ class Attention(nn.Module):
             y, w = y
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         return (y, w) if weights else y
+
+
+def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """What several linear layers make of the same x (..., d)."""
+    return [layer(x) for layer in layers]
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask=None, weights: bool = False):
+    """phi(q) phi(k)^T v, each row of weights divided by its sum, with phi(x) = elu(x) + 1 where softmax has
+    exp (Katharopoulos et al., 2020, eq. 7). Arguments as in `attention`.
+
+    RoPE has turned q and k before: the weights stay positive, but depend on more than the distance.
+    """
+    w = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).float()
+    w = w if mask is None else w * mask
+    w = (w / w.sum(-1, keepdim=True).clamp(min=1e-6)).to(v.dtype)
+    return (w @ v, w) if weights else w @ v
 
 
 # -----------------------------------------------------------------------------

@@ -470,8 +470,7 @@ class Trainer:
     def train(self, progress: Progress) -> None:
         """The algorithm, every step of it, from the first one that is not done yet."""
         cfg = self.cfg
-        # The count of targets is known after the last micro-batch. Dividing by this guess of it keeps float16
-        # gradients in range; a factor corrects it below.
+        # A guess of the count of targets: it keeps float16 gradients in range; a factor corrects it below
         tokens_per_step = self.rows * max(1, self.tokens_per_row)
         rates = cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, cfg.max_steps
         while self.step < cfg.max_steps:
