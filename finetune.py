@@ -57,7 +57,7 @@ from support.loading import Source, is_smoke, load_model, load_network, load_tok
 from support.machine import pick_device, pick_dtype
 from support.model_card import write_run
 from support.results import value_of
-from support.runs import AlreadyFinished, TrainError, run_folder
+from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash  # noqa: F401
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
 
