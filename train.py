@@ -381,7 +381,7 @@ def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Ten
 
 
 # What a checkpoint holds beside weights and optimizers.
-COUNTERS = ("step", "seconds", "skipped", "best", "last", "window", "micro_batch")
+COUNTERS = ("step", "seconds", "skipped", "bad_in_a_row", "best", "last", "window", "micro_batch")
 
 
 @dataclass(eq=False, repr=False)
@@ -434,12 +434,12 @@ class Trainer:
         self.step = 0  # optimizer steps that are done
         self.seconds = 0.0
         self.skipped = 0  # steps whose gradients were not finite
+        self.bad_in_a_row = 0  # the newest of them
         self.best = None  # the evaluation with the lowest loss
         self.last = None  # the newest evaluation
         self.window = [0.0, 0]  # loss sum and count since the last logged line
         self.rows = rows_per_step(cfg)
         self.micro_batch = cfg.batch_size  # halves when memory runs out; the batch stays the same
-        self.bad_in_a_row = 0
         self.logged = (0, 0.0)  # step and seconds of the last logged line
         # The run folder
         self.folder = run_folder(cfg)
@@ -453,9 +453,10 @@ class Trainer:
     def run_all_steps(self) -> dict:
         """Trains to max_steps, resuming if the folder holds a checkpoint; returns run.json."""
         try:
-            self.begin()
-            with self.stop, Progress(self.cfg.name, self.step, self.cfg.max_steps, self.log) as progress:
-                self.train(progress)
+            with self.stop:
+                self.begin()
+                with Progress(self.cfg.name, self.step, self.cfg.max_steps, self.log) as progress:
+                    self.train(progress)
             self.finish()
         except (TrainError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
             error = explained(error, self.folder)
@@ -840,7 +841,7 @@ class Trainer:
                 f"{self.rows}: --batch_size times --grad_accum_steps times processes must stay the same"
             )
         state["micro_batch"] = min(self.micro_batch, state["micro_batch"])
-        state.setdefault("last", state["best"])  # older versions kept only the best
+        state = {"last": state["best"], "bad_in_a_row": 0} | state  # what older versions did not keep
         for name in COUNTERS:
             setattr(self, name, state[name])
         self.scaler.load_state_dict(state["scaler"])

@@ -267,6 +267,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(settings, run, tmp_path, in
         assert_same_run(tmp_path / "whole", run)
 
 
+def test_a_signal_while_the_run_begins_saves_after_the_first_step(settings, run, tmp_path):
+    def begin():
+        os.kill(os.getpid(), signal.SIGTERM)  # run.json, by which the page finds the process, follows
+
+    def trained(name: str, **more) -> dict:
+        return Trainer(settings(name=name, eval_every=0), small_model(), rows, loss, **more).run_all_steps()
+
+    def rows(step, first, count):
+        return (torch.arange(first, first + count)[:, None] + torch.arange(16)[None] + step,)
+
+    def loss(model, ids):
+        return model(ids[:, :-1], ids[:, 1:])
+
+    trained("whole")
+    with pytest.raises(SystemExit) as exit:
+        trained(run.name, on_begin=begin)
+    assert exit.value.code == 128 + signal.SIGTERM
+    assert (read_run(run)["status"], read_run(run)["step"]) == ("interrupted", 1)
+    assert trained(run.name)["status"] == "finished" and same_weights(tmp_path / "whole", run)
+
+
 def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(
     settings, run, interrupt, monkeypatch
 ):
@@ -388,6 +409,17 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(settings, run, how)
     lines = metrics(run)
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
     assert "loss" not in lines[2] and lines[3]["loss"] > 1  # no figure is better than a made-up one
+
+
+def test_bad_steps_count_on_after_an_interruption(settings, run, main, interrupt, monkeypatch):
+    def forward(self, ids, targets=None, do=ModernDecoderLM.forward, **rest):
+        result = do(self, ids, targets, **rest)
+        return (result[0] * math.nan, result[1]) if targets is not None and self.training else result
+
+    monkeypatch.setattr(ModernDecoderLM, "forward", forward)
+    assert interrupt(2, settings(eval_every=0)) == 130  # after three bad steps
+    assert "five steps" in main(settings(eval_every=0))
+    assert read_run(run)["step"] == 4  # the fifth ended it
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])
