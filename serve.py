@@ -173,6 +173,16 @@ def tokenize(lab: AnyLab, words: TokenizeRequest):
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
 
 
+class DetokenizeRequest(BaseModel):
+    model: str
+    tokens: list[int] = Field(max_length=100_000)
+
+
+@router.post("/detokenize")
+def detokenize(lab: AnyLab, words: DetokenizeRequest):
+    return {"prompt": lab.pool.get(words.model).tokenizer.decode(words.tokens)}
+
+
 # -----------------------------------------------------------------------------
 # The lab: runs
 

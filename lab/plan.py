@@ -9,9 +9,10 @@ likelihood it reads. The seconds of a token of each kind are measured on this ma
 shapes, some seconds each. For another GPU they follow from its data sheet, with the constants below. Nothing
 is downloaded: the sizes of real tasks are known.
 
-GiB are the peak of a training step (`estimate_memory`, support/costs.py), on a CPU with 0.4 GiB of libraries.
-Answers are sampled and read in batches as large as there is room for. If what will be downloaded and written
-does not fit on the disk, that is an error.
+GiB are what a stage needs at least (support/costs.py): the peak of a training step, or of answering one
+question at a time if that is more; on a CPU with 0.4 GiB of libraries. Answers are sampled and read in batches
+as large as there is room for. If what will be downloaded and written does not fit on the disk, that is an
+error.
 """
 
 from support.terminal import run_script
@@ -39,7 +40,14 @@ from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig
 from model import ModelConfig, ModernDecoderLM
 from sft import SFTConfig, mixture
-from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
+from support.costs import (
+    GIB,
+    count_parameters,
+    estimate_flops,
+    estimate_memory,
+    generation_bytes,
+    shape_of,
+)
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
@@ -540,18 +548,27 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[Sta
     for name, words in commands:
         stage = plan.count(words)
         seconds = start + stage.seconds
-        gib = 0.0
+        peak = answering(stage.model, on_cpu) if stage.samples or stage.reads else 0
         if stage.trains:
-            gib = estimate_memory(stage.model, stage.rows, stage.length, **stage.options)["peak"] / GIB
-            gib += 0.4 * on_cpu
+            step = estimate_memory(stage.model, stage.rows, stage.length, **stage.options)["peak"]
+            peak = max(peak, step)
             # Frozen weights want no gradients: 4 of 6 FLOPs.
             seconds += stage.trains * rates.training(stage) * (1 if stage.full else 4 / 6)
         if stage.samples:
             seconds += stage.samples * rates.sampling(stage.model)
         if stage.reads:
             seconds += stage.reads * rates.reading(stage.model)
+        gib = peak / GIB + 0.4 * on_cpu if peak else 0.0
         stages.append(replace(stage, name=name, seconds=seconds, gib=gib))
     return stages
+
+
+def answering(c: ModelConfig, on_cpu: bool) -> int:
+    """Peak bytes of continuing one prompt that fills half of the context to its end."""
+    half = c.context_length // 2
+    cache = generation_bytes(shape_of(c), 1, half, half, size=4 if on_cpu else 2, sampled=True, on_cpu=on_cpu)
+    weights = count_parameters(c)["total"] * (4 if on_cpu else 6)  # on a GPU in bfloat16 beside float32
+    return weights + cache
 
 
 def table(stages: list[Stage]) -> list[str]:

@@ -59,7 +59,7 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:  # a rebound DNS name
             raise Refused(403, f"the Host header {host!r} is not a name of this server")
-        if not path.startswith(("/v1", "/lab", "/tokenize")):
+        if not path.startswith(("/v1", "/lab", "/tokenize", "/detokenize")):
             if method not in ("GET", "HEAD"):
                 raise Refused(405, "only GET is allowed here")
             return

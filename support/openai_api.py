@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from support.guard import Refused, error_body, to_json
-from support.serving import Piece, Row, generate, prompt_entries, rank_answers
+from support.serving import Piece, Row, characters, generate, prompt_entries, rank_answers
 from support.tables import valid
 from support.text_model import TextModel
 
@@ -55,8 +55,8 @@ class Question(BaseModel):
     top_k: Annotated[int, Field(ge=-1, le=10**9), AfterValidator(lambda k: max(0, k))] = 0
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    presence_penalty: float = Field(0.0, ge=0, le=0)  # is not computed, so anything but 0 is refused
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)  # taken from the logit of a token that was generated
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)  # the same, times how often it was
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     n: int = Field(1, ge=1, le=MOST_ROWS)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: seed % 2**31)] = Field(
@@ -123,15 +123,18 @@ class Completion(Question):
     def form(self, piece: Piece, streaming: bool) -> dict:
         return {
             "text": piece.text,
-            "logprobs": None if self.logprobs is None else text_logprobs(piece.tokens),
+            "logprobs": None if self.logprobs is None else text_logprobs(piece.tokens, piece.offset),
         }
 
 
-def text_logprobs(entries: list[dict]) -> dict:
-    found = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+def text_logprobs(entries: list[dict], offset: int) -> dict:
+    """offset: characters of the text before the first token."""
+    found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         top = entry["top_logprobs"]
         found["tokens"].append(entry["token"])
+        found["text_offset"].append(offset)
+        offset += characters(entry)
         found["token_logprobs"].append(entry["logprob"])
         found["top_logprobs"].append(top if top is None else {x["token"]: x["logprob"] for x in top})
     return found

@@ -188,6 +188,7 @@ class Piece:
     text: str
     calculator: bool = False  # written by the calculator, not by the model
     tokens: list[dict] = ()  # log-probabilities, if they were asked for
+    offset: int = 0  # characters of the text before the first of `tokens`
     finish: str | None = None  # "stop" or "length"
 
 
@@ -208,6 +209,7 @@ class Row:
         self.tokens = list(tokens)
         self.finish: str | None = None
         self.taken = (0, 0, None)  # characters, tokens, finish: what was given out
+        self.offset = 0  # characters of the tokens that were given out
 
     def add(self, new: bytes, tokens: list[dict], finish: str | None = None) -> None:
         """The bytes of the next token, its log-probabilities, and why the row ends with it, if it does."""
@@ -234,13 +236,14 @@ class Row:
         begin, seen, _ = self.taken
         self.taken = now
         pieces = []
-        for author, characters in groupby(self.authors[begin : now[0]]):
-            end = begin + len(list(characters))
+        for author, group in groupby(self.authors[begin : now[0]]):
+            end = begin + len(list(group))
             pieces.append(Piece(self.text[begin:end], author))
             begin = end
         pieces = pieces or [Piece("")]
-        pieces[-1].tokens = self.tokens[seen : now[1]]
-        pieces[-1].finish = finish
+        last = pieces[-1]
+        last.tokens, last.offset, last.finish = self.tokens[seen : now[1]], self.offset, finish
+        self.offset += sum(map(characters, last.tokens))
         return pieces
 
 
@@ -271,6 +274,8 @@ def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], g
         if how.logit_bias:
             logits = logits.float().clone()
             logits[:, list(how.logit_bias)] += torch.tensor(list(how.logit_bias.values())).to(logits)
+        if how.presence_penalty or how.frequency_penalty:
+            logits = penalised(logits, [rows[r].ids for r in alive], how)
         return logits
 
     def force(r: int, new: list[int]) -> list[int]:
@@ -308,6 +313,15 @@ def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], g
             row.add(b"", [], "length")
 
 
+def penalised(logits: torch.Tensor, written: list[list[int]], how) -> torch.Tensor:
+    """logits (B, V) of rows that have written these ids; an id loses the more, the more often it is there."""
+    logits = logits.float().clone()
+    for row, ids in zip(logits, written, strict=True):
+        seen, times = torch.tensor(ids, dtype=torch.long, device=row.device).unique(return_counts=True)
+        row[seen] -= how.presence_penalty + how.frequency_penalty * times
+    return logits
+
+
 def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) -> dict:
     """{"token", "bytes", "logprob", "top_logprobs": [the same of the likeliest]}, from log_p (V)."""
 
@@ -318,6 +332,11 @@ def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) ->
     values, ids = log_p.topk(most)
     top = map(named, ids.tolist(), values.tolist())
     return named(token, float(log_p[token])) | {"top_logprobs": list(top)}
+
+
+def characters(entry: dict) -> int:
+    """Of a token, as it was named; one that is a part of a character has none."""
+    return 0 if entry["token"].startswith("bytes:") else len(entry["token"])
 
 
 @torch.no_grad()

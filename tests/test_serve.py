@@ -122,9 +122,38 @@ def test_biases_and_heads_that_are_off_change_what_comes(client):
     free = one(client, **how)["text"]
     first = ask(client, "/tokenize", model="base", prompt=free).json()["tokens"][0]
     every_head = [[layer, head] for layer in range(2) for head in range(4)]
-    for change in ({"logit_bias": {first: -100}}, {"heads_off": every_head}):
+    for change in ({"logit_bias": {first: -100}}, {"heads_off": every_head}, {"presence_penalty": 2}):
         assert one(client, **how, **change)["text"] != free
     assert "no head" in complain(client, heads_off=[[7, 0]])
+
+
+def test_penalties_are_those_of_openai(client, ours):
+    """Presence counts once, frequency each time, and only of what was generated."""
+    model, penalties = ours("base"), {"presence_penalty": 0.7, "frequency_penalty": 1.3}
+    ids = ask(client, "/tokenize", model="base", prompt="Once upon a time").json()["tokens"]
+    expected = []
+    for _ in range(12):
+        logits = model.model(torch.tensor([ids + expected]))[0, -1].detach()
+        for i in set(expected):
+            logits[i] -= 0.7 + 1.3 * expected.count(i)
+        expected.append(int(logits.argmax()))
+    found = one(client, prompt=ids, max_tokens=12, temperature=0, **penalties)["text"]
+    assert found == model.decode(expected)
+
+
+def test_ids_become_text_and_tokens_know_where_they_stand(client):
+    text = "Once upon a time 🦊 was there"
+    ids = ask(client, "/tokenize", model="base", prompt=text).json()["tokens"]
+    assert ask(client, "/detokenize", model="base", tokens=ids).json() == {"prompt": text}
+    how = {"temperature": 0, "max_tokens": 9, "logprobs": 0, "stop": ["never comes"]}
+    for more in ({}, {"echo": True}):
+        whole = one(client, **how, **more)
+        tokens, offsets = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]
+        for token, begin in zip(tokens, offsets, strict=True):
+            assert whole["text"].startswith(token, begin)
+        parts = streamed(client, **how, **more)
+        pieces = [c["logprobs"]["text_offset"] for part in parts for c in part["choices"]]
+        assert sum(pieces, []) == offsets
 
 
 def test_chat_follows_the_template_and_can_go_on_with_an_answer(client, ours):
@@ -213,7 +242,7 @@ def test_the_openai_client_understands_all_of_it(lab_url):
         (400, {"prompt": [3, 4000]}, "token ids"),
         (400, {"logit_bias": {"4000": 1}}, "token ids"),
         (400, {"prompt": [[]]}, "prompt"),
-        (400, {"presence_penalty": 1}, "presence_penalty"),
+        (400, {"presence_penalty": 3}, "presence_penalty"),
         (404, {"verifier": "sft"}, "no verifier"),
         (400, {"verifier": "verifier", "model": "sft", "prompt": [5, 6]}, "one prompt"),
         (400, {"messages": TURNS, "model": "base"}, "/v1/completions"),
