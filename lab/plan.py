@@ -10,9 +10,9 @@ shapes, some seconds each. For another GPU they follow from its data sheet, with
 is downloaded: the sizes of real tasks are known.
 
 GiB are what a stage needs at least (support/costs.py): the peak of a training step, or of answering one
-question at a time if that is more; on a CPU with 0.4 GiB of libraries. Answers are sampled and read in batches
-as large as there is room for. If what will be downloaded and written does not fit on the disk, that is an
-error.
+question at a time if that is more; on a CPU with 0.4 GiB of libraries. Answers are sampled and read in
+batches as large as there is room for. If what will be downloaded and written does not fit on the disk, that
+is an error.
 """
 
 from support.terminal import run_script
@@ -40,14 +40,7 @@ from eval import EvalConfig, read_words
 from finetune import AdaptConfig, FinetuneConfig
 from model import ModelConfig, ModernDecoderLM
 from sft import SFTConfig, mixture
-from support.costs import (
-    GIB,
-    count_parameters,
-    estimate_flops,
-    estimate_memory,
-    generation_bytes,
-    shape_of,
-)
+from support.costs import GIB, count_parameters, estimate_flops, estimate_memory, generation_bytes, shape_of
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
