@@ -44,9 +44,10 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, judge, load_task, refuse_overlap, talk
-from finetune import AdaptConfig, TrainingSet, dtype_for, subsample
+from finetune import AdaptConfig, TrainingSet, subsample
 from model import ModernDecoderLM
 from support.alignment import best_evaluation, chat_model, run_stage, stage_trainer, train_and_merge
+from support.machine import dtype_for
 from support.pairs import Pair, from_collection, write_answers, write_pairs
 from support.runs import AlreadyFinished, TrainError, run_folder
 from support.samples import draw
@@ -327,7 +328,7 @@ def train_round(cfg: DPOConfig) -> dict:
     pairs, val_pairs, problems, sources = make_pairs(model, cfg)
     whole = not (cfg.first_difference or cfg.is_control)
     reference = np.zeros((len(pairs), 2), np.float32)
-    dtype = dtype_for(cfg, model.model)
+    dtype = dtype_for(cfg.dtype, model.model, model.device)
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):  # as the steps compute
         if not cfg.is_control:  # no step was taken, so the model is still the reference
             reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
@@ -348,7 +349,7 @@ def train_round(cfg: DPOConfig) -> dict:
     both = sources["pairs"]["pairs"]
     trainer.say(
         f"{trainer.folder}: {cfg.model}, {cfg.method} on {both:,} pairs and {len(pairs) - both:,} answers "
-        f"alone; {cfg.max_steps} steps of {data.batch_size}"
+        f"alone; {cfg.max_steps} steps of {data.per_step}"
     )
     return train_and_merge(cfg, trainer)
 

@@ -129,7 +129,7 @@ class EvalConfig:
     battery: int = 0  # held-out instructions that are given to every model, some shown side by side
     verifier: str = ""  # verifiers that choose among the samples, run folders joined by commas
     backend: Literal["auto", "ours", "transformers"] = "auto"  # what computes the models
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a card
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: on a CPU float32, on a GPU bfloat16
     device: str = "auto"  # cuda, cpu, ...
     out: str = "out"  # folder that holds everything the project makes
 
@@ -231,7 +231,7 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
         texts = items
     if cfg.contamination and (sources := trained_on(model.name)):
         found["contamination"] = contamination(texts, training_texts(sources), cfg.contamination)
-        found["contamination"]["sources"] = [f"{kind} {source}" for kind, source in sources]
+        found["contamination"]["sources"] = [f"{kind} {source}" for kind, source, *_ in sources]
     return Result(entry | found | {"seconds": round(time.perf_counter() - begun, 2)}, records)
 
 
@@ -381,10 +381,13 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     return cfg.tasks.split(","), [int(shots) for shots in cfg.shots.split(",")]
 
 
-def evaluate_model(name: str, cfg: EvalConfig, device: torch.device, dtype: torch.dtype) -> list[Result]:
+def evaluate_model(
+    name: str, cfg: EvalConfig, device: torch.device, dtype: torch.dtype | None
+) -> list[Result]:
     """One model on all tasks; results are printed and written as they come."""
     model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
-    model.dtype = dtype
+    if dtype:
+        model.dtype = model.sampling_dtype = dtype
     run = read_run(name)
     size = sum(p.numel() for p in model.model.parameters()) / 1e6
     smoke = "; SMOKE RUN, no result" * bool(run.get("smoke"))
@@ -422,8 +425,7 @@ def evaluate_all(cfg: EvalConfig) -> None:
     """All models, their differences, and the table of all; or their heads, or texts beyond their contexts."""
     tasks, _ = checked(cfg)  # before anything is loaded
     device = pick_device(cfg.device)
-    on_cpu = (cfg.dtype, device.type) == ("auto", "cpu")
-    dtype = torch.float32 if on_cpu else pick_dtype(cfg.dtype, device)
+    dtype = None if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)
     results, answers = {}, {}
     for name in cfg.models.split(","):
         if cfg.attention:

@@ -3,7 +3,7 @@
     python finetune.py configs/sentiment.py           # our base, embedded data: a minute on a laptop
     python finetune.py configs/sst2.py --model=gpt2   # GPT-2 with LoRA: is a review good or bad?
     python finetune.py configs/samsum.py              # FLAN-T5 learns to summarise chats
-    python finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 --load_in_4bit    # QLoRA
+    python finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 --lora_r=16 --load_in_4bit    # QLoRA
     python finetune.py configs/sst2.py --model=out/laptop --lora_r=0 --learning_rate=5e-4  # ours, all weights
 
 A task is a question in words (data.py). `--method=lm` teaches the model to say the answer: the loss is on the
@@ -54,7 +54,7 @@ from support.adapters import (
 from support.files import write_jsonl
 from support.hub_models import add_chat_tokens, set_dropout
 from support.loading import Source, is_smoke, load_model, load_network, load_tokenizer, origin, resolve
-from support.machine import pick_device, pick_dtype
+from support.machine import dtype_for, pick_device, pick_dtype
 from support.model_card import write_run
 from support.results import value_of
 from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash  # noqa: F401
@@ -225,7 +225,7 @@ def build_model(
     if cfg.gradient_checkpointing and not ours:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_r and ours:
-        model.to(device, dtype_for(cfg, model))
+        model.to(device, dtype_for(cfg.dtype, model, device))
         adapter = Adapter(model, cfg, source.base)
     elif cfg.lora_r and not source.adapter:
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
@@ -233,7 +233,9 @@ def build_model(
         model = model.to(device)
     limit = cfg.context_length or 1024
     chat = align or source.is_chat(tokenizer)
-    return TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
+    found = TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
+    found.sampling_dtype = dtype_for(cfg.dtype, model, device)
+    return found
 
 
 def check_settings(cfg: AdaptConfig, source: Source) -> None:
@@ -259,25 +261,14 @@ class FineTuner(Trainer):
         self.text_model = text_model
         free = ["eval_examples", "max_eval_examples", "merge", *free_to_change]
         model = kwargs.pop("model", text_model.model)
-        super().__init__(cfg, model, *args, free_to_change=free, dtype=dtype_for(cfg, model), **kwargs)
+        dtype = dtype_for(cfg.dtype, model, pick_device(cfg.device))
+        super().__init__(cfg, model, *args, free_to_change=free, dtype=dtype, **kwargs)
 
     def write_model(self, folder: Path) -> None:
         self.text_model.save(folder)
 
     def read_model(self, folder: Path) -> None:
         self.text_model.read_weights(folder)
-
-
-def dtype_for(cfg: AdaptConfig, model: nn.Module) -> torch.dtype:
-    """The dtype of activations. auto: float32 for a small model on a CPU, also where bfloat16 is faster.
-
-    The batches of these stages have ever new shapes, for each of which bfloat16 needs new kernels: with 0.9M
-    parameters float32 was 1.1 (SFT) to 1.6 times (the verifier) as fast, in a third of the memory.
-    """
-    small = sum(p.numel() for p in model.parameters()) < 2e7
-    device = pick_device(cfg.device)
-    on_cpu = cfg.dtype == "auto" and device.type == "cpu"
-    return torch.float32 if small and on_cpu else pick_dtype(cfg.dtype, device)
 
 
 # -----------------------------------------------------------------------------
@@ -287,21 +278,21 @@ def dtype_for(cfg: AdaptConfig, model: nn.Module) -> torch.dtype:
 class Epochs:
     """Which rows each step sees: a pure function of (seed, step).
 
-    `order(epoch)` lists an epoch's rows, drawn from (seed, epoch); a step takes the next `batch` of them.
+    `order(epoch)` lists an epoch's rows, drawn from (seed, epoch); a step takes the next `per_step` of them.
     """
 
-    def __init__(self, order: Callable[[int], np.ndarray | list], batch: int):
+    def __init__(self, order: Callable[[int], np.ndarray | list], per_step: int):
         self.order = order
-        self.batch_size = batch
+        self.per_step = per_step
         self.epoch, self.items = 0, order(0)
-        self.batches = max(1, len(self.items) // batch)  # an epoch
+        self.batches = max(1, len(self.items) // per_step)  # an epoch
 
     def members(self, step: int, first: int, count: int) -> list:
         """Rows first .. first + count - 1 of the batch of `step`."""
         epoch, at = divmod(step, self.batches)
         if epoch != self.epoch:
             self.epoch, self.items = epoch, self.order(epoch)
-        start = at * self.batch_size + first
+        start = at * self.per_step + first
         return [self.items[i % len(self.items)] for i in range(start, start + count)]
 
 
@@ -427,7 +418,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     trainer.say(
         f"{trainer.folder}: {cfg.model} ({total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained) on "
         f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {tokens:.0f} tokens each, "
-        f"{cfg.max_steps} steps of {batches.batch_size}"
+        f"{cfg.max_steps} steps of {batches.per_step}"
     )
     if any(lost.values()):
         trainer.say(f"too long: {lost['cut']} texts lost their end, {lost['left_out']} examples left out")

@@ -187,7 +187,7 @@ class PackedSet(Epochs):
                 drawn.append(rng.permutation(index)[: n - start])
         order = rng.permutation(np.concatenate(drawn))
         if not self.packing:
-            return [[i] for i in by_length(order, self.lengths, self.batch_size).tolist()]
+            return [[i] for i in by_length(order, self.lengths, self.per_step).tolist()]
         bins = pack(self.lengths, order, self.room)
         return [bins[i] for i in rng.permutation(len(bins))]
 
@@ -307,7 +307,7 @@ def sft(cfg: SFTConfig) -> dict:
     trainer = stage_trainer(cfg, model, data, tokens, about, loss=conversation_loss, evaluate=evaluate)
     trainer.say(
         f"{trainer.folder}: {cfg.model} on {len(data.rows):,} conversations of {cfg.data}; {cfg.max_steps} "
-        f"steps of {data.batch_size} rows of {tokens:.0f} tokens"
+        f"steps of {data.per_step} rows of {tokens:.0f} tokens"
     )
     if cfg.packing and not packing:
         trainer.say("one conversation a row: packed together, some layers of this model would see others")

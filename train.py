@@ -471,8 +471,9 @@ class Trainer:
     def train(self, progress: Progress) -> None:
         """The algorithm, every step of it, from the first one that is not done yet."""
         cfg = self.cfg
-        # A guess of the count of targets: it keeps float16 gradients in range; a factor corrects it below
-        tokens_per_step = self.rows * max(1, self.tokens_per_row)
+        # Losses are divided by an expected number of targets, so that float16 does not overflow; gradients
+        # are multiplied by expected / true number below
+        expected_targets = self.rows * max(1, self.tokens_per_row)
         rates = cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, cfg.max_steps
         while self.step < cfg.max_steps:
             begun = time.perf_counter()
@@ -489,7 +490,7 @@ class Trainer:
                             with self.autocast():
                                 loss, count = self.loss(self.net, *tensors)
                             # Times world, because gradients are averaged over processes: we want the sum
-                            self.scaler.scale(loss * (self.world / tokens_per_step)).backward()
+                            self.scaler.scale(loss * (self.world / expected_targets)).backward()
                         totals[0] += loss.detach()
                         totals[1] += count
                 except (RuntimeError, MemoryError) as error:
@@ -503,10 +504,10 @@ class Trainer:
                 for optimizer in self.optimizers:
                     self.scaler.unscale_(optimizer)
                 params = [p for p in self.model.parameters() if p.grad is not None]
-                if count not in (0, tokens_per_step):
-                    torch._foreach_mul_([p.grad for p in params], tokens_per_step / count)
+                if count not in (0, expected_targets):
+                    torch._foreach_mul_([p.grad for p in params], expected_targets / count)
                 norm = full_tensor(nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)).item()
-                if self.is_usable(loss_sum, count, norm):
+                if self.record_loss(loss_sum, count, norm):
                     for optimizer in self.optimizers:
                         self.scaler.step(optimizer)
                 self.scaler.update()
@@ -584,7 +585,7 @@ class Trainer:
         self.zero_grad()
         self.say(f"out of memory: micro-batch {self.micro_batch} from now on, same batch, same result")
 
-    def is_usable(self, loss_sum: float, count: float, norm: float) -> bool:
+    def record_loss(self, loss_sum: float, count: float, norm: float) -> bool:
         """False if loss or gradient is not finite: the update is skipped. Five in a row end the run."""
         if math.isfinite(loss_sum):
             self.window[0] += loss_sum
@@ -958,10 +959,10 @@ def padded(vocab_size: int) -> int:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if word != "--batch_size=auto"]
-    cfg = parse_config(TrainConfig, __doc__, words)
+    auto = "--batch_size=auto"
+    cfg = parse_config(TrainConfig, __doc__, [word for word in sys.argv[1:] if word != auto])
     try:
-        if len(words) < len(sys.argv) - 1:
+        if auto in sys.argv:
             from support.plan import fit_batch
 
             fit_batch(cfg)

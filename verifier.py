@@ -83,10 +83,10 @@ class VerifierConfig(AdaptConfig):
     solutions: str = ""  # a file of labelled solutions to learn from and be tested on, instead of sampling
     answers_of: str = ""  # whose answers it learns from; default: the generator's
     n: int = 8  # answers a problem, to learn from
-    held_n: int = 8  # answers to each problem that it is fitted and reported on
-    temperature: float = 0.8  # of the answers it learns from
-    held_temperature: float = 1.0  # of those it is fitted and reported on, as in eval.py
-    seed_samples: int = 1  # of the answers; eval.py's, so that those to the test problems are drawn once
+    held_n: int = 8  # answers to a problem of validation or test
+    temperature: float = 0.8  # at which the answers to learn from are sampled
+    held_temperature: float = 1.0  # the same for validation and test, as in eval.py
+    seed_samples: int = 1  # of sampling; eval.py's, so that the answers to the test problems are drawn once
     validation_problems: int = 500  # on which lambda and the probabilities are fitted; 0: all
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
@@ -108,6 +108,7 @@ class Verifier:
     kind: str
     generator: TextModel
     model: "TextModel | ValueHead"  # the channel, or a copy of the generator with a value head
+    task: str  # whose question is asked
     fitted: dict  # on validation, see `fit`: "lambda", "sharpness" of a vote, "logistic" coefficients
     name: str = ""  # the run folder in whose judged/ log-probabilities are kept; "": they are not
 
@@ -117,7 +118,7 @@ class Verifier:
     ) -> "Verifier":
         """From a run folder, for the generator it was trained for or another one with the same tokenizer.
 
-        Raises TrainError if that does not fit, or if its own generator has been trained anew since.
+        Raises TrainError if that does not fit; without `generator` also if its own has been trained anew.
         """
         run = read_run(str(folder))
         if "verification" not in run:
@@ -131,7 +132,8 @@ class Verifier:
         if run["data"]["tokenizer"] != generator.tokenizer.hash:
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
         model = load_trained(run["verifier"], folder, device)
-        return cls(run["verifier"], generator, model, run["combine"], str(folder) if keep else "")
+        name = str(folder) if keep else ""
+        return cls(run["verifier"], generator, model, run["settings"]["task"], run["combine"], name)
 
     def score(self, problem: str, answer: str) -> float:
         """The probability, 0 to 1, that the answer is right."""
@@ -171,7 +173,7 @@ class Verifier:
         if file and file.exists():
             terms = np.fromfile(file).reshape(-1, 2)
         else:
-            forward = [forward_row(self.generator, *pair) for pair in place]
+            forward = [forward_row(self.generator, self.task, *pair) for pair in place]
             if self.kind == "head":
                 added = self.model.logits(forward, progress)
             else:
@@ -208,11 +210,11 @@ def combined(kind: str, terms: np.ndarray, weight: float) -> np.ndarray:
     return terms[:, 1] if kind == "head" else terms[:, 0] + weight * terms[:, 1]
 
 
-def forward_row(model: TextModel, problem: str, answer: str) -> Row:
+def forward_row(model: TextModel, task: str, problem: str, answer: str) -> Row:
     """What the generator reads and predicts: the problem, then the answer. A long problem loses its end."""
     predicted = model.reply_ids(answer)[: model.context_length // 2]
     room = model.context_length - len(predicted)
-    return model.prompt(TASKS["arithmetic"], problem, room=room)[0], predicted
+    return model.prompt(TASKS[task], problem, room=room)[0], predicted
 
 
 def backward_row(model: TextModel, problem: str, answer: str) -> Row:
@@ -252,7 +254,7 @@ class ChannelTraining(TrainingSet):
             raise TrainError(
                 f"{cfg.start} has another tokenizer than {cfg.model}: --start must be of its family"
             )
-        gold = load_task(cfg.task, "train", count=cfg.gold)[0] if cfg.gold else []
+        gold = gold_examples(cfg)
         answers = self.answers(learn)
         contrasted = [answer for answer in answers if answer[1]]
         solutions = [(row, []) for row in self.solutions(gold)]
@@ -267,7 +269,7 @@ class ChannelTraining(TrainingSet):
             self.about["smoke"] = True
 
     def solutions(self, examples: list[Example]) -> list[Row]:
-        return [backward_row(self.model, e.text, e.target.strip()) for e in examples]
+        return [backward_row(self.model, e.text, e.target.strip()) for e in examples if e.target]
 
     def answers(self, samples: Samples) -> list[tuple[Row, list[Row]]]:
         """Every right answer, once, beside the wrong ones to its problem."""
@@ -299,6 +301,13 @@ class ChannelTraining(TrainingSet):
     def evaluate(self, _net, _final) -> dict:
         tokens = sum(len(predicted) for _, predicted in self.held_out)
         return {"val_loss": -self.model.log_likelihoods(self.held_out).sum() / tokens}
+
+
+def gold_examples(cfg: VerifierConfig) -> list[Example]:
+    """Problems of the train split with their true solutions, from which a channel learns."""
+    if cfg.kind == "head" or not cfg.gold:
+        return []
+    return load_task(cfg.task, "train", count=cfg.gold)[0]
 
 
 def channel_loss(model: nn.Module, ids, mask, targets, right, contrast: float) -> tuple[Tensor, Tensor]:
@@ -375,29 +384,29 @@ class HeadTraining(Epochs):
     about = {}
 
     def __init__(self, cfg: VerifierConfig, _generator: TextModel, learn: Samples, held_out: Samples):
-        if rows_per_step(cfg) > cfg.batch_size:
-            raise TrainError("--kind=head trains in one process without accumulation")
+        if rows_per_step(cfg) > cfg.batch_size * cfg.grad_accum_steps:
+            raise TrainError("--kind=head trains in one process")
         self.cfg, self.right, self.held_out_right = cfg, learn.right, held_out.right  # (P, n)
         self.model = ValueHead(chat_model(cfg))
         self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
-        problems = max(1, cfg.batch_size // cfg.group)  # a step
-        cfg.batch_size = problems * cfg.group
-        super().__init__(self.shuffled, problems)
+        cfg.batch_size = max(1, cfg.batch_size // cfg.group) * cfg.group  # the answers to whole problems
+        super().__init__(self.shuffled, rows_per_step(cfg) // cfg.group)
         self.tokens = float(np.mean([length(row) for row in self.rows]))
         self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
     def rows_of(self, samples: Samples) -> list[Row]:
-        return [forward_row(self.model.text_model, *pair) for pair in zip(*samples.flat(), strict=True)]
+        model, task = self.model.text_model, self.cfg.task
+        return [forward_row(model, task, *pair) for pair in zip(*samples.flat(), strict=True)]
 
     def shuffled(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
-        return np.resize(order, max(1, len(order) // self.batch_size) * self.batch_size)
+        return np.resize(order, max(1, len(order) // self.per_step) * self.per_step)
 
     def answers(self, step: int) -> np.ndarray:
         """Indices of a step's rows: of each problem right and wrong answers by turns."""
         n = self.right.shape[1]
         found = []
-        for p in self.members(step, 0, self.batch_size):
+        for p in self.members(step, 0, self.per_step):
             drawn = np.random.default_rng([self.cfg.seed, step, int(p)]).permutation(n)
             right = self.right[p, drawn]
             rank = np.where(right, right.cumsum(), (~right).cumsum())  # among the answers of its kind
@@ -406,9 +415,12 @@ class HeadTraining(Epochs):
         return np.concatenate(found)
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        answers = self.answers(step)[first : first + count]
-        labels = torch.tensor(self.right.ravel()[answers]).float()
-        return *value_rows([self.rows[i] for i in answers], self.model.text_model.pad), labels
+        answers = self.answers(step)
+        labels = torch.tensor(self.right.ravel()[answers])
+        pairs = pairs_of(labels, self.cfg.group).sum().clamp(min=1)  # of the whole step
+        some = slice(first, first + count)
+        rows = [self.rows[i] for i in answers[some]]
+        return *value_rows(rows, self.model.text_model.pad), labels[some], len(answers) / pairs
 
     def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, int]:
         return head_loss(net, *tensors, self.cfg)
@@ -433,21 +445,28 @@ def last_value(values: Tensor, inside: Tensor) -> Tensor:
     return values.gather(1, last).squeeze(1)
 
 
-def head_loss(model: nn.Module, ids, inside, labels, cfg: VerifierConfig) -> tuple[Tensor, int]:
+def pairs_of(right: Tensor, group: int) -> Tensor:
+    """(problems, group, group) True for a right and a wrong answer to one problem; right (B) bool."""
+    right = right.view(-1, group)
+    return right.unsqueeze(2) & ~right.unsqueeze(1)
+
+
+def head_loss(model: nn.Module, ids, inside, right, weight, cfg: VerifierConfig) -> tuple[Tensor, int]:
     """Binary cross-entropy at every token of an answer, the language-model loss on right answers, and a
     comparison of right and wrong answers to one problem, `cfg.group` rows each: (sum, answers).
+
+    `weight`: of one comparison: the step's answers over its comparisons, so that the sum is theirs however
+    the step is cut.
     """
     logits, values = model(ids)
-    values, right, tokens = values.float(), labels.bool(), inside.sum(1)
-    wanted = labels.unsqueeze(1).expand_as(values)
+    values, tokens = values.float(), inside.sum(1)
+    wanted = right.float().unsqueeze(1).expand_as(values)
     each = F.binary_cross_entropy_with_logits(values, wanted, reduction="none")
     loss = ((each * inside).sum(1) / tokens).sum()
     if cfg.contrast:
         final = last_value(values, inside).view(-1, cfg.group)  # (problems, group)
-        is_right = right.view(-1, cfg.group)
-        pairs = is_right.unsqueeze(2) & ~is_right.unsqueeze(1)  # (problems, right, wrong)
         apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
-        loss = loss + cfg.contrast * (apart * pairs).sum() / pairs.sum().clamp(min=1) * len(ids)
+        loss = loss + cfg.contrast * weight * (apart * pairs_of(right, cfg.group)).sum()
     if cfg.lm_weight:
         nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
         loss = loss + cfg.lm_weight * ((nats * inside[:, 1:]).sum(1) / tokens)[right].sum()
@@ -569,7 +588,7 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     if generator.kind != "causal" or not generator.chat:
         raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")
     (learn, held_out, test), about = sample(cfg, generator)
-    known = (e.text for e in [*learn.examples, *held_out.examples])
+    known = (e.text for e in [*gold_examples(cfg), *learn.examples, *held_out.examples])
     refuse_overlap(known, (e.text for e in test.examples), cfg.task)
     if learn.right.all() or not learn.right.any():
         raise TrainError(f"{learn.right.mean():.0%} of the answers are right: there is nothing to tell apart")
@@ -579,7 +598,8 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         run = finished.run
         if "verification" in run:
             raise
-    verifier = Verifier(cfg.kind, generator, load_trained(cfg.kind, folder, cfg.device), {}, str(folder))
+    model = load_trained(cfg.kind, folder, cfg.device)
+    verifier = Verifier(cfg.kind, generator, model, cfg.task, {}, str(folder))
     problems, answers = held_out.flat()
     terms = verifier.terms(problems, answers, "validation")
     verifier.fitted |= fit(cfg.kind, terms, verifier.features(problems, terms), held_out.right)

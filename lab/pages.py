@@ -4,7 +4,7 @@ lab/hardware.py measured. The templates of tables and sentences name the keys of
 
 from support.charts import Line, Panel, canvas, chart, line, saved
 from support.pages import Block, Figure, Table, fill, lines_of, row, rows_of, say
-from support.results import SMOKE, Records, Run, read_json
+from support.results import SMOKE, Records, Run, read_json_or_empty
 
 # -----------------------------------------------------------------------------
 # Heads
@@ -34,7 +34,7 @@ def attention(records: Records) -> list[Block]:
 
 def heads(run: Run) -> list[Block]:
     """Scores of all heads, maps of the foremost, and what is behind a token."""
-    found, name = read_json(run.folder / "attention.json"), stem_of(run)
+    found, name = read_json_or_empty(run.folder / "attention.json"), stem_of(run)
     if not found.get("scores"):
         return []
     blocks = [images(f"heads-{name}", fill(SCORES, {"run": run}), found["scores"], len(found["scores"]))]
@@ -131,7 +131,7 @@ def beyond(records: Records) -> list[Block]:
 
 
 def own_streams(run: Run) -> list[Block]:
-    found = read_json(run.folder / "streams.json")
+    found = read_json_or_empty(run.folder / "streams.json")
     if not found.get("perplexity"):
         return []
     words = say("**{run.shown}**, {source}:", run=run, source=found["source"])
@@ -288,7 +288,7 @@ def machine(records: Records) -> list[Block]:
     """What lab/hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
     files = [records.home / "hardware.json", *sorted(records.home.glob("hardware-*.json"))]
     files = [file for file in files if file.exists()]
-    return records.each(files, lambda file: one_machine(read_json(file), files.index(file) + 1))
+    return records.each(files, lambda file: one_machine(read_json_or_empty(file), files.index(file) + 1))
 
 
 def one_machine(found: dict, number: int) -> list[Block]:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data import CORPORA, EMBEDDED, TASKS, documents, load_conversations
-from support.results import read_json
+from data import CORPORA, EMBEDDED, TASKS, documents, load_conversations, load_task
+from support.results import read_json_or_empty
 
 
 def ngrams(text: str, n: int) -> set[str]:
@@ -36,27 +36,35 @@ def contamination(items: list[str], training_texts: Iterable[str], n: int) -> di
     }
 
 
-def trained_on(name: str) -> list[tuple[str, str]]:
-    """What a run and its parents were trained on, by their records: [("corpus" or "task", its name)].
+def trained_on(name: str) -> list[tuple]:
+    """What a run and its parents were trained on, by their records: [("corpus" or "task", its name)], of a
+    part of a task also (first row, rows).
 
     A task here is also a set of conversations.
     """
     found, corpora = [], (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys()
-    while run := read_json(Path(name or "") / "run.json"):
+    while run := read_json_or_empty(Path(name or "") / "run.json"):
         settings = run.get("settings", {})
         found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
-        sources = [settings["data"]] if settings.get("data") in TASKS else []
+        sources = []
         if run.get("stage") == "sft":
             sources = [source for source in run["data"] if source != "tokenizer"]
+        elif settings.get("data") in TASKS:  # DPO: its own answers to a part of a task's problems
+            part = [settings[name] for name in ("first_problem", "problems") if name in settings]
+            found.append(("task", settings["data"], *part))
         found += [("corpus" if source in corpora else "task", source) for source in sources]
         name = run.get("parent")
     return found
 
 
-def training_texts(sources: list[tuple[str, str]]) -> Iterator[str]:
-    for kind, name in sources:
+def training_texts(sources: list[tuple]) -> Iterator[str]:
+    for kind, name, *part in sources:
         if kind == "corpus":
             yield from documents(name, "train")
-            continue
-        for conversation in load_conversations(name, "train")[0]:
-            yield " ".join(message["content"] for message in conversation)
+        elif part:
+            first, count = part
+            for example in load_task(name, "train", first=first, count=count)[0]:
+                yield f"{example.text} {example.target}"
+        else:
+            for conversation in load_conversations(name, "train")[0]:
+                yield " ".join(message["content"] for message in conversation)

@@ -10,7 +10,7 @@ from support.machine import git_commit, hardware, versions
 from support.metrics import paired_bootstrap
 from support.model_card import write_model_card
 from support.pages import lines_of, points
-from support.results import METRICS, read_json, value_of
+from support.results import METRICS, read_json_or_empty, value_of
 from tasks.mistakes import KINDS
 
 
@@ -37,10 +37,10 @@ def results_folder(name: str, out: str) -> Path:
 
 def write_results(folder: Path, results: list[Result], dtype: str, device: torch.device) -> None:
     """Adds to the folder's results.json; what was measured before stays, unless it was measured again."""
-    run = read_json(folder / "run.json")
+    run = read_json_or_empty(folder / "run.json")
     about = {"git": git_commit(), "versions": versions(), "hardware": hardware(device), "dtype": dtype}
     about |= {"smoke": run.get("smoke", False), "model_step": run.get("step")}
-    before = read_json(folder / "results.json").get("results")
+    before = read_json_or_empty(folder / "results.json").get("results")
     entries = before if isinstance(before, dict) else {}
     for result in results:
         entries[result.name] = result.entry | about

@@ -25,7 +25,7 @@ from model import ModelConfig, ModernDecoderLM
 from support.chat_template import without_generation_marks
 from support.files import write_atomically
 from support.hf_format import MOE_SWITCHES, SWITCHES, architecture, to_hf_tensors
-from support.results import read_json
+from support.results import read_json_or_empty
 from support.tokenizer_json import spell
 from tokenizer import DIGITS_PATTERN, EOT, GPT2_PATTERN, Tokenizer
 
@@ -166,8 +166,8 @@ def spaces_before_digits(tokenizer: Tokenizer) -> list[str]:
 
 def chat_ending(folder: Path, tokenizer: Tokenizer) -> tuple[str, str]:
     """The template of a chat model and the token that ends its answers; of others "" and <|endoftext|>."""
-    end = read_json(folder / "tokenizer_config.json").get("eos_token", EOT)
-    chat = read_json(folder / "run.json").get("chat") or end != EOT
+    end = read_json_or_empty(folder / "tokenizer_config.json").get("eos_token", EOT)
+    chat = read_json_or_empty(folder / "run.json").get("chat") or end != EOT
     if not chat or not tokenizer.chat_template:
         return "", EOT
     # The generation marks are transformers' own.

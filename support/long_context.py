@@ -18,7 +18,7 @@ from model import ModelConfig, ModernDecoderLM
 from support.attention import attention_weights
 from support.caches import RollingCache
 from support.files import write_json
-from support.results import read_json
+from support.results import read_json_or_empty
 from support.runs import TrainError
 from support.text_model import TextModel
 
@@ -212,7 +212,7 @@ def read_streams(model: TextModel, corpus: str, split: str, rows: int) -> Tensor
 
 def show_streams(model: TextModel, folder: Path, tasks: list[str], split: str, rows: int) -> None:
     """Writes streams.json: of the first corpus among the tasks, or of the one the model was trained on."""
-    own = read_json(Path(model.name) / "run.json").get("settings", {}).get("corpus") or "storyworld"
+    own = read_json_or_empty(Path(model.name) / "run.json").get("settings", {}).get("corpus") or "storyworld"
     corpora = [task for task in tasks if task not in TASKS] + re.split("[:,]", own)
     T = model.context_length
     ids = read_streams(model, corpora[0], split, rows)

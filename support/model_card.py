@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.files import write_text
 from support.pages import Table, count, fill, lines_of, markdown_block, row
-from support.results import Run, each, parent_of, read_json, value_of
+from support.results import Run, each, parent_of, read_json_or_empty, value_of
 from support.tables import read_jsonl
 
 LICENSES = """
@@ -185,7 +185,7 @@ def measured(folder: Path, run: dict) -> list[dict]:
         return found
 
     entries = [{"task": run.get("task"), "shots": 0} | run["evaluation"]] if run.get("evaluation") else []
-    entries += (read_json(folder / "results.json").get("results") or {}).values()
+    entries += (read_json_or_empty(folder / "results.json").get("results") or {}).values()
     return each(entries, rows, [])
 
 
@@ -296,8 +296,8 @@ def limits(run: dict, config: dict) -> list[str]:
 
 def model_card(folder: Path, run: dict | None = None) -> str:
     """The text of README.md. `run`: the content of run.json, which may not be written yet."""
-    run = run or read_json(folder / "run.json")
-    adapter, config = (read_json(folder / f"{name}.json") for name in ("adapter_config", "config"))
+    run = run or read_json_or_empty(folder / "run.json")
+    adapter, config = (read_json_or_empty(folder / f"{name}.json") for name in ("adapter_config", "config"))
     what = STAGES.get(run.get("stage"), "A language model")
     return CARD.format(
         metadata=metadata(folder, run, config, adapter),

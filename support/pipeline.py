@@ -6,7 +6,7 @@ from data import load_conversations
 from support.files import write_json
 from support.metrics import proportion
 from support.pages import percent
-from support.results import read_json
+from support.results import read_json_or_empty
 from support.text_model import TextModel
 
 
@@ -31,7 +31,7 @@ def follow_instructions(model: TextModel, n: int) -> list[dict]:
 
 def write_pipeline(file: Path, answered: dict[str, list[dict]]) -> None:
     """Adds the answers {model: answers} to the file, where those of other models stay; prints some."""
-    battery = read_json(file).get("battery")
+    battery = read_json_or_empty(file).get("battery")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"battery": (battery if isinstance(battery, dict) else {}) | answered})
     for name, answers in answered.items():

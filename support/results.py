@@ -41,7 +41,7 @@ LOGGED = "step loss val_loss tokens seconds tokens_per_second peak_memory_gib ep
 WrongType = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
-def read_json(file: Path) -> dict:
+def read_json_or_empty(file: Path) -> dict:
     """The dict in a JSON file; {} if the file is missing or half-written."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -133,7 +133,8 @@ PARTS = ("settings", "data", "results")  # of run.json
 
 def run_of(folder: Path) -> dict:
     """run.json of a run folder, or of the run that a checkpoint belongs to; {} if its parts are damaged."""
-    run = read_json((folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json")
+    home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    run = read_json_or_empty(home / "run.json")
     return run if all(isinstance(run.get(part) or {}, dict) for part in PARTS) else {}
 
 
@@ -220,7 +221,7 @@ def way_of(run: Run, entry: dict) -> str:
 def of_run(run: Run, damaged: list[str]) -> list[Measurement]:
     """What eval.py and finetune.py measured of one run."""
     file, found = run.folder / "results.json", {}
-    for key, entry in (read_json(file).get("results") or {}).items():
+    for key, entry in (read_json_or_empty(file).get("results") or {}).items():
         answers = run.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
         found[f"{file}, {key}"] = (entry, answers)
     if own := run.record.get("evaluation"):
@@ -305,7 +306,9 @@ class Records:
         self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
         self.measurements = self.each(every, lambda run: of_run(run, self.damaged))
         self.comparisons = side_by_side(self.measurements)
-        self.battery = read_json(home / "pipeline.json").get("battery") or {}  # answers to instructions
+        self.battery = (
+            read_json_or_empty(home / "pipeline.json").get("battery") or {}
+        )  # answers to instructions
         self.labs = self.each(sorted(home.glob("experiments/*/experiments.json")), read_lab)
         self.ledger = self.each(lines_of(home / "ledger.tsv"), spent)  # by run_all.sh
         self.plan = self.each(lines_of(home / "plan.tsv"), spent)
@@ -327,7 +330,7 @@ class Records:
 
 def read_lab(file: Path) -> list[dict]:
     """What experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
-    found = read_json(file)
+    found = read_json_or_empty(file)
     found |= {"folder": file.parent, "quick": bool(found.get("quick"))}
     experiments = {}
     for name, e in (found.get("experiments") or {}).items():

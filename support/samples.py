@@ -70,9 +70,10 @@ def labelled(file: str) -> list[Samples]:
             raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
         solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
         examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(question.encode()) % 4]]
-        examples.append(Example(question, ""))
         answers.append([re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions])
         right.append([bool(solution["is_correct"]) for solution in solutions])
+        target = next((a for a, is_right in zip(answers[-1], right[-1], strict=True) if is_right), "")
+        examples.append(Example(question, target))
     for _, _, right in parts:
         if len({len(row) for row in right}) != 1:
             raise DataError(f"{file}: every question needs as many labelled solutions; or there are too few")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configs import ROOT
 from support.observations import observations
-from support.results import METRICS, Records, Run, differing, read_json, run_of
+from support.results import METRICS, Records, Run, differing, read_json_or_empty, run_of
 from support.runs import TrainError, checkpoints, lock, locked
 from support.tables import json_lines, read_jsonl
 
@@ -211,7 +211,7 @@ def starting(home: Path) -> list[dict]:
     """Runs that were started here and have not begun to train yet, or never did."""
     found = []
     for file in home.glob("logs/page-*.json"):
-        about = read_json(file)
+        about = read_json_or_empty(file)
         name, stage = about.get("name"), about.get("stage")
         if not name or written_at(home / name / "run.json") > written_at(file):  # half written; it has begun
             continue

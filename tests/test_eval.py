@@ -22,11 +22,11 @@ from data import load_task
 from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, vote, windows
 from finetune import FinetuneConfig, finetune
 from model import ModelConfig, ModernDecoderLM
-from support.contamination import contamination, trained_on
+from support.contamination import contamination, trained_on, training_texts
 from support.evaluations import Result, compare, describe
 from support.loading import load_model
 from support.metrics import majority
-from support.results import read_json
+from support.results import read_json_or_empty
 from support.samples import Samples
 from support.tables import read_jsonl
 from support.text_model import on_all_cores, sample_answers
@@ -80,7 +80,7 @@ def command_line(monkeypatch, capsys):
 
 
 def results_of(folder: str) -> dict:
-    return read_json(Path(folder) / "results.json")["results"]
+    return read_json_or_empty(Path(folder) / "results.json")["results"]
 
 
 def answers_of(folder: str, stem: str) -> list[dict]:
@@ -260,6 +260,12 @@ def test_items_that_stand_in_the_training_text_of_a_run_and_its_parents_are_foun
     data = {"arithmetic": {}, "storyworld": {}, "tokenizer": "x"}
     (tmp_path / "run.json").write_text(json.dumps(record | {"data": data}))
     assert trained_on(str(tmp_path)) == [("task", "arithmetic"), stories, stories]
+    settings = {"data": "arithmetic", "first_problem": 4000, "problems": 3}
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "dpo", "settings": settings, "parent": tuned}))
+    sources = trained_on(str(tmp_path))
+    assert sources == [("task", "arithmetic", 4000, 3), ("task", "arithmetic")]
+    parts = load_task("arithmetic", "train", first=4000, count=3)[0]
+    assert [*training_texts(sources[:1])] == [f"{example.text} {example.target}" for example in parts]
 
 
 # -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import finetune
 from data import TASKS, Example, few_shot, find_task, load_task
 from finetune import FinetuneConfig, TrainingSet, build_for_task, task_loss, tokenise
 from model import ModelConfig, ModernDecoderLM
+from support import machine
 from support.adapters import LORA_TARGETS
 from support.hf_format import load_tensors
 from support.loading import load_model, load_tokenizer
@@ -493,6 +494,23 @@ def test_log_likelihoods_do_not_depend_on_the_batch_and_are_sums_of_log_probabil
         log_p = logits(net, torch.tensor([prompt + answer])).log_softmax(-1)[0]
         by_hand = sum(log_p[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer))
         assert batched[0] == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_a_large_model_writes_in_the_fast_dtype_and_reads_likelihoods_in_float32(monkeypatch, tuned):
+    """On a CPU; `small` is made large by moving the border."""
+    seen = []
+
+    def generate(self, *args, do=ModernDecoderLM.generate, **how):
+        seen.append(self.dtype)
+        return do(self, *args, **how)
+
+    monkeypatch.setattr(ModernDecoderLM, "generate", generate)
+    for border, expected in ((0, torch.bfloat16), (1e9, torch.float32)):
+        monkeypatch.setattr(machine, "SMALL", border)
+        monkeypatch.setattr(machine, "pick_dtype", lambda dtype, device: torch.bfloat16)
+        model = load_model(tuned, CPU)
+        model.continuations([[5, 6, 7]], 3, temperature=0.0)
+        assert seen.pop() == expected and model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name, dtype", [("gpt2", "bfloat16"), ("t5", "bfloat16"), ("t5", "float16")])

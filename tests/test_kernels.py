@@ -214,8 +214,9 @@ def test_one_query_and_one_row_equal_torchs_compiled_or_not(wrap):
 def test_mkl_is_slow_on_amd_and_onednn_exact_without_amx(monkeypatch, vendor, capability, amx, slow):
     monkeypatch.setattr(kernels.Path, "read_text", lambda self: f"vendor_id : {vendor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert kernels.mkl_is_slow.__wrapped__() is slow
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(kernels, "is_amd", kernels.is_amd.__wrapped__)
+    assert kernels.mkl_is_slow() is slow
 
 
 def test_the_fastest_products_of_this_cpu_are_those_of_float32_and_set_for_a_while():

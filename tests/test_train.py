@@ -999,11 +999,21 @@ def test_the_tokenizer_the_config_loader_and_chats_help_need_no_torch():
 # The machine
 
 
-@pytest.mark.parametrize("able", [None, "_is_amx_tile_supported", "_is_avx512_bf16_supported"])
-def test_auto_takes_bfloat16_where_a_cpu_multiplies_it(monkeypatch, able):
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == able, raising=False)
-    assert machine.pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if able else torch.float32)
+@pytest.mark.parametrize("amx, avx, amd, able", [
+    (False, False, True, False), (True, True, False, True), (False, True, True, True),
+    (False, True, False, False),  # Intel's AVX512-BF16 without AMX is slower than float32
+])  # fmt: skip
+def test_auto_takes_bfloat16_where_a_cpu_multiplies_it_faster(monkeypatch, amx, avx, amd, able):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(machine.kernels, "is_amd", lambda: amd)
+    cpu, fast = torch.device("cpu"), torch.bfloat16 if able else torch.float32
+    assert machine.pick_dtype("auto", cpu) == fast
+    with torch.device("meta"):
+        small, large = torch.nn.Linear(100, 100), torch.nn.Linear(5000, 5000)
+    assert machine.dtype_for("auto", small, cpu) == torch.float32
+    assert machine.dtype_for("auto", large, cpu) == fast
+    assert machine.dtype_for("bfloat16", small, cpu) == torch.bfloat16
 
 
 @pytest.mark.parametrize("name, teraflops", [

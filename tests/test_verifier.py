@@ -18,7 +18,15 @@ from support.metrics import auc, auc_within, calibration
 from support.runs import TrainError, read_json
 from support.samples import Samples
 from support.text_model import collate
-from verifier import ChannelTraining, ValueHead, Verifier, VerifierConfig, backward_row, forward_row
+from verifier import (
+    ChannelTraining,
+    HeadTraining,
+    ValueHead,
+    Verifier,
+    VerifierConfig,
+    backward_row,
+    forward_row,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROBLEM = "Anna has 3 nuts. She buys 4 nuts. How many nuts does she have now?"
@@ -86,10 +94,12 @@ def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
     decode = model.tokenizer.decode
     read, predicted = backward_row(model, "How many?", "3 #### 3")
     assert (decode(read), decode(predicted)) == ("<|assistant|>3 #### 3<|end|><|user|>", "How many?<|end|>")
-    read, predicted = forward_row(model, "How many?", "3 #### 3")
+    read, predicted = forward_row(model, "arithmetic", "How many?", "3 #### 3")
     assert (decode(read), decode(predicted)) == ("<|user|>How many?<|end|><|assistant|>", "3 #### 3<|end|>")
     verifier = Verifier.load(trained("channel"), "cpu")
-    forward = verifier.generator.log_likelihoods([forward_row(verifier.generator, PROBLEM, GOOD)])[0]
+    forward = verifier.generator.log_likelihoods(
+        [forward_row(verifier.generator, "arithmetic", PROBLEM, GOOD)]
+    )[0]
     backward = verifier.model.log_likelihoods([backward_row(verifier.model, PROBLEM, GOOD)])[0]
     scores, _ = verifier.score_all([PROBLEM], [GOOD])
     assert scores[0] == pytest.approx(forward + verifier.fitted["lambda"] * backward, abs=1e-4)
@@ -149,13 +159,29 @@ def test_the_loss_of_the_head_is_a_plain_loop(tuned, more):
     rows = [([1, 2], [3, 4]), ([1, 2], [5])]  # the right and the wrong answer to one problem
     ids, inside = script.value_rows(rows, 0)
     assert inside.tolist() == [[False, False, True, True], [False, False, True, False]]
-    loss, n = script.head_loss(net, ids, inside, torch.tensor([1.0, 0.0]), cfg)
+    right, weight = torch.tensor([True, False]), torch.tensor(2.0)  # two answers, one comparison
+    loss, n = script.head_loss(net, ids, inside, right, weight, cfg)
     logits, values = net(ids)
     expected = -F.logsigmoid(values[0, 2:4]).mean() - F.logsigmoid(-values[1, 2])
     expected += 2 * cfg.contrast * -F.logsigmoid(values[0, 3] - values[1, 2])  # times the answers
     log_p = logits[0].log_softmax(-1)
     expected -= cfg.lm_weight * (log_p[1, 3] + log_p[2, 4]) / 2
     assert n == 2 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_step_of_the_head_may_be_cut_into_micro_batches_of_whole_problems(tuned):
+    rng = np.random.default_rng(0)
+    right = rng.random((9, 5)) < 0.4
+    examples = load_task("arithmetic", "test")[0][:9]
+    samples = Samples(examples, [[f"#### {n}" for n in row] for row in rng.integers(9, size=(9, 5))], right)
+    cfg = VerifierConfig(model=tuned, device="cpu", batch_size=7, grad_accum_steps=3, group=2)
+    head = HeadTraining(cfg, None, samples, samples)
+    torch.nn.init.normal_(head.model.value.weight)
+    assert (cfg.batch_size, head.per_step) == (6, 9)
+    whole, parts = head.batch(1, 0, 18), [head.batch(1, first, 6) for first in (0, 6, 12)]
+    losses = [head.loss(head.model, *tensors) for tensors in [whole, *parts]]
+    assert losses[0][0].item() == pytest.approx(sum(loss.item() for loss, _ in losses[1:]), rel=1e-5)
+    assert losses[0][1] == sum(n for _, n in losses[1:]) == 18
 
 
 # -----------------------------------------------------------------------------
