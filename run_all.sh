@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                    speedrun with a CUDA card, cpu without one
 #   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
-#   bash run_all.sh speedrun           about four hours on an RTX 3060
+#   bash run_all.sh speedrun           two and a half hours on an RTX 3060 by the plan; allow four
 #   bash run_all.sh max3060            about a day
 #   bash run_all.sh smol               an evening on a laptop: SmolLM2-135M of the hub on SST-2 and GSM8K, from SFT
 #                                      to a verifier; MODEL=models/smollm2 takes another model or folder
@@ -13,7 +13,7 @@
 #   bash run_all.sh experiments        what each part of the model buys (--quick: short, to see it work)
 #   bash run_all.sh hardware           what this machine does: matrix products, memory against the plan, speed
 #   bash run_all.sh rehearse           all commands of speedrun and max3060 on a CPU without a network, everything
-#                                      small: random weights, a few rows (rehearse speedrun sft: some stages)
+#                                      small: random weights, a few rows (rehearse speedrun tokenizer pretrain: some stages)
 #   bash run_all.sh test               set up and run the tests
 #
 # PYTHON=python3.12 chooses the interpreter that makes .venv; OUT=/big/disk/out the folder for everything made;

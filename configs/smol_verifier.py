@@ -1,6 +1,6 @@
 """A verifier for GSM8K: smol_sft.py's model, taught to tell a problem from its answer.
 
-With --kind=head it is the published baseline (Cobbe et al., 2021), from the same answers.
+With --kind=head it is the published baseline (Cobbe et al., 2021), taught by the same answers.
 """
 
 name = "smol-verifier"

@@ -1,4 +1,4 @@
-"""The base of the speedrun: 27.8M parameters, 328M tokens, about two hours on an RTX 3060.
+"""The base of the speedrun: 27.8M parameters, 328M tokens, about two hours on an RTX 3060 by the plan.
 
 TinyStories, and a tenth of numbers (word problems told, equations solved), so that the base has seen digits
 before it is asked to reason. Its own 8,192 tokens cost 1.7x fewer FLOPs a token than GPT-2's 50,257 at this

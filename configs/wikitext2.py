@@ -1,4 +1,4 @@
-"""A small Llama on WikiText-2: a small Llama on WikiText-2, whose 2.1M words a small model still learns from.
+"""A small Llama on WikiText-2, whose 2.1M words a small model still learns from.
 
 More epochs than about ten only overfit: the run folder keeps the model of the best validation loss.
 """

@@ -300,19 +300,12 @@ def one_machine(found: dict, number: int) -> list[Block]:
     rates = [{"task": "a training step"} | peers["step"]] if peers else []
     for task, by_library in peers.get("decoding", {}).items():
         rates.append({"task": f"decoding, {task}", "tokens_per_second": by_library})
-    kernels = []
-    for r in unfolded(training, "kernels"):
-        cells = row(
-            "config: {config} | step: {way} | peak GiB: {peak:gib}", r | {"peak": r["peak_memory"][r["way"]]}
-        )
-        kernels.append(cells | {kind: f"{1000 * seconds:.1f}" for kind, seconds in r["value"].items()})
     tables = {
         "memory": (
             "Memory that a training step asks for, within {cap_gib:g} GiB:",
             [row(MEMORY, r) for r in found.get("memory", [])],
         ),
         "steps": ("", [row(STEP, r) for r in unfolded(training, "tokens_per_second")]),
-        "kernels": ("What the GPU did during a step, in milliseconds:", kernels),
         "decoding": ("", speeds(found.get("decoding", []))),
         "peers": (PEERS, speeds(rates)),
     }

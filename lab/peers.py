@@ -1,7 +1,7 @@
 """Other libraries beside ours: a training step, decoding, the tokenizer. lab/hardware.py times them.
 
     OMP_NUM_THREADS=1 python -m lab.hardware --only=peers          # a step and decoding on one thread
-    taskset -c 0 python -m lab.hardware --only=data --corpus=wikitext2    # the tokenizer: CPU time
+    taskset -c 0 python -m lab.hardware --only=data --corpus=wikitext2    # the tokenizer on one core
 
 Models have random weights of one shape, since speed does not depend on the text: 6 layers of width 288,
 vocabulary 4,096. litgpt joins if it is installed. Contenders take turns: compare rows of one run only.

@@ -52,8 +52,9 @@ SMALLER = {
     "smol_sst2": TUNED,
 }
 for stage in ("sft", "dpo", "verifier"):
-    more = "grad_accum_steps, context_length = 1, 256\n" + SMALLER[stage].replace('"arithmetic"', '"gsm8k"')
+    more = "context_length = 256\n" + SMALLER[stage].replace('"arithmetic"', '"gsm8k"')
     SMALLER[f"smol_{stage}"] = more
+SMALLER["smol_sft"] += "grad_accum_steps = 1\n"
 # What is replaced in the copy of run_all.sh: numbers of flags, which would win over any config file.
 FLAGS = {
     "(python eval.py ": "(python eval.py --limit=8 ",
