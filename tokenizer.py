@@ -73,7 +73,7 @@ class TokenizerConfig:
     vocab_size: int = 4096  # tokens to learn, counting the 256 bytes and the special tokens
     split_digits: bool = False  # every digit its own token: arithmetic becomes learnable
     out: str = "out"  # folder that holds everything the project makes
-    tokens: str = ""  # folder of tokenizer and token files; default in {out}/tokens/, named by corpus and tokenizer
+    tokens: str = ""  # folder of tokenizer and token files; default: one in {out}/tokens
 
 
 @dataclass

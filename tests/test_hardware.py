@@ -74,8 +74,6 @@ def test_peers_stand_side_by_side_and_what_a_gpu_did_beside_the_plan(cfg, tmp_pa
     measure(cfg)
     step = {"config": "tiny", "rows": 2, "optimizer": "adamw", "seconds": {"compiled": 0.1}}
     step |= {"tokens_per_second": {"compiled": 960.0}, "share_of_matmul": {"compiled": 0.5}}
-    step |= {"kernels": {"compiled": {"attention": 0.02, "nothing": 0.001}}}
-    step |= {"peak_memory": {"compiled": 2**31}}
     memory = [
         {"shape": "a", "rows": 8, "planned": 2 * 2**30, "plan": 3 * 2**30, "measured": 2.5 * 2**30},
         {"shape": "b", "rows": 8, "planned": 2**30, "plan": 2**30, "error": "out of memory within 11 GiB"},
@@ -85,6 +83,5 @@ def test_peers_stand_side_by_side_and_what_a_gpu_did_beside_the_plan(cfg, tmp_pa
     shown = tables(tmp_path)
     assert shown["peers"][1] == ["a training step", "ours, eager", "150", "1.50"]
     assert shown["peers"][3] == ["decoding, 1 row", "ours", "100", "2.00"]
-    assert shown["kernels-2"] == [["tiny", "compiled", "2.00", "20.0", "1.0"]]
     assert shown["memory-2"][0] == ["a", "8", "2.00", "2.50", ""]
     assert shown["memory-2"][1][4] == "out of memory within 11 GiB"
