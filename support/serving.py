@@ -265,18 +265,13 @@ def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], g
     log_p: dict[int, torch.Tensor] = {}  # of the next token of each row, (V)
 
     def adjust(alive: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Called once a token with logits (B, V): passes the lock on, stops, adds biases."""
+        """Called once a token with logits (B, V): passes the lock on, stops, or biases them."""
         turns.hand_on()
         if gone.is_set() or all(row.finish for row in rows):
             raise Stopped
         if how.alternatives is not None:
             log_p.update(zip(alive, logits.float().log_softmax(-1), strict=True))
-        if how.logit_bias:
-            logits = logits.float().clone()
-            logits[:, list(how.logit_bias)] += torch.tensor(list(how.logit_bias.values())).to(logits)
-        if how.presence_penalty or how.frequency_penalty:
-            logits = penalised(logits, [rows[r].ids for r in alive], how)
-        return logits
+        return biased(logits, [rows[r].ids for r in alive], how)
 
     def force(r: int, new: list[int]) -> list[int]:
         """Ids that must come next: the end of a finished row, or the calculator's result."""
@@ -313,9 +308,14 @@ def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], g
             row.add(b"", [], "length")
 
 
-def penalised(logits: torch.Tensor, written: list[list[int]], how) -> torch.Tensor:
-    """logits (B, V) of rows that have written these ids; an id loses the more, the more often it is there."""
+def biased(logits: torch.Tensor, written: list[list[int]], how) -> torch.Tensor:
+    """logits (B, V) of rows that have written these ids, plus biases, minus penalties: an id loses the more,
+    the more often it was written.
+    """
+    if not (how.logit_bias or how.presence_penalty or how.frequency_penalty):
+        return logits
     logits = logits.float().clone()
+    logits[:, list(how.logit_bias)] += torch.tensor(list(how.logit_bias.values())).to(logits)
     for row, ids in zip(logits, written, strict=True):
         seen, times = torch.tensor(ids, dtype=torch.long, device=row.device).unique(return_counts=True)
         row[seen] -= how.presence_penalty + how.frequency_penalty * times

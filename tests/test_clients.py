@@ -3,6 +3,7 @@
 pip install "lm-eval[api]" langchain-openai llm && python -m pytest tests/test_clients.py
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,17 @@ def test_lm_eval_gets_the_log_likelihoods_that_it_computes_itself(lab_url, lab_h
         assert a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1]
 
 
+def test_lm_eval_ends_an_answer_where_chat_py_does(lab_home, expected):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=f"{lab_home}/sft", device="cpu", dtype="float32")
+    prompt = model.apply_chat_template([{"role": "user", "content": PROBLEM}])
+    how = {"until": [], "max_gen_toks": 60, "do_sample": False}
+    assert model.generate_until([Instance("generate_until", {}, (prompt, how), 0)]) == [expected]
+
+
 def test_langchain_asks_a_chat_run_whole_and_streamed(lab_url, expected):
     langchain_openai = pytest.importorskip("langchain_openai")
     how = {"model": "sft", "temperature": 0, "max_tokens": 60}
@@ -65,3 +77,32 @@ def test_llm_asks_a_chat_run(lab_url, expected, tmp_path, more):
         text=True,
     )
     assert done.stdout.strip() == expected, done.stderr
+
+
+def test_trl_trains_a_chat_run_and_its_answers_end_by_themselves(tuned, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    how = dict(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to=[], bf16=False, logging_steps=1)
+    how |= dict(per_device_train_batch_size=4, save_strategy="no")
+    turns = [{"role": "user", "content": PROBLEM}]
+    good, bad = ({"role": "assistant", "content": f"#### {n}"} for n in (7, 3))
+    asked = Dataset.from_list([{"prompt": turns}] * 4)
+    grpo = trl.GRPOTrainer(
+        model=tuned,
+        reward_funcs=lambda completions, **_: [float(len(c[0]["content"])) for c in completions],
+        args=trl.GRPOConfig(**how, num_generations=4, max_completion_length=100),
+        train_dataset=asked,
+    )
+    grpo.train()
+    assert grpo.state.log_history[0]["completions/clipped_ratio"] < 0.5
+    pairs = Dataset.from_list([{"prompt": turns, "chosen": [good], "rejected": [bad]}] * 4)
+    dpo = trl.DPOTrainer(model=tuned, args=trl.DPOConfig(**how), train_dataset=pairs)
+    dpo.train()
+    assert dpo.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    talks = Dataset.from_list([{"messages": [*turns, good]}] * 4)
+    sft = trl.SFTTrainer(
+        model=tuned, args=trl.SFTConfig(**how, assistant_only_loss=True), train_dataset=talks
+    )
+    sft.train()
+    assert sft.state.log_history[0]["loss"] > 0
