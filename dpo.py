@@ -228,8 +228,9 @@ def make_pairs(model: TextModel, cfg: DPOConfig) -> tuple[list[Pair], list[Pair]
 
 
 def on_policy(model: TextModel, cfg: DPOConfig, split: str, examples: list[Example]):
-    """A pair for each problem that the model solves in one of its answers, and what there was: problems,
-    right answers, pairs, problems with only right or only wrong answers.
+    """A pair for each problem that the model solves in one of its answers; and counts: problems, right
+    answers, pairs, problems with only right or only wrong answers, pairs left out (too long, or twice the
+    same).
 
     Controls train on answers alone: rft on right ones of the model, sft on the true solutions of the same
     problems. Their validation pairs are DPO's.
@@ -256,7 +257,7 @@ def on_policy(model: TextModel, cfg: DPOConfig, split: str, examples: list[Examp
         "pairs": sum(pair.rejected is not None for pair in kept),
         "only_right": int(samples.right.all(1).sum()),
         "only_wrong": int((~solved).sum()),
-        "too_long": len(pairs) - len(kept),
+        "left_out": len(pairs) - len(kept),
     }
 
 

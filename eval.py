@@ -114,7 +114,7 @@ class EvalConfig:
     shots: str = "0"  # worked examples before a question; 0,4 measures without and with four of them
     split: str = ""  # train, validation or test; default: the one each task is reported on
     limit: int = 0  # items (or documents) a task, drawn by seed; 0: all
-    seed: int = 1  # of the examples in prompts and of --limit
+    seed: int = 1  # of the examples in prompts, of --limit and of the samples
     calibrate: bool = False  # classification: subtract the log-likelihood that each class has for "N/A"
     context_length: int = 0  # tokens that a model may look at; 0: as many as it can
     stride: int = 0  # corpora: tokens from one window to the next; 0: half a window

@@ -93,7 +93,7 @@ class TrainerConfig:
     batch_size: int = 16  # sequences in one forward pass of one process; train.py: auto, as many as fit
     grad_accum_steps: int = 1  # forward passes before an optimizer step
     learning_rate: float = 1e-3  # the highest
-    min_lr: float = 1e-4  # where cosine and linear decay end, at max_steps
+    min_lr: float = 1e-4  # where every decay ends, at max_steps
     warmup_steps: int = 100  # steps from 0 up to learning_rate
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
     decay_fraction: float = 0.2  # wsd: share of the steps that decay, the last ones
@@ -109,7 +109,7 @@ class TrainerConfig:
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int = 200  # steps between evaluations; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: none, only the model at the end
-    keep_last: int = 1  # checkpoints kept beside the best
+    keep_last: int = 1  # checkpoints kept beside the best, at least 1
     init_from: str = ""  # run folder or Hugging Face model whose weights are the start
     wandb: str = ""  # also log to this Weights & Biases project
     hypothesis: str = ""  # what the run is meant to find out; the experiment log prints it
@@ -134,7 +134,8 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
 
 # What may differ when a run is resumed, because it changes neither the data nor the mathematics. (Another
-# device, compile or micro-batch size changes the rounding: bits are equal only if these are, too.)
+# device, compile or micro-batch size changes the rounding: bits are equal only if these are, too. Another
+# eval_every may publish another checkpoint.)
 FREE_TO_CHANGE = """
     name out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every
     eval_every eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis
@@ -156,7 +157,7 @@ def get_lr(
     decay_fraction: float = 0.2,
 ) -> float:
     """Linear warm-up from 0 to max_lr; then by `schedule`: constant; cosine or linear decay to min_lr at
-    max_steps; wsd: max_lr, but for the last decay_fraction of the steps, in which it decays linearly.
+    max_steps; wsd: max_lr, but for the last decay_fraction of the steps, which decay linearly to min_lr.
     """
     if step < warmup_steps:
         return max_lr * step / warmup_steps

@@ -310,16 +310,16 @@ def gold_examples(cfg: VerifierConfig) -> list[Example]:
     return load_task(cfg.task, "train", count=cfg.gold)[0]
 
 
-def channel_loss(model: nn.Module, ids, mask, targets, right, contrast: float) -> tuple[Tensor, Tensor]:
+def channel_loss(model: nn.Module, ids, mask, targets, places, contrast: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the problems given right answers, plus `contrast` times -log sigmoid of how much
     likelier a problem is after a right answer than after a wrong one: (sum, tokens).
 
-    The last rows are the wrong answers, one for each place in `right`.
+    The last rows are the wrong answers, one for each right answer in `places`.
     """
     logits = target_logits(model, "causal", ids, mask, targets).float().transpose(1, 2)
     nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").sum(1)
-    n = len(ids) - len(right)
-    loss = nats[:n].sum() - contrast * F.logsigmoid(nats[n:] - nats[right]).sum()
+    n = len(ids) - len(places)
+    loss = nats[:n].sum() - contrast * F.logsigmoid(nats[n:] - nats[places]).sum()
     return loss, (targets[:n] != -100).sum()
 
 

@@ -5,9 +5,9 @@ step N + 1 depends: the optimizers' moments, float16's scale, counters, the best
 of a random generator or data loader: batches and dropout are functions of (seed, step, rank). Shards are
 gathered, so any number of processes can go on from a checkpoint.
 
-When: every save_every steps, at a better evaluation, after Ctrl-C or SIGTERM, and at the end. A new
-checkpoint appears under its name complete or not at all. Then the files of the best one are linked into the
-run folder, and older ones are removed.
+When: every save_every steps, at an evaluation whose model is published, after Ctrl-C or SIGTERM, and at the
+end. A new checkpoint appears under its name complete or not at all. Then the files of the best one are linked
+into the run folder, and older ones are removed.
 
 How a killed run goes on: the same command finds run.json, refuses settings or data that would change the
 result, reads the newest checkpoint that is not damaged, drops the log lines of later steps, repeats whatever

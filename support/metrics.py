@@ -1,4 +1,4 @@
-"""Metrics, every one with its 95 % interval as {"value", "low", "high", "n"}."""
+"""Metrics. Those of a sample come with a 95 % interval: {"value", "low", "high", "n"}."""
 
 import math
 from collections import Counter

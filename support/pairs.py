@@ -63,7 +63,8 @@ def from_collection(model: TextModel, cfg, split: str) -> tuple[list[Pair], dict
             pairs.append(Pair(prompt, chosen, rejected, tuple(messages), texts))
     if refused and not pairs:
         raise refused
-    return pairs, {"pairs": len(pairs), "too_long": len(preferences) - len(pairs), **about}
+    both = sum(pair.rejected is not None for pair in pairs)
+    return pairs, {"pairs": both, "left_out": len(preferences) - len(pairs), **about}
 
 
 def without_first_exchange(messages: list[dict]) -> list[dict]:

@@ -111,7 +111,7 @@ def test_pairs_that_a_template_refuses_are_left_out(tiny, tmp_path):
         rows.append({"prompt": system + talk(f"Is {i} above {i % 7}?"), "chosen": "yes", "rejected": "no"})
     pairs, counts = from_collection(model, DPOConfig(data=written(tmp_path, "pairs.jsonl", rows)), "train")
     assert pairs and all(pair.messages[0]["role"] == "user" for pair in pairs)
-    assert counts["too_long"] > 0
+    assert counts["left_out"] > 0
 
 
 def test_a_conversation_that_is_cut_keeps_its_system_turn_and_begins_with_the_user():
