@@ -31,6 +31,18 @@ def start(*words: str, **env: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.parametrize("env, expected", [
+    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+])  # fmt: skip
+def test_waiting_threads_leave_cores_to_others_unless_the_user_has_chosen(
+    tmp_path, monkeypatch, env, expected
+):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    process = start(script(tmp_path, "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\n"), **env)
+    assert process.communicate()[0].decode().strip() == expected
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_takes_over_the_terminal_first_of_all(name):
     source = (ROOT / name).read_text(encoding="utf-8")
