@@ -195,7 +195,7 @@ def measured(folder: Path, run: dict) -> list[dict]:
 
 def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     """The YAML block, written by huggingface_hub."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     runs = family(folder, run)
     licences = licenses_of(runs)
@@ -207,19 +207,7 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?", base) and not Path(base).exists()
     tags = {"conversational": run.get("chat") and not run.get("verifier"), "lora": adapter}
     library = "peft" if adapter else "transformers"
-    results = []
-    for x in [] if run.get("smoke") else measured(folder, run):
-        result = EvalResult(
-            task_type=pipeline,
-            dataset_type=str(x["task"]),
-            dataset_name=f"{x['task']}, {x['shots']} examples in the prompt",
-            dataset_split=x["split"],
-            metric_type=METRIC_TYPES.get(x["metric"], x["metric"]),
-            metric_name=x["metric"],
-            metric_value=x["x"]["value"],
-            metric_args={key: x["x"][key] for key in ("low", "high", "n") if key in x["x"]} or None,
-        )
-        results.append(result)
+    results = eval_results(folder, run, pipeline)
     card = ModelCardData(
         language=None if "yours" in licences else "en",
         license=names.pop() if known else "other" if names else None,
@@ -233,6 +221,26 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
         eval_results=results or None,
     )
     return card.to_yaml().strip()
+
+
+def eval_results(folder: Path, run: dict, pipeline: str) -> list:
+    """What was measured, as huggingface_hub's EvalResult; nothing of a smoke run."""
+    from huggingface_hub import EvalResult
+
+    results = []
+    for x in [] if run.get("smoke") else measured(folder, run):
+        result = EvalResult(
+            task_type=pipeline,
+            dataset_type=str(x["task"]),
+            dataset_name=f"{x['task']}, {x['shots']} examples in the prompt",
+            dataset_split=x["split"],
+            metric_type=METRIC_TYPES.get(x["metric"], x["metric"]),
+            metric_name=x["metric"],
+            metric_value=x["x"]["value"],
+            metric_args={key: x["x"][key] for key in ("low", "high", "n") if key in x["x"]} or None,
+        )
+        results.append(result)
+    return results
 
 
 def how_made(folder: Path, run: dict, adapter: dict) -> list[str]:
