@@ -18,12 +18,12 @@ log-loss of the chosen answer's tokens: without it the likelihood of both answer
 
 The reference is the model at the start. The program loads its weights, computes two log-probabilities for
 each pair and keeps them in an array; only then it trains, or loads a checkpoint and trains on. So no second
-model is in memory, and a resumed run computes the same array again.
+model is in memory, and a resumed run computes the array again.
 
 It reads a run, a model of the hub or an adapter (which is trained further) and writes out/NAME: the best
 model by validation loss; pairs.jsonl, the pairs it learned from, which --data and TRL read; answers.jsonl,
-right answers without a wrong one; violations.jsonl, held-out pairs whose margin is not larger after training
-than under the reference. With rounds, the earlier ones are in out/NAME/round-1, ...
+right answers without a wrong one; violations.jsonl, held-out pairs whose margin is not larger after the last
+step than under the reference. With rounds, the earlier ones are in out/NAME/round-1, ...
 """
 
 from support.terminal import run_script

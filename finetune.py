@@ -10,9 +10,9 @@ A task is a question in words (data.py). `--method=lm` teaches the model to say 
 answer's tokens alone. `--method=head` puts a linear layer on top that reads off a class. Decoders (GPT-2,
 Llama, ours), encoder-decoders (T5) and, with a head, encoders (BERT) will do. With `--lora_r` above 0 the
 weights stay as they are and every matrix W gets a low-rank correction W + (alpha / r) B A (Hu et al., 2021),
-which is trained and saved (with the head, if there is one): by `LoRA` below for decoders with Llama's names
-that model.py computes, else by PEFT, in the same numbers and files. With `--load_in_4bit` W itself shrinks
-to 4 bits a weight (QLoRA, Dettmers et al., 2023).
+which is trained and saved: by `LoRA` below for decoders with Llama's names that model.py computes; by PEFT,
+which gives the same numbers and files, for the rest (heads, 4 bits, GPT-2, T5, adapters that are trained
+further). With `--load_in_4bit` W itself shrinks to 4 bits a weight (QLoRA, Dettmers et al., 2023).
 
 It reads a model and a task, and writes a run folder out/NAME as training does: the model or the adapter as it
 was at the end (nothing is chosen by the validation split), run.json with its results on that split,
@@ -211,7 +211,7 @@ def build_model(
     tokenizer = load_tokenizer(cfg.model)
     torch.manual_seed(cfg.seed)  # of the new head and LoRA's A
     ours = has_own_lora(source, cfg) if cfg.lora_r else align and not source.why_not_ours()
-    # float32; weights that stay frozen: in 4 bits, or on a GPU in the dtype of activations
+    # float32; weights that stay frozen: in 4 bits, or (of PEFT only on a GPU) in the dtype of activations
     frozen = cfg.lora_r and device.type == "cuda"
     how = {"dtype": pick_dtype(cfg.dtype, device) if frozen else torch.float32}
     model = load_network(source, ours, labels, True, **four_bit(device) if cfg.load_in_4bit else how)

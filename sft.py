@@ -14,7 +14,8 @@ positions start anew: the loss is that of conversations one by one, without thei
 --data names, joined by commas, the embedded `instructions`, any task of data.py (arithmetic, gsm8k), alpaca,
 dolly, lima, or files of yours; `arithmetic@2000` is the first 2,000 of them. With weights
 (`arithmetic:3,alpaca:1`) an epoch draws as many as there are in these shares; without, each once. A corpus of
-data.py (`storyworld@300`) is read as in pretraining, every token trained on, so that less of it is forgotten.
+data.py (`storyworld@300`) is read as in pretraining, so that less of it is forgotten: all tokens of a
+document are trained on, as far as they fit into a row.
 
 It reads a model and writes a run folder, out/NAME, as training does: the best by validation loss.
 """

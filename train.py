@@ -9,7 +9,8 @@
 
 It reads the token files that tokenizer.py wrote and writes a run folder, out/NAME:
 
-    config.json, model.safetensors, tokenizer.json   a Hugging Face model: the best by validation loss
+    config.json, model.safetensors, tokenizer.json   a Hugging Face model: the best by validation loss (with
+                          --save_every=0 the last)
     run.json              settings, data, versions, hardware, status, results
     metrics.jsonl         a line per logged step and per evaluation
     samples.jsonl         what the model writes during training
@@ -18,7 +19,8 @@ It reads the token files that tokenizer.py wrote and writes a run folder, out/NA
 Two ideas make runs exact. The batch of step s is a pure function of (seed, s), so there is no loader state
 that a crash could lose: a run that was killed and resumed has the same bits as one that was not. And a loss
 is a (sum, count) pair: gradients are divided by the count of the whole batch, over all micro-batches and
-processes, so how a batch is cut changes the result by rounding only.
+processes, so how a batch is cut changes the result by rounding only (dropout draws other masks for other
+cuts, and experts are balanced within each piece).
 """
 
 from support.terminal import StopSignal, run_script
@@ -409,6 +411,7 @@ class Trainer:
     keeps_best: bool = True  # publish the checkpoint of the lowest validation loss; False: the last one
     free_to_change: Iterable[str] = ()  # more settings that a resumed run may change
     dtype: torch.dtype | None = None  # of activations; None: by cfg.dtype
+    rows_together: int = 1  # rows that a micro-batch may not separate
     same_shapes: bool = False  # of all batches, see `fastest_products`
 
     def __post_init__(self):
@@ -416,6 +419,7 @@ class Trainer:
         # max_steps of 0, "as many as the epochs have", was replaced by their number.
         check_numbers(asdict(cfg), {f.name: f.default for f in fields(cfg) if f.name != "max_steps"})
         self.about = self.about | {"tokenizer": self.tokenizer.hash if self.tokenizer else None}
+        self.keeps_best = self.keeps_best and bool(cfg.save_every)  # without checkpoints there is one model
         # The machine and the processes
         self.device = pick_device(cfg.device)
         self.dtype = self.dtype or pick_dtype(cfg.dtype, self.device)
@@ -576,13 +580,14 @@ class Trainer:
         """After running out of memory: the step begins anew in smaller pieces, with the same result."""
         if not is_out_of_memory(error):
             raise error
-        if self.micro_batch == 1 or self.world > 1:  # processes cannot halve it each on its own
+        half = self.micro_batch // 2 // self.rows_together * self.rows_together
+        if not half or self.world > 1:  # processes cannot halve it each on its own
             raise TrainError(
                 f"out of memory with {self.micro_batch} sequences at a time: try a smaller --batch_size, "
                 "--gradient_checkpointing, a shorter --context_length or a smaller model "
                 "(`python train.py ... --plan` estimates the memory)"
             ) from None
-        self.micro_batch //= 2
+        self.micro_batch = half
         self.zero_grad()
         self.say(f"out of memory: micro-batch {self.micro_batch} from now on, same batch, same result")
 

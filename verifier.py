@@ -28,8 +28,8 @@ vote in which an answer weighs exp(sharpness x score). The probability can be co
 stops sampling when an answer is sure enough.
 
 Calibration, on answers to the validation split: lambda and sharpness are chosen, and a logistic regression
-predicts right or wrong from the two log-probabilities and the length of the problem. Nothing is fitted on
-the test split.
+predicts right or wrong from both terms and the length of the problem; the checkpoint of a head is the best
+one there, too. Nothing is fitted on the test split.
 
 It reads a generator and writes a run folder out/NAME; run.json says how well it verifies, beside the
 generator's own log-probability and the channel alone. judged/ keeps the log-probabilities of judged answers.
@@ -91,7 +91,7 @@ class VerifierConfig(AdaptConfig):
     test_problems: int = 0  # on which the verifier is reported; 0: all
     lm_weight: float = 0.1  # head: weight of the language-model loss on right answers
     contrast: float = 1.0  # weight of the comparison of right and wrong answers to one problem
-    repeats: int = 0  # channel: 0: each right answer once; n: those beside wrong ones, n times
+    repeats: int = 0  # channel: 0: all right answers once; n: those beside wrong ones, n times
     group: int = 4  # head: answers to one problem that are seen together
     epochs: float = 2.0  # times through the examples
     learning_rate: float = 1e-3  # the highest
@@ -282,7 +282,7 @@ class ChannelTraining(TrainingSet):
         return found
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        """`collate` of right answers, then of wrong ones; and (wrong ones) the row of the right answer."""
+        """`collate` of right answers, then of wrong ones; and, for each of these, its right one's row."""
         rng = np.random.default_rng([self.seed, step, 0])
         rows, contrast, places = [], [], []
         for at, i in enumerate(self.members(step, 0, first + count), -first):
@@ -347,6 +347,14 @@ class ValueHead(nn.Module):
     def model(self) -> nn.Module:
         return self
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return getattr(self.lm, "gradient_checkpointing", False)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.lm.gradient_checkpointing = on
+
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> logits of the next token (B, T, V), values (B, T)."""
         if self.text_model.ours:
@@ -380,12 +388,12 @@ class ValueHead(nn.Module):
 class HeadTraining(Epochs):
     """The generator with a value head, and its answers, right and wrong, `group` of them a problem."""
 
-    options = {"tokens_per_row": 1}  # the loss is a mean over rows
     about = {}
 
     def __init__(self, cfg: VerifierConfig, _generator: TextModel, learn: Samples, held_out: Samples):
         if rows_per_step(cfg) > cfg.batch_size * cfg.grad_accum_steps:
             raise TrainError("--kind=head trains in one process")
+        self.options = {"tokens_per_row": 1, "rows_together": cfg.group}  # the loss is a mean over rows
         self.cfg, self.right, self.held_out_right = cfg, learn.right, held_out.right  # (P, n)
         self.model = ValueHead(chat_model(cfg))
         self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
@@ -455,8 +463,8 @@ def head_loss(model: nn.Module, ids, inside, right, weight, cfg: VerifierConfig)
     """Binary cross-entropy at every token of an answer, the language-model loss on right answers, and a
     comparison of right and wrong answers to one problem, `cfg.group` rows each: (sum, answers).
 
-    `weight`: of one comparison: the step's answers over its comparisons, so that the sum is theirs however
-    the step is cut.
+    `weight`: the answers of the step over its comparisons. It makes the comparisons count as their mean over
+    the whole step, however that is cut.
     """
     logits, values = model(ids)
     values, tokens = values.float(), inside.sum(1)

@@ -168,7 +168,8 @@ class Stage:
     trains: float = 0.0  # tokens
     samples: float = 0.0
     reads: float = 0.0
-    rows: int = 0  # of a training step's micro-batch, and their length
+    per_step: float = 0.0  # tokens of an optimizer step
+    rows: int = 0  # of its micro-batch, and their length
     length: int = 0
     options: dict = field(default_factory=dict)  # of estimate_memory
     pretraining: bool = False
@@ -262,9 +263,11 @@ class Plan:
         self.models[name] = c
         self.bases.add(name)
         before = (cfg.max_steps - 1) // cfg.eval_every if cfg.eval_every else 0
+        per_step = cfg.batch_size * cfg.grad_accum_steps * c.context_length
         return Stage(
             model=c,
-            trains=cfg.max_steps * cfg.batch_size * cfg.grad_accum_steps * c.context_length,
+            trains=cfg.max_steps * per_step,
+            per_step=per_step,
             samples=400 * (before + 1),
             reads=before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000),
             rows=cfg.batch_size,
@@ -299,6 +302,7 @@ class Plan:
         return Stage(
             model=c,
             trains=min(tokens * cfg.epochs, cfg.max_steps * batch * length or math.inf),
+            per_step=batch * tokens / rows,
             reads=held_out * evaluations,
             rows=cfg.batch_size,
             length=length,
@@ -446,17 +450,20 @@ class Measured:
         torch's own choice of matrix products are used.
         """
         if not stage.pretraining:
-            return stage.overhead * self.step(stage.model)
+            passes, update = self.step(stage.model)
+            return stage.overhead * (passes + update * stage.full / stage.per_step)
         optimizer = "muon" if stage.options["muon"] else "adamw"
         cfg = TrainConfig(optimizer=optimizer, compile=stage.options["compiled"], batch_size=stage.rows)
         with float32_products(fastest_products(self.device)):
-            return stage.overhead * self.step(stage.model, stage.length, cfg)
+            passes, update = self.step(stage.model, stage.length, cfg)
+        return stage.overhead * (passes + update / stage.per_step)
 
     def reading(self, c: ModelConfig) -> float:
-        """The forward pass is a third of a step."""
-        return TEXTS / 3 * self.step(c)
+        """The forward pass is a third of forward and backward."""
+        return TEXTS / 3 * self.step(c)[0]
 
-    def step(self, c: ModelConfig, T: int = 256, cfg: TrainConfig | None = None) -> float:
+    def step(self, c: ModelConfig, T: int = 256, cfg: TrainConfig | None = None) -> tuple[float, float]:
+        """Seconds of a token forward and backward, and of the optimizer's update."""
         cfg = cfg or TrainConfig(batch_size=16, dtype="float32" if self.on_cpu else "auto")
         rows = cfg.batch_size
         T = min(T, c.context_length)
@@ -468,8 +475,10 @@ class Measured:
         if key not in self.known:
             compiled = cfg.compile is True and not self.on_cpu
             step = Step(replace(c, context_length=T), replace(cfg, batch_size=rows), self.device, compiled)
-            seconds = medians({"step": step}, rounds=7, warmup=1, limit=CPU_SECONDS)["step"]
-            self.known[key] = seconds / (rows * T)
+            parts = {"step": step, "passes": step.backward}
+            seconds = medians(parts, rounds=7, warmup=1, limit=CPU_SECONDS)
+            passes = min(seconds["passes"], seconds["step"])
+            self.known[key] = passes / (rows * T), seconds["step"] - passes
         return self.known[key]
 
     def sampling(self, c: ModelConfig) -> float:

@@ -388,6 +388,30 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
         trained(settings, evaluate=lambda model, final: starved(model, *uneven_rows(0, 0, 1)))
 
 
+def test_rows_that_belong_together_stay_together_when_memory_runs_out(settings):
+    seen = set()
+
+    def loss(model, ids, targets):
+        seen.add(len(ids))
+        return starving(4, OUT_OF_MEMORY)(model, ids, targets)
+
+    cfg = settings(batch_size=12, max_steps=1, eval_every=0)
+    Trainer(cfg, small_model(), uneven_rows, loss, rows_together=4).run_all_steps()
+    assert seen == {12, 4}
+    cfg = settings(batch_size=12, max_steps=1, eval_every=0, overwrite=True)
+    with pytest.raises(TrainError, match="4 sequences at a time"):
+        starved = starving(3, OUT_OF_MEMORY)
+        Trainer(cfg, small_model(), uneven_rows, starved, rows_together=4).run_all_steps()
+
+
+def test_without_checkpoints_the_results_are_those_of_the_last_model(settings, run):
+    losses = iter((1.0, 3.0, 2.0))
+    cfg = settings(max_steps=3, eval_every=1, save_every=0)
+    Trainer(cfg, small_model(), uneven_rows, evaluate=lambda *_: {"val_loss": next(losses)}).run_all_steps()
+    results = read_run(run)["results"]
+    assert results["best"] == results["last"] == {"step": 3, "val_loss": 2.0}
+
+
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), ValueError("not enough memory")])
 def test_other_errors_are_not_taken_for_a_lack_of_memory(settings, error):
     with pytest.raises(type(error), match=str(error)):

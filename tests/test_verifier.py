@@ -177,7 +177,9 @@ def test_a_step_of_the_head_may_be_cut_into_micro_batches_of_whole_problems(tune
     cfg = VerifierConfig(model=tuned, device="cpu", batch_size=7, grad_accum_steps=3, group=2)
     head = HeadTraining(cfg, None, samples, samples)
     torch.nn.init.normal_(head.model.value.weight)
-    assert (cfg.batch_size, head.per_step) == (6, 9)
+    assert (cfg.batch_size, head.per_step, head.options["rows_together"]) == (6, 9, 2)
+    head.model.gradient_checkpointing = True  # as the Trainer sets it
+    assert head.model.lm.gradient_checkpointing and head.model.gradient_checkpointing
     whole, parts = head.batch(1, 0, 18), [head.batch(1, first, 6) for first in (0, 6, 12)]
     losses = [head.loss(head.model, *tensors) for tensors in [whole, *parts]]
     assert losses[0][0].item() == pytest.approx(sum(loss.item() for loss, _ in losses[1:]), rel=1e-5)
