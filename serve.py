@@ -4,7 +4,8 @@
     python serve.py --models=gpt2         # beside the runs: models of the hub, or folders, joined by commas
     python serve.py --host=0.0.0.0        # for other machines: prints the token that clients must send
     curl http://127.0.0.1:8000/v1/chat/completions -H "content-type: application/json" \\
-        -d '{"model": "sft", "messages": [{"role": "user", "content": "Tell me a story about a cat."}]}'
+        -d '{"model": "sft", "messages": [{"role": "user", "content":
+             "Anna has 3 nuts. She buys 4 more nuts. How many nuts does she have now?"}]}'
 
 Other programs use a run by base_url="http://127.0.0.1:8000/v1" and any key. Beyond OpenAI's API there are
 top_k, min_p and repetition_penalty; calculator (computes the result after `<<9*3=`); verifier (the name of a

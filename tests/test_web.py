@@ -169,6 +169,11 @@ def test_best_of_n_is_sorted_and_says_what_others_choose(page):
 def test_look_inside_sums_and_switches(page):
     page.click("#nav-inside")
     page.select_option("#inside-model", "base")
+    page.fill("#inside-text", "Two nuts")
+    page.check("#inside-chat")  # what was only typed is looked at, not lost
+    expect(page.locator("#inside-out")).to_contain_text("<|assistant|>")
+    expect(page.locator("#inside-text")).to_have_value("Two nuts")
+    page.uncheck("#inside-chat")
     page.fill("#inside-text", "Once upon a time")
     page.click("#inside-go")
     expect(page.locator(".token").last).to_contain_text("e")

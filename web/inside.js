@@ -29,8 +29,8 @@ let work = new AbortController();
 export function startInside() {
   $("inside-text").value = state.text;
   on("submit", { "inside-form": () => read($("inside-text").value) });
-  on("change", { "inside-model": () => choose({ model: $("inside-model").value, off: [], target: null }) });
-  tie("inside-chat", state, "chat", () => choose(LAST));
+  on("change", { "inside-model": () => again({ model: $("inside-model").value, off: [], target: null }) });
+  tie("inside-chat", state, "chat", () => again(LAST));
 }
 
 export function insideModels(models) {
@@ -50,7 +50,15 @@ export function stopInside() {
 /** Changes what is looked at, and looks. */
 function choose(changes) {
   Object.assign(state, changes);
+  if ("text" in changes) $("inside-text").value = changes.text;
   return look();
+}
+
+/** The same at the text that stands in the box, also if it was only typed. */
+function again(changes) {
+  Object.assign(state, changes);
+  const text = $("inside-text").value;
+  return text === state.text ? look() : read(text);
 }
 
 /** Goes to a text: a new root of the tree, or a branch below `parent`. */
@@ -72,7 +80,6 @@ async function look() {
   const { model, text } = state;
   const none = model ? "Type a text, then Look." : "No model yet: train one, and look inside it here.";
   if (!model || !text) return $("inside-out").replaceChildren(h("p", { class: "muted" }, none));
-  $("inside-text").value = text;
   work.abort();
   work = new AbortController();
   const found = await attempt(() => ask(state));
