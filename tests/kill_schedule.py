@@ -263,6 +263,8 @@ def without_times(x):
         return {str(k): without_times(v) for k, v in x.items() if k not in TIMES}
     if isinstance(x, list | tuple):
         return [without_times(v) for v in x]
+    if isinstance(x, float) and x != x:
+        return "nan"  # which equals itself
     return x.numpy().tobytes() if hasattr(x, "numpy") else x
 
 
