@@ -43,7 +43,7 @@ from sft import SFTConfig, mixture
 from support.costs import GIB, count_parameters, estimate_flops, estimate_memory, generation_bytes, shape_of
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
-from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
+from support.machine import SMALL, cpu_name, dtype_for, peak_flops, pick_device
 from support.plan import Step, memory_options, planned_for, usable
 from support.runs import read_json
 from support.text_model import on_all_cores
@@ -102,8 +102,9 @@ PACKED = 1.22
 RIVALS = 1.25
 TEXTS = 1.3  # the same for sampling and likelihoods: texts made of tokens, judged and kept
 # A measurement on a CPU takes at most so many FLOPs at a time and so many seconds: GPT-2's own steps take
-# minutes.
-CPU_FLOPS = 3e10
+# minutes. Of a model of 135M parameters they are 250 tokens: with 64 a token took five times as long as in
+# training, since weights are cast and gradients written once for all tokens.
+CPU_FLOPS = 2e11
 CPU_SECONDS = 2.0
 # Of a GPU that is not here: the share of its peak that pretraining reaches, and that the short texts of other
 # stages do; seconds of a decoding step besides arithmetic, a layer. (An H100's: 0.31 and 0.40 for speedrun.py
@@ -464,7 +465,8 @@ class Measured:
 
     def step(self, c: ModelConfig, T: int = 256, cfg: TrainConfig | None = None) -> tuple[float, float]:
         """Seconds of a token forward and backward, and of the optimizer's update."""
-        cfg = cfg or TrainConfig(batch_size=16, dtype="float32" if self.on_cpu else "auto")
+        small = self.on_cpu and count_parameters(c)["total"] < SMALL  # as in `dtype_for`
+        cfg = cfg or TrainConfig(batch_size=16, dtype="float32" if small else "auto")
         rows = cfg.batch_size
         T = min(T, c.context_length)
         if self.on_cpu:
@@ -482,19 +484,20 @@ class Measured:
         return self.known[key]
 
     def sampling(self, c: ModelConfig) -> float:
-        """Sixteen prompts are continued n times each; by GPT-2 on a CPU once, and by less. There one process
-        for each thread does it at the same time: then each is slower than one alone.
+        """Sixteen prompts are continued n times each; by a large model on a CPU by fewer tokens. There one
+        process for each thread does it at the same time: then each is slower than one alone.
         """
         if str(c) in self.known:
             return self.known[str(c)]
-        n = max(1, min(16, affordable(c, 2) // (16 * 48))) if self.on_cpu else 64
-        new, length = (48, 64) if n > 1 else (8, 8)
+        n = 16 if self.on_cpu else 64
+        new = max(8, min(48, affordable(c, 2) // (16 * n))) if self.on_cpu else 48
         processes = torch.get_num_threads() if self.on_cpu else 1
         model = ModernDecoderLM(c).to(self.device).eval()
-        draw = partial(model.generate, [[1] * length] * 16, new, temperature=1.0, n=n, seed=1)
+        dtype = dtype_for("auto", model, self.device)
+        draw = partial(model.generate, [[1] * 64] * 16, new, temperature=1.0, n=n, seed=1)
 
         def seconds(_=None) -> float:
-            with torch.autocast("cuda", pick_dtype("auto", self.device), enabled=not self.on_cpu):
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 return seconds_of(draw)
 
         seconds()

@@ -111,7 +111,8 @@ def pick_device(device: str) -> torch.device:
 @functools.cache
 def keep_freed_memory() -> None:
     """Tells glibc not to return the memory of large tensors to the system, which would clear every page
-    before the next step gets it. A step on a CPU is 1.03 to 1.08 times as fast.
+    before the next step gets it. A step on a CPU is 1.03 to 1.08 times as fast; that of a model of 135M
+    parameters 1.6 times.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL(None)
