@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -101,31 +102,29 @@ def token_class(piece: str) -> str:
 
 
 def moe(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+    """Of each mixture, over its seeds: how much more than an even load the busiest expert has at the first
+    logged step and at the last, and how many choices the last step drops; `experts_by_class` of one model.
+    """
     tokenizer, ids = held_out_text(cfg, runs[0])
     found = {}
     for name, model in models_of(cfg, runs, names):
         if model.config.ffn == "moe":
-            seeds = {run.seed: routing(run.folder) for run in runs if run.name == name and finished(run)}
-            classes = experts_by_class(model, ids[:, : model.config.context_length], tokenizer)
-            found[name] = {"routing": seeds, "classes": classes}
+            seeds = [routing(run.folder) for run in runs if run.name == name and finished(run)]
+            bits = fmean(experts_by_class(model, ids[:, : model.config.context_length], tokenizer))
+            found[name] = {key: fmean(seed[key] for seed in seeds) for key in seeds[0]} | {"bits": bits}
     return found
 
 
-def routing(folder: Path) -> dict:
-    """The router over training: the load of the busiest expert over an even one, and dropped choices."""
+def routing(folder: Path) -> dict[str, float]:
+    """The router's work by metrics.jsonl, averaged over the layers."""
     lines = [x for x in read_jsonl(folder / "metrics.jsonl") if "router_load" in x]
-    return {
-        "steps": [x["step"] for x in lines],
-        "busiest_expert": [round(max(x["router_load"]) * len(x["router_load"]), 3) for x in lines],
-        "dropped": [x["dropped"] for x in lines],  # choices in the logged step, all layers
-    }
+    first, last = (max(x["router_load"]) * len(x["router_load"]) for x in (lines[0], lines[-1]))
+    return {"first": first, "last": last, "dropped": lines[-1]["dropped"]}
 
 
 @torch.no_grad()
-def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) -> list[dict]:
-    """For each layer, {"bits"}: the mutual information of the class of a token and its first expert. ids
-    (B, T).
-    """
+def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) -> list[float]:
+    """For each layer, the bits that the class of a token and its first expert share; ids (B, T)."""
     names = list(CLASSES)
     kinds = [names.index(token_class(tokenizer.decode([i]))) for i in range(tokenizer.vocab_size)]
     kind = torch.tensor(kinds)[ids.flatten().cpu()]
@@ -138,7 +137,7 @@ def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) 
         joint = counts.double() / counts.sum()
         independent = joint.sum(1, keepdim=True) * joint.sum(0)
         bits = torch.xlogy(joint, joint / independent.clamp(min=1e-300)).sum() / math.log(2)
-        found.append({"bits": bits.item()})
+        found.append(bits.item())
 
     hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, MoE)]
     model(ids)

@@ -208,6 +208,11 @@ def forest_plot(name: str, gaps: dict[str, dict]) -> Figure:
 TABLES = {  # family: a sentence, and the columns of its table
     "gqa": ("", "key-value heads: {key} | cache bytes a token: {cache_bytes_per_token} | "
                 "decoded tokens/s: {tokens_per_second:,.0f}"),
+    "moe": ("""Mixtures of experts: the load of the busiest over an even one, choices that a step drops, and \
+the bits that a token's expert tells about its class (a digit, a word, ...).""", """
+mixture: {key} | busiest at first: {first:.2f} | busiest at last: {last:.2f} | dropped: {dropped:,.0f}
+bits of the class: {bits:.2f}
+"""),
     "shapes": ("", """
 shape: {key} | parameters: {parameters:count} | rows: {rows} | tokens/s: {tokens_per_second:,.0f}
 GiB: {peak_memory_gib:.2f} | rows that 12 GiB would hold, by the plan: {most_rows_in_12_gib:,}

@@ -135,7 +135,10 @@ def run_of(folder: Path) -> dict:
     """run.json of a run folder, or of the run that a checkpoint belongs to; {} if its parts are damaged."""
     home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
     run = read_json_or_empty(home / "run.json")
-    return run if all(isinstance(run.get(part) or {}, dict) for part in PARTS) else {}
+    parts = [run.get(part) or {} for part in PARTS]
+    if isinstance(results := parts[-1], dict):
+        parts += [results.get("last") or {}, results.get("best") or {}]
+    return run if all(isinstance(part, dict) for part in parts) else {}
 
 
 def parent_of(run: dict, home: Path) -> Path | None:

@@ -75,6 +75,9 @@ def labelled(file: str) -> list[Samples]:
         target = next((a for a, is_right in zip(answers[-1], right[-1], strict=True) if is_right), "")
         examples.append(Example(question, target))
     for _, _, right in parts:
-        if len({len(row) for row in right}) != 1:
-            raise DataError(f"{file}: every question needs as many labelled solutions; or there are too few")
+        if len({len(row) for row in right}) != 1 or not any(map(any, right)):
+            raise DataError(
+                f"{file}: every question needs as many labelled solutions, and each part a right one; or "
+                "there are too few questions"
+            )
     return [Samples(examples, answers, np.array(right)) for examples, answers, right in parts]

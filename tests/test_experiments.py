@@ -21,11 +21,14 @@ from data import documents
 from experiments import FAMILIES, FOLDER, ExperimentConfig, compared, plan, settings_of
 from lab import families, study
 from lab.families import experts_by_class, token_class
+from lab.pages import lab
 from lab.scaling import best_use, fit_law, fit_sizes, isoflop, loss_of
 from lab.study import finished, prepare_tokens, spread, train_all, verdict
 from model import ModelConfig, ModernDecoderLM
 from support.costs import GIB, count_parameters, estimate_memory
 from support.long_context import endless, first_token_mass, full_attention, liveliness, rolling
+from support.pages import as_markdown
+from support.results import Records
 from tokenizer import SPECIAL_TOKENS, Tokenizer, tokens_folder, train_bpe
 from train import model_config
 
@@ -181,10 +184,10 @@ def test_an_expert_that_follows_the_class_of_a_token_shares_its_bits(monkeypatch
     model = ModernDecoderLM(ModelConfig(**small, ffn="moe", n_experts=2, experts_per_token=1, d_ff=8)).eval()
     ids = torch.tensor([tokenizer.encode("7777....")])
     model.model["layers"][0].mlp.gate.weight.data.zero_()  # all go to one expert
-    assert experts_by_class(model, ids, tokenizer)[0]["bits"] == pytest.approx(0)
+    assert experts_by_class(model, ids, tokenizer)[0] == pytest.approx(0)
     choices = torch.eye(2)[(ids[0] == ids[0, 0]).long()]  # an expert for each class
     monkeypatch.setattr(families, "F", SimpleNamespace(linear=lambda x, gate: choices))
-    assert experts_by_class(model, ids, tokenizer)[0]["bits"] == pytest.approx(1)
+    assert experts_by_class(model, ids, tokenizer)[0] == pytest.approx(1)
 
 
 # -----------------------------------------------------------------------------
@@ -209,7 +212,8 @@ def test_runs_are_trained_once_compared_and_measured(text, tmp_path, capsys):
     cache = {k: v["cache_bytes_per_token"] for k, v in found["measured"]["gqa"].items()}
     assert cache["kv_heads_1"] * 4 == cache["baseline"] == 2 * 4 * 128 * 4  # k and v, layers, width, bytes
     routed = found["measured"]["moe"]["moe_4_top1"]
-    assert len(routed["classes"]) == 4 and min(routed["routing"][1]["busiest_expert"]) >= 1
+    assert min(routed["first"], routed["last"]) >= 1 and 0 <= routed["bits"] < math.log2(5)
+    assert "| moe_4_top1 | " in as_markdown("t", {"lab": lab(Records(tmp_path))})
     saved = json.loads((cfg.home / "experiments.json").read_text())
     assert saved["experiments"]["kv_heads_1"]["bits_per_byte"] == entry["bits_per_byte"]
     assert "QUICK RUN" in capsys.readouterr().out

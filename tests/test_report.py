@@ -435,8 +435,10 @@ def test_comparison_shows_what_differs_and_what_is_noise(tmp_path, undrawn):
     other = run("a2", 3.2, seed=2, lr=1, out="y", model="y/base")
     text = as_markdown("t", {"t": report.comparison([a, b, twin, other])})
     assert f"| {a}, {other} | 3.0000, 3.2000 | 3.1000 | 0.1414 | +0.0000 |" in text
-    with pytest.raises(report.ConfigError, match="nowhere"):
-        report.comparison([a, tmp_path / "nowhere"])
+    torn = make_run(tmp_path / "torn", results={"last": [1]})
+    for folder in (tmp_path / "nowhere", torn):
+        with pytest.raises(report.ConfigError, match=folder.name):
+            report.comparison([a, folder])
 
 
 def test_it_needs_no_torch_and_says_where_the_page_is(tmp_path):

@@ -266,9 +266,11 @@ def test_labelled_solutions_are_learnt_without_sampling(tuned, tiny, tmp_path):
     run = script.train_verifier(cfg)
     assert run["verification"]["right_by_source"] == [1.0, 0.0]
     assert run["data"]["train"]["source"] == str(file)
-    file.write_text("\n".join(json.dumps(row) for row in [*rows, {"question": "What?"}]))
-    with pytest.raises(DataError, match="labelled solutions"):
-        script.labelled(str(file))
+    wrong_alone = [row | {"a": row["b"]} for row in rows]
+    for damaged in [*rows, {"question": "What?"}], wrong_alone:
+        file.write_text("\n".join(map(json.dumps, damaged)))
+        with pytest.raises(DataError, match="labelled solutions"):
+            script.labelled(str(file))
 
 
 def test_samples_of_one_kind_are_refused(tuned, tiny, monkeypatch, tmp_path):
