@@ -123,7 +123,7 @@ smol() {
             stage smol-head "$OUT/smol-head/run.json" "${verifier[@]}" --kind=head --name=smol-head ;;
         eval)
             stage eval-smol_sst2 "$OUT/smol_sst2/results.json" "${eval[@]}" "$OUT/smol_sst2" --tasks=sst2 --shots=0,4
-            stage eval-smol "$sft/results.json" "${eval[@]}" "$sft" "$dpo" --tasks=gsm8k --limit=500 --samples=16 \
+            stage eval-smol "$sft/results.json" "${eval[@]}" "$sft" "$dpo" --tasks=gsm8k --limit=300 --samples=8 \
                 --verifier="$OUT/smol-verifier,$OUT/smol-head" ;;
         *) echo "run_all.sh: smol has the stages finetune, sft, dpo, verifier and eval" >&2; exit 2 ;;
     esac

@@ -4,7 +4,7 @@ name = "smol-dpo"
 model = "out/smol-sft"
 data = "gsm8k"
 first_problem = 0
-problems = 2000
+problems = 1000
 n = 8
 hypothesis = "Pairs of the model's own answers raise greedy accuracy over SFT on real problems, too."
 
@@ -14,7 +14,7 @@ epochs = 1.0
 batch_size = 4
 grad_accum_steps = 4
 context_length = 512
-learning_rate = 5e-5
+learning_rate = 2e-4
 warmup_steps = 10
 eval_every = 40
 save_every = 40
