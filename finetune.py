@@ -46,6 +46,7 @@ from support.adapters import (
     add_peft_lora,
     float32_where_trained,
     four_bit,
+    is_plain_lora,
     is_target,
     lora_config,
     merge,
@@ -53,7 +54,16 @@ from support.adapters import (
 )
 from support.files import write_jsonl
 from support.hub_models import add_chat_tokens, set_dropout
-from support.loading import Source, is_smoke, load_model, load_network, load_tokenizer, origin, resolve
+from support.loading import (
+    Source,
+    is_smoke,
+    load_model,
+    load_network,
+    load_tokenizer,
+    origin,
+    refuse_changed_base,
+    resolve,
+)
 from support.machine import dtype_for, pick_device, pick_dtype
 from support.model_card import write_run
 from support.results import value_of
@@ -185,9 +195,12 @@ class Adapter:
 def has_own_lora(source: Source, cfg: AdaptConfig) -> bool:
     """True where model.py computes the model, under Llama's names, and `Adapter` adds LoRA; else PEFT does.
 
-    PEFT also trains 4-bit models, the embeddings of new chat tokens, and adapters that are there already.
+    PEFT also trains 4-bit models, the embeddings of new chat tokens, and adapters that are more than LoRA on
+    these layers.
     """
-    if source.adapter or cfg.load_in_4bit or getattr(cfg, "chat_tokens", False):
+    if cfg.load_in_4bit or getattr(cfg, "chat_tokens", False):
+        return False
+    if source.adapter and not is_plain_lora(source.adapter):
         return False
     names = [name.strip().rpartition(".")[2] for name in cfg.lora_targets.split(",")]
     known = source.config.get("model_type") in ("llama", "mistral", "qwen3")
@@ -214,9 +227,15 @@ def build_model(
     # float32; weights that stay frozen: in 4 bits, or (of PEFT only on a GPU) in the dtype of activations
     frozen = cfg.lora_r and device.type == "cuda"
     how = {"dtype": pick_dtype(cfg.dtype, device) if frozen else torch.float32}
-    model = load_network(source, ours, labels, True, **four_bit(device) if cfg.load_in_4bit else how)
-    if source.adapter:
-        float32_where_trained(model)
+    how = four_bit(device) if cfg.load_in_4bit else how
+    further = ours and bool(source.adapter)  # our own LoRA goes on with the adapter's numbers
+    if further:
+        refuse_changed_base(source)
+        model = load_network(replace(source, name=source.base, adapter={}), ours)
+    else:
+        model = load_network(source, ours, labels, True, **how)
+        if source.adapter:
+            float32_where_trained(model)
     if cfg.dropout >= 0:
         set_dropout(model, cfg.dropout)
     adapter, new_tokens = None, []
@@ -227,6 +246,8 @@ def build_model(
     if cfg.lora_r and ours:
         model.to(device, dtype_for(cfg.dtype, model, device))
         adapter = Adapter(model, cfg, source.base)
+        if further:
+            adapter.load(Path(cfg.model))
     elif cfg.lora_r and not source.adapter:
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
     if not cfg.load_in_4bit:
@@ -239,12 +260,16 @@ def build_model(
 
 
 def check_settings(cfg: AdaptConfig, source: Source) -> None:
-    """Refuses what does not go together; an adapter that is trained further keeps its rank."""
+    """Refuses what does not go together; an adapter that is trained further keeps its own settings."""
     if source.adapter:
         rank = source.adapter.get("r")
         if cfg.lora_r not in (0, rank):
             raise TrainError(f"{cfg.model} is an adapter of rank {rank}: --lora_r={rank}, or leave it out")
         cfg.lora_r = rank
+        cfg.lora_alpha = source.adapter.get("lora_alpha", cfg.lora_alpha)
+        cfg.lora_dropout = source.adapter.get("lora_dropout", cfg.lora_dropout)
+        if isinstance(targets := source.adapter.get("target_modules"), list):
+            cfg.lora_targets = ",".join(sorted(targets))
     if (cfg.load_in_4bit or cfg.merge) and not cfg.lora_r:
         raise TrainError("--load_in_4bit and --merge are for adapters: they need --lora_r, the rank")
     overflows = pick_dtype(cfg.dtype, pick_device(cfg.device)) == torch.float16

@@ -19,6 +19,8 @@ LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave t
     "t5": ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+# Of adapter_config.json: what says nothing of how it is computed, and the targets.
+ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "target_modules")
 LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
 
 
@@ -64,6 +66,22 @@ def add_peft_lora(model: nn.Module, cfg, kind: str, new_tokens: list[int] = ()) 
     except ValueError as error:
         why = str(error).partition("\n")[0][:200]
         raise TrainError(f"--lora_targets={cfg.lora_targets}: LoRA cannot be added: {why}") from None
+
+
+def is_plain_lora(adapter: dict) -> bool:
+    """True if adapter_config.json asks for LoRA on linear layers of a Llama and for nothing else, so that
+    finetune.py's own LoRA can compute it.
+    """
+    import peft
+
+    targets = adapter.get("target_modules")
+    numbers = {name: adapter.get(name) for name in ("r", "lora_alpha", "lora_dropout")}
+    if not isinstance(targets, list) or not all(isinstance(x, int | float) for x in numbers.values()):
+        return False
+    usual = peft.LoraConfig(**numbers, task_type="CAUSAL_LM").to_dict()
+    asked = {key: value for key, value in adapter.items() if key not in ELSEWHERE and value}
+    known = {*targets} <= {*LORA_TARGETS["llama"]}
+    return known and all(usual.get(key) == value for key, value in asked.items())
 
 
 def target_names(model: nn.Module, targets: str) -> list[str]:

@@ -233,17 +233,21 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
     return model
 
 
-def with_adapter(source: Source, trainable: bool = False, **kwargs) -> nn.Module:
-    """The base model with the PEFT adapter of a folder. `kwargs`: passed to from_hub."""
-    run = source.run
-    name = source.name
-    tuned_on = run.get("base_hash", run.get("parent_hash"))
+def refuse_changed_base(source: Source) -> None:
+    """Raises TrainError if the base of an adapter holds other weights now than those it was trained on."""
+    tuned_on = source.run.get("base_hash", source.run.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(source.base):
         raise TrainError(
-            f"{name} was trained on other weights than {source.base} now has: the base was trained again, so "
-            "fine-tune again"
+            f"{source.name} was trained on other weights than {source.base} now has: the base was trained "
+            "again, so fine-tune again"
         )
-    task = TASKS.get(run.get("settings", {}).get("task"))
+
+
+def with_adapter(source: Source, trainable: bool = False, **kwargs) -> nn.Module:
+    """The base model with the PEFT adapter of a folder. `kwargs`: passed to from_hub."""
+    refuse_changed_base(source)
+    name = source.name
+    task = TASKS.get(source.run.get("settings", {}).get("task"))
     base = from_hub(source, task.labels if task and source.kind == "head" else (), **kwargs)
     n_tokens = load_tokenizer(name).vocab_size
     if n_tokens > base.config.vocab_size:  # training added chat tokens

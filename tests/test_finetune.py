@@ -26,7 +26,7 @@ from model import ModelConfig, ModernDecoderLM
 from support import machine
 from support.adapters import LORA_TARGETS
 from support.hf_format import load_tensors
-from support.loading import load_model, load_tokenizer
+from support.loading import load_model, load_tokenizer, resolve
 from support.runs import AlreadyFinished, TrainError, read_json, weights_hash
 from support.tables import read_jsonl
 from support.text_model import TextModel, answer_task, collate, target_logits
@@ -281,6 +281,17 @@ def test_our_lora_equals_pefts_in_numbers_and_files(checkpoints, settings, built
     again = built(**options)
     again.read_weights(tmp_path / "ours")
     assert torch.equal(logits(again.model, ids), adapted)
+    for name in ("ours", "theirs"):  # trained further
+        further = build_further(settings(str(tmp_path / name)))
+        assert further.adapter and further.adapter.config.lora_alpha == 12
+        assert torch.equal(logits(further.model, ids), adapted)
+    file = tmp_path / "theirs" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+    assert build_further(settings(str(tmp_path / "theirs"))).adapter is None, "PEFT has to compute it"
+
+
+def build_further(cfg: FinetuneConfig) -> TextModel:
+    return finetune.build_model(cfg, resolve(cfg.model))
 
 
 @pytest.mark.parametrize("name, layers", [("ours", 14), ("gpt2", 8), ("t5", 36)])
