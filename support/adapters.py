@@ -1,7 +1,6 @@
 """PEFT's LoRA, for models that transformers computes: any architecture, heads, 4-bit weights."""
 
 import importlib.util
-import logging
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from support.files import write_folder_atomically
 from support.hub_models import set_token_ids
-from support.loading import KINDS, load_tokenizer, origin, resolve, with_adapter
+from support.loading import KINDS, import_peft, load_tokenizer, origin, resolve, with_adapter
 from support.machine import pick_dtype
 from support.model_card import write_run
 from support.runs import TrainError, read_json
@@ -26,10 +25,7 @@ LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama
 
 def lora_config(cfg, kind: str, targets: str | list[str], **more):
     """PEFT's description of an adapter, from a finetune.AdaptConfig."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
-    import peft
-
-    return peft.LoraConfig(
+    return import_peft().LoraConfig(
         task_type=KINDS[kind][1],
         r=cfg.lora_r,
         lora_alpha=cfg.lora_alpha or 2 * cfg.lora_r,
@@ -44,8 +40,7 @@ def add_peft_lora(model: nn.Module, cfg, kind: str, new_tokens: list[int] = ()) 
 
     The embeddings of `new_tokens` are trained and saved, too. TrainError for a target that no layer has.
     """
-    import peft
-
+    peft = import_peft()
     architecture = model.config.model_type
     head = head_layers(model) if kind == "head" else []
     targets = target_names(model, cfg.lora_targets) or LORA_TARGETS.get(architecture)
@@ -72,13 +67,11 @@ def is_plain_lora(adapter: dict) -> bool:
     """True if adapter_config.json asks for LoRA on linear layers of a Llama and for nothing else, so that
     finetune.py's own LoRA can compute it.
     """
-    import peft
-
     targets = adapter.get("target_modules")
     numbers = {name: adapter.get(name) for name in ("r", "lora_alpha", "lora_dropout")}
     if not isinstance(targets, list) or not all(isinstance(x, int | float) for x in numbers.values()):
         return False
-    usual = peft.LoraConfig(**numbers, task_type="CAUSAL_LM").to_dict()
+    usual = import_peft().LoraConfig(**numbers, task_type="CAUSAL_LM").to_dict()
     asked = {key: value for key, value in adapter.items() if key not in ELSEWHERE and value}
     known = {*targets} <= {*LORA_TARGETS["llama"]}
     return known and all(usual.get(key) == value for key, value in asked.items())

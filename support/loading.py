@@ -208,7 +208,6 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
 
     transformers.logging.set_verbosity_error()  # no warnings about a new head or a slow tokenizer
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
     name = source.base
     config = source.config
     if config.get("model_type") == "modern_llm":
@@ -233,6 +232,14 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
     return model
 
 
+def import_peft():
+    """PEFT, which imports bitsandbytes where that is installed; without what it says of missing kernels."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import peft
+
+    return peft
+
+
 def refuse_changed_base(source: Source) -> None:
     """Raises TrainError if the base of an adapter holds other weights now than those it was trained on."""
     tuned_on = source.run.get("base_hash", source.run.get("parent_hash"))
@@ -252,10 +259,8 @@ def with_adapter(source: Source, trainable: bool = False, **kwargs) -> nn.Module
     n_tokens = load_tokenizer(name).vocab_size
     if n_tokens > base.config.vocab_size:  # training added chat tokens
         base.resize_token_embeddings(n_tokens)
-    import peft  # after from_hub, which silences its imports
-
     with explained(name):
-        model = peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
+        model = import_peft().PeftModel.from_pretrained(base, name, is_trainable=trainable)
     return model if trainable else model.to(base.dtype)
 
 
