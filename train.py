@@ -59,7 +59,7 @@ from support.checkpoints import (
 from support.costs import estimate_flops
 from support.kernels import fastest_products, float32_products
 from support.machine import hardware, peak_flops, peak_memory, pick_device, pick_dtype
-from support.memory import is_out_of_memory
+from support.memory import is_out_of_memory, leave_memory_to_others
 from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
 from support.pretraining import adopt, data_record, tokenizer_command
@@ -526,6 +526,7 @@ class Trainer:
             progress.show(self.step, loss_sum / max(1, count), rate, self.seconds)
             if self.is_due(cfg.log_every):
                 self.log_step(lr, norm)
+                leave_memory_to_others()
             improved = self.is_due(cfg.eval_every) and self.evaluate_now()
             if self.is_due(cfg.save_every) or stopping or (cfg.save_every and improved):
                 self.save()

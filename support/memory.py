@@ -86,6 +86,19 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def leave_memory_to_others() -> None:
+    """Gives freed memory back when less than a quarter of the machine's is left.
+
+    Batches of ever new shapes leave gaps, and a process that keeps them all grows: SFT of a model with 135M
+    parameters and 49,152 tokens from 5.8 to 9.4 GB in 60 steps. The next step clears its pages again and
+    takes half as long again, so this is not done while there is room.
+    """
+    import psutil
+
+    if available_bytes() < psutil.virtual_memory().total / 4:
+        give_freed_memory_back()
+
+
 # -----------------------------------------------------------------------------
 # Choosing a batch size
 

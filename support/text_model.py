@@ -32,7 +32,7 @@ from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, save_hub_model
 from support.hub_models import generate as hub_generate
 from support.machine import dtype_for, pick_dtype
-from support.memory import halving, room, rows_that_fit
+from support.memory import halving, leave_memory_to_others, room, rows_that_fit
 from support.processes import become_worker, map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
 from support.tables import read_jsonl
@@ -422,6 +422,7 @@ _work: Callable  # the function of the processes of `on_all_cores`, inherited wh
 
 
 def call_work(item):
+    leave_memory_to_others()
     return _work(item)
 
 

@@ -357,3 +357,12 @@ def test_worker_processes_halve_their_own_batches(monkeypatch):
     batches = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [10]]
     results = list(on_all_cores(partial(halving, exhausting), batches, torch.device("cpu")))
     assert results == [[10 * item for item in batch] for batch in batches]
+
+
+def test_freed_memory_is_given_back_only_where_it_is_scarce(monkeypatch):
+    given = []
+    monkeypatch.setattr(memory, "give_freed_memory_back", lambda: given.append(1))
+    for available, calls in ((10**15, 0), (0, 1)):
+        monkeypatch.setattr(memory, "available_bytes", lambda: available)  # noqa: B023
+        memory.leave_memory_to_others()
+        assert len(given) == calls
