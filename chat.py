@@ -85,7 +85,8 @@ def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
     from support.runs import checkpoints, step_of
     from support.tables import read_jsonl
 
-    found, file = checkpoints(Path(cfg.model)), Path(cfg.model) / "generations.jsonl"
+    found = checkpoints(Path(cfg.model))
+    file = Path(cfg.model) / "generations.jsonl"
     if not found:
         raise ValueError(f"{cfg.model} holds no checkpoints: train with --save_every=N and --keep_last=N")
     seed = cfg.seed if cfg.seed >= 0 else 1
@@ -101,8 +102,7 @@ def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
 
 def converse(model: "TextModel", cfg: ChatConfig, messages: list[dict]) -> None:
     """Asks for texts until an empty line."""
-    size = sum(p.numel() for p in model.model.parameters()) / 1e6
-    print(f"{cfg.model}: {size:.1f}M parameters. An empty line ends.")
+    print(f"{cfg.model}: {model.n_parameters / 1e6:.1f}M parameters. An empty line ends.")
     while text := input("you: " if cfg.chat else "> "):
         reply = answer(model, cfg, text, messages)
         if cfg.chat:
@@ -113,7 +113,9 @@ class Screen:
     """Prints tokens as they come; a character that is spread over several tokens, when it is complete."""
 
     def __init__(self, decode: Callable[[list[int]], str]):
-        self.decode, self.ids, self.text = decode, [], ""
+        self.decode = decode
+        self.ids = []
+        self.text = ""
 
     def add(self, row: int, token: int) -> None:
         self.ids.append(token)
@@ -132,10 +134,11 @@ def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict])
     ids = [*model.start, *model.encode(text)]
     if cfg.chat:
         ids, _ = model.conversation([*messages, {"role": "user", "content": text}])
-    names = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"] + ["compile"] * cfg.compile
+    names = "temperature top_k top_p min_p repetition_penalty".split() + ["compile"] * cfg.compile
     how = {name: getattr(cfg, name) for name in names}
     how["stop_tokens"] = [model.end, model.eos]
-    count, begun = 0, time.perf_counter()
+    count = 0
+    begun = time.perf_counter()
     for i in range(cfg.n):
         print("---\n" * (i > 0) + text * (not cfg.chat), end="", flush=True)
         screen = Screen(model.decode)

@@ -282,12 +282,13 @@ def task_rows(name: str, split: str, data_dir: str, n: int) -> tuple[list[tuple]
     task = TASKS[name]
     if task.generator:
         return numbered(task.generator(split, n)), GENERATED_BY
-    part = "train" if task.hold_out and split != "test" else split
+    held_out = task.hold_out if split != "test" else 0
+    part = "train" if held_out else split
     files = [f"{name}/{file}" for file in FILES[part]]
     rows, source = find_rows(name, task.hub, part, files, data_dir, "sentiment, dialogue, arithmetic")
-    if task.hold_out and split != "test":
-        source += f" (its last {task.hold_out} rows are validation)"
-        rows = rows[: -task.hold_out] if split == "train" else rows[-task.hold_out :]
+    if held_out:
+        source += f" (its last {held_out} rows are validation)"
+        rows = rows[:-held_out] if split == "train" else rows[-held_out:]
     return rows, source
 
 
@@ -457,19 +458,17 @@ class ShowConfig:
 def main() -> None:
     cfg = parse_config(ShowConfig, __doc__)
     try:
-        texts = documents(cfg.corpus, cfg.split) if not cfg.task else as_asked(cfg.task, cfg.split)
+        if cfg.task:
+            examples, about = load_task(cfg.task, cfg.split)
+            print(f"{len(examples):,} examples, {about['source']}; licence: {about['licence']}", end="\n\n")
+            prompt = TASKS[cfg.task].prompt
+            texts = (f"{prompt(example.text)}[{example.target}]" for example in examples)
+        else:
+            texts = documents(cfg.corpus, cfg.split)
         for text in islice(texts, cfg.show):
             print(text, end="\n\n")
     except DataError as error:
         sys.exit(f"error: {error}")
-
-
-def as_asked(task: str, split: str) -> Iterator[str]:
-    """What a task's items are and where they are from, and the items as a model sees them."""
-    examples, about = load_task(task, split)
-    print(f"{len(examples):,} examples, {about['source']}; licence: {about['licence']}", end="\n\n")
-    for example in examples:
-        yield f"{TASKS[task].prompt(example.text)}[{example.target}]"
 
 
 if __name__ == "__main__":

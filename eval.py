@@ -142,7 +142,9 @@ def windows(ids: list[int], T: int, stride: int) -> list[tuple[list[int], list[i
     """Ids as rows of `log_likelihoods`, (known ids, new ids): a window of T ids moves by `stride`, and every
     id but the first is new once.
     """
-    found, known, last = [], 0, len(ids) - 1  # known: index of the last id that was predicted
+    found = []
+    known = 0  # index of the last id that was predicted
+    last = len(ids) - 1
     while known < last:
         end = min(known + stride if known else T, last)
         found.append((ids[max(0, end - T) : known + 1], ids[known + 1 : end + 1]))
@@ -183,8 +185,12 @@ def evaluate_text(
     for name, (convert, per_token) in units.items():
         converted = {end: convert(loss[end], per_token) for end in ("value", "low", "high")}
         metrics[name] = converted | {"n": tokens}
-    notes = {"stride": stride, "documents_alone": alone, "documents_in_windows": len(texts) - alone}
-    return {"metrics": metrics, **notes}
+    return {
+        "metrics": metrics,
+        "stride": stride,
+        "documents_alone": alone,
+        "documents_in_windows": len(texts) - alone,
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -201,8 +207,15 @@ def load_items(name: str, cfg: EvalConfig) -> tuple[list, dict]:
         about = corpus_info(name, split)
         everything = list(documents(name, split, about=about))
     items = subsample(everything, cfg.limit, cfg.seed)
-    entry = {"task": name, "split": split, "shots": 0, "items": len(items), "of": len(everything)}
-    return items, entry | {"seed": cfg.seed, "data": about}
+    return items, {
+        "task": name,
+        "split": split,
+        "shots": 0,
+        "items": len(items),
+        "of": len(everything),
+        "seed": cfg.seed,
+        "data": about,
+    }
 
 
 def reported_split(corpus: str) -> str:
@@ -227,7 +240,8 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
         texts = [example.text for example in items]
     else:
         running = entry["data"].get("running_text", False)
-        found, records = evaluate_text(model, items, cfg.stride, f"{model.name} {name}", running), []
+        found = evaluate_text(model, items, cfg.stride, f"{model.name} {name}", running)
+        records = []
         texts = items
     if cfg.contamination and (sources := trained_on(model.name)):
         found["contamination"] = contamination(texts, training_texts(sources), cfg.contamination)
@@ -320,15 +334,14 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
         ways[f"{label}, vote"] = vote, vote_weights(scores, verifier.fitted["sharpness"])
         gating[label] = [sample_until_sure(probabilities, right, threshold) for threshold in THRESHOLDS]
         for i, j in enumerate(scores.argmax(1)):
-            records[i] |= {label: samples.answers[i][j], f"{label} correct": bool(right[i, j])}
-            records[i][f"{label} sure"] = round(float(probabilities[i, j]), 4)
-    hits = {}  # {way: {budget: (P) whether the chosen answer is right}}
-    for way, (rule, weights) in ways.items():
-        chosen = {k: rule(samples.numbers[:, :k], weights[:, :k]) for k in budgets(cfg.samples)}
-        hits[way] = {k: right[np.arange(len(right)), index] for k, index in chosen.items()}
+            records[i] |= {
+                label: samples.answers[i][j],
+                f"{label} correct": bool(right[i, j]),
+                f"{label} sure": round(float(probabilities[i, j]), 4),
+            }
     errors = Counter(kind for record in records for kind in record["kinds"])
-    entry |= figures(hits, right, greedy.right[:, 0], calculator.right[:, 0])
     entry |= {
+        **figures(ways, samples.numbers, right, greedy.right[:, 0], calculator.right[:, 0]),
         "samples": cfg.samples,
         "temperature": cfg.temperature,
         "gating": gating,
@@ -339,23 +352,39 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     return Result(entry, records)
 
 
-def figures(hits: dict, right: np.ndarray, greedy: np.ndarray, calculator: np.ndarray) -> dict:
-    """Metrics, curves over budgets and paired differences, from which answers are right, (P) and (P, n)."""
+def figures(
+    ways: dict, numbers: np.ndarray, right: np.ndarray, greedy: np.ndarray, calculator: np.ndarray
+) -> dict:
+    """Metrics, curves over budgets and paired differences.
+
+    ways: {name: (rule, weights (P, n))}; numbers (P, n); right (P, n), greedy (P), calculator (P): bool.
+    """
     n = right.shape[1]
-    curves = {way: {k: accuracy(x) for k, x in by_budget.items()} for way, by_budget in hits.items()}
-    metrics = {"exact_match": accuracy(greedy), "calculator": accuracy(calculator)}
-    metrics |= {"mean_sample": bootstrap(right.mean(1)), f"pass@{n}": accuracy(right.any(1))}
+    curves = {}
+    final = {}  # {way: (P) whether its choice among all n is right}
+    for way, (rule, weights) in ways.items():
+        curves[way] = {}
+        for k in budgets(n):  # the last one is n
+            chosen = rule(numbers[:, :k], weights[:, :k])
+            final[way] = right[np.arange(len(right)), chosen]
+            curves[way][k] = accuracy(final[way])
+    metrics = {
+        "exact_match": accuracy(greedy),
+        "calculator": accuracy(calculator),
+        "mean_sample": bootstrap(right.mean(1)),
+        f"pass@{n}": accuracy(right.any(1)),
+    }
     metrics |= {f"{way} of {n}": curve[n] for way, curve in curves.items()}
     curves["pass"] = {}
     for k in budgets(n):
         mean = float(np.mean([pass_at(k, n, int(correct)) for correct in right.sum(1)]))
         curves["pass"][k] = {"value": mean, "n": len(right)}
     differences = {}
-    final = {way: by_budget[n] for way, by_budget in hits.items()} | {"greedy, calculator": calculator}
-    for way, chosen in final.items():
-        differences[f"{way} - greedy"] = paired_bootstrap(chosen, greedy)
+    final["greedy, calculator"] = calculator
+    for way, hits in final.items():
+        differences[f"{way} - greedy"] = paired_bootstrap(hits, greedy)
         if way != "majority":
-            differences[f"{way} - majority"] = paired_bootstrap(chosen, final["majority"])
+            differences[f"{way} - majority"] = paired_bootstrap(hits, final["majority"])
     return {"metrics": metrics, "curves": curves, "differences": differences}
 
 
@@ -373,12 +402,12 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     """Tasks and shots; a ConfigError where a name or number cannot be."""
     if not re.fullmatch(r"\d+(,\d+)*", cfg.shots):
         raise ConfigError(f"--shots={cfg.shots} must be whole numbers, joined by commas: 0,4")
-    for task in cfg.tasks.split(","):
-        known = task in TASKS or task in CORPORA or task in EMBEDDED or Path(task).exists()
-        if not known and not re.search(r"[*?[:]", task):
-            names = ", ".join(dict.fromkeys([*TASKS, *EMBEDDED, *CORPORA]))
-            raise ConfigError(f'"{task}" is no task, corpus or file; there are {names}')
-    return cfg.tasks.split(","), [int(shots) for shots in cfg.shots.split(",")]
+    known = dict.fromkeys([*TASKS, *EMBEDDED, *CORPORA])
+    tasks = cfg.tasks.split(",")
+    for task in tasks:
+        if not (task in known or Path(task).exists() or re.search(r"[*?[:]", task)):
+            raise ConfigError(f'"{task}" is no task, corpus or file; there are {", ".join(known)}')
+    return tasks, [int(shots) for shots in cfg.shots.split(",")]
 
 
 def evaluate_model(
@@ -389,9 +418,8 @@ def evaluate_model(
     if dtype:
         model.dtype = model.sampling_dtype = dtype
     run = read_run(name)
-    size = sum(p.numel() for p in model.model.parameters()) / 1e6
     smoke = "; SMOKE RUN, no result" * bool(run.get("smoke"))
-    print(f"{name}: {size:.1f}M parameters, {model.kind}{smoke}")
+    print(f"{name}: {model.n_parameters / 1e6:.1f}M parameters, {model.kind}{smoke}")
     results = []
 
     def keep(result: Result) -> None:
@@ -426,7 +454,8 @@ def evaluate_all(cfg: EvalConfig) -> None:
     tasks, _ = checked(cfg)  # before anything is loaded
     device = pick_device(cfg.device)
     dtype = None if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)
-    results, answers = {}, {}
+    results = {}
+    answers = {}
     for name in cfg.models.split(","):
         if cfg.attention:
             model = load_for_attention(name, device, cfg.backend, cfg.context_length, dtype)

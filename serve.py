@@ -49,6 +49,7 @@ except ImportError as error:
 import torch
 
 from support.attention import attention_of_text
+from support.formats import talk
 from support.forms import CONFIGS, configured, form, settings_of
 from support.guard import LOOPBACK, Guard, Json, NotFound, Refused, error_response
 from support.inside import look_inside
@@ -262,9 +263,16 @@ async def plan(lab: AnyLab, wish: RunRequest):
     command = [sys.executable, "-m", "lab.plan", f"{wish.stage}.py", *wish.argv(lab.home.resolve())]
     if lab.planning.locked():
         raise Refused(429, "another plan is being computed: try again when it is done")
-    how = {"cwd": ROOT, "capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 180}
     async with lab.planning:
-        done = await run_in_threadpool(subprocess.run, command, **how)
+        done = await run_in_threadpool(
+            subprocess.run,
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=180,
+        )
     return {"ok": done.returncode == 0, "text": done.stdout or done.stderr}
 
 
@@ -314,7 +322,7 @@ class InspectRequest(BaseModel):
     def ids(self, model) -> list[int]:
         text = valid(self.text)
         if self.chat:
-            return model.conversation([{"role": "user", "content": text}])[0]
+            return model.conversation(talk(text))[0]
         begin = model.start if model.kind == "causal" else model.before
         return [*begin, *model.encode(text), *model.behind]
 

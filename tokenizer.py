@@ -110,9 +110,9 @@ def train_bpe(
     if isinstance(input_path, (str, Path)):
         texts = parts_of_file(input_path, special)
     words = count_words(texts, DIGITS_PATTERN if split_digits else GPT2_PATTERN, special)
-    merges = learn_merges(words, vocab_size - least)
-    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    return dict(enumerate(tokens + [token.encode() for token in special_tokens])), merges
+    tokens, merges = learn_merges(words, vocab_size - least)
+    tokens += [token.encode() for token in special_tokens]
+    return dict(enumerate(tokens)), merges
 
 
 def parts_of_file(path: str | Path, special_tokens: tuple[str, ...]) -> Iterator[str]:
@@ -143,8 +143,9 @@ def count_words(texts: Iterable[str], pattern: str, special_tokens: tuple[str, .
     return words
 
 
-def learn_merges(words: dict[str, int], n_merges: int) -> Merges:
-    """The heart of BPE: again and again, the most frequent pair of neighbours becomes one token.
+def learn_merges(words: dict[str, int], n_merges: int) -> tuple[list[bytes], Merges]:
+    """The heart of BPE: again and again, the most frequent pair of neighbours becomes one token. Returns the
+    tokens, bytes first, and the merges.
 
     Of equally frequent pairs the greater (bytes, bytes) goes first. Counting all pairs after each merge would
     take hours; three things make it seconds. Only the words that have the pair change: `where` lists them. A
@@ -199,7 +200,7 @@ def learn_merges(words: dict[str, int], n_merges: int) -> Merges:
         counts[pair] = 0
         for new in appeared:
             heapq.heappush(heap, heap_entry(new))
-    return merges
+    return tokens, merges
 
 
 # -----------------------------------------------------------------------------
@@ -256,9 +257,7 @@ class Tokenizer:
         """What a text begins with."""
         return [self.eot_id]
 
-    @property
-    def pad_id(self) -> int:
-        return self.eot_id
+    pad_id = eot_id
 
     @property
     def template_tokens(self) -> dict[str, str]:
@@ -295,10 +294,10 @@ class Tokenizer:
         for i, part in enumerate(special_regex(special).split(text)):
             if i % 2:
                 ids.append(self.special_ids[part])
-                continue
-            slabs = SLABS.findall(part) if self.pattern in SEAM_PATTERNS else [part]
-            for slab in slabs:  # a million spaces before a word would make tiktoken panic
-                ids += self.core.encode_ordinary(slab)
+            else:
+                slabs = SLABS.findall(part) if self.pattern in SEAM_PATTERNS else [part]
+                for slab in slabs:  # a million spaces before a word would make tiktoken panic
+                    ids += self.core.encode_ordinary(slab)
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
@@ -345,8 +344,7 @@ class Tokenizer:
         import tiktoken
 
         special = {EOT: self.eot_id} if EOT in self.special_ids else {}
-        ranks = self.ranks
-        return tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=special)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text. All cores work, since the Rust core releases Python's lock."""
@@ -410,7 +408,7 @@ class Tokenizer:
             config["chat_template"] = template
         config["tokenizer_hash"] = self.hash
         pattern = None if self.pattern == GPT2_PATTERN else self.pattern
-        write_tokenizer(Path(folder), self.vocab, self.merges, self.special_ids, pattern, config)
+        write_tokenizer(Path(folder), self, pattern, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":

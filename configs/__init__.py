@@ -131,8 +131,10 @@ def read_file(path: Path, settings: dict, Config, seen: tuple = ()) -> dict:
                 pass
             case _:
                 raise ConfigError(f"{path}:{node.lineno}: a config file only assigns: name = value")
-    is_profile = Path(inspect.getsourcefile(Config)).stem in SHARE_PROFILES
-    shared = profile_settings() if is_profile else {}
+    shared = {}
+    if Path(inspect.getsourcefile(Config)).stem in SHARE_PROFILES:
+        for script in SHARE_PROFILES:
+            shared |= declared(script, SCRIPTS[script])
     before = shared | settings
     scope = dict(before)
     try:
@@ -164,13 +166,6 @@ def parsed(path: Path) -> ast.Module:
 
 # -----------------------------------------------------------------------------
 # Settings of other scripts. They are read from the source, because an import of train.py loads torch
-
-
-@functools.cache
-def profile_settings() -> dict:
-    """Settings that a profile may assign, and their defaults."""
-    tokenizer, train = (declared(script, SCRIPTS[script]) for script in SHARE_PROFILES)
-    return tokenizer | train
 
 
 @functools.cache
@@ -243,9 +238,9 @@ def alternatives(kind) -> list:
 def accepts(value, kind) -> bool:
     """Whether a Python value may stand for `kind`. An int serves as a float; a bool is no int."""
     for option in alternatives(kind):
-        if type(value) is option or (type(value) is int and option is float):
+        if option is float and type(value) is int:
             return True
-        if value == option and type(value) is type(option):
+        if type(value) is option or (value == option and type(value) is type(option)):
             return True
     return False
 

@@ -107,12 +107,10 @@ def embedding_names(model: nn.Module) -> list[str]:
     """The names of the input and output embeddings; PEFT trains two that share a matrix as one."""
     inputs = model.get_input_embeddings()
     outputs = model.get_output_embeddings()
-    found = []
-    for name, module in model.named_modules():
-        untied = outputs is not None and outputs.weight is not inputs.weight
-        if module is inputs or (module is outputs and untied):
-            found.append(name.rpartition(".")[2])
-    return found
+    matrices = [inputs]
+    if outputs is not None and outputs.weight is not inputs.weight:
+        matrices.append(outputs)
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if module in matrices]
 
 
 def head_layers(model: nn.Module) -> list[str]:

@@ -36,13 +36,11 @@ def attention_weights(model: nn.Module, ids: Tensor, reduce: Callable = lambda w
         return torch.stack([reduce(w.float().cpu()) for w in hub_attention(model, ids)])
     found = []
 
-    def watch(layer, args, kwargs, _) -> None:
-        x = args[0] if args else kwargs["x"]
-        _, weights = type(layer).forward(layer, x, weights=True)
-        weights = weights[..., : ids.shape[1]].float().cpu()  # without the learned sinks
-        found.append(reduce(weights))
+    def watch(layer, given, _) -> None:
+        _, weights = layer.forward(given[0], weights=True)
+        found.append(reduce(weights.float().cpu()))
 
-    hooks = [b.self_attn.register_forward_hook(watch, with_kwargs=True) for b in model.model["layers"]]
+    hooks = [block.self_attn.register_forward_hook(watch) for block in model.model["layers"]]
     with torch.no_grad():
         model(ids)
     for hook in hooks:

@@ -17,12 +17,14 @@ class RollingCache(KVCache):
 
     rolls = True
 
-    def __init__(self, config: ModelConfig, rows: int, slots: int, device="cpu", dtype=None, keep: int = 4):
+    def __init__(
+        self, config: ModelConfig, rows: int, slots: int, device="cpu", dtype=torch.float32, keep: int = 4
+    ):
         if not 0 <= keep < slots:
             raise ValueError(f"keep={keep} tokens of slots={slots}: a window must remain")
         if config.positions == "learned":
             raise ValueError("learned positions cannot roll: they are part of the keys in the cache")
-        super().__init__(config, rows, slots, device, dtype or torch.float32)
+        super().__init__(config, rows, slots, device, dtype)
         self.keep = keep
         self.ring = slots - keep
         self.key_rope = None

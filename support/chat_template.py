@@ -53,9 +53,10 @@ def render(template: str, messages: list[dict], tokens: dict[str, str], add_gene
     """The text of a conversation. `tokens`: {"bos_token": ..., "eos_token": ...}, which templates may use."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    how = {"chat_template": template, "add_generation_prompt": add_generation_prompt}
     try:
-        texts, _ = render_jinja_template([messages], **how, **tokens)
+        texts, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **tokens
+        )
     except Exception as error:  # a template from the hub may raise anything
         why = str(error).strip().partition("\n")[0]
         raise TemplateError(f"the model's chat template refuses this conversation: {why}") from None
@@ -72,7 +73,8 @@ def pieces(template: str, messages: list[dict], tokens: dict[str, str], special:
     """
     open_turn = not messages or messages[-1]["role"] != "assistant"
     text = render(template, messages, tokens, add_generation_prompt=open_turn)
-    found, at = [], 0
+    found = []
+    at = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -140,12 +142,10 @@ def encoded(tokenizer, text: str, special: re.Pattern) -> list[int]:
     """The ids of rendered text. Special tokens are encoded as such, except where `guarded` put a BREAK."""
     if BREAK not in text:
         return tokenizer.encode(text, allowed_special="all")
-    ids, at = [], 0
-    for match in special.finditer(text):
-        ids += tokenizer.encode(text[at : match.start()].replace(BREAK, ""), allowed_special=())
-        ids += tokenizer.encode(match[0], allowed_special="all")
-        at = match.end()
-    return ids + tokenizer.encode(text[at:].replace(BREAK, ""), allowed_special=())
+    ids = []
+    for i, part in enumerate(re.split(f"({special.pattern})", text)):  # every second one: a special token
+        ids += tokenizer.encode(part.replace(BREAK, ""), allowed_special="all" if i % 2 else ())
+    return ids
 
 
 def is_ours(template: str | None) -> bool:

@@ -46,13 +46,13 @@ def trained_on(name: str) -> list[tuple]:
     while run := read_json_or_empty(Path(name or "") / "run.json"):
         settings = run.get("settings", {})
         found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
-        sources = []
         if run.get("stage") == "sft":
-            sources = [source for source in run["data"] if source != "tokenizer"]
+            for source in run["data"]:
+                if source != "tokenizer":
+                    found.append(("corpus" if source in corpora else "task", source))
         elif settings.get("data") in TASKS:  # DPO: its own answers to a part of a task's problems
             part = [settings[name] for name in ("first_problem", "problems") if name in settings]
             found.append(("task", settings["data"], *part))
-        found += [("corpus" if source in corpora else "task", source) for source in sources]
         name = run.get("parent")
     return found
 

@@ -39,8 +39,7 @@ def at_seams(texts: Iterable[str], special_tokens: tuple[str, ...]) -> Iterator[
             cut = last_seam(rest, special_tokens)
             yield rest[:cut]
             rest = rest[cut:]
-            again = 2 * len(rest)  # twice: looking for a seam in vain stays linear
-            enough = max(SLAB // 4, again)
+            enough = max(SLAB // 4, 2 * len(rest))  # twice: looking for a seam in vain stays linear
     yield rest
 
 

@@ -38,10 +38,10 @@ def own_files(corpus: str) -> list[str]:
     """The files of a path, a folder or a glob. An existing path is no glob, even with [ ] or * in it."""
     if os.path.isfile(corpus):
         return [corpus]
-    if not os.path.isdir(corpus):
-        return sorted(filter(os.path.isfile, glob(corpus, recursive=True)))
-    found = filter(os.path.isfile, glob(os.path.join(escape(corpus), "**"), recursive=True))
-    return sorted(filter(DOCUMENTS.search, found))
+    is_folder = os.path.isdir(corpus)
+    pattern = os.path.join(escape(corpus), "**") if is_folder else corpus
+    found = sorted(filter(os.path.isfile, glob(pattern, recursive=True)))
+    return list(filter(DOCUMENTS.search, found)) if is_folder else found
 
 
 def from_files(

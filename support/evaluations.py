@@ -38,8 +38,14 @@ def results_folder(name: str, out: str) -> Path:
 def write_results(folder: Path, results: list[Result], dtype: str, device: torch.device) -> None:
     """Adds to the folder's results.json; what was measured before stays, unless it was measured again."""
     run = read_json_or_empty(folder / "run.json")
-    about = {"git": git_commit(), "versions": versions(), "hardware": hardware(device), "dtype": dtype}
-    about |= {"smoke": run.get("smoke", False), "model_step": run.get("step")}
+    about = {
+        "git": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(device),
+        "dtype": dtype,
+        "smoke": run.get("smoke", False),
+        "model_step": run.get("step"),
+    }
     before = read_json_or_empty(folder / "results.json").get("results")
     entries = before if isinstance(before, dict) else {}
     for result in results:
@@ -76,8 +82,10 @@ def describe(entry: dict) -> str:
     """A line of metrics, one of what has to be known about them, and for samples a table."""
     metrics = entry["metrics"]
     figures = [f"{METRICS[name]} {value_of(name, metrics[name])}" for name in METRICS if name in metrics]
-    facts = entry | {"left_out": entry["data"].get("left_out")}
-    facts["limited"] = entry["of"] if entry["items"] < entry["of"] else None
+    facts = entry | {
+        "left_out": entry["data"].get("left_out"),
+        "limited": entry["of"] if entry["items"] < entry["of"] else None,
+    }
     for key in ("left_out", "majority_class", "cut", "shots_dropped"):
         facts[key] = facts.get(key) or None  # none of it: not worth a note
     lines = [", ".join(figures), "; ".join(lines_of(NOTES, facts))]
@@ -97,7 +105,8 @@ def samples_table(entry: dict) -> list[str]:
 
 def compare(results: dict[str, list[Result]]) -> list[str]:
     """Paired differences of every model to the first and to the one before it, on what both answered."""
-    names, lines = list(results), []
+    names = list(results)
+    lines = []
     for i, name in enumerate(names[1:], 1):
         for other in dict.fromkeys((names[0], names[i - 1])):
             for result in results[name]:
@@ -107,14 +116,15 @@ def compare(results: dict[str, list[Result]]) -> list[str]:
 
 def paired(name: str, result: Result, other: str, before: list[Result]) -> list[str]:
     """A line, if the other model answered the same items, with the same number of shots or another."""
-    twins = []
+    twin = None
     for old in before:
-        same = old.entry["task"] == result.entry["task"] and old.entry["split"] == result.entry["split"]
-        if same and result.records and len(old.records) == len(result.records):
-            twins.insert(0 if old.name == result.name else len(twins), old)
-    if not twins:
+        same = all(old.entry[key] == result.entry[key] for key in ("task", "split"))
+        same_items = same and result.records and len(old.records) == len(result.records)
+        if same_items and (twin is None or old.name == result.name):
+            twin = old
+    if twin is None:
         return []
     measure = "correct" if "correct" in result.records[0] else "rougeL"
-    d = paired_bootstrap(*([float(r[measure]) for r in side.records] for side in (result, twins[0])))
+    d = paired_bootstrap(*([float(r[measure]) for r in side.records] for side in (result, twin)))
     verdict = "" if d["low"] * d["high"] > 0 else " (no difference found)"
-    return [f"{result.name}: {name} minus {other} ({twins[0].entry['shots']}-shot) {points(d)}{verdict}"]
+    return [f"{result.name}: {name} minus {other} ({twin.entry['shots']}-shot) {points(d)}{verdict}"]

@@ -40,8 +40,8 @@ def talk(question: str, answer: str = "") -> list[dict]:
 
 def first_question(messages: list[dict]) -> str:
     """The first user message. Rows with the same one go into the same split (system prompts do not count)."""
-    questions = [m["content"] for m in messages if m["role"] == "user"]
-    return questions[0] if questions else messages[0]["content"]
+    asked = next((m for m in messages if m["role"] == "user"), messages[0])
+    return asked["content"]
 
 
 def messages_of(row: dict, where: str = "") -> list[dict]:

@@ -10,7 +10,6 @@ from support.watching import STAGES
 
 NOT_HERE = "out name overwrite plan measure vram card list wandb".split()
 CONFIGS = sorted(file.stem for file in ROOT.glob("configs/[!_]*.py"))
-KINDS = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
 def config_class(stage: str):
@@ -26,9 +25,7 @@ def configured(stage: str, config: str) -> dict:
     """All settings of a stage with the values of a config file; with none the defaults."""
     Config = config_class(stage)
     settings = {field.name: field.default for field in fields(Config)}
-    found = settings
-    if config:
-        found = read_file(ROOT / f"configs/{config}.py", settings, Config)
+    found = read_file(ROOT / f"configs/{config}.py", settings, Config) if config else settings
     return {name: found[name] for name in settings}  # others are those of other scripts
 
 
@@ -41,8 +38,7 @@ def form(stage: str) -> dict:
     for field in settings_of(stage):
         owners = [c for c in Config.__mro__ if field.name in vars(c).get("__annotations__", {})]
         title = owners[-1].__doc__.splitlines()[0]
-        about = {"name": field.name, "help": helps.get(field.name, "")}
-        about |= kind_of(types[field.name])
+        about = {"name": field.name, "help": helps.get(field.name, ""), **kind_of(types[field.name])}
         groups.setdefault(title, []).append(about)
     configs = {}
     for config in CONFIGS:
@@ -57,7 +53,7 @@ def kind_of(annotation) -> dict:
     types = alternatives(annotation)
     choices = [one for one in types if not isinstance(one, type)]
     if not choices:
-        return {"kind": next(KINDS[one] for one in types if one in KINDS), "choices": []}
+        return {"kind": types[0].__name__, "choices": []}
     if bool in types:
         choices += [True, False]
     return {"kind": "choice", "choices": choices}

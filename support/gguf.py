@@ -69,7 +69,9 @@ def gguf_tensors(model: ModernDecoderLM, dtype: str) -> dict[str, Tensor]:
     """
     import gguf
 
-    c, weights, found = model.config, model.state_dict(), {}
+    c = model.config
+    weights = model.state_dict()
+    found = {}
     arch = ARCHITECTURES[architecture(c)]
     if arch == "gpt2":  # queries, keys and values are one matrix
         weights = to_hf_tensors(c, weights)
@@ -92,15 +94,11 @@ def gguf_tensors(model: ModernDecoderLM, dtype: str) -> dict[str, Tensor]:
 # Settings and vocabulary: {name: value}, where GGUFWriter has a method add_{name}
 
 
-def usable_context(c: ModelConfig) -> int:
-    """The context for llama.cpp. Its "llama" has no sliding window, so the context is at most one window."""
-    return min(c.context_length, c.sliding_window or c.context_length)
-
-
 def settings(c: ModelConfig) -> dict:
     found = {
         "vocab_size": c.vocab_size,
-        "context_length": usable_context(c),
+        # llama.cpp's "llama" has no sliding window, so the context is at most one window.
+        "context_length": min(c.context_length, c.sliding_window or c.context_length),
         "embedding_length": c.d_model,
         "block_count": c.n_layers,
         "feed_forward_length": c.d_ff,
@@ -188,11 +186,17 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     name = folder.resolve().name
     file = Path(file or folder / f"{name}.gguf")
     model, tokenizer = read_model(folder)
-    c, (template, end) = model.config, chat_ending(folder, tokenizer)
+    c = model.config
+    template, end = chat_ending(folder, tokenizer)
     arch = ARCHITECTURES[architecture(c)]
-    context = usable_context(c)
-    values = {"name": name, "file_type": gguf.LlamaFileType[FILE_TYPES[dtype]]} | settings(c)
-    values |= vocabulary(tokenizer, c.vocab_size, tokenizer.special_ids.get(end, tokenizer.eot_id), template)
+    end_id = tokenizer.special_ids.get(end, tokenizer.eot_id)
+    values = {
+        "name": name,
+        "file_type": gguf.LlamaFileType[FILE_TYPES[dtype]],
+        **settings(c),
+        **vocabulary(tokenizer, c.vocab_size, end_id, template),
+    }
+    context = values["context_length"]
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, arch)

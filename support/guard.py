@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import anyio
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
 from support.memory import is_out_of_memory
@@ -34,7 +34,9 @@ class Guard:
     """Refuses requests of other origins, of strangers, and those that are too large, before they are read."""
 
     def __init__(self, app, host: str, token: str):
-        self.app, self.token, self.loopback = app, token, host in LOOPBACK
+        self.app = app
+        self.token = token
+        self.loopback = host in LOOPBACK
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -42,8 +44,7 @@ class Guard:
 
         async def protected(message):
             if message["type"] == "http.response.start":
-                extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message["headers"], *extra]
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         try:
@@ -56,7 +57,8 @@ class Guard:
 
     def check(self, method: str, path: str, headers: Headers) -> None:
         """Raises Refused, or ValueError for a Host or Origin that is no address."""
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
+        origin = headers.get("origin")
         if self.loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:  # a rebound DNS name
             raise Refused(403, f"the Host header {host!r} is not a name of this server")
         if not path.startswith(("/v1", "/lab", "/tokenize", "/detokenize")):
@@ -75,7 +77,8 @@ class Guard:
 
 
 async def read_body(receive) -> bytes:
-    body, more = b"", True
+    body = b""
+    more = True
     with anyio.move_on_after(SECONDS):
         while more:
             message = await receive()

@@ -90,8 +90,12 @@ def config_of(c: ModelConfig, kind: str) -> dict:
     for ours, theirs in KEYS.get(kind, LLAMA_KEYS).items():
         out[theirs] = getattr(c, ours)
     if kind == "gpt2":
-        out |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
-        return out | {"activation_function": "gelu_new", "tie_word_embeddings": True}
+        return out | {
+            "embd_pdrop": c.dropout,
+            "attn_pdrop": c.dropout,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+        }
     out |= {"hidden_act": "silu", "attention_bias": c.bias, "mlp_bias": c.bias, "attention_dropout": 0.0}
     if kind in ("mistral", "mixtral"):
         out["sliding_window"] = c.sliding_window or None
@@ -118,13 +122,15 @@ def from_hf_config(hf: dict) -> ModelConfig:
     if kind == "gpt2":
         c.setdefault("d_ff", 4 * hf["n_embd"])
         return ModelConfig(**c, norm="layer", positions="learned", ffn="gelu", bias=True)
-    c["rope_theta"] = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    c["bias"] = bool(hf.get("attention_bias"))
-    c["qk_norm"] = kind == "qwen3"
-    c["ffn"] = "moe" if kind == "mixtral" else "swiglu"
-    if kind in ("mistral", "mixtral"):
-        c["sliding_window"] = hf.get("sliding_window") or 0
-    return ModelConfig(**c)
+    window = hf.get("sliding_window") if kind in ("mistral", "mixtral") else 0
+    return ModelConfig(
+        **c,
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        bias=bool(hf.get("attention_bias")),
+        qk_norm=kind == "qwen3",
+        ffn="moe" if kind == "mixtral" else "swiglu",
+        sliding_window=window or 0,
+    )
 
 
 def not_computed(hf: dict, kind: str, rope: dict) -> list[str]:
@@ -173,22 +179,23 @@ NO_WEIGHTS = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 def to_hf_tensors(c: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under the names, and in the layout, of the checkpoint on disk."""
     kind = architecture(c)
-    tensors = {}
+    found = {}
     for name, tensor in ours.items():
-        layer, _, leaf = name.rpartition(".mlp.")
-        if kind == "mixtral" and leaf in EXPERTS:  # of a layer: one tensor here, a matrix each there
-            for e, matrix in enumerate(tensor):
-                tensors[f"{layer}.mlp.experts.{e}.{leaf}.weight"] = matrix.clone()
-        elif kind != "gpt2" or not re.search("[kv]_proj", name):
-            if kind == "gpt2" and "q_proj" in name:
+        if kind == "gpt2":
+            if re.search("[kv]_proj", name):  # joined to q_proj
+                continue
+            if "q_proj" in name:
                 tensor = torch.cat([ours[name.replace("q_proj", part)] for part in QKV])
                 name = name.replace("q_proj", "qkv_proj")
-            tensors[name] = transposed(kind, name, tensor)
-    found = {}
-    for name, tensor in tensors.items():
+        tensor = transposed(kind, name, tensor)
         for theirs, own in NAMES.get(kind, ()):
             name = name.replace(own, theirs)
-        found[name] = tensor
+        layer, _, leaf = name.rpartition(".")
+        if kind == "mixtral" and leaf in EXPERTS:  # of a layer: one tensor here, a matrix each there
+            for e, matrix in enumerate(tensor):
+                found[f"{layer}.experts.{e}.{leaf}.weight"] = matrix.clone()
+        else:
+            found[name] = tensor
     return found
 
 
@@ -245,7 +252,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     shards = {"model.safetensors"}
     if index.exists() and not (folder / "model.safetensors").exists():
         shards = set(json.loads(index.read_text())["weight_map"].values())
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for shard in sorted(shards):
         try:
             tensors |= load_file(folder / shard)

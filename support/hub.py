@@ -45,7 +45,7 @@ def hub_file(repo: str, file: str) -> str:
         raise DataError(why_not(error, repo)) from None
 
 
-def hub_rows(repo: str, config: str = "", split: str = "train") -> list[dict]:
+def hub_rows(repo: str, config: str | None = None, split: str = "train") -> list[dict]:
     """The rows of one split of a data set.
 
     Without a network `datasets` finds its own cache, but not that of the hub, where `hf download` puts files.
@@ -53,26 +53,18 @@ def hub_rows(repo: str, config: str = "", split: str = "train") -> list[dict]:
     unreachable()
     try:
         from datasets import load_dataset
+        from huggingface_hub import snapshot_download
 
-        names = [config] if config else []
         try:
-            return list(load_dataset(repo, *names, split=split))
-        except Exception:
-            folder = _cached_snapshot(repo)
-            if not folder:
-                raise
-            return list(load_dataset(folder, *names, split=split))
+            return list(load_dataset(repo, config, split=split))
+        except Exception as error:
+            try:
+                folder = snapshot_download(repo, repo_type="dataset", local_files_only=True)
+            except Exception:
+                raise error from None
+            return list(load_dataset(folder, config, split=split))
     except Exception as error:
         raise DataError(why_not(error, repo)) from None
-
-
-def _cached_snapshot(repo: str) -> str | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(repo, repo_type="dataset", local_files_only=True)
-    except Exception:
-        return None
 
 
 def why_not(error: Exception, repo: str) -> str:

@@ -28,7 +28,8 @@ class HubTokenizer:
     """A tokenizer of transformers with the methods of tokenizer.Tokenizer."""
 
     def __init__(self, inner):
-        self.inner, self.vocab_size = inner, len(inner)
+        self.inner = inner
+        self.vocab_size = len(inner)
         added = [token.content for token in inner.added_tokens_decoder.values() if token.special]
         self.special_tokens = tuple(dict.fromkeys([*inner.all_special_tokens, *added]))
         self.special_ids = {token: inner.convert_tokens_to_ids(token) for token in self.special_tokens}
@@ -38,8 +39,8 @@ class HubTokenizer:
     def encode(self, text: str, allowed_special: str | Collection[str] = ()) -> list[int]:
         """The ids of a text. allowed_special="all": a special token spelled in it is encoded as one."""
         split = allowed_special != "all"
-        how = {"add_special_tokens": False, "verbose": False, "split_special_tokens": split}
-        return self.inner(valid(text), **how)["input_ids"]
+        found = self.inner(valid(text), add_special_tokens=False, verbose=False, split_special_tokens=split)
+        return found["input_ids"]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         return self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -91,9 +92,9 @@ class HubTokenizer:
         framed = self.inner("a")["input_ids"]
         alone = self.encode("a")
         at = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
-        before = framed[:at]
-        behind = framed[at + len(alone) :]
-        return (before, behind) if before or behind else (self.bos, [])
+        if framed == alone:
+            return self.bos, []
+        return framed[:at], framed[at + len(alone) :]
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
         """A copy with these special tokens appended to the vocabulary."""
@@ -124,6 +125,12 @@ class HubTokenizer:
         inner.save_pretrained(folder)
 
 
+def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """Rows of ids as one tensor (B, T), with `value` on one side of the shorter ones."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, True, value, side)
+
+
 @torch.no_grad()
 def generate(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int, decoder_only: bool,
@@ -138,18 +145,15 @@ def generate(
 
     check_sampling(**options)
     rows = [prompt for prompt in prompts for _ in range(n)]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(rows):
-        where = slice(width - len(prompt), None) if decoder_only else slice(len(prompt))
-        ids[row, where] = torch.tensor(prompt)
-        mask[row, where] = 1
-    start = width if decoder_only else 1
+    side = "left" if decoder_only else "right"
+    ids = pad_rows(rows, pad, side)
+    mask = pad_rows([[1] * len(row) for row in rows], 0, side)
+    start = ids.shape[1] if decoder_only else 1
     device = next(model.parameters()).device
     vocab_size = model.config.get_text_config().vocab_size
-    hooks = {"stream": stream, "force": force, "adjust": adjust}
-    texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, device, vocab_size, **hooks)
+    texts = Texts(
+        prompts, n, max_new_tokens, seed, stop_tokens, options, device, vocab_size, stream, force, adjust
+    )
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""

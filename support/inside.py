@@ -104,7 +104,7 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
         raise ValueError("post-norm: the logit is not a sum of what the layers added")
     norm = model.model["norm"]
     stream = found.residual[-1].double()
-    parts: list[dict] = []
+    parts = []
     direction = model.head[target].double()  # a part's share of the logit is its product with this
 
     def add(name: str, values: Tensor, layer: int, head: int | None = None) -> None:
@@ -175,7 +175,7 @@ def top_of(logits: Tensor, names) -> list[list]:
 
 def surprise_of(logits: Tensor, ids: list[int], names) -> list[dict | None]:
     """For each token after the first: bits, rank (1: the likeliest), probability, the likeliest tokens."""
-    found: list[dict | None] = [None]
+    found = [None]
     for row, i in zip(logits, ids[1:], strict=False):
         nats = float(row.logsumexp(0) - row[i])
         about = {
@@ -219,9 +219,13 @@ def look_inside(
     def names(i: int) -> str:
         return token_text(model.tokenizer.token_bytes(i))
 
-    found = dict.fromkeys(("next_off", "lens", "parts"))
-    found["context_length"] = model.context_length
-    found["tokens"] = [token_of(model, i) for i in ids]
+    found = {
+        "next_off": None,
+        "lens": None,
+        "parts": None,
+        "context_length": model.context_length,
+        "tokens": [token_of(model, i) for i in ids],
+    }
     net = model.model
     if model.ours or off:
         net = without_heads(net).float()  # float32: the parts sum to the logit

@@ -21,13 +21,12 @@ import model as plain
 from model import KVCache, ModernDecoderLM, SwiGLU
 from support.caches import FixedCache, SharedKeys, SharedPromptCache
 
-REPLACED = ("attend", "project", "lm_loss", "Decoder")
-PLAIN = {name: getattr(plain, name) for name in REPLACED}
+PLAIN = {name: getattr(plain, name) for name in ("attend", "project", "lm_loss", "Decoder")}
 
 
 def install(fast: bool = True) -> None:
     """From now on model.py calls the functions of this file; with fast=False its own again."""
-    for name in REPLACED:
+    for name in PLAIN:
         setattr(plain, name, globals()[name] if fast else PLAIN[name])
 
 

@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         used = torch.cuda.memory_allocated(device)
-        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        fraction = torch.cuda.get_per_process_memory_fraction(device)
         return max(0, min(free, int(fraction * total) - reserved) + reserved - used)
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())

@@ -19,18 +19,23 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 def proportion(hits: int, n: int) -> dict:
     """A proportion with Wilson's interval (1927), which stays within [0, 1] and also holds for few hits."""
     z = 1.959964
-    p, spread = hits / n, z * math.sqrt(hits / n * (1 - hits / n) / n + (z / (2 * n)) ** 2)
-    middle, scale = p + z * z / (2 * n), 1 + z * z / n
-    low, high = max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    p = hits / n
+    spread = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    middle = p + z * z / (2 * n)
+    scale = 1 + z * z / n
+    low = max(0.0, (middle - spread) / scale)
+    high = min(1.0, (middle + spread) / scale)
     return {"value": p, "low": low, "high": high, "n": n}
 
 
-def bootstrap(values, statistic: Callable | None = None, rounds: int = 2000, seed: int = 0) -> dict:
+def bootstrap(
+    values, statistic: Callable = lambda sample: sample.mean(0), rounds: int = 2000, seed: int = 0
+) -> dict:
     """A statistic of `values` (n, ...), by default their mean, with its percentile bootstrap interval."""
     import numpy as np
 
-    values, rng = np.asarray(values), np.random.default_rng(seed)
-    statistic = statistic or (lambda sample: sample.mean(0))
+    values = np.asarray(values)
+    rng = np.random.default_rng(seed)
     drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(rounds)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
@@ -40,7 +45,8 @@ def paired_bootstrap(a, b, rounds: int = 10_000, seed: int = 0) -> dict:
     """mean(a) - mean(b) of two systems on the same items; they differ if the interval excludes 0."""
     import numpy as np
 
-    a, b = np.asarray(a, float), np.asarray(b, float)
+    a = np.asarray(a, float)
+    b = np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"paired systems must have the same items: {len(a)} and {len(b)}")
     return bootstrap(a - b, rounds=rounds, seed=seed)
@@ -92,7 +98,8 @@ def auc(labels, scores) -> float:
     """The chance that a right answer scores above a wrong one, ties counting half; nan without both kinds."""
     import numpy as np
 
-    labels, scores = np.asarray(labels, bool), np.asarray(scores, float)
+    labels = np.asarray(labels, bool)
+    scores = np.asarray(scores, float)
     if labels.all() or not labels.any():
         return math.nan
     wrong = np.sort(scores[~labels])
@@ -116,12 +123,17 @@ def calibration(labels, probabilities, bins: int = 10) -> dict:
     """Expected calibration error (Guo et al., 2017) and what a reliability plot shows, bin by bin."""
     import numpy as np
 
-    labels, probabilities = np.asarray(labels, float), np.asarray(probabilities, float)
+    labels = np.asarray(labels, float)
+    probabilities = np.asarray(probabilities, float)
     bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
     found = []
     for b in np.unique(bin_of):
         inside = bin_of == b
-        means = {"said": float(probabilities[inside].mean()), "is": float(labels[inside].mean())}
-        found.append({"n": int(inside.sum())} | means)
+        about = {
+            "n": int(inside.sum()),
+            "said": float(probabilities[inside].mean()),
+            "is": float(labels[inside].mean()),
+        }
+        found.append(about)
     error = sum(x["n"] * abs(x["said"] - x["is"]) for x in found) / len(labels)
     return {"ece": error, "bins": found}

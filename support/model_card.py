@@ -178,7 +178,8 @@ def measured(folder: Path, run: dict) -> list[dict]:
     """{"task", "split", "shots", "metric", "value", "x"} of every number of eval.py and finetune.py."""
 
     def rows(entry: dict) -> list[dict]:
-        about, found = {key: entry[key] for key in ("task", "split", "shots")}, []
+        about = {key: entry[key] for key in ("task", "split", "shots")}
+        found = []
         for name, x in entry["metrics"].items():
             shown = value_of(name, x) + fill(", n={n:,}", x)
             found.append(about | {"metric": name, "value": shown, "x": x})
@@ -205,7 +206,11 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     pipeline = PIPELINES.get(run.get("kind"), "text-generation")
     base = str(runs[-1].get("parent") or "")  # what the first run of the family started from
     hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?", base) and not Path(base).exists()
-    tags = {"conversational": run.get("chat") and not run.get("verifier"), "lora": adapter}
+    tags = ["modern-llm", run.get("stage", "train")]
+    if run.get("chat") and not run.get("verifier"):
+        tags.append("conversational")
+    if adapter:
+        tags.append("lora")
     library = "peft" if adapter else "transformers"
     results = eval_results(folder, run, pipeline)
     card = ModelCardData(
@@ -216,7 +221,7 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
         datasets=sorted(set(re.findall(r"([\w.-]+/[\w.-]+) on Hugging Face", sources))) or None,
         library_name=None if config.get("model_type") == "modern_llm" else library,  # it cannot load ours
         pipeline_tag=None if run.get("verifier") else pipeline,
-        tags=["modern-llm", run.get("stage", "train"), *(tag for tag, holds in tags.items() if holds)],
+        tags=tags,
         model_name=folder.resolve().name if results else None,
         eval_results=results or None,
     )
@@ -270,24 +275,31 @@ def results(folder: Path, run: dict) -> str:
 
 def usage(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     """Example code that loads the folder. An adapter has no config: its base model gets the classes."""
-    kind = (
-        run.get("kind") if run.get("kind") in ("head", "seq2seq") else "chat" if run.get("chat") else "text"
-    )
+    kind = run.get("kind")
     if run.get("verifier"):
         kind = "verifier"
     elif config.get("model_type") == "modern_llm":
         kind = "ours"
     elif adapter:
         kind = "adapter"
+    elif kind not in ("head", "seq2seq"):
+        kind = "chat" if run.get("chat") else "text"
     labels = ""
     if run.get("labels"):
         names = dict(enumerate(run["labels"]))
         ids = {name: i for i, name in names.items()}
         labels = f", id2label={names}, label2id={ids}, pad_token_id=tokenizer.pad_token_id"
-    values = {"folder": folder, "absolute": os.path.abspath(folder), "labels": labels}
-    values["base"] = adapter.get("base_model_name_or_path")
-    values["peft"] = "AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM")
-    return USAGE[kind].strip().format(**values)
+    return (
+        USAGE[kind]
+        .strip()
+        .format(
+            folder=folder,
+            absolute=os.path.abspath(folder),
+            labels=labels,
+            base=adapter.get("base_model_name_or_path"),
+            peft="AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM"),
+        )
+    )
 
 
 def limits(run: dict, config: dict) -> list[str]:

@@ -154,7 +154,6 @@ class Message(BaseModel):
     content: Annotated[list[Part], BeforeValidator(as_parts)] = []
 
     def turn(self) -> dict:
-        """As a chat template expects it."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": valid("".join(part.text for part in self.content))}
 
@@ -163,7 +162,8 @@ class Chat(Question):
     id_prefix: ClassVar = "chatcmpl-"
     objects: ClassVar = ("chat.completion", "chat.completion.chunk")
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    # As turns, in the form that a chat template expects.
+    messages: list[Annotated[Message, AfterValidator(Message.turn)]] = Field(min_length=1, max_length=1000)
     max_tokens: int | None = Field(
         None, ge=0, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
@@ -181,7 +181,7 @@ class Chat(Question):
         """The conversation as ids, up to where the assistant goes on."""
         if not model.chat:
             raise ValueError(f"{self.model} is not a chat model: use /v1/completions, or a run of sft.py")
-        turns = [message.turn() for message in self.messages]
+        turns = self.messages
         if self.continue_final_message != (turns[-1]["role"] == "assistant"):
             raise ValueError(
                 "set continue_final_message if, and only if, the last message is the assistant's"
@@ -194,11 +194,10 @@ class Chat(Question):
         return "", []
 
     def problem(self) -> tuple[str, str]:
-        turns = [message.turn() for message in self.messages]
-        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        asked = [turn["content"] for turn in self.messages if turn["role"] == "user"]
         if not asked:
             raise ValueError("verifier: no user message has a problem")
-        return asked[-1], turns[-1]["content"] if self.continue_final_message else ""
+        return asked[-1], self.messages[-1]["content"] if self.continue_final_message else ""
 
     def form(self, piece: Piece, streaming: bool) -> dict:
         logprobs = {"content": piece.tokens} if self.logprobs else None
@@ -232,7 +231,9 @@ class Job:
             words = f"this model's context length is {most} tokens; you asked for {longest + new}"
             words += f" ({longest} in the prompt, {new} to be generated)"
             raise Refused(400, words, "context_length_exceeded")
-        self.lab, self.model, self.prompts = lab, model, prompts
+        self.lab = lab
+        self.model = model
+        self.prompts = prompts
         self.question = question.model_copy(update={"max_tokens": new})
         self.verifier = None
         if question.verifier:

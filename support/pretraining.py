@@ -37,10 +37,10 @@ def adopt(model: ModernDecoderLM, cfg, tokenizer: Tokenizer) -> None:
             f"{cfg.init_from} ({have.vocab_size} tokens) has another vocabulary than the token files "
             f"({tokenizer.vocab_size}): make them with python tokenizer.py --tokenizer={cfg.init_from}"
         )
-    if have.positions == "learned" and have.context_length < cfg.context_length:
-        raise TrainError(f"{cfg.init_from} has {have.context_length} positions, --context_length is larger")
     if have.positions != "learned":
         model.set_context_length(cfg.context_length)
+    elif have.context_length < cfg.context_length:
+        raise TrainError(f"{cfg.init_from} has {have.context_length} positions, --context_length is larger")
     model.set_dropout(cfg.dropout)
     for name in asdict(have).keys() - {"context_length"}:
         setattr(cfg, name, getattr(have, name))

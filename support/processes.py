@@ -29,16 +29,16 @@ def worker_pool(
     `remedy`: a setting that starts fewer processes, for the message of WorkerDied.
     """
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=initializer or become_worker)
-    processes = []
     try:
         yield pool
-    except BrokenProcessPool:
+    except BaseException as error:
         processes = list((pool._processes or {}).values())
-        pool.shutdown()  # after this, the exit codes are known
-        cause = cause_of_death(processes)
-        raise WorkerDied(f"{cause}; run the same command with {remedy}, which needs less memory") from None
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
+        if isinstance(error, BrokenProcessPool):
+            pool.shutdown()  # after this, the exit codes are known
+            cause = cause_of_death(processes)
+            words = f"{cause}; run the same command with {remedy}, which needs less memory"
+            raise WorkerDied(words) from None
+        for process in processes:
             process.kill()
         raise
     finally:
@@ -63,8 +63,8 @@ def map_ahead(pool, function: Callable, items: Iterable, ahead: int) -> Iterator
 
 def cause_of_death(processes: list) -> str:
     """Why the first worker died. (The pool then ends the others with SIGTERM.)"""
-    codes = [process.exitcode for process in processes if process.exitcode not in (None, 0, -signal.SIGTERM)]
-    code = codes[0] if codes else 0
+    codes = (process.exitcode for process in processes)
+    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), 0)
     if code == -signal.SIGKILL:
         return "a worker process was killed (SIGKILL), most likely because the machine ran out of memory"
     how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
+from support.documents import sha256
 from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
 from support.processes import tqdm
 from support.tables import json_lines, read_jsonl
@@ -45,14 +45,15 @@ def run_folder(cfg) -> Path:
 
 def remove_run(folder: Path) -> None:
     """Removes what a run has written, and nothing from a folder that holds no run."""
-    if not (folder / "run.json").exists():
+    record = folder / "run.json"
+    if not record.exists():
         return
     for path in folder.iterdir():
         if path.name in SUBFOLDERS or (path.is_dir() and path.suffix == ".tmp"):
             shutil.rmtree(path)
-        elif not path.is_dir() and path.name != "run.json":
+        elif not path.is_dir() and path != record:
             path.unlink()
-    (folder / "run.json").unlink()  # the last: after a kill before it, the next --overwrite goes on
+    record.unlink()  # the last: after a kill before it, the next --overwrite goes on
 
 
 def first_line(error: BaseException) -> str:
@@ -62,11 +63,8 @@ def first_line(error: BaseException) -> str:
 
 def weights_hash(name: str) -> str | None:
     """sha256 of a folder's weights; None for a model from the hub."""
-    digest = hashlib.sha256()
     files = sorted(Path(name).glob("*.safetensors"))
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest() if files else None
+    return sha256(file.read_bytes() for file in files) if files else None
 
 
 def lock(folder: Path) -> int:
@@ -126,8 +124,9 @@ def prune(folder: Path, best: Path, step: int, keep_last: int) -> None:
     """
     found = checkpoints(folder)
     others = [path for path in found if path != best and step_of(path) <= step]
+    kept = [best, *others[-max(1, keep_last) :]]
     for path in found:
-        if path != best and path not in others[-max(1, keep_last) :]:
+        if path not in kept:
             remove_folder(path)
 
 
@@ -170,16 +169,6 @@ def read_json(path: Path) -> dict:
     if not valid:
         raise TrainError(f"{path} is damaged; remove it, or start the run anew with --overwrite")
     return found
-
-
-def read_log(path: Path) -> tuple[list[dict], int]:
-    """The lines of a log that can be read, and how many could not. A last line that a crash cut off is not
-    counted.
-    """
-    text = path.read_bytes() if path.exists() else b""
-    lines = [line for line in json_lines(text) if isinstance(line.get("step", 0), int)]
-    written = sum(bool(line.strip()) for line in text.split(b"\n")[:-1])
-    return lines, max(0, written - len(lines))
 
 
 def list_runs(out: str) -> None:
@@ -241,12 +230,17 @@ class RunLog:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def cut(self, name: str, step: int) -> None:
-        """Keeps the lines up to a step: those of later steps will be written again."""
-        lines, damaged = read_log(self.folder / name)
-        if damaged:
-            self.say(f"{self.folder / name}: {damaged} damaged lines are left out")
+        """Keeps the lines up to a step: those of later steps will be written again. A last line that a crash
+        cut off does not count as damaged.
+        """
+        file = self.folder / name
+        text = file.read_bytes() if file.exists() else b""
+        lines = [line for line in json_lines(text) if isinstance(line.get("step", 0), int)]
+        damaged = sum(bool(line.strip()) for line in text.split(b"\n")[:-1]) - len(lines)
+        if damaged > 0:
+            self.say(f"{file}: {damaged} damaged lines are left out")
         kept = [json.dumps(line) + "\n" for line in lines if line.get("step", 0) <= step]
-        write_text(self.folder / name, "".join(kept))
+        write_text(file, "".join(kept))
 
     def write_run(self, run: dict) -> None:
         if self.rank == 0:

@@ -37,12 +37,8 @@ class Samples:
 
     def distinct(self, i: int, right: bool) -> list[str]:
         """The right answers to problem i, or the wrong ones: each once, in the order of drawing."""
-        kept = [
-            answer
-            for answer, is_right in zip(self.answers[i], self.right[i], strict=True)
-            if is_right == right
-        ]
-        return list(dict.fromkeys(kept))
+        kept = np.flatnonzero(self.right[i] == right)
+        return list(dict.fromkeys(self.answers[i][j] for j in kept))
 
 
 def draw(
@@ -51,7 +47,7 @@ def draw(
 ) -> Samples:  # fmt: skip
     """n answers to each example, judged; temperature 0 is greedy. `sample_answers` keeps them on the disk."""
     answers = sample_answers(model, task, split, examples, n, temperature, seed, calculator)
-    repeated = [example for example, row in zip(examples, answers, strict=True) for _ in row]
+    repeated = [example for example in examples for _ in answers[0]]  # as many answers each
     records, _ = judge(task, repeated, [*chain(*answers)])
     right = np.array([record["correct"] for record in records])
     return Samples(examples, answers, right.reshape(len(examples), -1))
@@ -70,10 +66,12 @@ def labelled(file: str) -> list[Samples]:
             raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
         solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
         examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(question.encode()) % 4]]
-        answers.append([re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions])
-        right.append([bool(solution["is_correct"]) for solution in solutions])
-        target = next((a for a, is_right in zip(answers[-1], right[-1], strict=True) if is_right), "")
+        texts = [re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions]
+        labels = [bool(solution["is_correct"]) for solution in solutions]
+        target = texts[labels.index(True)] if any(labels) else ""
         examples.append(Example(question, target))
+        answers.append(texts)
+        right.append(labels)
     for _, _, right in parts:
         if len({len(row) for row in right}) != 1 or not any(map(any, right)):
             raise DataError(

@@ -36,7 +36,7 @@ class Turns:
 
     def __init__(self):
         self.changed = threading.Condition()
-        self.queue: deque = deque()  # the first one holds the lock
+        self.queue = deque()  # the first one holds the lock
 
     def __enter__(self) -> None:
         mine = object()
@@ -66,8 +66,7 @@ CORES = torch.get_num_threads()
 def use_cores(model: TextModel) -> None:
     """Sets the number of this thread's (and of later threads') cores to what suits the model."""
     if model.device.type == "cpu":
-        small = sum(p.numel() for p in model.model.parameters()) < SMALL
-        torch.set_num_threads(1 if small else CORES)
+        torch.set_num_threads(1 if model.n_parameters < SMALL else CORES)
 
 
 class Pool:

@@ -29,7 +29,7 @@ from support.chat_template import (
 from support.costs import Shape, generation_bytes, likelihood_bytes, shape_of
 from support.files import write_jsonl
 from support.hf_format import write_generation_config
-from support.hub_models import HubTokenizer, hf_context, save_hub_model
+from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_model
 from support.hub_models import generate as hub_generate
 from support.machine import dtype_for, pick_dtype
 from support.memory import halving, leave_memory_to_others, room, rows_that_fit
@@ -104,6 +104,10 @@ class TextModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
 
     def autocast(self, dtype: torch.dtype | None = None):
         """A context in which the model computes in its dtype; T5's activations exceed float16's 65,504."""
@@ -207,7 +211,7 @@ class TextModel:
         def log_probs(index: Ids) -> list:
             return self.log_probs([rows[i] for i in index])
 
-        return np.array(self.in_batches(log_probs, [length(row) for row in rows], None, progress))
+        return np.array(self.in_batches(log_probs, [length(row) for row in rows], progress))
 
     def class_scores(self, task: Task, prompts: list[Ids], progress: str = "") -> np.ndarray:
         """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
@@ -235,14 +239,21 @@ class TextModel:
         """
         stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
         rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
-        how = {"temperature": temperature, "stop_tokens": stops}
-        how["force"] = self.calculator if calculator else None
+        force = self.calculator if calculator else None
 
         def draw(index: Ids, samples: Iterable[int]) -> list[Ids]:
             some = [prompts[i] for i in index]
             streams = [np.random.SeedSequence([seed, i, j]) for i in index for j in samples]
             seeds = [int(stream.generate_state(1)[0]) for stream in streams]  # torch takes 32 bits
-            return self.continuations(some, max_new_tokens, n=len(samples), seed=seeds, **how)
+            return self.continuations(
+                some,
+                max_new_tokens,
+                n=len(samples),
+                seed=seeds,
+                temperature=temperature,
+                stop_tokens=stops,
+                force=force,
+            )
 
         def samples_of(index: Ids) -> list[list[Ids]]:
             """The n samples of each prompt; those of a single prompt may be divided, too."""
@@ -253,7 +264,7 @@ class TextModel:
             return [new[i : i + n] for i in range(0, len(new), n)]
 
         lengths = [len(prompt) for prompt in prompts]
-        found = self.in_batches(samples_of, lengths, lambda longest: rows(longest) // n, progress)
+        found = self.in_batches(samples_of, lengths, progress, lambda longest: rows(longest) // n)
         texts = [self.decode(ids) for samples in found for ids in samples]
         return [text.split(stop)[0] for text in texts] if stop else texts
 
@@ -263,8 +274,8 @@ class TextModel:
             if self.ours:
                 with self.adapter.merged() if self.adapter else contextlib.nullcontext():
                     return self.model.generate(prompts, max_new_tokens, **how)
-            how |= {"pad": self.pad, "decoder_only": self.kind == "causal"}
-            return hub_generate(self.model, prompts, max_new_tokens, **how)
+            causal = self.kind == "causal"
+            return hub_generate(self.model, prompts, max_new_tokens, pad=self.pad, decoder_only=causal, **how)
 
     def calculator(self, _row: int, new: Ids) -> Ids:
         """Ids to force next: the result, if the new tokens end in an open annotation (see `calculate`)."""
@@ -337,11 +348,7 @@ class TextModel:
         return tuple(t.to(self.device) for t in collate(rows, self.kind, self.pad))
 
     def in_batches(
-        self,
-        function: Callable[[Ids], list],
-        lengths: list[int],
-        rows: RowsOf | None = None,
-        progress: str = "",
+        self, function: Callable[[Ids], list], lengths: list[int], progress: str, rows: RowsOf | None = None
     ) -> list:
         """function(indices) on batches of rows of similar lengths; its results, one per row, in their order.
 
@@ -400,12 +407,12 @@ class TextModel:
         a CPU several processes share it (`on_all_cores`).
         """
         on_cpu = self.device.type == "cpu"
-        config = self.model.config
         processes = torch.get_num_threads() if on_cpu and sys.platform == "linux" else 1
         free = room(self.device, processes)
         if self.ours and dtype != self.model.head.dtype:
-            free -= dtype.itemsize * sum(p.numel() for p in self.model.parameters())
-        need = partial(need, shape_of(config, self.kind, self.ours), size=dtype.itemsize, on_cpu=on_cpu)
+            free -= dtype.itemsize * self.n_parameters
+        shape = shape_of(self.model.config, self.kind, self.ours)
+        need = partial(need, shape, size=dtype.itemsize, on_cpu=on_cpu)
         return lambda longest: rows_that_fit(lambda rows: need(rows, longest), most(max(1, longest)), free)
 
 
@@ -481,11 +488,6 @@ def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
     lengths = torch.tensor([len(row) for row in inputs])
     mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
     return ids, mask, targets
-
-
-def pad_rows(rows: list[Ids], value: int) -> Tensor:
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
@@ -564,8 +566,16 @@ def sample_answers(
     task = find_task(name)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
-    how = {"task": name, "split": split, "n": n, "temperature": temperature, "seed": seed}
-    how |= {"calculator": calculator, "max_new_tokens": new_tokens, "model": weights_hash(model.name)}
+    how = {
+        "task": name,
+        "split": split,
+        "n": n,
+        "temperature": temperature,
+        "seed": seed,
+        "calculator": calculator,
+        "max_new_tokens": new_tokens,
+        "model": weights_hash(model.name),
+    }
     key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
     file = Path(model.name, "samples", f"{name}-{split}-{n}x-{key}.jsonl")
     n = 1 if temperature == 0 else n

@@ -52,14 +52,7 @@ def unspell(text: str) -> bytes:
     return bytes(map(letter_bytes().__getitem__, text))
 
 
-def write_tokenizer(
-    folder: Path,
-    vocab: dict[int, bytes],
-    merges: list[tuple[bytes, bytes]],
-    special_ids: dict[str, int],
-    pattern: str | None,
-    config: dict,
-) -> None:
+def write_tokenizer(folder: Path, tokenizer, pattern: str | None, config: dict) -> None:
     """Writes both files. `pattern`: None for GPT-2's, which the ByteLevel step has built in."""
     content = json.loads(TEMPLATE)
     if pattern:
@@ -67,11 +60,12 @@ def write_tokenizer(
         byte_level = content["pre_tokenizer"] | {"use_regex": False}
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    for token in sorted(special_ids, key=special_ids.get):
-        content["added_tokens"].append({"id": special_ids[token], "content": token} | flags)
-    special = {i: token for token, i in special_ids.items()}
-    content["model"]["vocab"] = {special.get(i) or spell(vocab[i]): i for i in sorted(vocab)}
-    content["model"]["merges"] = [[spell(a), spell(b)] for a, b in merges]
+    special = {i: token for token, i in tokenizer.special_ids.items()}
+    for i in sorted(special):
+        content["added_tokens"].append({"id": i, "content": special[i]} | flags)
+    tokens = sorted(tokenizer.vocab.items())
+    content["model"]["vocab"] = {special.get(i) or spell(token): i for i, token in tokens}
+    content["model"]["merges"] = [[spell(a), spell(b)] for a, b in tokenizer.merges]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "tokenizer.json", content)
@@ -83,9 +77,7 @@ def read_tokenizer(folder: Path) -> tuple[dict, dict]:
     config = folder / "tokenizer_config.json"
     if not path.exists():
         raise FileNotFoundError(f'there is no {path}; "python tokenizer.py" makes one')
-    settings = {}
-    if config.exists():
-        settings = read_json(config)
+    settings = read_json(config) if config.exists() else {}
     template = folder / "chat_template.jinja"  # where transformers 5 writes it
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")
@@ -114,9 +106,10 @@ def pattern_of(content: dict) -> str | None:
         raise ValueError("it is of another kind")
     if last["add_prefix_space"] or any(t["lstrip"] or t["rstrip"] for t in content["added_tokens"]):
         raise ValueError("it adds or strips spaces")
-    if not before and last.get("use_regex", True):
+    use_regex = last.get("use_regex", True)
+    if use_regex and not before:
         return None
-    if [step["type"] for step in before] != ["Split"] or last.get("use_regex", True):
+    if use_regex or [step["type"] for step in before] != ["Split"]:
         raise ValueError("it splits words in another way")
     return before[0]["pattern"]["Regex"]
 
@@ -134,9 +127,8 @@ def check_tokenizer(folder: Path, found: str) -> None:
     recorded = [read_json(folder / "run.json").get("tokenizer")]
     recorded += [read_json(config).get("tokenizer_hash")] if config.exists() else []
     for expected in recorded:
-        if not isinstance(expected, str) or expected.startswith(HUB_MARK) != found.startswith(HUB_MARK):
-            continue
-        if expected != found:
+        known = isinstance(expected, str)
+        if known and expected != found and expected.startswith(HUB_MARK) == found.startswith(HUB_MARK):
             raise ForeignTokenizer(
                 f"{folder / 'tokenizer.json'} is not the tokenizer of this run: its hash is {found[:8]}, the "
                 f"weights were trained with {expected[:8]}. Copy tokenizer.json back from "

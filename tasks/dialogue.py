@@ -12,13 +12,8 @@ from tasks.grammar import Slots, fill, generated, number, pick
 from tasks.stories import BOYS, ELDERS, GIRLS
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-PLACES = "the lake|the market|the old mill|the library|the beach|the bridge|the school".split("|")
-TIMES = "nine|ten|noon|two|three|four|five|six".split("|")
-BELONGINGS = "ladder|tent|drum|kite|lamp|bike|camera|umbrella|sled|hammer|basket|guitar".split("|")
-CHORES = "paint the fence|clean the shed|carry the boxes|bake a cake|fix the roof|dig the garden".split("|")
 DUTIES = "visit {elder}|look after my brother|go to the dentist|practise for a concert|finish a report"
 DUTIES = DUTIES.split("|")
-SPOTS = "under the bench|behind the shed|on the bus|in the hall|next to the stove|at the bakery".split("|")
 CHATS = (  # (turns, a line each, of the speakers A and B; their summary)
     (
         "A: (Are you coming|Shall we go) to {place} on {day}?\n"
@@ -52,13 +47,13 @@ SMALL_TALK = (
 
 
 DRAWN = {  # slots that are filled alike, in this order
-    "day": DAYS,
-    "place": PLACES,
-    "thing thing2": BELONGINGS,
-    "elder elder2 elder3": list(ELDERS),
-    "time time2": TIMES,
-    "chore": CHORES,
-    "spot": SPOTS,
+    "day": "|".join(DAYS),
+    "place": "the lake|the market|the old mill|the library|the beach|the bridge|the school",
+    "thing thing2": "ladder|tent|drum|kite|lamp|bike|camera|umbrella|sled|hammer|basket|guitar",
+    "elder elder2 elder3": "|".join(ELDERS),
+    "time time2": "nine|ten|noon|two|three|four|five|six",
+    "chore": "paint the fence|clean the shed|carry the boxes|bake a cake|fix the roof|dig the garden",
+    "spot": "under the bench|behind the shed|on the bus|in the hall|next to the stove|at the bakery",
 }
 
 
@@ -72,7 +67,7 @@ def dialogue(split: str, n: int = 0) -> Iterator[dict]:
         slots = Slots(a=a, b=b, a_his=a_his, b_his=b_his)
         for names, options in DRAWN.items():
             for name in names.split():
-                slots[name] = pick(rng, options)
+                slots[name] = fill(rng, options, slots)
         slots["duty"] = fill(rng, pick(rng, DUTIES), slots)
         chat, summary = pick(rng, CHATS)
         turns = fill(rng, chat, slots).split("\n")

@@ -12,9 +12,9 @@ from tasks.grammar import Slots, fill, generated, number, pick, split_of
 from tasks.stories import BOYS, GIRLS
 
 OPPOSITES = "hot:cold big:small day:night wet:dry fast:slow old:new open:closed up:down light:dark full:empty"
-OPPOSITES = dict(pair.split(":") for pair in OPPOSITES.split())
+OPPOSITES = [pair.split(":") for pair in OPPOSITES.split()]
 SOUNDS = "dog:woof cat:meow cow:moo duck:quack sheep:baa owl:hoot lion:roar bee:buzz pig:oink frog:ribbit"
-SOUNDS = dict(pair.split(":") for pair in SOUNDS.split())
+SOUNDS = [pair.split(":") for pair in SOUNDS.split()]
 WORDS = """apple baker boat bread bridge candle castle cloud clock corn crow desk door drum egg farm fish
 fire fox frost gate garden glass goat hat hill honey horse island jar jam king kite lake lamp leaf lemon moon
 nest nut oak orange paper pear pond queen rain river road rope sand sea seed ship shoe silver snow star sun
@@ -37,34 +37,39 @@ WISHES = {  # question and answer; {x} and {y} are drawn, {z} follows from them
 
 
 def values(rng: random.Random, kind: str) -> tuple:
-    """{x}, {y} and {z} of a wish."""
+    """{x}, {y} and {z} of a wish; "" for one that it does not have."""
+    y = z = ""
     match kind:
         case "larger" | "sum":
             x = number(rng, 2, 60)
             y = number(rng, 2, 39)
-            return x, y, x + y if kind == "sum" else max(x, y)
+            z = x + y if kind == "sum" else max(x, y)
         case "count":
             x = number(rng, 1, 20)
             y = x + number(rng, 2, 7)
-            return x, y, " ".join(map(str, range(x, y + 1)))
-        case "opposite" | "sound":
-            pairs = OPPOSITES if kind == "opposite" else SOUNDS
-            x, z = pick(rng, list(pairs.items()))
-            return x, "", z
+            z = " ".join(map(str, range(x, y + 1)))
+        case "opposite":
+            x, z = pick(rng, OPPOSITES)
+        case "sound":
+            x, z = pick(rng, SOUNDS)
         case "after":
             day = number(rng, 0, 6)
-            return DAYS[day], "", DAYS[(day + 1) % 7]
+            x = DAYS[day]
+            z = DAYS[(day + 1) % 7]
         case "greet":
-            return pick(rng, GIRLS + BOYS), "", ""
+            x = pick(rng, GIRLS + BOYS)
         case "backwards":
             words = [pick(rng, WORDS) for _ in range(number(rng, 2, 4))]
-            return " ".join(words), "", " ".join(reversed(words))
+            x = " ".join(words)
+            z = " ".join(reversed(words))
         case "repeat":
             x = pick(rng, WORDS)
             y = number(rng, 2, 4)
-            return x, y, " ".join([x] * y)
-    x = pick(rng, WORDS)
-    return x, "", {"capitals": x.upper(), "first": x[0], "spell": " ".join(x)}[kind]
+            z = " ".join([x] * y)
+        case _:
+            x = pick(rng, WORDS)
+            z = {"capitals": x.upper(), "first": x[0], "spell": " ".join(x)}[kind]
+    return x, y, z
 
 
 def instructions(split: str, n: int = 0) -> Iterator[dict]:
