@@ -526,7 +526,6 @@ class Trainer:
             progress.show(self.step, loss_sum / max(1, count), rate, self.seconds)
             if self.is_due(cfg.log_every):
                 self.log_step(lr, norm)
-                leave_memory_to_others()
             improved = self.is_due(cfg.eval_every) and self.evaluate_now()
             if self.is_due(cfg.save_every) or stopping or (cfg.save_every and improved):
                 self.save()
@@ -673,6 +672,7 @@ class Trainer:
             line["router_load"] = torch.stack([stats["load"] for stats in routers]).mean(0).tolist()
             line["dropped"] = int(sum(stats["dropped"] for stats in routers))
         self.log.metrics(line)
+        leave_memory_to_others()
 
     def write_run(self, **changes) -> None:
         self.run |= changes | {"step": self.step, "seconds": round(self.seconds, 2), "pid": os.getpid()}
