@@ -54,7 +54,7 @@ FAMILIES = {
     "shapes": [],
     "transfer": [],
 }
-MEASURES = {  # what a family measures beside the loss: f(cfg, runs, names)
+MEASURES = {  # what a family measures beside the loss: f(cfg, runs of the baseline and of the family)
     "gqa": gqa, "moe": moe, "streams": stream, "race": race, "scaling": scaling, "shapes": costs,
     "transfer": transfer,
 }  # fmt: skip
@@ -102,7 +102,8 @@ def measure(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     found = {}
     families = chosen(cfg.only) if by_seed(runs, "baseline") else {}
     for family, names in families.items():
-        if family in MEASURES and (result := MEASURES[family](cfg, runs, names)):
+        some = [run for run in runs if run.name in ("baseline", *names)]
+        if family in MEASURES and (result := MEASURES[family](cfg, some)):
             found[family] = result
     return found
 

@@ -239,8 +239,8 @@ def choosing(records: Records) -> list[Block]:
 def chosen(m: Measurement) -> list[Block]:
     """Curves over the number of answers, differences, and sampling until the verifier is sure."""
     curves = [budget_curve(way, found) for way, found in m.entry["curves"].items()]
-    panel = Panel(curves, "answers per problem", "% right", f"{m.run.shown}, {m.task}", log="x")
-    panel.ticks = {n: str(n) for curve in curves for n in curve.x}
+    ticks = {n: str(n) for curve in curves for n in curve.x}
+    panel = Panel(curves, "answers per problem", "% right", f"{m.run.shown}, {m.task}", log="x", ticks=ticks)
     if greedy := m.entry["metrics"].get("exact_match"):
         panel.level, panel.level_label = 100 * greedy["value"], "greedy"
     name = f"{m.run.folder.name}-{m.task}"
@@ -353,10 +353,9 @@ def making(records: Records) -> list[Block]:
 
 def made(run: Run) -> list[Block]:
     record = {"git": "unknown", "hardware": {"device": "unknown machine", "threads": "?"}} | run.record
-    used = ", ".join(f"{library} {version}" for library, version in run.record.get("versions", {}).items())
     chosen = {key: run.settings.get(key) for key in run.record.get("changed", [])}
     chosen = " ".join(f"{key}={value}" for key, value in chosen.items() if value not in ("", None))
-    return say(MADE, **record | {"run": run, "used": used, "chosen": chosen or None})
+    return say(MADE, **record | {"run": run, "used": run.versions, "chosen": chosen or None})
 
 
 def sources(data: object, run: str, split: str) -> list[dict]:

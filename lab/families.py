@@ -6,6 +6,7 @@ import multiprocessing
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from data import few_shot, judge, load_task
 from finetune import subsample
-from lab.study import ExperimentConfig, Run, by_seed, finished, run_of, settings_of, spread
+from lab.study import ExperimentConfig, Run, by_seed, finished, read_run, run_of, settings_of, spread
 from model import ModelConfig, ModernDecoderLM, MoE
 from support.costs import GIB, count_parameters, estimate_memory, kv_cache_bytes
 from support.loading import load_model
@@ -35,27 +36,23 @@ from train import TrainConfig
 # GQA: what decoding costs
 
 
-def models_of(
-    cfg: ExperimentConfig, runs: list[Run], names: list[str]
-) -> Iterator[tuple[str, ModernDecoderLM]]:
+def models_of(cfg: ExperimentConfig, runs: list[Run]) -> Iterator[tuple[str, ModernDecoderLM]]:
     """The trained models of the first seed, the baseline first."""
-    for name in ["baseline", *names]:
-        for run in runs:
-            if run.name == name and run.seed == 1 and finished(run):
-                yield name, ModernDecoderLM.from_pretrained(run.folder, pick_device(cfg.device)).eval()
-                print(f"measured {name}", flush=True)
+    for run in runs:
+        if run.seed == 1 and finished(run):
+            yield run.name, ModernDecoderLM.from_pretrained(run.folder, pick_device(cfg.device)).eval()
+            print(f"measured {run.name}", flush=True)
 
 
-def gqa(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
-    return {name: decoding(model) for name, model in models_of(cfg, runs, names)}
-
-
-def decoding(model: ModernDecoderLM, tokens: int = 100, rows: int = 16) -> dict:
-    """Bytes of cache a token (float32), and tokens a second."""
-    run = {"decode": lambda: model.generate([[0]] * rows, tokens, temperature=0)}
-    seconds = medians(run, rounds=3, warmup=0)["decode"]
-    cache = kv_cache_bytes(model.config, 1, bytes_per_value=4)
-    return {"cache_bytes_per_token": cache, "tokens_per_second": rows * tokens / seconds}
+def gqa(cfg: ExperimentConfig, runs: list[Run]) -> dict:
+    """Bytes of cache a token (float32), and tokens a second of 16 rows of 100 tokens."""
+    found = {}
+    for name, model in models_of(cfg, runs):
+        decode = partial(model.generate, [[0]] * 16, 100, temperature=0)
+        seconds = medians({"decode": decode}, rounds=3, warmup=0)["decode"]
+        cache = kv_cache_bytes(model.config, 1, bytes_per_value=4)
+        found[name] = {"cache_bytes_per_token": cache, "tokens_per_second": 16 * 100 / seconds}
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -73,15 +70,16 @@ def held_out_text(cfg: ExperimentConfig, run: Run) -> tuple[Tokenizer, Tensor]:
     return tokenizer, ids.to(pick_device(cfg.device))
 
 
-def stream(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+def stream(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     tokenizer, ids = held_out_text(cfg, runs[0])
     found = {}
     baseline = None
-    for name, model in models_of(cfg, runs, names):
+    for name, model in models_of(cfg, runs):
         baseline = baseline or model
-        found[name] = streams(model, ids, tokenizer, baseline)
+        T = model.config.context_length
+        found[name] = streams(model, ids, tokenizer, baseline, T)
         if model is baseline:
-            found[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000)
+            found[name]["endless"] = endless(model, 5_000 if cfg.quick else 100_000, T)
     return found
 
 
@@ -101,13 +99,13 @@ def token_class(piece: str) -> str:
     return next(name for name, pattern in CLASSES.items() if re.fullmatch(pattern, piece.strip(), re.DOTALL))
 
 
-def moe(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+def moe(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     """Of each mixture, over its seeds: how much more than an even load the busiest expert has at the first
     logged step and at the last, and how many choices the last step drops; `experts_by_class` of one model.
     """
     tokenizer, ids = held_out_text(cfg, runs[0])
     found = {}
-    for name, model in models_of(cfg, runs, names):
+    for name, model in models_of(cfg, runs):
         if model.config.ffn == "moe":
             seeds = [routing(run.folder) for run in runs if run.name == name and finished(run)]
             bits = fmean(experts_by_class(model, ids[:, : model.config.context_length], tokenizer))
@@ -150,19 +148,19 @@ def experts_by_class(model: ModernDecoderLM, ids: Tensor, tokenizer: Tokenizer) 
 # The race: how soon is `modern` where `gpt` ends?
 
 
-def race(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+def race(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     """For each seed, seconds of training until `modern` first has the final loss of `gpt`, over all of
     `gpt`'s. Time spent on evaluation does not count.
     """
     gpts = by_seed(runs, "gpt")
-    moderns = by_seed(runs, "modern")
     seeds = {}
     for run in runs:
-        if run.name != "modern" or run.seed not in gpts.keys() & moderns.keys():
+        gpt = gpts.get(run.seed)
+        modern = read_run(run) if run.name == "modern" else None
+        if not gpt or not modern:
             continue
-        gpt = gpts[run.seed]
         entry = {"loss": gpt["val_loss"], "gpt_seconds": gpt["seconds"], "gpt_steps": gpt["steps"]}
-        entry["modern_loss"] = moderns[run.seed]["val_loss"]
+        entry["modern_loss"] = modern["val_loss"]
         seconds = 0.0
         for line in read_jsonl(run.folder / "metrics.jsonl"):
             seconds = line.get("seconds", seconds)  # a line of an evaluation follows that of its step
@@ -170,9 +168,10 @@ def race(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
                 entry |= {"step": line["step"], "seconds": seconds, "ratio": seconds / gpt["seconds"]}
                 break
         seeds[run.seed] = entry
+    if not seeds:
+        return {}
     ratios = [entry["ratio"] for entry in seeds.values() if "ratio" in entry]
-    found = {"seeds": seeds} if seeds else {}
-    return found | ({"ratio": spread(ratios)} if ratios and len(ratios) == len(seeds) else {})
+    return {"seeds": seeds} | ({"ratio": spread(ratios)} if len(ratios) == len(seeds) else {})
 
 
 # -----------------------------------------------------------------------------
@@ -190,12 +189,12 @@ SHAPES = {  # layers, width, rows
 }
 
 
-def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
+def cost(layers: int, width: int, rows: int, device: str) -> dict:
     """A training step (AdamW) in this shape: parameters, tokens a second (the better of two), peak memory of
     this process, and the rows that 12 GiB would hold in bfloat16, estimated.
     """
     heads = max(4, width // 64)
-    c = ModelConfig(vocab_size=1024, context_length=T, n_layers=layers, d_model=width, n_heads=heads)
+    c = ModelConfig(vocab_size=1024, context_length=128, n_layers=layers, d_model=width, n_heads=heads)
     step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), pick_device(device))
     seconds = min(in_turns({"step": step}, rounds=2, warmup=1)["step"])
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_resident_bytes()
@@ -205,13 +204,13 @@ def cost(layers: int, width: int, rows: int, device: str, T: int = 128) -> dict:
     return {
         "parameters": count_parameters(c)["total"],
         "rows": rows,
-        "tokens_per_second": rows * T / seconds,
+        "tokens_per_second": rows * c.context_length / seconds,
         "peak_memory_gib": round(peak / GIB, 3),
         "most_rows_in_12_gib": most,
     }
 
 
-def costs(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+def costs(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     """`cost` of every shape, each in a process of its own, whose memory starts at nothing."""
     spawn = multiprocessing.get_context("spawn")
     found = {}
@@ -243,28 +242,28 @@ def transfer_runs(cfg: ExperimentConfig) -> list[Run]:
     return runs
 
 
-def transfer(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+def transfer(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     """{task: {way: spread over the seeds}}, and the gain of pretraining, in points. A prompt has no or four
     examples and no training; the two that are tuned have seen the same examples. A seed of which a run failed
     is left out.
     """
-    tuned = {(run.name, run.seed): run for run in runs if run.script == "finetune.py"}
-    bases = [run for run in runs if run.name == "transfer-pretrained"]
+    by_name = {(run.name, run.seed): run for run in transfer_runs(cfg)}
     found = {}
     for task in cfg.tasks.split(","):
         scores = defaultdict(list)
         examples, _ = load_task(task, "validation")
-        for base in bases:
-            pair = {way: tuned[f"transfer-{way}-{task}", base.seed] for way in ("scratch", "pretrained")}
+        for seed in cfg.all_seeds:
+            pair = {way: by_name[f"transfer-{way}-{task}", seed] for way in ("scratch", "pretrained")}
             if not all(finished(run) for run in pair.values()):
                 continue
             for way, run in pair.items():
                 scores[f"{way}, tuned"].append(points(run.record["evaluation"]["metrics"]))
             gain = scores["pretrained, tuned"][-1] - scores["scratch, tuned"][-1]
-            model = load_model(str(base.folder), pick_device(cfg.device))
-            some = subsample(examples, 50 if cfg.quick else 500, base.seed)
+            base = by_name["transfer-pretrained", seed].folder
+            model = load_model(str(base), pick_device(cfg.device))
+            some = subsample(examples, 50 if cfg.quick else 500, seed)
             for shots in (0, 4):
-                outputs, _ = answer_task(model, task, some, few_shot(task, shots, base.seed))
+                outputs, _ = answer_task(model, task, some, few_shot(task, shots, seed))
                 scores[f"prompted, {shots} shots"].append(points(judge(task, some, outputs)[1]))
             scores["pretrained - scratch"].append(gain)
         if scores:

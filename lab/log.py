@@ -87,8 +87,10 @@ BESIDE = "{name} {difference[mean]:+.4f} at {speed:.2f} times the speed"
 
 def lab_findings(found: dict) -> list[dict]:
     """A row per family: lowest loss, what is better and worse than the baseline, and a recommendation."""
+    if found["quick"]:
+        return []
     experiments, rows = found["experiments"], []
-    for family, names in () if found["quick"] else found["families"].items():
+    for family, names in found["families"].items():
         some = [e for e in experiments.values() if e["name"] in names and "low" in e["difference"]]
         some.sort(key=lambda e: e["difference"]["mean"])
         if not some:
@@ -97,9 +99,10 @@ def lab_findings(found: dict) -> list[dict]:
         cells |= row("lowest bits/byte: {name}, {bits_per_byte[mean]:.4f}", some[0])
         usual = experiments["baseline"]["tokens_per_second"]["mean"]
         for verdict, column in COLUMNS.items():
-            alike = [e for e in some if e["verdict"] == verdict]
-            speeds = [e["tokens_per_second"]["mean"] / usual for e in alike]
-            beside = [fill(BESIDE, e | {"speed": x}) for e, x in zip(alike, speeds, strict=True)]
+            beside = []
+            for e in some:
+                if e["verdict"] == verdict:
+                    beside.append(fill(BESIDE, e | {"speed": e["tokens_per_second"]["mean"] / usual}))
             cells[column] = ", ".join(beside)
         rows.append(cells)
     return rows
@@ -183,17 +186,17 @@ def compared_with(run: Run, records: Records) -> list[str]:
     """Differences of this run: on tasks to its base, in loss to the baseline that its config names."""
     found = []
     for c in records.comparisons:
-        for role, gap in c.gaps.items() if c.m.run.folder == run.folder else ():
-            other = c.others[role]
-            found.append(f"{c.m.place}: {points(gap)} points over {other.run.name}, {other.way}")
+        if c.m.run.folder == run.folder:
+            for role, gap in c.gaps.items():
+                other = c.others[role]
+                found.append(f"{c.m.place}: {points(gap)} points over {other.run.name}, {other.way}")
     baseline = Path(str(run.settings.get("baseline"))).stem
     for other in records.runs:
         losses = [x.last.get("val_loss") for x in (run, other)]
         alike = run.text == other.text and run.text[1] and None not in losses
         if other.folder.name == baseline and alike:
-            found.append(
-                f"validation loss {losses[0] - losses[1]:+.4f} from {baseline} (one seed: no finding)"
-            )
+            gap = losses[0] - losses[1]
+            found.append(f"validation loss {gap:+.4f} from {baseline} (one seed: no finding)")
     return found
 
 

@@ -199,9 +199,9 @@ def forest_plot(name: str, gaps: dict[str, dict]) -> Figure:
     """Differences to the baseline with their intervals, the lowest loss first."""
     names = sorted(gaps, key=lambda name: gaps[name]["mean"])
     mean, low, high = ([gaps[name][key] for name in names] for key in ("mean", "low", "high"))
-    panel = Panel([Line(range(len(names)), mean, form="o", low=low, high=high)], "")
-    panel.ylabel, panel.level, panel.symlog = "bits a byte minus the baseline's", 0, 0.1
-    panel.ticks = dict(enumerate(names))
+    curve = Line(range(len(names)), mean, form="o", low=low, high=high)
+    ylabel = "bits a byte minus the baseline's"
+    panel = Panel([curve], "", ylabel, level=0, symlog=0.1, ticks=dict(enumerate(names)))
     return chart(name, FOREST.strip(), [panel], size=(9, 4))
 
 
@@ -259,8 +259,8 @@ def scaling(name: str, found: dict) -> list[Block]:
         if "has" in p:
             sizes[f"{config}, as configured"] = p | {"loss": None} | p["has"]
     check = found.get("check") or {}
-    for what, key in (("predicted", "said"), ("measured", "came")):
-        sizes[f"one more run, {what}"] = check | check.get(key, {})
+    sizes["one more run, predicted"] = check | check.get("said", {})
+    sizes["one more run, measured"] = check | check.get("came", {})
     rows = [cells for cells in rows_of(SIZE, sizes) if cells["FLOPs"]]
     return blocks + ([*say(PREDICTED), Table(f"predicted-{name}", rows)] if rows else [])
 
@@ -300,7 +300,6 @@ def one_machine(found: dict, number: int) -> list[Block]:
     """The measurements of one machine; the names of its tables end in its number, from the second on."""
     peaks = [f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in found.get("matmul", {}).items()]
     blocks = say(MACHINE, **found | {"peaks": ", ".join(peaks) or None})
-    training = found.get("training", [])
     peers = found.get("peers", {})
     rates = [{"task": "a training step"} | peers["step"]] if peers else []
     for task, by_library in peers.get("decoding", {}).items():
@@ -310,7 +309,7 @@ def one_machine(found: dict, number: int) -> list[Block]:
             "Memory that a training step asks for, within {cap_gib:g} GiB:",
             [row(MEMORY, r) for r in found.get("memory", [])],
         ),
-        "steps": ("", [row(STEP, r) for r in unfolded(training, "tokens_per_second")]),
+        "steps": ("", [row(STEP, r) for r in unfolded(found.get("training", []))]),
         "decoding": ("", speeds(found.get("decoding", []))),
         "peers": (PEERS, speeds(rates)),
     }
@@ -320,11 +319,11 @@ def one_machine(found: dict, number: int) -> list[Block]:
     return blocks
 
 
-def unfolded(rows: list[dict], key: str) -> list[dict]:
-    """A row for each entry of a dict in a row: {"way": its key, "value": its value, "share": ...}."""
+def unfolded(rows: list[dict]) -> list[dict]:
+    """A row for each rate in a row: {"way": its key, "value": tokens/s, "share": percent of a product}."""
     found = []
     for r in rows:
-        for way, value in r.get(key, {}).items():
+        for way, value in r.get("tokens_per_second", {}).items():
             share = r.get("share_of_matmul", {}).get(way)
             found.append(r | {"way": way, "value": value, "share": share and 100 * share})
     return found
@@ -333,7 +332,7 @@ def unfolded(rows: list[dict], key: str) -> list[dict]:
 def speeds(rows: list[dict]) -> list[dict]:
     """A row per library: tokens/s, and how many times as fast as transformers."""
     found = []
-    for r in unfolded(rows, "tokens_per_second"):
+    for r in unfolded(rows):
         rates = r["tokens_per_second"]
         reference = rates.get("transformers") or rates["transformers, eager"]
         found.append(row(SPEED, r | {"times": r["value"] / reference}))

@@ -54,8 +54,7 @@ def paper(records: Records, made: Sections) -> Sections:
 
 def about(run: Run, template: str) -> list[Block]:
     """A paragraph, if the record of the run has what the template names."""
-    versions = (f"{library} {version}" for library, version in run.record.get("versions", {}).items())
-    return say(template, **run.record | {"run": run, "versions": ", ".join(versions)})
+    return say(template, **run.record | {"run": run, "versions": run.versions})
 
 
 def first(blocks: list[Block], tables: int, figures: int) -> list[Block]:

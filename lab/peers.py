@@ -51,10 +51,6 @@ def race(
     return rates
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 def llama_twin(c: ModelConfig) -> LlamaForCausalLM:
     """transformers' Llama of this shape."""
     keys = to_hf_config(c)
@@ -115,7 +111,7 @@ def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, f
     ids = torch.randint(c.vocab_size, (16, c.context_length + 1), device=device)
     fastest = fastest_products(device)
     twins = {"transformers": llama_twin(c)}
-    if installed("litgpt"):
+    if importlib.util.find_spec("litgpt"):
         twins["litgpt"] = litgpt_twin(c)
     steps = {}
     for way in ("eager", "compiled") if compiled else ("eager",):
@@ -171,7 +167,7 @@ def decoding_rates(
         runs = {}
         runs["transformers"] = partial(theirs.generate, prompts, **how)
         runs["ours"] = mine
-        if task == "1 row" and dtype == torch.float32 and installed("litgpt"):
+        if task == "1 row" and dtype == torch.float32 and importlib.util.find_spec("litgpt"):
             runs["litgpt"] = litgpt_decoder(c, ids[0], new)
         if compiled:
             runs["ours, compiled"] = partial(mine, compile=True)
@@ -193,8 +189,9 @@ def litgpt_decoder(c: ModelConfig, ids: Tensor, new: int) -> Callable:
 # The tokenizer
 
 
-def tokenizers(corpus: str, rounds: int, vocab_size: int = 10_000) -> dict[str, float]:
-    """MB/s of learning and of encoding 5 MB of a corpus, beside tokenizers and tiktoken."""
+def tokenizers(corpus: str, rounds: int) -> dict[str, float]:
+    """MB/s of learning 10,000 tokens and of encoding 5 MB of a corpus, beside tokenizers and tiktoken."""
+    vocab_size = 10_000
     text = "".join(at_most(documents(corpus, "train"), 5e6))
     texts = [text[i : i + SLAB] for i in range(0, len(text), SLAB)]
     megabytes = len(text.encode()) / 1e6

@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -514,6 +515,8 @@ def affordable(c: ModelConfig, flops: int) -> int:
 class DataSheet:
     """Seconds of a token on a GPU that is not here."""
 
+    on_cpu = False
+
     def __init__(self, card: str):
         self.peak = peak_flops(card)
         if not self.peak:
@@ -542,12 +545,10 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[Sta
     """What each command (name, words behind `python`) costs."""
     if cfg.vram or cfg.card:  # a GPU of which nothing but its name is known is taken to be an RTX 3060
         rates = DataSheet(cfg.card or "RTX 3060")
-        on_cpu = False
     else:
-        device = pick_device(cfg.device)
-        rates = Measured(device)
-        on_cpu = device.type == "cpu"
+        rates = Measured(pick_device(cfg.device))
     start = rates.start()
+    on_cpu = rates.on_cpu
     plan = Plan(on_gpu=not on_cpu)
     stages = []
     for name, words in commands:
@@ -615,8 +616,8 @@ def keep(stages: list[Stage], out: str) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
-    scripts = [i for i, word in enumerate(words) if "/" not in word and word.endswith(".py")]
-    command = words[scripts[0] :] if scripts else []
+    # From the first script on it is the command to plan, but for the GPU that it is planned for.
+    command = list(dropwhile(lambda word: "/" in word or not word.endswith(".py"), words))
     command = [word for word in command if not word.startswith(("--vram=", "--card="))]
     cfg = parse_config(PlanConfig, __doc__, [word for word in words if word not in command])
     commands = [(Path(command[0]).stem, command)] if command else []

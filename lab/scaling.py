@@ -72,9 +72,9 @@ def isoflop(points: list[dict]) -> list[dict]:
         at = -b / (2 * a) if a > 0 else math.nan
         entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
         if entry["inside"]:
-            entry["parameters"] = math.exp(at)
-            entry["tokens"] = math.exp(np.interp(at, size, np.log(column(some, "tokens"))))
-            entry["loss"] = float(c - b * b / (4 * a))
+            tokens = math.exp(np.interp(at, size, np.log(column(some, "tokens"))))
+            lowest = float(c - b * b / (4 * a))
+            entry |= {"parameters": math.exp(at), "tokens": tokens, "loss": lowest}
         best.append(entry)
     return best
 
@@ -117,32 +117,27 @@ def loss_of(law: dict, parameters, tokens):
     return law["E"] + law["A"] / parameters ** law["a"] + law["B"] / tokens ** law["b"]
 
 
-def best_use(law: dict | None, sizes: dict | None, flops: float, per_pair: float = 6.0) -> dict:
+def best_use(law: dict, sizes: dict | None, flops: float, per_pair: float = 6.0) -> dict:
     """The best model for so many FLOPs, at `per_pair` FLOPs a parameter and token: its size from the minima,
-    or else from the law, which also gives its loss; {} without either.
+    or else from the law, which also gives its loss.
     """
     if sizes:
         n = sizes["coefficient"] * flops ** sizes["exponent"]
-    elif law:
+    else:
         grid = np.geomspace(1e3, 1e12, 4000)
         n = float(grid[loss_of(law, grid, flops / (per_pair * grid)).argmin()])
-    else:
-        return {}
-    best = {"parameters": n, "tokens": flops / (per_pair * n)}
-    if law:
-        best["loss"] = loss_of(law, **best)
-    return best
+    tokens = flops / (per_pair * n)
+    return {"parameters": n, "tokens": tokens, "loss": loss_of(law, n, tokens)}
 
 
 # -----------------------------------------------------------------------------
 # The family
 
 
-def scaling(cfg: ExperimentConfig, runs: list[Run], names: list[str]) -> dict:
+def scaling(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     """The fits of the scaling runs, and the check of what they predict."""
     points = []
-    runs = [run for run in runs if run.name.startswith("scaling-")]
-    for run, (budget, _) in zip(runs, product(BUDGETS, SIZES), strict=True):
+    for run, (budget, _) in zip(scaling_runs(cfg), product(BUDGETS, SIZES), strict=True):
         if figures := read_run(run):
             point = {key: figures[key] for key in ("parameters", "tokens", "flops")}
             points.append(point | {"budget": budget, "loss": figures["val_loss"]})
@@ -159,15 +154,15 @@ def check(cfg: ExperimentConfig, law: dict, sizes: dict | None, points: list[dic
     """What the fits predict for CHECK FLOPs, printed before it is tried; then the run, and its result."""
     per_pair = np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in points])
     best = best_use(law, sizes, CHECK, float(per_pair))
-    predicted = {}
+    trials = []
     for shape in LARGER:
         flags = size_flags(*shape, CHECK)
         c = settings_of([str(FOLDER / "baseline.py"), *flags])
         n = count_parameters(model_config(c))["total"]
-        D = tokens_of(c)
-        predicted[n] = {"parameters": n, "tokens": D, "loss": loss_of(law, n, D)}, flags
-    n = min(predicted, key=lambda n: abs(math.log(n / best["parameters"])))
-    said, flags = predicted[n]
+        distance = abs(math.log(n / best["parameters"]))
+        trials.append((distance, n, tokens_of(c), flags))
+    _, n, D, flags = min(trials)
+    said = {"parameters": n, "tokens": D, "loss": loss_of(law, n, D)}
     print(
         f"{CHECK:.1e} FLOPs: the fit predicts {best['parameters']:,.0f} parameters; of {n:,} a loss of "
         f"{said['loss']:.4f}; now they are trained",

@@ -20,7 +20,8 @@ from configs import ROOT, ConfigError, parse_config
 from finetune import FinetuneConfig
 from model import ModelConfig
 from support.costs import estimate_flops
-from support.runs import TrainError, read_json, weights_hash
+from support.results import read_json_or_empty
+from support.runs import weights_hash
 from support.tables import read_jsonl
 from tokenizer import Tokenizer, open_tokens, tokens_folder
 from train import FREE_TO_CHANGE, TrainConfig
@@ -70,11 +71,7 @@ class Run:
     @property
     def record(self) -> dict:
         """Its run.json; {} if there is none, or only a damaged one."""
-        file = self.folder / "run.json"
-        try:
-            return read_json(file) if file.exists() else {}
-        except TrainError:
-            return {}
+        return read_json_or_empty(self.folder / "run.json")
 
 
 def run_of(
@@ -120,7 +117,6 @@ class Trainings:
     """Runs commands, some at a time. Ctrl-C reaches all of them, which end as they do by hand."""
 
     def __init__(self, jobs: int, todo: int):
-        self.jobs = jobs
         self.todo = todo
         self.done = 0
         self.stopped = False
@@ -160,16 +156,10 @@ class Trainings:
         print(f"[{self.done}/{self.todo}] {run.name}, seed {run.seed}: {last}", flush=True)
         return last if status else ""
 
-    def train_all(self, runs: list[Run]) -> dict[str, str]:
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                failures = list(pool.map(self.train, runs))
-            except BaseException:
-                self.stopped = True
-                for process in [*self.running]:
-                    process.send_signal(signal.SIGINT)
-                raise
-        return {str(run.folder): why for run, why in zip(runs, failures, strict=True) if why}
+    def stop(self) -> None:
+        self.stopped = True
+        for process in [*self.running]:
+            process.send_signal(signal.SIGINT)
 
 
 def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
@@ -177,7 +167,14 @@ def train_all(runs: list[Run], jobs: int) -> dict[str, str]:
     missing = [run for run in runs if not finished(run)]
     if missing:
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished; {jobs} at a time", flush=True)
-    return Trainings(jobs, len(missing)).train_all(missing)
+    trainings = Trainings(jobs, len(missing))
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            failures = list(pool.map(trainings.train, missing))
+        except BaseException:
+            trainings.stop()
+            raise
+    return {str(run.folder): why for run, why in zip(missing, failures, strict=True) if why}
 
 
 def prepare_tokens(runs: list[Run]) -> None:

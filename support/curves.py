@@ -5,7 +5,6 @@ from support.metrics import perplexity
 from support.pages import Block, Figure
 from support.results import Run
 
-LOSSES = (("loss", "training", "-", BLUE), ("val_loss", "validation", "o-", RED))
 CLOCKS = {"step": "step", "tokens": "tokens read", "minutes": "minutes"}  # column of a log: label
 OPTIMIZER = (  # clock, column of the log, label
     ("step", "learning_rate", "learning rate"),
@@ -37,7 +36,8 @@ def loss_curves(run: Run) -> Figure:
     """Loss against steps, tokens and minutes; what the optimizer did; perplexity."""
 
     def losses(clock: str) -> list:
-        return [line(run.metrics, clock, key, *style, color=color) for key, *style, color in LOSSES]
+        training = line(run.metrics, clock, "loss", "training", color=BLUE)
+        return [training, line(run.metrics, clock, "val_loss", "validation", "o-", color=RED)]
 
     panels = [Panel(losses(clock), label, "loss") for clock, label in CLOCKS.items()]
     for clock, key, label in OPTIMIZER:

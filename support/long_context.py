@@ -6,6 +6,7 @@ sinks; Xiao et al., 2024). `python eval.py MODEL --streams` and the lab's family
 
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", facto
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
-def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=None) -> tuple[Tensor, Tensor]:
+def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (T, D): RoPE extended without training to texts of `factor` contexts.
 
     "linear" divides positions by the factor (Chen et al., 2023). "ntk" raises the base: the lowest frequency
@@ -67,12 +68,11 @@ def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device=N
 
 
 @torch.no_grad()
-def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int = 0) -> Tensor:
-    """Losses (B, len - 1) in nats, token by token, with a rolling cache of T tokens (default: one context).
+def rolling(model: ModernDecoderLM, ids: Tensor, keep: int, T: int) -> Tensor:
+    """Losses (B, len - 1) in nats, token by token, with a rolling cache of T tokens.
 
     The cache holds the first `keep` tokens and the newest ones (StreamingLLM).
     """
-    T = T or model.config.context_length
     cache = RollingCache(model.config, len(ids), T, ids.device, keep=keep)
     logits = model.prefill(ids[:, :1].tolist(), cache)
     losses = []
@@ -107,20 +107,18 @@ def first_token_mass(model: ModernDecoderLM, ids: Tensor, first: int = 1) -> lis
     return attention_weights(model, ids, share).tolist()
 
 
-def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
+def liveliness(text: str, prompt: str) -> dict[str, float]:
     """Statistics of a long continuation that need no judge.
 
     distinct_2: share of distinct word pairs. repeated_4: share of four-word sequences that occurred before.
-    loops: 1 if the last `window` words repeat with a fixed period. topic: share of the prompt's words of five
+    loops: 1 if the last 50 words repeat with a fixed period. topic: share of the prompt's words of five
     letters or more that occur in the last quarter.
     """
     words = re.findall(r"\w+", text.lower())
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     fours = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-    tail = words[-window:]
-    loops = False
-    if len(tail) == window:
-        loops = any(tail[i:] == tail[:-i] for i in range(1, window // 2))
+    tail = words[-50:]
+    loops = len(tail) == 50 and any(tail[i:] == tail[:-i] for i in range(1, 25))
     topic = set(re.findall(r"\w{5,}", prompt.lower()))
     last = set(words[-len(words) // 4 :])
     return {
@@ -131,14 +129,13 @@ def liveliness(text: str, prompt: str, window: int = 50) -> dict[str, float]:
     }
 
 
-def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoderLM, T: int = 0) -> dict:
+def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoderLM, T: int) -> dict:
     """Perplexities and continuations beyond the context, for each attention window.
 
     ids (B, 16 T + 1); T is the context, or a part of it. `judge` measures the ends of the continuations.
     """
     if model.config.positions == "learned":
         raise ValueError("learned positions end with the context: streams need RoPE, or no positions")
-    T = T or model.config.context_length
     found = {"perplexity": {}, "stretched to 4 contexts": {}, "continuations": {}}
     found["perplexity"]["full"] = by_position(full_attention(model, ids), T)
     if model.config.positions == "rope":
@@ -160,9 +157,7 @@ def continuation(
     prompts = ids[:, : T // 4].tolist()
     new = model.generate(prompts, 4 * T, temperature=0.8, seed=1, window=T - keep, keep=keep)
     texts = [tokenizer.decode(row) for row in new]
-    rows = []
-    for text, prompt in zip(texts, prompts, strict=True):
-        rows.append(liveliness(text, tokenizer.decode(prompt)))
+    rows = [liveliness(text, tokenizer.decode(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
     found = {}
     for key in rows[0]:
         found[key] = float(np.mean([row[key] for row in rows]))
@@ -173,12 +168,12 @@ def continuation(
 
 
 @torch.no_grad()
-def endless(model: ModernDecoderLM, tokens: int, T: int = 0) -> dict:
-    """Generates `tokens` tokens with a rolling cache of T tokens (default: one context).
+def endless(model: ModernDecoderLM, tokens: int, T: int) -> dict:
+    """Generates `tokens` tokens with a rolling cache of T tokens.
 
     Returns the size of the cache and the speed after each tenth: both must stay constant.
     """
-    cache = RollingCache(model.config, 1, T or model.config.context_length, model.device)
+    cache = RollingCache(model.config, 1, T, model.device)
     logits = model.prefill([[0]], cache)
     sizes = [cache.nbytes()]
     rates = []

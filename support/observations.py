@@ -16,7 +16,7 @@ def observations(lines: list[dict]) -> tuple[list[str], list[str]]:
     if checks and len(losses) >= 10:
         gap = checks[-1][1] - fmean(loss for _, loss in losses[-5:])
         sentences.append(f"At the end the validation loss was {gap:+.4f} from the training loss.")
-    jumps = [(b[1] - a[1], b[0]) for a, b in pairwise(losses)]
+    jumps = [(loss - before, step) for (_, before), (step, loss) in pairwise(losses)]
     usual = median(abs(jump) for jump, _ in jumps) if len(jumps) >= 10 else float("inf")
     if spikes := [x for x in jumps if x[0] > 8 * usual]:
         jump, step = max(spikes)

@@ -107,10 +107,8 @@ class Filler(Formatter):
 def interval(x: dict | None, scale: float = 1, digits: int = 1, sign: str = "") -> str:
     """12.3 [11.2, 13.4] of {"value" or "mean", and perhaps "low", "high"}; "" of {} or None."""
     numbers = [scale * x[key] for key in ("value", "mean", "low", "high") if x and x.get(key) is not None]
-    texts = [f"{number:{sign}.{digits}f}" for number in numbers]
-    if len(texts) > 1:
-        return f"{texts[0]} [{', '.join(texts[1:])}]"
-    return "".join(texts)
+    value, *ends = [f"{number:{sign}.{digits}f}" for number in numbers] or [""]
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def percent(x: dict | None) -> str:
@@ -144,9 +142,9 @@ def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f}"
 
 
-def shorten(text: object, most: int = 300) -> str:
-    text = " ⏎ ".join(str(text).strip().split("\n"))
-    return text if len(text) <= most else text[: most - 1] + "…"
+def shorten(text: object) -> str:
+    text = str(text).strip().replace("\n", " ⏎ ")
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 FORMATS = {f.__name__: f for f in (interval, percent, points, difference, count, minutes, gib, shorten)}
@@ -174,17 +172,18 @@ def html_block(block: Block) -> str:
 
 def html_table(block: Table) -> str:
     """An interval goes below its number, to keep tables narrow."""
-    out = ["<div class=wide><table>"]
-    tag = "th"
-    for line in block.lines():
-        cells = (INTERVAL.sub(r"\1<br><small>\2</small> \3", html.escape(cell)) for cell in line)
-        text = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
-        out.append(f"<thead><tr>{text}</tr></thead>" if tag == "th" else f"<tr>{text}</tr>")
-        tag = "td"
-    out.append("</table></div>")
+    head, *body = block.lines()
+    rows = [html_row(line, "td") for line in body]
+    out = ["<div class=wide><table>", f"<thead>{html_row(head, 'th')}</thead>", *rows, "</table></div>"]
     if block.folded:
         out = [f"<details><summary>{len(block.rows)} rows</summary>", *out, "</details>"]
     return "\n".join(out)
+
+
+def html_row(line: list[str], tag: str) -> str:
+    cells = [INTERVAL.sub(r"\1<br><small>\2</small> \3", html.escape(cell)) for cell in line]
+    text = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
+    return f"<tr>{text}</tr>"
 
 
 def as_html(title: str, sections: Sections) -> str:

@@ -24,8 +24,8 @@ def follow_instructions(model: TextModel, n: int) -> list[dict]:
     texts = model.generate(prompts, longest, "\n", f"{model.name} follows instructions")
     rows = []
     for (user, assistant), text in zip(chats, texts, strict=True):
-        answer = {"asked": user["content"], "meant": assistant["content"], "said": text.strip()}
-        rows.append(answer | {"correct": answer["said"] == answer["meant"]})
+        said, meant = text.strip(), assistant["content"]
+        rows.append({"asked": user["content"], "meant": meant, "said": said, "correct": said == meant})
     return rows
 
 

@@ -1,6 +1,8 @@
 """`train.py --plan`: memory, FLOPs and time of a run, before it costs anything."""
 
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +47,11 @@ def usable(vram: float) -> float:
     return vram * 10 / 12
 
 
-def largest_batch(c: ModelConfig, vram: float, options: dict, sizes: list[int]) -> int:
-    """The largest of the micro-batch sizes that a GPU holds by the plan; 0: none."""
-    largest = 0
-    for size in sizes:
-        if estimate_memory(c, size, **options)["peak"] <= usable(vram) * GIB:
-            largest = size
-    return largest
+def largest_batch(c: ModelConfig, vram: float, options: dict, sizes: Sequence[int]) -> int:
+    """The largest of the micro-batch sizes, in order, that a GPU holds by the plan; 0: none."""
+    room = usable(vram) * GIB
+    fitting = bisect_right(sizes, room, key=lambda size: estimate_memory(c, size, **options)["peak"])
+    return sizes[fitting - 1] if fitting else 0
 
 
 def fit_batch(cfg: TrainConfig) -> None:

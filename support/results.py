@@ -122,6 +122,12 @@ class Run:
             self.damaged.append(f"{self.folder}/metrics.jsonl: {left_out} lines of the wrong types")
         return lines
 
+    @property
+    def versions(self) -> str:
+        """Of the libraries, as in run.json."""
+        used = self.record.get("versions", {})
+        return ", ".join(f"{library} {version}" for library, version in used.items())
+
     def typical(self, key: str, last: int = 0) -> float | None:
         """The median of what metrics.jsonl logged under a key, or the mean of its last values."""
         values = [x[key] for x in self.metrics if key in x][-last:]
@@ -277,13 +283,15 @@ def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement
     """What stands beside a measurement; a twin from scratch has the same seed, if there is one."""
     others: dict[str, Measurement] = {}
     for other in found:
-        seeds = [x.run.settings.get("seed") for x in (m, other)]
         if other.where != m.where or other.role == "after training":
             continue
-        if other.role == "from scratch" and seeds[0] != seeds[1]:
-            others.setdefault(other.role, other)
-        elif other.role == "from scratch" or other.run.origin == m.run.origin:
+        if other.role != "from scratch":
+            if other.run.origin == m.run.origin:
+                others[other.role] = other
+        elif other.run.settings.get("seed") == m.run.settings.get("seed"):
             others[other.role] = other
+        else:
+            others.setdefault(other.role, other)
     return others
 
 
@@ -309,9 +317,8 @@ class Records:
         self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
         self.measurements = self.each(every, lambda run: of_run(run, self.damaged))
         self.comparisons = side_by_side(self.measurements)
-        self.battery = (
-            read_json_or_empty(home / "pipeline.json").get("battery") or {}
-        )  # answers to instructions
+        battery = read_json_or_empty(home / "pipeline.json").get("battery")
+        self.battery = battery or {}  # answers to instructions
         self.labs = self.each(sorted(home.glob("experiments/*/experiments.json")), read_lab)
         self.ledger = self.each(lines_of(home / "ledger.tsv"), spent)  # by run_all.sh
         self.plan = self.each(lines_of(home / "plan.tsv"), spent)

@@ -47,10 +47,10 @@ def text_of(value, where: str) -> str | None:
     return value.replace("\r\n", "\n").strip() or None
 
 
-def shortened(value, characters: int = 60) -> str:
+def shortened(value) -> str:
     """A value as JSON, for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= characters else text[:characters] + "..."
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def columns_of(rows: Sequence[dict]) -> str:

@@ -67,10 +67,10 @@ def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -
         results = run.get("results") or {}
         checked = results.get("last") or results.get("best") or {}
         found = {key: run.get(key) for key in ("stage", "started", "verifier", "error")}
-        found |= {"step": run.get("step") or 0, "val_loss": checked.get("val_loss")}
+        found["val_loss"] = checked.get("val_loss")
         for line in json_lines(last_bytes(folder / "metrics.jsonl", 8192)):
             found |= line
-        found["step"] = max(found["step"], run.get("step") or 0)  # not every step has a line
+        found["step"] = max(found.get("step", 0), run.get("step") or 0)  # not every step has a line
         found["max_steps"] = (run.get("settings") or {}).get("max_steps")
         found["smoke"] = Run(folder, home).smoke
         found["has_results"] = (folder / "results.json").exists()

@@ -145,10 +145,10 @@ def test_a_rolling_cache_is_full_attention_and_then_only_the_kept_and_the_newest
     """
     ids, T, keep = torch.randint(0, 40, (2, 40)), 16, 2
     begun = ids[:, :T]
-    assert torch.allclose(rolling(model, begun, keep=1), full_attention(model, begun), atol=1e-5)
+    assert torch.allclose(rolling(model, begun, 1, T), full_attention(model, begun), atol=1e-5)
     model.model["layers"] = model.model["layers"][:1]
     model.config.n_layers = 1
-    found = rolling(model, ids, keep)
+    found = rolling(model, ids, keep, T)
     for t in range(T, 39):
         held = torch.cat([ids[:, :keep], ids[:, t + 1 - (T - keep) : t + 1]], dim=1)
         wanted = torch.nn.functional.cross_entropy(model(held)[:, -1], ids[:, t + 1], reduction="none")
@@ -164,7 +164,7 @@ def test_stretching_by_one_changes_nothing(model):
 
 
 def test_an_endless_stream_has_a_cache_of_constant_size(model):
-    found = endless(model, 200)
+    found = endless(model, 200, 16)
     assert set(found["cache_bytes"]) == {2 * 2 * 2 * 16 * 8 * 4}  # k, v; layers, heads, slots, width, bytes
     ids = torch.randint(0, 40, (2, 16))
     assert all(0 < share < 1 for share in first_token_mass(model, ids))
@@ -238,12 +238,12 @@ def test_transfer_tunes_both_bases_on_the_same_examples_and_asks_one(text, tmp_p
     )
     pretrained.write_bytes(scratch.read_bytes())
     assert [finished(r) for r in runs] == ["scratch" in r.name for r in runs], "another base: tune anew"
-    assert families.transfer(cfg, plan(cfg), []) == {}, "a seed that lacks a run is left out"
+    assert families.transfer(cfg, []) == {}, "a seed that lacks a run is left out"
 
 
 def test_what_shapes_cost(monkeypatch):
     monkeypatch.setattr(families, "SHAPES", {"tiny": (2, 32, 3)})
-    found = families.costs(ExperimentConfig(device="cpu"), [], [])["tiny"]
+    found = families.costs(ExperimentConfig(device="cpu"), [])["tiny"]
     wanted = ModelConfig(vocab_size=1024, context_length=128, n_layers=2, d_model=32, n_heads=4)
     assert found["parameters"] == count_parameters(wanted)["total"] and found["rows"] == 3
     most = found["most_rows_in_12_gib"]
