@@ -21,7 +21,6 @@ out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 
 from support.terminal import run_script
 
-import os
 import time
 
 from configs import ConfigError, parse_config
@@ -40,6 +39,7 @@ from lab.study import (
 )
 from support.files import write_json
 from support.machine import git_commit, hardware, pick_device, versions
+from support.processes import CORES
 
 FAMILIES = {
     "ablations": """norm_layer norm_none norm_post positions_learned positions_none ffn_gelu ffn_silu untied
@@ -124,7 +124,7 @@ def experiment(cfg: ExperimentConfig) -> dict:
     families = chosen(cfg.only)
     device = pick_device(cfg.device)
     runs = plan(cfg)
-    jobs = cfg.jobs or (1 if device.type == "cuda" else os.cpu_count() or 1)
+    jobs = cfg.jobs or (1 if device.type == "cuda" else CORES)
     trainings = [run for run in runs if run.script == "train.py"]
     prepare_tokens(trainings)
     failed = train_all(trainings, jobs)

@@ -46,6 +46,7 @@ from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import SMALL, cpu_name, dtype_for, peak_flops, pick_device
 from support.plan import Step, memory_options, planned_for, usable
+from support.processes import CORES
 from support.runs import read_json
 from support.text_model import on_all_cores
 from support.timing import medians, seconds_of
@@ -237,7 +238,7 @@ class Plan:
 
     def judge(self, verifier: str, model: str, task: str, split: str, answers: float) -> float:
         """Tokens of those that differ, read by the generator and by the channel."""
-        return self.once(2 * 0.6 * answers * SIZES[task].tokens, verifier, model, split, answers)
+        return self.once(2 * 0.6 * answers * SIZES[task].tokens, verifier, model, task, split, answers)
 
     def tokenizer(self, cfg: TokenizerStageConfig) -> Stage:
         """The text is read twice: to learn merges, and to be encoded."""
@@ -248,7 +249,7 @@ class Plan:
             name = part.partition(":")[0]
             size += MEGABYTES.get(name, 0)
             if name in CORPORA:
-                rate = ENCODED * (os.cpu_count() or 1)
+                rate = ENCODED * CORES
                 if not (home / CORPORA[name].folder).exists():
                     downloads += MEGABYTES.get(name, 0)
         learnt = min(cfg.learn_megabytes or size, size)

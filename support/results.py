@@ -109,7 +109,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict]:
-        """metrics.jsonl, with minutes and perplexities. Evaluations get the clock of the step before."""
+        """metrics.jsonl, with minutes. Evaluations get the clock of the step before."""
         lines, clock = [], {}
         logged = read_jsonl(self.folder / "metrics.jsonl")
         for line in logged:
