@@ -89,9 +89,8 @@ def give_freed_memory_back() -> None:
 def leave_memory_to_others() -> None:
     """Gives freed memory back when less than a quarter of the machine's is left.
 
-    Batches of ever new shapes leave gaps, and a process that keeps them all grows: SFT of a model with 135M
-    parameters and 49,152 tokens from 5.8 to 9.4 GB in 60 steps. The next step clears its pages again and
-    takes half as long again, so this is not done while there is room.
+    Tensors of ever new shapes leave gaps between them, so that the process grows. The next step has its pages
+    cleared again and takes longer, so this is not done while there is room.
     """
     import psutil
 
