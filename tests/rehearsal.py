@@ -54,12 +54,14 @@ SMALLER = {
 for stage in ("sft", "dpo", "verifier"):
     more = "context_length = 256\n" + SMALLER[stage].replace('"arithmetic"', '"gsm8k"')
     SMALLER[f"smol_{stage}"] = more
-SMALLER["smol_sft"] += "grad_accum_steps = 1\n"
+SMALLER["smol_sft"] += "grad_accum_steps, learning_rate = 1, 2e-3\n"  # by LoRA, of a model that is tuned
 # What is replaced in the copy of run_all.sh: numbers of flags, which would win over any config file.
 FLAGS = {
     "(python eval.py ": "(python eval.py --limit=8 ",
     " --limit=500": "",
+    " --limit=300": "",
     " --samples=16": " --samples=4",
+    " --samples=8": " --samples=4",
     " --battery=200": " --battery=6",
 }
 # The plan measures models of the hub in their real shapes; here they have the shape of the small ones.

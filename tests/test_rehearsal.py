@@ -44,7 +44,7 @@ def test_every_command_of_the_profiles_works_and_is_done_the_second_time(place):
         assert words in table, words
     assert rehearse(project, env, "max3060", ["tokenizer", "pretrain", "samples", "eval"]) == []
     assert (project / "out/max3060/attention.json").exists()
-    assert rehearse(project, env | {"MODEL": "out/max3060"}, "smol", []) == []
+    assert rehearse(project, env | {"MODEL": "out/sft"}, "smol", []) == []
     logs = "\n".join(file.read_text(encoding="utf-8") for file in (project / "out/logs").glob("*.log"))
     assert "1 without text left out" in logs  # the empty dialogue of SAMSum
     assert not NOISE.search(logs)
