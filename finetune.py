@@ -56,6 +56,7 @@ from support.files import write_jsonl
 from support.hub_models import add_chat_tokens, set_dropout
 from support.loading import (
     Source,
+    explained,
     is_smoke,
     load_model,
     load_network,
@@ -247,7 +248,8 @@ def build_model(
         model.to(device, dtype_for(cfg.dtype, model, device))
         adapter = Adapter(model, cfg, source.base)
         if further:
-            adapter.load(Path(cfg.model))
+            with explained(cfg.model):
+                adapter.load(Path(cfg.model))
     elif cfg.lora_r and not source.adapter:
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
     if not cfg.load_in_4bit:
@@ -269,7 +271,7 @@ def check_settings(cfg: AdaptConfig, source: Source) -> None:
         cfg.lora_alpha = source.adapter.get("lora_alpha", cfg.lora_alpha)
         cfg.lora_dropout = source.adapter.get("lora_dropout", cfg.lora_dropout)
         if isinstance(targets := source.adapter.get("target_modules"), list):
-            cfg.lora_targets = ",".join(sorted(targets))
+            cfg.lora_targets = ",".join(sorted(map(str, targets)))
     if (cfg.load_in_4bit or cfg.merge) and not cfg.lora_r:
         raise TrainError("--load_in_4bit and --merge are for adapters: they need --lora_r, the rank")
     overflows = pick_dtype(cfg.dtype, pick_device(cfg.device)) == torch.float16

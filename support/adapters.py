@@ -73,7 +73,7 @@ def is_plain_lora(adapter: dict) -> bool:
         return False
     usual = import_peft().LoraConfig(**numbers, task_type="CAUSAL_LM").to_dict()
     asked = {key: value for key, value in adapter.items() if key not in ELSEWHERE and value}
-    known = {*targets} <= {*LORA_TARGETS["llama"]}
+    known = {*map(str, targets)} <= {*LORA_TARGETS["llama"]}
     return known and all(usual.get(key) == value for key, value in asked.items())
 
 
