@@ -592,6 +592,7 @@ class ModernDecoderLM(nn.Module):
         n: int = 1,
         seed: int | Sequence[int] = 0,
         stop_tokens: Sequence[int] = (),
+        ends: Callable[[list[int]], bool] | None = None,
         window: int = 0,
         keep: int = 4,
         stream: Callable[[int, int], None] | None = None,
@@ -603,7 +604,8 @@ class ModernDecoderLM(nn.Module):
         """Continues every prompt `n` times: the new tokens of prompt 0 sample 0, prompt 0 sample 1, ... as
         lists.
 
-        Prompts may differ in length. A row ends after a stop token (the last of its list) or max_new_tokens.
+        Prompts may differ in length. A row ends after a stop token (the last of its list), where
+        `ends(new_tokens)` is true, or after max_new_tokens.
         `options` are those of `sample`: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty.
         Row r has a random stream of its own, from `seed[r]` or `seed + r`: its text does not depend on its
         neighbours in the batch. With `window` > 0, or when a text outgrows the context, the cache rolls: the
@@ -622,7 +624,7 @@ class ModernDecoderLM(nn.Module):
         if max_new_tokens < 1:
             return [[] for _ in range(len(prompts) * n)]
         cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
-        hooks = {"stream": stream, "force": force, "adjust": adjust}
+        hooks = {"ends": ends, "stream": stream, "force": force, "adjust": adjust}
         where = (self.device, self.config.vocab_size)
         texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, *where, **hooks)
         decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
@@ -689,7 +691,7 @@ class Texts:
 
     def __init__(
         self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,
-        vocab_size: int, stream=None, force=None, adjust=None,
+        vocab_size: int, ends=None, stream=None, force=None, adjust=None,
     ):  # fmt: skip
         rows = len(prompts) * n
         seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
@@ -706,6 +708,7 @@ class Texts:
             self.seen = seen.to(device)
         self.options = options
         self.stop_tokens = stop_tokens
+        self.ends = ends
         self.stream, self.force, self.adjust = stream, force, adjust
         # Reading a token makes a GPU wait: at every step only if somebody wants to see or change it.
         self.read_every = 1 if stream or force or adjust or device.type == "cpu" else 16
@@ -741,14 +744,14 @@ class Texts:
         return queue.pop(0) if queue else drawn
 
     def add(self, row: int, new: list[int]) -> None:
-        """Appends tokens up to the first stop token, behind which the row has ended."""
+        """Appends tokens up to where the row ends."""
         for token in new:
             if row in self.ended:
                 return
             self.rows[row].append(token)
             if self.stream:
                 self.stream(row, token)
-            if token in self.stop_tokens:
+            if token in self.stop_tokens or (self.ends and self.ends(self.rows[row])):
                 self.ended.add(row)
 
     def left(self) -> list[int]:

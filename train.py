@@ -687,7 +687,6 @@ class Trainer:
         cfg = self.cfg
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"')
-        torch.set_flush_denormal(True)  # numbers near 1e-40 can slow a CPU down tenfold
         if sharding.start_group(self.device, self.world):
             self.at_end.callback(torch.distributed.destroy_process_group)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -227,7 +227,6 @@ def measure(cfg: HardwareConfig) -> dict:
         torch.cuda.set_device(device)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.cap * GIB / total), device)
-    torch.set_flush_denormal(True)
     about = {"hardware": hardware(device), "versions": versions(), "git": git_commit(), "cap_gib": cfg.cap}
     print(f"{about['hardware']['device']}, {about['hardware']['threads']} threads")
     file = Path(cfg.out) / "hardware.json"

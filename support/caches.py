@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import KVCache, ModelConfig, rope_angles, rotate
@@ -66,57 +67,63 @@ class RollingCache(KVCache):
 
 
 class SharedKeys(NamedTuple):
-    """Keys of rows of which several continue the same prompt."""
+    """Keys of rows that continue P prompts, at most n rows each: row b has place[b] in a grid (P, n)."""
 
     prompt_k: Tensor  # (P, K, S, D)
     prompt_v: Tensor
     prompt_mask: Tensor  # (P, 1, 1, S), True = attend: leaves out the padding of short prompts
     own: Tensor  # (B, K, T, D)
+    own_mask: Tensor  # (T), True = attend: leaves out the slots that are still empty
+    place: Tensor  # (B)
+    n: int
 
 
 class SharedPromptCache(KVCache):
-    """n rows continue each row of `prompts`, whose keys are stored once and read once for all of them."""
+    """n rows continue each row of `prompts`, whose keys are stored once and read once for all of them.
 
-    def __init__(self, prompts: KVCache, n: int, slots: int):
+    The rows' own keys are read with the empty slots behind them: products of whole tensors are 3 times as
+    fast on a CPU as those of slices, which are copied first. So slots are added as they are needed.
+    """
+
+    more = 32  # slots at a time
+
+    def __init__(self, prompts: KVCache, n: int):
         P = len(prompts.length)
-        super().__init__(prompts.config, P * n, slots, prompts.device, prompts.k[0].dtype)
-        self.prompt_k = [k[:, :, : prompts.read] for k in prompts.k]
-        self.prompt_v = [v[:, :, : prompts.read] for v in prompts.v]
+        super().__init__(prompts.config, P * n, self.more, prompts.device, prompts.k[0].dtype)
+        self.prompt_k = [k[:, :, : prompts.read].contiguous() for k in prompts.k]
+        self.prompt_v = [v[:, :, : prompts.read].contiguous() for v in prompts.v]
         slot = torch.arange(prompts.read)
         self.prompt_mask = (slot < prompts.length.unsqueeze(1)).view(P, 1, 1, -1)
         self.after = prompts.length.repeat_interleave(n)  # the position of each row's first token
+        self.n = n
+        self.place = torch.arange(P * n)
 
     def begin(self, T: int, counts: Tensor | None = None) -> None:
+        if self.read + T > self.slots:
+            self.slots += self.more
+            self.k = [F.pad(k, (0, 0, 0, self.more)) for k in self.k]
+            self.v = [F.pad(v, (0, 0, 0, self.more)) for v in self.v]
         super().begin(T, counts)
         self.positions = self.positions + self.after.unsqueeze(1)
+        self.own_mask = torch.arange(self.slots) < self.read
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[SharedKeys, Tensor]:
-        k, v = super().append(layer, k, v)
-        return SharedKeys(self.prompt_k[layer], self.prompt_v[layer], self.prompt_mask, k), v
-
-    @property
-    def n(self) -> int:
-        """Rows of each prompt."""
-        return len(self.length) // len(self.prompt_mask)
+        super().append(layer, k, v)
+        prompt = self.prompt_k[layer], self.prompt_v[layer], self.prompt_mask
+        return SharedKeys(*prompt, self.k[layer], self.own_mask, self.place, self.n), self.v[layer]
 
     def select(self, rows: Tensor) -> None:
-        """As many rows of each prompt, see `as_many_of_each`."""
-        prompt = torch.unique_consecutive(rows // self.n)
-        self.prompt_k = [k[prompt] for k in self.prompt_k]
-        self.prompt_v = [v[prompt] for v in self.prompt_v]
-        self.prompt_mask = self.prompt_mask[prompt]
+        """Keeps these rows, those of a prompt side by side, and the prompts that still have any."""
+        prompt = self.place[rows] // self.n
+        kept, prompt, counts = prompt.unique_consecutive(return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        self.n = int(counts.max())
+        self.place = self.n * prompt + torch.arange(len(rows)) - first[prompt]
+        self.prompt_k = [k[kept] for k in self.prompt_k]
+        self.prompt_v = [v[kept] for v in self.prompt_v]
+        self.prompt_mask = self.prompt_mask[kept]
         self.after = self.after[rows]
         super().select(rows)
-
-    def as_many_of_each(self, left: list[int]) -> list[int]:
-        """Rows `left`, filled up with others of the same prompts until all prompts have as many."""
-        ended = torch.ones(len(self.length), dtype=torch.bool)
-        ended[left] = False
-        ended = ended.view(-1, self.n)
-        most = (~ended).sum(1).max()
-        rows = ended.byte().argsort(dim=1, stable=True)[:, :most]  # of each prompt, those left first
-        rows = rows + self.n * torch.arange(len(ended)).unsqueeze(1)
-        return rows[~ended.all(1)].flatten().tolist()
 
 
 class FixedCache(KVCache):

@@ -134,8 +134,8 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> 
 @torch.no_grad()
 def generate(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int, decoder_only: bool,
-    stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0, stream=None, force=None,
-    adjust=None, **options,
+    stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0, ends=None, stream=None,
+    force=None, adjust=None, **options,
 ) -> list[list[int]]:  # fmt: skip
     """ModernDecoderLM.generate for a transformers model; see there for the arguments.
 
@@ -151,15 +151,16 @@ def generate(
     start = ids.shape[1] if decoder_only else 1
     device = next(model.parameters()).device
     vocab_size = model.config.get_text_config().vocab_size
-    texts = Texts(
-        prompts, n, max_new_tokens, seed, stop_tokens, options, device, vocab_size, stream, force, adjust
-    )
+    hooks = {"ends": ends, "stream": stream, "force": force, "adjust": adjust}
+    texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, device, vocab_size, **hooks)
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
         step = input_ids.shape[1] - start
         before = input_ids[:, -1] if step else None
         token = texts.take(texts.draw(scores, texts.uniforms[:, step], before), last=True)
+        if texts.ended:  # transformers knows one sign only of a row that has ended
+            token[list(texts.ended)] = (*stop_tokens, pad)[0]
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
     config = GenerationConfig(

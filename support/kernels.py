@@ -37,7 +37,7 @@ def install(fast: bool = True) -> None:
 def attend(q, k, v, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
     """`model.attend`: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
     if isinstance(k, SharedKeys):
-        return attention_after_prompt(q, k.prompt_k, k.prompt_v, k.prompt_mask, k.own, v)
+        return attention_after_prompt(q, k, v)
     B, H, T, D = q.shape
     K = k.shape[1]
     causal = mask is None and T > 1
@@ -146,29 +146,30 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
-def attention_after_prompt(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, mask: Tensor, k: Tensor, v: Tensor):
-    """One new token a row, q (B, H, 1, D) -> (B, H, 1, D), where B / P rows each continue one of P prompts.
+def attention_after_prompt(q: Tensor, k: SharedKeys, v: Tensor) -> Tensor:
+    """One new token a row, q (B, H, 1, D) -> (B, H, 1, D); v (B, K, T, D) belong to the row's own keys.
 
-    The rows of a prompt look at the same keys, prompt_k (P, K, S, D), so these are read once for all of them
-    (as in Hydragen; Juravsky et al., 2024); each also looks at its own, k (B, K, T, D), under one softmax.
-    mask (P, 1, 1, S), True = attend, leaves out the padding of short prompts.
+    The rows of a prompt look at the same keys, so these are read once for all of them (as in Hydragen;
+    Juravsky et al., 2024); each also looks at its own, under one softmax.
     """
     B, H, _, D = q.shape
-    P, K, S, _ = prompt_k.shape
-    n = B // P  # rows a prompt
+    P, K, S, _ = k.prompt_k.shape
     G = H // K  # query heads a key-value head
 
     def per_prompt(x: Tensor) -> Tensor:  # (B, K, G, ...) -> (P, K, n G, ...)
-        return x.view(P, n, K, G, -1).transpose(1, 2).reshape(P, K, n * G, -1)
+        grid = x.new_zeros(P * k.n, K, G, x.shape[-1])
+        grid[k.place] = x
+        return grid.view(P, k.n, K, G, -1).transpose(1, 2).flatten(2, 3)
 
     def per_row(x: Tensor) -> Tensor:
-        return x.view(P, K, n, G, -1).transpose(1, 2).reshape(B, K, G, -1)
+        return x.view(P, K, k.n, G, -1).transpose(1, 2).flatten(0, 1)[k.place]
 
     q = q.reshape(B, K, G, D) / math.sqrt(D)
-    prompt_scores = (per_prompt(q) @ prompt_k.mT).masked_fill(~mask, -torch.inf)
-    scores = torch.cat([per_row(prompt_scores), q @ k.mT], dim=-1)  # (B, K, G, S + T)
+    prompt_scores = (per_prompt(q) @ k.prompt_k.mT).masked_fill(~k.prompt_mask, -torch.inf)
+    own_scores = (q @ k.own.mT).masked_fill(~k.own_mask, -torch.inf)
+    scores = torch.cat([per_row(prompt_scores), own_scores], dim=-1)  # (B, K, G, S + T)
     w = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    y = per_row(per_prompt(w[..., :S]) @ prompt_v) + w[..., S:] @ v
+    y = per_row(per_prompt(w[..., :S]) @ k.prompt_v) + w[..., S:] @ v
     return y.reshape(B, H, 1, D)
 
 
@@ -346,10 +347,10 @@ class Decoder(PLAIN["Decoder"]):
         self.compiled = compiled_step(model.device.type) if compile else step
         # A rolling cache and a mixture of experts have tensors of other shapes at every step.
         self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
-        # Reading a prompt's keys once for all of its samples makes a CPU 1.3 times as fast. A GPU waits for
-        # launches and not for memory, and would launch more.
+        # A SharedPromptCache makes a CPU 1.2 to 2 times as fast, also for prompts with one answer each. A GPU
+        # waits for launches and not for memory, and would launch more.
         other = compile or self.record or cache.rolls
-        self.share = n > 1 and on_cpu and c.plain_attention and not other
+        self.share = len(cache.length) * n > 1 and on_cpu and c.plain_attention and not other
         # Products of compiled steps have the same shapes, but for those of grouped queries with their keys.
         same_shapes = c.n_heads == c.n_kv_heads and len(cache.length) * n * c.d_model >= 4096
         self.precision = torch.get_float32_matmul_precision()
@@ -361,7 +362,7 @@ class Decoder(PLAIN["Decoder"]):
     def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
         if self.share:
             logits = self.model.prefill(prompts, self.cache)
-            self.cache = SharedPromptCache(self.cache, self.n, new)
+            self.cache = SharedPromptCache(self.cache, self.n)
             return logits.repeat_interleave(self.n, dim=0)
         logits = super().prefill(prompts, new)
         if self.record:
@@ -375,8 +376,6 @@ class Decoder(PLAIN["Decoder"]):
     def shrink(self, left: list[int]) -> list[int]:
         if self.compile:
             return []
-        if self.share and len(left) <= len(self.cache.length) * 3 // 4:
-            left = self.cache.as_many_of_each(left)
         return super().shrink(left)
 
 

@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import sys
 import threading
@@ -237,7 +238,7 @@ class TextModel:
         Temperature 0 is greedy. Sample j of prompt i depends only on seed, i and j, so a larger n keeps the
         first samples. With `calculator`, the result after an open `<<9*3=` is computed, not generated.
         """
-        stops = sorted({self.eos, self.end, *self.tokens_with(stop)})
+        ends = partial(self.spelled, stop) if stop else None
         rows = self.rows_of_generation(max_new_tokens, n, temperature > 0)
         force = self.calculator if calculator else None
 
@@ -251,7 +252,8 @@ class TextModel:
                 n=len(samples),
                 seed=seeds,
                 temperature=temperature,
-                stop_tokens=stops,
+                stop_tokens=[self.eos, self.end],
+                ends=ends,
                 force=force,
             )
 
@@ -264,7 +266,10 @@ class TextModel:
             return [new[i : i + n] for i in range(0, len(new), n)]
 
         lengths = [len(prompt) for prompt in prompts]
-        found = self.in_batches(samples_of, lengths, progress, lambda longest: rows(longest) // n)
+        share = len(prompts)
+        if self.device.type == "cpu" and n * share >= 64:  # a batch for each core
+            share = math.ceil(share / torch.get_num_threads())
+        found = self.in_batches(samples_of, lengths, progress, lambda longest: min(share, rows(longest) // n))
         texts = [self.decode(ids) for samples in found for ids in samples]
         return [text.split(stop)[0] for text in texts] if stop else texts
 
@@ -290,8 +295,10 @@ class TextModel:
         known = self.tokenizer.vocab_size
         return [self.decode([i]) if i < known else "" for i in range(self.model.config.vocab_size)]
 
-    def tokens_with(self, stop: str) -> Ids:
-        return [i for i, piece in enumerate(self._pieces) if stop in piece] if stop else []
+    def spelled(self, stop: str, new: Ids) -> bool:
+        """Whether the last of these ids ends the text `stop`, which several of them may spell."""
+        last = self._pieces[new[-1]]
+        return stop[-1] in last and stop in "".join(self._pieces[i] for i in new[-len(stop) :])
 
     # ---- files
 
@@ -444,7 +451,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
     Sampling from a small model consists of small matrix products, which a second thread hardly speeds up.
     """
     global _work
-    workers = min(torch.get_num_threads(), len(items) // 2) if device.type == "cpu" else 1
+    workers = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
     with progress_bar(len(items), progress) as bar:
         alone = threading.current_thread() is threading.main_thread()  # not in a server
         if workers < 2 or sys.platform != "linux" or not alone:  # forking would not be safe

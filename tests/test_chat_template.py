@@ -119,6 +119,25 @@ def test_fine_tuning_sft_and_evaluation_ask_in_the_same_way(name, tiny):
     assert (prompt + tuned_answer) == row[: len(prompt + tuned_answer)]
 
 
+@pytest.mark.parametrize("backend", ["ours", "transformers"])
+def test_generation_ends_at_a_stop_text_that_two_tokens_spell(tiny, backend, monkeypatch):
+    """GPT-2's tokenizer writes an empty line between paragraphs as two tokens."""
+    model = load_model(tiny["gpt2"], CPU, backend)
+    answers = ["a\nb\n\nc\n\nd", "a\n\nb"]
+    assert len(model.encode("\n\nb")) == 3
+    made = []
+
+    def answer(*args, generate=model.continuations, **how):
+        how["force"] = lambda row, new: [] if new else model.encode(answers[row])
+        made.extend(generate(*args, **how))
+        return made
+
+    monkeypatch.setattr(model, "continuations", answer)
+    texts = model.generate([model.encode("Tell me"), model.encode("a")], 20, "\n\n")
+    assert texts == ["a\nb", "a"]
+    assert [model.decode(ids) for ids in made] == ["a\nb\n\n", "a\n\n"], "and no token more"
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.9, "n": 3, "top_p": 0.9, "repetition_penalty": 1.2}])
 def test_transformers_generates_what_ours_generates_also_with_forced_tokens(tiny, how):
     ours, theirs = (load_model(tiny["base"], CPU, backend) for backend in ("ours", "transformers"))

@@ -651,6 +651,8 @@ def test_stop_tokens_end_a_row_and_the_stream_tells_what_is_returned(window):
     stopped = ours.generate(PROMPTS, **options)
     assert stopped == streamed == [until(text, stops) for text in free]
     assert len({len(text) for text in stopped}) > 3
+    options |= {"stop_tokens": (), "ends": lambda new: new[-1] in stops, "stream": None}
+    assert ours.generate(PROMPTS, **options) == stopped, "a function may say where a row ends"
 
 
 def test_forced_tokens_take_the_place_of_drawn_ones_and_are_read():
