@@ -5,7 +5,7 @@
 #   bash run_all.sh cpu                minutes on two cores, text made on the spot, no network after installation
 #   bash run_all.sh speedrun           two and a half hours on an RTX 3060 by the plan; allow four
 #   bash run_all.sh max3060            about a day
-#   bash run_all.sh smol               an evening on a laptop: SmolLM2-135M of the hub on SST-2 and GSM8K, from SFT
+#   bash run_all.sh smol               hours on a laptop: SmolLM2-135M of the hub on SST-2 and GSM8K, from SFT
 #                                      to a verifier; MODEL=models/smollm2 takes another model or folder
 #   bash run_all.sh cpu pretrain       some stages only: tokenizer, pretrain, samples, finetune, sft, dpo,
 #                                      verifier, eval

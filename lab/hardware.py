@@ -7,8 +7,9 @@
 `matmul`: large matrix products, in float32 and bfloat16; the shares below are of this figure, not of a data
 sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one thing
 each (a CUDA GPU only). `training`: the configs' own steps, eager and, on a GPU, compiled. `decoding`: ours
-beside transformers' generate, same weights. `peers`: a training step and decoding of a CPU, on one thread,
-beside transformers and, if installed, litgpt. `data`: the tokenizer, beside tokenizers and tiktoken.
+beside transformers' generate, same weights. `sampling`: the same for many answers to many prompts, in the
+shape of SmolLM2-135M. `peers`: a training step and decoding of a CPU, on one thread, beside transformers and,
+if installed, litgpt. `data`: the tokenizer, beside tokenizers and tiktoken.
 """
 
 from support.terminal import run_script
@@ -21,6 +22,7 @@ import torch
 
 from configs import ConfigError, parse_config
 from lab import peers as others
+from lab.plan import ON_HUB
 from support.costs import GIB, estimate_flops, estimate_memory
 from support.files import write_json
 from support.hf_format import to_hf_config
@@ -36,7 +38,7 @@ from train import TrainConfig
 class HardwareConfig:
     """What is measured, and within what limit."""
 
-    only: str = ""  # matmul, memory, training, decoding, peers, data, by commas; nothing: all
+    only: str = ""  # matmul, memory, training, decoding, sampling, peers, data, by commas; nothing: all
     configs: str = ""  # whose steps are timed; the first decodes; nothing: speedrun,max3060, or cpu
     compile: bool = True  # compiled contenders, too: half a minute each to start
     cap: float = 11.0  # GiB that this process may take of a GPU, as if it had no more
@@ -186,6 +188,19 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     return [{"task": task, "new_tokens": new, "tokens_per_second": who} for task, who in rates.items()]
 
 
+def sampling(cfg: HardwareConfig, device: torch.device) -> list[dict]:
+    """Tokens a second of many answers to many prompts, as DPO and the verifier want them: ours beside
+    transformers' generate, in the shape of SmolLM2-135M or of the first config that is named.
+    """
+    c = ON_HUB["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    prompts, n, new = 32, 16, 64
+    if cfg.configs:
+        c = planned_for(next(iter(configs_of(cfg, device).values())))[0]
+        new = c.context_length // 4
+    rates = others.sampling_rates(c, device, prompts, n, new)
+    return [{"task": f"{n} answers to {prompts} prompts", "new_tokens": new, "tokens_per_second": rates}]
+
+
 def data(cfg: HardwareConfig, device: torch.device) -> dict:
     """Megabytes of text that one core encodes a second, and other libraries."""
     rates = others.tokenizers(cfg.corpus, cfg.rounds)
@@ -212,6 +227,7 @@ PARTS = {
     "memory": memory,
     "training": training,
     "decoding": decoding,
+    "sampling": sampling,
     "peers": peers,
     "data": data,
 }

@@ -310,7 +310,7 @@ def one_machine(found: dict, number: int) -> list[Block]:
             [row(MEMORY, r) for r in found.get("memory", [])],
         ),
         "steps": ("", [row(STEP, r) for r in unfolded(found.get("training", []))]),
-        "decoding": ("", speeds(found.get("decoding", []))),
+        "decoding": ("", speeds(found.get("decoding", []) + found.get("sampling", []))),
         "peers": (PEERS, speeds(rates)),
     }
     for name, (words, rows) in tables.items():

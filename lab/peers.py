@@ -8,6 +8,7 @@ vocabulary 4,096. litgpt joins if it is installed. Contenders take turns: compar
 """
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,8 +27,10 @@ from support.costs import estimate_flops
 from support.cutting import SLAB
 from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import fastest_products, float32_products
+from support.machine import dtype_for
 from support.plan import Step
 from support.processes import CORES
+from support.text_model import on_all_cores
 from support.timing import matmul_flops, medians
 from support.token_files import at_most
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
@@ -183,6 +186,36 @@ def litgpt_decoder(c: ModelConfig, ids: Tensor, new: int) -> Callable:
     twin = litgpt_twin(c).to(ids.device).eval()
     twin.set_kv_cache(batch_size=1, device=ids.device)
     return partial(generate, twin, ids, len(ids) + new, temperature=0.0, top_p=0.0)
+
+
+def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, new: int) -> dict[str, float]:
+    """Tokens a second of n sampled answers to each prompt, ours on all cores, same weights. Both in the data
+    type that ours samples in; a batch has at most 256 answers, or 1,024 on a GPU.
+    """
+    model = ModernDecoderLM(c).eval().to(device)
+    dtype = dtype_for("auto", model, device)
+    theirs = llama_twin(c).eval()
+    theirs.load_state_dict(to_hf_tensors(c, model.state_dict()), strict=False)
+    theirs = theirs.to(device, dtype)
+    theirs.generation_config = GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None,
+        do_sample=True, num_return_sequences=n, top_k=0,
+    )  # fmt: skip
+    length = min(96, c.context_length // 2)  # of a prompt
+    ids = torch.randint(1, c.vocab_size, (prompts, length), device=device)
+    rows = min((256 if device.type == "cpu" else 1024) // n, math.ceil(prompts / CORES))
+    batches = ids.split(rows)
+
+    def sample(batch: Tensor) -> list[list[int]]:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model.generate(batch.tolist(), new, n=n, temperature=1.0)
+
+    runs = {
+        "transformers": lambda: [theirs.generate(batch) for batch in batches],
+        "ours": lambda: list(on_all_cores(sample, batches, device)),
+    }
+    with torch.inference_mode():
+        return race(f"{n} answers to {prompts} prompts", runs, prompts * n * new, rounds=1, warmup=0)
 
 
 # -----------------------------------------------------------------------------

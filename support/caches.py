@@ -101,8 +101,9 @@ class SharedPromptCache(KVCache):
     def begin(self, T: int, counts: Tensor | None = None) -> None:
         if self.read + T > self.slots:
             self.slots += self.more
-            self.k = [F.pad(k, (0, 0, 0, self.more)) for k in self.k]
-            self.v = [F.pad(v, (0, 0, 0, self.more)) for v in self.v]
+            for layer in range(len(self.k)):  # one after the other, as in `select`
+                self.k[layer] = F.pad(self.k[layer], (0, 0, 0, self.more))
+                self.v[layer] = F.pad(self.v[layer], (0, 0, 0, self.more))
         super().begin(T, counts)
         self.positions = self.positions + self.after.unsqueeze(1)
         self.own_mask = torch.arange(self.slots) < self.read

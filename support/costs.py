@@ -278,25 +278,19 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
 
 
 def generation_bytes(
-    s: Shape,
-    rows: int,
-    prompt: int,
-    new: int,
-    n: int = 1,
-    size: int = 2,
-    sampled: bool = False,
+    s: Shape, rows: int, prompt: int, new: int, n: int = 1, size: int = 2, sampled: bool = False,
     on_cpu: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Peak bytes, without the weights, of continuing prompts of at most `prompt` tokens by `new` tokens.
 
     rows: sequences, n for each prompt. The peak is the larger of the prefill and the last steps, which need
     the keys and values so far (`before`, `full`) and either a step or a copy of a layer's keys. Logits exist
     as computed and in float32; sampling adds probabilities in float32, in float64 and cumulative.
 
-    model.py allocates its cache at once. On a CPU the n samples of a prompt share its keys; on a GPU keys are
-    repeated, and a step is recorded as a CUDA graph, whose logits stay allocated. In transformers every row
-    computes its own prompt, old and new keys are concatenated, and with GQA repeated for every query head. An
-    encoder-decoder also stores keys and values of the prompt for every decoder layer.
+    model.py allocates its cache at once; on a CPU the n samples of a prompt share its keys, and slots for new
+    tokens are added as needed. On a GPU keys are repeated, and a step is recorded as a CUDA graph, whose
+    logits stay allocated. In transformers every row computes its own prompt, old and new keys are joined, and
+    with GQA repeated. An encoder-decoder also stores keys and values of the prompt for every decoder layer.
     """
     c = s.c
     layers = c.n_layers // 2 if s.kind == "seq2seq" else c.n_layers
@@ -325,8 +319,9 @@ def generation_bytes(
         full = rows * slots * of_token
         if on_cpu:
             step += 4 * 4 * rows * c.n_heads * slots  # scores: as computed, masked, joined, softmax
-            if c.plain_attention:
-                full = before + rows * new * of_token * (n > 1)
+            if c.plain_attention:  # SharedPromptCache
+                before = prompts * prompt * of_token
+                full = before + rows * 32 * math.ceil(new / 32) * of_token
         else:
             step += logits
         if c.n_sinks or c.attention_kind == "linear":

@@ -361,6 +361,10 @@ class Decoder(PLAIN["Decoder"]):
 
     def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
         if self.share:
+            empty = self.cache
+            longest = max(map(len, prompts))
+            self.cache = KVCache(empty.config, len(prompts), longest, empty.device, empty.k[0].dtype)
+            empty.k, empty.v = [], []
             logits = self.model.prefill(prompts, self.cache)
             self.cache = SharedPromptCache(self.cache, self.n)
             return logits.repeat_interleave(self.n, dim=0)

@@ -33,7 +33,7 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer, tokens_folder, train_bpe
 from train import model_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(script.__file__).parent
+ROOT = Path(script.__file__).parents[1]
 
 
 @pytest.fixture
