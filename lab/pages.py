@@ -1,5 +1,5 @@
-"""The lab's sections of the report: what heads look at, texts beyond the context, what lab/experiments.py
-and lab/hardware.py measured. The templates of tables and sentences name the keys of their JSON files.
+"""The lab's sections of the report: what heads look at, texts beyond the context, what experiments.py and
+lab/hardware.py measured. The templates of tables and sentences name the keys of their JSON files.
 """
 
 from support.charts import Line, Panel, canvas, chart, line, saved

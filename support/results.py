@@ -339,7 +339,7 @@ class Records:
 
 
 def read_lab(file: Path) -> list[dict]:
-    """What lab/experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
+    """What experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
     found = read_json_or_empty(file)
     found |= {"folder": file.parent, "quick": bool(found.get("quick"))}
     experiments = {}
