@@ -347,8 +347,8 @@ class Decoder(PLAIN["Decoder"]):
         self.compiled = compiled_step(model.device.type) if compile else step
         # A rolling cache and a mixture of experts have tensors of other shapes at every step.
         self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
-        # A SharedPromptCache makes a CPU 1.2 to 2 times as fast, also for prompts with one answer each. A GPU
-        # waits for launches and not for memory, and would launch more.
+        # A SharedPromptCache makes a CPU 1.1 to 1.6 times as fast, also for prompts with one answer each
+        # (report/speed.md). A GPU waits for launches and not for memory, and would launch more.
         other = compile or self.record or cache.rolls
         self.share = len(cache.length) * n > 1 and on_cpu and c.plain_attention and not other
         # Products of compiled steps have the same shapes, but for those of grouped queries with their keys.
