@@ -133,9 +133,9 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
         y = self.base_layer(x)
-        x = x.to(self.lora_A.weight.dtype)  # float32, also where the frozen weights are bfloat16
-        correction = self.lora_B(self.lora_A(self.dropout(x)))
-        return y + (self.scale * correction).to(y.dtype)
+        A = self.lora_A.weight.to(y.dtype)  # kept in float32, also where the frozen weights are bfloat16
+        B = (self.scale * self.lora_B.weight).to(y.dtype)
+        return y + F.linear(F.linear(self.dropout(x), A), B)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
