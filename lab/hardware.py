@@ -8,8 +8,9 @@
 sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one thing
 each (a CUDA GPU only). `training`: the configs' own steps, eager and, on a GPU, compiled. `decoding`: ours
 beside transformers' generate, same weights. `sampling`: the same for many answers to many prompts, in the
-shape of SmolLM2-135M. `peers`: a training step and decoding of a CPU, on one thread, beside transformers and,
-if installed, litgpt. `data`: the tokenizer, beside tokenizers and tiktoken.
+shape of SmolLM2-135M. `lora`: SFT of that shape by LoRA, beside PEFT. `peers`: a training step and decoding
+of a CPU, on one thread, beside transformers and, if installed, litgpt. `data`: the tokenizer, beside
+tokenizers and tiktoken.
 """
 
 from support.terminal import run_script
@@ -23,6 +24,7 @@ import torch
 from configs import ConfigError, parse_config
 from lab import peers as others
 from lab.plan import ON_HUB
+from model import ModelConfig
 from support.costs import GIB, estimate_flops, estimate_memory
 from support.files import write_json
 from support.hf_format import to_hf_config
@@ -38,7 +40,7 @@ from train import TrainConfig
 class HardwareConfig:
     """What is measured, and within what limit."""
 
-    only: str = ""  # matmul, memory, training, decoding, sampling, peers, data, by commas; nothing: all
+    only: str = ""  # matmul, memory, training, decoding, sampling, lora, peers, data, by commas; nothing: all
     configs: str = ""  # whose steps are timed; the first decodes; nothing: speedrun,max3060, or cpu
     compile: bool = True  # compiled contenders, too: half a minute each to start
     cap: float = 11.0  # GiB that this process may take of a GPU, as if it had no more
@@ -192,13 +194,23 @@ def sampling(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Tokens a second of many answers to many prompts, as DPO and the verifier want them: ours beside
     transformers' generate, in the shape of SmolLM2-135M or of the first config that is named.
     """
-    c = ON_HUB["HuggingFaceTB/SmolLM2-135M-Instruct"]
-    prompts, n, new = 32, 16, 64
-    if cfg.configs:
-        c = planned_for(next(iter(configs_of(cfg, device).values())))[0]
-        new = c.context_length // 4
+    c = smol_or_named(cfg, device)
+    prompts, n, new = 32, 16, min(64, c.context_length // 4)
     rates = others.sampling_rates(c, device, prompts, n, new)
     return [{"task": f"{n} answers to {prompts} prompts", "new_tokens": new, "tokens_per_second": rates}]
+
+
+def lora(cfg: HardwareConfig, device: torch.device) -> list[dict]:
+    """Tokens a second of SFT by LoRA, ours beside PEFT on transformers' model of the same shape."""
+    rates = others.lora_rates(smol_or_named(cfg, device), device, 32, cfg.rounds // 4 + 1)
+    return [{"task": "SFT by LoRA of rank 32", "tokens_per_second": rates}]
+
+
+def smol_or_named(cfg: HardwareConfig, device: torch.device) -> ModelConfig:
+    """The shape of the first config that is named, else of SmolLM2-135M."""
+    if cfg.configs:
+        return planned_for(next(iter(configs_of(cfg, device).values())))[0]
+    return ON_HUB["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 def data(cfg: HardwareConfig, device: torch.device) -> dict:
@@ -228,6 +240,7 @@ PARTS = {
     "training": training,
     "decoding": decoding,
     "sampling": sampling,
+    "lora": lora,
     "peers": peers,
     "data": data,
 }

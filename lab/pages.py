@@ -289,6 +289,9 @@ Other libraries with the same shape: 6 layers of width 288, float32, on one CPU 
 """
 
 
+BESIDE = ("decoding", "sampling", "lora")  # what is measured beside transformers
+
+
 def machine(records: Records) -> list[Block]:
     """What lab/hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
     files = [records.home / "hardware.json", *sorted(records.home.glob("hardware-*.json"))]
@@ -310,7 +313,7 @@ def one_machine(found: dict, number: int) -> list[Block]:
             [row(MEMORY, r) for r in found.get("memory", [])],
         ),
         "steps": ("", [row(STEP, r) for r in unfolded(found.get("training", []))]),
-        "decoding": ("", speeds(found.get("decoding", []) + found.get("sampling", []))),
+        "decoding": ("", speeds([r for part in BESIDE for r in found.get(part, [])])),
         "peers": (PEERS, speeds(rates)),
     }
     for name, (words, rows) in tables.items():

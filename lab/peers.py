@@ -1,4 +1,4 @@
-"""Other libraries beside ours: a training step, decoding, the tokenizer. lab/hardware.py times them.
+"""Other libraries beside ours: training steps, decoding, the tokenizer. lab/hardware.py times them.
 
     OMP_NUM_THREADS=1 python -m lab.hardware --only=peers          # a step and decoding on one thread
     taskset -c 0 python -m lab.hardware --only=data --corpus=wikitext2    # the tokenizer on one core
@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data import documents
+from finetune import Adapter
 from model import ModelConfig, ModernDecoderLM
+from sft import SFTConfig, collate_bins, conversation_loss, pack
+from support.adapters import LORA_TARGETS, float32_where_trained, lora_config
 from support.costs import estimate_flops
 from support.cutting import SLAB
 from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import fastest_products, float32_products
+from support.loading import import_peft
 from support.machine import dtype_for
 from support.plan import Step
 from support.processes import CORES
@@ -130,6 +134,52 @@ def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, f
     shares = {name: rate * estimate_flops(c) / peak for name, rate in rates.items()}
     print("of large matrix products:", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     return {"tokens_per_second": rates, "share_of_matmul": shares}
+
+
+def lora_rates(c: ModelConfig, device: torch.device, count: int, rounds: int) -> dict[str, float]:
+    """Tokens a second of LoRA on every linear layer: SFT on `count` conversations as long as GSM8K's.
+
+    Ours packs them into rows of 512 tokens, 4 a step. PEFT on transformers' model has them as they come, 8 a
+    step, padded, as transformers' Trainer would.
+    """
+    cfg = SFTConfig(lora_r=32, lora_dropout=0.0)
+    model = ModernDecoderLM(c)
+    dtype = dtype_for("auto", model, device)
+    peft_config = lora_config(cfg, "causal", LORA_TARGETS["llama"])
+    theirs = import_peft().get_peft_model(llama_twin(c).to(device, dtype), peft_config)
+    Adapter(model.to(device, dtype), cfg, base="")
+    room = min(512, c.context_length)
+    lengths = torch.randint(room // 4, room * 5 // 8, (count,)).tolist()
+    ids = [torch.randint(c.vocab_size, (length,)).tolist() for length in lengths]
+    rows = [(text, [i > len(text) // 2 for i in range(len(text))]) for text in ids]
+    packed = [[rows[i] for i in bin] for bin in pack(lengths, range(count), room)]
+    alone = [[row] for row in rows]
+    runs = {
+        "transformers": lora_epoch(float32_where_trained(theirs), alone, 8, device, dtype),
+        "ours": lora_epoch(model, packed, 4, device, dtype),
+    }
+    return race("LoRA", runs, sum(lengths) - count, rounds=rounds)
+
+
+def lora_epoch(model: nn.Module, bins: list, rows: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    """A function that trains on all conversations, `rows` bins a step."""
+    batches = []
+    for i in range(0, len(bins), rows):
+        batches.append([tensor.to(device) for tensor in collate_bins(bins[i : i + rows], pad=0)])
+    model = model.to(device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def epoch() -> None:
+        for tensors in batches:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                nats, count = conversation_loss(model, *tensors)
+            (nats / count).backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
 
 
 # -----------------------------------------------------------------------------

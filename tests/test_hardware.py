@@ -41,7 +41,7 @@ def test_contenders_take_turns_after_warming_up(monkeypatch):
 
 def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "tokenizers", lambda corpus, rounds: {"encode": 8.0, "tokenizers.encode": 2.0})
-    cfg.only = "matmul,memory,training,decoding,sampling,data"
+    cfg.only = "matmul,memory,training,decoding,sampling,lora,data"
     found = measure(cfg)
     assert json.loads((tmp_path / "hardware.json").read_text()) == found
     (row,) = found["training"]
@@ -50,10 +50,11 @@ def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path, monkeypatch
     assert rate == pytest.approx(2 * 48 / row["seconds"]["eager"])
     assert [r["task"] for r in found["decoding"]] == ["1 row", "16 rows", "16 answers to one prompt"]
     assert all({"transformers", "ours"} <= set(r["tokens_per_second"]) for r in found["decoding"])
-    assert {"transformers", "ours"} == set(found["sampling"][0]["tokens_per_second"])
+    for part in ("sampling", "lora"):
+        assert {"transformers", "ours"} == set(found[part][0]["tokens_per_second"])
     assert found["data"]["encoded_mb_per_second_and_core"] == 8 and found["memory"] == []
     shown = tables(tmp_path)
-    assert f"{rate:,.0f}" in shown["steps"][0] and len(shown["decoding"]) >= 8
+    assert f"{rate:,.0f}" in shown["steps"][0] and len(shown["decoding"]) >= 10
 
     cfg.only = "memory"
     file = tmp_path / "hardware.json"
