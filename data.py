@@ -404,6 +404,7 @@ def load_conversations(name: str, split: str, data_dir: str = "") -> tuple[list[
         question = TASKS[name].question
         return [talk(question.replace("{}", e.text), e.target.strip()) for e in examples], about
     if name == "instructions":
+        check_split(split)
         chats = [row["messages"] for row in instructions(split, GENERATED[split])]
         about = {"source": GENERATED_BY, "licence": "MIT"}
     else:

@@ -245,7 +245,7 @@ law that does not fit its own runs:
 
 
 def scaling(name: str, found: dict) -> list[Block]:
-    """Losses of model sizes at equal FLOPs, the fitted scaling law and its predictions."""
+    """Losses of model sizes at equal FLOPs, the fitted scaling law and its prediction of one more run."""
     curves = []
     for i, budget in enumerate(sorted({p["budget"] for p in found["points"]})):
         points = [p for p in found["points"] if p["budget"] == budget]
@@ -253,13 +253,8 @@ def scaling(name: str, found: dict) -> list[Block]:
     panel = Panel(curves, "parameters", "validation loss", log="xy")
     blocks = [chart(f"scaling-{name}", "Model sizes at equal FLOPs.", [panel], size=(6.4, 4))]
     blocks += say(SIZES, **found.get("sizes") or {}) + say(LAW, **found.get("law") or {})
-    sizes = {}
-    for config, p in found.get("predictions", {}).items():
-        sizes[f"{config}, predicted best"] = p
-        if "has" in p:
-            sizes[f"{config}, as configured"] = p | {"loss": None} | p["has"]
     check = found.get("check") or {}
-    sizes["one more run, predicted"] = check | check.get("said", {})
+    sizes = {"one more run, predicted": check | check.get("said", {})}
     sizes["one more run, measured"] = check | check.get("came", {})
     rows = [cells for cells in rows_of(SIZE, sizes) if cells["FLOPs"]]
     return blocks + ([*say(PREDICTED), Table(f"predicted-{name}", rows)] if rows else [])

@@ -236,6 +236,8 @@ def test_unknown_names_splits_and_shares_are_refused(corpus, split, message):
         data.documents(corpus, split)
     with pytest.raises(data.DataError, match="no task.*the tasks are sst2|no split"):
         data.load_task(corpus, split)
+    with pytest.raises(data.DataError, match="no split"):
+        data.load_conversations("instructions", "valid")
 
 
 def test_a_mix_has_its_shares_at_every_point_and_names_every_part():
