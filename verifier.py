@@ -316,8 +316,8 @@ def channel_loss(model: nn.Module, ids, mask, targets, places, contrast: float) 
 
     The last rows are the wrong answers, one for each right answer in `places`.
     """
-    logits = target_logits(model, "causal", ids, mask, targets).float().transpose(1, 2)
-    nats = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none").sum(1)
+    logits = target_logits(model, "causal", ids, mask, targets).float().flatten(0, 1)
+    nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets).sum(1)
     n = len(ids) - len(places)
     loss = nats[:n].sum() - contrast * F.logsigmoid(nats[n:] - nats[places]).sum()
     return loss, (targets[:n] != -100).sum()
@@ -476,8 +476,9 @@ def head_loss(model: nn.Module, ids, inside, right, weight, cfg: VerifierConfig)
         apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
         loss = loss + cfg.contrast * weight * (apart * pairs_of(right, cfg.group)).sum()
     if cfg.lm_weight:
-        nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = loss + cfg.lm_weight * ((nats * inside[:, 1:]).sum(1) / tokens)[right].sum()
+        learned = inside[:, 1:] & right.unsqueeze(1)
+        nats = F.cross_entropy(logits[:, :-1][learned].float(), ids[:, 1:][learned], reduction="none")
+        loss = loss + cfg.lm_weight * (nats / tokens.repeat_interleave(learned.sum(1))).sum()
     return loss, len(ids)
 
 
