@@ -753,6 +753,9 @@ class Trainer:
 
     def end(self) -> None:
         self.optimizers = []  # evaluation, which may follow, has use for their memory
+        # Before the processes part: afterwards DDP's end, holding Python's lock, may wait for a thread of
+        # gloo that waits for this lock.
+        self.net = self.model
         self.log.close()
         self.at_end.close()
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -221,6 +222,17 @@ def test_two_processes_killed_and_resumed_give_the_same_bits(settings, run, tmp_
     kill(*both)
     assert "resuming at step" in finish(*start_together(settings(**cfg)))
     assert_same_run(tmp_path / "whole", run)
+
+
+def test_what_exchanges_gradients_is_gone_before_the_processes_part(settings):
+    """In the other order a process may never end: torch's thread and ours wait for each other."""
+    gone = []
+    trainer = Trainer(settings(), small_model(), uneven_rows, lambda *_: None)
+    trainer.net = nn.Sequential(trainer.model)
+    weakref.finalize(trainer.net, gone.append, "DDP")
+    trainer.at_end.callback(gone.append, "group")
+    trainer.end()
+    assert gone == ["DDP", "group"]
 
 
 @pytest.mark.parametrize("more, tolerance", [
