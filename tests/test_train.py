@@ -216,7 +216,7 @@ def test_two_processes_killed_and_resumed_give_the_same_bits(settings, run, tmp_
     cfg = dict(dropout=0.1, max_steps=30, eval_every=10, save_every=6, context_length=32, batch_size=2)
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [sys.executable, *torchrun, "train.py", *flags(settings(name="whole", **cfg))]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True)
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=200)
     both = start_together(settings(**cfg))
     wait_for_step(run, random.Random(3).randrange(8, 20), both[0])
     kill(*both)
