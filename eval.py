@@ -327,8 +327,9 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
     gating = {}
     for verifier in verifiers:
-        label = Path(verifier.name).name
-        scored = verifier.score_all(*samples.flat(), f"{verifier.name} judges")
+        folder = verifier.model.name
+        label = Path(folder).name
+        scored = verifier.score_all(*samples.flat(), f"{folder} judges")
         scores, probabilities = (values.reshape(right.shape) for values in scored)
         ways[f"{label}, best"] = best, scores
         ways[f"{label}, vote"] = vote, vote_weights(scores, verifier.fitted["sharpness"])
@@ -345,7 +346,7 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
         "samples": cfg.samples,
         "temperature": cfg.temperature,
         "gating": gating,
-        "verifiers": {Path(verifier.name).name: verifier.name for verifier in verifiers},
+        "verifiers": {Path(v.model.name).name: v.model.name for v in verifiers},
         "errors": {kind: errors[kind] for kind in KINDS if errors[kind]},
         "seconds": round(time.perf_counter() - begun, 2),
     }
@@ -416,7 +417,7 @@ def evaluate_model(
     """One model on all tasks; results are printed and written as they come."""
     model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
     if dtype:
-        model.dtype = model.sampling_dtype = dtype
+        model.dtype = dtype
     run = read_run(name)
     smoke = "; SMOKE RUN, no result" * bool(run.get("smoke"))
     print(f"{name}: {model.n_parameters / 1e6:.1f}M parameters, {model.kind}{smoke}")

@@ -257,7 +257,7 @@ def build_model(
     limit = cfg.context_length or 1024
     chat = align or source.is_chat(tokenizer)
     found = TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
-    found.sampling_dtype = dtype_for(cfg.dtype, model, device)
+    found.dtype = dtype_for(cfg.dtype, model, device)
     return found
 
 

@@ -32,7 +32,7 @@ predicts right or wrong from both terms and the length of the problem; the check
 one there, too. Nothing is fitted on the test split.
 
 It reads a generator and writes a run folder out/NAME; run.json says how well it verifies, beside the
-generator's own log-probability and the channel alone. judged/ keeps the log-probabilities of judged answers.
+generator's own log-probability and the channel alone. judged/ of both folders keeps log-probabilities.
 """
 
 from support.terminal import run_script
@@ -40,6 +40,7 @@ from support.terminal import run_script
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,7 @@ class Verifier:
     model: "TextModel | ValueHead"  # the channel, or a copy of the generator with a value head
     task: str  # whose question is asked
     fitted: dict  # on validation, see `fit`: "lambda", "sharpness" of a vote, "logistic" coefficients
-    name: str = ""  # the run folder in whose judged/ log-probabilities are kept; "": they are not
+    keep: bool = True  # log-probabilities of many answers stay on the disk
 
     @classmethod
     def load(
@@ -132,8 +133,7 @@ class Verifier:
         if run["data"]["tokenizer"] != generator.tokenizer.hash:
             raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
         model = load_trained(run["verifier"], folder, device)
-        name = str(folder) if keep else ""
-        return cls(run["verifier"], generator, model, run["settings"]["task"], run["combine"], name)
+        return cls(run["verifier"], generator, model, run["settings"]["task"], run["combine"], keep)
 
     def score(self, problem: str, answer: str) -> float:
         """The probability, 0 to 1, that the answer is right."""
@@ -165,36 +165,35 @@ class Verifier:
 
     def terms(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
         """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
-        answer), or the head's logit. The same answer is read once; many are kept on disk.
+        answer), or the head's logit. The same answer is read once; `keep`: what was read stays on disk.
         """
         pairs = list(zip(problems, answers, strict=True))
         place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        file = self.file_of(list(place))
-        if file and file.exists():
-            terms = np.fromfile(file).reshape(-1, 2)
+        forward = [forward_row(self.generator, self.task, *pair) for pair in place]
+        if self.kind == "head":
+            added = self.read(self.model.text_model, self.model.logits, forward, progress)
         else:
-            forward = [forward_row(self.generator, self.task, *pair) for pair in place]
-            if self.kind == "head":
-                added = self.model.logits(forward, progress)
-            else:
-                backward = [backward_row(self.model, *pair) for pair in place]
-                added = self.model.log_likelihoods(backward, progress)
-            terms = np.stack([self.generator.log_likelihoods(forward, progress), added], axis=1)
-            if file:
-                file.parent.mkdir(exist_ok=True)
-                write_atomically(file, terms.tofile)
-        return terms[[place[pair] for pair in pairs]]
+            backward = [backward_row(self.model, *pair) for pair in place]
+            added = self.read(self.model, self.model.log_likelihoods, backward, progress)
+        said = self.read(self.generator, self.generator.log_likelihoods, forward, progress)
+        return np.stack([said, added], axis=1)[[place[pair] for pair in pairs]]
 
-    def file_of(self, pairs: list[tuple[str, str]]) -> Path | None:
-        """Where the terms of these pairs are kept; None for a single pair and for weights in no folder."""
-        if len(pairs) == 1 or not self.name:
-            return None
-        weights = [weights_hash(name) for name in (self.generator.name, self.name)]
-        if None in weights:
-            return None
-        key = [weights, self.generator.context_length, self.model.context_length, pairs]
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-        return Path(self.name) / "judged" / f"{digest}.float64"
+    def read(self, model: TextModel, score: Callable, rows: list[Row], progress: str) -> np.ndarray:
+        """score(rows, progress), kept in the model's folder: several verifiers judge the same answers.
+
+        Not of a single row, and not of a model of the hub, which has no folder.
+        """
+        weights = weights_hash(model.name) if self.keep and len(rows) > 1 else None
+        key = json.dumps([weights, str(model.dtype), model is self.generator, rows])
+        file = Path(model.name, "judged", hashlib.sha256(key.encode()).hexdigest()[:12] + ".float64")
+        if weights and file.exists():
+            return np.fromfile(file)
+        with model.autocast():
+            found = score(rows, progress)
+        if weights:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, found.tofile)
+        return found
 
 
 def load_trained(kind: str, folder: str | Path, device: str) -> "TextModel | ValueHead":
@@ -336,7 +335,7 @@ class ValueHead(nn.Module):
     def __init__(self, text_model: TextModel):
         super().__init__()
         self.text_model, self.tokenizer = text_model, text_model.tokenizer
-        self.context_length = text_model.context_length
+        self.name, self.context_length = text_model.name, text_model.context_length
         self.lm = text_model.model
         self.value = nn.Linear(self.lm.config.d_model if text_model.ours else self.lm.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
@@ -366,12 +365,14 @@ class ValueHead(nn.Module):
     @torch.no_grad()
     def logits(self, rows: list[Row], progress: str = "") -> np.ndarray:
         """(n) values at the end of each answer."""
-        found = np.zeros(len(rows))
-        for index in self.text_model.batch_indices([length(row) for row in rows], progress):
-            ids, inside = value_rows([rows[i] for i in index], self.text_model.pad)
-            _, values = self(ids.to(self.text_model.device))
-            found[index] = last_value(values.cpu().float(), inside).double()
-        return found
+        model = self.text_model
+
+        def values_of(index: list[int]) -> list[float]:
+            ids, inside = value_rows([rows[i] for i in index], model.pad)
+            _, values = self(ids.to(model.device))
+            return last_value(values.cpu().float(), inside).tolist()
+
+        return np.array(model.in_batches(values_of, [length(row) for row in rows], progress))
 
     def save(self, folder: Path) -> None:
         self.text_model.save(folder)
@@ -608,7 +609,7 @@ def train_verifier(cfg: VerifierConfig) -> dict:
         if "verification" in run:
             raise
     model = load_trained(cfg.kind, folder, cfg.device)
-    verifier = Verifier(cfg.kind, generator, model, cfg.task, {}, str(folder))
+    verifier = Verifier(cfg.kind, generator, model, cfg.task, {})
     problems, answers = held_out.flat()
     terms = verifier.terms(problems, answers, "validation")
     verifier.fitted |= fit(cfg.kind, terms, verifier.features(problems, terms), held_out.right)

@@ -237,8 +237,10 @@ class Plan:
         return self.once(answers * SIZES[task].answer, model, task, split, answers)
 
     def judge(self, verifier: str, model: str, task: str, split: str, answers: float) -> float:
-        """Tokens of those that differ, read by the generator and by the channel."""
-        return self.once(2 * 0.6 * answers * SIZES[task].tokens, verifier, model, task, split, answers)
+        """Tokens of those that differ, read by the generator, once for all verifiers, and by this one."""
+        tokens = 0.6 * answers * SIZES[task].tokens
+        readers = model, verifier
+        return sum(self.once(tokens, "read", reader, model, task, split, answers) for reader in readers)
 
     def tokenizer(self, cfg: TokenizerStageConfig) -> Stage:
         """The text is read twice: to learn merges, and to be encoded."""
