@@ -192,7 +192,7 @@ class Shape:
 
     c: ModelConfig
     kind: str  # "causal", "seq2seq" (half of the layers are the encoder's) or "head"
-    ours: bool  # True: computed by model.py; False: by transformers
+    ours: bool = True  # computed by model.py; False: by transformers
 
     @property
     def ffn_temporaries(self) -> int:
@@ -204,9 +204,11 @@ class Shape:
         return 3 if gated and self.kind != "seq2seq" else 4
 
 
-def shape_of(config, kind: str = "causal", ours: bool = True) -> Shape:
-    """The Shape of a ModelConfig, or of a transformers config (`ours` is then False)."""
-    return Shape(config if isinstance(config, ModelConfig) else config_of_hub(config), kind, ours)
+def shape_of(config, kind: str = "causal") -> Shape:
+    """The Shape of a ModelConfig, or of a transformers config, whose model transformers computes."""
+    if isinstance(config, ModelConfig):
+        return Shape(config, kind)
+    return Shape(config_of_hub(config), kind, ours=False)
 
 
 def config_of_hub(config) -> ModelConfig:

@@ -417,7 +417,7 @@ class TextModel:
         free = room(self.device, processes)
         if self.ours and dtype != self.model.head.dtype:
             free -= dtype.itemsize * self.n_parameters
-        shape = shape_of(self.model.config, self.kind, self.ours)
+        shape = shape_of(self.model.config, self.kind)
         need = partial(need, shape, size=dtype.itemsize, on_cpu=on_cpu)
         return lambda longest: rows_that_fit(lambda rows: need(rows, longest), most(max(1, longest)), free)
 

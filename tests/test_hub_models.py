@@ -150,7 +150,7 @@ def test_conversations_are_packed_only_where_the_model_keeps_them_apart(name, ti
     folder = llama(tmp_path / "m", renamed(tiny), config, **more)
     model = load_model(folder, CPU, "transformers")
     assert can_pack(model) is expected
-    assert shape_of(model.model.config, "causal", False).c.n_heads > 0
+    assert shape_of(model.model.config).c.n_heads > 0
 
 
 def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):

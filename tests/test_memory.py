@@ -147,7 +147,7 @@ def test_a_batch_of_likelihoods_is_predicted(on_meta, kind):
         model, shape = on_meta(ModernDecoderLM, ON_HUB["gpt2"]), shape_of(ON_HUB["gpt2"])
     else:
         auto = transformers.AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
-        model, shape = on_meta(auto.from_config, GPT2), shape_of(GPT2, kind, ours=False)
+        model, shape = on_meta(auto.from_config, GPT2), shape_of(GPT2, kind)
     ids = torch.ones(rows, length, dtype=torch.long, device="meta")
     with LiveBytes(model) as live:
         logits = target_logits(model, shape.kind, ids, ids, ids)
@@ -202,7 +202,7 @@ def test_generation_by_transformers_is_predicted(config):
     with LiveBytes(model) as live:
         model.generate(input_ids=torch.ones_like(mask), attention_mask=mask, max_new_tokens=new,
                        min_new_tokens=new, do_sample=False, pad_token_id=0)  # fmt: skip
-    assert live.agrees_with(generation_bytes(shape_of(config, kind, False), rows, prompt, new, size=4))
+    assert live.agrees_with(generation_bytes(shape_of(config, kind), rows, prompt, new, size=4))
 
 
 @pytest.mark.parametrize("columns", [2, 90])
