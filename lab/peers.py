@@ -46,13 +46,11 @@ SHAPE = ModelConfig(n_layers=6, d_model=288, n_heads=6, d_ff=768, context_length
 def race(
     task: str, contenders: dict[str, Callable], amount: float, unit: str = "tok/s", rounds: int = 10, **how
 ) -> dict[str, float]:
-    """What each contender does a second, if a call does `amount`: printed, beside the first one's, and
-    returned.
-    """
+    """Prints and returns the rate of each contender, whose call does `amount`, beside the first one's."""
+    first = next(iter(contenders))
     rates = {}
     for name, seconds in medians(contenders, rounds, **how).items():
         rates[name] = amount / seconds
-        first = next(iter(rates))
         times = rates[name] / rates[first]
         print(f"{task:28} {name:32} {rates[name]:12,.1f} {unit} {times:5.2f}x {first}", flush=True)
     return rates
@@ -64,6 +62,14 @@ def llama_twin(c: ModelConfig) -> LlamaForCausalLM:
     for key in ("architectures", "model_type", "dtype"):
         keys.pop(key)
     return LlamaForCausalLM(LlamaConfig(**keys))
+
+
+def paired_models(c: ModelConfig) -> tuple[ModernDecoderLM, LlamaForCausalLM]:
+    """Our model of this shape, and transformers' Llama with the same weights."""
+    ours = ModernDecoderLM(c).eval()
+    theirs = llama_twin(c).eval()
+    theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
+    return ours, theirs
 
 
 def litgpt_twin(c: ModelConfig) -> nn.Module:
@@ -194,11 +200,7 @@ def decoding_rates(
     prompts of 32 tokens; then so many sampled answers to one prompt, as a verifier wants them.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours = ModernDecoderLM(c).eval()
-    theirs = llama_twin(c).eval()
-    theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
-    ours = ours.to(device, dtype)
-    theirs = theirs.to(device, dtype)
+    ours, theirs = (model.to(device, dtype) for model in paired_models(c))
     theirs.generation_config = GenerationConfig(
         max_new_tokens=new,
         min_new_tokens=new,
@@ -217,9 +219,7 @@ def decoding_rates(
     found = {}
     for task, (prompts, n, how) in tasks.items():
         mine = partial(ours.generate, prompts.tolist(), new, n=n, temperature=float(n > 1))
-        runs = {}
-        runs["transformers"] = partial(theirs.generate, prompts, **how)
-        runs["ours"] = mine
+        runs = {"transformers": partial(theirs.generate, prompts, **how), "ours": mine}
         if task == "1 row" and dtype == torch.float32 and importlib.util.find_spec("litgpt"):
             runs["litgpt"] = litgpt_decoder(c, ids[0], new)
         if compiled:
@@ -242,10 +242,9 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
     """Tokens a second of n sampled answers to each prompt, ours on all cores, same weights. Both in the data
     type that ours samples in; a batch has at most 256 answers, or 1,024 on a GPU.
     """
-    model = ModernDecoderLM(c).eval().to(device)
-    dtype = dtype_for("auto", model, device)
-    theirs = llama_twin(c).eval()
-    theirs.load_state_dict(to_hf_tensors(c, model.state_dict()), strict=False)
+    ours, theirs = paired_models(c)
+    ours = ours.to(device)
+    dtype = dtype_for("auto", ours, device)
     theirs = theirs.to(device, dtype)
     theirs.generation_config = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None,
@@ -258,7 +257,7 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
 
     def sample(batch: Tensor) -> list[list[int]]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model.generate(batch.tolist(), new, n=n, temperature=1.0)
+            return ours.generate(batch.tolist(), new, n=n, temperature=1.0)
 
     runs = {
         "transformers": lambda: [theirs.generate(batch) for batch in batches],

@@ -192,7 +192,7 @@ class Shape:
 
     c: ModelConfig
     kind: str  # "causal", "seq2seq" (half of the layers are the encoder's) or "head"
-    ours: bool = True  # computed by model.py; False: by transformers
+    ours: bool  # True: computed by model.py; False: by transformers
 
     @property
     def ffn_temporaries(self) -> int:
@@ -206,9 +206,8 @@ class Shape:
 
 def shape_of(config, kind: str = "causal") -> Shape:
     """The Shape of a ModelConfig, or of a transformers config, whose model transformers computes."""
-    if isinstance(config, ModelConfig):
-        return Shape(config, kind)
-    return Shape(config_of_hub(config), kind, ours=False)
+    ours = isinstance(config, ModelConfig)
+    return Shape(config if ours else config_of_hub(config), kind, ours)
 
 
 def config_of_hub(config) -> ModelConfig:
