@@ -47,7 +47,7 @@ from data import TASKS, Example, judge, load_task, refuse_overlap, talk
 from finetune import AdaptConfig, TrainingSet, subsample
 from model import ModernDecoderLM
 from support.alignment import best_evaluation, chat_model, run_stage, stage_trainer, train_and_merge
-from support.machine import dtype_for
+from support.machine import autocast, dtype_for
 from support.pairs import Pair, from_collection, write_answers, write_pairs
 from support.runs import AlreadyFinished, TrainError, run_folder
 from support.samples import draw
@@ -330,7 +330,7 @@ def train_round(cfg: DPOConfig) -> dict:
     whole = not (cfg.first_difference or cfg.is_control)
     reference = np.zeros((len(pairs), 2), np.float32)
     dtype = dtype_for(cfg.dtype, model.model, model.device)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):  # as the steps compute
+    with autocast(model.device, dtype):  # as the steps compute
         if not cfg.is_control:  # no step was taken, so the model is still the reference
             reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
         evaluate = validation(cfg, model, val_pairs, problems)

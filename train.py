@@ -58,7 +58,7 @@ from support.checkpoints import (
 )
 from support.costs import estimate_flops
 from support.kernels import fastest_products, float32_products
-from support.machine import hardware, peak_flops, peak_memory, pick_device, pick_dtype
+from support.machine import autocast, hardware, peak_flops, peak_memory, pick_device, pick_dtype
 from support.memory import is_out_of_memory, leave_memory_to_others
 from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
@@ -566,9 +566,7 @@ class Trainer:
         """Weights are cast to the dtype of activations where they are used. Autocast would keep the casts to
         the end of the pass, which is what gradient checkpointing wants to avoid.
         """
-        half = self.dtype != torch.float32
-        keep = not self.cfg.gradient_checkpointing
-        return torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep)
+        return autocast(self.device, self.dtype, cache=not self.cfg.gradient_checkpointing)
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """float16's gradients underflow unless the loss is scaled up; other dtypes need no scaling."""

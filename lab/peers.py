@@ -31,7 +31,7 @@ from support.cutting import SLAB
 from support.hf_format import to_hf_config, to_hf_tensors
 from support.kernels import fastest_products, float32_products
 from support.loading import import_peft
-from support.machine import dtype_for
+from support.machine import autocast, dtype_for
 from support.plan import Step
 from support.processes import CORES
 from support.text_model import on_all_cores
@@ -178,7 +178,7 @@ def lora_epoch(model: nn.Module, bins: list, rows: int, device: torch.device, dt
 
     def epoch() -> None:
         for tensors in batches:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 nats, count = conversation_loss(model, *tensors)
             (nats / count).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -256,7 +256,7 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
     batches = ids.split(rows)
 
     def sample(batch: Tensor) -> list[list[int]]:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             return ours.generate(batch.tolist(), new, n=n, temperature=1.0)
 
     runs = {

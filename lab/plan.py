@@ -44,7 +44,7 @@ from sft import SFTConfig, mixture
 from support.costs import GIB, count_parameters, estimate_flops, estimate_memory, generation_bytes, shape_of
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
-from support.machine import SMALL, cpu_name, dtype_for, peak_flops, pick_device
+from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
 from support.plan import Step, memory_options, planned_for, usable
 from support.processes import CORES
 from support.runs import read_json
@@ -501,7 +501,7 @@ class Measured:
         draw = partial(model.generate, [[1] * 64] * 16, new, temperature=1.0, n=n, seed=1)
 
         def seconds(_=None) -> float:
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(self.device, dtype):
                 return seconds_of(draw)
 
         seconds()

@@ -152,6 +152,11 @@ def dtype_for(dtype: str, model: torch.nn.Module, device: torch.device) -> torch
     return pick_dtype(dtype, device)
 
 
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
+    """A context for forward passes in `dtype`. `cache`: keep the casts of weights to the end of the pass."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
+
+
 def hardware(device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": name, "threads": torch.get_num_threads(), "platform": platform.platform(terse=True)}

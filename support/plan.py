@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model import ModelConfig, ModernDecoderLM
 from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.kernels import fastest_products, float32_products
-from support.machine import cpu_name, peak_flops, pick_device, pick_dtype
+from support.machine import autocast, cpu_name, peak_flops, pick_device, pick_dtype
 from support.runs import TrainError
 from support.timing import matmul_flops, medians
 from tokenizer import open_tokens, tokens_folder
@@ -149,9 +149,8 @@ class Step:
         self.targets = ids[:, 1:].contiguous()
 
     def forward(self) -> Tensor:
-        half = self.dtype != torch.float32
-        keep = not self.cfg.gradient_checkpointing  # as in the Trainer
-        with torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=keep):
+        cache = not self.cfg.gradient_checkpointing  # as in the Trainer
+        with autocast(self.device, self.dtype, cache):
             total, count = next_token_loss(self.net, self.inputs, self.targets)
         return total / count / self.cfg.grad_accum_steps
 
