@@ -23,7 +23,7 @@ from model import ModelConfig, ModernDecoderLM, MoE
 from support.costs import GIB, count_parameters, estimate_memory, kv_cache_bytes
 from support.loading import load_model
 from support.long_context import STREAM, endless, streams
-from support.machine import peak_resident_bytes, pick_device
+from support.machine import peak_memory, pick_device
 from support.plan import Step
 from support.processes import worker_pool
 from support.tables import read_jsonl
@@ -168,10 +168,11 @@ def race(cfg: ExperimentConfig, runs: list[Run]) -> dict:
                 entry |= {"step": line["step"], "seconds": seconds, "ratio": seconds / gpt["seconds"]}
                 break
         seeds[run.seed] = entry
-    if not seeds:
-        return {}
+    found = {"seeds": seeds} if seeds else {}
     ratios = [entry["ratio"] for entry in seeds.values() if "ratio" in entry]
-    return {"seeds": seeds} | ({"ratio": spread(ratios)} if len(ratios) == len(seeds) else {})
+    if ratios and len(ratios) == len(seeds):
+        found["ratio"] = spread(ratios)
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -189,15 +190,15 @@ SHAPES = {  # layers, width, rows
 }
 
 
-def cost(layers: int, width: int, rows: int, device: str) -> dict:
+def cost(layers: int, width: int, rows: int, device_name: str) -> dict:
     """A training step (AdamW) in this shape: parameters, tokens a second (the better of two), peak memory of
     this process, and the rows that 12 GiB would hold in bfloat16, estimated.
     """
     heads = max(4, width // 64)
     c = ModelConfig(vocab_size=1024, context_length=128, n_layers=layers, d_model=width, n_heads=heads)
-    step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), pick_device(device))
+    device = pick_device(device_name)
+    step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), device)
     seconds = min(in_turns({"step": step}, rounds=2, warmup=1)["step"])
-    peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_resident_bytes()
     most = 1
     while estimate_memory(c, 2 * most)["peak"] <= 12 * GIB:
         most *= 2
@@ -205,7 +206,7 @@ def cost(layers: int, width: int, rows: int, device: str) -> dict:
         "parameters": count_parameters(c)["total"],
         "rows": rows,
         "tokens_per_second": rows * c.context_length / seconds,
-        "peak_memory_gib": round(peak / GIB, 3),
+        "peak_memory_gib": round(peak_memory(device) / GIB, 3),
         "most_rows_in_12_gib": most,
     }
 
@@ -216,7 +217,7 @@ def costs(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     found = {}
     for name, shape in SHAPES.items():
         with worker_pool(1, "--only of other families", spawn) as pool:
-            found[name] = pool.submit(cost, *shape, str(pick_device(cfg.device))).result()
+            found[name] = pool.submit(cost, *shape, cfg.device).result()
     return found
 
 
@@ -259,13 +260,13 @@ def transfer(cfg: ExperimentConfig, runs: list[Run]) -> dict:
             for way, run in pair.items():
                 scores[f"{way}, tuned"].append(points(run.record["evaluation"]["metrics"]))
             gain = scores["pretrained, tuned"][-1] - scores["scratch, tuned"][-1]
+            scores["pretrained - scratch"].append(gain)
             base = by_name["transfer-pretrained", seed].folder
             model = load_model(str(base), pick_device(cfg.device))
             some = subsample(examples, 50 if cfg.quick else 500, seed)
             for shots in (0, 4):
                 outputs, _ = answer_task(model, task, some, few_shot(task, shots, seed))
                 scores[f"prompted, {shots} shots"].append(points(judge(task, some, outputs)[1]))
-            scores["pretrained - scratch"].append(gain)
         if scores:
             found[task] = {way: spread(values) for way, values in scores.items()}
     return found

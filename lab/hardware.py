@@ -30,7 +30,7 @@ from support.files import write_json
 from support.hf_format import to_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
-from support.plan import Step, fit_batch, planned_for
+from support.plan import Step, fit_batch, planned_for, planned_model
 from support.runs import read_json
 from support.timing import in_turns, matmul_flops, medians
 from train import TrainConfig
@@ -117,7 +117,8 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     rows = []
     for name, settings in MEMORY.items():
         train = TrainConfig(**BASE | settings)
-        c, _, _, options = planned_for(train)
+        c = planned_model(train)
+        _, _, options = planned_for(train)
         plan = estimate_memory(c, train.batch_size, **options)
         planned = plan["peak"] - plan["overhead"]
         row = {"shape": name, "rows": train.batch_size, "planned": planned, "plan": plan["peak"]}
@@ -151,7 +152,7 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         if cuda:
             train.vram = min(torch.cuda.get_device_properties(device).total_memory / GIB, cfg.cap * 12 / 11)
             fit_batch(train)
-        c = planned_for(train)[0]
+        c = planned_model(train)
         tokens = train.batch_size * train.grad_accum_steps * c.context_length
         ways = ("eager", "compiled") if cuda and cfg.compile else ("eager",)
         seconds = {}
@@ -178,9 +179,14 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
 # Decoding, other libraries, the tokenizer
 
 
+def first_shape(cfg: HardwareConfig, device: torch.device) -> ModelConfig:
+    """The shape of the first config."""
+    return planned_model(next(iter(configs_of(cfg, device).values())))
+
+
 def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Tokens a second of ours and of transformers' generate, same weights, shape of the first config."""
-    c = planned_for(next(iter(configs_of(cfg, device).values())))[0]
+    c = first_shape(cfg, device)
     if to_hf_config(c)["architectures"] != ["LlamaForCausalLM"]:
         print("decoding: the first of --configs is no Llama, which is what is compared here")
         return []
@@ -208,9 +214,7 @@ def lora(cfg: HardwareConfig, device: torch.device) -> list[dict]:
 
 def smol_or_named(cfg: HardwareConfig, device: torch.device) -> ModelConfig:
     """The shape of the first config that is named, else of SmolLM2-135M."""
-    if cfg.configs:
-        return planned_for(next(iter(configs_of(cfg, device).values())))[0]
-    return ON_HUB["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    return first_shape(cfg, device) if cfg.configs else ON_HUB["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 def data(cfg: HardwareConfig, device: torch.device) -> dict:

@@ -45,7 +45,7 @@ from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
-from support.plan import Step, memory_options, planned_for, usable
+from support.plan import Step, memory_options, planned_model, usable
 from support.processes import CORES
 from support.runs import read_json
 from support.text_model import on_all_cores
@@ -263,7 +263,7 @@ class Plan:
         )
 
     def train(self, cfg: TrainConfig) -> Stage:
-        c = planned_for(cfg)[0]
+        c = planned_model(cfg)
         name = f"{cfg.out}/{cfg.name}"
         self.models[name] = c
         self.bases.add(name)
@@ -297,11 +297,11 @@ class Plan:
         """
         c = self.model(start)
         self.models[f"{cfg.out}/{cfg.name}"] = c
-        trained = total = count_parameters(c)["total"]
+        total = count_parameters(c)["total"]
+        adapter = None
         if cfg.lora_r:  # A and B of q, k, v, o, gate, up and down
             attention = 2 * c.head_dim * (c.n_heads + c.n_kv_heads) + 4 * c.d_model
-            trained = c.n_layers * cfg.lora_r * (attention + 3 * (c.d_model + c.d_ff))
-        adapter = trained if cfg.lora_r else None
+            adapter = c.n_layers * cfg.lora_r * (attention + 3 * (c.d_model + c.d_ff))
         batch = cfg.batch_size * cfg.grad_accum_steps
         evaluations = 1 + rows * cfg.epochs / (batch * max(1, cfg.eval_every))
         return Stage(
@@ -314,7 +314,7 @@ class Plan:
             options=memory_options(cfg, self.on_gpu) | {"trained": adapter, "four_bit": cfg.load_in_4bit},
             overhead=overhead,
             seconds=6.0 if cfg.lora_r else 0.0,  # importing PEFT
-            megabytes=written(trained, cfg) + 4e-6 * total * (start in ON_HUB),
+            megabytes=written(adapter or total, cfg) + 4e-6 * total * (start in ON_HUB),
         )
 
     def finetune(self, cfg: FinetuneConfig) -> Stage:

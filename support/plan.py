@@ -17,19 +17,24 @@ from tokenizer import open_tokens, tokens_folder
 from train import TrainConfig, TrainerConfig, make_optimizers, model_config, next_token_loss, padded
 
 
-def planned_for(cfg: TrainConfig) -> tuple[ModelConfig, str, float, dict]:
-    """The model, the GPU (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory
-    is to be estimated there.
-    """
+def planned_model(cfg: TrainConfig) -> ModelConfig:
+    """The model that a run trains if its tokenizer reaches the vocabulary that the config asks for."""
     c = model_config(cfg)
-    device = pick_device(cfg.device)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
+    return c
+
+
+def planned_for(cfg: TrainConfig) -> tuple[str, float, dict]:
+    """The GPU (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory is to be
+    estimated there.
+    """
+    device = pick_device(cfg.device)
     gpu = cfg.card or ("RTX 3060" if cfg.vram else "")
     vram = cfg.vram
     if device.type == "cuda" and not gpu:
         gpu = torch.cuda.get_device_name(device)
         vram = torch.cuda.get_device_properties(device).total_memory / GIB
-    return c, gpu, vram, memory_options(cfg, bool(gpu))
+    return gpu, vram, memory_options(cfg, bool(gpu))
 
 
 def memory_options(cfg: TrainerConfig, on_gpu: bool) -> dict:
@@ -58,13 +63,13 @@ def fit_batch(cfg: TrainConfig) -> None:
     """--batch_size=auto: the largest micro-batch that the GPU holds by the plan; the batch stays the same.
     Without a GPU the config's own: in main memory larger ones are no faster.
     """
-    c, _, vram, options = planned_for(cfg)
+    _, vram, options = planned_for(cfg)
     if cfg.card and not vram:
         raise TrainError(f"--batch_size=auto needs --vram beside --card={cfg.card}")
     if vram:
         rows = cfg.batch_size * cfg.grad_accum_steps
         divisors = [b for b in range(1, rows + 1) if rows % b == 0]
-        cfg.batch_size = max(1, largest_batch(c, vram, options, divisors))
+        cfg.batch_size = max(1, largest_batch(planned_model(cfg), vram, options, divisors))
         cfg.grad_accum_steps = rows // cfg.batch_size
     if not int(os.environ.get("RANK", 0)):
         print(f"--batch_size=auto: {cfg.batch_size} sequences at a time, {cfg.grad_accum_steps} times a step")
@@ -74,7 +79,8 @@ def print_plan(cfg: TrainConfig) -> None:
     """What a run costs in parameters, memory and time: on the GPU here, or on --card or one of --vram GB."""
     if cfg.measure and (cfg.vram or cfg.card):
         raise TrainError("--measure is for the machine here: leave out --vram and --card")
-    c, gpu, vram, options = planned_for(cfg)
+    gpu, vram, options = planned_for(cfg)
+    c = planned_model(cfg)
     n = count_parameters(c)
     total = n.pop("total")
     active = n.pop("active")

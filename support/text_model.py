@@ -32,7 +32,7 @@ from support.files import write_jsonl
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_model
 from support.hub_models import generate as hub_generate
-from support.machine import dtype_for
+from support.machine import autocast, dtype_for
 from support.memory import halving, leave_memory_to_others, room, rows_that_fit
 from support.processes import become_worker, map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
@@ -113,8 +113,7 @@ class TextModel:
     def autocast(self):
         """A context in which the model computes in its dtype; T5's activations exceed float16's 65,504."""
         overflows = self.kind == "seq2seq" and self.dtype == torch.float16
-        half = self.dtype != torch.float32 and not overflows
-        return torch.autocast(self.device.type, self.dtype, enabled=half)
+        return autocast(self.device, torch.float32 if overflows else self.dtype)
 
     # ---- text and tokens
 

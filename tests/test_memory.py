@@ -22,7 +22,7 @@ from support import kernels, memory
 from support.caches import FixedCache
 from support.costs import GIB, generation_bytes, likelihood_bytes, shape_of
 from support.memory import DoesNotFit, control_group_bytes, halving, is_out_of_memory, rows_that_fit
-from support.plan import planned_for
+from support.plan import planned_model
 from support.text_model import on_all_cores, target_logits
 from train import TrainConfig
 
@@ -82,7 +82,7 @@ def fast_functions():
 # On a GPU of 12 GB: the real shapes of the speedrun, on "meta"
 
 SPACE = 8 * GIB  # beside weights, context and what the allocator loses
-SPEEDRUN = planned_for(parse_config(TrainConfig, "", ["configs/speedrun.py"]))[0]
+SPEEDRUN = planned_model(parse_config(TrainConfig, "", ["configs/speedrun.py"]))
 GPT2 = transformers.GPT2Config(pad_token_id=0)
 
 
