@@ -23,7 +23,7 @@ from support.terminal import run_script
 
 import time
 
-from configs import ConfigError, parse_config
+from configs import names_in, parse_config
 from lab.families import costs, gqa, moe, race, stream, transfer, transfer_runs
 from lab.scaling import scaling, scaling_runs
 from lab.study import (
@@ -62,12 +62,7 @@ MEASURES = {  # what a family measures beside the loss: f(cfg, runs of the basel
 
 def chosen(only: str) -> dict[str, list[str]]:
     """The families, or what --only leaves of them."""
-    if not only:
-        return FAMILIES
-    wanted = set(filter(None, only.split(",")))
-    known = [*FAMILIES, *names_of(FAMILIES)]
-    if unknown := wanted.difference(known):
-        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
+    wanted = names_in(only, [*FAMILIES, *names_of(FAMILIES)])
     families = {}
     for family, names in FAMILIES.items():
         some = names if family in wanted else [name for name in names if name in wanted]

@@ -28,7 +28,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import ConfigError, parse_config
+from configs import ConfigError, names_in, parse_config
 from data import TASKS
 from support.charts import BLUE, GREY, Line, Panel, chart, line
 from support.curves import loss_curves, overlaid, preferences
@@ -452,15 +452,15 @@ SECTIONS = {  # heading: function, and what stands there if it returns nothing
 
 def sections_of(records: Records, only: str = "") -> Sections:
     """{heading: blocks} of all sections, or of those whose functions `only` names, joined by commas."""
-    found, known = {}, []
-    wanted = [name for name in only.split(",") if name]
+    sections = {}  # by the name of the function
     for heading, (section, empty) in SECTIONS.items():
         section = pkgutil.resolve_name(section) if isinstance(section, str) else section
-        known.append(section.__name__)
-        if not wanted or section.__name__ in wanted:
+        sections[section.__name__] = heading, section, empty
+    wanted = names_in(only, sections)
+    found = {}
+    for name, (heading, section, empty) in sections.items():
+        if name in wanted:
             found[heading] = records.each([section], lambda section: section(records)) or [Text(empty)]
-    if unknown := set(wanted).difference(known):
-        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
     if records.damaged:
         found["What could not be read"] = [Text(words) for words in dict.fromkeys(records.damaged)]
     return found

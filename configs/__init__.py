@@ -20,6 +20,7 @@ import inspect
 import math
 import sys
 import typing
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
         return Config(**settings)
     except ValueError as error:  # ConfigError, or what the dataclass' __post_init__ finds inconsistent
         parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def names_in(only: str, known: Iterable[str]) -> list[str]:
+    """The names in --only=A,B; without any, all known ones. Raises ConfigError for another name."""
+    names = [name for name in only.split(",") if name]
+    if unknown := set(names).difference(known):
+        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(known)}")
+    return names or list(known)
 
 
 def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:

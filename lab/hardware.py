@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from configs import ConfigError, parse_config
+from configs import names_in, parse_config
 from lab import peers as others
 from lab.plan import ON_HUB
 from model import ModelConfig
@@ -252,9 +252,7 @@ PARTS = {
 
 def measure(cfg: HardwareConfig) -> dict:
     """Runs the parts and adds them to {out}/hardware.json, where parts of other calls stay."""
-    wanted = cfg.only.split(",") if cfg.only else list(PARTS)
-    if unknown := set(wanted) - PARTS.keys():
-        raise ConfigError(f"--only={','.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    wanted = names_in(cfg.only, PARTS)
     device = pick_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
