@@ -44,15 +44,9 @@ def heads(run: Run) -> list[Block]:
     for i, example in enumerate(found["maps"], 1):
         labels = [printable(token) for token in example["tokens"]]
         maps = {fill("{most} layer {layer}, head {head}", x): x["weights"] for x in example["heads"]}
-        blocks.append(
-            images(
-                f"attention-{name}-{i}",
-                fill(LOOK_FOR, {"run": run}),
-                maps,
-                2 if len(maps) <= 4 else 4,
-                labels,
-            )
-        )
+        across = 2 if len(maps) <= 4 else 4
+        caption = fill(LOOK_FOR, {"run": run})
+        blocks.append(images(f"attention-{name}-{i}", caption, maps, across, labels))
         if example.get("inside"):
             blocks.append(inside(f"inside-{name}-{i}", run, example["inside"]))
     return blocks
@@ -65,12 +59,9 @@ def stem_of(run: Run) -> str:
 
 def images(name: str, caption: str, pictures: dict, across: int, labels: list[str] | None = None) -> Figure:
     """Matrices of values from 0 to 1 as images, `across` in a row: (layers, heads), or of labelled tokens."""
-    down, side = -(-len(pictures) // across), 11 / across  # inches
-    fig, grid = canvas(down, across, 11, side * down)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, (title, values) in zip(grid.flat, pictures.items(), strict=False):
-        axes.set_axis_on()
+    side = 11 / across  # inches
+    fig, grid = canvas(len(pictures), across, side, side)
+    for axes, (title, values) in zip(grid, pictures.items(), strict=True):
         axes.set_title(title, fontsize=10)
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="equal" if labels else "auto")
         if labels:
@@ -81,7 +72,7 @@ def images(name: str, caption: str, pictures: dict, across: int, labels: list[st
             axes.set(xlabel="head", ylabel="layer")
             axes.locator_params(integer=True, min_n_ticks=1)
     fig.tight_layout()
-    fig.colorbar(image, ax=grid, fraction=0.02)
+    fig.colorbar(image, ax=fig.axes, fraction=0.02)
     return saved(name, caption.strip(), fig)
 
 

@@ -54,12 +54,8 @@ def chart(
     name: str, caption: str, panels: list[Panel], columns: int = 0, size=(3.6, 3.2), title: str = ""
 ) -> Figure:
     """A Figure of panels beside each other, `columns` in a row; `size` of one: width and height in inches."""
-    columns = columns or len(panels)
-    rows = -(-len(panels) // columns)
-    fig, grid = canvas(rows, columns, size[0] * columns, size[1] * rows)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    fig, grid = canvas(len(panels), columns or len(panels), *size)
+    for axes, panel in zip(grid, panels, strict=True):
         draw(axes, panel)
     fig.suptitle(title)
     fig.tight_layout()
@@ -99,12 +95,18 @@ def draw_line(axes, curve: Line) -> None:
         axes.fill_between(curve.x, curve.low, curve.high, color=drawn.get_color(), alpha=0.12, lw=0)
 
 
-def canvas(rows: int, columns: int, width: float, height: float):
-    """(matplotlib's figure, its axes (rows, columns)). Not through pyplot, which would keep every figure."""
+def canvas(panels: int, columns: int, width: float, height: float):
+    """(matplotlib's figure, the axes of each panel), `columns` in a row, each of so many inches. Not through
+    pyplot, which would keep every figure.
+    """
     from matplotlib.figure import Figure as Canvas
 
-    fig = Canvas(figsize=(width, height))
-    return fig, fig.subplots(rows, columns, squeeze=False)
+    rows = -(-panels // columns)
+    fig = Canvas(figsize=(width * columns, height * rows))
+    grid = fig.subplots(rows, columns, squeeze=False).flat
+    for axes in grid[panels:]:
+        axes.set_axis_off()
+    return fig, grid[:panels]
 
 
 def saved(name: str, caption: str, fig) -> Figure:

@@ -36,10 +36,9 @@ def page(records: Records, only: str = "") -> str:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures without pictures: drawing takes most of the time."""
-    grid = MagicMock(flat=[MagicMock() for _ in range(20)])
     monkeypatch.setattr("support.charts.draw", lambda axes, panel: None)
     for module in ("support.charts", "lab.pages"):
-        monkeypatch.setattr(f"{module}.canvas", lambda *size: (MagicMock(), grid))
+        monkeypatch.setattr(f"{module}.canvas", lambda n, *size: (MagicMock(), [MagicMock()] * n))
         monkeypatch.setattr(f"{module}.saved", lambda name, caption, fig: Figure(name, caption, b""))
 
 
