@@ -168,7 +168,7 @@ def trained(run: Run) -> list[dict]:
     values = {"parameters": 0, "seconds": 0, "status": "unreadable"} | run.record
     values |= {"run": run, "unit": unit, "speed": run.typical("tokens_per_second") or 0}
     values["memory"] = max((x.get("peak_memory_gib", 0) for x in run.metrics), default=0)
-    values["tokens"] = None if unit else run.metrics[-1].get("tokens") if run.metrics else None
+    values["tokens"] = run.metrics[-1].get("tokens") if run.metrics and not unit else None
     if values["tokens"]:
         values["flops"] = 6 * values["parameters"] * values["tokens"]
     return [row(TRAINED, values)]
@@ -387,12 +387,15 @@ def comparison(folders: list[Path]) -> list[Block]:
             raise ConfigError(f"{run.folder} holds no run that can be read")
     differ = differing({name: run.settings for name, run in runs.items()})
     rows = [{"setting": key} | values for key, values in differ.items()]
-    blocks: list[Block] = [Text("Settings that differ:"), Table("settings", rows)]
-    blocks = blocks if rows else [Text("No setting differs.")]
-    rows = last_losses(runs)
-    repeated = any(cells["standard deviation over seeds"] for cells in rows)
-    blocks += [overlaid("comparison", runs), Table("last", rows)]
-    return blocks + [Text(words) for words in damaged + [ALONE] * (not repeated)]
+    blocks: list[Block] = [Text("No setting differs.")]
+    if rows:
+        blocks = [Text("Settings that differ:"), Table("settings", rows)]
+    losses = last_losses(runs)
+    blocks += [overlaid("comparison", runs), Table("last", losses)]
+    blocks += [Text(words) for words in damaged]
+    if not any(cells["standard deviation over seeds"] for cells in losses):
+        blocks.append(Text(ALONE))
+    return blocks
 
 
 def last_losses(runs: dict[str, Run]) -> list[dict]:
@@ -424,7 +427,6 @@ def settings_but_seed(run: Run) -> str:
 # The page
 
 # The lab stands above the lesson, which does not import it: its sections are named, as "module:function".
-LOG, PAPER = "lab.log:log", "lab.paper:write_paper"
 NO_FINDING = "No findings yet: a finding is a difference of full runs whose 95 % interval excludes 0."
 SECTIONS = {  # heading: function, and what stands there if it returns nothing
     "What was found": ("lab.log:findings", NO_FINDING),
@@ -479,8 +481,10 @@ def make_report(cfg: ReportConfig) -> Path:
     sections = sections_of(records, cfg.only)
     page = write(to, "Modern LLM: report", sections)
     if not cfg.only:
-        write(to, "Modern LLM: experiments", pkgutil.resolve_name(LOG)(records, sections), "experiments")
-        pkgutil.resolve_name(PAPER)(to / "paper", records, sections)  # with the page's figures
+        log = pkgutil.resolve_name("lab.log:log")
+        write_paper = pkgutil.resolve_name("lab.paper:write_paper")
+        write(to, "Modern LLM: experiments", log(records, sections), "experiments")
+        write_paper(to / "paper", records, sections)  # with the page's figures
     return page
 
 

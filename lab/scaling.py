@@ -7,6 +7,7 @@ Parameters are all of them: at these widths most are the embedding, and the head
 import math
 from itertools import product
 from operator import itemgetter
+from statistics import median
 
 import numpy as np
 
@@ -152,8 +153,8 @@ def scaling(cfg: ExperimentConfig, runs: list[Run]) -> dict:
 
 def check(cfg: ExperimentConfig, law: dict, sizes: dict | None, points: list[dict]) -> dict:
     """What the fits predict for CHECK FLOPs, printed before it is tried; then the run, and its result."""
-    per_pair = np.median([p["flops"] / (p["parameters"] * p["tokens"]) for p in points])
-    best = best_use(law, sizes, CHECK, float(per_pair))
+    per_pair = median(p["flops"] / (p["parameters"] * p["tokens"]) for p in points)
+    best = best_use(law, sizes, CHECK, per_pair)
     trials = []
     for shape in LARGER:
         flags = size_flags(*shape, CHECK)

@@ -99,8 +99,10 @@ def finished(run: Run) -> bool:
     free = {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens"}
     if record.get("status") != "finished":
         return False
-    wanted = parse_config(FinetuneConfig if run.script == "finetune.py" else TrainConfig, "", run.words)
-    if run.script == "finetune.py":
+    if run.script == "train.py":
+        wanted = settings_of(run.words)
+    else:
+        wanted = parse_config(FinetuneConfig, "", run.words)
         free |= {"max_steps", "context_length"}  # worked out by the run
         if "evaluation" not in record or record.get("parent_hash") != weights_hash(wanted.model):
             return False
@@ -240,8 +242,8 @@ STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.
 
 def spread(values: list[float]) -> dict:
     """Mean, standard deviation and, from two values on, the 95 % interval of the mean (Student's t)."""
-    found = {"mean": fmean(values), "n": len(values)}
     n = len(values)
+    found = {"mean": fmean(values), "n": n}
     if n > 1:
         found["sd"] = stdev(values)
         half = STUDENT.get(n - 1, 1.96) * found["sd"] / math.sqrt(n)
