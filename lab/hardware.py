@@ -80,8 +80,10 @@ def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
     found = {}
     for dtype in dict.fromkeys([torch.float32, torch.bfloat16, pick_dtype("auto", device)]):
         n = 1536 if dtype == torch.float32 else 512  # a CPU may emulate bfloat16
+        if device.type == "cuda":
+            n = 8192
         with float32_products(fastest_products(device)):
-            rate = matmul_flops(dtype, 8192 if device.type == "cuda" else n, device, cfg.rounds)
+            rate = matmul_flops(dtype, n, device, cfg.rounds)
         found[name_of(dtype)] = rate
         print(f"matmul  {dtype} {rate / 1e12:.3g} TFLOP/s", flush=True)
     return found

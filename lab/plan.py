@@ -45,7 +45,7 @@ from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
-from support.plan import Step, memory_options, planned_model, usable
+from support.plan import Step, gpu_elsewhere, memory_options, planned_model, usable
 from support.processes import CORES
 from support.runs import read_json
 from support.text_model import on_all_cores
@@ -546,10 +546,8 @@ class DataSheet:
 
 def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[Stage]:
     """What each command (name, words behind `python`) costs."""
-    if cfg.vram or cfg.card:  # a GPU of which nothing but its name is known is taken to be an RTX 3060
-        rates = DataSheet(cfg.card or "RTX 3060")
-    else:
-        rates = Measured(pick_device(cfg.device))
+    gpu = gpu_elsewhere(cfg)
+    rates = DataSheet(gpu) if gpu else Measured(pick_device(cfg.device))
     start = rates.start()
     on_cpu = rates.on_cpu
     plan = Plan(on_gpu=not on_cpu)
@@ -631,15 +629,16 @@ def main() -> None:
     if not commands:
         return print("the plan: nothing is left to do")
     begun = time.perf_counter()
+    gpu = gpu_elsewhere(cfg)
     try:
         stages = estimate(commands, cfg)
         where = f"{cpu_name()}, measured in {time.perf_counter() - begun:.0f} s"
-        if cfg.vram or cfg.card:
-            where = f"{cfg.card or 'RTX 3060'}, by its data sheet"
+        if gpu:
+            where = f"{gpu}, by its data sheet"
         print("\n".join([f"the plan, for {where}:", *table(stages)]))
         if cfg.vram and max(stage.gib for stage in stages) > usable(cfg.vram):
             print(f"WARNING: more than the {usable(cfg.vram):.1f} GiB that a {cfg.vram:.0f} GB card leaves")
-        if not (cfg.vram or cfg.card or command):
+        if not (gpu or command):
             keep(stages, cfg.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"lab.plan: {error}") from None

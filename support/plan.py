@@ -24,12 +24,17 @@ def planned_model(cfg: TrainConfig) -> ModelConfig:
     return c
 
 
+def gpu_elsewhere(cfg) -> str:
+    """The GPU of --card. With --vram alone: an RTX 3060. "": the plan is for this machine."""
+    return cfg.card or ("RTX 3060" if cfg.vram else "")
+
+
 def planned_for(cfg: TrainConfig) -> tuple[str, float, dict]:
     """The GPU (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory is to be
     estimated there.
     """
     device = pick_device(cfg.device)
-    gpu = cfg.card or ("RTX 3060" if cfg.vram else "")
+    gpu = gpu_elsewhere(cfg)
     vram = cfg.vram
     if device.type == "cuda" and not gpu:
         gpu = torch.cuda.get_device_name(device)

@@ -182,20 +182,14 @@ def list_runs(out: str) -> None:
         except TrainError as error:
             print(error)
             continue
-        checks = {"": "not evaluated"}
+        checks = {}
         for line in read_jsonl(file.parent / "metrics.jsonl"):
             if "val_loss" in line:
                 checks[line["step"]] = f"val_loss {line['val_loss']:.4f} at step {line['step']}"
-        best = (run.get("results") or {}).get("best") or {"step": ""}
+        best = (run.get("results") or {}).get("best") or {}
+        check = checks.get(best.get("step"), "not evaluated")
         minutes = f"{run.get('seconds', 0) / 60:.1f} min"
-        print(
-            file.parent,
-            run.get("status"),
-            f"step {run.get('step')}",
-            minutes,
-            checks.get(best["step"]),
-            sep="  ",
-        )
+        print(file.parent, run.get("status"), f"step {run.get('step')}", minutes, check, sep="  ")
         for path in checkpoints(file.parent):
             size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
             print(f"    {path}  {size:.0f} MiB  {checks.get(step_of(path), '')}")

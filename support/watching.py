@@ -60,7 +60,7 @@ def written_at(file: Path) -> int:
 
 
 @lru_cache(2048)  # a run is read again only when its files or its lock have changed
-def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -> dict:
+def summary(name: str, folder: Path, home: Path, _times: tuple, is_locked: bool) -> dict:
     """Name, state and what run.json and the newest lines of metrics.jsonl say."""
     try:
         run = run_of(folder)
@@ -74,14 +74,14 @@ def summary(name: str, folder: Path, home: Path, _times: tuple, _locked: bool) -
         found["max_steps"] = (run.get("settings") or {}).get("max_steps")
         found["smoke"] = Run(folder, home).smoke
         found["has_results"] = (folder / "results.json").exists()
-        return found | {"name": name, "state": state_of(folder, run)}
+        return found | {"name": name, "state": state_of(run, is_locked)}
     except Exception as error:  # its files may hold anything: one bad run must not hide the others
         return {"name": name, "stage": None, "state": "lost", "error": f"its files are damaged: {error}"}
 
 
-def state_of(folder: Path, run: dict) -> str:
+def state_of(run: dict, is_locked: bool) -> str:
     """running, finished, interrupted (paused), failed, or lost: its process died without saying anything."""
-    if locked(folder):
+    if is_locked:
         return "running"
     status = run.get("status")
     return "lost" if status in ("running", None) else status
@@ -247,7 +247,7 @@ def pause(folder: Path) -> None:
 def resume(home: Path, name: str, folder: Path) -> None:
     """Starts the command in run.json again. Raises TrainError if that is none of ours, or it still runs."""
     run = run_of(folder)
-    if (state := state_of(folder, run)) in ("running", "finished"):
+    if (state := state_of(run, locked(folder))) in ("running", "finished"):
         raise TrainError(f"{name} is {state}")
     words = shlex.split(str(run.get("command")))
     _, script, *flags = [*words, ""]
