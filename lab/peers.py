@@ -64,11 +64,14 @@ def llama_twin(c: ModelConfig) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**keys))
 
 
-def paired_models(c: ModelConfig) -> tuple[ModernDecoderLM, LlamaForCausalLM]:
-    """Our model of this shape, and transformers' Llama with the same weights."""
+def paired_models(c: ModelConfig, new: int, **generation) -> tuple[ModernDecoderLM, LlamaForCausalLM]:
+    """Our model of this shape, and transformers' Llama with its weights, which generates `new` tokens."""
     ours = ModernDecoderLM(c).eval()
     theirs = llama_twin(c).eval()
     theirs.load_state_dict(to_hf_tensors(c, ours.state_dict()), strict=False)  # the head is the embedding
+    theirs.generation_config = GenerationConfig(
+        max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None, **generation
+    )
     return ours, theirs
 
 
@@ -94,25 +97,36 @@ def litgpt_twin(c: ModelConfig) -> nn.Module:
 
 
 # -----------------------------------------------------------------------------
-# A training step
+# Training steps
+
+
+def steps_of(model: nn.Module, batches: list, loss: Callable) -> Callable:
+    """A function that does an optimizer step on each batch: forward, loss, backward, clip, fused AdamW."""
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def steps() -> None:
+        for batch in batches:
+            loss(*batch).backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return steps
 
 
 def stepper(model: nn.Module, ids: Tensor, compiled: bool) -> Callable:
-    """A function that does one optimizer step: forward, loss, backward, clip, fused AdamW."""
-    model = model.to(ids.device).train()
+    """A function that does one optimizer step of pretraining on ids (B, T + 1)."""
+    model = model.to(ids.device)
     net = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    targets = ids[:, 1:].flatten()
 
-    def step() -> None:
-        out = net(ids[:, :-1])
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        out = net(inputs)
         logits = getattr(out, "logits", out)
-        F.cross_entropy(logits.flatten(0, 1), targets).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return F.cross_entropy(logits.flatten(0, 1), targets)
 
-    return step
+    return steps_of(model, [(ids[:, :-1], ids[:, 1:].flatten())], loss)
 
 
 def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, float]]:
@@ -169,23 +183,17 @@ def lora_rates(c: ModelConfig, device: torch.device, count: int, rounds: int) ->
 
 def lora_epoch(model: nn.Module, bins: list, rows: int, device: torch.device, dtype: torch.dtype) -> Callable:
     """A function that trains on all conversations, `rows` bins a step."""
+    model = model.to(device)
     batches = []
     for i in range(0, len(bins), rows):
         batches.append([tensor.to(device) for tensor in collate_bins(bins[i : i + rows], pad=0)])
-    model = model.to(device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-    def epoch() -> None:
-        for tensors in batches:
-            with autocast(device, dtype):
-                nats, count = conversation_loss(model, *tensors)
-            (nats / count).backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    def loss(*tensors: Tensor) -> Tensor:
+        with autocast(device, dtype):
+            nats, count = conversation_loss(model, *tensors)
+        return nats / count
 
-    return epoch
+    return steps_of(model, batches, loss)
 
 
 # -----------------------------------------------------------------------------
@@ -200,14 +208,9 @@ def decoding_rates(
     prompts of 32 tokens; then so many sampled answers to one prompt, as a verifier wants them.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours, theirs = (model.to(device, dtype) for model in paired_models(c))
-    theirs.generation_config = GenerationConfig(
-        max_new_tokens=new,
-        min_new_tokens=new,
-        pad_token_id=0,
-        eos_token_id=None,
-        cache_implementation="static" if device.type == "cuda" else None,
-    )
+    cache = "static" if device.type == "cuda" else None
+    pair = paired_models(c, new, cache_implementation=cache)
+    ours, theirs = (model.to(device, dtype) for model in pair)
     ids = torch.randint(1, c.vocab_size, (rows, 32), device=device)  # 0 would count as padding
     greedy = dict(do_sample=False)
     sampled = dict(do_sample=True, num_return_sequences=rows, top_k=0)
@@ -242,14 +245,10 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
     """Tokens a second of n sampled answers to each prompt, ours on all cores, same weights. Both in the data
     type that ours samples in; a batch has at most 256 answers, or 1,024 on a GPU.
     """
-    ours, theirs = paired_models(c)
+    ours, theirs = paired_models(c, new, do_sample=True, num_return_sequences=n, top_k=0)
     ours = ours.to(device)
     dtype = dtype_for("auto", ours, device)
     theirs = theirs.to(device, dtype)
-    theirs.generation_config = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None,
-        do_sample=True, num_return_sequences=n, top_k=0,
-    )  # fmt: skip
     length = min(96, c.context_length // 2)  # of a prompt
     ids = torch.randint(1, c.vocab_size, (prompts, length), device=device)
     rows = min((256 if device.type == "cpu" else 1024) // n, math.ceil(prompts / CORES))
