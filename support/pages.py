@@ -10,6 +10,7 @@ import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Formatter, Template
 
@@ -111,19 +112,9 @@ def interval(x: dict | None, scale: float = 1, digits: int = 1, sign: str = "") 
     return f"{value} [{', '.join(ends)}]" if ends else value
 
 
-def percent(x: dict | None) -> str:
-    """72.3 [69.4, 75.0] of {"value": 0.723, ...}."""
-    return interval(x, 100)
-
-
-def points(x: dict | None) -> str:
-    """+1.2 [-0.3, +2.7], a difference of shares."""
-    return interval(x, 100, 1, "+")
-
-
-def difference(x: dict | None) -> str:
-    """-0.0123 [-0.0200, -0.0040], a difference of losses."""
-    return interval(x, 1, 4, "+")
+percent = partial(interval, scale=100)  # 72.3 [69.4, 75.0] of {"value": 0.723, ...}
+points = partial(interval, scale=100, sign="+")  # a difference of shares: +1.2 [-0.3, +2.7]
+difference = partial(interval, digits=4, sign="+")  # a difference of losses: -0.0123 [-0.0200, -0.0040]
 
 
 def count(n: float) -> str:
@@ -147,7 +138,8 @@ def shorten(text: object) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
-FORMATS = {f.__name__: f for f in (interval, percent, points, difference, count, minutes, gib, shorten)}
+FORMATS = {f.__name__: f for f in (interval, count, minutes, gib, shorten)}
+FORMATS |= {"percent": percent, "points": points, "difference": difference}
 
 # -----------------------------------------------------------------------------
 # HTML
