@@ -22,6 +22,7 @@ out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 from support.terminal import run_script
 
 import time
+from itertools import chain
 
 from configs import names_in, parse_config
 from lab.families import costs, gqa, moe, race, stream, transfer, transfer_runs
@@ -72,8 +73,8 @@ def chosen(only: str) -> dict[str, list[str]]:
 
 
 def names_of(families: dict[str, list[str]]) -> list[str]:
-    """The experiments, the baseline first, each once."""
-    return list(dict.fromkeys(["baseline", *(name for names in families.values() for name in names)]))
+    """The experiments, the baseline first."""
+    return ["baseline", *chain.from_iterable(families.values())]
 
 
 def plan(cfg: ExperimentConfig) -> list[Run]:
@@ -88,8 +89,11 @@ def plan(cfg: ExperimentConfig) -> list[Run]:
                 flags += [f"--max_steps={max(4, c.max_steps // 20)}", "--eval_every=0"]
                 flags += [f"--warmup_steps={min(2, c.warmup_steps)}"]
             runs.append(run_of(cfg, name, f"{name}.py", flags, seed))
-    runs += scaling_runs(cfg) if "scaling" in families else []
-    return runs + (transfer_runs(cfg) if "transfer" in families else [])
+    if "scaling" in families:
+        runs += scaling_runs(cfg)
+    if "transfer" in families:
+        runs += transfer_runs(cfg)
+    return runs
 
 
 def measure(cfg: ExperimentConfig, runs: list[Run]) -> dict:

@@ -155,9 +155,10 @@ def training(records: Records) -> list[Block]:
     rows = records.each(records.runs, trained)
     # A step whose loss was not finite has none.
     drawn = [run for run in records.runs if any("loss" in x for x in run.metrics)]
-    note = "Curves of the {most} newest of {n} runs; `report.py --compare=A,B` draws any."
-    blocks = [Table("runs", rows, "What was trained.")]
-    blocks += say(note, most=CURVES, n=len(drawn)) if len(drawn) > CURVES else []
+    blocks: list[Block] = [Table("runs", rows, "What was trained.")]
+    if len(drawn) > CURVES:
+        note = "Curves of the {most} newest of {n} runs; `report.py --compare=A,B` draws any."
+        blocks += say(note, most=CURVES, n=len(drawn))
     return blocks + records.each(drawn[-CURVES:], lambda run: [loss_curves(run), *preferences(run)])
 
 

@@ -67,16 +67,18 @@ def first(blocks: list[Block], tables: int, figures: int) -> list[Block]:
 def abstract(records: Records) -> list[Block]:
     """The abstract, with numbers from the tables."""
     words = [Text("We follow a small language model through its whole life on consumer hardware.")]
-    for run in [run for run in records.runs if run.stage == "train" and not run.smoke][:1]:
-        words += say("The base has {parameters:count} parameters.", **run.record)
-        words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **run.last)
+    bases = [run for run in records.runs if run.stage == "train" and not run.smoke]
+    if bases:
+        words += say("The base has {parameters:count} parameters.", **bases[0].record)
+        words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **bases[0].last)
     solvers = [m for m in records.measurements if m.entry.get("samples") and not m.smoke]
     for m in solvers:
         words += say("{m.run.name} solves {m.values[exact_match]} % of {m.task}'s problems greedily.", m=m)
         for way, value in m.values.items():
             if ", best of" in way:
                 words += say("With the {way} answers it solves {value} %.", way=way, value=value)
-    words += [] if solvers else [Text("Alignment: not run.")]
+    if not solvers:
+        words.append(Text("Alignment: not run."))
     return [Text(" ".join(block.words for block in words))]
 
 

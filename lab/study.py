@@ -81,7 +81,8 @@ def run_of(
     folder = cfg.home / f"{name}-s{seed}"
     words = [str(FOLDER / config), *flags, f"--device={cfg.device}"]
     words += [f"--out={cfg.out}", f"--name={folder.relative_to(cfg.out)}", f"--seed={seed}"]
-    words += [f"--wandb={cfg.wandb}"] if cfg.wandb else []
+    if cfg.wandb:
+        words.append(f"--wandb={cfg.wandb}")
     return Run(name, seed, folder, words, script)
 
 
