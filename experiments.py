@@ -11,11 +11,11 @@ trained with every seed as a run folder of its own, out/experiments/CORPUS/NAME-
 NAME-sSEED.log beside it (lab/study.py). A difference from the baseline counts only if the 95 % interval over
 the seeds' differences (Student's t) excludes 0.
 
-Families: `ablations`; `gqa`, with decoding speed and cache; `moe`, with the router's balance; `race`, how
-soon all that helps is where a plain GPT ends; `streams`, what becomes of a text longer than the context, with
-and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, what they predict for a larger
-one, and one more run to see whether that comes true; `shapes`, what larger models and batches cost;
-`transfer`, a task learnt from nothing, by a pretrained model, or given in a prompt. Everything goes to
+Families: `ablations`; `gqa`, with decoding speed and cache size; `moe`, with the router's balance;
+`race`, how soon a model with all modern parts reaches the final loss of a plain GPT; `streams`, texts longer
+than the context, with and without attention sinks; `scaling`, six sizes at three budgets of FLOPs, their
+prediction for a larger model, and one more run that tests it; `shapes`, what larger models and batches cost;
+`transfer`, a task learnt from scratch, by a pretrained model, or given in a prompt. Everything goes to
 out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 """
 

@@ -187,7 +187,7 @@ def samples(records: Records) -> list[Block]:
 
 
 def samples_of(run: Run) -> list[Block]:
-    """Of one run: a row per prompt, a column per step; of many steps a few."""
+    """The samples of one run: a row per prompt, a column per step. Of many steps, COLUMNS are shown."""
     blocks = []
     for file, words in (("samples", "while it was trained"), ("generations", "asked afterwards")):
         lines = [x for x in read_jsonl(run.folder / f"{file}.jsonl") if "text" in x and "step" in x]

@@ -164,9 +164,9 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             if way == "eager":
                 runs |= {"forward": step.forward, "forward and backward": step.backward}
             with float32_products(fastest_products(device)):
-                # A GPU gets the next step while it does one.
+                # Several calls in a row: a GPU is sent the next step while it computes one.
                 seconds |= medians(runs, cfg.rounds, calls=4 if cuda else 1)
-            del step, runs  # there is room for one
+            del step, runs  # memory holds one step only
             free_memory(device)
         rates = {way: tokens / seconds[way] for way in ways}
         shares = {way: rate * estimate_flops(c) / peak for way, rate in rates.items()}

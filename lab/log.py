@@ -211,7 +211,7 @@ COMPARISON = "{difference:difference} bits/byte from the baseline, 95 % interval
 
 
 def of_lab(e: dict, records: Records) -> dict:
-    """The same of an experiment of the lab: of the run of its first seed, with means over the seeds."""
+    """What the templates name of an experiment: of the run of its first seed, with means over the seeds."""
     name, folder, seeds = e["name"], e["folder"], e.get("seeds") or {"1": {}}
     runs = [Run(folder / f"{name}-s{seed}", records.home, records.damaged) for seed in seeds]
     baseline = Run(folder / f"baseline-s{next(iter(seeds))}", records.home)

@@ -67,10 +67,10 @@ def first(blocks: list[Block], tables: int, figures: int) -> list[Block]:
 def abstract(records: Records) -> list[Block]:
     """The abstract, with numbers from the tables."""
     words = [Text("We follow a small language model through its whole life on consumer hardware.")]
-    bases = [run for run in records.runs if run.stage == "train" and not run.smoke]
-    if bases:
-        words += say("The base has {parameters:count} parameters.", **bases[0].record)
-        words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **bases[0].last)
+    base = next((run for run in records.runs if run.stage == "train" and not run.smoke), None)
+    if base:
+        words += say("The base has {parameters:count} parameters.", **base.record)
+        words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **base.last)
     solvers = [m for m in records.measurements if m.entry.get("samples") and not m.smoke]
     for m in solvers:
         words += say("{m.run.name} solves {m.values[exact_match]} % of {m.task}'s problems greedily.", m=m)

@@ -97,20 +97,20 @@ MEGABYTES = {
 MADE = 5.0  # MB/s of text made up on the spot by one core
 ENCODED = 7.0  # MB/s of a file that one core encodes (report/speed.md)
 
-# Seconds of a stage over those of bare steps, as runs on two CPUs and an H100 had them: the Trainer and its
-# data; then also masks between packed conversations; then answers padded to their rivals' length.
+# Seconds of a stage divided by those of bare steps, measured on two CPUs and an H100: the Trainer and its
+# data; the same with masks between packed conversations; with answers padded to their rivals' length.
 TRAINING = 1.1
 PACKED = 1.22
 RIVALS = 1.25
 TEXTS = 1.3  # the same for sampling and likelihoods: texts made of tokens, judged and kept
-# A measurement on a CPU takes at most so many FLOPs at a time and so many seconds: GPT-2's own steps take
-# minutes. Of a model of 135M parameters they are 250 tokens: with 64 a token took five times as long as in
-# training, since weights are cast and gradients written once for all tokens.
+# The most FLOPs of one call, and the most seconds, that a measurement on a CPU takes: GPT-2's own steps take
+# minutes. A model of 135M parameters then gets 250 tokens. With 64 a token took five times as long as in
+# training, because weights are cast and gradients written once for all tokens.
 CPU_FLOPS = 2e11
 CPU_SECONDS = 2.0
-# Of a GPU that is not here: the share of its peak that pretraining reaches, and that the short texts of other
-# stages do; seconds of a decoding step besides arithmetic, a layer. (An H100's: 0.31 and 0.40 for speedrun.py
-# and max3060.py, 0.01, 0.0001.)
+# A GPU that is not here: the share of its peak that pretraining reaches, and that the short texts of other
+# stages reach; seconds per layer that a decoding step takes besides arithmetic. (Measured on an H100: 0.31
+# for speedrun.py and 0.40 for max3060.py, 0.01, 0.0001.)
 PRETRAINING = 0.40
 TUNING = 0.12
 STEP_OF_A_LAYER = 0.00015
@@ -118,7 +118,7 @@ STEP_OF_A_LAYER = 0.00015
 
 @dataclass
 class PlanConfig:
-    """For which machine, and where commands put what they make."""
+    """Which machine the plan is for, and where commands write."""
 
     plan: bool = False  # nothing else: run_all.sh's flag for the plan alone
     vram: float = 0.0  # plan for a GPU with this many GB instead of the machine here
@@ -164,7 +164,7 @@ ON_HUB = {  # models that the configs and the README name
 
 @dataclass(frozen=True)
 class Stage:
-    """What a command does, in tokens, with a model of which shape; and, in the table, what that costs."""
+    """The work of a command: its model's shape and tokens; and, in the table, what they cost."""
 
     name: str = "all"
     model: ModelConfig | None = None
@@ -177,7 +177,7 @@ class Stage:
     options: dict = field(default_factory=dict)  # of estimate_memory
     pretraining: bool = False
     overhead: float = TRAINING  # seconds over those of bare steps
-    seconds: float = 0.0  # besides; in the table all
+    seconds: float = 0.0  # besides those of tokens; in the table all
     megabytes: float = 0.0  # downloaded or written
     gib: float = 0.0
     note: str = ""
@@ -212,7 +212,7 @@ class Plan:
         return getattr(self, script)(parse_config(CONFIGS[script], "", flags))
 
     def model(self, name: str) -> ModelConfig:
-        """Of an earlier command, of the hub, or of a run folder."""
+        """The shape of a model that an earlier command makes, of one on the hub, or of a run folder."""
         if name in self.models:
             return self.models[name]
         folder = Path(name)
@@ -233,11 +233,11 @@ class Plan:
         return tokens * first
 
     def draw(self, model: str, task: str, split: str, answers: float) -> float:
-        """Tokens of so many sampled answers."""
+        """Tokens of `answers` sampled answers."""
         return self.once(answers * SIZES[task].answer, model, task, split, answers)
 
     def judge(self, verifier: str, model: str, task: str, split: str, answers: float) -> float:
-        """Tokens of those that differ, read by the generator, once for all verifiers, and by this one."""
+        """Tokens of the sampled answers that differ, read once by the generator and once by this verifier."""
         tokens = 0.6 * answers * SIZES[task].tokens
         readers = model, verifier
         return sum(self.once(tokens, "read", reader, model, task, split, answers) for reader in readers)
@@ -451,17 +451,17 @@ class Measured:
         return time.time() - psutil.Process().create_time()
 
     def training(self, stage: Stage) -> float:
-        """Of pretraining the own steps. Batches of other stages are of ever new shapes, for which float32 and
-        torch's own choice of matrix products are used.
+        """Times the own steps of pretraining. Batches of other stages keep changing their shapes; those use
+        float32 and torch's own choice of matrix products.
         """
-        if not stage.pretraining:
+        if stage.pretraining:
+            optimizer = "muon" if stage.options["muon"] else "adamw"
+            cfg = TrainConfig(optimizer=optimizer, compile=stage.options["compiled"], batch_size=stage.rows)
+            with float32_products(fastest_products(self.device)):
+                passes, update = self.step(stage.model, stage.length, cfg)
+        else:
             passes, update = self.step(stage.model)
-            return stage.overhead * (passes + update * stage.full / stage.per_step)
-        optimizer = "muon" if stage.options["muon"] else "adamw"
-        cfg = TrainConfig(optimizer=optimizer, compile=stage.options["compiled"], batch_size=stage.rows)
-        with float32_products(fastest_products(self.device)):
-            passes, update = self.step(stage.model, stage.length, cfg)
-        return stage.overhead * (passes + update / stage.per_step)
+        return stage.overhead * (passes + update * stage.full / stage.per_step)
 
     def reading(self, c: ModelConfig) -> float:
         """The forward pass is a third of forward and backward."""
@@ -488,8 +488,8 @@ class Measured:
         return self.known[key]
 
     def sampling(self, c: ModelConfig) -> float:
-        """Sixteen prompts are continued n times each; by a large model on a CPU by fewer tokens. There one
-        process for each thread does it at the same time: then each is slower than one alone.
+        """Continues 16 prompts n times each. On a CPU a large model generates fewer tokens, and one process
+        per thread samples at the same time, which makes each slower than one alone.
         """
         if str(c) in self.known:
             return self.known[str(c)]
@@ -511,7 +511,7 @@ class Measured:
 
 
 def affordable(c: ModelConfig, flops: int) -> int:
-    """Tokens of CPU_FLOPS, at so many FLOPs a parameter: 6 in training, 2 in reading and sampling."""
+    """Tokens that CPU_FLOPS suffice for. `flops` per parameter: 6 in training, 2 in reading and sampling."""
     return int(CPU_FLOPS / (flops * count_parameters(c)["total"]))
 
 

@@ -17,8 +17,8 @@ from train import TrainConfig, model_config
 
 SIZES = ((2, 32), (2, 48), (3, 72), (4, 96), (5, 128), (6, 176))  # layers, width
 BUDGETS = (1e12, 2e12, 4e12)  # FLOPs of a training run; with less, a model has not begun to copy names
-CHECK = 1.6e13  # of one more, at the size that the fit calls best: is its word good?
-LARGER = (*SIZES, (7, 208), (8, 256))  # among which the best is looked for
+CHECK = 1.6e13  # FLOPs of one more run, at the best size by the fit: it tests the prediction
+LARGER = (*SIZES, (7, 208), (8, 256))  # sizes to choose from for that run
 EXPONENTS = np.arange(0.05, 2.01, 0.05)
 
 
@@ -32,7 +32,7 @@ def scaling_runs(cfg: ExperimentConfig) -> list[Run]:
 
 
 def size_flags(layers: int, width: int, budget: float) -> list[str]:
-    """Flags of a model of this shape that is trained for a budget of FLOPs; smaller ones learn faster."""
+    """Flags to train a model of this shape for a budget of FLOPs. Narrow ones get a higher learning rate."""
     flags = [f"--n_layers={layers}", f"--d_model={width}", "--d_ff=0", "--eval_every=0"]
     c = settings_of([str(FOLDER / "baseline.py"), *flags])
     flops = estimate_flops(model_config(c)) * tokens_of(c) / c.max_steps
@@ -57,7 +57,7 @@ def column(points: list[dict], key: str) -> np.ndarray:
 def isoflop(points: list[dict]) -> list[dict]:
     """From runs {"budget", "parameters", "tokens", "loss"}: the best size at each budget, the minimum of a
     parabola in log parameters through the three sizes around the least loss: models further away have not
-    left the plateau of their first steps. A minimum outside of the sizes tried is none.
+    left the plateau of their first steps. A minimum outside of the sizes tried does not count.
     """
     best = []
     for budget in sorted({p["budget"] for p in points}):

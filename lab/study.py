@@ -117,7 +117,7 @@ def finished(run: Run) -> bool:
 
 
 class Trainings:
-    """Runs commands, some at a time. Ctrl-C reaches all of them, which end as they do by hand."""
+    """Runs commands, some at a time. Ctrl-C is passed on to all of them; each ends as if started by hand."""
 
     def __init__(self, jobs: int, todo: int):
         self.todo = todo

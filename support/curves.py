@@ -56,7 +56,7 @@ def loss_curves(run: Run) -> Figure:
 
 
 def preferences(run: Run) -> list[Block]:
-    """Of a run that learns from pairs: accuracy and margin of the reward, log-probabilities of both sides."""
+    """A run that learns from pairs: accuracy and margin of the reward, log-probabilities of both sides."""
     if not any("reward_margin" in x for x in run.metrics):
         return []
     panels = []

@@ -93,7 +93,7 @@ def locked(folder: Path) -> bool:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first. Copies with other names, such as "step-4 (copy)", are none."""
+    """Checkpoints of a run, oldest first. Copies with other names, such as "step-4 (copy)", do not count."""
     found = (folder / "checkpoints").glob("step-*")
     exact = [path for path in found if re.fullmatch(r"step-[1-9]\d*", path.name) and path.is_dir()]
     return sorted(exact, key=step_of)
@@ -120,7 +120,7 @@ def publish(checkpoint: Path) -> None:
 
 def prune(folder: Path, best: Path, step: int, keep_last: int) -> None:
     """Removes all checkpoints but the best and the last `keep_last` others: if the newest turns out to be
-    damaged, there is one to go back to. One of a later step than the run has reached is damaged.
+    damaged, there is one to go back to. A checkpoint of a later step than the run has reached is damaged.
     """
     found = checkpoints(folder)
     others = [path for path in found if path != best and step_of(path) <= step]
@@ -241,8 +241,8 @@ class RunLog:
             write_json(self.folder / "run.json", run)
 
     def open_wandb(self, project: str, name: str, run: dict) -> None:
-        """All processes that resume a run are one run of Weights & Biases. Its id is in run.json before it is
-        made there; its address follows.
+        """A resumed run stays the same run of Weights & Biases. Its id is written to run.json before wandb
+        creates it; its address follows.
         """
         import wandb
 
