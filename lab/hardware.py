@@ -30,7 +30,7 @@ from support.files import write_json
 from support.hf_format import to_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
-from support.plan import Step, fit_batch, planned_for, planned_model
+from support.plan import Step, fit_batch, memory_options, planned_model
 from support.runs import read_json
 from support.timing import in_turns, matmul_flops, medians
 from train import TrainConfig
@@ -120,7 +120,7 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     for name, settings in MEMORY.items():
         train = TrainConfig(**BASE | settings)
         c = planned_model(train)
-        _, _, options = planned_for(train)
+        options = memory_options(train, on_gpu=True)
         plan = estimate_memory(c, train.batch_size, **options)
         planned = plan["peak"] - plan["overhead"]
         row = {"shape": name, "rows": train.batch_size, "planned": planned, "plan": plan["peak"]}

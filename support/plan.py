@@ -29,17 +29,13 @@ def gpu_elsewhere(cfg) -> str:
     return cfg.card or ("RTX 3060" if cfg.vram else "")
 
 
-def planned_for(cfg: TrainConfig) -> tuple[str, float, dict]:
-    """The GPU (its name and GiB: the one here, --card, one of --vram GB, or none), and how memory is to be
-    estimated there.
-    """
+def planned_gpu(cfg: TrainConfig) -> tuple[str, float]:
+    """The name and GB of the GPU that the plan is for: one elsewhere, or the one here; "" and 0 for a CPU."""
     device = pick_device(cfg.device)
     gpu = gpu_elsewhere(cfg)
-    vram = cfg.vram
-    if device.type == "cuda" and not gpu:
-        gpu = torch.cuda.get_device_name(device)
-        vram = torch.cuda.get_device_properties(device).total_memory / GIB
-    return gpu, vram, memory_options(cfg, bool(gpu))
+    if gpu or device.type != "cuda":
+        return gpu, cfg.vram
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / GIB
 
 
 def memory_options(cfg: TrainerConfig, on_gpu: bool) -> dict:
@@ -68,12 +64,13 @@ def fit_batch(cfg: TrainConfig) -> None:
     """--batch_size=auto: the largest micro-batch that the GPU holds by the plan; the batch stays the same.
     Without a GPU the config's own: in main memory larger ones are no faster.
     """
-    _, vram, options = planned_for(cfg)
+    _, vram = planned_gpu(cfg)
     if cfg.card and not vram:
         raise TrainError(f"--batch_size=auto needs --vram beside --card={cfg.card}")
     if vram:
         rows = cfg.batch_size * cfg.grad_accum_steps
         divisors = [b for b in range(1, rows + 1) if rows % b == 0]
+        options = memory_options(cfg, on_gpu=True)
         cfg.batch_size = max(1, largest_batch(planned_model(cfg), vram, options, divisors))
         cfg.grad_accum_steps = rows // cfg.batch_size
     if not int(os.environ.get("RANK", 0)):
@@ -84,7 +81,8 @@ def print_plan(cfg: TrainConfig) -> None:
     """What a run costs in parameters, memory and time: on the GPU here, or on --card or one of --vram GB."""
     if cfg.measure and (cfg.vram or cfg.card):
         raise TrainError("--measure is for the machine here: leave out --vram and --card")
-    gpu, vram, options = planned_for(cfg)
+    gpu, vram = planned_gpu(cfg)
+    options = memory_options(cfg, on_gpu=bool(gpu))
     c = planned_model(cfg)
     n = count_parameters(c)
     total = n.pop("total")
