@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModernDecoderLM, Texts, check_sampling
+from model import ModernDecoderLM, Texts, check_sampling, in_eval_mode
 from support.hf_format import write_generation_config
 from support.tables import valid
 from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, letter_bytes, unspell
@@ -131,9 +131,10 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> 
     return nn.utils.rnn.pad_sequence(tensors, True, value, side)
 
 
+@in_eval_mode
 @torch.no_grad()
 def generate(
-    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int, decoder_only: bool,
+    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int,
     stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0, ends=None, stream=None,
     force=None, adjust=None, **options,
 ) -> list[list[int]]:  # fmt: skip
@@ -145,6 +146,7 @@ def generate(
 
     check_sampling(**options)
     rows = [prompt for prompt in prompts for _ in range(n)]
+    decoder_only = not model.config.is_encoder_decoder
     side = "left" if decoder_only else "right"
     ids = pad_rows(rows, pad, side)
     mask = pad_rows([[1] * len(row) for row in rows], 0, side)
@@ -159,7 +161,7 @@ def generate(
         step = input_ids.shape[1] - start
         before = input_ids[:, -1] if step else None
         token = texts.take(texts.draw(scores, texts.uniforms[:, step], before), last=True)
-        if texts.ended:  # transformers knows one sign only of a row that has ended
+        if texts.ended:  # transformers recognises an ended row by an end token alone
             token[list(texts.ended)] = (*stop_tokens, pad)[0]
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
@@ -168,15 +170,10 @@ def generate(
         eos_token_id=list(stop_tokens) or None,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    try:
-        model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
-            logits_processor=LogitsProcessorList([draw]),
-        )  # fmt: skip
-    finally:
-        model.train(was_training)
+    model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
+        logits_processor=LogitsProcessorList([draw]),
+    )  # fmt: skip
     return texts.rows
 
 

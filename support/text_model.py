@@ -277,8 +277,7 @@ class TextModel:
             if self.ours:
                 with self.adapter.merged() if self.adapter else contextlib.nullcontext():
                     return self.model.generate(prompts, max_new_tokens, **how)
-            causal = self.kind == "causal"
-            return hub_generate(self.model, prompts, max_new_tokens, pad=self.pad, decoder_only=causal, **how)
+            return hub_generate(self.model, prompts, max_new_tokens, pad=self.pad, **how)
 
     def calculator(self, _row: int, new: Ids) -> Ids:
         """Ids to force next: the result, if the new tokens end in an open annotation (see `calculate`)."""

@@ -151,7 +151,7 @@ def test_transformers_generates_what_ours_generates_also_with_forced_tokens(tiny
         for row in heard:
             row.clear()
         listen = dict(stream=lambda row, token: heard[row].append(token), force=force)
-        found = hub_generate(theirs.model, prompts, 12, pad=0, decoder_only=True, **listen, **how)
+        found = hub_generate(theirs.model, prompts, 12, pad=0, **listen, **how)
         assert found == expected == heard
     assert expected[0][2 : 2 + len(forced)] == forced or 7 in expected[0][:2] or 9 in expected[0][:2]
 
