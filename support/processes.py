@@ -21,14 +21,12 @@ class WorkerDied(ValueError):
 
 
 @contextmanager
-def worker_pool(
-    workers: int, remedy: str, context=None, initializer: Callable[[], None] | None = None
-) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int, remedy: str, context=None) -> Iterator[ProcessPoolExecutor]:
     """A ProcessPoolExecutor. An exception in the `with` block, also Ctrl-C, kills the workers at once.
 
     `remedy`: a setting that starts fewer processes, for the message of WorkerDied.
     """
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=initializer or become_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=become_worker)
     try:
         yield pool
     except BaseException as error:

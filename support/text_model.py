@@ -34,7 +34,7 @@ from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_mode
 from support.hub_models import generate as hub_generate
 from support.machine import autocast, dtype_for
 from support.memory import halving, leave_memory_to_others, room, rows_that_fit
-from support.processes import become_worker, map_ahead, tqdm, worker_pool
+from support.processes import map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
 from support.tables import read_jsonl
 from support.tokenizer_json import CHAT_TEMPLATE, ROLES
@@ -433,13 +433,9 @@ _work: Callable  # the function of the processes of `on_all_cores`, inherited wh
 
 
 def call_work(item):
+    torch.set_num_threads(1)  # the other cores have processes of their own
     leave_memory_to_others()
     return _work(item)
-
-
-def begin_work() -> None:
-    become_worker()
-    torch.set_num_threads(1)
 
 
 def on_all_cores(work: Callable, items: list, device: torch.device, progress: str = "") -> Iterator:
@@ -458,7 +454,7 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
             return
         _work = work
         context = multiprocessing.get_context("fork")
-        with worker_pool(workers, "OMP_NUM_THREADS=1", context, begin_work) as pool:
+        with worker_pool(workers, "OMP_NUM_THREADS=1", context) as pool:
             for result in map_ahead(pool, call_work, items, ahead=2 * workers):
                 yield result
                 bar.update()
