@@ -374,7 +374,7 @@ class MoE(nn.Module):
         return out.to(x.dtype).view(x.shape)
 
 
-def make_ffn(config: ModelConfig, layer: int = 0) -> nn.Module:
+def make_ffn(config: ModelConfig, layer: int) -> nn.Module:
     if layer in config.moe_layers:
         return MoE(config)
     if config.ffn in ("swiglu", "moe"):
@@ -644,18 +644,16 @@ class ModernDecoderLM(nn.Module):
         """A cache with room for all prompts and their new tokens, which may be fewer than asked."""
         c = self.config
         longest = max(map(len, prompts))
+        limit = keep + window if window else c.context_length
         where = {"device": self.device, "dtype": self.dtype}
         if c.positions == "learned":
-            refuse(
-                longest >= c.context_length,
-                f"a prompt of {longest} tokens leaves no room in context {c.context_length}",
-            )
+            message = f"a prompt of {longest} tokens leaves no room in context {c.context_length}"
+            refuse(longest >= c.context_length, message)
             new = min(new, c.context_length - longest)
-        elif longest + new > (keep + window if window else c.context_length):
+        elif longest + new > limit:
             from support.caches import RollingCache
 
-            slots = keep + window if window else c.context_length
-            return RollingCache(c, len(prompts), slots, keep=keep, **where), new
+            return RollingCache(c, len(prompts), limit, keep=keep, **where), new
         slots = 8 * math.ceil((longest + new) / 8)  # attention kernels want masks of such widths
         return KVCache(c, len(prompts), slots, **where), new
 
