@@ -93,7 +93,7 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
     groups = {}
     for field in fields(Config):
         name = field.name
-        owner = next(c for c in reversed(Config.__mro__) if name in inspect.get_annotations(c))
+        owner = owner_of(name, Config)
         if owner not in groups:
             groups[owner] = parser.add_argument_group(owner.__name__)
         about = f"{helps.get(name, '')} [{field.default!r}]"
@@ -104,6 +104,11 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
             help=about.replace("%", "%%"),
         )
     return parser
+
+
+def owner_of(field: str, Config) -> type:
+    """The class that declares a field of `Config`: this one, or the one that it extends."""
+    return next(c for c in reversed(Config.__mro__) if field in inspect.get_annotations(c))
 
 
 @functools.cache  # reading source takes a quarter of a second, and the lab parses hundreds of command lines

@@ -5,7 +5,7 @@ import runpy
 from dataclasses import Field, fields
 from typing import get_type_hints
 
-from configs import ROOT, SCRIPTS, alternatives, field_comments, read_file
+from configs import ROOT, SCRIPTS, alternatives, field_comments, owner_of, read_file
 from support.watching import STAGES
 
 NOT_HERE = "out name overwrite plan measure vram card list wandb".split()
@@ -36,8 +36,7 @@ def form(stage: str) -> dict:
     helps = field_comments(Config)
     groups = {}
     for field in settings_of(stage):
-        owners = [c for c in Config.__mro__ if field.name in vars(c).get("__annotations__", {})]
-        title = owners[-1].__doc__.splitlines()[0]
+        title = owner_of(field.name, Config).__doc__.splitlines()[0]
         about = {"name": field.name, "help": helps.get(field.name, ""), **kind_of(types[field.name])}
         groups.setdefault(title, []).append(about)
     configs = {}
