@@ -5,12 +5,11 @@ adapter_config.json, metrics.jsonl. The Trainer calls it at the end of a run, ev
 A number is shown with its interval; a smoke run shows none.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
-from support.files import write_text
+from support.files import write_json, write_text
 from support.pages import Table, count, fill, lines_of, markdown_block, row
 from support.results import Run, each, parent_of, read_json_or_empty, value_of
 from support.tables import read_jsonl
@@ -340,6 +339,5 @@ def write_model_card(folder: str | Path, run: dict | None = None) -> None:
 
 def write_run(folder: Path, run: dict) -> None:
     """run.json, and before it the card: if a process is killed between the two, the next one writes both."""
-    text = json.dumps(run, indent=2) + "\n"
     write_model_card(folder, run)
-    write_text(folder / "run.json", text)
+    write_json(folder / "run.json", run)
