@@ -163,7 +163,8 @@ def weights_of(folder: str | Path) -> tuple[float, int]:
 @lru_cache(2048)
 def about(name: str, folder: str, written: float) -> dict:
     """What /v1/models says of a model. Raises ValueError or OSError for one that cannot be read."""
-    run, source = run_of(Path(folder)), resolve(folder)
+    source = resolve(folder)
+    run = source.run
     chat = run.get("chat") if run else source.is_chat(load_tokenizer(folder, ours=False))
     config = source.config
     meta = {
