@@ -628,7 +628,7 @@ class ModernDecoderLM(nn.Module):
         where = (self.device, self.config.vocab_size)
         texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, *where, **hooks)
         decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
-        token = texts.draw(decoder.prefill(prompts, max_new_tokens), texts.uniforms[:, 0])
+        token = texts.draw(decoder.prefill(prompts), texts.uniforms[:, 0])
         for step in range(1, max_new_tokens + 1):
             token = texts.take(token, last=step == max_new_tokens)
             left = texts.left()
@@ -851,8 +851,8 @@ class Decoder:
         self.draw = draw
         self.n = n
 
-    def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
-        """The logits of the first of `new` tokens of each row, n rows a prompt: (rows, V)."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The logits of the first new token of each row, n rows a prompt: (rows, V)."""
         logits = self.model.prefill(prompts, self.cache)
         rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(self.n)
         if self.n > 1:

@@ -359,7 +359,7 @@ class Decoder(PLAIN["Decoder"]):
         if self.record and not on_cpu:
             self.next = Recorded(self.next)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], new: int) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         if self.share:
             empty = self.cache
             longest = max(map(len, prompts))
@@ -368,7 +368,7 @@ class Decoder(PLAIN["Decoder"]):
             logits = self.model.prefill(prompts, self.cache)
             self.cache = SharedPromptCache(self.cache, self.n)
             return logits.repeat_interleave(self.n, dim=0)
-        logits = super().prefill(prompts, new)
+        logits = super().prefill(prompts)
         if self.record:
             self.cache = FixedCache(self.cache)
         return logits
