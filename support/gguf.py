@@ -44,10 +44,6 @@ PARAMETER num_ctx CONTEXT
 OUR_TURN = "'<|' + message['role'] + '|>'"  # in CHAT_TEMPLATE of support/tokenizer_json.py
 
 
-class GGUFError(ValueError):
-    """An error that the user can fix; the message says how."""
-
-
 # -----------------------------------------------------------------------------
 # Weights
 
@@ -181,7 +177,7 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
     try:
         import gguf
     except ImportError:
-        raise GGUFError('this needs the package gguf: pip install ".[gguf]"') from None
+        raise ValueError('this needs the package gguf: pip install ".[gguf]"') from None
     folder = Path(folder)
     name = folder.resolve().name
     file = Path(file or folder / f"{name}.gguf")
@@ -230,24 +226,24 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
 
 
 def read_model(folder: Path) -> tuple[ModernDecoderLM, Tokenizer]:
-    """Raises GGUFError for a model or tokenizer that a GGUF file cannot describe."""
+    """Raises ValueError for a model or tokenizer that a GGUF file cannot describe."""
     if (folder / "adapter_config.json").exists():
-        raise GGUFError(f"{folder} is an adapter: train with --merge, then convert {folder / 'merged'}")
+        raise ValueError(f"{folder} is an adapter: train with --merge, then convert {folder / 'merged'}")
     model = ModernDecoderLM.from_pretrained(folder)
     tokenizer = Tokenizer.load(folder)
     if architecture(model.config) not in ARCHITECTURES:
         ours = asdict(model.config)
         plain = asdict(ModelConfig())
         switches = {name: ours[name] for name in SWITCHES + MOE_SWITCHES if ours[name] != plain[name]}
-        raise GGUFError(
+        raise ValueError(
             f"llama.cpp has no architecture for this combination of switches: {switches}. "
             "It runs Llama's shape, also with qk_norm (Qwen3) or ffn=moe (Mixtral), and GPT-2's: norm=layer, "
             "positions=learned, ffn=gelu, bias, tied embeddings, as many KV heads as heads"
         )
     if EOT not in tokenizer.special_ids:
-        raise GGUFError(f"{folder}: the tokenizer has no {EOT}, with which texts begin and end")
+        raise ValueError(f"{folder}: the tokenizer has no {EOT}, with which texts begin and end")
     if tokenizer.pattern not in PRE_TOKENIZERS:
-        raise GGUFError(
+        raise ValueError(
             f"this tokenizer splits words by an unknown pattern ({tokenizer.pattern[:60]}...), so its "
             "pre-tokenizer in llama.cpp is not known: use llama.cpp's convert_hf_to_gguf.py"
         )
@@ -264,7 +260,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         print("\n".join(write_gguf(options.folder, options.file, options.dtype)))
-    except (ValueError, OSError) as error:  # GGUFError is a ValueError
+    except (ValueError, OSError) as error:
         raise SystemExit(f"support.gguf: {error}") from None
 
 
