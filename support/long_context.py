@@ -19,7 +19,7 @@ from model import ModelConfig, ModernDecoderLM
 from support.attention import attention_weights
 from support.caches import RollingCache
 from support.files import write_json
-from support.results import read_json_or_empty
+from support.results import run_of
 from support.runs import TrainError
 from support.text_model import TextModel
 
@@ -206,8 +206,9 @@ def read_streams(model: TextModel, corpus: str, split: str, rows: int) -> Tensor
 
 
 def show_streams(model: TextModel, folder: Path, tasks: list[str], split: str, rows: int) -> None:
-    """Writes streams.json: of the first corpus among the tasks, or of the one the model was trained on."""
-    own = read_json_or_empty(Path(model.name) / "run.json").get("settings", {}).get("corpus") or "storyworld"
+    """Writes streams.json, measured on the first corpus among the tasks, or else on that of the training."""
+    settings = run_of(Path(model.name)).get("settings") or {}
+    own = settings.get("corpus") or "storyworld"
     corpora = [task for task in tasks if task not in TASKS] + re.split("[:,]", own)
     T = model.context_length
     ids = read_streams(model, corpora[0], split, rows)
