@@ -316,12 +316,15 @@ def limits(run: dict, config: dict) -> list[str]:
 def model_card(folder: Path, run: dict | None = None) -> str:
     """The text of README.md. `run`: the content of run.json, which may not be written yet."""
     run = run or read_json_or_empty(folder / "run.json")
-    adapter, config = (read_json_or_empty(folder / f"{name}.json") for name in ("adapter_config", "config"))
+    adapter = read_json_or_empty(folder / "adapter_config.json")
+    config = read_json_or_empty(folder / "config.json")
     what = STAGES.get(run.get("stage"), "A language model")
+    if run.get("task"):
+        what += f", {run['task']}"
     return CARD.format(
         metadata=metadata(folder, run, config, adapter),
         name=folder.resolve().name,
-        what=f"{what}, {run['task']}" if run.get("task") else what,
+        what=what,
         size=count(run.get("parameters", 0)),
         how_made="\n".join(how_made(folder, run, adapter)),
         results=results(folder, run),
