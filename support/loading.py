@@ -125,10 +125,9 @@ def read_config(name: str) -> dict:
 def kind_of(name: str, adapter: dict, config: dict) -> str:
     """The kind of a TextModel, from adapter_config.json, or else from config.json."""
     kinds = {task_type: kind for kind, (_, task_type) in KINDS.items()}
-    task_type = adapter.get("task_type")
-    if task_type and task_type not in kinds:
-        raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
-    if task_type:
+    if task_type := adapter.get("task_type"):
+        if task_type not in kinds:
+            raise TrainError(f"{name} is an adapter for {task_type}; known are {', '.join(kinds)}")
         return kinds[task_type]
     saved = adapter.get("modules_to_save") or ()
     heads = {"classifier", "score", "classification_head"}.intersection(map(str, saved))
@@ -168,10 +167,8 @@ def load_network(
 
     `labels`: of a new classification head. `kwargs`: passed to transformers' from_pretrained.
     """
-    if ours and not source.adapter:
-        return ModernDecoderLM.from_pretrained(source.name)
     if not source.adapter:
-        return from_hub(source, labels, **kwargs)
+        return ModernDecoderLM.from_pretrained(source.name) if ours else from_hub(source, labels, **kwargs)
     model = with_adapter(source, trainable, **kwargs)
     if not ours:
         return model
@@ -293,4 +290,6 @@ def origin(name: str) -> dict:
     """What run.json says of the model that a run started from."""
     source = resolve(name)
     about = {"parent": name, "parent_hash": weights_hash(name)}
-    return about | ({"base_hash": weights_hash(source.base)} if source.adapter else {})
+    if source.adapter:
+        about["base_hash"] = weights_hash(source.base)
+    return about
