@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     give_freed_memory_back()
-    available = available_bytes()
-    limit = control_group_bytes()
-    return max(0, available if limit is None else min(available, limit))
+    return max(0, min(available_bytes(), control_group_bytes()))
 
 
 def room(device: torch.device, processes: int = 1) -> int:
@@ -58,15 +57,13 @@ def available_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def control_group_bytes(
-    mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> int | None:
+def control_group_bytes(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """What Linux' control groups (version 2) leave to this process: the least over its group and all groups
-    around it, in which cached files count as free. None where there is no limit.
+    around it, in which cached files count as free. Infinity where there is no limit.
     """
     if not own.exists():
-        return None
-    left = []
+        return math.inf
+    left = [math.inf]
     path = own.read_text().rpartition("0::/")[2].strip()
     for group in (mount / path, *(mount / path).parents):
         with contextlib.suppress(OSError, ValueError):  # no such file here; "max" is no limit
@@ -74,7 +71,7 @@ def control_group_bytes(
             used = int((group / "memory.current").read_text())
             cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
             left.append(most - used + int(cached[1] if cached else 0))
-    return min(left, default=None)
+    return min(left)
 
 
 def give_freed_memory_back() -> None:

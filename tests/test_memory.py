@@ -1,6 +1,7 @@
 """Memory: predicted bytes against the bytes of tensors that are alive, and what happens when it runs out."""
 
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -226,14 +227,14 @@ def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leav
     (root / "user/job").mkdir(parents=True)
     for name, text in (("max", "max"), ("current", "100"), ("stat", "inactive_file 10")):
         (root / f"user/job/memory.{name}").write_text(text)
-    assert control_group_bytes(root, own) is None
+    assert control_group_bytes(root, own) == math.inf
     for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 5\ninactive_file 50")):
         (root / f"user/memory.{name}").write_text(text)
     assert control_group_bytes(root, own) == 350  # the group around the process' own is the tighter one
-    assert control_group_bytes(tmp_path, tmp_path / "not there") is None
+    assert control_group_bytes(tmp_path, tmp_path / "not there") == math.inf
     assert memory.available_bytes() > 2**20
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    for limit, free in ((800, 800), (None, 1000)):
+    for limit, free in ((800, 800), (math.inf, 1000)):
         monkeypatch.setattr(memory, "control_group_bytes", lambda limit=limit: limit)
         assert memory.free_bytes(torch.device("cpu")) == free
         assert memory.room(torch.device("cpu"), processes=4) == free * 0.6 / 4
