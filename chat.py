@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import parse_config
+from support.tables import read_jsonl, valid
 
 if TYPE_CHECKING:  # libraries are loaded when they are needed: --help answers at once
     from support.text_model import TextModel
@@ -83,7 +84,6 @@ def ask_checkpoints(cfg: ChatConfig, messages: list[dict]) -> None:
     """The same prompt, with the same seed, for every kept checkpoint; generations.jsonl keeps the texts."""
     from support.files import write_jsonl
     from support.runs import checkpoints, step_of
-    from support.tables import read_jsonl
 
     found = checkpoints(Path(cfg.model))
     file = Path(cfg.model) / "generations.jsonl"
@@ -130,7 +130,7 @@ class Screen:
 
 def answer(model: "TextModel", cfg: ChatConfig, text: str, messages: list[dict]) -> str:
     """Prints cfg.n continuations of `text`, or answers to it, as they are sampled; returns the last one."""
-    text = text.encode("utf-8", "replace").decode()  # half an emoji in the terminal's input is no text
+    text = valid(text)  # the terminal's input may hold half an emoji
     ids = [*model.start, *model.encode(text)]
     if cfg.chat:
         ids, _ = model.conversation([*messages, {"role": "user", "content": text}])
