@@ -133,7 +133,7 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int =
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
     """What a layer calls: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). Without a mask: causal.
 
-    The scripts put support/kernels.py's in its place, for which a mask must not show what is to come.
+    The scripts replace it by that of support/kernels.py, whose masks must hide all later tokens.
     """
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)
@@ -487,7 +487,7 @@ class ModernDecoderLM(nn.Module):
         self.register_buffer("rope", table, persistent=False)
 
     def set_dropout(self, p: float) -> None:
-        """The dropout of a loaded model, everywhere: all layers read it from this one config."""
+        """Sets the dropout of a loaded model: all layers read it from this one config."""
         refuse(not 0 <= p < 1, f"dropout={p} must be from 0 to below 1")
         self.config.dropout = p
 
@@ -685,7 +685,7 @@ class ModernDecoderLM(nn.Module):
 
 
 class Texts:
-    """The rows that a generation writes. `alive`: those still in the batch, whose line j is row alive[j]."""
+    """The rows that a generation writes. Some are still in the batch: its line j is row alive[j]."""
 
     def __init__(
         self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,

@@ -196,7 +196,7 @@ def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: 
 
 
 def load_for_attention(name: str, device: torch.device, *how) -> TextModel:
-    """`load_model`, but of an encoder such as BERT no head, whose weights need not be there."""
+    """`load_model`; but an encoder such as BERT is loaded without a head, whose weights may be missing."""
     architecture = "".join(resolve(name).config.get("architectures") or ())
     if is_adapter(name) or not re.search("MaskedLM|PreTraining|(?<!LMHead)Model$", architecture):
         return load_model(name, device, *how)

@@ -1,4 +1,4 @@
-"""Key-value caches beside the plain one: rolling, with shared prompts, of fixed shape; and which to take."""
+"""Key-value caches beside the plain one of model.py: rolling, with shared prompts, and of fixed shape."""
 
 from typing import NamedTuple
 

@@ -31,7 +31,7 @@ HEADERS = {  # they keep a browser from doing more than the page needs
 
 
 class Guard:
-    """Refuses requests of other origins, of strangers, and those that are too large, before they are read."""
+    """Refuses requests from other origins or without the token, and those with too large a body."""
 
     def __init__(self, app, host: str, token: str):
         self.app = app

@@ -20,7 +20,7 @@ CLASSES = {
     "modern_llm": "ModernDecoderLM",  # ours alone
 }
 
-# What decides which of them computes a model. The other fields are numbers that all of them store.
+# The fields that decide which of these computes a model. The others are numbers that all of them store.
 SWITCHES = """norm norm_position positions ffn n_sinks qk_norm sliding_window sparse_stride attention_kind
     bias tie_embeddings n_kv_heads head_dim""".split()
 MOE_SWITCHES = ["capacity_factor", "moe_every"]

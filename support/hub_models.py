@@ -210,7 +210,7 @@ def set_token_ids(model: nn.Module, ids: dict) -> None:
 
 
 def add_chat_tokens(model: nn.Module, tokenizer) -> tuple:
-    """Gives a model without them the special tokens of our conversations: its new tokenizer, and their ids.
+    """Adds the special tokens of our conversations to a model; returns its new tokenizer, and their ids.
 
     Their embeddings begin as the mean of all others.
     """
@@ -222,7 +222,7 @@ def add_chat_tokens(model: nn.Module, tokenizer) -> tuple:
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
-    """Dropout of `p` wherever the model has it; on embeddings in transformers' Llama, which has next to none.
+    """Sets every dropout of a model to `p`. Transformers' Llama has next to none: there, on the embeddings.
 
     A small model that sees the same phrases again and again soon knows them by heart (report/real-text.md).
     """

@@ -77,10 +77,10 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) ->
 class AttentionInBlocks(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v of a whole text on a CPU, 64 queries at a time with the keys up to theirs.
 
-    What a block of queries may not see is never computed, but for its own upper triangle, and its scores stay
-    in the cache. The weights are kept for the backward pass: 2.2 MB for a layer, head and row of 1,024 tokens
-    in float32. torch's own flash attention, which keeps none, takes 1.2 to 3.0 times as long forward and
-    backward (256 and 1,024 tokens, float32, two threads), in bfloat16 2.4 to 3.7 times.
+    What a block of queries may not see is never computed, except in its own upper triangle, and its scores
+    stay in the cache. The weights are kept for the backward pass: 2.2 MB for a layer, head and row of 1,024
+    tokens in float32. torch's own flash attention, which keeps none, takes 1.2 to 3.0 times as long forward
+    and backward (256 and 1,024 tokens, float32, two threads), in bfloat16 2.4 to 3.7 times.
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class AttentionInBlocks(torch.autograd.Function):
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
     if q.device.type == "cpu" and torch.compiler.is_compiling():
-        # Loops over the cache and no products of tiny matrices, but for the scores of several queries a key.
+        # Sums over the cache: faster than products of tiny matrices, except for several queries per key.
         scores = (q * k).sum(-1).unsqueeze(2) if q.shape[2] == 1 else q @ k.mT  # (B, K, G, S)
         scores = scores / math.sqrt(q.shape[-1])
         if mask is not None:
@@ -222,7 +222,7 @@ def float32_products(precision: str):
 
 
 def fastest_products(device: torch.device) -> str:
-    """The precision to ask `float32_products` for where products are of the same shapes again and again.
+    """The precision to give `float32_products` where the same shapes are multiplied again and again.
 
     torch has MKL multiply, which on AMD's processors runs code for AVX2 whatever they have. At "medium" it
     asks oneDNN: 250 GFLOP/s a core and not 110 (Zen 5), and as exact, since only AMX has anything less to
@@ -262,7 +262,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def lm_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 4096) -> Tensor:
-    """`model.lm_loss`, `chunk` tokens at a time; on a CPU without the targets of -100, if many."""
+    """`model.lm_loss`, `chunk` tokens at a time; on a CPU without the targets of -100, if they are many."""
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         asked = targets != -100
         if asked.sum() < 0.9 * len(asked):
@@ -407,10 +407,10 @@ def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
     """The model with its weights laid out for decoding, where a step is bound by reading them; or the model
     itself where that does not pay.
 
-    Under autocast the weights are cast once and not for every token (but for the router's, which are few and
-    decide who computes). q, k and v lie side by side, gate and up too; all are transposed, but for compiled
-    decoding on a CPU, see `one_row_linear`: 1.1 times as fast at 1 row (width 128, a core of a Zen 5), 1.14
-    to 1.18 at 128 rows (a core of a Xeon).
+    Under autocast the weights are cast once instead of for every token, except for the router's: they are few
+    and decide which expert computes. q, k and v lie side by side, gate and up too. All are transposed, except
+    for compiled decoding on a CPU, see `one_row_linear`: 1.1 times as fast at 1 row (width 128, a core of a
+    Zen 5), 1.14 to 1.18 at 128 rows (a core of a Xeon).
     """
     on_cpu = model.device.type == "cpu"
     cast = model.head.dtype != model.dtype

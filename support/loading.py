@@ -230,7 +230,7 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
 
 
 def import_peft():
-    """PEFT, which imports bitsandbytes where that is installed; without what it says of missing kernels."""
+    """PEFT; without the messages about missing kernels of bitsandbytes, which it imports if installed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import peft
 
@@ -238,7 +238,7 @@ def import_peft():
 
 
 def refuse_changed_base(source: Source) -> None:
-    """Raises TrainError if the base of an adapter holds other weights now than those it was trained on."""
+    """Raises TrainError if the base of an adapter no longer has the weights on which it was trained."""
     tuned_on = source.run.get("base_hash", source.run.get("parent_hash"))
     if tuned_on and tuned_on != weights_hash(source.base):
         raise TrainError(

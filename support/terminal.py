@@ -149,10 +149,12 @@ def end_with_parent() -> None:
 
 
 def leave_cores_to_others() -> None:
-    """torch's threads wait for work in a loop that keeps their core busy, 300,000 rounds long. Where another
-    program runs, they wait for a thread that it has put off. With 20,000 rounds, configs/cpu.py trained at
-    5,300 tokens/s beside two busy processes and not at 2,850; alone as fast as before, 20,600 (two cores of a
-    Xeon). It has to be said before torch is loaded.
+    """Makes torch's threads give up their cores sooner. It must be set before torch is loaded.
+
+    A thread that waits for work keeps its core busy for 300,000 rounds of a loop. Beside another program it
+    may so hold up the very thread that it waits for. With 20,000 rounds, configs/cpu.py trained at 5,300
+    tokens/s beside two busy processes and not at 2,850; alone as fast as before, 20,600 (two cores of a
+    Xeon).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -331,8 +331,10 @@ class TextModel:
             self.model.load_state_dict(saved.state_dict())
 
     def generation_ids(self) -> dict:
-        """bos, eos and pad for config.json and generation_config.json: where an answer ends, and wherever the
-        model stopped before. A head does not generate; it needs pad to find the end of a text.
+        """The ids of bos, eos and pad, for config.json and generation_config.json.
+
+        eos: the token that ends an answer, and those at which the model stopped before. A head does not
+        generate; it needs pad to find the end of a text.
         """
         ids = {"pad_token_id": self.pad}
         if self.kind == "head":
