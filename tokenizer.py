@@ -34,7 +34,7 @@ from data import SPLITS, DataError, corpus_info, documents
 from support.cutting import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.files import write_json
 from support.processes import CORES, alone_in, tqdm
-from support.runs import read_json
+from support.runs import read_json_if_there
 from support.tables import valid
 from support.token_files import at_most, open_tokens, tokens_folder, write_tokens
 from support.tokenizer_json import (
@@ -459,7 +459,7 @@ def prepare_tokenizer(cfg: TokenizerStageConfig, folder: Path) -> Tokenizer:
     settings["fingerprint"] = corpus_info(cfg.corpus, "train")["fingerprint"]
     note = folder / "settings.json"  # written before the tokenizer: one without it is not ours to replace
     if (folder / "tokenizer.json").exists() and not cfg.overwrite:
-        before = read_json(note) if note.exists() else {}
+        before = read_json_if_there(note)
         changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
         if changed:
             raise ValueError(

@@ -31,7 +31,7 @@ from support.hf_format import to_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
 from support.plan import Step, fit_batch, memory_options, planned_model
-from support.runs import read_json
+from support.runs import read_json_if_there
 from support.timing import in_turns, matmul_flops, medians
 from train import TrainConfig
 
@@ -264,7 +264,7 @@ def measure(cfg: HardwareConfig) -> dict:
     print(f"{about['hardware']['device']}, {about['hardware']['threads']} threads")
     file = Path(cfg.out) / "hardware.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    found = read_json(file) if file.exists() else {}
+    found = read_json_if_there(file)
     if found.get("hardware") != about["hardware"]:  # another machine's figures are not this one's
         found = {}
     for part in wanted:

@@ -47,7 +47,7 @@ from support.kernels import fastest_products, float32_products
 from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
 from support.plan import Step, gpu_elsewhere, memory_options, planned_model, usable
 from support.processes import CORES
-from support.runs import read_json
+from support.runs import read_json, read_json_if_there
 from support.text_model import on_all_cores
 from support.timing import medians, seconds_of
 from tokenizer import TokenizerStageConfig
@@ -216,7 +216,7 @@ class Plan:
         if name in self.models:
             return self.models[name]
         folder = Path(name)
-        run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+        run = read_json_if_there(folder / "run.json")
         if run.get("stage") == "train":
             self.bases.add(name)
         with contextlib.suppress(OSError, ValueError):  # an adapter; one for transformers, a tuned T5

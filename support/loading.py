@@ -17,7 +17,7 @@ from support.hf_format import find_folder, from_hf_config, from_tensors
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
 from support.machine import pick_dtype
-from support.runs import TrainError, read_json, weights_hash
+from support.runs import TrainError, read_json, read_json_if_there, weights_hash
 from support.text_model import TextModel, class_name
 from support.tokenizer_json import ForeignTokenizer, check_tokenizer
 from tokenizer import EOT, Tokenizer
@@ -85,8 +85,8 @@ def is_adapter(name: str) -> bool:
 def read_run(name: str) -> dict:
     """run.json of a run folder, or of the run that a checkpoint belongs to; {} if there is none."""
     folder = Path(name)
-    file = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
-    return read_json(file) if file.exists() else {}
+    home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    return read_json_if_there(home / "run.json")
 
 
 def adapter_base(folder: Path, base: object) -> str:

@@ -171,6 +171,11 @@ def read_json(path: Path) -> dict:
     return found
 
 
+def read_json_if_there(path: Path) -> dict:
+    """`read_json`; {} if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def list_runs(out: str) -> None:
     """A line per run of the folder `out`, and one per checkpoint."""
     files = sorted(Path(out).glob("**/run.json"))

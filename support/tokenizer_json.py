@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from support.files import write_json
-from support.runs import read_json
+from support.runs import read_json, read_json_if_there
 
 HUB_MARK = "hub-"  # begins the hash of a tokenizer that transformers reads
 ROLES = ("system", "user", "assistant")
@@ -74,10 +74,9 @@ def write_tokenizer(folder: Path, tokenizer, pattern: str | None, config: dict) 
 def read_tokenizer(folder: Path) -> tuple[dict, dict]:
     """The contents of tokenizer.json and of tokenizer_config.json, with the chat template wherever it is."""
     path = folder / "tokenizer.json"
-    config = folder / "tokenizer_config.json"
     if not path.exists():
         raise FileNotFoundError(f'there is no {path}; "python tokenizer.py" makes one')
-    settings = read_json(config) if config.exists() else {}
+    settings = read_json_if_there(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"  # where transformers 5 writes it
     if template.exists():
         settings["chat_template"] = template.read_text(encoding="utf-8")
@@ -121,12 +120,11 @@ def check_tokenizer(folder: Path, found: str) -> None:
     checked: other programs add tokens to a tokenizer and leave our hash in tokenizer_config.json. Our hashes
     and those of HubTokenizer are computed differently and never compared.
     """
-    if not (folder / "run.json").exists():
+    run = read_json_if_there(folder / "run.json")
+    if not run:
         return
-    config = folder / "tokenizer_config.json"
-    recorded = [read_json(folder / "run.json").get("tokenizer")]
-    recorded += [read_json(config).get("tokenizer_hash")] if config.exists() else []
-    for expected in recorded:
+    config = read_json_if_there(folder / "tokenizer_config.json")
+    for expected in (run.get("tokenizer"), config.get("tokenizer_hash")):
         known = isinstance(expected, str)
         if known and expected != found and expected.startswith(HUB_MARK) == found.startswith(HUB_MARK):
             raise ForeignTokenizer(
