@@ -342,6 +342,7 @@ class Decoder(PLAIN["Decoder"]):
     def __init__(self, model, cache, draw, n=1, compile=False, record=False):
         super().__init__(decoding_copy(model, compile), cache, draw, n)
         c = model.config
+        rows = len(cache.length) * n
         on_cpu = model.device.type == "cpu"
         self.compile = compile
         self.compiled = compiled_step(model.device.type) if compile else step
@@ -349,10 +350,10 @@ class Decoder(PLAIN["Decoder"]):
         self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
         # A SharedPromptCache makes a CPU 1.1 to 1.6 times as fast, also for prompts with one answer each
         # (report/speed.md). A GPU waits for launches and not for memory, and would launch more.
-        other = compile or self.record or cache.rolls
-        self.share = len(cache.length) * n > 1 and on_cpu and c.plain_attention and not other
+        other_cache = compile or self.record or cache.rolls
+        self.share = on_cpu and rows > 1 and c.plain_attention and not other_cache
         # Products of compiled steps have the same shapes, but for those of grouped queries with their keys.
-        same_shapes = c.n_heads == c.n_kv_heads and len(cache.length) * n * c.d_model >= 4096
+        same_shapes = c.n_heads == c.n_kv_heads and rows * c.d_model >= 4096
         self.precision = torch.get_float32_matmul_precision()
         if compile and same_shapes:
             self.precision = fastest_products(model.device)
@@ -378,9 +379,7 @@ class Decoder(PLAIN["Decoder"]):
             return self.compiled(self.model, ids, self.cache)
 
     def shrink(self, left: list[int]) -> list[int]:
-        if self.compile:
-            return []
-        return super().shrink(left)
+        return [] if self.compile else super().shrink(left)
 
 
 def can_record(device: torch.device) -> bool:
