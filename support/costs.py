@@ -335,15 +335,16 @@ def generation_bytes(
 
 
 def likelihood_bytes(
-    s: Shape, rows: int, length: int, columns: int, size: int = 2, on_cpu: bool = False
+    s: Shape, rows: int, length: int, columns: int = 0, size: int = 2, on_cpu: bool = False
 ) -> int:
-    """Peak bytes, without the weights, of log-likelihoods of the last `columns` of `length` tokens.
+    """Peak bytes, without the weights, of log-likelihoods of the last `columns` (0: all) of `length` tokens.
 
     The logits of these columns exist as computed, in float32, and as float32 log-probabilities. A
     classification head has none, but transformers keeps an unused cache. An encoder-decoder encodes `length`
     tokens and decodes `columns`.
     """
     c = s.c
+    columns = columns or length
     layer = activation_bytes(s, rows, length, size, on_cpu)
     if s.kind == "head":
         return layer + kv_cache_bytes(c, length, rows, size)

@@ -27,7 +27,7 @@ from support.chat_template import (
     marked_ids,
     with_generation_marks,
 )
-from support.costs import Shape, generation_bytes, likelihood_bytes, shape_of
+from support.costs import generation_bytes, likelihood_bytes, shape_of
 from support.files import write_jsonl
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_model
@@ -399,11 +399,9 @@ class TextModel:
         """
         tokens = 32_768 if self.device.type == "cuda" else 4096
         tokens = min(tokens, 2**28 // self.model.config.vocab_size)
-
-        def need(shape: Shape, rows: int, longest: int, **how) -> int:
-            return likelihood_bytes(shape, rows, longest, longest, **how)
-
-        return self.rows_that_fit(need, lambda longest: min(256, tokens // longest), self.model.dtype)
+        return self.rows_that_fit(
+            likelihood_bytes, lambda longest: min(256, tokens // longest), self.model.dtype
+        )
 
     def rows_that_fit(self, need: Callable, most: RowsOf, dtype: torch.dtype) -> RowsOf:
         """A function from the longest row to a number of rows: at most most(longest), and no more than fit
