@@ -211,7 +211,7 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     if adapter:
         tags.append("lora")
     library = "peft" if adapter else "transformers"
-    results = eval_results(folder, run, pipeline)
+    results = [] if run.get("smoke") else eval_results(folder, run, pipeline)
     card = ModelCardData(
         language=None if "yours" in licences else "en",
         license=names.pop() if known else "other" if names else None,
@@ -228,11 +228,11 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
 
 
 def eval_results(folder: Path, run: dict, pipeline: str) -> list:
-    """What was measured, as huggingface_hub's EvalResult; nothing of a smoke run."""
+    """What was measured, as huggingface_hub's EvalResult."""
     from huggingface_hub import EvalResult
 
     results = []
-    for x in [] if run.get("smoke") else measured(folder, run):
+    for x in measured(folder, run):
         result = EvalResult(
             task_type=pipeline,
             dataset_type=str(x["task"]),
