@@ -297,12 +297,7 @@ def find_folder(name: str | Path) -> Path | None:
 
 
 def from_pretrained(name: str | Path) -> ModernDecoderLM:
-    """A run folder of ours, or a GPT-2, Llama, Mistral, Qwen3 or Mixtral checkpoint: folder or hub id.
-
-    Weights are float32 whatever they were stored as; the model is in evaluation mode. Raises
-    FileNotFoundError or ValueError that say what is wrong: no such folder, an architecture this file can't
-    compute, tensors missing or too many or misshapen.
-    """
+    """`ModernDecoderLM.from_pretrained`, on the CPU."""
     folder = find_folder(name)
     if not folder:
         from huggingface_hub import snapshot_download

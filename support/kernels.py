@@ -135,7 +135,10 @@ class AttentionInBlocks(torch.autograd.Function):
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of a new token: q (B, K, G, D), G query heads a key head, k and v (B, K, S, D) -> as q."""
+    """Decoding: one new query per row attends to the cache, k and v (B, K, S, D).
+
+    q is (B, K, G, D), G query heads per KV head; returns the shape of q.
+    """
     if q.device.type == "cpu" and torch.compiler.is_compiling():
         # Sums over the cache: faster than products of tiny matrices, except for several queries per key.
         scores = (q * k).sum(-1).unsqueeze(2) if q.shape[2] == 1 else q @ k.mT  # (B, K, G, S)
