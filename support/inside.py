@@ -14,16 +14,13 @@ of these parts (Elhage et al., 2021, "direct logit attribution").
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModernDecoderLM
-
-if TYPE_CHECKING:
-    from support.text_model import TextModel
+from support.text_model import TextModel
 
 Heads = Iterable[tuple[int, int]]  # (layer, head), both counted from 0
 
@@ -134,7 +131,7 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
 # All of it for one text, as JSON
 
 
-def token_of(model: "TextModel", i: int) -> dict:
+def token_of(model: TextModel, i: int) -> dict:
     """A token: text, bytes, and which merge of the BPE made it (None: a byte, or a special token)."""
     tokenizer = model.tokenizer
     raw = tokenizer.token_bytes(i)
@@ -188,7 +185,7 @@ def surprise_of(logits: Tensor, ids: list[int], names) -> list[dict | None]:
     return found
 
 
-def check_length(model: "TextModel", ids: list[int]) -> None:
+def check_length(model: TextModel, ids: list[int]) -> None:
     """Raises ValueError if a text is empty or longer than the context."""
     T = model.context_length
     if not 1 <= len(ids) <= T:
@@ -197,7 +194,7 @@ def check_length(model: "TextModel", ids: list[int]) -> None:
 
 @torch.no_grad()
 def look_inside(
-    model: "TextModel",
+    model: TextModel,
     ids: list[int],
     position: int = -1,
     target: int | None = None,
