@@ -140,7 +140,7 @@ class FixedCache(KVCache):
         self.block = None
         self.read = cache.slots
 
-    def begin(self, T: int = 1, counts: Tensor | None = None) -> None:
+    def begin(self, T: int, counts: Tensor | None = None) -> None:
         self.write = self.positions = self.next.unsqueeze(1).clone()  # (B, 1)
         self.next.add_(1)
         self.mask = self.visible(torch.arange(self.slots, device=self.device))

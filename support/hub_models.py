@@ -180,8 +180,8 @@ def generate(
 def hf_context(config) -> int:
     """The context length of a transformers model; 1024 where its config states none."""
     for key in ("n_positions", "max_position_embeddings", "max_seq_len"):
-        if getattr(config, key, None):
-            return getattr(config, key)
+        if found := getattr(config, key, None):
+            return found
     return 1024
 
 

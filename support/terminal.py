@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells expect
@@ -41,7 +42,7 @@ def bare_words(argv: list[str], Config) -> tuple[list[str], list[str]]:
     """Splits a command line: flags with their values and config files; and other words, such as out/base."""
     takes_value = {f"--{field.name}" for field in fields(Config) if field.type is not bool}
     flags, words = [], []
-    for before, word in zip(["", *argv], argv, strict=False):
+    for before, word in pairwise(["", *argv]):
         bare = not (word.startswith("-") or word.endswith(".py") or before in takes_value)
         (words if bare else flags).append(word)
     return flags, words
