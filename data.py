@@ -33,6 +33,7 @@ from support.documents import Source, from_files, interleaved, nothing_to_read, 
 from support.finding import find_edition, find_rows, note_left_out, numbered
 from support.formats import Preference, first_question, messages_of, preference_of, talk
 from support.metrics import bootstrap, macro_f1, proportion, rouge
+from support.runs import errors_for_users
 from support.tables import DataError, read_rows, text_of
 from tasks.arithmetic import arithmetic, arithmetic_text, numbers_text
 from tasks.calculator import extract_number
@@ -56,7 +57,7 @@ def check_split(split: str) -> None:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text on Hugging Face's hub. Its first edition can be downloaded there; others may lie on this disk.
+    """A text on Hugging Face's hub. The first edition can be downloaded; the others are read if on this disk.
 
     An edition is {split: its files in $DATA_DIR/`folder`, plain or .gz}. "all" has no splits, so we hold out
     its tail; "head" has none either, and ends in the middle of a document.
@@ -106,28 +107,28 @@ EMBEDDED = {  # name -> its documents, and how many are in train
 EMBEDDED_HELD_OUT = 1_000  # documents in validation and in test
 
 
-def documents(corpus: str, split: str, data_dir: str = "", about: dict | None = None) -> Iterator[str]:
+def documents(corpus: str, split: str, about: dict | None = None) -> Iterator[str]:
     """The documents of one split, one at a time. Raises DataError at once if there is none.
 
     `corpus` is a name (`storyworld`, `arithmetic`, or one of CORPORA), a path, folder or glob of your own
     .txt, .jsonl or .parquet files (also .gz), or a mix, "tinystories:0.9,arithmetic:0.1". Rows without text
     are left out; while reading, they are counted in `about`["left_out"].
     """
-    found = find_corpus(corpus, split, data_dir)
+    found = find_corpus(corpus, split)
     print(f"data: {corpus}, {split}: {found.source}", file=sys.stderr)
     return islice(found.read({} if about is None else about), found.size)
 
 
-def corpus_info(corpus: str, split: str, data_dir: str = "") -> dict:
+def corpus_info(corpus: str, split: str) -> dict:
     """A run's record of what `documents` reads: {"source", "licence", "fingerprint" (of the content)}, and
     "running_text": True if its documents are pieces of longer texts.
     """
-    found = find_corpus(corpus, split, data_dir)
+    found = find_corpus(corpus, split)
     about = {"source": found.source, "licence": found.licence, "fingerprint": found.fingerprint()}
     return about | ({"running_text": True} if found.running_text else {})
 
 
-def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
+def find_corpus(corpus: str, split: str) -> Source:
     check_split(split)
     if corpus in EMBEDDED:
         make, n_train = EMBEDDED[corpus]
@@ -138,9 +139,9 @@ def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
         size = n_train if split == "train" else EMBEDDED_HELD_OUT
         return Source(lambda about: make(split), GENERATED_BY, "MIT", fingerprint, size=size)
     if corpus in CORPORA:
-        return find_edition(corpus, CORPORA[corpus], split, data_dir)
+        return find_edition(corpus, CORPORA[corpus], split)
     if re.fullmatch(r"[^:,]+:\d*\.?\d+(,[^:,]+:\d*\.?\d+)*", corpus) and not os.path.exists(corpus):
-        return mix(corpus, split, data_dir)
+        return mix(corpus, split)
     paths = own_files(corpus)
     if not paths:
         names = ", ".join([*EMBEDDED, *CORPORA])
@@ -148,14 +149,14 @@ def find_corpus(corpus: str, split: str, data_dir: str) -> Source:
     return from_files(paths, paths, "yours", hold_out=split)
 
 
-def mix(text: str, split: str, data_dir: str) -> Source:
+def mix(text: str, split: str) -> Source:
     shares, sources = {}, {}
     for part in text.split(","):
         name, share = part.rsplit(":", 1)
         if name in shares or float(share) <= 0:
             raise DataError(f'"{text}": name each corpus once, with a share above 0')
         shares[name] = float(share)
-        sources[name] = find_corpus(name, split, data_dir)
+        sources[name] = find_corpus(name, split)
     return interleaved(shares, sources, text)
 
 
@@ -165,7 +166,7 @@ def mix(text: str, split: str, data_dir: str) -> Source:
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a task: the text that fills its template, and what should follow, from its space on."""
+    """One item of a task: the text that fills its template, and the answer, with the space before it."""
 
     text: str
     target: str
@@ -231,6 +232,7 @@ TASKS = {
     "dialogue": replace(SAMSUM, generator=dialogue, max_new_tokens=48, **OURS),
     "arithmetic": replace(GSM8K, generator=arithmetic, max_new_tokens=128, **OURS),
 }
+CORPORA_ONLY = (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys()  # "arithmetic" is a task, too
 GENERATED = {"train": 4_000, "validation": 500, "test": 1_000}  # rows of an embedded task
 FILES = {"train": ("train",), "validation": ("validation", "dev", "valid"), "test": ("test",)}
 
@@ -242,9 +244,7 @@ def find_task(name: str) -> Task:
 
 
 @cache
-def load_task(
-    name: str, split: str, data_dir: str = "", first: int = 0, count: int = 0
-) -> tuple[list[Example], dict]:
+def load_task(name: str, split: str, first: int = 0, count: int = 0) -> tuple[list[Example], dict]:
     """The examples of one split, and {"source", "licence", "fingerprint"} of them for a run's record.
 
     With `count` only so many, from number `first` on; embedded tasks have no end. Real tasks are looked for
@@ -253,7 +253,7 @@ def load_task(
     """
     task = find_task(name)
     check_split(split)
-    rows, source = task_rows(name, split, data_dir, first + (count or GENERATED[split]))
+    rows, source = task_rows(name, split, first + (count or GENERATED[split]))
     if task.generator and first:
         source += f", from row {first + 1:,} on"
     parse = partial(example_of, task)
@@ -277,15 +277,15 @@ def parsed(rows: list[tuple], parse: Callable, source: str, licence: str, what: 
     return items, about
 
 
-def task_rows(name: str, split: str, data_dir: str, n: int) -> tuple[list[tuple], str]:
-    """The numbered rows of one split, (1, {...}), ..., and their source; of an embedded task `n` rows."""
+def task_rows(name: str, split: str, n: int) -> tuple[list[tuple], str]:
+    """The numbered rows of one split, (1, {...}), ..., and their source; `n` rows of an embedded task."""
     task = TASKS[name]
     if task.generator:
         return numbered(task.generator(split, n)), GENERATED_BY
     held_out = task.hold_out if split != "test" else 0
     part = "train" if held_out else split
     files = [f"{name}/{file}" for file in FILES[part]]
-    rows, source = find_rows(name, task.hub, part, files, data_dir, "sentiment, dialogue, arithmetic")
+    rows, source = find_rows(name, task.hub, part, files, "sentiment, dialogue, arithmetic")
     if held_out:
         source += f" (its last {held_out} rows are validation)"
         rows = rows[:-held_out] if split == "train" else rows[-held_out:]
@@ -293,7 +293,7 @@ def task_rows(name: str, split: str, data_dir: str, n: int) -> tuple[list[tuple]
 
 
 def example_of(task: Task, row: dict, where: str) -> Example | None:
-    """A row as an Example; None if it lacks its text or its answer, as one row of SAMSum."""
+    """A row as an Example; None if it lacks its text or its answer, like one row of SAMSum."""
     text, answer = (text_of(row.get(column), f'{where}, "{column}"') for column in task.columns)
     if text is None or answer is None:
         return None
@@ -328,7 +328,7 @@ def refuse_overlap(train: Iterable[str], test: Iterable[str], what: str) -> None
 
 
 def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict], dict[str, dict]]:
-    """Outputs of a model against what they should be: a record for each example, and the metrics.
+    """Compares a model's outputs with the true answers: a record for each example, and the metrics.
 
     `outputs` are class indices where the task has labels, and generated texts elsewhere.
     """
@@ -356,7 +356,7 @@ def judge(name: str, examples: list[Example], outputs: list) -> tuple[list[dict]
 
 
 def judged(task: Task, example: Example, output) -> dict:
-    """What one output is, and how good."""
+    """The part of a record that one output adds: the answer that it gives, and its score."""
     if task.metric == "accuracy":
         return {"prediction": task.labels[output].strip(), "correct": output == example.label}
     if task.metric == "rouge":
@@ -393,14 +393,14 @@ COLLECTIONS = {
 }
 
 
-def load_conversations(name: str, split: str, data_dir: str = "") -> tuple[list[list[dict]], dict]:
+def load_conversations(name: str, split: str) -> tuple[list[list[dict]], dict]:
     """Conversations of one split, [[{"role", "content"}, ...], ...], and their source, for a run's record.
 
     `name`: the embedded `instructions`, a task (its questions and answers are turns), alpaca, dolly, lima, or
     a file. What is not split by its makers is split by the first question that the user asks: 90, 5, 5 %.
     """
     if name in TASKS:
-        examples, about = load_task(name, split, data_dir)
+        examples, about = load_task(name, split)
         question = TASKS[name].question
         return [talk(question.replace("{}", e.text), e.target.strip()) for e in examples], about
     if name == "instructions":
@@ -408,13 +408,13 @@ def load_conversations(name: str, split: str, data_dir: str = "") -> tuple[list[
         chats = [row["messages"] for row in instructions(split, GENERATED[split])]
         about = {"source": GENERATED_BY, "licence": "MIT"}
     else:
-        chats, about = collection(name, split, data_dir, messages_of, "a question and an answer")
+        chats, about = collection(name, split, messages_of, "a question and an answer")
     return chats, about | {"fingerprint": sha256(json.dumps(c).encode() for c in chats)}
 
 
-def load_preferences(name: str, split: str, data_dir: str = "") -> tuple[list[Preference], dict]:
+def load_preferences(name: str, split: str) -> tuple[list[Preference], dict]:
     """Preferences of one split and their source: hh-rlhf, ultrafeedback, or a file of pairs."""
-    pairs, about = collection(name, split, data_dir, preference_of, "a question and two answers to it")
+    pairs, about = collection(name, split, preference_of, "a question and two answers to it")
     kept = [p for p in pairs if p.chosen != p.rejected]
     note_left_out(about, len(pairs) - len(kept), "pairs with identical sides")
     if not kept:
@@ -423,11 +423,12 @@ def load_preferences(name: str, split: str, data_dir: str = "") -> tuple[list[Pr
     return kept, about | {"fingerprint": sha256(texts)}
 
 
-def collection(name: str, split: str, data_dir: str, parse: Callable, what: str) -> tuple[list, dict]:
+def collection(name: str, split: str, parse: Callable, what: str) -> tuple[list, dict]:
     """One split of the rows that `parse` makes something of. Rows with one first question share a split."""
+    check_split(split)
     if known := COLLECTIONS.get(name):
         licence, embedded = known.licence, "instructions, arithmetic"
-        rows, source = find_rows(name, (known.hub,), known.part, known.files, data_dir, embedded)
+        rows, source = find_rows(name, (known.hub,), known.part, known.files, embedded)
     elif os.path.isfile(name):
         rows, source, licence = numbered(read_rows(name)), name, "yours"
     else:
@@ -458,7 +459,7 @@ class ShowConfig:
 
 def main() -> None:
     cfg = parse_config(ShowConfig, __doc__)
-    try:
+    with errors_for_users():
         if cfg.task:
             examples, about = load_task(cfg.task, cfg.split)
             print(f"{len(examples):,} examples, {about['source']}; licence: {about['licence']}", end="\n\n")
@@ -468,8 +469,6 @@ def main() -> None:
             texts = documents(cfg.corpus, cfg.split)
         for text in islice(texts, cfg.show):
             print(text, end="\n\n")
-    except DataError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,18 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, judge, load_task, refuse_overlap, talk
-from finetune import AdaptConfig, TrainingSet, subsample
+from finetune import (
+    AdaptConfig,
+    FineTuner,
+    TrainingSet,
+    best_evaluation,
+    chat_model,
+    subsample,
+    train_and_merge,
+)
 from model import ModernDecoderLM
-from support.alignment import best_evaluation, chat_model, run_stage, stage_trainer, train_and_merge
-from support.machine import autocast, dtype_for
 from support.pairs import Pair, from_collection, write_answers, write_pairs
-from support.runs import AlreadyFinished, TrainError, run_folder
+from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
 from support.samples import draw
 from support.text_model import TextModel, answer_task, pad_rows
 from train import rows_per_step
@@ -329,8 +335,7 @@ def train_round(cfg: DPOConfig) -> dict:
     pairs, val_pairs, problems, sources = make_pairs(model, cfg)
     whole = not (cfg.first_difference or cfg.is_control)
     reference = np.zeros((len(pairs), 2), np.float32)
-    dtype = dtype_for(cfg.dtype, model.model, model.device)
-    with autocast(model.device, dtype):  # as the steps compute
+    with model.autocast():  # as the steps compute
         if not cfg.is_control:  # no step was taken, so the model is still the reference
             reference = log_probs(model, pairs, whole, cfg.mean_log_probs)
         evaluate = validation(cfg, model, val_pairs, problems)
@@ -343,9 +348,9 @@ def train_round(cfg: DPOConfig) -> dict:
         write_answers(folder / "answers.jsonl", pairs)
 
     tokens = float(np.mean([pair.length for pair in pairs])) * (1 + whole)  # whole: both answers are read
-    trainer = stage_trainer(
+    trainer = FineTuner(
         cfg, model, data, tokens, about, loss=partial(dpo_loss, cfg), evaluate=evaluate,
-        tokens_per_row=1, on_begin=write_files,
+        tokenizer=model.tokenizer, tokens_per_row=1, on_begin=write_files,
     )  # fmt: skip
     both = sources["pairs"]["pairs"]
     trainer.say(

@@ -91,13 +91,14 @@ from data import (
 from finetune import subsample
 from support.attention import load_for_attention, show_attention
 from support.contamination import contamination, trained_on, training_texts
-from support.evaluations import Result, compare, describe, results_folder, write_results
+from support.evaluations import Result, compare, describe, results_folder, write_result
 from support.loading import load_model, read_run
 from support.long_context import show_streams
 from support.machine import pick_device, pick_dtype
 from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at, perplexity
 from support.pipeline import follow_instructions, write_pipeline
-from support.runs import TrainError
+from support.results import SMOKE
+from support.runs import TrainError, errors_for_users
 from support.samples import draw
 from support.text_model import TextModel, answer_task
 from tasks.calculator import calculates
@@ -228,7 +229,7 @@ def reported_split(corpus: str) -> str:
 
 
 def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result:
-    """One model on a task or a corpus. Raises TrainError if it cannot be asked that."""
+    """One model on a task or a corpus. Raises TrainError if the model cannot do it."""
     begun = time.perf_counter()
     if name not in TASKS and model.kind != "causal":
         raise TrainError("perplexity of a text is for decoders")
@@ -419,14 +420,14 @@ def evaluate_model(
     if dtype:
         model.dtype = dtype
     run = read_run(name)
-    smoke = "; SMOKE RUN, no result" * bool(run.get("smoke"))
+    smoke = f"; {SMOKE}" if run.get("smoke") else ""
     print(f"{name}: {model.n_parameters / 1e6:.1f}M parameters, {model.kind}{smoke}")
     results = []
 
     def keep(result: Result) -> None:
         results.append(result)
         print(f"  {result.name}: {describe(result.entry)}", flush=True)
-        write_results(results_folder(name, cfg.out), results, cfg.dtype, device)
+        write_result(results_folder(name, cfg.out), result, cfg.dtype, device)
 
     tasks, shots = checked(cfg)
     for task in tasks:
@@ -478,10 +479,8 @@ def evaluate_all(cfg: EvalConfig) -> None:
 
 def main() -> None:
     cfg = parse_config(EvalConfig, __doc__, read_words(sys.argv[1:]))
-    try:
+    with errors_for_users():
         evaluate_all(cfg)
-    except (ValueError, OSError, DataError) as error:
-        raise SystemExit(f"eval.py: {error}") from None
 
 
 if __name__ == "__main__":

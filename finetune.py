@@ -24,9 +24,8 @@ from support.terminal import run_script
 import contextlib
 import math
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, DataError, Example, Task, find_task, judge, load_task
+from data import TASKS, Example, Task, find_task, judge, load_task
 from model import ModernDecoderLM
 from support.adapters import (
     LORA_TARGETS,
@@ -67,8 +66,8 @@ from support.loading import (
 )
 from support.machine import dtype_for, pick_device, pick_dtype
 from support.model_card import write_run
-from support.results import value_of
-from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash  # noqa: F401
+from support.results import SMOKE, value_of
+from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
 
@@ -242,7 +241,9 @@ def build_model(
     adapter, new_tokens = None, []
     if getattr(cfg, "chat_tokens", False):
         tokenizer, new_tokens = add_chat_tokens(model, tokenizer)
-    if cfg.gradient_checkpointing and not ours:
+    if ours:
+        model.gradient_checkpointing = cfg.gradient_checkpointing
+    elif cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.lora_r and ours:
         model.to(device, dtype_for(cfg.dtype, model, device))
@@ -259,6 +260,14 @@ def build_model(
     found = TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
     found.dtype = dtype_for(cfg.dtype, model, device)
     return found
+
+
+def chat_model(cfg: AdaptConfig) -> TextModel:
+    """The decoder that SFT, DPO or a verifier trains; it reads and writes turns of conversations."""
+    source = resolve(cfg.model)
+    if source.kind != "causal":
+        raise TrainError(f"{cfg.model} is no decoder ({source.kind}): only these hold conversations")
+    return build_model(cfg, source, align=True)
 
 
 def check_settings(cfg: AdaptConfig, source: Source) -> None:
@@ -281,23 +290,6 @@ def check_settings(cfg: AdaptConfig, source: Source) -> None:
         cfg.dtype = "float32"
 
 
-class FineTuner(Trainer):
-    """The Trainer for a TextModel, whichever library computes it: it saves and reads as that one does."""
-
-    def __init__(self, cfg: AdaptConfig, text_model: TextModel, *args, free_to_change=(), **kwargs):
-        self.text_model = text_model
-        free = ["eval_examples", "max_eval_examples", "merge", *free_to_change]
-        model = kwargs.pop("model", text_model.model)
-        dtype = dtype_for(cfg.dtype, model, pick_device(cfg.device))
-        super().__init__(cfg, model, *args, free_to_change=free, dtype=dtype, **kwargs)
-
-    def write_model(self, folder: Path) -> None:
-        self.text_model.save(folder)
-
-    def read_model(self, folder: Path) -> None:
-        self.text_model.read_weights(folder)
-
-
 # -----------------------------------------------------------------------------
 # Rows, batches, loss
 
@@ -305,13 +297,13 @@ class FineTuner(Trainer):
 class Epochs:
     """Which rows each step sees: a pure function of (seed, step).
 
-    `order(epoch)` lists an epoch's rows, drawn from (seed, epoch); a step takes the next `per_step` of them.
+    `order(epoch)` of a subclass lists an epoch's rows, drawn from (seed, epoch); a step takes the next
+    `per_step` of them.
     """
 
-    def __init__(self, order: Callable[[int], np.ndarray | list], per_step: int):
-        self.order = order
+    def __init__(self, per_step: int):
         self.per_step = per_step
-        self.epoch, self.items = 0, order(0)
+        self.epoch, self.items = 0, self.order(0)
         self.batches = max(1, len(self.items) // per_step)  # an epoch
 
     def members(self, step: int, first: int, count: int) -> list:
@@ -341,10 +333,11 @@ class TrainingSet(Epochs):
         self.kind = kind
         self.pad = pad
         self.lengths = np.array([length(row) for row in rows])
-        super().__init__(partial(self.shuffled, batch=batch), batch)
+        super().__init__(batch)
 
-    def shuffled(self, epoch: int, batch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
+        batch = self.per_step
         size = max(1, len(self.rows) // batch) * batch
         order = np.resize(rng.permutation(len(self.rows)), size)
         order = by_length(order, self.lengths, batch)
@@ -382,7 +375,11 @@ def tokenise(model: TextModel, name: str, examples: list[Example]) -> tuple[list
 
 def task_loss(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, kind: str):
     """Cross-entropy on the answer's tokens alone, or on the class: (sum in nats, number of targets)."""
-    logits = target_logits(model, kind, ids, mask, targets)
+    return loss_on_targets(target_logits(model, kind, ids, mask, targets), targets)
+
+
+def loss_on_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy where the target is not -100: (sum in nats, number of targets)."""
     learned = targets != -100
     return F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum"), learned.sum()
 
@@ -391,9 +388,56 @@ def task_loss(model: nn.Module, ids: Tensor, mask: Tensor, targets: Tensor, kind
 # Fine-tuning
 
 
+class FineTuner(Trainer):
+    """The Trainer for a TextModel, whichever library computes it: it saves and reads as that one does.
+
+    Steps, epochs and FLOPs follow from `data` and from the mean number of `tokens` of its rows. Sets
+    max_steps where it is 0. `about` goes to run.json.
+    """
+
+    def __init__(
+        self, cfg: AdaptConfig, text_model: TextModel, data: Epochs, tokens: float, about: dict, **stage
+    ):
+        self.text_model = text_model
+        model = text_model.model
+        all_steps = max(1, math.ceil(data.batches * cfg.epochs))
+        smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)  # cut short, or a child of such a run
+        cfg.max_steps = cfg.max_steps or all_steps
+        about = origin(cfg.model) | {"chat": text_model.chat, "smoke": smoke} | about
+        about["data"] = about["data"] | {"tokenizer": text_model.tokenizer.hash}
+        per_parameter = 4 if cfg.lora_r else 6  # frozen weights need no gradient
+        usual = {
+            "tokens_per_row": max(1, round(tokens)),
+            "flops_per_row": per_parameter * sum(p.numel() for p in model.parameters()) * tokens,
+            "epoch": lambda step: step / data.batches,
+            "dtype": dtype_for(cfg.dtype, model, pick_device(cfg.device)),
+        }
+        super().__init__(cfg, model, data.batch, about=about, **usual | stage)
+
+    def write_model(self, folder: Path) -> None:
+        self.text_model.save(folder)
+
+    def read_model(self, folder: Path) -> None:
+        self.text_model.read_weights(folder)
+
+
+def train_and_merge(cfg: AdaptConfig, trainer: Trainer) -> dict:
+    """All steps and then, with --merge, base and adapter as one model. If a process was killed before it had
+    merged, the next one does it.
+    """
+    try:
+        run = trainer.run_all_steps()
+    except AlreadyFinished as finished:
+        if not cfg.merge or (trainer.folder / "merged").exists():
+            raise
+        run = finished.run
+    if cfg.merge and trainer.rank == 0:
+        merge(trainer.folder)
+    return run
+
+
 def finetune(cfg: FinetuneConfig) -> dict:
     """Trains, then evaluates the model on the whole validation split; returns run.json."""
-    begun = time.perf_counter()
     task = find_task(cfg.task)
     train, train_about = load_task(cfg.task, "train")
     validation, validation_about = load_task(cfg.task, "validation")
@@ -425,92 +469,69 @@ def finetune(cfg: FinetuneConfig) -> dict:
         texts, _ = answer_task(model, cfg.task, watched[:2])
         return [{"prompt": e.text, "text": text.strip()} for e, text in zip(watched, texts, strict=False)]
 
-    total, trained = parameters_of(model.model)
-    data = {"train": train_about | {"examples": len(train)} | lost, "tokenizer": model.tokenizer.hash}
-    data["validation"] = validation_about | {"examples": len(validation)}
-    about = {"task": cfg.task, "data": data, "chat": model.chat, "kind": model.kind}
-    about |= origin(cfg.model) | {"trained_parameters": trained}
-    capped = bool(cfg.max_train_examples or cfg.max_eval_examples)
-    about["smoke"] = plan_steps(cfg, math.ceil(batches.batches * cfg.epochs)) or capped
+    trained = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
+    data = {
+        "train": train_about | {"examples": len(train)} | lost,
+        "validation": validation_about | {"examples": len(validation)},
+    }
+    about = {"task": cfg.task, "data": data, "kind": model.kind, "trained_parameters": trained}
+    if cfg.max_train_examples or cfg.max_eval_examples:
+        about["smoke"] = True
     if model.kind == "head":
         names = model.model.config.id2label
         about["labels"] = [str(names[i]) for i in sorted(names)]
     tokens = float(batches.lengths.mean())
     trainer = FineTuner(
-        cfg, model, batches.batch, loss=loss, evaluate=evaluate, sample=None if task.labels else sample,
-        flops_per_row=(4 if cfg.lora_r else 6) * total * tokens,  # frozen weights need no gradient
-        tokens_per_row=max(1, round(tokens)), epoch=lambda step: step / batches.batches, about=about,
+        cfg, model, batches, tokens, about,
+        loss=loss, evaluate=evaluate, sample=None if task.labels else sample,
         keeps_best=False,  # results are reported on the validation split: it must not choose the checkpoint
     )  # fmt: skip
     trainer.say(
-        f"{trainer.folder}: {cfg.model} ({total / 1e6:.1f}M parameters, {trained / 1e6:.2f}M trained) on "
-        f"{len(train):,} examples of {cfg.task} ({train_about['source']}), {tokens:.0f} tokens each, "
-        f"{cfg.max_steps} steps of {batches.per_step}"
+        f"{trainer.folder}: {cfg.model} ({model.n_parameters / 1e6:.1f}M parameters, {trained / 1e6:.2f}M "
+        f"trained) on {len(train):,} examples of {cfg.task} ({train_about['source']}), {tokens:.0f} tokens "
+        f"each, {cfg.max_steps} steps of {batches.per_step}"
     )
     if any(lost.values()):
         trainer.say(f"too long: {lost['cut']} texts lost their end, {lost['left_out']} examples left out")
     trainer.say(f"an example, its answer in brackets: {format_row(model, rows[0])}")
-    return train_and_evaluate(cfg, trainer, validation, begun)
+    return train_and_evaluate(cfg, trainer, validation)
 
 
-def train_and_evaluate(
-    cfg: FinetuneConfig, trainer: Trainer, validation: list[Example], begun: float
-) -> dict:
-    """All steps, then the evaluation: also of a finished run that was killed before its evaluation."""
+def train_and_evaluate(cfg: FinetuneConfig, trainer: Trainer, validation: list[Example]) -> dict:
+    """All steps; then rank 0 evaluates what the run folder holds, as anybody would load it. It also does this
+    for a finished run that was killed before its evaluation.
+    """
     try:
-        run = trainer.run_all_steps()
+        run = train_and_merge(cfg, trainer)
     except AlreadyFinished as finished:
         run = finished.run
         if "evaluation" in run:
-            if cfg.merge and trainer.rank == 0 and not (trainer.folder / "merged").exists():
-                merge(trainer.folder)
             raise
-    if trainer.rank == 0:
-        run |= finish(cfg, trainer.folder, validation)
-        run["minutes"] = round((time.perf_counter() - begun) / 60, 2)
-        write_run(trainer.folder, run)
+    if trainer.rank > 0 or "evaluation" in run:
+        return run
+    model = load_model(str(trainer.folder), pick_device(cfg.device), context_length=cfg.context_length)
+    validation = subsample(validation, cfg.max_eval_examples, cfg.seed)
+    outputs, notes = answer_task(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
+    notes.pop("sure", None)  # of every item; eval.py keeps it
+    records, metrics = judge(cfg.task, validation, outputs)
+    write_jsonl(trainer.folder / "predictions.jsonl", records)
+    run["evaluation"] = {"split": "validation", **notes, "metrics": metrics}
+    write_run(trainer.folder, run)
     return run
 
 
 def build_for_task(cfg: FinetuneConfig, task: Task) -> TextModel:
     """`build_model` of the kind that task and method need; refused where they, or the model, do not fit."""
-    if cfg.method == "head" and not task.labels:
-        raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
     source = resolve(cfg.model)
-    if source.kind == "head" and cfg.method != "head":
-        raise TrainError(f"{cfg.model} has a classification head: --method=head")
-    if cfg.method == "head" and source.adapter and source.kind != "head":
+    if cfg.method == "lm":
+        if source.kind == "head":
+            raise TrainError(f"{cfg.model} has a classification head: --method=head")
+        return build_model(cfg, source)
+    if not task.labels:
+        raise TrainError(f"--method=head is for classes; the answers of {cfg.task} are texts: --method=lm")
+    if source.adapter and source.kind != "head":
         raise TrainError(f"{cfg.model} is an adapter of kind {source.kind}, not of kind head: use its base")
-    if cfg.method == "head":
-        return build_model(cfg, replace(source, kind="head"), task.labels)
-    return build_model(cfg, source)
-
-
-def parameters_of(model: nn.Module) -> tuple[int, int]:
-    """The number of parameters, and of those that are trained."""
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    return total, sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def plan_steps(cfg: AdaptConfig, all_steps: int) -> bool:
-    """Sets max_steps where it is 0. True for a smoke run, cut short or a child of one: it is no result."""
-    smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)
-    cfg.max_steps = cfg.max_steps or max(1, all_steps)
-    return smoke
-
-
-def finish(cfg: FinetuneConfig, folder: Path, validation: list[Example]) -> dict:
-    """Evaluates what the run folder now holds, as anybody would load it; and merges, if asked."""
-    if cfg.merge:
-        merge(folder)
-    model = load_model(str(folder), pick_device(cfg.device), context_length=cfg.context_length)
-    validation = subsample(validation, cfg.max_eval_examples, cfg.seed)
-    outputs, notes = answer_task(model, cfg.task, validation, progress=f"evaluating on {cfg.task}")
-    notes.pop("sure", None)  # of every item; eval.py keeps it
-    records, metrics = judge(cfg.task, validation, outputs)
-    write_jsonl(folder / "predictions.jsonl", records)
-    return {"evaluation": {"split": "validation", **notes, "metrics": metrics}}
+    return build_model(cfg, replace(source, kind="head"), task.labels)
 
 
 def subsample(examples: list[Example], n: int, seed: int) -> list[Example]:
@@ -531,37 +552,31 @@ def default_name(cfg: FinetuneConfig) -> str:
 
 
 def format_row(model: TextModel, row: tuple) -> str:
-    prompt = model.decode(row[0])
-    answer = row[1]
-    if model.kind == "head":
-        answer = model.model.config.id2label[answer]
-    else:
-        answer = model.decode(answer)
-    return f"{prompt[-300:]}[{answer[:200]}]".replace("\n", " / ")
+    prompt, answer = row
+    text = model.model.config.id2label[answer] if model.kind == "head" else model.decode(answer)
+    return f"{model.decode(prompt)[-300:]}[{text[:200]}]".replace("\n", " / ")
 
 
-def report(cfg: FinetuneConfig, run: dict) -> None:
+def describe(folder: Path, run: dict) -> str:
     evaluation = run["evaluation"]
     figures = ", ".join(f"{name} {value_of(name, m)}" for name, m in evaluation["metrics"].items())
-    smoke = "SMOKE RUN, no result: " if run["smoke"] else ""
-    print(
-        f"{Path(cfg.out) / cfg.name}: {smoke}{figures} on {run['task']}'s {evaluation['split']} split; "
+    smoke = f"{SMOKE}: " if run["smoke"] else ""
+    return (
+        f"{folder}: {smoke}{figures} on {run['task']}'s {evaluation['split']} split; "
         f"{run['seconds'] / 60:.1f} min of training"
     )
+
+
+def best_evaluation(folder: Path, run: dict) -> str:
+    """What SFT and DPO print at the end."""
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in run["results"]["best"].items())
+    return f"{folder}: {run['seconds'] / 60:.1f} min; {figures}; python chat.py {folder} --chat"
 
 
 def main() -> None:
     cfg = parse_config(FinetuneConfig, __doc__)
     warnings.filterwarnings("ignore", category=FutureWarning)  # what the libraries tell each other
-    try:
-        run = finetune(cfg)
-        if int(os.environ.get("RANK", 0)) == 0:
-            report(cfg, run)
-    except AlreadyFinished as finished:
-        report(cfg, finished.run)
-        print("nothing to do: --overwrite trains it anew, --name trains another")
-    except (ValueError, OSError, DataError) as error:
-        raise SystemExit(f"finetune.py: {error}") from None
+    run_stage(finetune, cfg, describe)
 
 
 if __name__ == "__main__":

@@ -30,25 +30,23 @@ from operator import itemgetter
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import (
-    CORPORA,
-    EMBEDDED,
-    TASKS,
-    corpus_info,
-    documents,
-    load_conversations,
-    load_task,
-    refuse_overlap,
+from data import CORPORA_ONLY, TASKS, corpus_info, documents, load_conversations, load_task, refuse_overlap
+from finetune import (
+    AdaptConfig,
+    Epochs,
+    FineTuner,
+    best_evaluation,
+    by_length,
+    chat_model,
+    loss_on_targets,
+    train_and_merge,
 )
-from finetune import AdaptConfig, Epochs, by_length
 from model import ModernDecoderLM, attention_mask
-from support.alignment import best_evaluation, chat_model, run_stage, stage_trainer, train_and_merge
 from support.chat_template import TemplateError
-from support.runs import TrainError, run_folder
+from support.runs import TrainError, run_folder, run_stage
 from support.text_model import TextModel, pad_rows
 from train import rows_per_step
 
@@ -91,7 +89,7 @@ def source_rows(model: TextModel, source: str, split: str, count: int) -> tuple[
     """The first `count` conversations (0: all) of a source, or documents of a corpus; how many of them were
     left out; and the source, for run.json.
     """
-    if source in (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys():
+    if source in CORPORA_ONLY:
         about = corpus_info(source, split)
         rows = []
         for text in islice(documents(source, split, about=about), count or None):
@@ -174,9 +172,9 @@ class PackedSet(Epochs):
         self.rows = [row for rows, _ in sources for row in rows]
         self.lengths = np.array([len(ids) for ids, _ in self.rows])
         self.sources, self.room, self.seed, self.pad, self.packing = sources, room, seed, pad, packing
-        super().__init__(self.bins, batch)
+        super().__init__(batch)
 
-    def bins(self, epoch: int) -> list[list[int]]:
+    def order(self, epoch: int) -> list[list[int]]:
         """The conversations of each row of an epoch."""
         rng, weights = np.random.default_rng([self.seed, epoch]), sum(weight for _, weight in self.sources)
         drawn, first = [], 0
@@ -227,13 +225,13 @@ def conversation_loss(model: nn.Module, ids, targets, positions, numbers) -> tup
         at = torch.arange(ids.shape[1], device=ids.device)
         same = numbers.unsqueeze(1) == numbers.unsqueeze(2)  # (B, T, T)
         mask = (same & attention_mask(at, at, window, stride)).unsqueeze(1)  # (B, 1, T, T)
-        names = ("mask", "positions") if ours else ("attention_mask", "position_ids")
-        masked = dict(zip(names, (mask, positions), strict=True))
+        if ours:
+            masked = {"mask": mask, "positions": positions}
+        else:
+            masked = {"attention_mask": mask, "position_ids": positions}
     if ours:
         return model(ids, targets, **masked)
-    logits = model(input_ids=ids, use_cache=False, **masked).logits
-    trained = targets != -100
-    return F.cross_entropy(logits[trained].float(), targets[trained], reduction="sum"), trained.sum()
+    return loss_on_targets(model(input_ids=ids, use_cache=False, **masked).logits, targets)
 
 
 @torch.no_grad()
@@ -305,7 +303,8 @@ def sft(cfg: SFTConfig) -> dict:
         return {"val_loss": mean_loss(model, val_bins, cfg.batch_size)}
 
     tokens = data.lengths.sum() / len(data.items)  # a row
-    trainer = stage_trainer(cfg, model, data, tokens, about, loss=conversation_loss, evaluate=evaluate)
+    how = {"loss": conversation_loss, "evaluate": evaluate, "tokenizer": model.tokenizer}
+    trainer = FineTuner(cfg, model, data, tokens, about, **how)
     trainer.say(
         f"{trainer.folder}: {cfg.model} on {len(data.rows):,} conversations of {cfg.data}; {cfg.max_steps} "
         f"steps of {data.per_step} rows of {tokens:.0f} tokens"

@@ -46,7 +46,6 @@ from configs import check_numbers, parse_config
 from model import ModelConfig, ModernDecoderLM
 from support import sharding
 from support.checkpoints import (
-    best_checkpoint,
     explained,
     first_record,
     load_checkpoint,  # noqa: F401
@@ -70,6 +69,7 @@ from support.runs import (
     TrainError,
     checkpoint_of,
     checkpoints,
+    errors_for_users,
     first_line,
     list_runs,
     lock,
@@ -78,6 +78,7 @@ from support.runs import (
     read_json,
     remove_run,
     run_folder,
+    run_stage,
     weights_hash,
 )
 from support.sharding import barrier, full_tensor, gradient_sync, shard_like
@@ -141,8 +142,8 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 FREE_TO_CHANGE = """
     name out tokens device compile parallel gradient_checkpointing batch_size grad_accum_steps log_every
     eval_every eval_tokens final_eval_tokens save_every keep_last sample_prompt sample_tokens wandb hypothesis
-    baseline overwrite plan measure vram card list
-""".split()  # (batch_size times grad_accum_steps is checked apart)
+    baseline overwrite plan measure vram card list eval_examples max_eval_examples merge
+""".split()  # of all stages (batch_size times grad_accum_steps is checked apart)
 
 
 # -----------------------------------------------------------------------------
@@ -287,11 +288,8 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
             hidden.append(p)
         else:
             matrices.append(p)
-    groups = []
-    if matrices:
-        groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizers = []
     if groups:
         fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
@@ -409,7 +407,6 @@ class Trainer:
     parallel: str = "ddp"
     on_begin: Callable | None = None  # writes the stage's own files, once the folder is this run's
     keeps_best: bool = True  # publish the checkpoint of the lowest validation loss; False: the last one
-    free_to_change: Iterable[str] = ()  # more settings that a resumed run may change
     dtype: torch.dtype | None = None  # of activations; None: by cfg.dtype
     rows_together: int = 1  # rows that a micro-batch may not separate
     same_shapes: bool = False  # of all batches, see `fastest_products`
@@ -765,7 +762,7 @@ class Trainer:
         state = self.state()
         if self.rank == 0:
             write_checkpoint(checkpoint_of(self.folder, self.step), self.write_model, state)
-            publish(best_checkpoint(self.folder, self.best, self.step))
+            publish(self.best_checkpoint())
             self.remove_older_checkpoints()
             self.write_run()
         barrier()
@@ -780,9 +777,13 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
 
+    def best_checkpoint(self) -> Path:
+        """The checkpoint of the best evaluation, if it was saved; else of this step."""
+        best = checkpoint_of(self.folder, self.best["step"] if self.best else self.step)
+        return best if best.exists() else checkpoint_of(self.folder, self.step)
+
     def remove_older_checkpoints(self) -> None:
-        best = best_checkpoint(self.folder, self.best, self.step)
-        prune(self.folder, best, self.step, self.cfg.keep_last)
+        prune(self.folder, self.best_checkpoint(), self.step, self.cfg.keep_last)
 
     def gather_weights(self) -> None:
         """FSDP: brings the weights of `full_model` up to date. Collective."""
@@ -811,8 +812,7 @@ class Trainer:
             self.run = read_json(self.folder / "run.json")
         finished = self.run.get("status") == "finished"
         if found or finished:
-            free = [*FREE_TO_CHANGE, *self.free_to_change]
-            refuse_another_run(self.folder, self.run, asdict(self.cfg), self.about, free)
+            refuse_another_run(self.folder, self.run, asdict(self.cfg), self.about, FREE_TO_CHANGE)
         if finished:
             if self.rank == 0:
                 tidy(self.folder, self.run)
@@ -826,7 +826,7 @@ class Trainer:
             self.say(f"{self.folder}: resuming at step {self.step} of {self.cfg.max_steps}")
         if self.rank == 0:
             if self.step:
-                publish(best_checkpoint(self.folder, self.best, self.step))
+                publish(self.best_checkpoint())
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self.log.cut(name, self.step)
             tidy(self.folder, self.run)
@@ -950,8 +950,9 @@ def sample_texts(model: ModernDecoderLM, tokenizer: Tokenizer, cfg: TrainConfig)
     """Two texts that continue the prompt, each to the end of its document."""
     eot = tokenizer.eot_id
     prompt = [eot, *tokenizer.encode(cfg.sample_prompt)]
-    how = {"temperature": 0.8, "top_p": 0.95, "stop_tokens": [eot], "n": 2, "seed": cfg.seed}
-    rows = model.generate([prompt], cfg.sample_tokens, **how)
+    rows = model.generate(
+        [prompt], cfg.sample_tokens, n=2, temperature=0.8, top_p=0.95, stop_tokens=[eot], seed=cfg.seed
+    )
     texts = [tokenizer.decode([t for t in row if t != eot]) for row in rows]
     return [{"prompt": cfg.sample_prompt, "text": text} for text in texts]
 
@@ -968,7 +969,7 @@ def padded(vocab_size: int) -> int:
 def main() -> None:
     auto = "--batch_size=auto"
     cfg = parse_config(TrainConfig, __doc__, [word for word in sys.argv[1:] if word != auto])
-    try:
+    with errors_for_users():
         if auto in sys.argv:
             from support.plan import fit_batch
 
@@ -980,21 +981,13 @@ def main() -> None:
 
             print_plan(cfg)
         else:
-            report(cfg, pretrain(cfg))
-    except AlreadyFinished as finished:
-        report(cfg, finished.run)
-        print("nothing to do: --overwrite trains it anew, --name trains another")
-    except (ValueError, OSError) as error:  # TrainError and what the other files raise
-        raise SystemExit(f"train.py: {error}") from None
+            run_stage(pretrain, cfg, describe)
 
 
-def report(cfg: TrainConfig, run: dict) -> None:
-    if int(os.environ.get("RANK", 0)) > 0:
-        return
-    folder = Path(cfg.out) / cfg.name
+def describe(folder: Path, run: dict) -> str:
     best = (run.get("results") or {}).get("best")
     loss = f", val_loss {best['val_loss']:.4f}, {best['bits_per_byte']:.4f} bits a byte" if best else ""
-    print(f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{loss}; python chat.py {folder}")
+    return f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{loss}; python chat.py {folder}"
 
 
 if __name__ == "__main__":

@@ -54,14 +54,13 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, load_task, refuse_overlap, talk
-from finetune import AdaptConfig, Epochs, TrainingSet
-from support.alignment import chat_model, run_stage, stage_trainer
+from finetune import AdaptConfig, Epochs, FineTuner, TrainingSet, chat_model
 from support.files import write_atomically
 from support.loading import is_smoke, load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.model_card import write_run
-from support.runs import AlreadyFinished, TrainError, run_folder, weights_hash
+from support.runs import AlreadyFinished, TrainError, run_folder, run_stage, weights_hash
 from support.samples import Samples, draw, labelled
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
 from train import rows_per_step
@@ -148,6 +147,7 @@ class Verifier:
         return self.calibrated(problems, answers, self.terms(problems, answers, progress))
 
     def calibrated(self, problems: list[str], answers: list[str], terms: np.ndarray) -> np.ndarray:
+        """(2, n) scores and probabilities from (n, 2) terms; an empty answer is certainly wrong."""
         scores = combined(self.kind, terms, self.fitted["lambda"])
         logits = self.features(problems, terms) @ self.fitted["logistic"]
         probabilities = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
@@ -287,9 +287,10 @@ class ChannelTraining(TrainingSet):
         for at, i in enumerate(self.members(step, 0, first + count), -first):
             right, wrong = self.examples[i]
             drawn = wrong[rng.integers(len(wrong))] if wrong else None  # drawn for earlier rows, too
-            if at >= 0:
-                rows.append(right)
-            if at >= 0 and drawn:
+            if at < 0:
+                continue
+            rows.append(right)
+            if drawn:
                 contrast.append(drawn)
                 places.append(at)
         return *collate(rows + contrast, "causal", self.pad), torch.tensor(places, dtype=torch.long)
@@ -334,8 +335,11 @@ class ValueHead(nn.Module):
 
     def __init__(self, text_model: TextModel):
         super().__init__()
-        self.text_model, self.tokenizer = text_model, text_model.tokenizer
-        self.name, self.context_length = text_model.name, text_model.context_length
+        self.text_model = text_model
+        self.tokenizer = text_model.tokenizer
+        self.chat = text_model.chat
+        self.name = text_model.name
+        self.context_length = text_model.context_length
         self.lm = text_model.model
         self.value = nn.Linear(self.lm.config.d_model if text_model.ours else self.lm.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
@@ -345,14 +349,6 @@ class ValueHead(nn.Module):
     @property
     def model(self) -> nn.Module:
         return self
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        return getattr(self.lm, "gradient_checkpointing", False)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
-        self.lm.gradient_checkpointing = on
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) -> logits of the next token (B, T, V), values (B, T)."""
@@ -399,7 +395,7 @@ class HeadTraining(Epochs):
         self.model = ValueHead(chat_model(cfg))
         self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
         cfg.batch_size = max(1, cfg.batch_size // cfg.group) * cfg.group  # the answers to whole problems
-        super().__init__(self.shuffled, rows_per_step(cfg) // cfg.group)
+        super().__init__(rows_per_step(cfg) // cfg.group)
         self.tokens = float(np.mean([length(row) for row in self.rows]))
         self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
@@ -407,7 +403,7 @@ class HeadTraining(Epochs):
         model, task = self.model.text_model, self.cfg.task
         return [forward_row(model, task, *pair) for pair in zip(*samples.flat(), strict=True)]
 
-    def shuffled(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
         return np.resize(order, max(1, len(order) // self.per_step) * self.per_step)
 
@@ -519,8 +515,8 @@ def vote_weights(scores: np.ndarray, sharpness: float) -> np.ndarray:
     return np.exp(sharpness * (scores - scores.max(1, keepdims=True)))
 
 
-def logistic(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> list[float]:
-    """Coefficients (k) of a logistic regression of y (n) on x (n, k), almost without a penalty."""
+def logistic(x: np.ndarray, y: np.ndarray) -> list[float]:
+    """Coefficients (k) of a logistic regression of y (n) on x (n, k), with a very small L2 penalty."""
     scale = np.abs(x).mean(0) + 1e-9
     inputs, labels = torch.tensor(x / scale), torch.tensor(y).double()
     weights = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
@@ -529,7 +525,7 @@ def logistic(x: np.ndarray, y: np.ndarray, ridge: float = 1e-3) -> list[float]:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(inputs @ weights, labels, reduction="sum")
-        loss = loss + ridge / 2 * weights.square().sum()
+        loss = loss + 5e-4 * weights.square().sum()
         loss.backward()
         return loss
 
@@ -560,8 +556,11 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
     ):
         within = within.reshape(right.shape)
         best = right[np.arange(len(right)), within.argmax(1)]
-        found[name] = {"auc": auc(right.ravel(), overall), "auc_within": auc_within(right, within)}
-        found[name]["best_of_n"] = accuracy(best)
+        found[name] = {
+            "auc": auc(right.ravel(), overall),
+            "auc_within": auc_within(right, within),
+            "best_of_n": accuracy(best),
+        }
     return found
 
 
@@ -622,15 +621,15 @@ def train_model(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_
     """Trains the channel or the head; returns run.json."""
     data = (HeadTraining if cfg.kind == "head" else ChannelTraining)(cfg, generator, learn, held_out)
     about = {"verifier": cfg.kind, "data": {"train": about | data.counts}} | data.about
-    how = data.options | {"loss": data.loss, "evaluate": data.evaluate}
-    trainer = stage_trainer(cfg, data.model, data, data.tokens, about, **how)
+    how = data.options | {"loss": data.loss, "evaluate": data.evaluate, "tokenizer": data.model.tokenizer}
+    trainer = FineTuner(cfg, data.model, data, data.tokens, about, **how)
     trainer.say(f"{trainer.folder}: {cfg.kind}, {data.counts}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 
 
-def describe(run: dict) -> str:
+def describe(folder: Path, run: dict) -> str:
     found = run["verification"]
-    lines = [f"{found['answers']:,} answers to test problems, {found['right']:.1%} right"]
+    lines = [f"{folder}: {found['answers']:,} answers to test problems, {found['right']:.1%} right"]
     for name in ("verifier", "generator alone", f"{run['verifier']} alone"):
         x = found[name]
         figures = f"AUC {x['auc']:.3f}, within a problem {x['auc_within']['value']:.3f}"

@@ -97,7 +97,7 @@ def settings_of(words: list[str]) -> TrainConfig:
 def finished(run: Run) -> bool:
     """True if the folder holds what this very command would make, with the same settings."""
     record = run.record
-    free = {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens"}
+    free = {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens", "eval_examples", "max_eval_examples"}
     if record.get("status") != "finished":
         return False
     if run.script == "train.py":

@@ -18,7 +18,7 @@ LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave t
     "t5": ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-# Of adapter_config.json: what says nothing of how it is computed, and the targets.
+# Keys of adapter_config.json that do not change the computation; and the targets, which are checked apart.
 ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "target_modules")
 LORA_TARGETS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), LORA_TARGETS["llama"])
 

@@ -29,7 +29,7 @@ from torch import nn
 from support.files import write_atomically, write_folder_atomically
 from support.machine import git_commit, hardware, versions
 from support.memory import is_out_of_memory
-from support.runs import TrainError, checkpoint_of, first_line, newest, remove_checkpoints, remove_leftovers
+from support.runs import TrainError, first_line, newest, remove_checkpoints, remove_leftovers
 
 # Settings of older versions, with the value that this version computes with.
 REMOVED = {"stride": 0, "order": "shuffled"}
@@ -48,12 +48,6 @@ def write_checkpoint(checkpoint: Path, write_model: Callable[[Path], None], stat
         write_atomically(folder / "state.pt", lambda path: path.write_bytes(buffer.getbuffer()))
 
     write_folder_atomically(checkpoint, write)
-
-
-def best_checkpoint(folder: Path, best: dict | None, step: int) -> Path:
-    """Of the best evaluation, if it was saved; else of this step."""
-    found = checkpoint_of(folder, best["step"] if best else step)
-    return found if found.exists() else checkpoint_of(folder, step)
 
 
 def tidy(folder: Path, run: dict) -> None:
@@ -131,10 +125,8 @@ def explained(error: Exception, folder: Path) -> Exception:
 def what_is_left(folder: Path) -> str:
     """The end of an error message: what is left."""
     last = newest(folder)
-    rest = "the same command goes on when that is solved"
-    return (
-        f"the last complete checkpoint is {last}: {rest}" if last else f"there is no checkpoint yet: {rest}"
-    )
+    left = f"the last complete checkpoint is {last}" if last else "there is no checkpoint yet"
+    return f"{left}: the same command goes on when that is solved"
 
 
 # -----------------------------------------------------------------------------

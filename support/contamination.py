@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data import CORPORA, EMBEDDED, TASKS, documents, load_conversations, load_task
+from data import CORPORA_ONLY, TASKS, documents, load_conversations, load_task
 from support.results import read_json_or_empty
 
 
@@ -42,14 +42,14 @@ def trained_on(name: str) -> list[tuple]:
 
     A task here is also a set of conversations.
     """
-    found, corpora = [], (EMBEDDED.keys() | CORPORA.keys()) - TASKS.keys()
+    found = []
     while run := read_json_or_empty(Path(name or "") / "run.json"):
         settings = run.get("settings", {})
         found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
         if run.get("stage") == "sft":
             for source in run["data"]:
                 if source != "tokenizer":
-                    found.append(("corpus" if source in corpora else "task", source))
+                    found.append(("corpus" if source in CORPORA_ONLY else "task", source))
         elif settings.get("data") in TASKS:  # DPO: its own answers to a part of a task's problems
             part = [settings[name] for name in ("first_problem", "problems") if name in settings]
             found.append(("task", settings["data"], *part))

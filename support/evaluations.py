@@ -35,7 +35,7 @@ def results_folder(name: str, out: str) -> Path:
     return folder
 
 
-def write_results(folder: Path, results: list[Result], dtype: str, device: torch.device) -> None:
+def write_result(folder: Path, result: Result, dtype: str, device: torch.device) -> None:
     """Adds to the folder's results.json; what was measured before stays, unless it was measured again."""
     run = read_json_or_empty(folder / "run.json")
     about = {
@@ -48,14 +48,13 @@ def write_results(folder: Path, results: list[Result], dtype: str, device: torch
     }
     before = read_json_or_empty(folder / "results.json").get("results")
     entries = before if isinstance(before, dict) else {}
-    for result in results:
-        entries[result.name] = result.entry | about
-        if result.records:
-            file = folder / "answers" / result.name.replace(" ", "-")
-            file.parent.mkdir(exist_ok=True)
-            wrong = [record for record in result.records if not record.get("correct", True)]
-            write_jsonl(Path(f"{file}.jsonl"), result.records)
-            write_jsonl(Path(f"{file}-wrong.jsonl"), wrong)
+    entries[result.name] = result.entry | about
+    if result.records:
+        file = folder / "answers" / result.name.replace(" ", "-")
+        file.parent.mkdir(exist_ok=True)
+        wrong = [record for record in result.records if not record.get("correct", True)]
+        write_jsonl(Path(f"{file}.jsonl"), result.records)
+        write_jsonl(Path(f"{file}-wrong.jsonl"), wrong)
     write_json(folder / "results.json", {"results": entries})
     write_model_card(folder)
 

@@ -11,8 +11,8 @@ from support.tables import DataError, read_rows
 TABLES = (".jsonl", ".tsv", ".json", ".csv", ".parquet")
 
 
-def data_folder(data_dir: str) -> str:
-    return data_dir or os.environ.get("DATA_DIR") or "data"
+def data_folder() -> str:
+    return os.environ.get("DATA_DIR") or "data"
 
 
 def first_file(folder: str, names: Iterable[str], kinds: Iterable[str] = ("",)) -> str | None:
@@ -21,9 +21,9 @@ def first_file(folder: str, names: Iterable[str], kinds: Iterable[str] = ("",)) 
     return next(filter(os.path.exists, paths), None)
 
 
-def find_edition(name: str, corpus, split: str, data_dir: str) -> Source:
+def find_edition(name: str, corpus, split: str) -> Source:
     """One split of a data.Corpus: the first edition of which any file is in $DATA_DIR, or else the hub's."""
-    data_dir = data_folder(data_dir)
+    data_dir = data_folder()
     folder = os.path.join(data_dir, corpus.folder)
     # One edition for all splits: the validation text of one may be the training text of another.
     edition = corpus.editions[0]
@@ -62,14 +62,14 @@ def download(name: str, hub: str, file: str, folder: str) -> str:
 
 
 def find_rows(
-    name: str, hub: tuple[str, ...], part: str, files: list[str], data_dir: str, embedded: str
+    name: str, hub: tuple[str, ...], part: str, files: list[str], embedded: str
 ) -> tuple[list[tuple], str]:
     """The numbered rows of a task or collection, and where they are from. `hub`: repository, configuration.
 
     `part`: a split on the hub, or a file of a repository that `datasets` cannot read. `embedded`: what the
     error proposes if nothing is found.
     """
-    data_dir = data_folder(data_dir)
+    data_dir = data_folder()
     path = first_file(data_dir, files, TABLES)
     if path:
         return numbered(read_rows(path)), os.path.relpath(path, data_dir)

@@ -129,11 +129,7 @@ def calibration(labels, probabilities, bins: int = 10) -> dict:
     found = []
     for b in np.unique(bin_of):
         inside = bin_of == b
-        about = {
-            "n": int(inside.sum()),
-            "said": float(probabilities[inside].mean()),
-            "is": float(labels[inside].mean()),
-        }
-        found.append(about)
+        said = float(probabilities[inside].mean())
+        found.append({"n": int(inside.sum()), "said": said, "is": float(labels[inside].mean())})
     error = sum(x["n"] * abs(x["said"] - x["is"]) for x in found) / len(labels)
     return {"ece": error, "bins": found}

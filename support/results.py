@@ -227,7 +227,7 @@ def way_of(run: Run, entry: dict) -> str:
     return ways.get(run.stage, "base")
 
 
-def of_run(run: Run, damaged: list[str]) -> list[Measurement]:
+def of_run(run: Run) -> list[Measurement]:
     """What eval.py and finetune.py measured of one run."""
     file, found = run.folder / "results.json", {}
     for key, entry in (read_json_or_empty(file).get("results") or {}).items():
@@ -237,7 +237,7 @@ def of_run(run: Run, damaged: list[str]) -> list[Measurement]:
         items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
         entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
         found[f"{run.folder}/run.json"] = (entry, run.folder / "predictions.jsonl")
-    return each(found, lambda name: [Measurement(run, *found[name])], damaged)
+    return each(found, lambda name: [Measurement(run, *found[name])], run.damaged)
 
 
 # -----------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def side_by_side(found: list[Measurement]) -> list[Comparison]:
 
 
 def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement]:
-    """What stands beside a measurement; a twin from scratch has the same seed, if there is one."""
+    """What a measurement is compared with, by role; "from scratch" with the same seed, if there is one."""
     others: dict[str, Measurement] = {}
     for other in found:
         if other.where != m.where or other.role == "after training":
@@ -315,7 +315,7 @@ class Records:
         every.sort(key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
         self.models = every  # runs, checkpoints and models of the hub, those of experiments too
         self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
-        self.measurements = self.each(every, lambda run: of_run(run, self.damaged))
+        self.measurements = self.each(every, of_run)
         self.comparisons = side_by_side(self.measurements)
         battery = read_json_or_empty(home / "pipeline.json").get("battery")
         self.battery = battery or {}  # answers to instructions

@@ -10,12 +10,13 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from support.documents import sha256
 from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
 from support.processes import tqdm
-from support.tables import json_lines, read_jsonl
+from support.tables import DataError, json_lines, read_jsonl
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
 SUBFOLDERS = ("checkpoints", "merged", "samples", "judged")
@@ -31,6 +32,28 @@ class AlreadyFinished(Exception):
     def __init__(self, run: dict):
         self.run = run
         super().__init__("finished")
+
+
+@contextlib.contextmanager
+def errors_for_users() -> Iterator[None]:
+    """An error that the user can correct ends the script with its message and without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, DataError) as error:  # TrainError is a ValueError
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+
+def run_stage(stage: Callable, cfg, describe: Callable[[Path, dict], str]) -> None:
+    """A stage from the command line: rank 0 prints describe(folder, run.json) of the run that it returns."""
+    with errors_for_users():
+        note = ""
+        try:
+            run = stage(cfg)
+        except AlreadyFinished as finished:
+            run = finished.run
+            note = "\nnothing to do: --overwrite trains it anew, --name trains another"
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(describe(run_folder(cfg), run) + note)
 
 
 def run_folder(cfg) -> Path:

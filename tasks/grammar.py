@@ -40,7 +40,7 @@ def parse(template: str) -> list:
 
 
 def fill(rng: random.Random, text: str | list, slots: dict) -> str:
-    """A template (or one that is parsed) with its choices made and its slots filled; {He} is {he} with a
+    """A template, as text or parsed, with its choices made and its slots filled. {He} is {he} with a
     capital.
     """
     out = ""

@@ -92,10 +92,10 @@ def solution_kind(output: str, target: str, question: str = "") -> str:
     for i, (step, true) in enumerate(zip(steps, true_steps, strict=False)):
         # A step with the true step's value is the same step, however it is written.
         same = step.expression == true.expression or (step.value is not None and step.value == true.value)
+        if not same and step.numbers == true.numbers:
+            return "operation"
         if not same:
-            return (
-                "operation" if step.numbers == true.numbers else wrong_numbers(steps, true_steps, i, question)
-            )
+            return wrong_numbers(steps, true_steps, i, question)
         if step.result != true.result:
             return "slip"
     if "####" in target and "####" not in output:
@@ -111,7 +111,7 @@ def wrong_numbers(steps: list[Step], true_steps: list[Step], i: int, question: s
     The order decides where several kinds would fit: a number from nowhere, then a step left out (this one is
     what the true solution does later), then a number of the question that the true solution never uses.
     """
-    used, in_question = set(steps[i].numbers), told_numbers(question)
+    used, in_question = set(steps[i].numbers), question_numbers(question)
     before, results = ({step.result for step in some} for some in (steps[:i], true_steps))
     needed = set().union(*(step.numbers for step in true_steps))
     if question and not used <= in_question | UNITS | needed | before:
@@ -124,8 +124,8 @@ def wrong_numbers(steps: list[Step], true_steps: list[Step], i: int, question: s
     return "distractor" if new & in_question - needed else "plan"
 
 
-def told_numbers(question: str) -> set[str]:
-    """The numbers that a question gives: in digits, in words, or as shares of 100."""
+def question_numbers(question: str) -> set[str]:
+    """The numbers in a question: in digits, in words, or as percentages."""
     found = {plain_number(x) for x in re.findall(r"\d[\d,]*(?:\.\d+)?", question)}
     found |= {number for word, number in NUMBER_WORDS if re.search(rf"\b{word}s?\b", question.lower())}
     for percent in re.findall(r"(\d+(?:\.\d+)?) ?(?:%|percent)", question):

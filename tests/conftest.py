@@ -60,6 +60,19 @@ def killed_at(monkeypatch):
     return run
 
 
+@pytest.fixture
+def data_dir(monkeypatch):
+    """data_dir(folder): data sets are looked for in this folder."""
+    from data import load_task
+
+    def choose(folder) -> None:
+        monkeypatch.setenv("DATA_DIR", str(folder))
+        load_task.cache_clear()
+
+    yield choose
+    load_task.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, str]:
     """A small run of ours with chat tokens, and a GPT-2 of transformers that shares its vocabulary."""

@@ -5,9 +5,8 @@ import torch
 import transformers
 
 from data import TASKS, Example, talk
-from finetune import tokenise
+from finetune import chat_model, tokenise
 from sft import SFTConfig, sft, tokenised
-from support.alignment import chat_model
 from support.chat_template import (
     CHATML_TURN,
     WORDS_TEMPLATE,

@@ -193,35 +193,37 @@ def test_show_prints_stories_and_tasks_as_a_model_sees_them():
     assert "It is anything but graceful.\nIt was[ bad]" in done.stdout
 
 
-def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail():
+def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail(data_dir):
     folder = shared("tinystories/TinyStories-train-first-2MiB.txt.gz")
-    parts = {split: list(data.documents("tinystories", split, folder)) for split in SPLITS}
+    data_dir(folder)
+    parts = {split: list(data.documents("tinystories", split)) for split in SPLITS}
     assert [len(parts[split]) for split in SPLITS] == [2_086, 115, 115]
     with gzip.open(Path(folder) / "tinystories/TinyStories-train-first-2MiB.txt.gz", "rt") as file:
         stories = [story.strip() for story in file.read().split("<|endoftext|>")][:-1]
     assert parts["train"] + parts["test"] + parts["validation"] == stories
-    info = data.corpus_info("tinystories", "validation", folder)
+    info = data.corpus_info("tinystories", "validation")
     assert "held out: the last 5 %" in info["source"] and info["licence"] == "CDLA-Sharing-1.0"
 
 
-def test_wikitext2_articles_joined_are_the_file(monkeypatch):
+def test_wikitext2_articles_joined_are_the_file(data_dir):
     folder = shared("wikitext-2/wiki.valid.tokens.gz")
-    monkeypatch.setenv("DATA_DIR", folder)
+    data_dir(folder)
     docs = list(data.documents("wikitext2", "validation"))
     with gzip.open(Path(folder) / "wikitext-2/wiki.valid.tokens.gz", "rt", encoding="utf-8") as file:
         assert "".join(docs) == file.read()
     assert len(docs) == 60 and all(re.match(r"\s+= [^=]+ = \n| = [^=]+ = \n", doc) for doc in docs)
 
 
-def test_no_edition_is_mixed_with_another(tmp_path, monkeypatch):
+def test_no_edition_is_mixed_with_another(tmp_path, monkeypatch, data_dir):
+    data_dir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     own(tmp_path, "tinystories/TinyStories-train.txt", EOT.join(["one", "two", ""]))
-    assert list(data.documents("tinystories", "train", str(tmp_path))) == ["one", "two"]
+    assert list(data.documents("tinystories", "train")) == ["one", "two"]
     with pytest.raises(data.DataError, match="TinyStories-valid.txt"):
-        data.documents("tinystories", "validation", str(tmp_path))
+        data.documents("tinystories", "validation")
     with pytest.raises(data.DataError, match="no test split"):
-        data.documents("tinystories", "test", str(tmp_path))
+        data.documents("tinystories", "test")
 
 
 @pytest.mark.parametrize("corpus, split, message", [
@@ -236,8 +238,9 @@ def test_unknown_names_splits_and_shares_are_refused(corpus, split, message):
         data.documents(corpus, split)
     with pytest.raises(data.DataError, match="no task.*the tasks are sst2|no split"):
         data.load_task(corpus, split)
-    with pytest.raises(data.DataError, match="no split"):
-        data.load_conversations("instructions", "valid")
+    for name in ("instructions", "alpaca"):
+        with pytest.raises(data.DataError, match="no split"):
+            data.load_conversations(name, "valid")
 
 
 def test_a_mix_has_its_shares_at_every_point_and_names_every_part():
@@ -397,26 +400,27 @@ def test_the_labels_of_reviews_are_what_a_reader_says():
     assert all(read_sentiment(e.text) == bool(e.label) for e in data.load_task("sentiment", "train")[0])
 
 
-def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented():
-    folder = shared("sst2")
-    train, about = data.load_task("sst2", "train", folder)
-    validation, _ = data.load_task("sst2", "validation", folder)
+def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented(data_dir):
+    data_dir(shared("sst2"))
+    train, about = data.load_task("sst2", "train")
+    validation, _ = data.load_task("sst2", "validation")
     assert (len(train), len(validation)) == (67_349, 872)
     assert sum(e.label for e in train) == 37_569 and sum(e.label for e in validation) == 444
     assert about["source"] == "sst2/train.tsv.gz"
     with pytest.raises(data.DataError, match="no row has text; the columns are index, sentence"):
-        data.load_task("sst2", "test", folder)
+        data.load_task("sst2", "test")
 
 
-def test_samsum_loses_its_carriage_returns_and_the_chat_that_is_empty():
-    train, about = data.load_task("samsum", "train", shared("samsum"))
+def test_samsum_loses_its_carriage_returns_and_the_chat_that_is_empty(data_dir):
+    data_dir(shared("samsum"))
+    train, about = data.load_task("samsum", "train")
     assert len(train) == 14_731 and about["left_out"] == 1 and "1 without text" in about["source"]
     assert not any("\r" in e.text or "\r" in e.target for e in train)
 
 
-def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its_annotations():
-    folder = shared("gsm8k")
-    train, validation, test = (data.load_task("gsm8k", split, folder)[0] for split in SPLITS)
+def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its_annotations(data_dir):
+    data_dir(shared("gsm8k"))
+    train, validation, test = (data.load_task("gsm8k", split)[0] for split in SPLITS)
     assert (len(train), len(validation), len(test)) == (6_973, 500, 1_319)
     assert not {e.text for e in train} & {e.text for e in validation + test}
     agreed, n = 0, 0
@@ -438,16 +442,18 @@ def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its
     ("sentence\tlabel\na film\n", "line 2: 1 cells, but the header has 2"),
     ("sentence\tlabel\n", "holds no rows"),
 ])  # fmt: skip
-def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, lines, message):
+def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, data_dir, lines, message):
+    data_dir(tmp_path)
     own(tmp_path, "sst2/dev.tsv", lines)
     with pytest.raises(data.DataError, match=message):
-        data.load_task("sst2", "validation", str(tmp_path))
+        data.load_task("sst2", "validation")
 
 
-def test_all_kinds_of_files_give_the_same_task(tmp_path):
+def test_all_kinds_of_files_give_the_same_task(tmp_path, data_dir):
+    data_dir(tmp_path)
     rows = [{"sentence": 'a "film" ', "label": 1}, {"sentence": "no", "label": 0}]
     parquet(tmp_path / "sst2" / "validation.parquet", rows)
-    found = [data.load_task("sst2", "validation", str(tmp_path))[0]]
+    found = [data.load_task("sst2", "validation")[0]]
     for i, (name, content) in enumerate({
         "dev.tsv": 'sentence\tlabel\na "film" \t1\nno\t0\n',
         "dev.jsonl": rows,
@@ -455,7 +461,8 @@ def test_all_kinds_of_files_give_the_same_task(tmp_path):
         "dev.csv": 'label,sentence\n1,"a ""film"" "\n0,no\n',
     }.items()):  # fmt: skip
         own(tmp_path, f"{i}/sst2/{name}", content)
-        found.append(data.load_task("sst2", "validation", str(tmp_path / str(i)))[0])
+        data_dir(tmp_path / str(i))
+        found.append(data.load_task("sst2", "validation")[0])
     assert all(f == found[0] for f in found) and found[0][0].text == 'a "film"'
 
 

@@ -345,7 +345,6 @@ def test_gradient_checkpointing_changes_no_gradient(built, name):
     for checkpointing in (False, True):
         options = dict(lora_r=4, lora_dropout=0.0, dropout=0.0, gradient_checkpointing=checkpointing)
         model = built(name, task="dialogue", **options)
-        model.model.gradient_checkpointing = checkpointing  # as the Trainer does
         rows, _ = tokenise(model, "dialogue", load_task("dialogue", "train")[0][:4])
         task_loss(model.model.train(), *model.collate(rows), model.kind)[0].backward()
         grads.append({n: p.grad for n, p in model.model.named_parameters() if p.grad is not None})

@@ -40,20 +40,22 @@ def put(cache: Path, repo: str, file: str, content: str) -> None:
     (folder / "refs" / "main").write_text("abc")
 
 
-def test_a_corpus_is_read_from_the_hubs_cache_without_a_network(cache, tmp_path, capsys):
+def test_a_corpus_is_read_from_the_hubs_cache_without_a_network(cache, tmp_path, data_dir, capsys):
+    data_dir(tmp_path / "data")
     docs = [f"story {i}" for i in range(50)]
     put(cache, "roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt", "\n<|endoftext|>\n".join(docs))
-    assert list(data.documents("tinystories", "validation", str(tmp_path / "data"))) == docs
-    about = data.corpus_info("tinystories", "validation", str(tmp_path / "data"))
+    assert list(data.documents("tinystories", "validation")) == docs
+    about = data.corpus_info("tinystories", "validation")
     assert about["source"] == "roneneldan/TinyStories on Hugging Face, TinyStoriesV2-GPT4-valid.txt"
     assert about["source"] in capsys.readouterr().err
 
 
-def test_a_plain_file_comes_before_the_hubs_cache(cache, tmp_path):
+def test_a_plain_file_comes_before_the_hubs_cache(cache, tmp_path, data_dir):
+    data_dir(tmp_path)
     put(cache, "roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt", "of the cache")
     (tmp_path / "tinystories").mkdir()
     (tmp_path / "tinystories" / "TinyStoriesV2-GPT4-valid.txt").write_text("own")
-    assert list(data.documents("tinystories", "validation", str(tmp_path))) == ["own"]
+    assert list(data.documents("tinystories", "validation")) == ["own"]
 
 
 def test_samsum_as_the_hub_has_it_loses_the_row_without_a_dialogue(tmp_path):
@@ -72,24 +74,26 @@ def test_samsum_as_the_hub_has_it_loses_the_row_without_a_dialogue(tmp_path):
 @pytest.mark.parametrize(
     "load, words",
     [
-        (lambda d: data.load_task("samsum", "test", d), "knkarthick/samsum samsum/test.jsonl"),
-        (lambda d: data.load_conversations("alpaca", "train", d), "tatsu-lab/alpaca alpaca/train.jsonl"),
-        (lambda d: data.load_preferences("hh-rlhf", "train", d), "Anthropic/hh-rlhf hh-rlhf/train.jsonl"),
-        (lambda d: data.load_conversations("lima", "train", d), "GAIR/lima lima/train.jsonl"),
+        (lambda: data.load_task("samsum", "test"), "knkarthick/samsum samsum/test.jsonl"),
+        (lambda: data.load_conversations("alpaca", "train"), "tatsu-lab/alpaca alpaca/train.jsonl"),
+        (lambda: data.load_preferences("hh-rlhf", "train"), "Anthropic/hh-rlhf hh-rlhf/train.jsonl"),
+        (lambda: data.load_conversations("lima", "train"), "GAIR/lima lima/train.jsonl"),
     ],
 )
-def test_what_is_nowhere_is_named_with_what_would_serve(cache, tmp_path, load, words):
+def test_what_is_nowhere_is_named_with_what_would_serve(cache, tmp_path, data_dir, load, words):
+    data_dir(tmp_path / "data")
     with pytest.raises(data.DataError) as error:
-        load(str(tmp_path / "data"))
+        load()
     for word in [*words.split(), "HF_HUB_OFFLINE is set"]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_lima_is_read_from_its_file_though_its_repository_is_a_script(cache, tmp_path):
+def test_lima_is_read_from_its_file_though_its_repository_is_a_script(cache, tmp_path, data_dir):
+    data_dir(tmp_path)
     rows = [{"conversations": [f"question {i}", f"answer {i}"], "source": "wiki"} for i in range(60)]
     put(cache, "GAIR/lima", "train.jsonl", "\n".join(map(json.dumps, rows)))
-    chats, about = data.load_conversations("lima", "train", str(tmp_path))
+    chats, about = data.load_conversations("lima", "train")
     assert len(chats) > 40 and chats[0][0]["role"] == "user"
     assert about["source"].startswith("GAIR/lima on Hugging Face")
 
@@ -139,9 +143,10 @@ def server(tmp_path, monkeypatch):
     me.server_close()
 
 
-def test_a_corpus_is_downloaded_once_from_the_endpoint(server, tmp_path):
+def test_a_corpus_is_downloaded_once_from_the_endpoint(server, tmp_path, data_dir):
+    data_dir(tmp_path)
     for _ in range(2):
-        assert list(data.documents("tinystories", "validation", str(tmp_path))) == ["one", "two"]
+        assert list(data.documents("tinystories", "validation")) == ["one", "two"]
     path = "/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"
     assert [line.split()[1] for line in server.asked] == [path] * len(server.asked)
     assert sum(line.startswith("GET") for line in server.asked) == 1

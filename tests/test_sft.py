@@ -9,9 +9,9 @@ import torch
 
 import sft
 from data import DataError, corpus_info, documents, load_conversations, messages_of, talk
+from finetune import chat_model
 from model import ModelConfig, ModernDecoderLM
 from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, pack, tokenised
-from support.alignment import chat_model
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError
 from support.tables import read_jsonl

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import wait_until
 
 from support.processes import WorkerDied, alone_in, worker_pool
+from support.runs import AlreadyFinished, TrainError, run_stage
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(f.name for f in ROOT.glob("*.py") if "__main__" in f.read_text(encoding="utf-8"))
@@ -159,3 +161,30 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
         other = start("-c", code)
         assert b"waiting" in other.stdout.readline()
     assert other.stdout.readline() == b"in\n" and other.wait() == 0
+
+
+def test_a_stage_reports_on_rank_0_alone_and_its_errors_have_no_traceback(monkeypatch, capsys):
+    cfg = SimpleNamespace(name="run", out="out")
+
+    def stage(_cfg) -> dict:
+        return {"loss": 2}
+
+    def finished_stage(_cfg) -> dict:
+        raise AlreadyFinished({"loss": 3})
+
+    def failing_stage(_cfg) -> dict:
+        raise TrainError("a reason")
+
+    def describe(folder: Path, run: dict) -> str:
+        return f"{folder}: loss {run['loss']}"
+
+    run_stage(stage, cfg, describe)
+    assert capsys.readouterr().out == "out/run: loss 2\n"
+    run_stage(finished_stage, cfg, describe)
+    assert capsys.readouterr().out.startswith("out/run: loss 3\nnothing to do")
+    monkeypatch.setattr(sys, "argv", ["folder/sft.py"])
+    with pytest.raises(SystemExit, match="^sft.py: a reason$"):
+        run_stage(failing_stage, cfg, describe)
+    monkeypatch.setenv("RANK", "1")
+    run_stage(stage, cfg, describe)
+    assert capsys.readouterr().out == ""

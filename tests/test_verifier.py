@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import dpo
 import verifier as script
 from data import DataError, Example, load_task
-from support.alignment import chat_model
+from finetune import chat_model
 from support.loading import load_model
 from support.metrics import auc, auc_within, calibration
 from support.runs import TrainError, read_json
@@ -87,7 +87,7 @@ def test_the_record_says_how_well_it_verifies_beside_its_terms(trained, kind):
     for name in ("verifier", "generator alone", f"{kind} alone"):
         assert {"auc", "auc_within", "best_of_n"} <= set(found[name])
     assert found["problems"] == 20 and found["answers"] == 120 and found["calibration"]["bins"]
-    assert len(run["combine"]["logistic"]) == 4 and "AUC" in script.describe(run)
+    assert len(run["combine"]["logistic"]) == 4 and "AUC" in script.describe(Path("out"), run)
 
 
 def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
@@ -175,11 +175,11 @@ def test_a_step_of_the_head_may_be_cut_into_micro_batches_of_whole_problems(tune
     examples = load_task("arithmetic", "test")[0][:9]
     samples = Samples(examples, [[f"#### {n}" for n in row] for row in rng.integers(9, size=(9, 5))], right)
     cfg = VerifierConfig(model=tuned, device="cpu", batch_size=7, grad_accum_steps=3, group=2)
+    cfg.gradient_checkpointing = True
     head = HeadTraining(cfg, None, samples, samples)
     torch.nn.init.normal_(head.model.value.weight)
     assert (cfg.batch_size, head.per_step, head.options["rows_together"]) == (6, 9, 2)
-    head.model.gradient_checkpointing = True  # as the Trainer sets it
-    assert head.model.lm.gradient_checkpointing and head.model.gradient_checkpointing
+    assert head.model.lm.gradient_checkpointing
     whole, parts = head.batch(1, 0, 18), [head.batch(1, first, 6) for first in (0, 6, 12)]
     losses = [head.loss(head.model, *tensors) for tensors in [whole, *parts]]
     assert losses[0][0].item() == pytest.approx(sum(loss.item() for loss, _ in losses[1:]), rel=1e-5)
