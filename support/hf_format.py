@@ -86,7 +86,8 @@ def config_of(c: ModelConfig, kind: str) -> dict:
     """config.json of an architecture, with all that it can say about the model."""
     out = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": "float32"}
     if kind == "modern_llm":
-        return out | {"vocab_size": c.vocab_size, "modern_llm": asdict(c)}
+        sizes = {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
+        return out | sizes | {"modern_llm": asdict(c)}
     for ours, theirs in KEYS.get(kind, LLAMA_KEYS).items():
         out[theirs] = getattr(c, ours)
     if kind == "gpt2":

@@ -259,6 +259,7 @@ def test_the_architecture_is_our_own_where_transformers_does_not_compute_it(chan
     make(**changes).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == architecture(tiny(**changes)) == kind
+    assert saved["max_position_embeddings"] == tiny(**changes).context_length  # the card and the API state it
 
 
 # -----------------------------------------------------------------------------
