@@ -328,9 +328,8 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
     gating = {}
     for verifier in verifiers:
-        folder = verifier.model.name
-        label = Path(folder).name
-        scored = verifier.score_all(*samples.flat(), f"{folder} judges")
+        label = Path(verifier.name).name
+        scored = verifier.score_all(*samples.flat(), f"{verifier.name} judges")
         scores, probabilities = (values.reshape(right.shape) for values in scored)
         ways[f"{label}, best"] = best, scores
         ways[f"{label}, vote"] = vote, vote_weights(scores, verifier.fitted["sharpness"])
@@ -347,7 +346,7 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
         "samples": cfg.samples,
         "temperature": cfg.temperature,
         "gating": gating,
-        "verifiers": {Path(v.model.name).name: v.model.name for v in verifiers},
+        "verifiers": {Path(verifier.name).name: verifier.name for verifier in verifiers},
         "errors": {kind: errors[kind] for kind in KINDS if errors[kind]},
         "seconds": round(time.perf_counter() - begun, 2),
     }

@@ -134,6 +134,11 @@ class Verifier:
         model = load_trained(run["verifier"], folder, device)
         return cls(run["verifier"], generator, model, run["settings"]["task"], run["combine"], keep)
 
+    @property
+    def name(self) -> str:
+        """Its run folder."""
+        return self.model.name
+
     def score(self, problem: str, answer: str) -> float:
         """The probability, 0 to 1, that the answer is right."""
         return float(self.score_all([problem], [answer])[1][0])
