@@ -41,6 +41,7 @@ from lab.study import (
 from support.files import write_json
 from support.machine import git_commit, hardware, pick_device, versions
 from support.processes import CORES
+from support.runs import errors_for_users
 
 FAMILIES = {
     "ablations": """norm_layer norm_none norm_post positions_learned positions_none ffn_gelu ffn_silu untied
@@ -151,10 +152,8 @@ def experiment(cfg: ExperimentConfig) -> dict:
 
 def main() -> None:
     cfg = parse_config(ExperimentConfig, __doc__)
-    try:
+    with errors_for_users():
         failed = experiment(cfg)["failed"]
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"experiments.py: {error}") from None
     if failed:
         lines = [f"  {folder}: {why}" for folder, why in failed.items()]
         raise SystemExit("\n".join(["these runs failed, their output is in FOLDER.log:", *lines]))

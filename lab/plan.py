@@ -19,7 +19,6 @@ from support.terminal import run_script
 
 import contextlib
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -42,6 +41,7 @@ from finetune import AdaptConfig, FinetuneConfig
 from model import ModelConfig, ModernDecoderLM
 from sft import SFTConfig, mixture
 from support.costs import GIB, count_parameters, estimate_flops, estimate_memory, generation_bytes, shape_of
+from support.finding import data_folder
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
 from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
@@ -246,13 +246,12 @@ class Plan:
         """The text is read twice: to learn merges, and to be encoded."""
         size = downloads = 0
         rate = MADE
-        home = Path(os.environ.get("DATA_DIR") or "data")
         for part in cfg.corpus.split(","):
             name = part.partition(":")[0]
             size += MEGABYTES.get(name, 0)
             if name in CORPORA:
                 rate = ENCODED * CORES
-                if not (home / CORPORA[name].folder).exists():
+                if not Path(data_folder(), CORPORA[name].folder).exists():
                     downloads += MEGABYTES.get(name, 0)
         learnt = min(cfg.learn_megabytes or size, size)
         encoded = min(cfg.train_megabytes or size, size)
