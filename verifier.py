@@ -355,13 +355,13 @@ class ValueHead(nn.Module):
     def model(self) -> nn.Module:
         return self
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, T) -> logits of the next token (B, T, V), values (B, T)."""
+    def forward(self, ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, learned (B, T) -> logits of the next token where it is learned (N, V), values (B, T)."""
         if self.text_model.ours:
             x = self.lm.hidden(ids)
-            return F.linear(x, self.lm.head), self.value(x).squeeze(-1)
+            return F.linear(x[learned], self.lm.head), self.value(x).squeeze(-1)
         out = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False)
-        return out.logits, self.value(out.hidden_states[-1].float()).squeeze(-1)
+        return out.logits[learned], self.value(out.hidden_states[-1].float()).squeeze(-1)
 
     @torch.no_grad()
     def logits(self, rows: list[Row], progress: str = "") -> np.ndarray:
@@ -370,7 +370,8 @@ class ValueHead(nn.Module):
 
         def values_of(index: list[int]) -> list[float]:
             ids, inside = value_rows([rows[i] for i in index], model.pad)
-            _, values = self(ids.to(model.device))
+            ids = ids.to(model.device)
+            _, values = self(ids, torch.zeros_like(ids, dtype=torch.bool))
             return last_value(values.cpu().float(), inside).tolist()
 
         return np.array(model.in_batches(values_of, [length(row) for row in rows], progress))
@@ -468,7 +469,10 @@ def head_loss(model: nn.Module, ids, inside, right, weight, cfg: VerifierConfig)
     `weight`: the answers of the step over its comparisons. It makes the comparisons count as their mean over
     the whole step, however that is cut.
     """
-    logits, values = model(ids)
+    learned = torch.zeros_like(inside)  # the positions whose next token is of a right answer
+    if cfg.lm_weight:
+        learned[:, :-1] = inside[:, 1:] & right.unsqueeze(1)
+    logits, values = model(ids, learned)
     values, tokens = values.float(), inside.sum(1)
     wanted = right.float().unsqueeze(1).expand_as(values)
     each = F.binary_cross_entropy_with_logits(values, wanted, reduction="none")
@@ -477,10 +481,8 @@ def head_loss(model: nn.Module, ids, inside, right, weight, cfg: VerifierConfig)
         final = last_value(values, inside).view(-1, cfg.group)  # (problems, group)
         apart = -F.logsigmoid(final.unsqueeze(2) - final.unsqueeze(1))
         loss = loss + cfg.contrast * weight * (apart * pairs_of(right, cfg.group)).sum()
-    if cfg.lm_weight:
-        learned = inside[:, 1:] & right.unsqueeze(1)
-        nats = F.cross_entropy(logits[:, :-1][learned].float(), ids[:, 1:][learned], reduction="none")
-        loss = loss + cfg.lm_weight * (nats / tokens.repeat_interleave(learned.sum(1))).sum()
+    nats = F.cross_entropy(logits.float(), ids.roll(-1, 1)[learned], reduction="none")
+    loss = loss + cfg.lm_weight * (nats / tokens.repeat_interleave(learned.sum(1))).sum()
     return loss, len(ids)
 
 

@@ -161,10 +161,10 @@ def test_the_loss_of_the_head_is_a_plain_loop(tuned, more):
     assert inside.tolist() == [[False, False, True, True], [False, False, True, False]]
     right, weight = torch.tensor([True, False]), torch.tensor(2.0)  # two answers, one comparison
     loss, n = script.head_loss(net, ids, inside, right, weight, cfg)
-    logits, values = net(ids)
+    logits, values = net(ids, torch.ones_like(inside))
     expected = -F.logsigmoid(values[0, 2:4]).mean() - F.logsigmoid(-values[1, 2])
     expected += 2 * cfg.contrast * -F.logsigmoid(values[0, 3] - values[1, 2])  # times the answers
-    log_p = logits[0].log_softmax(-1)
+    log_p = logits.view(*ids.shape, -1)[0].log_softmax(-1)
     expected -= cfg.lm_weight * (log_p[1, 3] + log_p[2, 4]) / 2
     assert n == 2 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
