@@ -73,9 +73,9 @@ def load(cfg: ChatConfig) -> "TextModel":
     model = load_model(cfg.model, pick_device(cfg.device))
     if model.kind != "causal":
         raise ValueError(f"{cfg.model} does not continue texts: it is of kind {model.kind}")
-    if model.ours:
+    if model.ours and model.device.type == "cuda":
         model.model.to(model.dtype)
-    elif cfg.compile:
+    if cfg.compile and not model.ours:
         raise ValueError(f"--compile is for models that model.py computes, not {cfg.model}")
     return TextModel(model.model, model.tokenizer, "causal", cfg.model, chat=cfg.chat)
 

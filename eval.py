@@ -440,9 +440,7 @@ def evaluate_model(
             print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
         for n in shots if task in TASKS else [0]:
             try:
-                with model.autocast():
-                    result = evaluate(model, task, n, cfg)
-                keep(result)
+                keep(evaluate(model, task, n, cfg))
             except TrainError as error:
                 if model.kind == "causal":
                     raise

@@ -342,7 +342,7 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # (N, d)
         N, d = tokens.shape
         with torch.autocast(x.device.type, enabled=False):  # float32: a rounding error could change the route
-            router_logits = F.linear(tokens.float(), self.gate.weight)
+            router_logits = F.linear(tokens.float(), self.gate.weight.float())
         probs = router_logits.softmax(-1)  # (N, E)
         p, expert = probs.topk(k, dim=-1)  # (N, k)
         if k > 1:

@@ -193,8 +193,7 @@ class Verifier:
         file = Path(model.name, "judged", hashlib.sha256(key.encode()).hexdigest()[:12] + ".float64")
         if weights and file.exists():
             return np.fromfile(file)
-        with model.autocast():
-            found = score(rows, progress)
+        found = score(rows, progress)
         if weights:
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, found.tofile)

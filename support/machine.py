@@ -152,7 +152,7 @@ def dtype_for(dtype: str, model: torch.nn.Module, device: torch.device) -> torch
     return pick_dtype(dtype, device)
 
 
-def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool | None = None) -> torch.autocast:
     """A context for forward passes in `dtype`. `cache`: keep the casts of weights to the end of the pass."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cache)
 

@@ -137,7 +137,7 @@ def newest(folder: Path) -> Path | None:
 def publish(checkpoint: Path) -> None:
     """Links a checkpoint's model files into the run folder: no second copy on the disk."""
     for file in checkpoint.iterdir():
-        if file.name != "state.pt":
+        if file.is_file() and file.name != "state.pt":  # a checkpoint that was asked has samples/
             write_atomically(checkpoint.parents[1] / file.name, functools.partial(link_or_copy, file))
 
 

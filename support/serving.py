@@ -112,7 +112,7 @@ class Pool:
 
         def load() -> tuple:
             model = load_model(folder, self.device)
-            if model.ours:
+            if model.ours and self.device.type == "cuda":
                 model.model.to(model.dtype)
             return model, model.model
 

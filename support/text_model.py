@@ -360,11 +360,12 @@ class TextModel:
 
         Out of memory: half as many rows at a time. On a CPU every core computes batches of its own.
         """
-        batches = list(self.batch_indices(lengths, "", rows))
-        results = on_all_cores(partial(halving, function), batches, self.device, progress)
         found = {}
-        for index, some in zip(batches, results, strict=True):
-            found |= zip(index, some, strict=True)
+        with self.autocast():
+            batches = list(self.batch_indices(lengths, "", rows))
+            results = on_all_cores(partial(halving, function), batches, self.device, progress)
+            for index, some in zip(batches, results, strict=True):
+                found |= zip(index, some, strict=True)
         return [found[i] for i in range(len(lengths))]
 
     def batch_indices(
@@ -413,8 +414,8 @@ class TextModel:
         on_cpu = self.device.type == "cpu"
         processes = torch.get_num_threads() if on_cpu and sys.platform == "linux" else 1
         free = room(self.device, processes)
-        if self.ours and dtype != self.model.head.dtype:
-            free -= dtype.itemsize * self.n_parameters
+        if self.dtype != next(self.model.parameters()).dtype:
+            free -= self.dtype.itemsize * self.n_parameters
         shape = shape_of(self.model.config, self.kind)
         need = partial(need, shape, size=dtype.itemsize, on_cpu=on_cpu)
         return lambda longest: rows_that_fit(lambda rows: need(rows, longest), most(max(1, longest)), free)

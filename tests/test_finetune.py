@@ -510,17 +510,23 @@ def test_a_large_model_writes_and_reads_in_the_fast_dtype(monkeypatch, tuned):
     """On a CPU; `small` is made large by moving the border."""
     seen = []
 
-    def generate(self, *args, do=ModernDecoderLM.generate, **how):
-        seen.append(self.dtype)
-        return do(self, *args, **how)
+    def spied(do):
+        def noted(self, *args, **how):
+            seen.append(self.dtype)
+            return do(self, *args, **how)
 
-    monkeypatch.setattr(ModernDecoderLM, "generate", generate)
+        return noted
+
+    for name in ("generate", "hidden"):
+        monkeypatch.setattr(ModernDecoderLM, name, spied(getattr(ModernDecoderLM, name)))
     for border, expected in ((0, torch.bfloat16), (1e9, torch.float32)):
         monkeypatch.setattr(machine, "SMALL", border)
         monkeypatch.setattr(machine, "pick_dtype", lambda dtype, device: torch.bfloat16)
         model = load_model(tuned, CPU)
         model.continuations([[5, 6, 7]], 3, temperature=0.0)
-        assert seen.pop() == expected == model.dtype
+        model.log_likelihoods([([5, 6], [7])])
+        assert set(seen) == {expected} == {model.dtype}
+        seen.clear()
 
 
 @pytest.mark.parametrize("name, dtype", [("gpt2", "bfloat16"), ("t5", "bfloat16"), ("t5", "float16")])

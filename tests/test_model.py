@@ -247,6 +247,7 @@ def test_every_variant_survives_saving_and_loading(changes, tmp_path):
     assert again.config == ours.config and torch.equal(again(ids), ours(ids))
     assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(ours.config)))) == ours.config
     ours.bfloat16().save_pretrained(tmp_path)
+    assert len(ours.generate([[1, 2, 3]], 2)[0]) == 2  # so does chat.py on a GPU
     assert {p.dtype for p in ModernDecoderLM.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
