@@ -67,7 +67,7 @@ from support.loading import (
 from support.machine import dtype_for, pick_device, pick_dtype
 from support.model_card import write_run
 from support.results import SMOKE, value_of
-from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
+from support.runs import AlreadyFinished, TrainError, run_folder, run_stage, weights_hash  # noqa: F401
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
 
