@@ -37,10 +37,11 @@ trained on, where a run's record says what that was.
 
 --samples=16 --verifier=out/verifier, for tasks with a checkable answer: test-time compute. So many answers to
 each problem are sampled (and kept in the run folder); from the first 1, 2, 4, ... of them one is chosen by
-majority (self-consistency), by a verifier (the best one, or a vote weighted by its scores), or by a vote of
-those whose calculations are right, beside the oracle, pass@n, which knows the true answer; with paired
-differences. Also: sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills
-in, and what is wrong with the wrong ones. A base, which was taught no task, is asked greedily only.
+majority (self-consistency), by a verifier (the best one, or a vote weighted by its scores), by several
+verifiers together (--verifier=out/verifier,out/head: their log-odds added), or by a vote of those whose
+calculations are right, beside the oracle, pass@n, which knows the true answer; with paired differences. Also:
+sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills in, and what is wrong
+with the wrong ones. A base, which was taught no task, is asked greedily only.
 
 --attention asks no task: it scores every head on a repeated sequence of random tokens (does it look at the
 token before, at the first one, at what followed the same token last time?) and writes maps to attention.json,
@@ -68,7 +69,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal
 
@@ -326,13 +327,14 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     calculated = np.array([[calculates(answer) for answer in row] for row in samples.answers], float)
     ways = {"majority": (vote, np.ones(right.shape)), "calculator vote": (vote, calculated)}
     records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
-    gating = {}
+    gating, together = {}, np.zeros(right.shape)  # together: the sum of their log-odds
     for verifier in verifiers:
         label = Path(verifier.name).name
         scored = verifier.score_all(*samples.flat(), f"{verifier.name} judges")
         scores, probabilities = (values.reshape(right.shape) for values in scored)
         ways[f"{label}, best"] = best, scores
         ways[f"{label}, vote"] = vote, vote_weights(scores, verifier.fitted["sharpness"])
+        together += np.log(probabilities + 1e-12) - np.log(1 - probabilities + 1e-12)
         gating[label] = [sample_until_sure(probabilities, right, threshold) for threshold in THRESHOLDS]
         for i, j in enumerate(scores.argmax(1)):
             records[i] |= {
@@ -340,6 +342,8 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
                 f"{label} correct": bool(right[i, j]),
                 f"{label} sure": round(float(probabilities[i, j]), 4),
             }
+    if len(verifiers) > 1:
+        ways["together, best"] = best, together
     errors = Counter(kind for record in records for kind in record["kinds"])
     entry |= {
         **figures(ways, samples.numbers, right, greedy.right[:, 0], calculator.right[:, 0]),
@@ -386,6 +390,8 @@ def figures(
         differences[f"{way} - greedy"] = paired_bootstrap(hits, greedy)
         if way != "majority":
             differences[f"{way} - majority"] = paired_bootstrap(hits, final["majority"])
+    for one, other in combinations([way for way in final if way.endswith(", best")], 2):
+        differences[f"{one} - {other}"] = paired_bootstrap(final[one], final[other])
     return {"metrics": metrics, "curves": curves, "differences": differences}
 
 

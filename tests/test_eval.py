@@ -326,17 +326,25 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
         right = [[a == g for a in row] for row, g in zip(answers, gold, strict=True)]
         return Samples(examples, answers, np.array(right))
 
-    class Oracle:
-        name, fitted = "out/oracle", {"sharpness": 1.0}
+    class Judge:
+        """Gives right answers 0.9, to its `weak` problem 0.2; wrong ones get 0.1, to its weak problem 0.3."""
+
+        fitted = {"sharpness": 1.0}
+
+        def __init__(self, name, weak=None):
+            self.name, self.weak = name, weak
 
         def score_all(self, problems, answers, progress=""):
             truth = {e.text: e.target.strip() for e in examples}
-            p = np.array([0.9 if truth[q] == a else 0.1 for q, a in zip(problems, answers, strict=True)])
+            weak = np.array([self.weak is not None and q == examples[self.weak].text for q in problems])
+            right = np.array([truth[q] == a for q, a in zip(problems, answers, strict=True)])
+            p = np.where(right, np.where(weak, 0.2, 0.9), np.where(weak, 0.3, 0.1))
             return np.log(p), p
 
     monkeypatch.setattr(evaluation, "draw", draw)
     monkeypatch.setattr(evaluation, "load_task", lambda name, split: (examples, {}))
-    result = evaluate_samples(load_model(tiny["base"], CPU), "arithmetic", EvalConfig(samples=4), [Oracle()])
+    ask = partial(evaluate_samples, load_model(tiny["base"], CPU), "arithmetic", EvalConfig(samples=4))
+    result = ask([Judge("out/oracle")])
     entry = result.entry
     curves = {way: {k: v["value"] for k, v in curve.items()} for way, curve in entry["curves"].items()}
     assert curves["majority"] == {1: 0.5, 2: 0.5, 4: 0.5}
@@ -350,7 +358,13 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert gates[1.01]["samples"] == 4 and sum(entry["errors"].values()) == 2
     assert [len(r["kinds"]) for r in result.records] == [0, 1, 1, 0]  # of the greedy answers
     assert [r["oracle sure"] for r in result.records] == [0.9, 0.9, 0.1, 0.9]
-    assert "oracle, best" in describe(entry)
+    assert "oracle, best" in describe(entry) and not any("together" in way for way in entry["curves"])
+
+    entry = ask([Judge("out/one", weak=0), Judge("out/two", weak=1)]).entry
+    best = {way: curve[4]["value"] for way, curve in entry["curves"].items() if way.endswith("best")}
+    assert best == {"one, best": 0.5, "two, best": 0.5, "together, best": 0.75}, "each is sure where it is right"
+    assert entry["differences"]["one, best - two, best"]["value"] == 0
+    assert entry["differences"]["two, best - together, best"]["value"] == -0.25
 
 
 # -----------------------------------------------------------------------------
