@@ -57,7 +57,7 @@ from model import ModernDecoderLM
 from support.pairs import Pair, from_collection, write_answers, write_pairs
 from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
 from support.samples import draw
-from support.text_model import TextModel, answer_task, pad_rows
+from support.text_model import TextModel, answer_task, pad_rows, unwrapped
 from train import rows_per_step
 
 
@@ -118,7 +118,7 @@ def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Ten
     """log p of one or more tensors of targets (B, T) after ids (B, T), from one forward pass; 0 where a
     target is -100. Only the positions that the first tensor asks for are computed.
     """
-    ours = isinstance(getattr(model, "module", model), ModernDecoderLM)
+    ours = isinstance(unwrapped(model), ModernDecoderLM)
     logits = model(ids) if ours else model(input_ids=ids, use_cache=False).logits
     asked = targets[0] != -100
     logits = logits[asked].float()  # (asked, V)

@@ -92,6 +92,11 @@ class Lab:
             return self.home / name
         raise NotFound(f"there is no run {name!r} in {self.home}")
 
+    def leave_gpu(self) -> None:
+        """Frees its memory for a run."""
+        if self.pool.device.type != "cpu":
+            self.pool.clear()
+
     def refuse_if_full(self) -> None:
         if self.streams >= MOST_STREAMS:
             raise Refused(429, f"{MOST_STREAMS} streams are open: close one, or try again later")
@@ -284,8 +289,7 @@ async def start_run(lab: TrainingLab, wish: RunRequest):
     if name in named_runs(lab.home):
         raise ValueError(f"there is already a run {name!r}: choose another name, or resume that run")
     command = wish.argv(lab.home)
-    if lab.pool.device.type != "cpu":
-        lab.pool.clear()  # frees GPU memory for the run
+    lab.leave_gpu()
     start(lab.home, name, wish.stage, command)
     return {"name": name}
 
@@ -302,6 +306,7 @@ def pause_run(lab: TrainingLab, run: RunName):
 
 @router.post("/lab/resume")
 async def resume_run(lab: TrainingLab, run: RunName):
+    lab.leave_gpu()
     resume(lab.home, run.name, lab.folder(run.name))
     return {}
 

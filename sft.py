@@ -47,7 +47,7 @@ from finetune import (
 from model import ModernDecoderLM, attention_mask
 from support.chat_template import TemplateError
 from support.runs import TrainError, run_folder, run_stage
-from support.text_model import TextModel, pad_rows
+from support.text_model import TextModel, pad_rows, unwrapped
 from train import rows_per_step
 
 
@@ -217,7 +217,7 @@ def collate_bins(bins: list[list[Row]], pad: int) -> tuple[Tensor, ...]:
 
 def conversation_loss(model: nn.Module, ids, targets, positions, numbers) -> tuple[Tensor, Tensor]:
     """Cross-entropy on the assistant's tokens, (sum, count); conversations of a row don't see each other."""
-    net = getattr(model, "module", model)  # unwraps DistributedDataParallel
+    net = unwrapped(model)
     ours = isinstance(net, ModernDecoderLM)
     masked = {}
     if numbers.shape[1]:

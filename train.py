@@ -32,6 +32,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,7 +44,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import check_numbers, parse_config
-from model import ModelConfig, ModernDecoderLM
+from model import ModelConfig, ModernDecoderLM, MoE
 from support import sharding
 from support.checkpoints import (
     explained,
@@ -58,7 +59,7 @@ from support.checkpoints import (
 from support.costs import estimate_flops
 from support.kernels import fastest_products, float32_products
 from support.machine import autocast, hardware, peak_flops, peak_memory, pick_device, pick_dtype
-from support.memory import is_out_of_memory, leave_memory_to_others
+from support.memory import free_cached_memory, is_out_of_memory, leave_memory_to_others
 from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
 from support.pretraining import adopt, data_record, tokenizer_command
@@ -496,8 +497,8 @@ class Trainer:
                         totals[0] += loss.detach()
                         totals[1] += count
                 except (RuntimeError, MemoryError) as error:
+                    loss = tensors = None  # its graph holds memory
                     self.halve_micro_batch(error)  # raises it unless that helps
-                    loss = None  # its graph holds memory
                     continue
 
                 # Scale to the true mean, clip, step
@@ -584,6 +585,11 @@ class Trainer:
             ) from None
         self.micro_batch = half
         self.zero_grad()
+        traceback.clear_frames(error.__traceback__)  # their variables hold tensors of the failed pass
+        for layer in self.model.modules():
+            if isinstance(layer, MoE):
+                layer.stats = {}  # so do losses of experts
+        free_cached_memory()
         self.say(f"out of memory: micro-batch {self.micro_batch} from now on, same batch, same result")
 
     def record_loss(self, loss_sum: float, count: float, norm: float) -> bool:

@@ -76,7 +76,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
-    """FLOP/s of a large matrix product by data type (float32 on a GPU: TF32)."""
+    """FLOP/s of a large matrix product by data type."""
     found = {}
     for dtype in dict.fromkeys([torch.float32, torch.bfloat16, pick_dtype("auto", device)]):
         n = 1536 if dtype == torch.float32 else 512  # a CPU may emulate bfloat16

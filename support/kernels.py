@@ -51,7 +51,10 @@ def attend(q, k, v, mask=None, sinks=None, dropout=0.0, linear=False, weights=Fa
         return one_query(q.view(B, K, -1, D), k, v, mask).reshape(q.shape)
     if q.device.type == "cpu" and not dropout and 1 < T == k.shape[2] <= 1024:
         return AttentionInBlocks.apply(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=H != K)
+    if q.is_cuda and H != K and (mask is not None or q.dtype == torch.float32):
+        # Of torch's kernels for these, those that share key heads keep all scores, (B, H, T, T) in float32.
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=H != k.shape[1])
 
 
 def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
@@ -186,7 +189,8 @@ def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     """
     joined = getattr(layers[0], "joined", None)
     if joined is None:
-        if not (x.is_cuda and torch.compiler.is_compiling()):
+        plain_layers = all(isinstance(layer, nn.Linear) for layer in layers)  # LoRA's are not
+        if not (x.is_cuda and torch.compiler.is_compiling() and plain_layers):
             return [layer(x) for layer in layers]
         joined = torch.cat([layer.weight for layer in layers])
     y = one_row_linear(x, joined.to(x.dtype))
@@ -360,8 +364,7 @@ class Decoder(PLAIN["Decoder"]):
         self.precision = torch.get_float32_matmul_precision()
         if compile and same_shapes:
             self.precision = fastest_products(model.device)
-        if self.record and not on_cpu:
-            self.next = Recorded(self.next)
+        self.recorded = Recorded() if self.record and not on_cpu else None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         if self.share:
@@ -376,6 +379,10 @@ class Decoder(PLAIN["Decoder"]):
         if self.record:
             self.cache = FixedCache(self.cache)
         return logits
+
+    def next(self, token: Tensor, uniform: Tensor) -> Tensor:
+        run = super().next
+        return self.recorded(run, token, uniform) if self.recorded else run(token, uniform)
 
     def step(self, ids: Tensor) -> Tensor:
         with float32_products(self.precision):
@@ -449,31 +456,31 @@ def lay_out(layers: list[nn.Linear], transposed: bool) -> None:
 
 
 class Recorded:
-    """A function of tensors that does the same to the same shapes again and again, on a GPU.
+    """Calls a function of tensors that does the same to the same shapes again and again, on a GPU.
 
     A small model's step is a few hundred kernels of some microseconds each, and Python takes longer to launch
     one than the GPU to run it. So the third call is recorded as a CUDA graph, which is then launched whole;
     what the function keeps in tensors (the cache) has to be changed in place. Other shapes are recorded anew.
+    The function is not kept: a method of our owner would hold all that it holds, the cache, for too long.
     """
 
-    def __init__(self, run: Callable):
-        self.run = run
+    def __init__(self):
         self.shapes = None
         self.calls = 0
 
-    def __call__(self, *given: Tensor) -> Tensor:
+    def __call__(self, run: Callable, *given: Tensor) -> Tensor:
         shapes = [x.shape for x in given]
         if shapes != self.shapes:
             self.shapes = shapes
             self.calls = 0
         self.calls += 1
         if self.calls < 3:  # libraries choose and load their kernels when they are first called
-            return self.run(*given)
+            return run(*given)
         if self.calls == 3:
             self.inputs = [x.clone() for x in given]
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.output = self.run(*self.inputs)
+                self.output = run(*self.inputs)
         for mine, x in zip(self.inputs, given, strict=True):
             mine.copy_(x)
         self.graph.replay()

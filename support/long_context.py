@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import TASKS, documents
-from model import ModelConfig, ModernDecoderLM
+from model import ModelConfig, ModernDecoderLM, token_losses
 from support.attention import attention_weights
 from support.caches import RollingCache
 from support.files import write_json
@@ -37,9 +37,8 @@ def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", facto
     rope = None
     if stretch:
         rope = stretched_rope(model.config, ids.shape[1] - 1, stretch, factor, ids.device)
-    x = model.hidden(ids[:, :-1], rope=rope)
-    logits = F.linear(x, model.head).float()
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    parts = zip(model.hidden(ids[:, :-1], rope=rope).split(512, 1), ids[:, 1:].split(512, 1), strict=True)
+    return torch.cat([token_losses(F.linear(x, model.head), targets) for x, targets in parts], dim=1)
 
 
 def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device) -> tuple[Tensor, Tensor]:

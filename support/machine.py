@@ -90,15 +90,18 @@ def peak_flops(device_name: str) -> float | None:
 def pick_device(device: str) -> torch.device:
     """auto: CUDA if there is a GPU that torch can use, else the CPU. Installs the faster kernels."""
     kernels.install()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         cause = f"torch {torch.__version__} sees no CUDA card. {unusable_gpu()}"
         raise TrainError(f"--device={device}, but {cause}".strip())
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is left
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        chosen = torch.device("cpu" if device == "auto" else device)
+        chosen = torch.device(device)
         torch.ones(1, device=chosen).item()  # a known name may lack the hardware; "meta" holds no numbers
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)  # on it CUDA graphs are recorded
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise TrainError(
             f"--device={device} is none that torch can use here: cuda, cuda:1, cpu, mps"

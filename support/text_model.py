@@ -491,11 +491,18 @@ def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
     return ids, mask, targets
 
 
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The model behind torch.compile and DistributedDataParallel."""
+    for wrapper in ("_orig_mod", "module"):
+        net = getattr(net, wrapper, net)
+    return net
+
+
 def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
     """Logits for the targets of `collate`: (B, K, V), for a head (B, C)."""
     if kind == "head":
         return model(input_ids=ids, attention_mask=mask).logits
-    K, core = targets.shape[1], getattr(model, "module", model)  # unwraps DistributedDataParallel
+    K, core = targets.shape[1], unwrapped(model)
     if kind == "seq2seq":  # teacher forcing: a start token, then the targets so far
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
         shifted = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)

@@ -362,7 +362,7 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
 
     entry = ask([Judge("out/one", weak=0), Judge("out/two", weak=1)]).entry
     best = {way: curve[4]["value"] for way, curve in entry["curves"].items() if way.endswith("best")}
-    assert best == {"one, best": 0.5, "two, best": 0.5, "together, best": 0.75}, "each is sure where it is right"
+    assert best == {"one, best": 0.5, "two, best": 0.5, "together, best": 0.75}
     assert entry["differences"]["one, best - two, best"]["value"] == 0
     assert entry["differences"]["two, best - together, best"]["value"] == -0.25
 

@@ -9,12 +9,14 @@ import torch
 
 import sft
 from data import DataError, corpus_info, documents, load_conversations, messages_of, talk
+from dpo import token_log_probs
 from finetune import chat_model
 from model import ModelConfig, ModernDecoderLM
 from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, pack, tokenised
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError
 from support.tables import read_jsonl
+from support.text_model import target_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -33,6 +35,19 @@ def settings(tiny, tmp_path):
         return SFTConfig(**small | dict(model=tiny.get(model, model), out=str(tmp_path), name="run") | more)
 
     return make
+
+
+def test_the_losses_of_all_stages_know_our_model_behind_the_compiler(tiny):
+    model = load_model(tiny["base"], CPU).model
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.randint(1, 60, (2, 6))
+    losses = [
+        lambda net: conversation_loss(net, ids, ids, ids[:, :0], ids[:, :0])[0],
+        lambda net: token_log_probs(net, ids, ids)[0],
+        lambda net: target_logits(net, "causal", ids, None, ids[:, :2]),
+    ]
+    for loss in losses:
+        assert torch.allclose(loss(compiled), loss(model), atol=1e-5)
 
 
 # -----------------------------------------------------------------------------

@@ -400,6 +400,24 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_result(
         trained(settings, evaluate=lambda model, final: starved(model, *uneven_rows(0, 0, 1)))
 
 
+def test_a_failed_pass_leaves_no_tensors_to_the_next_one(settings):
+    """What it computed is held by variables of the functions that failed, and by the losses of experts."""
+    left = []
+
+    def loss(model, ids, targets):
+        assert [tensor() for tensor in left] == [None] * len(left)
+        left.clear()
+        result, count = model(ids, targets)
+        if len(ids) > 3:
+            left.extend([weakref.ref(result), weakref.ref(experts.stats["aux_loss"])])
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result, count
+
+    model = small_model(ffn="moe", n_experts=2)
+    experts = model.model["layers"][0].mlp
+    Trainer(settings(batch_size=12, max_steps=1, eval_every=0), model, uneven_rows, loss).run_all_steps()
+
+
 def test_rows_that_belong_together_stay_together_when_memory_runs_out(settings):
     seen = set()
 
