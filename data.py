@@ -256,8 +256,9 @@ def load_task(name: str, split: str, first: int = 0, count: int = 0) -> tuple[li
     rows, source = task_rows(name, split, first + (count or GENERATED[split]))
     if task.generator and first:
         source += f", from row {first + 1:,} on"
+    what = "a question and a number as answer" if task.metric == "exact_match" else "text"
     parse = partial(example_of, task)
-    examples, about = parsed(rows[first:][: count or None], parse, source, task.licence, "text")
+    examples, about = parsed(rows[first:][: count or None], parse, source, task.licence, what)
     about["fingerprint"] = sha256(f"{task.prompt(e.text)}\0{e.target}\0".encode() for e in examples)
     return examples, about
 
@@ -293,9 +294,13 @@ def task_rows(name: str, split: str, n: int) -> tuple[list[tuple], str]:
 
 
 def example_of(task: Task, row: dict, where: str) -> Example | None:
-    """A row as an Example; None if it lacks its text or its answer, like one row of SAMSum."""
+    """A row as an Example; None if it lacks its text or its answer, like one row of SAMSum, or the number
+    that an answer is compared by.
+    """
     text, answer = (text_of(row.get(column), f'{where}, "{column}"') for column in task.columns)
     if text is None or answer is None:
+        return None
+    if task.metric == "exact_match" and extract_number(answer) is None:
         return None
     if not task.labels:
         return Example(text, f" {answer}")
@@ -364,7 +369,7 @@ def judged(task: Task, example: Example, output) -> dict:
         return {"output": summary} | rouge(summary, example.target)
     solution = output.split(task.stop)[0].strip()
     prediction, answer = extract_number(solution), extract_number(example.target)
-    correct = prediction == answer
+    correct = prediction is not None and prediction == answer
     return {"output": solution, "prediction": prediction, "answer": answer, "correct": correct}
 
 

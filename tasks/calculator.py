@@ -3,9 +3,13 @@
 import ast
 import operator
 import re
+from decimal import Decimal
 from fractions import Fraction
 
-NUMBER = re.compile(r"(?<![\d.])[-−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+NUMBER = re.compile(
+    r"(?<![\d.])[-−]?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,2}\b)?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def extract_number(text: str) -> str | None:
@@ -25,13 +29,11 @@ def extract_number(text: str) -> str | None:
 
 
 def plain_number(text: str) -> str:
-    """ "-$1,234.50" → "-1234.5": one spelling for one number, so that answers can be compared as strings."""
-    number, _, decimals = re.sub(r"[^\d.]", "", text).partition(".")
-    number = number.lstrip("0") or "0"
-    decimals = decimals.rstrip("0")
-    if decimals:
-        number += f".{decimals}"
-    return f"-{number}" if text[0] in "-−" and number != "0" else number
+    """ "-$1,234.50" → "-1234.5", "1e3" → "1000": one spelling for one number, to compare them as text."""
+    number = format(Decimal(re.sub("[$€£,]", "", text.replace("−", "-"))), "f")
+    if "." in number:
+        number = number.rstrip("0").rstrip(".")
+    return "0" if number == "-0" else number
 
 
 class CalculatorError(ValueError):

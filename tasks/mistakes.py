@@ -76,7 +76,7 @@ def steps_of(solution: str) -> list[Step]:
             value = calculate(expression)
         except CalculatorError:
             value = None
-        numbers = sorted(map(plain_number, re.findall(r"\d[\d.]*|\.\d+", expression)))
+        numbers = sorted(map(plain_number, re.findall(r"\d+\.?\d*|\.\d+", expression)))
         operators = re.sub(r"[\d.]+", "", expression)
         steps.append(Step(expression, value, numbers, operators, extract_number(result)))
     return steps

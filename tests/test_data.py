@@ -449,6 +449,14 @@ def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, data_dir, lines, me
         data.load_task("sst2", "validation")
 
 
+def test_a_problem_whose_answer_has_no_number_is_left_out_and_counted(tmp_path, data_dir):
+    data_dir(tmp_path)
+    rows = [{"question": "q", "answer": answer} for answer in ("#### 7", "not given", "")]
+    own(tmp_path, "gsm8k/test.jsonl", rows)
+    examples, about = data.load_task("gsm8k", "test")
+    assert [e.target for e in examples] == [" #### 7"] and about["left_out"] == 2
+
+
 def test_all_kinds_of_files_give_the_same_task(tmp_path, data_dir):
     data_dir(tmp_path)
     rows = [{"sentence": 'a "film" ', "label": 1}, {"sentence": "no", "label": 0}]
@@ -484,6 +492,7 @@ def test_few_shot_examples_come_from_train_by_seed_and_are_balanced():
     ("#### none, but 3 before\n4", "3"), ("####\n4", None), ("A: 42", "42"),
     ("There are 3 left.\nA: 12 apples", "12"), ("So the answer is $1,234.00!", "1234"),
     ("First 3, then 4.", "4"), ("It costs $.75", "0.75"), ("from 10-5", "5"), ("-0.0", "0"), ("007", "7"),
+    ("#### 1e5", "100000"), ("it is -1.50E-3.", "-0.0015"), ("2e400 3 days", "3"), ("4 e5", "5"),
     ("١٢", None), ("no number", None), ("", None),
 ])  # fmt: skip
 def test_the_answer_is_found_in_a_solution(text, number):
@@ -600,6 +609,8 @@ def test_judging_counts_what_is_right_and_keeps_every_answer():
     records, found = data.judge("gsm8k", examples, [" It is 4.\n\nQuestion: 5?", "A dog"])
     assert [r["correct"] for r in records] == [True, False] and records[1]["answer"] == "1000"
     assert found["exact_match"]["value"] == 0.5 and found["answered"]["value"] == 0.5
+    records, _ = data.judge("gsm8k", [data.Example("q", " not given")], ["I do not know"])
+    assert not records[0]["correct"]  # no number is not the same as no number
     reviews = [data.Example("x", " good", 1), data.Example("y", " bad", 0), data.Example("z", " bad", 0)]
     records, found = data.judge("sst2", reviews, [1, 1, 0])
     assert [r["correct"] for r in records] == [True, False, True] and records[1]["prediction"] == "good"
