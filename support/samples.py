@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 
 from data import DataError, Example, judge
-from support.tables import read_rows
+from support.tables import read_rows, shortened
 from support.text_model import TextModel, sample_answers
 from tasks.calculator import extract_number
 
@@ -60,11 +60,18 @@ def labelled(file: str) -> list[Samples]:
     example_model_solutions.jsonl. A final "A: 18" becomes "#### 18", as in everything else here.
     """
     parts = [([], [], []) for _ in range(3)]  # examples, answers, right
-    for row in read_rows(file):
+    for number, row in enumerate(read_rows(file), 1):
         question = row.get("question")
         if not isinstance(question, str):
-            raise DataError(f"{file}: a row has no question, only {', '.join(row)}")
+            raise DataError(f'{file}, row {number}: "question" should be text, but is {shortened(question)}')
         solutions = [value for value in row.values() if isinstance(value, dict) and "is_correct" in value]
+        for solution in solutions:
+            is_text = isinstance(solution.get("solution"), str)
+            if not is_text or solution["is_correct"] not in (True, False):
+                raise DataError(
+                    f'{file}, row {number}: "solution" should be text and "is_correct" true or false, but '
+                    f"there is {shortened(solution)}"
+                )
         examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(question.encode()) % 4]]
         texts = [re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions]
         labels = [bool(solution["is_correct"]) for solution in solutions]

@@ -1,6 +1,7 @@
 """Verifiers: the public score, both kinds, their training, and what is refused."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -270,6 +271,16 @@ def test_labelled_solutions_are_learnt_without_sampling(tuned, tiny, tmp_path):
     for damaged in [*rows, {"question": "What?"}], wrong_alone:
         file.write_text("\n".join(map(json.dumps, damaged)))
         with pytest.raises(DataError, match="labelled solutions"):
+            script.labelled(str(file))
+    for damaged in [
+        {"question": math.nan},
+        {"a": {"solution": "A: 1", "is_correct": "false"}},
+        {"a": {"solution": "A: 1", "is_correct": math.nan}},
+        {"a": {"solution": None, "is_correct": True}},
+        {"a": {"is_correct": True}},
+    ]:
+        file.write_text("\n".join(map(json.dumps, [rows[0], rows[1] | damaged])))
+        with pytest.raises(DataError, match='solutions.jsonl, row 2: "(question|solution)" should be text'):
             script.labelled(str(file))
 
 
