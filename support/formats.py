@@ -9,7 +9,7 @@ is left out; a row in an unknown format is a DataError.
     {"instruction": ..., "input": ..., "output": ...}             Alpaca
     {"prompt": text or messages, "completion": text or messages}  TRL
     {"prompt": ..., "chosen": ..., "rejected": ...}               TRL: sides are texts or messages
-    {"chosen": "\\n\\nHuman: ...", "rejected": ...}                 hh-rlhf: transcripts
+    {"chosen": "\\n\\nHuman: ...", "rejected": ...}                 hh-rlhf: transcripts; also as prompt
 """
 
 import re
@@ -67,7 +67,7 @@ def preference_of(row: dict, where: str = "") -> Preference | None:
     for name in ("chosen", "rejected"):
         side = as_answer(row.get(name), where)
         if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
-            side = transcript(side[0]["content"])
+            side = transcript(side[0]["content"], where)
         if asked and (not side or side[0]["role"] == "assistant"):  # else it holds the whole conversation
             side = asked + side
         if len(side) < 2 or side[-1]["role"] != "assistant":
@@ -87,6 +87,8 @@ def question_of(row: dict, where: str) -> list[dict]:
     asked = text_of(asked, where)
     if asked is None:
         return []
+    if asked.startswith("Human:") and asked.endswith("\n\nAssistant:"):
+        return transcript(asked.removesuffix("Assistant:"), where)
     more = text_of(first_of(row, ("input", "context")), where)
     if more:
         asked += f"\n\n{more}"
@@ -148,10 +150,10 @@ def first_of(row: dict, names: tuple[str, ...]):
     return None
 
 
-def transcript(text: str) -> list[dict]:
-    """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line."""
+def transcript(text: str, where: str) -> list[dict]:
+    """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line; [] if one has no text."""
     _, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)
-    messages = []
+    turns = []
     for name, content in zip(pieces[::2], pieces[1::2], strict=True):
-        messages.append({"role": ROLES[name.lower()], "content": content.strip()})
-    return messages
+        turns.append({"role": name, "content": content})
+    return as_messages(turns, where)

@@ -55,6 +55,7 @@ def test_a_row_becomes_messages_or_is_left_out(row, messages):
     {"prompt": "q", "chosen": [says(parts("good"))], "rejected": [says(parts("bad"))]},
     {"messages": USER, "chosen": says(parts("good")), "rejected": "bad"},
     {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+    {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
 ])  # fmt: skip
 def test_a_row_becomes_a_pair(row):
     pair = preference_of(row)
@@ -68,6 +69,7 @@ def test_a_row_becomes_a_pair(row):
     {"chosen": "good", "rejected": "bad"},
     {"chosen": GOOD, "rejected": talk("another", "bad")},
     {"chosen": talk("q"), "rejected": talk("q")},
+    {"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
 ])  # fmt: skip
 def test_a_row_that_is_no_pair_is_left_out(row):
     assert preference_of(row) is None
