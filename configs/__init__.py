@@ -217,11 +217,12 @@ def hint(name: str, known) -> str:
 # Numbers: every number of every script is finite and at least 0, and
 
 AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size context_length n_layers
-    d_model n_heads experts_per_token n_experts moe_every n held_n rounds seeds group rope_theta"""
+    d_model n_heads experts_per_token n_experts moe_every n held_n rounds seeds group problems rope_theta"""
 LARGEST = 10**12  # torch counts with 64 bits, and squares some numbers
 RANGES = dict.fromkeys(AT_LEAST_1.split(), (1, LARGEST))
 RANGES |= dict.fromkeys(("decay_fraction", "label_smoothing"), (0, 1))
 RANGES |= dict.fromkeys(("dropout", "lora_dropout", "beta1", "beta2"), (0, math.nextafter(1, 0)))
+RANGES |= {"beta": (1e-6, LARGEST)}  # IPO divides by it
 RANGES |= {"seed": (0, 2**63 - 1)}  # what torch.manual_seed takes
 
 

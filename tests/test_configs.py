@@ -146,6 +146,11 @@ def test_numbers_that_no_run_can_use_are_refused_by_name(file, capsys, wrong):
     assert name in refusal(capsys, file("a", f"{name} = float('{value}')" if "n" in value else wrong))
 
 
+@pytest.mark.parametrize("wrong", ["problems=0", "beta=0"])
+def test_numbers_that_dpo_cannot_use_are_refused_by_name(capsys, wrong):
+    assert f"--{wrong}" in refusal(capsys, f"--{wrong}", Config=config_of("dpo"))
+
+
 # -----------------------------------------------------------------------------
 # Names and files
 
