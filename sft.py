@@ -78,6 +78,8 @@ def mixture(text: str) -> list[tuple[str, int, float]]:
     found = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, count, weight = re.fullmatch(r"(?s)(.+?)(?:@(\d+))?(?::(\d*\.?\d+))?", part).groups()
+        if count and not int(count):
+            raise TrainError(f"--data={text}: {name}@{count} takes nothing; without @ it is all of {name}")
         found.append((name, int(count or 0), float(weight or 0)))
     weights = [weight for _, _, weight in found]
     if not found or (any(weights) and not all(weights)):
@@ -291,6 +293,11 @@ def sft(cfg: SFTConfig) -> dict:
         val_rows += held_out
         lost += left_out
         about["data"][source] = {"train": read | {"examples": len(rows)}, "validation": held_out_read}
+    if not val_rows:
+        raise TrainError(
+            f"no validation conversation of {cfg.data} fits into {model.context_length} tokens: raise "
+            "--context_length or --eval_examples"
+        )
     packing = cfg.packing and can_pack(model)
     room = model.context_length
     data = PackedSet(sources, rows_per_step(cfg), room, cfg.seed, model.pad, packing)

@@ -1,5 +1,6 @@
 """Instruction tuning: masks, packing, mixes, and runs that are cut off."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError
 from support.tables import read_jsonl
 from support.text_model import target_logits
+from tasks.grammar import split_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -142,7 +144,7 @@ def test_texts_of_a_corpus_are_learnt_as_in_pretraining(settings):
     ("arithmetic:3,alpaca:1", [("arithmetic", 0, 3.0), ("alpaca", 0, 1.0)]),
     ("arithmetic@2000, my/chats.jsonl", [("arithmetic", 2000, 0.0), ("my/chats.jsonl", 0, 0.0)]),
     ("a@5:0.5,b\n.jsonl:2", [("a", 5, 0.5), ("b\n.jsonl", 0, 2.0)]),
-    ("", None), ("a:1,b", None), ("a:0,b:2", None),
+    ("", None), ("a:1,b", None), ("a:0,b:2", None), ("a@0", None),
 ])  # fmt: skip
 def test_mixtures_are_read_or_refused(text, found):
     if found:
@@ -198,6 +200,16 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r, kill
     sft.sft(cut)
     file = "adapter_model.safetensors" if lora_r else "model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
+def test_validation_conversations_that_are_all_too_long_are_refused(settings, tmp_path):
+    rows = []
+    for question in map("What is {}?".format, range(100)):
+        times = 1 if split_of(question) == "train" else 500
+        rows.append(json.dumps({"messages": talk(question, "yes " * times)}))
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    with pytest.raises(TrainError, match="no validation conversation of .*chats.jsonl fits into"):
+        sft.sft(settings(data=str(tmp_path / "chats.jsonl")))
 
 
 @pytest.mark.parametrize("more, why", [
