@@ -23,6 +23,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -254,6 +255,8 @@ def load_task(name: str, split: str, first: int = 0, count: int = 0) -> tuple[li
     task = find_task(name)
     check_split(split)
     rows, source = task_rows(name, split, first + (count or GENERATED[split]))
+    if 0 < len(rows) <= first:
+        raise DataError(f"{source}: {split} has {len(rows):,} rows, so --first_problem={first} is too large")
     if task.generator and first:
         source += f", from row {first + 1:,} on"
     what = "a question and a number as answer" if task.metric == "exact_match" else "text"
@@ -288,6 +291,8 @@ def task_rows(name: str, split: str, n: int) -> tuple[list[tuple], str]:
     files = [f"{name}/{file}" for file in FILES[part]]
     rows, source = find_rows(name, task.hub, part, files, "sentiment, dialogue, arithmetic")
     if held_out:
+        if len(rows) <= held_out:
+            raise DataError(f"{source}: only {len(rows)} rows, but its last {held_out} are validation")
         source += f" (its last {held_out} rows are validation)"
         rows = rows[:-held_out] if split == "train" else rows[-held_out:]
     return rows, source
@@ -319,10 +324,11 @@ def few_shot(name: str, shots: int, seed: int = SEED) -> list[Example]:
     rng = random.Random(f"{name} {seed}")
     most = -(-shots // max(1, len(TASKS[name].labels)))  # of a class, rounded up
     kept: list[Example] = []
+    of_class = Counter()
     for example in rng.sample(examples, min(len(examples), 50 * shots)):
-        alike = sum(other.label == example.label for other in kept)
-        if len(kept) < shots and alike < most:
+        if len(kept) < shots and of_class[example.label] < most:
             kept.append(example)
+            of_class[example.label] += 1
     return kept
 
 
