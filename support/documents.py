@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import escape, glob
-from itertools import islice
+from itertools import chain, islice
 
 from support.tables import TABLE, DataError, columns_of, read_rows, shortened, text_lines, text_of
 
@@ -19,6 +19,7 @@ HOLD_OUT = {  # how a source names it
     "validation": f"held out: the last 5 %, at most {HELD_OUT:,} documents",
 }
 PASSAGE = 2_000  # characters; text without <|endoftext|> is cut at the next blank line after so many
+PIECES = re.compile(rf"(?s).{{1,{4 * PASSAGE}}}(?!\S)\s*|.{{{4 * PASSAGE}}}")  # of a line, by whole words
 DOCUMENTS = re.compile(r"\.(txt|tokens|raw|jsonl|parquet)(\.gz)?$")
 
 
@@ -145,7 +146,7 @@ def texts_of_table(path: str, about: dict) -> Iterator[str]:
 
 
 def has_marks(path: str) -> bool:
-    return any(END_OF_TEXT in line for line in islice(text_lines(path), 10_000))
+    return any(END_OF_TEXT in line for line in text_lines(path))
 
 
 def between_marks(lines: Iterable[str]) -> Iterator[str]:
@@ -161,9 +162,9 @@ def between_marks(lines: Iterable[str]) -> Iterator[str]:
 
 def passages(lines: Iterable[str]) -> Iterator[str]:
     passage = ""
-    for line in lines:
-        passage += line
-        if len(passage) >= PASSAGE and (line.isspace() or len(passage) >= 4 * PASSAGE):
+    for piece in chain.from_iterable(map(PIECES.findall, lines)):
+        passage += piece
+        if len(passage) >= PASSAGE and (piece.isspace() or len(passage) >= 4 * PASSAGE):
             yield passage
             passage = ""
     yield passage

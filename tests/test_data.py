@@ -346,7 +346,14 @@ def test_text_without_marks_is_running_text_that_becomes_passages_and_loses_noth
         docs = everything(novel)
         assert joint.join(docs) == joint.join(paragraphs)
         assert len(docs) > 10 and all(len(doc) < 10_000 for doc in docs)
+    for joint in (" ", "\r\r", ""):  # one line, also of an old Mac, or without a space
+        text = joint.join(paragraphs).replace(" ", joint)
+        docs = everything(own(tmp_path, "line.txt", text))
+        assert " ".join(docs).split() == text.split() if joint else "".join(docs) == text
+        assert len(docs) > 10 and all(len(doc) <= 16_000 for doc in docs)
     assert data.corpus_info(novel, "test")["running_text"]
+    late = "A line of a long document.\n" * 12_000 + EOT.join(["", *DOCS])
+    assert EOT not in "".join(everything(own(tmp_path, "late.txt", late)))
     for corpus in (own(tmp_path, "stories.txt", EOT.join(DOCS)), "storyworld"):
         assert "running_text" not in data.corpus_info(corpus, "test")
 
@@ -455,6 +462,17 @@ def test_a_problem_whose_answer_has_no_number_is_left_out_and_counted(tmp_path, 
     own(tmp_path, "gsm8k/test.jsonl", rows)
     examples, about = data.load_task("gsm8k", "test")
     assert [e.target for e in examples] == [" #### 7"] and about["left_out"] == 2
+
+
+@pytest.mark.parametrize("n, first, message", [
+    (300, 0, "only 300 rows, but its last 500 are validation"),
+    (900, 4000, "train has 400 rows, so --first_problem=4000 is too large"),
+])  # fmt: skip
+def test_a_file_with_too_few_rows_is_not_called_empty(tmp_path, data_dir, n, first, message):
+    data_dir(tmp_path)
+    own(tmp_path, "gsm8k/train.jsonl", [{"question": "q", "answer": "#### 7"}] * n)
+    with pytest.raises(data.DataError, match=message):
+        data.load_task("gsm8k", "train", first=first)
 
 
 def test_all_kinds_of_files_give_the_same_task(tmp_path, data_dir):
