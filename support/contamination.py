@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data import CORPORA_ONLY, TASKS, documents, load_conversations, load_task
+from data import CORPORA_ONLY, TASKS, documents, load_conversations, load_preferences, load_task
 from support.results import read_json_or_empty
 
 
@@ -37,8 +37,8 @@ def contamination(items: list[str], training_texts: Iterable[str], n: int) -> di
 
 
 def trained_on(name: str) -> list[tuple]:
-    """What a run and its parents were trained on, by their records: [("corpus" or "task", its name)], of a
-    part of a task also (first row, rows).
+    """What a run and its parents were trained on, by their records: [("corpus", "task" or "pairs", name)], of
+    a part of a task also (first row, rows).
 
     A task here is also a set of conversations.
     """
@@ -53,6 +53,8 @@ def trained_on(name: str) -> list[tuple]:
         elif settings.get("data") in TASKS:  # DPO: its own answers to a part of a task's problems
             part = [settings[name] for name in ("first_problem", "problems") if name in settings]
             found.append(("task", settings["data"], *part))
+        elif run.get("stage") == "dpo":
+            found.append(("pairs", settings["data"]))
         name = run.get("parent")
     return found
 
@@ -61,6 +63,10 @@ def training_texts(sources: list[tuple]) -> Iterator[str]:
     for kind, name, *part in sources:
         if kind == "corpus":
             yield from documents(name, "train")
+        elif kind == "pairs":
+            for pair in load_preferences(name, "train")[0]:
+                texts = [message["content"] for message in pair.messages]
+                yield " ".join([*texts, pair.chosen, pair.rejected])
         elif part:
             first, count = part
             for example in load_task(name, "train", first=first, count=count)[0]:

@@ -264,6 +264,12 @@ def test_items_that_stand_in_the_training_text_of_a_run_and_its_parents_are_foun
     (tmp_path / "run.json").write_text(json.dumps({"stage": "dpo", "settings": settings, "parent": tuned}))
     sources = trained_on(str(tmp_path))
     assert sources == [("task", "arithmetic", 4000, 3), ("task", "arithmetic")]
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"q {i}", "chosen": "good", "rejected": "bad"} for i in range(9)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "dpo", "settings": {"data": str(pairs)}}))
+    assert trained_on(str(tmp_path)) == [("pairs", str(pairs))]
+    assert "q 3 good bad" in [*training_texts([("pairs", str(pairs))])]
     parts = load_task("arithmetic", "train", first=4000, count=3)[0]
     assert [*training_texts(sources[:1])] == [f"{example.text} {example.target}" for example in parts]
 
