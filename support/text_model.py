@@ -131,10 +131,10 @@ class TextModel:
         rest is still too long, the end of `text` is cut, but never the question.
         """
         room = room or self.context_length
-        shots = list(shots)
+        shots = list(shots)[-room:]  # each has at least one token
         cut = ""
 
-        def prompt_ids(text: str) -> Ids:
+        def prompt_ids(text: str, shots: list[Example]) -> Ids:
             if self.chat:
                 turns = []
                 for shot in shots:
@@ -143,17 +143,18 @@ class TextModel:
             before = [f"{task.prompt(shot.text)}{shot.target}\n\n" for shot in shots]
             return self.before + self.encode("".join(before) + task.prompt(text)) + self.behind
 
-        ids = prompt_ids(text)
-        while len(ids) > room and shots:
-            del shots[0]
-            ids = prompt_ids(text)
+        ids = prompt_ids(text, shots)
+        if len(ids) > room and shots:
+            # The fewest examples to remove: the key, minus the length, rises with them.
+            n = bisect.bisect_left(range(len(shots)), -room, key=lambda n: -len(prompt_ids(text, shots[n:])))
+            ids = prompt_ids(text, shots[n:])
             cut = "shots"
         if len(ids) > room:
             # Bisection over characters: a truncated list of tokens need not decode and encode to itself.
-            size = bisect.bisect(range(len(text)), room, key=lambda n: len(prompt_ids(text[:n].rstrip())))
+            size = bisect.bisect(range(len(text)), room, key=lambda n: len(prompt_ids(text[:n].rstrip(), [])))
             if size < 2:
                 raise TrainError(f"{room} tokens are too few for a prompt: raise --context_length")
-            ids = prompt_ids(text[: size - 1].rstrip())
+            ids = prompt_ids(text[: size - 1].rstrip(), [])
             cut = "text"
         return ids, cut
 

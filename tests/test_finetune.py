@@ -452,6 +452,17 @@ def test_examples_in_a_prompt_go_first_when_there_is_no_room(built):
     assert cut == "shots" and len(ids) <= 50 and everything.endswith(shorter) and shorter.count("It was") > 1
 
 
+def test_of_very_many_examples_only_a_few_prompts_are_encoded(built, monkeypatch):
+    model, task, shots = built(), TASKS["sentiment"], few_shot("sentiment", 10**12)
+    texts = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda text: texts.append(text) or encode(text))
+    ids, cut = model.prompt(task, "A fresh film.", shots, 150)
+    assert cut == "shots" and len(ids) <= 150 and len(shots) == 4_000
+    assert len(texts) < 12 and max(map(len, texts)) < 100 * 150
+    assert model.decode(ids).count("It was") > 3
+
+
 def make_set(n=203, batch=8, seed=1) -> TrainingSet:
     rng = np.random.default_rng(0)
     rows = [([i] * int(rng.integers(5, 60)), [1]) for i in range(n)]
