@@ -258,6 +258,13 @@ def with_adapter(source: Source, trainable: bool = False, **kwargs) -> nn.Module
         base.resize_token_embeddings(n_tokens)
     with explained(name):
         model = import_peft().PeftModel.from_pretrained(base, name, is_trainable=trainable)
+        found = model.load_adapter(name, "default", is_trainable=trainable)  # again: only this returns names
+    for wrong, tensors in (("missing", found.missing_keys), ("surplus", found.unexpected_keys)):
+        if tensors and not model.active_peft_config.is_prompt_learning:  # its one tensor has another name
+            raise TrainError(
+                f"{name}: the weights do not fit adapter_config.json and the base: {len(tensors)} tensors "
+                f"are {wrong}, such as {tensors[0]}"
+            )
     return model if trainable else model.to(base.dtype)
 
 
@@ -272,6 +279,8 @@ def load_tokenizer(name: str, ours: bool = True) -> Tokenizer | HubTokenizer:
             raise
         except (ValueError, OSError):  # of another kind, or there is no tokenizer.json
             if not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
+                if is_adapter(name):  # PEFT by itself saves no tokenizer
+                    return load_tokenizer(resolve(name).base, ours)
                 raise TrainError(f"{name} holds no tokenizer.json and no other tokenizer file") from None
     from transformers import AutoTokenizer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import dpo
 from data import Example, load_preferences, talk
@@ -178,6 +179,35 @@ def test_an_adapter_without_a_base_or_a_task_type(adapter, tmp_path):
         resolve(str(folder))
 
 
+@pytest.mark.parametrize("settings, rename, message", [
+    ({}, lambda name: name.replace("lora", "x"), "28 tensors are missing, such as .*lora_A"),
+    ({}, lambda name: name.replace("layers.1", "layers.7"), "14 tensors are missing, such as .*layers.1"),
+    ({"target_modules": ["q_proj"]}, str, "24 tensors are surplus, such as .*k_proj"),
+    ({"use_dora": True}, str, "14 tensors are missing, such as .*magnitude"),
+    ({"r": 3}, str, "size mismatch for .*lora_A.* is torch.Size"),
+    ({"lora_alpha": None}, str, "lacks something or holds a wrong value .TypeError"),
+    ({"peft_type": None}, str, "lacks something or holds a wrong value .KeyError"),
+])  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused_and_never_the_bare_base(
+    adapter, tmp_path, settings, rename, message
+):
+    folder = shutil.copytree(adapter, tmp_path / "head")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    change(folder / "adapter_config.json", **settings)
+    with pytest.raises(TrainError, match=message) as error:
+        load_model(str(folder), CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "head")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert load_model(str(folder), CPU).tokenizer.hash == Tokenizer.load(adapter).hash
+
+
 @pytest.mark.parametrize("names, order", [
     ({0: "bad", 1: "good"}, [0, 1]), ({"0": "Good", "1": "bad"}, [1, 0]), (None, [0, 1]),
     ({0: "POSITIVE", 1: "NEGATIVE"}, [1, 0]), ({0: "LABEL_0", 1: "LABEL_1"}, [0, 1]),
@@ -193,8 +223,6 @@ def test_labels_are_matched_by_name(names, order):
 
 
 def test_a_classifier_that_numbers_its_classes_otherwise_answers_the_same(adapter, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(adapter / "merged", tmp_path / "turned")
     tensors = load_file(folder / "model.safetensors")
     tensors["score.weight"] = tensors["score.weight"].flip(0).contiguous()
