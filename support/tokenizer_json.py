@@ -8,6 +8,7 @@ from pathlib import Path
 from support.files import write_json
 from support.runs import read_json, read_json_if_there
 
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}  # each word by itself, none left out
 HUB_MARK = "hub-"  # begins the hash of a tokenizer that transformers reads
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (  # `marked_ids` of support/chat_template.py in Jinja, which transformers and others render
@@ -56,7 +57,7 @@ def write_tokenizer(folder: Path, tokenizer, pattern: str | None, config: dict) 
     """Writes both files. `pattern`: None for GPT-2's, which the ByteLevel step has built in."""
     content = json.loads(TEMPLATE)
     if pattern:
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": pattern}} | SPLIT
         byte_level = content["pre_tokenizer"] | {"use_regex": False}
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
@@ -88,7 +89,11 @@ def parse_tokenizer(content: dict) -> tuple[dict, list, dict, str | None]:
 
     Raises KeyError, TypeError, ValueError or AttributeError if it is of another kind.
     """
-    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    special = {}
+    for token in content["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or not token["special"]:
+            raise ValueError(f"it finds the added token {token['content']!r} in a way that we do not know")
+        special[token["content"]] = token["id"]
     vocab = {i: token.encode() for token, i in special.items()}
     vocab |= {i: unspell(text) for text, i in content["model"]["vocab"].items() if text not in special}
     merges = []
@@ -103,12 +108,12 @@ def pattern_of(content: dict) -> str | None:
     *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if content["model"]["type"] != "BPE" or content["normalizer"] or last.get("type") != "ByteLevel":
         raise ValueError("it is of another kind")
-    if last["add_prefix_space"] or any(t["lstrip"] or t["rstrip"] for t in content["added_tokens"]):
-        raise ValueError("it adds or strips spaces")
+    if last["add_prefix_space"]:
+        raise ValueError("it adds spaces")
     use_regex = last.get("use_regex", True)
     if use_regex and not before:
         return None
-    if use_regex or [step["type"] for step in before] != ["Split"]:
+    if use_regex or len(before) != 1 or not before[0].items() >= SPLIT.items():
         raise ValueError("it splits words in another way")
     return before[0]["pattern"]["Regex"]
 

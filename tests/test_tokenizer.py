@@ -321,6 +321,28 @@ def test_a_missing_damaged_or_foreign_tokenizer_file_says_so(small, tmp_path):
             Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("flags", [{"special": False}, {"single_word": True}, {"lstrip": True}])
+def test_added_tokens_that_are_found_in_another_way_are_refused(small, tmp_path, flags):
+    small.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"][-1] |= flags
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="finds the added token"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"behavior": "Removed"}, {"behavior": "MergedWithNext"}, {"invert": True}]
+)
+def test_words_that_are_split_in_another_way_are_refused(digits, tmp_path, change):
+    digits.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="splits words in another way"):
+        Tokenizer.load(tmp_path)
+
+
 def test_vocabularies_that_bpe_cannot_have_learnt_are_refused(tmp_path):
     tokens = [bytes([b]) for b in range(256)]
     vocab = dict(enumerate([*tokens, b"ab", b"bc"]))
