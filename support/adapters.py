@@ -59,7 +59,7 @@ def add_peft_lora(model: nn.Module, cfg, kind: str, new_tokens: list[int] = ()) 
     try:
         return float32_where_trained(peft.get_peft_model(model, config))
     except ValueError as error:
-        why = str(error).partition("\n")[0][:200]
+        why = " ".join(str(error).split())[:300]
         raise TrainError(f"--lora_targets={cfg.lora_targets}: LoRA cannot be added: {why}") from None
 
 
@@ -81,7 +81,7 @@ def target_names(model: nn.Module, targets: str) -> list[str]:
     """The names of --lora_targets, each of which must be a layer's; [] if there are none."""
     names = [name.strip() for name in targets.split(",") if name.strip()]
     for target in names:
-        if not any(is_target(name, [target]) for name, _ in model.named_modules()):
+        if not any(is_target(n, [target]) and hasattr(m, "weight") for n, m in model.named_modules()):
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
             raise TrainError(
                 f"--lora_targets={targets}: no layer is called {target!r}; there are "

@@ -189,7 +189,9 @@ def explained(name: str):
             "code. Get them as model.safetensors"
         ) from None
     except Exception as error:  # whatever a library raises at a file that is not as it should be
-        why = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, (KeyError, TypeError, AttributeError)):  # whose texts are no sentences
+            why = f"one of its files lacks something or holds a wrong value ({type(error).__name__}: {why})"
         if Path(name).is_dir():
             raise TrainError(f"{name} cannot be loaded: {why}") from None
         raise TrainError(

@@ -575,6 +575,7 @@ def test_classes_are_compared_by_the_likelihood_of_their_names(checkpoints):
     (dict(merge=True), "need --lora_r"),
     (dict(model="t5", dtype="float16"), "T5 overflows in float16"),
     (dict(lora_r=4, lora_targets="nothing_like_it"), "nothing_like_it"),
+    (dict(lora_r=4, lora_targets="layers"), "no layer is called 'layers'; there are down_proj"),
     (dict(lora_r=4, lora_targets="layers.7.mlp.up_proj"), "layers.7.mlp.up_proj"),
     (dict(model="out/nowhere"), "there is no folder out/nowhere"),
     (dict(model="somebody/model"), "hf download somebody/model --local-dir models/model"),
