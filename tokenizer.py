@@ -41,6 +41,7 @@ from support.tokenizer_json import (
     CHAT_TEMPLATE,
     byte_letters,
     check_tokenizer,
+    default_template,
     gpt2_merges,
     parse_tokenizer,
     read_tokenizer,
@@ -417,6 +418,7 @@ class Tokenizer:
         try:
             vocab, merges, special_ids, pattern = parse_tokenizer(content)
             tokenizer = cls(vocab, merges, special_ids, pattern or GPT2_PATTERN)
+            tokenizer.chat_template = default_template(config.get("chat_template"))
             if config.get("tokenizer_hash") != tokenizer.hash:
                 for token, i in tokenizer.ranks.items():  # not from `save`: does the proof in `core` hold?
                     if tokenizer.merge_word(token) != [i]:
@@ -425,7 +427,6 @@ class Tokenizer:
             raise ValueError(
                 f"{folder}/tokenizer.json is not a byte-level BPE tokenizer that we can read: {error}"
             ) from None
-        tokenizer.chat_template = config.get("chat_template")
         check_tokenizer(Path(folder), tokenizer.hash)
         return tokenizer
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModernDecoderLM, Texts, check_sampling, in_eval_mode
+from model import ModernDecoderLM, Texts, check_sampling, in_eval_mode, refuse
 from support.hf_format import write_generation_config
 from support.tables import valid
-from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, letter_bytes, unspell
+from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, default_template, letter_bytes, unspell
 from tokenizer import SPECIAL_TOKENS
 
 
@@ -33,8 +33,7 @@ class HubTokenizer:
         added = [token.content for token in inner.added_tokens_decoder.values() if token.special]
         self.special_tokens = tuple(dict.fromkeys([*inner.all_special_tokens, *added]))
         self.special_ids = {token: inner.convert_tokens_to_ids(token) for token in self.special_tokens}
-        template = inner.chat_template  # of several with names (one for tools, say) the default one
-        self.chat_template = template.get("default") if isinstance(template, dict) else template
+        self.chat_template = default_template(inner.chat_template)
 
     def encode(self, text: str, allowed_special: str | Collection[str] = ()) -> list[int]:
         """The ids of a text. allowed_special="all": a special token spelled in it is encoded as one."""

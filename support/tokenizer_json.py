@@ -118,6 +118,17 @@ def pattern_of(content: dict) -> str | None:
     return before[0]["pattern"]["Regex"]
 
 
+def default_template(found: object) -> str | None:
+    """The chat template; of several with names (one for tools, say) the default one."""
+    if isinstance(found, list):  # the older form on the hub
+        found = {template["name"]: template["template"] for template in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not isinstance(found, str | None):
+        raise ValueError(f"chat_template in its tokenizer_config.json must be a text, not {found!r:.40}")
+    return found
+
+
 def check_tokenizer(folder: Path, found: str) -> None:
     """Compares the hash of a run folder's tokenizer with those in run.json and tokenizer_config.json.
 

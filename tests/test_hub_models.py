@@ -1,6 +1,7 @@
 """Models of the hub that are built in another way than ours: tokenizers, templates, windows, heads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,19 @@ def test_tokens_beyond_the_tokenizers_may_be_generated(tiny, tmp_path):
 
 
 # ---- templates and rows
+
+
+def test_of_several_chat_templates_the_default_one_is_used(tiny, tmp_path):
+    """As a list with names, the older form on the hub."""
+    folder = shutil.copytree(tiny["base"], tmp_path / "m")
+    settings = read_json(folder / "tokenizer_config.json")
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    for template in (named, {each["name"]: each["template"] for each in named}):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        assert load_model(str(folder), CPU).template == CHATML
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": 5}))
+    with pytest.raises(TrainError, match="chat_template in its tokenizer_config.json must be a text"):
+        load_model(str(folder), CPU)
 
 
 def test_pairs_that_a_template_refuses_are_left_out(tiny, tmp_path):
