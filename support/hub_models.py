@@ -150,6 +150,10 @@ def generate(
     ids = pad_rows(rows, pad, side)
     mask = pad_rows([[1] * len(row) for row in rows], 0, side)
     start = ids.shape[1] if decoder_only else 1
+    context = hf_context(model.config)
+    if has_learned_positions(model):
+        refuse(start >= context, f"a prompt of {start} tokens leaves no room in context {context}")
+        max_new_tokens = min(max_new_tokens, context - start)
     device = next(model.parameters()).device
     vocab_size = model.config.get_text_config().vocab_size
     hooks = {"ends": ends, "stream": stream, "force": force, "adjust": adjust}
@@ -174,6 +178,12 @@ def generate(
         logits_processor=LogitsProcessorList([draw]),
     )  # fmt: skip
     return texts.rows
+
+
+def has_learned_positions(model: nn.Module) -> bool:
+    """True if the model looks positions up in a table, which ends with the context: GPT-2, OPT, BART."""
+    tables = ("wpe", "embed_positions", "positions_embed")  # the names that transformers uses
+    return any(isinstance(m, nn.Embedding) and name.endswith(tables) for name, m in model.named_modules())
 
 
 def hf_context(config) -> int:

@@ -99,6 +99,37 @@ def test_tokens_beyond_the_tokenizers_may_be_generated(tiny, tmp_path):
     assert model.calculator(0, [479]) == []
 
 
+def test_added_tokens_that_are_not_special_stay_text(tiny, tmp_path):
+    """As the runs of spaces of CodeGen and Phi: transformers finds and decodes them."""
+    inner = renamed(tiny)
+    inner.add_tokens(["        ", "Gretel"])
+    inner.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "Gretel ran.\n        x = 1"
+    ids = tokenizer.encode(text, allowed_special=())
+    assert ids == inner(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+# ---- generation
+
+
+LEARNED = {
+    "opt": (transformers.OPTConfig, dict(ffn_dim=32, word_embed_proj_dim=32)),
+    "gpt-neo": (transformers.GPTNeoConfig, dict(attention_types=[[["global"], 2]])),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_positions_end_a_text_at_the_context(name, tiny, tmp_path):
+    config, more = LEARNED[name]
+    folder = llama(tmp_path / "m", renamed(tiny), config, **more, max_position_embeddings=24)
+    model = load_model(folder, CPU)
+    assert [len(new) for new in model.continuations([[5] * 4, [5]], 200)] == [20, 20]
+    with pytest.raises(ValueError, match="a prompt of 24 tokens leaves no room in context 24"):
+        model.continuations([[5] * 24], 1)
+
+
 # ---- templates and rows
 
 
