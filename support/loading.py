@@ -215,7 +215,10 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
             "support/hf_format.py says which), so it cannot be tuned here; train.py --init_from and eval.py "
             "can use it"
         )
-    known = [class_name(label) for label in (config.get("id2label") or {}).values()]
+    names = class_names(source)
+    known = [class_name(label) for label in names.values()]
+    if names and source.kind == "head" and not config.get("id2label"):
+        kwargs["id2label"] = names  # transformers does not read label2id alone
     if labels and sorted(known) != sorted(map(class_name, labels)):
         kwargs["id2label"] = {i: label.strip() for i, label in enumerate(labels)}
         kwargs["label2id"] = {label.strip(): i for i, label in enumerate(labels)}
@@ -229,6 +232,17 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
     if missing:
         raise TrainError(f"{name} is not a complete model: missing weights {', '.join(sorted(missing)[:4])}")
     return model
+
+
+def class_names(source: Source) -> dict:
+    """The class of each output, {number: name}: id2label of config.json, or else label2id turned round."""
+    numbers_of, names_of = (source.config.get(key) or {} for key in ("label2id", "id2label"))
+    if not isinstance(numbers_of, dict) or not isinstance(names_of, dict):
+        raise TrainError(
+            f"{source.base}: config.json must have id2label as an object, such as "
+            '{"0": "bad", "1": "good"}, and label2id as the inverse'
+        )
+    return names_of or {number: label for label, number in numbers_of.items()}
 
 
 def import_peft():

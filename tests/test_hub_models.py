@@ -251,6 +251,24 @@ def test_a_new_head_on_a_run_of_another_task_is_asked_its_own(tiny, tmp_path):
     assert len(answer_task(model, "sentiment", [Example("fine", " good", 1)])[0]) == 1
 
 
+# ---- heads
+
+
+def test_label2id_alone_names_the_classes(tiny, tmp_path):
+    more = dict(num_labels=2, pad_token_id=0)
+    sizes = SIZE | dict(vocab_size=400, num_key_value_heads=2)
+    head = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes, **more))
+    head.save_pretrained(tmp_path)
+    renamed(tiny).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json") | {"label2id": {"good": 0, "bad": 1}}
+    config.pop("id2label", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(str(tmp_path), CPU).model.config.id2label == {0: "good", 1: "bad"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": ["bad", "good"]}))
+    with pytest.raises(TrainError, match="config.json must have id2label as an object"):
+        load_model(str(tmp_path), CPU)
+
+
 # ---- damaged files, numbers
 
 
