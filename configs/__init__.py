@@ -18,6 +18,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import sys
 import typing
 from collections.abc import Iterable
@@ -64,6 +65,7 @@ def parse_config(Config, doc: str = "", argv: list[str] | None = None):
         for name, text in vars(flags).items():
             settings[name] = read_text(text, kinds[name], f"--{name}")
         check_numbers(settings, defaults)
+        check_texts(settings, defaults)
         return Config(**settings)
     except ValueError as error:  # ConfigError, or what the dataclass' __post_init__ finds inconsistent
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -214,7 +216,7 @@ def hint(name: str, known) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Numbers: every number of every script is finite and at least 0, and
+# Values: every text is UTF-8, and every number of every script is finite and at least 0, and
 
 AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size context_length n_layers
     d_model n_heads experts_per_token n_experts moe_every n held_n rounds seeds group problems rope_theta"""
@@ -236,6 +238,19 @@ def check_numbers(settings: dict, defaults: dict) -> None:
         low, high = RANGES.get(name, (0, LARGEST))
         if not low <= value <= high:  # so nan is refused, too
             raise ConfigError(f"--{name}={value} must be a number from {low} to {high}")
+
+
+def check_texts(settings: dict, defaults: dict) -> None:
+    """Raises ConfigError for a text that cannot be written or handed to another program, and for --out and
+    --name without one: the shell replaces a variable that is not set by nothing.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, str) or value == defaults.get(name):
+            continue
+        if re.search("[\0\ud800-\udfff]", value):  # Python reads bytes that are not UTF-8 as surrogates
+            raise ConfigError(f"--{name}={value!r} must be UTF-8 text without null characters")
+        if name in ("out", "name") and not value:
+            raise ConfigError(f"--{name}= is empty: it must name a folder")
 
 
 # -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class RunConfig(SizeConfig):
     resume: bool = False  # go on with an earlier run
     norm: Literal["rms", "layer"] = "rms"  # normalisation
     prompt: str = "Once"  # text to continue, "%s" and all
+    out: str = "out"  # the folder of everything
     experts: Literal[1, 2] = 2  # experts a token
     decay_fraction: float = 0.2  # share of the steps
     beta1: float = 0.9  # memory of the gradient
@@ -149,6 +150,16 @@ def test_numbers_that_no_run_can_use_are_refused_by_name(file, capsys, wrong):
 @pytest.mark.parametrize("wrong", ["problems=0", "beta=0"])
 def test_numbers_that_dpo_cannot_use_are_refused_by_name(capsys, wrong):
     assert f"--{wrong}" in refusal(capsys, f"--{wrong}", Config=config_of("dpo"))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("prompt", "caf\udce9"), ("prompt", "a\0b"), ("out", "caf\udcc3\udca9"), ("out", "")]
+)
+def test_texts_that_nobody_can_write_and_a_folder_without_a_name_are_refused_by_name(
+    file, capsys, name, value
+):
+    for words in (f"--{name}={value}", file("a", f"{name} = {ascii(value)}")):
+        assert f"--{name}=" in refusal(capsys, words)
 
 
 # -----------------------------------------------------------------------------
