@@ -24,6 +24,7 @@ from support.terminal import run_script
 import contextlib
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -570,7 +571,8 @@ def describe(folder: Path, run: dict) -> str:
 def best_evaluation(folder: Path, run: dict) -> str:
     """What SFT and DPO print at the end."""
     figures = ", ".join(f"{name} {value:.4g}" for name, value in run["results"]["best"].items())
-    return f"{folder}: {run['seconds'] / 60:.1f} min; {figures}; python chat.py {folder} --chat"
+    command = f"python chat.py {shlex.quote(str(folder))} --chat"
+    return f"{folder}: {run['seconds'] / 60:.1f} min; {figures}; {command}"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ import functools
 import importlib.util
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -993,7 +994,8 @@ def main() -> None:
 def describe(folder: Path, run: dict) -> str:
     best = (run.get("results") or {}).get("best")
     loss = f", val_loss {best['val_loss']:.4f}, {best['bits_per_byte']:.4f} bits a byte" if best else ""
-    return f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{loss}; python chat.py {folder}"
+    command = f"python chat.py {shlex.quote(str(folder))}"
+    return f"{folder}: {run['step']} steps in {run['seconds'] / 60:.1f} min{loss}; {command}"
 
 
 if __name__ == "__main__":

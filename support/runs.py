@@ -57,12 +57,17 @@ def run_stage(stage: Callable, cfg, describe: Callable[[Path, dict], str]) -> No
 
 
 def run_folder(cfg) -> Path:
-    """{out}/{name}. Refuses a name that leads to `out` itself or out of it: --overwrite deletes."""
+    """{out}/{name}. Refuses a name that leads to `out` itself or out of it: --overwrite deletes.
+
+    Also one that eval.py would take for two models or for a config file.
+    """
     name = Path(cfg.name)
     if not name.parts or name.is_absolute() or ".." in name.parts or not cfg.name.strip():
         raise TrainError(
             f"--name={cfg.name!r} must be the name of a folder in --out={cfg.out}, such as base or tests/base"
         )
+    if "," in cfg.name or cfg.name.endswith(".py"):
+        raise TrainError(f"--name={cfg.name} must have no comma, and not end in .py")
     return Path(cfg.out) / name
 
 
@@ -206,21 +211,28 @@ def list_runs(out: str) -> None:
         print(f"no runs in {out}/")
     for file in files:
         try:
-            run = read_json(file)
+            print(*lines_of_run(file), sep="\n")
         except TrainError as error:
             print(error)
-            continue
-        checks = {}
-        for line in read_jsonl(file.parent / "metrics.jsonl"):
-            if "val_loss" in line:
-                checks[line["step"]] = f"val_loss {line['val_loss']:.4f} at step {line['step']}"
-        best = (run.get("results") or {}).get("best") or {}
-        check = checks.get(best.get("step"), "not evaluated")
-        minutes = f"{run.get('seconds', 0) / 60:.1f} min"
-        print(file.parent, run.get("status"), f"step {run.get('step')}", minutes, check, sep="  ")
-        for path in checkpoints(file.parent):
-            size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
-            print(f"    {path}  {size:.0f} MiB  {checks.get(step_of(path), '')}")
+        except Exception as error:  # its files may hold anything: one bad run must not hide the others
+            print(f"{file.parent}: its files are damaged: {type(error).__name__}: {error}")
+
+
+def lines_of_run(file: Path) -> list[str]:
+    """What `list_runs` prints about the run of a run.json."""
+    run = read_json(file)
+    checks = {}
+    for line in read_jsonl(file.parent / "metrics.jsonl"):
+        if "val_loss" in line:
+            checks[line["step"]] = f"val_loss {line['val_loss']:.4f} at step {line['step']}"
+    best = (run.get("results") or {}).get("best") or {}
+    check = checks.get(best.get("step"), "not evaluated")
+    minutes = f"{run.get('seconds', 0) / 60:.1f} min"
+    lines = [f"{file.parent}  {run.get('status')}  step {run.get('step')}  {minutes}  {check}"]
+    for path in checkpoints(file.parent):
+        size = sum(f.stat().st_size for f in path.iterdir()) / 2**20
+        lines.append(f"    {path}  {size:.0f} MiB  {checks.get(step_of(path), '')}")
+    return lines
 
 
 # -----------------------------------------------------------------------------

@@ -902,6 +902,36 @@ def test_run_json_records_settings_data_and_results_and_list_names_them(settings
     assert "no runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", [
+    {"val_loss": 2.0}, {"step": 4, "val_loss": None}, {"step": [4], "val_loss": 2.0},
+    {"step": 4, "val_loss": "low"}, {"results": {"best": [4]}}, None,
+])  # fmt: skip
+def test_one_damaged_run_does_not_hide_the_others_from_the_list(tmp_path, capsys, line):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"status": "finished"}')
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 4, "val_loss": 2.0}\n')
+    if line is None:
+        (tmp_path / "b/run.json").unlink()
+        (tmp_path / "b/run.json").mkdir()
+    else:
+        file = "run.json" if "results" in line else "metrics.jsonl"
+        (tmp_path / "b" / file).write_text(json.dumps(line))
+    runs.list_runs(str(tmp_path))
+    a, b, c = capsys.readouterr().out.splitlines()
+    assert "finished" in a and "finished" in c and f"{tmp_path}/b: its files are damaged" in b
+
+
+@pytest.mark.parametrize("name", ["a,b", "name.py", "", "..", " "])
+def test_a_name_that_cannot_be_used_again_is_refused(settings, name):
+    with pytest.raises(TrainError, match="--name="):
+        runs.run_folder(settings(name=name))
+
+
+def test_the_command_of_the_next_step_is_quoted_for_the_shell():
+    assert train.describe(Path("my run"), {"step": 1, "seconds": 1}).endswith("python chat.py 'my run'")
+
+
 # -----------------------------------------------------------------------------
 # Weights & Biases
 
