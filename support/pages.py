@@ -1,7 +1,8 @@
 """A page made of blocks, written as HTML, Markdown, LaTeX and CSV.
 
 A section of a page is a list of blocks: Text, Table or Figure. All formats are written from the same
-blocks, so they cannot disagree. The pages' frames are support/page.html and support/paper.tex.
+blocks, so they cannot disagree. The pages' frames are support/page.html and support/paper.tex. Names of
+folders need not be UTF-8, so every text goes through `valid` before it is written.
 """
 
 import base64
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Formatter, Template
+
+from support.tables import valid
 
 # -----------------------------------------------------------------------------
 # Blocks
@@ -35,7 +38,7 @@ class Table:
     def lines(self) -> list[list[str]]:
         """The head, then a line of cells per row."""
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
-        cells = [[str(row.get(column, "")) for column in columns] for row in self.rows]
+        cells = [[valid(str(row.get(column, ""))) for column in columns] for row in self.rows]
         return [columns, *cells]
 
 
@@ -189,7 +192,7 @@ def as_html(title: str, sections: Sections) -> str:
 def framed(frame: str, title: str, lines: list[str]) -> str:
     """A file of support/ with $title and $body replaced."""
     text = (Path(__file__).parent / frame).read_text(encoding="utf-8")
-    return Template(text).substitute(title=title, body="\n".join(lines))
+    return valid(Template(text).substitute(title=title, body="\n".join(lines)))
 
 
 # -----------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def as_markdown(title: str, sections: Sections) -> str:
     parts = [f"# {title}"]
     for heading, blocks in sections.items():
         parts += [f"## {heading}", *map(markdown_block, blocks)]
-    return "\n\n".join(parts) + "\n"
+    return valid("\n\n".join(parts) + "\n")
 
 
 def write(folder: Path, title: str, sections: Sections, name: str = "index") -> Path:
@@ -247,8 +250,12 @@ def latex_text(text: str) -> str:
 
 
 def latex_table(block: Table) -> list[str]:
-    """A table that may span pages. The longest cells decide how wide a column is; no column is empty."""
+    """A table that may span pages; nothing if all cells are empty. The longest cells decide how wide a column
+    is; no column is empty.
+    """
     columns = [cells for cells in zip(*block.lines(), strict=True) if any(cells[1:])]
+    if not columns:
+        return []
     asked = [min(40, max(map(len, cells)) + 2) for cells in columns]
     layout = ""
     for characters in asked:
@@ -276,8 +283,8 @@ def as_latex(title: str, sections: Sections) -> str:
         for block in blocks:
             if not isinstance(block, Table):
                 lines += latex_block(block)
-            elif block.rows:
-                tables += latex_table(block)
+            elif table := latex_table(block):
+                tables += table
                 lines += ["", f"(Table at the end: {latex_text(block.caption or block.name)})"]
         if heading == "Abstract":
             out += [r"\begin{abstract}", *lines, r"\end{abstract}"]

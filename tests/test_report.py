@@ -291,6 +291,17 @@ def test_generated_text_cannot_become_markup(tmp_path):
 # Whatever state the files are in
 
 
+def test_names_that_are_not_utf8_and_tables_without_a_filled_cell_are_written(tmp_path):
+    name = "caf\udce9"  # as Python reads the bytes caf\xe9
+    sections = {name: [Text(name), Table("t", [{"run": name}]), Table("empty", [{"run": ""}, {}])]}
+    write(tmp_path, name, sections)
+    latex = as_latex(name, sections)
+    for text in (*(file.read_text() for file in tmp_path.iterdir() if file.is_file()), latex):
+        text.encode()
+    assert "caf\N{REPLACEMENT CHARACTER}" in (tmp_path / "t.csv").read_text()
+    assert latex.count("begin{longtable}") == 1 == latex.count("Table at the end")
+
+
 def test_an_empty_folder_gets_sentences_that_name_commands(tmp_path):
     records = Records(tmp_path)
     sections = report.sections_of(records)
