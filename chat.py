@@ -49,6 +49,8 @@ def main() -> None:
     cfg = parse_config(ChatConfig, __doc__, flags + [f"--model={name}" for name in models])
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     try:
+        if len(models) > 1:
+            raise ValueError(f"one model at a time, not {len(models)}: {', '.join(models)}")
         if cfg.checkpoints:
             ask_checkpoints(cfg, messages)
         elif cfg.prompt:
@@ -57,6 +59,12 @@ def main() -> None:
             converse(load(cfg), cfg, messages)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from None
+    except RuntimeError as error:
+        from support.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit("chat.py: out of memory: --max_new_tokens or the model is too large") from None
     except EOFError:
         print()
     except KeyboardInterrupt:

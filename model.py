@@ -901,7 +901,7 @@ def sample(
     if seen is not None:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    if temperature == 0:
+    if temperature < 1e-5:  # a division by less could overflow
         return logits.argmax(-1)
     order = None  # column -> token id, once columns are sorted from best to worst
     if 0 < top_k < logits.shape[-1]:

@@ -50,7 +50,7 @@ class Question(BaseModel):
     stream: bool = False
     stream_options: dict = {}
     max_tokens: int | None = Field(None, ge=0)
-    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(lambda t: t if t > 1e-5 else 0.0)] = 1.0
+    temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, le=10**9), AfterValidator(lambda k: max(0, k))] = 0
     min_p: float = Field(0.0, ge=0, le=1)

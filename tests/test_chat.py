@@ -74,6 +74,11 @@ def test_greedy_text_is_the_plain_argmax_wherever_the_model_stands(run, said, wo
         assert out.startswith(text) and re.fullmatch(r"\[\d+ tokens, \d+ tokens/s\]\n", err)
 
 
+def test_a_temperature_next_to_0_is_greedy(run, said):
+    for words in (USUAL, ["--temperature=1e-300", *USUAL[1:]]):
+        assert said(run, *words, "--prompt=the cat")[0] == "the cat" + greedy(run, "the cat", 9) + "\n"
+
+
 def answering(monkeypatch, new: list[int]) -> list:
     """A model that always writes `new`; the list of the prompts it gets."""
     prompts = []
@@ -136,6 +141,8 @@ def test_what_is_missing_or_damaged_is_a_message_and_not_a_traceback(run, tmp_pa
         ([str(tmp_path / "half")], "tokenizer.json"),
         ([run, "--device=banana"], "--device=banana"),
         ([run, "--checkpoints"], "--save_every=N"),
+        ([run, "out/sft"], "one model at a time"),
+        ([run, f"--max_new_tokens={10**12}"], "out of memory"),
     ]:
         with pytest.raises(SystemExit, match=message):
             said(*words, "--prompt=x")
