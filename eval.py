@@ -164,7 +164,7 @@ def evaluate_text(
     the pieces of a running text are joined.
     """
     T = model.context_length
-    stride = stride or T // 2
+    stride = stride or max(1, T // 2)
     if not 0 < stride <= T:
         raise TrainError(f"--stride={stride} must be from 1 to the context of {T} tokens")
     sequences = [[*model.encode(text), model.eos] for text in texts]
@@ -347,7 +347,7 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     errors = Counter(kind for record in records for kind in record["kinds"])
     entry |= {
         **figures(ways, samples.numbers, right, greedy.right[:, 0], calculator.right[:, 0]),
-        "samples": cfg.samples,
+        "samples": right.shape[1],
         "temperature": cfg.temperature,
         "gating": gating,
         "verifiers": {Path(verifier.name).name: verifier.name for verifier in verifiers},
@@ -409,6 +409,8 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     """Tasks and shots; a ConfigError where a name or number cannot be."""
     if not re.fullmatch(r"\d+(,\d+)*", cfg.shots):
         raise ConfigError(f"--shots={cfg.shots} must be whole numbers, joined by commas: 0,4")
+    if not all(cfg.models.split(",")):
+        raise ConfigError(f"--models={cfg.models} has an empty name: join models by single commas")
     known = dict.fromkeys([*TASKS, *EMBEDDED, *CORPORA])
     tasks = cfg.tasks.split(",")
     for task in tasks:

@@ -135,6 +135,8 @@ def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoder
     """
     if model.config.positions == "learned":
         raise ValueError("learned positions end with the context: streams need RoPE, or no positions")
+    if T < 2 * max(KEPT):
+        raise ValueError(f"--context_length={T} is too short for streams: at least {2 * max(KEPT)} tokens")
     found = {"perplexity": {}, "stretched to 4 contexts": {}, "continuations": {}}
     found["perplexity"]["full"] = by_position(full_attention(model, ids), T)
     if model.config.positions == "rope":

@@ -142,6 +142,8 @@ def test_every_document_is_scored_by_itself_and_a_long_one_in_windows(base, monk
     asked.clear()
     found = evaluate_text(model, short, running_text=True)  # pieces of one text are joined
     assert len(asked) == 1 and found["documents_in_windows"] == 2 and found["documents_alone"] == 0
+    model.context_length = 1  # half of it is no stride
+    assert evaluate_text(model, short)["stride"] == 1
 
 
 def test_a_file_is_measured_and_its_rows_without_text_are_counted(base, tmp_path, command_line):
@@ -285,7 +287,8 @@ NUMBERS = "limit=-1 samples=-1 battery=-5 contamination=-8 seed=-1 temperature=n
     (["--tasks=sst3"], '"sst3" is no task, corpus or file; there are sst2'),
     (["out/nowhere"], "there is no folder out/nowhere"),
     (["--stride=97", "--tasks=storyworld", "--limit=2"], "--stride=97 must be from 1 to"),
-    (["--split=dev"], 'no split "dev"'),
+    (["--split=dev"], 'no split "dev"'), (["out/base,"], "--models=out/base, has an empty name"),
+    (["--streams", "--context_length=2"], "--context_length=2 is too short for streams"),
     *(([f"--{word}"], f"--{word.split('=')[0]}") for word in NUMBERS.split()),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(base, command_line, words, message, tmp_path):
@@ -371,6 +374,12 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert best == {"one, best": 0.5, "two, best": 0.5, "together, best": 0.75}
     assert entry["differences"]["one, best - two, best"]["value"] == 0
     assert entry["differences"]["two, best - together, best"]["value"] == -0.25
+
+
+def test_greedy_answers_are_counted_as_the_one_that_was_drawn(tiny):
+    cfg = EvalConfig(samples=4, temperature=0.0, limit=2)
+    result = evaluate_samples(load_model(tiny["base"], CPU), "arithmetic", cfg, [])
+    assert result.name == "arithmetic test 1 samples" and result.entry["samples"] == 1
 
 
 # -----------------------------------------------------------------------------
