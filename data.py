@@ -146,6 +146,8 @@ def find_corpus(corpus: str, split: str) -> Source:
     paths = own_files(corpus)
     if not paths:
         names = ", ".join([*EMBEDDED, *CORPORA])
+        if os.path.isdir(corpus):
+            raise DataError(f"{corpus}: a folder without files; .txt, .jsonl and .parquet can be read")
         raise DataError(f'"{corpus}" is neither a file nor the name of a corpus; those are {names}')
     return from_files(paths, paths, "yours", hold_out=split)
 

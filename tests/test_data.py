@@ -231,7 +231,7 @@ def test_no_edition_is_mixed_with_another(tmp_path, monkeypatch, data_dir):
     ("storyworld", "valid", "the splits are train, validation, test"),
     ("storyworld:0.5,storyworld:0.5", "train", "once"),
     ("storyworld:0,arithmetic:1", "train", "above 0"),
-    ("nowhere/*.txt", "train", "neither a file"),
+    ("nowhere/*.txt", "train", "neither a file"), (str(ROOT / "web"), "train", "a folder without files"),
 ])  # fmt: skip
 def test_unknown_names_splits_and_shares_are_refused(corpus, split, message):
     with pytest.raises(data.DataError, match=message):
