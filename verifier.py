@@ -121,7 +121,8 @@ class Verifier:
         Raises TrainError if that does not fit; without `generator` also if its own has been trained anew.
         """
         run = read_run(str(folder))
-        if "verification" not in run:
+        fitted = run.get("combine", {}).keys()
+        if "verification" not in run or not {"lambda", "logistic", "sharpness"} <= fitted:
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
         if generator is None:
             generator = load_model(run["parent"], pick_device(device))

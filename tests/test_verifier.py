@@ -110,7 +110,11 @@ def test_a_verifier_of_another_tokenizer_or_generator_is_refused(trained, tmp_pa
     folder = shutil.copytree(trained("channel"), tmp_path / "v")
     run = read_json(folder / "run.json")
     other = run["data"] | {"tokenizer": "x"}
-    for changed, why in (({"data": other}, "another tokenizer"), ({"parent_hash": "x"}, "another model")):
+    for changed, why in (
+        ({"data": other}, "another tokenizer"),
+        ({"parent_hash": "x"}, "another model"),
+        ({"combine": {}}, "no finished verifier"),
+    ):
         (folder / "run.json").write_text(json.dumps(run | changed))
         with pytest.raises(TrainError, match=why):
             Verifier.load(folder, "cpu")
