@@ -22,6 +22,7 @@ from support.terminal import run_script
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from configs import ROOT, parse_config
+from configs import ROOT, check_texts, parse_config
 
 try:
     import uvicorn
@@ -73,6 +74,10 @@ class ServeConfig:
     allow_training: bool = False  # with another --host: clients with the token may start and pause runs
     device: str = "auto"  # cuda, cpu, ...
     memory: float = 0.0  # GiB for models; 0: half of what is free
+
+    def __post_init__(self):
+        if not re.fullmatch("[!-~]*", self.token):  # a header may hold no others
+            raise ValueError(f"--token={self.token} must be ASCII letters, digits and signs, without spaces")
 
 
 class Lab:
@@ -256,6 +261,7 @@ class RunRequest(BaseModel):
 
 # What reads configs is `async`, to run in one thread: Python 3.11's ast.parse is not safe in several.
 
+        check_texts(self.changes, {})
 
 @router.get("/lab/forms")
 async def show_forms(lab: AnyLab):

@@ -198,13 +198,15 @@ def start(home: Path, name: str, stage: str, words: list[str]) -> None:
     log.unlink(missing_ok=True)  # a run that was paused a moment ago may still hold the old one
     with open(log, "wb") as output:
         held = lock(log)
-        page_file(home, name, "json").write_text(json.dumps({"name": name, "stage": stage}))
-        subprocess.Popen(
-            [sys.executable, str(ROOT / f"{stage}.py"), *words],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held],
-        )  # fmt: skip
-    os.close(held)  # the process has inherited it
+        try:
+            subprocess.Popen(
+                [sys.executable, str(ROOT / f"{stage}.py"), *words],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"}, pass_fds=[held],
+            )  # fmt: skip
+        finally:
+            os.close(held)  # the process has inherited it
+    page_file(home, name, "json").write_text(json.dumps({"name": name, "stage": stage}))
 
 
 def starting(home: Path) -> list[dict]:

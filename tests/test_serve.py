@@ -324,6 +324,14 @@ def test_streams_take_turns():
                 turns.hand_on()
 
     with turns:
+@pytest.mark.parametrize("token", ["geheimniß", "two words"])
+def test_a_token_that_no_header_can_hold_is_refused(token):
+    from serve import ServeConfig
+
+    with pytest.raises(ValueError, match="--token"):
+        ServeConfig(token=token)
+
+
         for name in "ab":
             threads.append(threading.Thread(target=work, args=name))
             threads[-1].start()
@@ -479,6 +487,13 @@ def test_a_hundred_long_runs_are_listed_in_two_seconds(tmp_path):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text(line * 10_000)
         (folder / "run.json").write_text(json.dumps({"status": "finished", "started": f"{i:03}"}))
+def test_a_process_that_cannot_be_started_leaves_no_run(client):
+    for value, word in (("a\0b", "--corpus"), ("\ud83d", "--corpus"), ("a" * 200_000, "too long")):
+        wish = {"stage": "train", "name": "ghost", "changes": TINY | {"corpus": value}}
+        assert word in complain(client, "/lab/start", **wish)
+        assert client.get("/lab/run", params={"name": "ghost"}).status_code == 404
+
+
     begun = time.process_time()  # not that of other programs
     assert len(summaries(tmp_path)) == 100 and time.process_time() - begun < 2
 
