@@ -55,7 +55,7 @@ from support.forms import CONFIGS, configured, form, settings_of
 from support.guard import LOOPBACK, Guard, Json, NotFound, Refused, error_response
 from support.inside import look_inside
 from support.machine import pick_device
-from support.openai_api import Chat, Completion, Job, event
+from support.openai_api import AnyText, Chat, Completion, Job, check_ids, event
 from support.serving import Pool, use_cores
 from support.tables import valid
 from support.watching import STAGES, compare, describe, named_runs, pause, resume, start, summaries, tail
@@ -192,7 +192,14 @@ class DetokenizeRequest(BaseModel):
 
 @router.post("/detokenize")
 def detokenize(lab: AnyLab, words: DetokenizeRequest):
-    return {"prompt": lab.pool.get(words.model).tokenizer.decode(words.tokens)}
+    model = lab.pool.get(words.model)
+    check_ids(model, words.tokens)
+    return {"prompt": model.tokenizer.decode(words.tokens)}
+
+
+@router.post("/v1/{rest:path}")
+def unknown(rest: str):
+    raise Refused(404, f"there is no /v1/{rest} here")
 
 
 # -----------------------------------------------------------------------------
@@ -254,6 +261,7 @@ class RunRequest(BaseModel):
         for name, value in configured(self.stage, self.config).items():
             if str(value).startswith("out/"):  # a path in the folder that is served
                 changes[name] = out / value.removeprefix("out/")
+        check_texts(self.changes, {})
         changes |= self.changes | {"out": out}
         files = [f"configs/{self.config}.py"] if self.config else []
         return files + [f"--{name}={value}" for name, value in changes.items()]
@@ -261,7 +269,6 @@ class RunRequest(BaseModel):
 
 # What reads configs is `async`, to run in one thread: Python 3.11's ast.parse is not safe in several.
 
-        check_texts(self.changes, {})
 
 @router.get("/lab/forms")
 async def show_forms(lab: AnyLab):
@@ -323,7 +330,7 @@ async def resume_run(lab: TrainingLab, run: RunName):
 
 class InspectRequest(BaseModel):
     model: str
-    text: str = Field(max_length=100_000)
+    text: AnyText = Field(max_length=100_000)
     chat: bool = False  # the text is a user's turn
     position: int = Field(-1, ge=-1)
     target: int | None = None
@@ -331,11 +338,10 @@ class InspectRequest(BaseModel):
     layer: int = Field(0, ge=0)
 
     def ids(self, model) -> list[int]:
-        text = valid(self.text)
         if self.chat:
-            return model.conversation(talk(text))[0]
+            return model.conversation(talk(self.text))[0]
         begin = model.start if model.kind == "causal" else model.before
-        return [*begin, *model.encode(text), *model.behind]
+        return [*begin, *model.encode(self.text), *model.behind]
 
 
 @router.post("/lab/inside")

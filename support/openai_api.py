@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import Request
@@ -38,7 +38,13 @@ def as_list(given: object) -> object:
     return [given] if isinstance(given, str) else given
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+def as_valid(given: object) -> object:
+    """For a text of limited length: there pydantic refuses lone surrogates, which JSON allows."""
+    return valid(given) if isinstance(given, str) else given
+
+
+AnyText = Annotated[str, BeforeValidator(as_valid)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000), BeforeValidator(as_valid)]
 
 
 class Question(BaseModel):
@@ -94,7 +100,9 @@ class Completion(Question):
     echo: bool = False
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
+    # What we cannot do is refused, not ignored.
     suffix: str = Field("", max_length=0)
+    best_of: int = Field(1, le=1)
 
     @property
     def alternatives(self) -> int | None:
@@ -146,12 +154,15 @@ class Part(BaseModel):
 
 
 def as_parts(content: object) -> object:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Message(BaseModel):
     role: str
     content: Annotated[list[Part], BeforeValidator(as_parts)] = []
+    tool_calls: list | None = Field(None, max_length=0)
 
     def turn(self) -> dict:
         role = "system" if self.role == "developer" else self.role
@@ -170,7 +181,11 @@ class Chat(Question):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     continue_final_message: bool = False
+    # What we cannot do is refused, not ignored.
     tools: list = Field([], max_length=0)
+    tool_choice: Literal["none", "auto"] = "none"
+    functions: list = Field([], max_length=0)
+    modalities: list[Literal["text"]] = []
     response_format: dict[Literal["type"], Literal["text"]] = {}
 
     @property
@@ -210,6 +225,12 @@ class Chat(Question):
 # Responses
 
 
+def check_ids(model: TextModel, ids: Iterable[int]) -> None:
+    known = model.model.config.vocab_size
+    if not all(0 <= i < known for i in ids):
+        raise ValueError(f"token ids must be from 0 to {known - 1}")
+
+
 class Job:
     """A request whose model, prompts and limits have been checked: computes the answer, and sends it."""
 
@@ -218,10 +239,8 @@ class Job:
         if model.kind != "causal":
             raise ValueError(f"{question.model} is not a decoder (kind: {model.kind})")
         prompts = question.prompts(model)
-        known = model.model.config.vocab_size
         for ids in [*prompts, question.logit_bias]:
-            if not all(0 <= i < known for i in ids):
-                raise ValueError(f"token ids must be from 0 to {known - 1}")
+            check_ids(model, ids)
         if len(prompts) * question.n > MOST_ROWS:
             raise ValueError(f"at most {MOST_ROWS} texts at a time: prompts times n")
         most = model.context_length

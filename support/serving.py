@@ -292,7 +292,10 @@ def generate(model: TextModel, prompts: list[list[int]], how, rows: list[Row], g
         entries = []
         if how.alternatives is not None:
             entries = [token_entry(model, log_p[r], new, how.alternatives)]
-        text = b"" if new in special else model.tokenizer.token_bytes(new)
+        text = model.tokenizer.token_bytes(new)
+        if new in special:  # it adds nothing to the text
+            text = b""
+            entries = [entry | {"bytes": []} for entry in entries]
         rows[r].add(text, entries, "stop" if new in stops else None)
 
     options = how.model_dump(include=SAMPLING)
@@ -335,8 +338,8 @@ def token_entry(model: TextModel, log_p: torch.Tensor, token: int, most: int) ->
 
 
 def characters(entry: dict) -> int:
-    """Of a token, as it was named; one that is a part of a character has none."""
-    return 0 if entry["token"].startswith("bytes:") else len(entry["token"])
+    """Of a token in the text; one that is special or a part of a character has none."""
+    return 0 if entry["token"].startswith("bytes:") or not entry["bytes"] else len(entry["token"])
 
 
 @torch.no_grad()

@@ -34,7 +34,8 @@ def client(lab_url):
 
 
 def ask(client, path=TEXTS, **body):
-    return client.post(path, json=USUAL.get(path, {}) | body)
+    text = json.dumps(USUAL.get(path, {}) | body)  # in ASCII: httpx cannot write half an emoji
+    return client.post(path, content=text, headers=JSON)
 
 
 def one(client, path=TEXTS, **body) -> dict:
@@ -156,6 +157,16 @@ def test_ids_become_text_and_tokens_know_where_they_stand(client):
         assert sum(pieces, []) == offsets
 
 
+def test_a_special_token_takes_no_room_in_the_text(client, ours):
+    how = {"logit_bias": {ours("base").eos: 100}, "logprobs": 0, "temperature": 0}
+    found = one(client, **how)
+    assert found["text"] == "" and set(found["logprobs"]["text_offset"]) == {0}
+    model = ours("sft")
+    how["logit_bias"] = {model.tokenizer.special_id("<|user|>"): 100}  # it does not end the text
+    found = one(client, model="sft", max_tokens=3, **how)
+    assert found["text"] == "" and found["logprobs"]["text_offset"] == [0, 0, 0]
+
+
 def test_chat_follows_the_template_and_can_go_on_with_an_answer(client, ours):
     model, how = ours("sft"), {"temperature": 0, "max_tokens": 40}
     found = ask(client, CHAT, **how).json()
@@ -248,6 +259,13 @@ def test_the_openai_client_understands_all_of_it(lab_url):
         (400, {"messages": TURNS, "model": "base"}, "/v1/completions"),
         (400, {"messages": [{"role": "user", "content": "nuts " * 200}]}, "context length"),
         (400, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
+        *((400, {"messages": [{"role": "user", "content": wrong}]}, "content") for wrong in (0, False, {})),
+        (400, {"messages": [*TURNS, {"role": "assistant", "tool_calls": [{}]}]}, "tool_calls"),
+        (400, {"messages": TURNS, "tools": [{}]}, "tools"),
+        (400, {"messages": TURNS, "functions": [{}]}, "functions"),
+        (400, {"messages": TURNS, "tool_choice": "required"}, "tool_choice"),
+        (400, {"messages": TURNS, "modalities": ["audio"]}, "modalities"),
+        (400, {"best_of": 2}, "best_of"),
     ],
 )
 def test_errors_have_openais_form_and_say_why(client, status, body, word):
@@ -256,6 +274,19 @@ def test_errors_have_openais_form_and_say_why(client, status, body, word):
         error = response.json()["error"]
         assert response.status_code == status and word in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_other_paths_are_not_there_and_other_ids_are_no_tokens(client):
+    assert ask(client, "/v1/embeddings", input="a").status_code == 404
+    for i in (-1, 10**30):
+        assert "token ids" in complain(client, "/detokenize", model="base", tokens=[5, i])
+
+
+def test_half_an_emoji_is_taken_as_text_in_every_field(client):
+    half = "a \ud83d"
+    assert ask(client, prompt=half, stop=half).status_code == 200
+    for path in ("/lab/inside", "/lab/attention"):
+        assert ask(client, path, model="base", text=half).status_code == 200
 
 
 def test_other_sites_large_bodies_and_paths_out_are_refused(client):
@@ -293,6 +324,14 @@ def test_another_host_needs_the_token_and_does_not_train():
         assert refused.status_code == 403 and "--allow_training" in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("token", ["geheimniß", "two words"])
+def test_a_token_that_no_header_can_hold_is_refused(token):
+    from serve import ServeConfig
+
+    with pytest.raises(ValueError, match="--token"):
+        ServeConfig(token=token)
+
+
 # -----------------------------------------------------------------------------
 # Clients that leave, wait, or send nonsense
 
@@ -324,14 +363,6 @@ def test_streams_take_turns():
                 turns.hand_on()
 
     with turns:
-@pytest.mark.parametrize("token", ["geheimniß", "two words"])
-def test_a_token_that_no_header_can_hold_is_refused(token):
-    from serve import ServeConfig
-
-    with pytest.raises(ValueError, match="--token"):
-        ServeConfig(token=token)
-
-
         for name in "ab":
             threads.append(threading.Thread(target=work, args=name))
             threads[-1].start()
@@ -456,6 +487,13 @@ def test_a_run_that_cannot_start_says_why(client):
     assert "finished" in complain(client, "/lab/resume", name="base")
 
 
+def test_a_process_that_cannot_be_started_leaves_no_run(client):
+    for value, word in (("a\0b", "--corpus"), ("\ud83d", "--corpus"), ("a" * 200_000, "too long")):
+        wish = {"stage": "train", "name": "ghost", "changes": TINY | {"corpus": value}}
+        assert word in complain(client, "/lab/start", **wish)
+        assert client.get("/lab/run", params={"name": "ghost"}).status_code == 404
+
+
 def test_the_watch_sends_curves_and_notices_a_log_that_was_replaced(client, lab_home, tmp_path):
     from support.guard import to_json
     from support.watching import tail
@@ -487,13 +525,6 @@ def test_a_hundred_long_runs_are_listed_in_two_seconds(tmp_path):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text(line * 10_000)
         (folder / "run.json").write_text(json.dumps({"status": "finished", "started": f"{i:03}"}))
-def test_a_process_that_cannot_be_started_leaves_no_run(client):
-    for value, word in (("a\0b", "--corpus"), ("\ud83d", "--corpus"), ("a" * 200_000, "too long")):
-        wish = {"stage": "train", "name": "ghost", "changes": TINY | {"corpus": value}}
-        assert word in complain(client, "/lab/start", **wish)
-        assert client.get("/lab/run", params={"name": "ghost"}).status_code == 404
-
-
     begun = time.process_time()  # not that of other programs
     assert len(summaries(tmp_path)) == 100 and time.process_time() - begun < 2
 
