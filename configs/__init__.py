@@ -241,16 +241,16 @@ def check_numbers(settings: dict, defaults: dict) -> None:
 
 
 def check_texts(settings: dict, defaults: dict) -> None:
-    """Raises ConfigError for a text that cannot be written or handed to another program, and for --out and
-    --name without one: the shell replaces a variable that is not set by nothing.
+    """Raises ConfigError for a text that cannot be written or handed to another program, and for an empty
+    --out, as from --out=$UNSET, which would lead to the root of the file system.
     """
     for name, value in settings.items():
         if not isinstance(value, str) or value == defaults.get(name):
             continue
         if re.search("[\0\ud800-\udfff]", value):  # Python reads bytes that are not UTF-8 as surrogates
             raise ConfigError(f"--{name}={value!r} must be UTF-8 text without null characters")
-        if name in ("out", "name") and not value:
-            raise ConfigError(f"--{name}= is empty: it must name a folder")
+        if name == "out" and not value:
+            raise ConfigError("--out= is empty: it must name a folder")
 
 
 # -----------------------------------------------------------------------------
