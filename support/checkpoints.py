@@ -1,4 +1,5 @@
-"""What a run folder keeps so that the same command goes on after a kill, and ends with the same bits.
+"""What a run folder keeps so that the same command goes on after a kill, and ends with the same bits (on a
+GPU up to rounding: its kernels add in any order).
 
 What: checkpoints/step-N holds the model as a Hugging Face folder, and state.pt with everything else on which
 step N + 1 depends: the optimizers' moments, float16's scale, counters, the best evaluation. There is no state
