@@ -50,7 +50,7 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import torch.cuda.amp.common  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 COPIES = {"copy_", "_to_copy"}
@@ -225,11 +225,12 @@ class Graph:
         graphs.append(self)
 
     def replay(self) -> None:
-        for func, args, kwargs, result in self.steps:
-            again = func(*args, **kwargs)
-            for old, new in zip(tensors_of(result), tensors_of(again), strict=True):
-                if old.data_ptr() != new.data_ptr():  # neither a view nor changed in place
-                    old.copy_(new)
+        with _disable_current_modes():  # straight to the CPU
+            for func, args, kwargs, result in self.steps:
+                again = func(*args, **kwargs)
+                for old, new in zip(tensors_of(result), tensors_of(again), strict=True):
+                    if old.data_ptr() != new.data_ptr():  # neither a view nor changed in place
+                        old.copy_(new)
 
 
 # -----------------------------------------------------------------------------
