@@ -43,6 +43,11 @@ calculations are right, beside the oracle, pass@n, which knows the true answer; 
 sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills in, and what is wrong
 with the wrong ones. A base, which was taught no task, is asked greedily only.
 
+--solutions=FILE instead of --samples: the answers are others', with their labels, as verifier.py's; the ways
+choose among those to the last quarter of its questions, and are compared with a random choice:
+
+    python eval.py out/sft --tasks=gsm8k --solutions=labelled.jsonl --verifier=out/verifier,out/head
+
 --attention asks no task: it scores every head on a repeated sequence of random tokens (does it look at the
 token before, at the first one, at what followed the same token last time?) and writes maps to attention.json,
 which report.py draws: of the foremost heads, or by --layer and --head of any, over two texts or --text. It
@@ -100,7 +105,7 @@ from support.metrics import bits_per_byte, bootstrap, paired_bootstrap, pass_at,
 from support.pipeline import follow_instructions, write_pipeline
 from support.results import SMOKE
 from support.runs import TrainError, errors_for_users
-from support.samples import draw
+from support.samples import Samples, draw, labelled
 from support.text_model import TextModel, answer_task
 from tasks.calculator import calculates
 from tasks.mistakes import KINDS, kinds_of
@@ -123,6 +128,7 @@ class EvalConfig:
     contamination: int = 0  # N: look for N words in a row of each item in the training text; 0: don't
     samples: int = 0  # answers a problem, for test-time compute on tasks with a checkable answer; 0: none
     temperature: float = 1.0  # of these samples
+    solutions: str = ""  # a file of labelled solutions of others, to choose among instead of samples
     attention: bool = False  # what the heads look at, instead of tasks
     text: str = ""  # attention: the text whose maps are made; nothing: two of ours
     layer: int = -1  # attention: maps of this layer, from 0; -1: top-scoring heads, or with --head all layers
@@ -323,10 +329,35 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     draw_from = partial(draw, model, name, entry["split"], examples)
     samples = draw_from(cfg.samples, cfg.temperature, cfg.seed)
     greedy, calculator = (draw_from(1, 0.0, cfg.seed, calculator=tool) for tool in (False, True))
+    records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
+    errors = Counter(kind for record in records for kind in record["kinds"])
+    entry |= choose(samples, verifiers, records, greedy.right[:, 0], calculator.right[:, 0])
+    entry |= {
+        "temperature": cfg.temperature,
+        "errors": {kind: errors[kind] for kind in KINDS if errors[kind]},
+        "seconds": round(time.perf_counter() - begun, 2),
+    }
+    return Result(entry, records)
+
+
+def evaluate_solutions(name: str, cfg: EvalConfig, verifiers: list[Verifier]) -> Result:
+    """Every way to choose among the labelled solutions of others to each problem."""
+    begun = time.perf_counter()
+    samples = labelled(cfg.solutions)[-1]
+    count = len(samples.examples)
+    records = [{"text": e.text, "target": e.target} for e in samples.examples]
+    entry = {"task": name, "split": "solutions", "shots": 0, "items": count, "of": count}
+    entry |= {"data": {"source": cfg.solutions}} | choose(samples, verifiers, records)
+    return Result(entry | {"seconds": round(time.perf_counter() - begun, 2)}, records)
+
+
+def choose(samples: Samples, verifiers: list[Verifier], records: list[dict], *greedy: np.ndarray) -> dict:
+    """Metrics, curves, differences and gating of all ways to choose. Each verifier adds its choice to the
+    records. `greedy` (P): whether greedy answers, without and with a calculator, are right.
+    """
     right = samples.right
     calculated = np.array([[calculates(answer) for answer in row] for row in samples.answers], float)
     ways = {"majority": (vote, np.ones(right.shape)), "calculator vote": (vote, calculated)}
-    records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
     gating, together = {}, np.zeros(right.shape)  # together: the sum of their log-odds
     for verifier in verifiers:
         label = Path(verifier.name).name
@@ -344,25 +375,19 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
             }
     if len(verifiers) > 1:
         ways["together, best"] = best, together
-    errors = Counter(kind for record in records for kind in record["kinds"])
-    entry |= {
-        **figures(ways, samples.numbers, right, greedy.right[:, 0], calculator.right[:, 0]),
+    return {
+        **figures(ways, samples.numbers, right, *greedy),
         "samples": right.shape[1],
-        "temperature": cfg.temperature,
         "gating": gating,
         "verifiers": {Path(verifier.name).name: verifier.name for verifier in verifiers},
-        "errors": {kind: errors[kind] for kind in KINDS if errors[kind]},
-        "seconds": round(time.perf_counter() - begun, 2),
     }
-    return Result(entry, records)
 
 
-def figures(
-    ways: dict, numbers: np.ndarray, right: np.ndarray, greedy: np.ndarray, calculator: np.ndarray
-) -> dict:
+def figures(ways: dict, numbers: np.ndarray, right: np.ndarray, *greedy: np.ndarray) -> dict:
     """Metrics, curves over budgets and paired differences.
 
-    ways: {name: (rule, weights (P, n))}; numbers (P, n); right (P, n), greedy (P), calculator (P): bool.
+    ways: {name: (rule, weights (P, n))}; numbers (P, n); right (P, n), and greedy answers (P) without and
+    with a calculator: bool. Without greedy answers the ways are compared with a random choice.
     """
     n = right.shape[1]
     curves = {}
@@ -374,20 +399,20 @@ def figures(
             final[way] = right[np.arange(len(right)), chosen]
             curves[way][k] = accuracy(final[way])
     metrics = {
-        "exact_match": accuracy(greedy),
-        "calculator": accuracy(calculator),
-        "mean_sample": bootstrap(right.mean(1)),
-        f"pass@{n}": accuracy(right.any(1)),
+        name: accuracy(hits) for name, hits in zip(("exact_match", "calculator"), greedy, strict=False)
     }
+    metrics |= {"mean_sample": bootstrap(right.mean(1)), f"pass@{n}": accuracy(right.any(1))}
     metrics |= {f"{way} of {n}": curve[n] for way, curve in curves.items()}
     curves["pass"] = {}
     for k in budgets(n):
         mean = float(np.mean([pass_at(k, n, int(correct)) for correct in right.sum(1)]))
         curves["pass"][k] = {"value": mean, "n": len(right)}
     differences = {}
-    final["greedy, calculator"] = calculator
+    if greedy:
+        final["greedy, calculator"] = greedy[1]
+    plain, hits_of_plain = ("greedy", greedy[0]) if greedy else ("a random one", right.mean(1))
     for way, hits in final.items():
-        differences[f"{way} - greedy"] = paired_bootstrap(hits, greedy)
+        differences[f"{way} - {plain}"] = paired_bootstrap(hits, hits_of_plain)
         if way != "majority":
             differences[f"{way} - majority"] = paired_bootstrap(hits, final["majority"])
     for one, other in combinations([way for way in final if way.endswith(", best")], 2):
@@ -416,7 +441,16 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     for task in tasks:
         if not (task in known or Path(task).exists() or re.search(r"[*?[:]", task)):
             raise ConfigError(f'"{task}" is no task, corpus or file; there are {", ".join(known)}')
+        if cfg.solutions and not checkable(task):
+            raise ConfigError(
+                f"--solutions has answers that can be checked, and {task} has none: --tasks=gsm8k"
+            )
     return tasks, [int(shots) for shots in cfg.shots.split(",")]
+
+
+def checkable(task: str) -> bool:
+    """Whether an answer to it can be compared with the true one."""
+    return task in TASKS and TASKS[task].metric == "exact_match"
 
 
 def evaluate_model(
@@ -438,11 +472,14 @@ def evaluate_model(
 
     tasks, shots = checked(cfg)
     for task in tasks:
-        sampled = cfg.samples and task in TASKS and TASKS[task].metric == "exact_match"
+        sampled = (cfg.samples or cfg.solutions) and checkable(task)
         if sampled and (model.chat or run.get("settings", {}).get("task")):
             paths = filter(None, cfg.verifier.split(","))
             verifiers = [Verifier.load(path, cfg.device, model) for path in paths]
-            keep(evaluate_samples(model, task, cfg, verifiers))
+            if cfg.solutions:
+                keep(evaluate_solutions(task, cfg, verifiers))
+            else:
+                keep(evaluate_samples(model, task, cfg, verifiers))
             continue
         if sampled:  # a base's samples hold no answers to choose among
             print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
@@ -459,6 +496,8 @@ def evaluate_model(
 def evaluate_all(cfg: EvalConfig) -> None:
     """All models, their differences, and the table of all; or their heads, or texts beyond their contexts."""
     tasks, _ = checked(cfg)  # before anything is loaded
+    if cfg.solutions:
+        labelled(cfg.solutions)  # refuses a file that cannot be
     device = pick_device(cfg.device)
     dtype = None if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)
     results = {}

@@ -63,7 +63,7 @@ def stages(records: Records) -> list[Block]:
     rows: dict[Path, dict] = {}
     for m in records.measurements:
         for name, value in m.values.items():
-            if not m.shots and (name in ("exact_match", "bits_per_byte") or m.entry.get("samples")):
+            if not m.shots and (name in ("exact_match", "bits_per_byte") or m.sampled):
                 cells = rows.setdefault(m.run.folder, {"model": m.run.shown})
                 cells |= row("minutes of training: {seconds:minutes}", {"seconds": 0} | m.run.record)
                 cells[f"{m.task}: {METRICS.get(name, name)}"] = value
@@ -244,7 +244,7 @@ def chosen(m: Measurement) -> list[Block]:
     panel = Panel(curves, "answers per problem", "% right", f"{m.run.shown}, {m.task}", log="x", ticks=ticks)
     if greedy := m.entry["metrics"].get("exact_match"):
         panel.level, panel.level_label = 100 * greedy["value"], "greedy"
-    name = f"{m.run.folder.name}-{m.task}"
+    name = "-".join((m.run.folder.name, *m.where))
     figure = chart(f"choosing-{name}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
     rows = rows_of("paired difference: {key} | points [95 %]: {x:points}", m.entry.get("differences", {}))
     caption = f"{m.run.shown}: paired differences between ways to choose an answer."
@@ -252,7 +252,7 @@ def chosen(m: Measurement) -> list[Block]:
     for verifier, gates in m.entry.get("gating", {}).items():
         rows = [row(GATE, gate) for gate in gates]
         blocks += say(UNTIL_SURE, name=verifier, m=m)
-        blocks.append(Table(f"gating-{m.run.folder.name}-{verifier}", rows))
+        blocks.append(Table(f"gating-{name}-{verifier}", rows))
     return blocks
 
 

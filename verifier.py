@@ -600,6 +600,8 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     folder = run_folder(cfg)
     if cfg.task not in TASKS or TASKS[cfg.task].metric != "exact_match":
         raise TrainError(f"answers to {cfg.task} cannot be checked: arithmetic, gsm8k")
+    if cfg.solutions:
+        labelled(cfg.solutions)  # refuses a file that cannot be, before a model is loaded
     generator = load_model(cfg.model, pick_device(cfg.device))
     if generator.kind != "causal" or not generator.chat:
         raise TrainError(f"{cfg.model} was not instruction-tuned, so there are no answers to judge")

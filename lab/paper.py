@@ -71,7 +71,7 @@ def abstract(records: Records) -> list[Block]:
     if base:
         words += say("The base has {parameters:count} parameters.", **base.record)
         words += say("It reaches {bits_per_byte:.3f} bits a byte of its own validation text.", **base.last)
-    solvers = [m for m in records.measurements if m.entry.get("samples") and not m.smoke]
+    solvers = [m for m in records.measurements if m.sampled and not m.smoke]
     for m in solvers:
         words += say("{m.run.name} solves {m.values[exact_match]} % of {m.task}'s problems greedily.", m=m)
         for way, value in m.values.items():

@@ -399,7 +399,7 @@ class Plan:
             return 0.0, reads * len(about.labels)
         if name in self.bases:  # it goes on until it has no room: it was never taught to end
             samples = rows * about.max_new_tokens
-        elif cfg.samples and about.metric == "exact_match":
+        elif cfg.samples and about.metric == "exact_match" and not cfg.solutions:
             answers = rows * cfg.samples
             samples *= 2  # greedily, without a calculator and with one
             samples += self.draw(name, task, "test", answers)

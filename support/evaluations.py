@@ -98,8 +98,10 @@ def samples_table(entry: dict) -> list[str]:
         rows[LABELS.get(way, way)] = [f"{100 * point['value']:.1f}" for point in curve.values()]
     lines = [f"{label:32}" + "".join(f"{cell:>7}" for cell in cells) for label, cells in rows.items()]
     lines += [f"{name:48} {points(difference)}" for name, difference in entry["differences"].items()]
-    kinds = [f"{KINDS[kind]} {count}" for kind, count in entry["errors"].items()]
-    return [*lines, f"wrong greedy answers: {', '.join(kinds) or 'none'}"]
+    if "errors" in entry:
+        kinds = [f"{KINDS[kind]} {count}" for kind, count in entry["errors"].items()]
+        lines.append(f"wrong greedy answers: {', '.join(kinds) or 'none'}")
+    return lines
 
 
 def compare(results: dict[str, list[Result]]) -> list[str]:

@@ -203,6 +203,7 @@ class Measurement:
         self.notes = ", ".join(notes)
         self.numbers = {name: float(metric["value"]) for name, metric in entry["metrics"].items()}
         self.values = {name: value_of(name, metric) for name, metric in entry["metrics"].items()}
+        self.sampled = bool(entry.get("samples")) and "exact_match" in self.values  # answers of its own
         # The metric used in comparisons.
         self.headline = next((name for name in HEADLINES if name in self.values), None)
 

@@ -375,6 +375,24 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert entry["differences"]["one, best - two, best"]["value"] == 0
     assert entry["differences"]["two, best - together, best"]["value"] == -0.25
 
+    monkeypatch.setattr(evaluation, "labelled", lambda file: [draw(None, "", "", [], 4, 1.0, 1)])
+    cfg = EvalConfig(solutions="others.jsonl", models=tiny["base"])
+    result = evaluation.evaluate_solutions("arithmetic", cfg, [Judge("out/oracle")])
+    entry, gaps = result.entry, result.entry["differences"]
+    assert result.name == "arithmetic solutions 4 samples" and "exact_match" not in entry["metrics"]
+    assert gaps["oracle, best - a random one"]["value"] == 0.75 - (3 / 4 + 1 / 4 + 0 + 1) / 4
+    assert gaps["oracle, best - majority"]["value"] == 0.25 and not any("greedy" in gap for gap in gaps)
+    assert [r["oracle correct"] for r in result.records] == [True, True, False, True]
+    assert "wrong greedy answers" not in describe(entry | {"data": {}})
+
+
+@pytest.mark.parametrize("task, words", [("sentiment", "sentiment has none"), ("gsm8k", "nowhere.jsonl")])
+def test_solutions_are_refused_before_a_model_is_loaded(task, words, monkeypatch):
+    flags = [f"--tasks={task}", "--solutions=nowhere.jsonl"]
+    monkeypatch.setattr("sys.argv", ["eval.py", "no-such-model", *flags])
+    with pytest.raises(SystemExit, match=words):
+        evaluation.main()
+
 
 def test_greedy_answers_are_counted_as_the_one_that_was_drawn(tiny):
     cfg = EvalConfig(samples=4, temperature=0.0, limit=2)
