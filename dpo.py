@@ -57,7 +57,8 @@ from model import ModernDecoderLM
 from support.pairs import Pair, from_collection, write_answers, write_pairs
 from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
 from support.samples import draw
-from support.text_model import TextModel, answer_task, pad_rows, unwrapped
+from support.sharding import unwrapped
+from support.text_model import TextModel, answer_task, pad_rows
 from train import rows_per_step
 
 

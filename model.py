@@ -130,6 +130,13 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int =
     return mask
 
 
+def text_mask(numbers: Tensor, config: ModelConfig) -> Tensor:
+    """The same where several texts share a row: numbers (B, T), alike in one text -> (B, 1, T, T)."""
+    at = torch.arange(numbers.shape[1], device=numbers.device)
+    same = numbers.unsqueeze(1) == numbers.unsqueeze(2)
+    return (same & attention_mask(at, at, config.sliding_window, config.sparse_stride)).unsqueeze(1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, sinks=None, dropout=0.0, linear=False, weights=False):
     """What a layer calls: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). Without a mask: causal.
 

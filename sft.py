@@ -26,7 +26,6 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -44,11 +43,12 @@ from finetune import (
     loss_on_targets,
     train_and_merge,
 )
-from model import ModernDecoderLM, attention_mask
+from model import ModelConfig, ModernDecoderLM, text_mask
 from support.chat_template import TemplateError
 from support.runs import TrainError, run_folder, run_stage
-from support.text_model import TextModel, pad_rows, unwrapped
-from train import rows_per_step
+from support.sharding import unwrapped
+from support.text_model import TextModel, pad_rows
+from train import pack, rows_per_step
 
 
 @dataclass
@@ -143,24 +143,6 @@ def format_row(model: TextModel, row: Row) -> str:
 # Packing: a bin is the conversations of one row of a batch
 
 
-def pack(lengths: list[int], order: np.ndarray, room: int, open_bins: int = 32) -> list[list[int]]:
-    """Conversations, in `order`, as bins of `room` tokens: each goes into the fullest open bin it fits in."""
-    closed = []
-    bins = []  # [tokens, conversations] of the open ones
-    for i in order:
-        fits = [one for one in bins if one[0] + lengths[i] <= room]
-        if not fits:
-            if len(bins) == open_bins:
-                closed.append(max(bins, key=itemgetter(0)))
-                bins.remove(closed[-1])
-            fits = [[0, []]]
-            bins += fits
-        fullest = max(fits, key=itemgetter(0))
-        fullest[0] += lengths[i]
-        fullest[1].append(int(i))
-    return [members for _, members in closed + bins]
-
-
 class PackedSet(Epochs):
     """Conversations in a new order every epoch, packed or one a row.
 
@@ -223,10 +205,7 @@ def conversation_loss(model: nn.Module, ids, targets, positions, numbers) -> tup
     ours = isinstance(net, ModernDecoderLM)
     masked = {}
     if numbers.shape[1]:
-        window, stride = (net.config.sliding_window, net.config.sparse_stride) if ours else (0, 0)
-        at = torch.arange(ids.shape[1], device=ids.device)
-        same = numbers.unsqueeze(1) == numbers.unsqueeze(2)  # (B, T, T)
-        mask = (same & attention_mask(at, at, window, stride)).unsqueeze(1)  # (B, 1, T, T)
+        mask = text_mask(numbers, net.config if ours else ModelConfig())
         if ours:
             masked = {"mask": mask, "positions": positions}
         else:

@@ -36,6 +36,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +47,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs import check_numbers, parse_config
-from model import ModelConfig, ModernDecoderLM, MoE
+from model import ModelConfig, ModernDecoderLM, MoE, text_mask
 from support import sharding
 from support.checkpoints import (
     explained,
@@ -83,7 +85,7 @@ from support.runs import (
     run_stage,
     weights_hash,
 )
-from support.sharding import barrier, full_tensor, gradient_sync, shard_like
+from support.sharding import barrier, full_tensor, gradient_sync, shard_like, unwrapped
 from tokenizer import Tokenizer, TokenizerConfig, open_tokens, tokens_folder
 
 
@@ -128,6 +130,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
     eval_tokens: int = 0  # validation tokens read while training; 0: all
     final_eval_tokens: int = 0  # the same, at the end
+    by_document: bool = False  # windows of whole documents, none of which sees another
     parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: each has the model, or a shard of it
     sample_prompt: str = ""  # what samples continue; nothing: the start of a document
     sample_tokens: int = 200  # length of a sample; 0: none
@@ -324,28 +327,65 @@ class Windows:
 
     The file is cut into windows of `context_length` tokens, and every epoch reads them in a new order: each
     token is predicted exactly once an epoch. The last window may be short, its missing targets are -100.
+
+    With `eot`, the token that begins every document, a window is made of whole documents (of a long one,
+    pieces), and a third tensor tells them apart. Cut without regard to them, most windows begin in the
+    middle of a story whose hero was named before, and the model does not learn to look for a name.
     """
 
-    def __init__(self, tokens: np.ndarray, context_length: int, rows: int, seed: int):
+    def __init__(self, tokens: np.ndarray, context_length: int, rows: int, seed: int, eot: int | None = None):
         self.tokens = tokens
         self.T = context_length
         self.seed = seed
         self.rows = rows  # of one step, in all processes
-        self.count = math.ceil((len(tokens) - 1) / context_length)  # windows of an epoch
-        if self.count < 1:
+        self.by_document = eot is not None
+        last = len(tokens) - 1
+        if last < 1:
             raise TrainError(f"{len(tokens)} tokens are too few to train on")
+        self.begins = np.arange(0, last, context_length)  # of pieces
+        self.bins = self.begins[:, None] // context_length  # the pieces of each window
+        if self.by_document:
+            documents = np.union1d(0, np.flatnonzero(tokens[:last] == eot))
+            pieces = [documents]
+            for begin, end in pairwise([*documents.tolist(), last]):
+                if end - begin > context_length:
+                    pieces.append(np.arange(begin + context_length, end, context_length))
+            self.begins = np.sort(np.concatenate(pieces))
+            order = permutation(len(self.begins), seed, 0)
+            self.bins = pack(np.diff(self.begins, append=last), order, context_length)
+        self.ends = np.append(self.begins[1:], last)
+        self.count = len(self.bins)  # windows of an epoch
 
-    def batch(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Rows first .. first + count - 1 of the batch of `step`: ids and targets, both (count, T) int64."""
-        starts = []
+    def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
+        """Rows first .. first + count - 1 of the batch of `step`, as `at`."""
+        chosen = []
         for row in range(first, first + count):
             epoch, i = divmod(step * self.rows + row, self.count)
-            starts.append(self.T * int(permutation(self.count, self.seed, epoch)[i]))
-        return windows_at(self.tokens, starts, self.T)
+            chosen.append(int(permutation(self.count, self.seed, epoch)[i]))
+        return self.at(chosen)
+
+    def at(self, chosen: Iterable[int]) -> tuple[Tensor, ...]:
+        """ids and targets (n, T) int64 of windows; target t is the next token after id t, -100 past the end.
+        By document also the number of each token's piece, -1 past the end.
+        """
+        bins = [self.bins[i] for i in chosen]
+        ids = np.zeros((len(bins), self.T), np.int64)
+        targets = np.full((len(bins), self.T), -100, np.int64)
+        numbers = np.full((len(bins), self.T), -1, np.int64)
+        for row, pieces in enumerate(bins):
+            at = 0
+            for piece in pieces:
+                begin, end = self.begins[piece], self.ends[piece]
+                place = slice(at, at := at + end - begin)
+                ids[row, place] = self.tokens[begin:end]
+                targets[row, place] = self.tokens[begin + 1 : end + 1]
+                numbers[row, place] = piece
+        found = (ids, targets, numbers)[: 3 if self.by_document else 2]
+        return tuple(map(torch.from_numpy, found))
 
     def epoch(self, step: int) -> float:
         """How often training has gone through the file after `step` steps."""
-        return step * self.rows * self.T / max(1, len(self.tokens) - 1)
+        return step * self.rows / self.count
 
 
 @functools.lru_cache(maxsize=2)
@@ -353,16 +393,22 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def windows_at(tokens: np.ndarray, starts, T: int) -> tuple[Tensor, Tensor]:
-    """ids and targets (len(starts), T) int64; target t is the next token after id t, -100 past the end."""
-    ids = np.zeros((len(starts), T), np.int64)
-    targets = np.full((len(starts), T), -100, np.int64)
-    for row, start in enumerate(starts):
-        piece = tokens[start : start + T + 1]
-        n = len(piece) - 1
-        ids[row, :n] = piece[:-1]
-        targets[row, :n] = piece[1:]
-    return torch.from_numpy(ids), torch.from_numpy(targets)
+def pack(lengths: list[int], order: np.ndarray, room: int, open_bins: int = 32) -> list[list[int]]:
+    """Texts, in `order`, as bins of `room` tokens: each goes into the fullest open bin it fits in."""
+    closed = []
+    bins = []  # [tokens, texts] of the open ones
+    for i in order:
+        fits = [one for one in bins if one[0] + lengths[i] <= room]
+        if not fits:
+            if len(bins) == open_bins:
+                closed.append(max(bins, key=itemgetter(0)))
+                bins.remove(closed[-1])
+            fits = [[0, []]]
+            bins += fits
+        fullest = max(fits, key=itemgetter(0))
+        fullest[0] += lengths[i]
+        fullest[1].append(int(i))
+    return [members for _, members in closed + bins]
 
 
 def get_batch(data: np.ndarray, batch_size: int, context_length: int, device="cpu", rng=None):
@@ -371,16 +417,19 @@ def get_batch(data: np.ndarray, batch_size: int, context_length: int, device="cp
     For study, as in nanoGPT: the Trainer reads `Windows`, which an interrupted run finds again.
     """
     starts = (rng or np.random.default_rng()).integers(0, len(data) - context_length, batch_size)
-    ids, targets = windows_at(data, starts, context_length)
-    return ids.to(device), targets.to(device)
+    rows = torch.from_numpy(np.stack([data[i : i + context_length + 1] for i in starts]).astype(np.int64))
+    return rows[:, :-1].to(device), rows[:, 1:].to(device)
 
 
 # -----------------------------------------------------------------------------
 # The loop
 
 
-def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return model(ids, targets)
+def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor, numbers=None) -> tuple[Tensor, Tensor]:
+    """Sum of the losses in nats, and number of targets. `numbers` (B, T): of the text a token belongs to."""
+    if numbers is None:
+        return model(ids, targets)
+    return model(ids, targets, mask=text_mask(numbers, unwrapped(model).config))
 
 
 # What a checkpoint holds beside weights and optimizers.
@@ -868,23 +917,22 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate_lm(model: nn.Module, tokens: np.ndarray, T: int, batch_size: int, n_bytes: int) -> dict:
-    """Every token of `tokens` predicted once, in windows of T that do not overlap.
+def evaluate_lm(model: nn.Module, windows: Windows, batch_size: int, n_bytes: float) -> dict:
+    """Every token predicted once, in windows that do not overlap.
 
     Returns val_loss (nats a token), perplexity, bits_per_byte (comparable across tokenizers: `n_bytes` is the
     size of the text) and val_tokens. With several processes each takes a part; all get the sum.
     """
     device = next(model.parameters()).device
     rank, world = sharding.rank_and_world()
-    starts = np.arange(0, len(tokens) - 1, T)
-    mine = starts[rank::world]
+    mine = range(rank, windows.count, world)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for i in range(0, math.ceil(len(starts) / world), batch_size):
+    for i in range(0, math.ceil(windows.count / world), batch_size):
         chosen = mine[i : i + batch_size]
-        ids, targets = windows_at(tokens, chosen if len(chosen) else starts[:1], T)
-        if not len(chosen):  # FSDP needs every rank in every forward pass; this one counts nothing
-            targets[:] = -100
-        loss, count = model(ids.to(device), targets.to(device))
+        batch = windows.at(chosen or [0])
+        if not chosen:  # FSDP needs every rank in every forward pass; this one counts nothing
+            batch[1][:] = -100
+        loss, count = next_token_loss(model, *(tensor.to(device) for tensor in batch))
         totals[0] += loss
         totals[1] += count
     total, count = sharding.total(totals).tolist()
@@ -913,12 +961,14 @@ def pretrain(cfg: TrainConfig) -> dict:
     else:
         model = ModernDecoderLM(model_config(cfg))
     T = cfg.context_length
-    windows = Windows(train, T, rows_per_step(cfg), cfg.seed)
+    eot = tokenizer.eot_id if cfg.by_document else None
+    windows = Windows(train, T, rows_per_step(cfg), cfg.seed, eot)
 
     def evaluate(model, final):
         wanted = cfg.final_eval_tokens if final else cfg.eval_tokens
         n = min(len(val), wanted + 1) if wanted else len(val)
-        return evaluate_lm(model, val[:n], T, cfg.batch_size, val_about["bytes"] * n / len(val))
+        held_out = Windows(val[:n], T, cfg.batch_size, 0, eot)
+        return evaluate_lm(model, held_out, cfg.batch_size, val_about["bytes"] * n / len(val))
 
     def sample(model):
         return sample_texts(model, tokenizer, cfg)
@@ -942,7 +992,7 @@ def pretrain(cfg: TrainConfig) -> dict:
         same_shapes=True,
     )
     parameters = sum(p.numel() for p in model.parameters())
-    epochs = windows.rows * T * cfg.max_steps / len(train)
+    epochs = windows.epoch(cfg.max_steps)
     trainer.say(
         f"{trainer.folder}: {parameters / 1e6:.2f}M parameters, {len(train):,} tokens of {cfg.corpus}, "
         f"{windows.rows * T:,} tokens a step, {epochs:.2f} epochs, "

@@ -12,6 +12,7 @@ learn_megabytes = 10
 train_megabytes = 12
 split_digits = True  # a number is copied and added digit by digit; with a token for each, SFT failed
 context_length = 256
+by_document = True  # a story that begins before the window names nobody; with its own words alone, one is learnt
 hypothesis = "A small model can learn to tell stories and to copy numbers from one mixture."
 
 n_layers = 4

@@ -26,6 +26,13 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def unwrapped(net: nn.Module) -> nn.Module:
+    """The model behind torch.compile and DistributedDataParallel."""
+    for wrapper in ("_orig_mod", "module"):
+        net = getattr(net, wrapper, net)
+    return net
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

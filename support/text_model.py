@@ -36,6 +36,7 @@ from support.machine import autocast, dtype_for
 from support.memory import halving, leave_memory_to_others, room, rows_that_fit
 from support.processes import map_ahead, tqdm, worker_pool
 from support.runs import TrainError, weights_hash
+from support.sharding import unwrapped
 from support.tables import read_jsonl
 from support.tokenizer_json import CHAT_TEMPLATE, ROLES
 from tasks.calculator import calculator_answer
@@ -490,13 +491,6 @@ def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
     lengths = torch.tensor([len(row) for row in inputs])
     mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
     return ids, mask, targets
-
-
-def unwrapped(net: nn.Module) -> nn.Module:
-    """The model behind torch.compile and DistributedDataParallel."""
-    for wrapper in ("_orig_mod", "module"):
-        net = getattr(net, wrapper, net)
-    return net
 
 
 def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
