@@ -6,13 +6,13 @@ since sampling thousands of answers later reads the cache 1.5 times as fast as w
 still, and learnt less: after the same SFT it solved 14 % of the problems, and two heads 78 % (one seed each).
 """
 
-corpus = "storyworld:0.4,numbers:0.6"
+corpus = "storyworld:0.5,numbers:0.5"
 vocab_size = 1024
 learn_megabytes = 10
 train_megabytes = 12
 split_digits = True  # a number is copied and added digit by digit; with a token for each, SFT failed
 context_length = 256
-by_document = True  # a story that begins before the window names nobody; with its own words alone, one is learnt
+by_document = True  # windows of running text begin after most heroes were named: 14 % of its stories kept theirs
 hypothesis = "A small model can learn to tell stories and to copy numbers from one mixture."
 
 n_layers = 4
@@ -20,13 +20,13 @@ d_model = 128
 n_heads = 4
 n_kv_heads = 2
 
-batch_size = 16
-max_steps = 1000
+batch_size = 8  # twice the steps of half the rows find sooner which name a story wants
+max_steps = 2000
 optimizer = "muon"
-learning_rate = 6e-3
+learning_rate = 4e-3
 min_lr = 2e-4
-warmup_steps = 40
-eval_every = 500
+warmup_steps = 80
+eval_every = 1000
 eval_tokens = 50_000
 final_eval_tokens = 100_000
-save_every = 250
+save_every = 500
