@@ -17,6 +17,8 @@ has transformers do it, with the same result.
                                 Accuracy (Wilson's interval) and macro F1 (bootstrap).
     gsm8k, arithmetic           a worked solution is generated greedily, its number compared: exact match;
     samsum, dialogue            or a summary: ROUGE-1, -2, -L with stemming (bootstrap), and its length.
+    story                       the first paragraph of one of our stories is gone on with: the share of those
+                                in which people, pronouns and things agree (tasks/stories.py).
     storyworld, wikitext2, ...  any corpus of data.py, or a file: perplexity a token, bits a byte, perplexity
                                 a word. Each document is read alone; running text (WikiText, a .txt without
                                 <|endoftext|>) is one document. Over what is longer than --context_length a
@@ -483,7 +485,7 @@ def evaluate_model(
             continue
         if sampled:  # a base's samples hold no answers to choose among
             print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
-        for n in shots if task in TASKS else [0]:
+        for n in shots if task in TASKS and TASKS[task].asks else [0]:
             try:
                 keep(evaluate(model, task, n, cfg))
             except TrainError as error:

@@ -148,7 +148,7 @@ tune() {
 # Every model on the task it learnt, beside what it was before with examples in its prompt; then the whole life
 # of ours in one table: base, SFT, DPO, and what choosing among many answers adds.
 evaluate() {
-    local eval=(python eval.py --out="$OUT") embedded=sentiment,dialogue,arithmetic,storyworld
+    local eval=(python eval.py --out="$OUT") embedded=sentiment,dialogue,arithmetic,story,storyworld
     stage eval-base "$run/results.json" "${eval[@]}" "$run" --tasks=$embedded --shots=0,4 --limit=500 --stride=256
     if [ "$profile" = cpu ]; then
         stage eval-sentiment "$OUT/sentiment/results.json" "${eval[@]}" "$run" "$OUT/sentiment" --tasks=sentiment

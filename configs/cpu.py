@@ -12,7 +12,9 @@ learn_megabytes = 10
 train_megabytes = 12
 split_digits = True  # a number is copied and added digit by digit; with a token for each, SFT failed
 context_length = 256
-by_document = True  # windows of running text begin after most heroes were named: 14 % of its stories kept theirs
+by_document = (
+    True  # windows of running text begin after most heroes were named: 14 % of its stories kept theirs
+)
 hypothesis = "A small model can learn to tell stories and to copy numbers from one mixture."
 
 n_layers = 4

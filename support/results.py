@@ -21,6 +21,7 @@ SMOKE = "SMOKE RUN, no result"  # mark of a run that was shortened
 METRICS = {  # name in results.json: name in a table
     "accuracy": "accuracy",
     "exact_match": "exact match",
+    "consistent": "stories that agree",
     "macro_f1": "macro F1",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -34,7 +35,7 @@ METRICS = {  # name in results.json: name in a table
     "words": "words",
 }
 # Comparisons use the first of these that a task has.
-HEADLINES = ("accuracy", "exact_match", "rougeL", "bits_per_byte")
+HEADLINES = ("accuracy", "exact_match", "consistent", "rougeL", "bits_per_byte")
 DIGITS = {"perplexity": 2, "word_perplexity": 2, "bits_per_byte": 3, "loss": 4, "words": 1}  # no shares
 LOGGED = "step loss val_loss tokens seconds tokens_per_second peak_memory_gib epoch skipped".split()
 # What reading a value of the wrong type raises.

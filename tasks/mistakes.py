@@ -2,8 +2,9 @@
 
 A solution is followed step by step beside the true one until they part. Reviews are sorted by what makes
 them hard, right and wrong ones alike, since a kind matters by how often it goes wrong. Summaries are checked
-for three flaws that ROUGE does not see. No model is asked; "other" is an answer, and a text can be of several
-kinds. `eval.py` writes "kinds" into every line of a run's answers/, and `report.py` counts them:
+for three flaws that ROUGE does not see, stories by the rules of their generator. No model is asked; "other"
+is an answer, and a text can be of several kinds. `eval.py` writes "kinds" into every line of a run's
+answers/, and `report.py` counts them:
 
     from tasks.mistakes import kinds_of
     kinds_of("accuracy", {"text": "not bad at all", ...})    # ["negation", "short"]
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from tasks.calculator import CalculatorError, calculate, decimal_text, equations, extract_number, plain_number
 from tasks.sentiment import BAD, GOOD
+from tasks.stories import faults
 
 KINDS = {
     # of a wrong solution, at the first step that is not the true one; one kind each
@@ -38,6 +40,11 @@ KINDS = {
     "speaker": "a speaker of the true summary is missing",
     "too short": "less than half as long as the true one",
     "too long": "more than twice as long as the true one",
+    # of a story that went on
+    "person": "a second girl, boy or grown-up",
+    "kind": "a boy's name for a girl, or the other way round",
+    "pronoun": "a pronoun that fits nobody named so far",
+    "fact": "not the thing that the story began with",
     "other": "none of these",
 }
 
@@ -48,6 +55,8 @@ def kinds_of(metric: str, record: dict) -> list[str]:
         return review_kinds(record["text"])
     if metric == "rouge":
         return summary_kinds(record["text"], record["output"], record["target"])
+    if metric == "consistent":
+        return faults(f"{record['text']}\n{record['output']}")
     return [] if record["correct"] else [solution_kind(record["output"], record["target"], record["text"])]
 
 

@@ -3,14 +3,17 @@
     Once upon a time there was a clever boy named Hugo who loved soup. ... "Next time I will play where it is
     flat," said Hugo, and Lily laughed.
 
-The plots are in stories.txt; here are the words that they draw, and the teller.
+The plots are in stories.txt; here are the words that they draw, the teller, and a reader that finds what does
+not agree in a story that somebody else, such as a small model, told:
+
+    faults("Hugo was a brave girl who loved soup.")    # ["kind"]
 """
 
 import random
 import re
 from collections.abc import Iterator
 from functools import cache
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 from tasks.grammar import SEED, Slots, fill, pick, split_of
@@ -139,3 +142,56 @@ def storyworld(split: str, n: int = 0) -> Iterator[str]:
     """
     stories = map(story, count())
     return islice((text for text, signature in stories if split_of(signature) == split), n or None)
+
+
+# -----------------------------------------------------------------------------
+# A task: go on with a story
+
+
+def told(split: str, n: int) -> Iterator[dict]:
+    """Rows of a task: the first paragraph of a story, and the rest of it."""
+    for text in storyworld(split, n):
+        opening, rest = text.split("\n", 1)
+        yield {"opening": opening, "rest": rest}
+
+
+PEOPLE = dict.fromkeys(GIRLS, "she") | dict.fromkeys(BOYS, "he") | ELDERS
+GROUPS = GIRLS, BOYS, list(ELDERS)  # a story has one of each at most
+GENDER_OF = {word: he for he, words in PRONOUNS.items() for word in words}
+GENDER_OF |= {"mother": "she", "giant": "he"}  # of a lost animal; in a tale within a story
+WORD = re.compile(r"Aunt Rose|Uncle Ned|\w+")
+ALONE = "thing food plant".split()  # slots whose single words name nothing else
+
+
+def faults(text: str) -> list[str]:
+    """What does not agree in a story: "person" (a second girl, boy or elder), "kind" (a boy's name for a
+    girl, or nobody named), "pronoun" (of nobody named so far), "fact" (the thing that was lost is not the one
+    that is found). It misses what it has no rule for; of 3,000 stories of the generator it found fault with
+    none.
+    """
+    words = WORD.findall(text)
+    named = list(dict.fromkeys(word for word in words if word in PEOPLE))
+    found = []
+    if any(len({*named} & {*group}) > 1 for group in GROUPS):
+        found.append("person")
+    kind = next((word for word in words if word in ("girl", "boy")), None)
+    hero = next((name for name in named if name not in ELDERS), None)
+    if hero is None or kind not in (None, "girl" if PEOPLE[hero] == "she" else "boy"):
+        found.append("kind")
+    known = set()
+    for word in words:
+        if word in PEOPLE or word in ("mother", "giant"):
+            known.add(PEOPLE.get(word) or GENDER_OF[word])
+        elif known and GENDER_OF.get(word.lower(), min(known)) not in known:
+            found.append("pronoun")
+            break
+    for _, slots, rows in filter(None, chain(*_plots().values())):  # what is drawn together belongs together
+        told_of = []  # for each value in the text, the rows that have it
+        for slot, column in zip(slots, zip(*rows, strict=True), strict=False):
+            for value in set(column):
+                names_it = slot in ALONE or (" " in value and slot != "place" and not {*"{("} & {*value})
+                if names_it and value in text:
+                    told_of.append({i for i, other in enumerate(column) if other == value})
+        if told_of and not set.intersection(*told_of):
+            found.append("fact")
+    return list(dict.fromkeys(found))

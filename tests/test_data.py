@@ -27,7 +27,7 @@ from tasks.arithmetic import arithmetic
 from tasks.calculator import CalculatorError, calculate, calculator_answer, decimal_text, extract_number
 from tasks.grammar import SPLITS, split_of
 from tasks.sentiment import BAD, GOOD
-from tasks.stories import PLOTS, _plots, story, storyworld
+from tasks.stories import PLOTS, _plots, faults, story, storyworld
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
@@ -71,6 +71,27 @@ def test_no_story_comes_twice_and_splits_share_no_signature(stories):
     sizes = Counter(split_of(signature) for signature in {signature for _, signature in stories})
     assert all(0.04 < sizes[split] / sizes.total() < 0.06 for split in ("validation", "test"))
     assert [len(list(data.documents("storyworld", split))) for split in SPLITS[1:]] == [1_000, 1_000]
+
+
+def test_only_what_does_not_agree_in_a_story_is_a_fault(stories):
+    assert not any(faults(text) for text, _ in stories[:1500])
+
+
+@pytest.mark.parametrize("old, new, kinds", [
+    ("Anna", "Anna", []),
+    ("said Anna", "said Ruby", ["person"]),
+    ("to Papa", "to Mama", ["person"]),
+    ("small girl", "small boy", ["kind"]),
+    ("She played", "He played", ["pronoun"]),
+    ("lay the red ball", "lay the silver bell", ["fact"]),
+    ("Anna", "Somebody", ["kind"]),
+])  # fmt: skip
+def test_faults_of_a_story_have_kinds(old, new, kinds):
+    text = (
+        "There was a small girl named Anna, who loved soup. She played with her red ball. It was gone!\n"
+        '"I will show Papa," said Anna to Papa. There lay the red ball, and Leo laughed. He ran home.'
+    )
+    assert faults(text.replace(old, new)) == kinds
 
 
 def test_stories_obey_the_rules_of_writing(stories):

@@ -639,7 +639,42 @@ def test_evaluation_predicts_every_token_once(batch_size):
         total += float(nn.functional.cross_entropy(logits[0].double(), piece[1:], reduction="sum"))
     expected = {"val_loss": total / 99, "perplexity": math.exp(total / 99), "val_tokens": 99}
     expected["bits_per_byte"] = total / math.log(2) / 400
-    assert evaluate_lm(model, tokens, 16, batch_size, n_bytes=400) == pytest.approx(expected, rel=1e-5)
+    windows = Windows(tokens, 16, batch_size, seed=0)
+    assert evaluate_lm(model, windows, batch_size, n_bytes=400) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"sliding_window": 5}, {"sparse_stride": 3}, {"attention_kind": "linear"}]
+)
+def test_by_document_every_token_is_predicted_once_from_its_own_document_alone(how):
+    rng, eot, T = np.random.default_rng(0), 60, 16
+    documents = [[eot, *rng.integers(1, 60, n).tolist()] for n in (3, 20, 0, 9, 15, 5, 50, 1, 7)]
+    tokens = np.array([*itertools.chain(*documents), eot], np.uint16)
+    model = small_model(**how).eval().requires_grad_(False)
+    total = 0.0
+    for document in documents:
+        text = [*document, eot]
+        for start in range(0, len(document), T):  # a long one is cut
+            piece = torch.tensor([text[start : start + T + 1]])
+            total += model(piece[:, :-1], piece[:, 1:])[0].item()
+    windows = Windows(tokens, T, 2, seed=0, eot=eot)
+    found = evaluate_lm(model, windows, 3, n_bytes=400)
+    assert found["val_tokens"] == len(tokens) - 1 and windows.count < len(tokens) / T + 3
+    assert found["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+    some = Windows(tokens, T, 2, seed=1, eot=eot)
+    epoch = [some.batch(step, 0, 2) for step in range(some.count)]  # two epochs
+    targets = torch.cat([targets.flatten() for _, targets, _ in epoch])
+    assert sorted(targets[targets != -100].tolist()) == sorted([*tokens[1:].tolist()] * 2)
+
+
+def test_training_by_document_is_the_same_when_resumed_or_cut_in_micro_batches(settings, killed_at, tmp_path):
+    more = dict(by_document=True, save_every=2)
+    train.pretrain(settings(name="whole", **more))
+    killed_at(5, train.pretrain, settings(name="killed", **more))
+    train.pretrain(settings(name="killed", **more))
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    run = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert run["settings"]["by_document"] is True
 
 
 def test_evaluating_and_sampling_do_not_disturb_training(settings, tmp_path):
