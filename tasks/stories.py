@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Iterator
 from functools import cache
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 
 from tasks.grammar import SEED, Slots, fill, pick, split_of
@@ -163,6 +163,19 @@ WORD = re.compile(r"Aunt Rose|Uncle Ned|\w+")
 ALONE = "thing food plant".split()  # slots whose single words name nothing else
 
 
+@cache
+def _draws() -> list[tuple]:
+    """(slots, rows of values) of every plot; what several beats draw, such as the lost thing, is one draw."""
+    found = []
+    for beats in _plots().values():
+        drawn = {}
+        for _, slots, rows in filter(None, beats):
+            if slots:
+                drawn.setdefault(tuple(slots), []).extend(rows)
+        found += drawn.items()
+    return found
+
+
 def faults(text: str) -> list[str]:
     """What does not agree in a story: "person" (a second girl, boy or elder), "kind" (a boy's name for a
     girl, or nobody named), "pronoun" (of nobody named so far), "fact" (the thing that was lost is not the one
@@ -185,7 +198,7 @@ def faults(text: str) -> list[str]:
         elif known and GENDER_OF.get(word.lower(), min(known)) not in known:
             found.append("pronoun")
             break
-    for _, slots, rows in filter(None, chain(*_plots().values())):  # what is drawn together belongs together
+    for slots, rows in _draws():  # what is drawn together belongs together
         told_of = []  # for each value in the text, the rows that have it
         for slot, column in zip(slots, zip(*rows, strict=True), strict=False):
             for value in set(column):
