@@ -503,9 +503,11 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
         shifted = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
     if not isinstance(core, ModernDecoderLM):
-        return model(input_ids=ids, logits_to_keep=K, use_cache=False).logits  # padding needs no mask
+        last = torch.arange(-K, 0, device=ids.device)
+        return model(input_ids=ids, logits_to_keep=last, use_cache=False).logits  # padding needs no mask
     if model is core:
-        # Not contiguous, torch would copy the head for every row: 1.8 GB for 32 rows of SmolLM2.
+        # A slice would not be contiguous, and torch would copy the head for every row: 1.8 GB for 32 rows of
+        # SmolLM2. So it is copied, as transformers does where it gets indices.
         return F.linear(model.hidden(ids)[:, -K:].contiguous(), model.head)
     return model(ids)[:, -K:]  # gradients are averaged only if the forward pass goes through the wrapper
 

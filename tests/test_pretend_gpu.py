@@ -39,7 +39,8 @@ def recorded(output: str) -> bool:
     return int(output.partition("CUDA graphs recorded: ")[2].split()[0]) > 0
 
 
-def test_pretraining_with_muon_and_samples(tiny, tmp_path):
+@pytest.mark.parametrize("by_document", [False, True])
+def test_pretraining_with_muon_and_samples(tiny, tmp_path, by_document):
     tokenizer = Tokenizer.load(tiny["base"])
     tokenizer.save(tmp_path / "tokens")
     for split in ("train", "validation"):
@@ -47,8 +48,11 @@ def test_pretraining_with_muon_and_samples(tiny, tmp_path):
         write_tokens(tokenizer, storyworld(split, 8), tmp_path / "tokens", split, info)
     shape = "--n_layers=2 --d_model=64 --n_heads=4 --n_kv_heads=2 --context_length=64".split()
     how = [f"--tokens={tmp_path}/tokens", f"--out={tmp_path}", "--device=cuda", "--optimizer=muon"]
+    how.append(f"--by_document={by_document}")
     output = on_gpu("train.py", *how, *shape, *STEPS, "--sample_tokens=12")
-    assert "attention by flash, training" in output
+    assert (
+        "attention by efficient, training, masked" if by_document else "attention by flash, training"
+    ) in output
     assert recorded(output)
 
 
