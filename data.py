@@ -198,7 +198,7 @@ class Task:
 
     @property
     def asks(self) -> bool:
-        """False for a text that is to go on: it wants no worked examples."""
+        """False for a text to continue: its prompt is the text alone."""
         return self.metric != "consistent"
 
 
@@ -324,7 +324,7 @@ def example_of(task: Task, row: dict, where: str) -> Example | None:
     if task.metric == "exact_match" and extract_number(answer) is None:
         return None
     if not task.labels:
-        return Example(text, f" {answer}")
+        return Example(text, answer if task.template.endswith("\n") else f" {answer}")
     labels = dict(zip("0123456789", task.labels, strict=False))
     if answer not in labels:  # -1: the hub's way to hide a test split's labels
         raise DataError(
@@ -391,7 +391,8 @@ def judged(task: Task, example: Example, output) -> dict:
         return {"output": summary} | rouge(summary, example.target)
     solution = output.split(task.stop)[0].strip()
     if task.metric == "consistent":
-        return {"output": solution, "correct": not faults(f"{example.text}\n{solution}")}
+        enough = 2 * len(solution.split()) >= len(example.target.split())  # silence agrees with everything
+        return {"output": solution, "correct": enough and not faults(f"{example.text}\n{solution}")}
     prediction, answer = extract_number(solution), extract_number(example.target)
     correct = prediction is not None and prediction == answer
     return {"output": solution, "prediction": prediction, "answer": answer, "correct": correct}
@@ -481,7 +482,7 @@ def collection(name: str, split: str, parse: Callable, what: str) -> tuple[list,
 @dataclass
 class ShowConfig:
     corpus: str = "storyworld"  # a name, a path or glob, or a mix
-    task: str = ""  # sst2, samsum, gsm8k, sentiment, dialogue or arithmetic: shows its items instead
+    task: str = ""  # sst2, samsum, gsm8k, sentiment, dialogue, arithmetic or story: shows its items
     split: str = "train"  # train, validation or test
     show: int = 5  # how many
 

@@ -17,8 +17,8 @@ has transformers do it, with the same result.
                                 Accuracy (Wilson's interval) and macro F1 (bootstrap).
     gsm8k, arithmetic           a worked solution is generated greedily, its number compared: exact match;
     samsum, dialogue            or a summary: ROUGE-1, -2, -L with stemming (bootstrap), and its length.
-    story                       the first paragraph of one of our stories is gone on with: the share of those
-                                in which people, pronouns and things agree (tasks/stories.py).
+    story                       the model continues the first paragraph of a story: in how many do people,
+                                pronouns and things agree (tasks/stories.py)?
     storyworld, wikitext2, ...  any corpus of data.py, or a file: perplexity a token, bits a byte, perplexity
                                 a word. Each document is read alone; running text (WikiText, a .txt without
                                 <|endoftext|>) is one document. Over what is longer than --context_length a
@@ -45,8 +45,8 @@ calculations are right, beside the oracle, pass@n, which knows the true answer; 
 sampling on until the verifier is sure, greedy answers whose `<<...=` a calculator fills in, and what is wrong
 with the wrong ones. A base, which was taught no task, is asked greedily only.
 
---solutions=FILE instead of --samples: the answers are others', with their labels, as verifier.py's; the ways
-choose among those to the last quarter of its questions, and are compared with a random choice:
+--solutions=FILE chooses among answers that others wrote and labelled (the format of verifier.py's file), on
+the last quarter of its questions. Every way is compared with a random choice:
 
     python eval.py out/sft --tasks=gsm8k --solutions=labelled.jsonl --verifier=out/verifier,out/head
 
@@ -443,10 +443,10 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     for task in tasks:
         if not (task in known or Path(task).exists() or re.search(r"[*?[:]", task)):
             raise ConfigError(f'"{task}" is no task, corpus or file; there are {", ".join(known)}')
-        if cfg.solutions and not checkable(task):
-            raise ConfigError(
-                f"--solutions has answers that can be checked, and {task} has none: --tasks=gsm8k"
-            )
+    if cfg.solutions and not checkable(cfg.tasks):
+        raise ConfigError("--solutions are of one task, whose answers can be checked: --tasks=gsm8k")
+    if cfg.solutions and (cfg.samples or cfg.limit):
+        raise ConfigError("--solutions takes neither --samples nor --limit: the file has all answers")
     return tasks, [int(shots) for shots in cfg.shots.split(",")]
 
 
@@ -474,8 +474,9 @@ def evaluate_model(
 
     tasks, shots = checked(cfg)
     for task in tasks:
-        sampled = (cfg.samples or cfg.solutions) and checkable(task)
-        if sampled and (model.chat or run.get("settings", {}).get("task")):
+        sampled = cfg.samples and checkable(task)
+        taught = model.chat or run.get("settings", {}).get("task")
+        if cfg.solutions or (sampled and taught):
             paths = filter(None, cfg.verifier.split(","))
             verifiers = [Verifier.load(path, cfg.device, model) for path in paths]
             if cfg.solutions:

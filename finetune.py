@@ -101,7 +101,7 @@ class FinetuneConfig(AdaptConfig):
     """A task, and how it is learnt."""
 
     name: str = ""  # the run's folder is {out}/{name}; default TASK-MODEL, with -lora or -qlora
-    task: str = "sentiment"  # sst2, samsum, gsm8k, or embedded: sentiment, dialogue, arithmetic
+    task: str = "sentiment"  # sst2, samsum, gsm8k, or embedded: sentiment, dialogue, arithmetic, story
     method: Literal["lm", "head"] = "lm"  # say the answer, or read a class off a linear layer on top
     max_train_examples: int = 0  # for a smoke run: train on this many only; 0: all
     eval_examples: int = 500  # validation examples looked at while training; all at the end

@@ -131,7 +131,7 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int = 0, stride: int =
 
 
 def text_mask(numbers: Tensor, config: ModelConfig) -> Tensor:
-    """The same where several texts share a row: numbers (B, T), alike in one text -> (B, 1, T, T)."""
+    """`attention_mask` for rows of several texts: numbers (B, T), alike in one text -> (B, 1, T, T)."""
     at = torch.arange(numbers.shape[1], device=numbers.device)
     same = numbers.unsqueeze(1) == numbers.unsqueeze(2)
     return (same & attention_mask(at, at, config.sliding_window, config.sparse_stride)).unsqueeze(1)

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs import check_numbers, parse_config
 from model import ModelConfig, ModernDecoderLM, MoE, text_mask
@@ -329,8 +330,8 @@ class Windows:
     token is predicted exactly once an epoch. The last window may be short, its missing targets are -100.
 
     With `eot`, the token that begins every document, a window is made of whole documents (of a long one,
-    pieces), and a third tensor tells them apart. Cut without regard to them, most windows begin in the
-    middle of a story whose hero was named before, and the model does not learn to look for a name.
+    pieces), and a third tensor tells them apart, so that none sees another. Where a window shows other
+    documents, too, the names in them compete with the hero's, and a small model learns late which to copy.
     """
 
     def __init__(self, tokens: np.ndarray, context_length: int, rows: int, seed: int, eot: int | None = None):
@@ -343,7 +344,7 @@ class Windows:
         if last < 1:
             raise TrainError(f"{len(tokens)} tokens are too few to train on")
         self.begins = np.arange(0, last, context_length)  # of pieces
-        self.bins = self.begins[:, None] // context_length  # the pieces of each window
+        self.bins = np.arange(len(self.begins))[:, None]  # the pieces of each window: one
         if self.by_document:
             documents = np.union1d(0, np.flatnonzero(tokens[:last] == eot))
             pieces = [documents]
@@ -357,7 +358,7 @@ class Windows:
         self.count = len(self.bins)  # windows of an epoch
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
-        """Rows first .. first + count - 1 of the batch of `step`, as `at`."""
+        """Rows first .. first + count - 1 of the batch of `step`, in the form that `at` returns."""
         chosen = []
         for row in range(first, first + count):
             epoch, i = divmod(step * self.rows + row, self.count)
@@ -429,7 +430,12 @@ def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor, numbers=None
     """Sum of the losses in nats, and number of targets. `numbers` (B, T): of the text a token belongs to."""
     if numbers is None:
         return model(ids, targets)
-    return model(ids, targets, mask=text_mask(numbers, unwrapped(model).config))
+    config, positions = unwrapped(model).config, None
+    if config.positions == "learned":  # they begin anew with every text; RoPE only knows distances
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+        positions = positions - (positions * begins).cummax(1).values
+    return model(ids, targets, positions, text_mask(numbers, config))
 
 
 # What a checkpoint holds beside weights and optimizers.
@@ -868,7 +874,7 @@ class Trainer:
             self.run = read_json(self.folder / "run.json")
         finished = self.run.get("status") == "finished"
         if found or finished:
-            refuse_another_run(self.folder, self.run, asdict(self.cfg), self.about, FREE_TO_CHANGE)
+            refuse_another_run(self.folder, self.run, self.cfg, self.about, FREE_TO_CHANGE)
         if finished:
             if self.rank == 0:
                 tidy(self.folder, self.run)
@@ -921,7 +927,8 @@ def evaluate_lm(model: nn.Module, windows: Windows, batch_size: int, n_bytes: fl
     """Every token predicted once, in windows that do not overlap.
 
     Returns val_loss (nats a token), perplexity, bits_per_byte (comparable across tokenizers: `n_bytes` is the
-    size of the text) and val_tokens. With several processes each takes a part; all get the sum.
+    size of the text) and val_tokens. By document no token knows what stood before its text, so that losses
+    of the two kinds of windows do not compare. With several processes each takes a part; all get the sum.
     """
     device = next(model.parameters()).device
     rank, world = sharding.rank_and_world()

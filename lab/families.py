@@ -274,5 +274,5 @@ def transfer(cfg: ExperimentConfig, runs: list[Run]) -> dict:
 
 def points(metrics: dict) -> float:
     """The task's own metric in percent."""
-    name = next(name for name in ("accuracy", "exact_match", "rouge1") if name in metrics)
+    name = next(name for name in ("accuracy", "exact_match", "consistent", "rouge1") if name in metrics)
     return 100 * metrics[name]["value"]

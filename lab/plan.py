@@ -75,7 +75,7 @@ SIZES = {
     "arithmetic": Size(4_000, 500, 1_000, 51, 51),
     "sentiment": Size(4_000, 500, 1_000, 22, 2),
     "dialogue": Size(4_000, 500, 1_000, 83, 24),
-    "story": Size(4_000, 500, 1_000, 95, 115),
+    "story": Size(4_000, 500, 1_000, 95, 110),
     "instructions": Size(4_000, 500, 1_000, 23, 18),
     "gsm8k": Size(6_973, 500, 1_319, 65, 140),
     "sst2": Size(67_349, 872, 872, 16, 1),
@@ -383,7 +383,7 @@ class Plan:
                 if task not in TASKS:
                     reads += 2 * (230_000 if task in EMBEDDED else 300_000)
                     continue
-                for shots in cfg.shots.split(","):
+                for shots in cfg.shots.split(",") if TASKS[task].asks else "0":
                     sampled, read = self.eval_task(cfg, name, task, int(shots))
                     samples += sampled
                     reads += read

@@ -84,7 +84,7 @@ def was_chosen(cfg, name: str) -> bool:
         return True
 
 
-def refuse_another_run(folder: Path, run: dict, settings: dict, about: dict, free: Iterable[str]) -> None:
+def refuse_another_run(folder: Path, run: dict, cfg, about: dict, free: Iterable[str]) -> None:
     """Raises TrainError if the run in this folder was begun with other settings or on other data.
 
     `run` is its run.json; the settings in `free` may change, because they change no result.
@@ -93,11 +93,12 @@ def refuse_another_run(folder: Path, run: dict, settings: dict, about: dict, fre
     for name, paths in PATHS_OF_HASH.items():
         if about.get(name) and about[name] == run.get(name):
             free.update(paths)
-    settings = settings | REMOVED
-    for what, before, now in (
-        ("with other settings", run.get("settings", {}), settings),
-        ("on other data", run, about),
-    ):
+    settings = asdict(cfg) | REMOVED
+    known = run.get("settings", {})
+    for name in settings.keys() - known.keys() - REMOVED.keys() - free:  # what that version did not have yet
+        if was_chosen(cfg, name):
+            known = known | {name: type(cfg).__dataclass_fields__[name].default}
+    for what, before, now in (("with other settings", known, settings), ("on other data", run, about)):
         changes = []
         for name, value in now.items():
             if name not in free and before.get(name, value) != value:

@@ -126,6 +126,8 @@ def paired(name: str, result: Result, other: str, before: list[Result]) -> list[
     if twin is None:
         return []
     measure = "correct" if "correct" in result.records[0] else "rougeL"
+    if measure not in result.records[0]:  # answers of others, which are the same for all models
+        return []
     d = paired_bootstrap(*([float(r[measure]) for r in side.records] for side in (result, twin)))
     verdict = "" if d["low"] * d["high"] > 0 else " (no difference found)"
     return [f"{result.name}: {name} minus {other} ({twin.entry['shots']}-shot) {points(d)}{verdict}"]

@@ -156,11 +156,12 @@ class Step:
         ids = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
         self.inputs = ids[:, :-1].contiguous()
         self.targets = ids[:, 1:].contiguous()
+        self.numbers = torch.zeros_like(self.inputs) if cfg.by_document else None
 
     def forward(self) -> Tensor:
         cache = not self.cfg.gradient_checkpointing  # as in the Trainer
         with autocast(self.device, self.dtype, cache):
-            total, count = next_token_loss(self.net, self.inputs, self.targets)
+            total, count = next_token_loss(self.net, self.inputs, self.targets, self.numbers)
         return total / count / self.cfg.grad_accum_steps
 
     def backward(self) -> None:

@@ -96,7 +96,8 @@ class Run:
         self.last = results.get("last") or {}  # evaluations on the validation data
         self.best = results.get("best") or {}
         self.validation = self.data.get("validation") or {}
-        self.text = self.record.get("tokenizer"), self.validation.get("fingerprint")  # losses on it compare
+        alone = bool(self.settings.get("by_document"))
+        self.text = self.record.get("tokenizer"), self.validation.get("fingerprint"), alone  # losses compare
         self.smoke = any(record.get("smoke") for record in self.records)
         if folder.parent.parent == home / "experiments":  # the lab caps its examples on purpose
             self.smoke = folder.parent.name.endswith("-quick")

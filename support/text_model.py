@@ -136,7 +136,7 @@ class TextModel:
         cut = ""
 
         def prompt_ids(text: str, shots: list[Example]) -> Ids:
-            if self.chat:
+            if self.chat and task.asks:
                 turns = []
                 for shot in shots:
                     turns += talk(task.question.replace("{}", shot.text), shot.target)

@@ -40,11 +40,11 @@ KINDS = {
     "speaker": "a speaker of the true summary is missing",
     "too short": "less than half as long as the true one",
     "too long": "more than twice as long as the true one",
-    # of a story that went on
+    # of a story; it can also be too short
     "person": "a second girl, boy or grown-up",
     "kind": "a boy's name for a girl, or the other way round",
     "pronoun": "a pronoun that fits nobody named so far",
-    "fact": "not the thing that the story began with",
+    "fact": "two things that cannot be in one story",
     "other": "none of these",
 }
 
@@ -56,7 +56,8 @@ def kinds_of(metric: str, record: dict) -> list[str]:
     if metric == "rouge":
         return summary_kinds(record["text"], record["output"], record["target"])
     if metric == "consistent":
-        return faults(f"{record['text']}\n{record['output']}")
+        found = faults(f"{record['text']}\n{record['output']}")
+        return found or ([] if record["correct"] else ["too short"])
     return [] if record["correct"] else [solution_kind(record["output"], record["target"], record["text"])]
 
 

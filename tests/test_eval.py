@@ -386,7 +386,10 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert "wrong greedy answers" not in describe(entry | {"data": {}})
 
 
-@pytest.mark.parametrize("task, words", [("sentiment", "sentiment has none"), ("gsm8k", "nowhere.jsonl")])
+@pytest.mark.parametrize(
+    "task, words",
+    [("sentiment", "of one task"), ("gsm8k,arithmetic", "of one task"), ("gsm8k", "nowhere.jsonl")],
+)
 def test_solutions_are_refused_before_a_model_is_loaded(task, words, monkeypatch):
     flags = [f"--tasks={task}", "--solutions=nowhere.jsonl"]
     monkeypatch.setattr("sys.argv", ["eval.py", "no-such-model", *flags])

@@ -643,9 +643,9 @@ def test_evaluation_predicts_every_token_once(batch_size):
     assert evaluate_lm(model, windows, batch_size, n_bytes=400) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "how", [{}, {"sliding_window": 5}, {"sparse_stride": 3}, {"attention_kind": "linear"}]
-)
+@pytest.mark.parametrize("how", [
+    {}, {"sliding_window": 5}, {"sparse_stride": 3}, {"attention_kind": "linear"}, {"positions": "learned"},
+])  # fmt: skip
 def test_by_document_every_token_is_predicted_once_from_its_own_document_alone(how):
     rng, eot, T = np.random.default_rng(0), 60, 16
     documents = [[eot, *rng.integers(1, 60, n).tolist()] for n in (3, 20, 0, 9, 15, 5, 50, 1, 7)]

@@ -2,8 +2,8 @@
 
 baseline = "configs/cpu.py"
 
-max_steps = 240
-warmup_steps = 24
+max_steps = 480
+warmup_steps = 48
 eval_every = 0
 save_every = 0
 final_eval_tokens = 20_000
