@@ -528,7 +528,7 @@ class ModernDecoderLM(nn.Module):
             rope = rope_angles(positions.unsqueeze(-2), c.head_dim, c.rope_theta, self.dtype)
         x = self.model["embed_tokens"](ids)
         # Under autocast a GPU's residual stream is bfloat16 too, which saves a fifth of the activations. On a
-        # CPU float32 takes no longer, and configs/cpu.py ends at a loss of 0.671 with it, at 0.676 without.
+        # CPU float32 takes no longer, and a base of configs/cpu.py ended at 0.671 with it, at 0.676 without.
         x = x.to(self.dtype) if x.is_cuda else x
         if c.positions == "learned":
             x = x + self.model["embed_positions"](positions).to(x.dtype)

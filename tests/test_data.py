@@ -26,6 +26,7 @@ from support.tables import read_rows
 from tasks.arithmetic import arithmetic
 from tasks.calculator import CalculatorError, calculate, calculator_answer, decimal_text, extract_number
 from tasks.grammar import SPLITS, split_of
+from tasks.mistakes import kinds_of
 from tasks.sentiment import BAD, GOOD
 from tasks.stories import PLOTS, _plots, faults, story, storyworld
 
@@ -92,6 +93,15 @@ def test_faults_of_a_story_have_kinds(old, new, kinds):
         '"I will show Papa," said Anna to Papa. There lay the red ball, and Leo laughed. He ran home.'
     )
     assert faults(text.replace(old, new)) == kinds
+
+
+def test_a_story_that_says_little_does_not_agree():
+    examples = data.load_task("story", "test", count=2)[0]
+    true, silent = ([e.target for e in examples], ["", "The answer is 42."])
+    for outputs, correct, kinds in ((true, True, []), (silent, False, ["too short"])):
+        records, metrics = data.judge("story", examples, outputs)
+        assert metrics["consistent"]["value"] == correct and metrics.keys() == {"consistent"}
+        assert all(kinds_of("consistent", record) == kinds for record in records)
 
 
 def test_stories_obey_the_rules_of_writing(stories):

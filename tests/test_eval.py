@@ -384,6 +384,7 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert gaps["oracle, best - majority"]["value"] == 0.25 and not any("greedy" in gap for gap in gaps)
     assert [r["oracle correct"] for r in result.records] == [True, True, False, True]
     assert "wrong greedy answers" not in describe(entry | {"data": {}})
+    assert compare({"one": [result], "two": [result]}) == []  # they did not answer
 
 
 @pytest.mark.parametrize(

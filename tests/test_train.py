@@ -673,8 +673,16 @@ def test_training_by_document_is_the_same_when_resumed_or_cut_in_micro_batches(s
     killed_at(5, train.pretrain, settings(name="killed", **more))
     train.pretrain(settings(name="killed", **more))
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
-    run = json.loads((tmp_path / "whole" / "run.json").read_text())
-    assert run["settings"]["by_document"] is True
+
+
+def test_a_run_that_did_not_know_a_setting_yet_goes_on_only_without_it(settings, killed_at, run):
+    killed_at(5, train.pretrain, settings(save_every=2))
+    record = json.loads((run / "run.json").read_text())
+    del record["settings"]["by_document"]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(TrainError, match="by_document: False -> True"):
+        train.pretrain(settings(save_every=2, by_document=True))
+    assert train.pretrain(settings(save_every=2))["status"] == "finished"
 
 
 def test_evaluating_and_sampling_do_not_disturb_training(settings, tmp_path):
