@@ -260,6 +260,11 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
+def checkable(name: str) -> bool:
+    """Whether it is a task whose answers can be compared with the true ones."""
+    return name in TASKS and TASKS[name].metric == "exact_match"
+
+
 @cache
 def load_task(name: str, split: str, first: int = 0, count: int = 0) -> tuple[list[Example], dict]:
     """The examples of one split, and {"source", "licence", "fingerprint"} of them for a run's record.

@@ -90,6 +90,7 @@ from data import (
     TASKS,
     DataError,
     Example,
+    checkable,
     corpus_info,
     documents,
     few_shot,
@@ -448,11 +449,6 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     if cfg.solutions and (cfg.samples or cfg.limit):
         raise ConfigError("--solutions takes neither --samples nor --limit: the file has all answers")
     return tasks, [int(shots) for shots in cfg.shots.split(",")]
-
-
-def checkable(task: str) -> bool:
-    """Whether an answer to it can be compared with the true one."""
-    return task in TASKS and TASKS[task].metric == "exact_match"
 
 
 def evaluate_model(

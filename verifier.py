@@ -53,7 +53,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, Example, load_task, refuse_overlap, talk
+from data import TASKS, Example, checkable, load_task, refuse_overlap, talk
 from finetune import AdaptConfig, Epochs, FineTuner, TrainingSet, chat_model
 from support.files import write_atomically
 from support.loading import is_smoke, load_model, read_run
@@ -598,7 +598,7 @@ def sample(cfg: VerifierConfig, generator: TextModel) -> tuple[list[Samples], di
 def train_verifier(cfg: VerifierConfig) -> dict:
     """Trains, fits lambda and probabilities on validation, reports on test; returns run.json."""
     folder = run_folder(cfg)
-    if cfg.task not in TASKS or TASKS[cfg.task].metric != "exact_match":
+    if not checkable(cfg.task):
         raise TrainError(f"answers to {cfg.task} cannot be checked: arithmetic, gsm8k")
     if cfg.solutions:
         labelled(cfg.solutions)  # refuses a file that cannot be, before a model is loaded
