@@ -53,12 +53,10 @@ from finetune import (
     subsample,
     train_and_merge,
 )
-from model import ModernDecoderLM
 from support.pairs import Pair, from_collection, write_answers, write_pairs
 from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
 from support.samples import draw
-from support.sharding import unwrapped
-from support.text_model import TextModel, answer_task, pad_rows
+from support.text_model import TextModel, answer_task, collate, target_logits
 from train import rows_per_step
 
 
@@ -116,42 +114,40 @@ def preference_loss(cfg: DPOConfig, chosen: Tensor, rejected: Tensor, reference:
 
 
 def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Tensor]:
-    """log p of one or more tensors of targets (B, T) after ids (B, T), from one forward pass; 0 where a
-    target is -100. Only the positions that the first tensor asks for are computed.
+    """log p of one or more tensors of targets (B, K), as `collate` makes them for ids (B, T), from one forward
+    pass; 0 where a target is -100. No more is computed than the first tensor asks for.
     """
-    ours = isinstance(unwrapped(model), ModernDecoderLM)
-    logits = model(ids) if ours else model(input_ids=ids, use_cache=False).logits
     asked = targets[0] != -100
-    logits = logits[asked].float()  # (asked, V)
+    logits = target_logits(model, "causal", ids, None, targets[0])[asked].float()  # (asked, V)
     found = []
     for tokens in targets:
-        log_p = torch.zeros(ids.shape, device=ids.device)
+        log_p = torch.zeros(tokens.shape, device=ids.device)
         log_p[asked] = -F.cross_entropy(logits, tokens[asked], reduction="none")
         found.append(log_p)
     return found
 
 
 def collate_pairs(pairs: list[Pair], pad: int, whole: bool) -> tuple[Tensor, ...]:
-    """ids and targets (B, T) of prompts and chosen answers; then what the loss compares them with.
+    """ids (B, T) and targets (B, K) of prompts and chosen answers; then what the loss compares them with.
 
-    `whole`: ids and targets (B, T') of prompts and rejected answers. Else no ids (B, 0), and as targets
-    (B, T) the token that the rejected answer has at the first difference. Targets are -100 elsewhere, and all
-    over a row that has no rejected answer.
+    `whole`: ids (B, T') and targets (B, K') of prompts and rejected answers. Else no ids (B, 0), and as
+    targets (B, K) the token that the rejected answer has at the first difference. Targets are -100 elsewhere,
+    and all over a row that has no rejected answer.
     """
 
-    def rows(answers):
-        ids = [(pair.prompt + answer)[:-1] for pair, answer in zip(pairs, answers, strict=True)]
-        targets = [[-100] * (len(pair.prompt) - 1) + a for pair, a in zip(pairs, answers, strict=True)]
-        return pad_rows(ids, pad), pad_rows(targets, -100)
+    def rows(answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids, _, targets = collate([(p.prompt, a) for p, a in zip(pairs, answers, strict=True)], "causal", pad)
+        return ids, targets
 
     ids, targets = rows([pair.chosen for pair in pairs])
     if whole:
         return ids, targets, *rows([pair.rejected or [] for pair in pairs])
     differing = torch.full_like(targets, -100)
+    first = (targets != -100).int().argmax(1)  # the column where each answer begins
     for row, pair in enumerate(pairs):
         if pair.rejected is not None:
             at = pair.first_difference()
-            differing[row, len(pair.prompt) - 1 + at] = pair.rejected[at]
+            differing[row, first[row] + at] = pair.rejected[at]
     return ids, targets, ids[:, :0], differing
 
 
@@ -295,6 +291,7 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
     in_loss = partial(log_probs, model, pairs, not cfg.first_difference, cfg.mean_log_probs)
     reference_in_loss = torch.from_numpy(in_loss())  # (n, 2), of what the loss compares
     reference = log_probs(model, pairs, whole=True)  # (n, 2), of whole answers
+    sums = not cfg.first_difference and not cfg.mean_log_probs  # these are what the loss compares
 
     def evaluate(_net, final: bool) -> dict:
         """The loss of training; margins of whole answers in nats times beta, and how many are above 0."""
@@ -307,7 +304,7 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
             )
         losses = -cfg.nll_weight * torch.from_numpy(now[:, 0] / tokens)
         if not cfg.is_control:
-            chosen, rejected = torch.from_numpy(in_loss()).T
+            chosen, rejected = torch.from_numpy(now if sums else in_loss()).T
             losses += preference_loss(cfg, chosen, rejected, reference_in_loss)
         margins = cfg.beta * ((now - reference) @ [1, -1])
         found = {

@@ -875,8 +875,8 @@ class Decoder:
         return self.draw(self.step(token.unsqueeze(1)), uniform, token)
 
     def shrink(self, left: list[int]) -> list[int]:
-        """Drops the rows that have ended once they are half of all; returns those left, or [] for "all"."""
-        if len(left) > len(self.cache.length) // 2:
+        """Drops the rows that have ended once they are an eighth of all; returns those left, or [] for "all"."""
+        if len(left) > len(self.cache.length) * 7 / 8:
             return []
         self.cache.select(torch.tensor(left, device=self.cache.device))
         return left

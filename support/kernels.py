@@ -389,7 +389,8 @@ class Decoder(PLAIN["Decoder"]):
             return self.compiled(self.model, ids, self.cache)
 
     def shrink(self, left: list[int]) -> list[int]:
-        return [] if self.compile else super().shrink(left)
+        many = len(left) > len(self.cache.length) // 2  # other shapes would be recorded anew
+        return [] if self.compile or (self.recorded and many) else super().shrink(left)
 
 
 def can_record(device: torch.device) -> bool:

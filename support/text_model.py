@@ -497,19 +497,20 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
     """Logits for the targets of `collate`: (B, K, V), for a head (B, C)."""
     if kind == "head":
         return model(input_ids=ids, attention_mask=mask).logits
-    K, core = targets.shape[1], unwrapped(model)
+    core = unwrapped(model)
     if kind == "seq2seq":  # teacher forcing: a start token, then the targets so far
         start = torch.full_like(targets[:, :1], core.config.decoder_start_token_id)
         shifted = torch.cat([start, targets[:, :-1].clamp(min=0)], dim=1)
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
+    skip = ids.shape[1] - targets.shape[1]
     if not isinstance(core, ModernDecoderLM):
-        last = torch.arange(-K, 0, device=ids.device)
+        last = torch.arange(skip, ids.shape[1], device=ids.device)
         return model(input_ids=ids, logits_to_keep=last, use_cache=False).logits  # padding needs no mask
     if model is core:
         # A slice would not be contiguous, and torch would copy the head for every row: 1.8 GB for 32 rows of
         # SmolLM2. So it is copied, as transformers does where it gets indices.
-        return F.linear(model.hidden(ids)[:, -K:].contiguous(), model.head)
-    return model(ids)[:, -K:]  # gradients are averaged only if the forward pass goes through the wrapper
+        return F.linear(model.hidden(ids)[:, skip:].contiguous(), model.head)
+    return model(ids)[:, skip:]  # gradients are averaged only if the forward pass goes through the wrapper
 
 
 # -----------------------------------------------------------------------------

@@ -76,7 +76,16 @@ def test_log_probabilities_are_those_of_log_likelihoods(model):
     expected = model.log_likelihoods([([5, 6, 7, 8], [9]), ([5, 6, 7, 8], [4]), ([5], [3]), ([5], [4])])
     np.testing.assert_allclose(first.ravel(), expected, atol=1e-4)
     ids, targets, *_ = collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=False)
-    assert ids.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[-100, -100, 8, 9]]  # not of the prompt
+    assert ids.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[8, 9]]  # not of the prompt
+
+
+def test_a_batch_of_answers_without_a_worse_one_has_nothing_to_compare(model):
+    batch = collate_pairs([Pair([5, 6, 7], [8, 9]), Pair([5], [8, 9])], model.pad, whole=True)
+    chosen, rejected, _ = compare(model.model, *batch)
+    assert chosen.lt(0).all() and rejected.tolist() == [0, 0]
+    alone, rejected, _ = compare(model.model, *collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=True))
+    torch.testing.assert_close(alone, chosen[:1])
+    assert rejected.tolist() == [0]
 
 
 # -----------------------------------------------------------------------------
