@@ -241,7 +241,7 @@ def test_every_setting_has_a_comment_a_default_in_its_range_and_is_found_in_the_
 # The configs of the project
 
 
-TUNED = dict.fromkeys(("sst2", "samsum", "gsm8k", "sentiment", "smol_sst2"), "finetune")
+TUNED = dict.fromkeys(("sst2", "samsum", "gsm8k", "sentiment", "smol_sst2", "smol_samsum"), "finetune")
 for stage in ("sft", "dpo", "verifier"):
     TUNED |= {stage: stage, f"smol_{stage}": stage}
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("[!_]*.py"))
