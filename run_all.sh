@@ -176,6 +176,7 @@ set_up() {
     if ! grep -qsxF "$stamp" "$VENV/installed"; then
         echo "setting up $VENV (the first time takes minutes)"
         [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
+        torch_for_cpu
         if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ".$wanted"; then
             echo "run_all.sh: installing failed; once there is a network, the same command goes on" >&2
             exit 1
@@ -185,6 +186,17 @@ set_up() {
     export PATH="$PWD/$VENV/bin:$PATH" PYTHONUNBUFFERED=1
     export END_WITH_PARENT=$$ # so that even kill -9 of this script leaves no training behind
     [ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1
+}
+
+# Linux without an NVIDIA driver: torch's build for CPUs, if it can be had, saves gigabytes.
+torch_for_cpu() {
+    [ "$(uname -s)" = Linux ] || return 0
+    local sign
+    for sign in /proc/driver/nvidia/version /usr/lib/wsl/lib/nvidia-smi "$(command -v nvidia-smi)"; do
+        [ ! -e "$sign" ] || return 0
+    done
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --retries 0 \
+        --index-url https://download.pytorch.org/whl/cpu "$(grep -o 'torch>=[^"]*' pyproject.toml)" 2>/dev/null || true
 }
 
 test_everything() {

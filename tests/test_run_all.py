@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ STAND_IN = r"""#!/usr/bin/env bash
 [ "$1" = -c ] && { echo stand_in; exit; }
 [ "$2" = support.machine ] && { . ./machine; exit; }
 [ "$2" = lab.plan ] && { cat >planned; echo "the plan"; exit; }
-[ "$2" = pip ] && exit
+[ "$2" = pip ] && { echo "$*" >>pip_calls; case "$*" in *index-url*) exit 1 ;; *) exit ;; esac; }
 echo "$*" >>calls
 [ "$1" = "${FAIL:-}" ] && { echo "no luck"; exit ${STATUS:-1}; }
 mkdir -p out && cd out && mkdir -p tokens stand_in sentiment sft dpo verifier
@@ -37,7 +38,7 @@ class Project:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "run_all.sh").write_text((ROOT / "run_all.sh").read_text())
-        (folder / "pyproject.toml").write_text("")
+        (folder / "pyproject.toml").write_text('"torch>=2,<3",\n')
         (folder / "configs").mkdir()
         for name in ("sentiment", "sft", "dpo", "verifier"):
             (folder / "configs" / f"{name}.py").write_text("")
@@ -180,3 +181,19 @@ def test_words_reach_the_lab_or_are_refused(new):
     assert "finetune, sft, dpo, verifier, eval" in new.run("cpu", "pretrian", status=2).stderr
     shown = new.run("--help").stdout
     assert "bash run_all.sh test" in shown and "set -euo" not in shown
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="elsewhere torch has one build")
+def test_without_a_driver_torch_for_cpus_is_tried_first_and_need_not_be_had(new):
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        pytest.skip("this machine has an NVIDIA driver")
+    new.run("cpu")  # the stand-in refuses that index
+    calls = new.folder / "pip_calls"
+    for_cpus, rest = calls.read_text().splitlines()
+    assert "--index-url https://download.pytorch.org/whl/cpu torch>=2,<3" in for_cpus
+    assert rest.endswith(" .[serve]")
+    calls.unlink()
+    (new.folder / ".venv" / "installed").unlink()
+    (new.folder / "nvidia-smi").touch(mode=0o755)
+    new.run("cpu", PATH=f"{new.folder}:{os.environ['PATH']}")
+    assert calls.read_text().splitlines() == [rest]
