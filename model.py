@@ -875,7 +875,7 @@ class Decoder:
         return self.draw(self.step(token.unsqueeze(1)), uniform, token)
 
     def shrink(self, left: list[int]) -> list[int]:
-        """Drops the rows that have ended once they are an eighth of all; returns those left, or [] for "all"."""
+        """Drops the rows that have ended, once they are an eighth; returns those left, or [] for "all"."""
         if len(left) > len(self.cache.length) * 7 / 8:
             return []
         self.cache.select(torch.tensor(left, device=self.cache.device))

@@ -83,7 +83,8 @@ def test_a_batch_of_answers_without_a_worse_one_has_nothing_to_compare(model):
     batch = collate_pairs([Pair([5, 6, 7], [8, 9]), Pair([5], [8, 9])], model.pad, whole=True)
     chosen, rejected, _ = compare(model.model, *batch)
     assert chosen.lt(0).all() and rejected.tolist() == [0, 0]
-    alone, rejected, _ = compare(model.model, *collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=True))
+    batch = collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=True)
+    alone, rejected, _ = compare(model.model, *batch)
     torch.testing.assert_close(alone, chosen[:1])
     assert rejected.tolist() == [0]
 
