@@ -114,7 +114,7 @@ def preference_loss(cfg: DPOConfig, chosen: Tensor, rejected: Tensor, reference:
 
 
 def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Tensor]:
-    """log p of one or more tensors of targets (B, K), made by `collate` for ids (B, T), from one forward pass;
+    """log p of one or more tensors of targets (B, K), by `collate`, for ids (B, T), from one forward pass;
     0 where a target is -100. No more is computed than the first tensor asks for.
     """
     asked = targets[0] != -100
