@@ -34,7 +34,9 @@ def in_turns(
     for turn in tqdm()(range(warmup + rounds), desc="rounds", disable=None, leave=False):
         if turn > warmup and time.perf_counter() - begun > limit:
             break
-        order = reversed(contenders) if turn % 2 else contenders
+        order = list(contenders)
+        if turn % 2:
+            order.reverse()
         for name in order:
             seconds = seconds_of(contenders[name], calls)
             if turn >= warmup:
