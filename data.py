@@ -71,7 +71,8 @@ class Corpus:
 
 
 def _wikitext(folder: str, train_files: int, suffix: str = "tokens") -> Corpus:
-    on_hub, on_disk = {}, {}
+    on_hub = {}
+    on_disk = {}
     for split in SPLITS:
         n = train_files if split == "train" else 1
         on_hub[split] = tuple(f"{folder}-v1/{split}-{i:05}-of-{n:05}.parquet" for i in range(n))
@@ -153,7 +154,8 @@ def find_corpus(corpus: str, split: str) -> Source:
 
 
 def mix(text: str, split: str) -> Source:
-    shares, sources = {}, {}
+    shares = {}
+    sources = {}
     for part in text.split(","):
         name, share = part.rsplit(":", 1)
         if name in shares or float(share) <= 0:
@@ -344,7 +346,7 @@ def few_shot(name: str, shots: int, seed: int = SEED) -> list[Example]:
     examples, _ = load_task(name, "train")
     rng = random.Random(f"{name} {seed}")
     most = -(-shots // max(1, len(TASKS[name].labels)))  # of a class, rounded up
-    kept: list[Example] = []
+    kept = []
     of_class = Counter()
     for example in rng.sample(examples, min(len(examples), 50 * shots)):
         if len(kept) < shots and of_class[example.label] < most:
@@ -398,7 +400,8 @@ def judged(task: Task, example: Example, output) -> dict:
     if task.metric == "consistent":
         enough = 2 * len(solution.split()) >= len(example.target.split())  # silence agrees with everything
         return {"output": solution, "correct": enough and not faults(f"{example.text}\n{solution}")}
-    prediction, answer = extract_number(solution), extract_number(example.target)
+    prediction = extract_number(solution)
+    answer = extract_number(example.target)
     correct = prediction is not None and prediction == answer
     return {"output": solution, "prediction": prediction, "answer": answer, "correct": correct}
 
@@ -462,8 +465,8 @@ def collection(name: str, split: str, parse: Callable, what: str) -> tuple[list,
     """One split of the rows that `parse` makes something of. Rows with one first question share a split."""
     check_split(split)
     if known := COLLECTIONS.get(name):
-        licence, embedded = known.licence, "instructions, arithmetic"
-        rows, source = find_rows(name, (known.hub,), known.part, known.files, embedded)
+        licence = known.licence
+        rows, source = find_rows(name, (known.hub,), known.part, known.files, "instructions, arithmetic")
     elif os.path.isfile(name):
         rows, source, licence = numbered(read_rows(name)), name, "yours"
     else:

@@ -19,7 +19,6 @@ from support.terminal import run_script
 import hashlib
 import heapq
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from data import SPLITS, DataError, corpus_info, documents
 from support.cutting import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.files import write_json
 from support.processes import CORES, alone_in, tqdm
-from support.runs import read_json_if_there
+from support.runs import errors_for_users, read_json_if_there
 from support.tables import valid
 from support.token_files import at_most, open_tokens, tokens_folder, write_tokens
 from support.tokenizer_json import (
@@ -107,7 +106,8 @@ def train_bpe(
     least = 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone are {least}")
-    special, texts = tuple(special_tokens), input_path
+    special = tuple(special_tokens)
+    texts = input_path
     if isinstance(input_path, (str, Path)):
         texts = parts_of_file(input_path, special)
     words = count_words(texts, DIGITS_PATTERN if split_digits else GPT2_PATTERN, special)
@@ -134,7 +134,8 @@ def count_words(texts: Iterable[str], pattern: str, special_tokens: tuple[str, .
     Text repeats itself, so a quick cut at spaces comes first, and the slow pattern sees every *different*
     piece of that once: 2x faster than the pattern alone on 20 MB of English.
     """
-    spaced, words = Counter(), Counter()
+    spaced = Counter()
+    words = Counter()
     for text in texts:
         for part in special_regex(special_tokens).split(text)[::2]:  # text, special token, text, ...
             spaced.update(SPACED_WORDS.findall(part))
@@ -158,8 +159,8 @@ def learn_merges(words: dict[str, int], n_merges: int) -> tuple[list[bytes], Mer
     descending = [(-b, 1) for b in range(256)]  # a heap gives the least; the 1 puts "ab" before "a"
     frequency = list(words.values())
     spelled = [valid(word).encode().decode("latin-1") for word in words]  # so far, a character for each byte
-    counts: dict[str, int] = defaultdict(int)
-    where: dict[str, list[int]] = defaultdict(list)  # pair -> words, perhaps twice, or no longer
+    counts = defaultdict(int)  # pair -> how often it occurs
+    where = defaultdict(list)  # pair -> words, perhaps twice, or no longer
 
     def heap_entry(pair: str) -> tuple:
         return -counts[pair], descending[ord(pair[0])], descending[ord(pair[1])], pair
@@ -183,7 +184,8 @@ def learn_merges(words: dict[str, int], n_merges: int) -> tuple[list[bytes], Mer
             if counts[pair]:
                 heapq.heappush(heap, heap_entry(pair))
             continue
-        a, b, ab = *pair, chr(len(tokens))
+        a, b = pair
+        ab = chr(len(tokens))
         merges.append((tokens[ord(a)], tokens[ord(b)]))
         tokens.append(tokens[ord(a)] + tokens[ord(b)])
         descending.append(descending[ord(a)][:-1] + descending[ord(b)])
@@ -246,7 +248,7 @@ class Tokenizer:
         merged = list(self.pair_ids.values())
         if merged != sorted(merged):
             raise ValueError("the merges are not in the order of their ids")
-        self._words: dict[str, list[int]] = {}  # ids of the words that encode_plain has met
+        self._words = {}  # ids of the words that encode_plain has met
         self.chat_template: str | None = None  # the folder's, if it has one
 
     @property
@@ -306,7 +308,8 @@ class Tokenizer:
 
         (`regex` knows newer Unicode than tiktoken: they may differ on letters added after Unicode 16.)
         """
-        ids, known = [], self._words
+        ids = []
+        known = self._words
         for word in compiled(self.pattern).findall(text):
             if word not in known:
                 known[word] = self.merge_word(valid(word).encode())
@@ -498,13 +501,15 @@ def prepare_split(cfg: TokenizerStageConfig, folder: Path, tokenizer: Tokenizer,
         return
     if split == "train" and cfg.train_megabytes:
         info["megabytes"] = cfg.train_megabytes
-    meta, there = {}, "; was there"
+    meta = {}
+    there = "; was there"
     with suppress(OSError, ValueError):  # missing, truncated or of another tokenizer
         meta = open_tokens(folder, split, tokenizer)[1]
     same = all(meta.get(key) == info.get(key) for key in ("fingerprint", "megabytes"))
     if cfg.overwrite or not same:
         texts = first_megabytes(cfg.corpus, split, info.get("megabytes", 0), f"encoding {split}", info)
-        meta, there = write_tokens(tokenizer, texts, folder, split, info), ""
+        meta = write_tokens(tokenizer, texts, folder, split, info)
+        there = ""
     per_token = meta["bytes"] / meta["tokens"]
     size = f"{meta['documents']:,} documents, {meta['tokens']:,} tokens"
     print(f"{split}: {size}, {per_token:.2f} bytes per token{there}")
@@ -520,10 +525,8 @@ def first_megabytes(
 
 def main() -> None:
     cfg = parse_config(TokenizerStageConfig, __doc__)
-    try:
+    with errors_for_users():
         prepare_tokens(cfg)
-    except (DataError, OSError, ValueError) as error:
-        sys.exit(f"tokenizer.py: {error}")
 
 
 if __name__ == "__main__":

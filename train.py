@@ -80,7 +80,7 @@ from support.runs import (
     lock,
     prune,
     publish,
-    read_json,
+    read_json_if_there,
     remove_run,
     run_folder,
     run_stage,
@@ -362,7 +362,7 @@ class Windows:
         chosen = []
         for row in range(first, first + count):
             epoch, i = divmod(step * self.rows + row, self.count)
-            chosen.append(int(permutation(self.count, self.seed, epoch)[i]))
+            chosen.append(permutation(self.count, self.seed, epoch)[i])
         return self.at(chosen)
 
     def at(self, chosen: Iterable[int]) -> tuple[Tensor, ...]:
@@ -370,9 +370,10 @@ class Windows:
         By document also the number of each token's piece, -1 past the end.
         """
         bins = [self.bins[i] for i in chosen]
-        ids = np.zeros((len(bins), self.T), np.int64)
-        targets = np.full((len(bins), self.T), -100, np.int64)
-        numbers = np.full((len(bins), self.T), -1, np.int64)
+        shape = (len(bins), self.T)
+        ids = np.zeros(shape, np.int64)
+        targets = np.full(shape, -100, np.int64)
+        numbers = np.full(shape, -1, np.int64)
         for row, pieces in enumerate(bins):
             at = 0
             for piece in pieces:
@@ -381,7 +382,7 @@ class Windows:
                 ids[row, place] = self.tokens[begin:end]
                 targets[row, place] = self.tokens[begin + 1 : end + 1]
                 numbers[row, place] = piece
-        found = (ids, targets, numbers)[: 3 if self.by_document else 2]
+        found = (ids, targets, numbers) if self.by_document else (ids, targets)
         return tuple(map(torch.from_numpy, found))
 
     def epoch(self, step: int) -> float:
@@ -394,14 +395,16 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def pack(lengths: list[int], order: np.ndarray, room: int, open_bins: int = 32) -> list[list[int]]:
-    """Texts, in `order`, as bins of `room` tokens: each goes into the fullest open bin it fits in."""
+def pack(lengths: list[int], order: np.ndarray, room: int) -> list[list[int]]:
+    """Texts, in `order`, as bins of `room` tokens: each goes into the fullest open bin it fits in. At most 32
+    bins are open.
+    """
     closed = []
     bins = []  # [tokens, texts] of the open ones
     for i in order:
         fits = [one for one in bins if one[0] + lengths[i] <= room]
         if not fits:
-            if len(bins) == open_bins:
+            if len(bins) == 32:
                 closed.append(max(bins, key=itemgetter(0)))
                 bins.remove(closed[-1])
             fits = [[0, []]]
@@ -430,7 +433,8 @@ def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor, numbers=None
     """Sum of the losses in nats, and number of targets. `numbers` (B, T): of the text a token belongs to."""
     if numbers is None:
         return model(ids, targets)
-    config, positions = unwrapped(model).config, None
+    config = unwrapped(model).config
+    positions = None
     if config.positions == "learned":  # they begin anew with every text; RoPE only knows distances
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         begins = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
@@ -797,7 +801,6 @@ class Trainer:
 
     def finish(self) -> None:
         """The end of a run. It may be repeated: what a killed process has not done, the next one does."""
-        self.write_run()
         if self.rank == 0:
             self.remove_older_checkpoints()
             try:
@@ -870,8 +873,7 @@ class Trainer:
     def resume(self) -> None:
         """Goes on from the newest checkpoint that can be read, after making sure that it is this run's."""
         found = checkpoints(self.folder)
-        if (self.folder / "run.json").exists():
-            self.run = read_json(self.folder / "run.json")
+        self.run = read_json_if_there(self.folder / "run.json")
         finished = self.run.get("status") == "finished"
         if found or finished:
             refuse_another_run(self.folder, self.run, self.cfg, self.about, FREE_TO_CHANGE)

@@ -98,7 +98,7 @@ def make_parser(Config, doc: str, kinds: dict) -> argparse.ArgumentParser:
         owner = owner_of(name, Config)
         if owner not in groups:
             groups[owner] = parser.add_argument_group(owner.__name__)
-        about = f"{helps.get(name, '')} [{field.default!r}]"
+        about = f"{helps[name]} [{field.default!r}]"
         groups[owner].add_argument(
             f"--{name}",
             default=argparse.SUPPRESS,

@@ -93,11 +93,12 @@ def refuse_another_run(folder: Path, run: dict, cfg, about: dict, free: Iterable
     for name, paths in PATHS_OF_HASH.items():
         if about.get(name) and about[name] == run.get(name):
             free.update(paths)
-    settings = asdict(cfg) | REMOVED
+    settings = asdict(cfg)
     known = run.get("settings", {})
-    for name in settings.keys() - known.keys() - REMOVED.keys() - free:  # what that version did not have yet
+    for name in settings.keys() - known.keys() - free:  # what that version did not have yet
         if was_chosen(cfg, name):
             known = known | {name: type(cfg).__dataclass_fields__[name].default}
+    settings |= REMOVED
     for what, before, now in (("with other settings", known, settings), ("on other data", run, about)):
         changes = []
         for name, value in now.items():

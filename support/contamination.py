@@ -21,11 +21,12 @@ def contamination(items: list[str], training_texts: Iterable[str], n: int) -> di
     only the items' runs of words are held in memory.
     """
     runs = [ngrams(item, n) for item in items]
-    wanted, seen = set().union(*runs), set()
+    wanted = set().union(*runs)
+    seen = set()
     for text in training_texts:
         seen |= wanted & ngrams(text, n)
     found = [item for item, grams in zip(items, runs, strict=True) if grams & seen]
-    checked = sum(bool(grams) for grams in runs)
+    checked = sum(map(bool, runs))
     return {
         "words": n,
         "items": len(found),

@@ -46,7 +46,7 @@ def at_seams(texts: Iterable[str], special_tokens: tuple[str, ...]) -> Iterator[
 def last_seam(text: str, special_tokens: tuple[str, ...]) -> int:
     """The last place where `text` may be cut whatever follows it; 0 if there is none yet."""
     longest = max(map(len, special_tokens), default=0)
-    end = max(0, len(text) - longest + 1)
+    end = len(text) - longest + 1
     found = UP_TO_LAST_SEAM.match(text, 0, end)
     cut = found.end() if found else 0
     # Not within a special token; nor in the whitespace before one, which ends a text and stays in one piece

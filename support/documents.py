@@ -49,7 +49,7 @@ def from_files(
     paths: list[str],
     names: list[str],
     licence: str,
-    hold_out: str = "",
+    hold_out: str,
     torn: bool = False,
     articles: bool = False,
 ) -> Source:
@@ -192,7 +192,8 @@ def hold_out_tail(docs: Iterable[str], split: str, torn: bool) -> Iterator[str]:
 
     One pass, with 2 HELD_OUT documents in memory. `torn`: the last document is cut off, and dropped.
     """
-    tail, n = deque(), 0
+    tail = deque()
+    n = 0
     for doc in docs:
         tail.append(doc)
         n += 1

@@ -95,7 +95,7 @@ def nowhere(name: str, error: DataError, hub: str, place: str, embedded: str) ->
     )
 
 
-def note_left_out(about: dict, n: int, what: str = "without text") -> None:
+def note_left_out(about: dict, n: int, what: str) -> None:
     """Adds to a run's record, and to its source, how many rows were left out."""
     if n:
         about["left_out"] = about.get("left_out", 0) + n

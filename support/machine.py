@@ -102,7 +102,7 @@ def pick_device(device: str) -> torch.device:
         torch.ones(1, device=chosen).item()  # a known name may lack the hardware; "meta" holds no numbers
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # on it CUDA graphs are recorded
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+    except (RuntimeError, AssertionError, ImportError):
         raise TrainError(
             f"--device={device} is none that torch can use here: cuda, cuda:1, cpu, mps"
         ) from None

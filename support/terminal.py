@@ -41,7 +41,8 @@ def run_script(main: Callable[[], None]) -> None:
 def bare_words(argv: list[str], Config) -> tuple[list[str], list[str]]:
     """Splits a command line: flags with their values and config files; and other words, such as out/base."""
     takes_value = {f"--{field.name}" for field in fields(Config) if field.type is not bool}
-    flags, words = [], []
+    flags = []
+    words = []
     for before, word in pairwise(["", *argv]):
         bare = not (word.startswith("-") or word.endswith(".py") or before in takes_value)
         (words if bare else flags).append(word)

@@ -29,7 +29,7 @@ def in_turns(
     Every second round goes backwards through the contenders, so that none of them always has the slow minute
     or place. No new round begins after `limit` seconds, but for the first one that counts.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times = {name: [] for name in contenders}
     begun = time.perf_counter()
     for turn in tqdm()(range(warmup + rounds), desc="rounds", disable=None, leave=False):
         if turn > warmup and time.perf_counter() - begun > limit:
