@@ -11,7 +11,7 @@ from support.hub_models import set_token_ids
 from support.loading import KINDS, import_peft, load_tokenizer, origin, resolve, with_adapter
 from support.machine import pick_dtype
 from support.model_card import write_run
-from support.runs import TrainError, read_json
+from support.runs import TrainError, read_json_if_there
 
 LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave the search to PEFT
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -72,9 +72,10 @@ def is_plain_lora(adapter: dict) -> bool:
     if not isinstance(targets, list) or not all(isinstance(x, int | float) for x in numbers.values()):
         return False
     usual = import_peft().LoraConfig(**numbers, task_type="CAUSAL_LM").to_dict()
-    asked = {key: value for key, value in adapter.items() if key not in ELSEWHERE and value}
-    known = {*map(str, targets)} <= {*LORA_TARGETS["llama"]}
-    return known and all(usual.get(key) == value for key, value in asked.items())
+    for key, value in adapter.items():
+        if value and key not in ELSEWHERE and value != usual.get(key):
+            return False
+    return {*map(str, targets)} <= {*LORA_TARGETS["llama"]}
 
 
 def target_names(model: nn.Module, targets: str) -> list[str]:
@@ -120,7 +121,7 @@ def head_layers(model: nn.Module) -> list[str]:
     layers = []
     for name, module in model.named_modules():
         outside = "." not in name and name not in ("", model.base_model_prefix)
-        if (outside and any(True for _ in module.parameters())) or name.endswith(".pooler"):
+        if (outside and list(module.parameters())) or name.endswith(".pooler"):
             layers.append(name)
     return layers
 
@@ -159,9 +160,8 @@ def merge(folder: Path) -> None:
     source = resolve(str(folder))
     model = with_adapter(source).merge_and_unload()
     run = source.run
-    ids = folder / "generation_config.json"
-    if ids.exists():  # a chat stops elsewhere than its base
-        set_token_ids(model, {k: v for k, v in read_json(ids).items() if k.endswith("_token_id")})
+    ids = read_json_if_there(folder / "generation_config.json")  # a chat stops elsewhere than its base
+    set_token_ids(model, {k: v for k, v in ids.items() if k.endswith("_token_id")})
     about = {key: run[key] for key in ("chat", "task", "smoke", "seconds", "results") if key in run}
     about |= {"status": "finished", "stage": "merge", "settings": {"task": run.get("task")}}
 

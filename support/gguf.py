@@ -58,7 +58,7 @@ def interleaved(weight: Tensor, n_heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def gguf_tensors(model: ModernDecoderLM, dtype: str) -> dict[str, Tensor]:
+def gguf_tensors(model: ModernDecoderLM, arch: str, dtype: str) -> dict[str, Tensor]:
     """The model's weights under llama.cpp's names and in its layout: (out, in), experts first.
 
     The large matrices become F16; llama.cpp needs vectors, position embeddings and routers in F32.
@@ -68,11 +68,9 @@ def gguf_tensors(model: ModernDecoderLM, dtype: str) -> dict[str, Tensor]:
     c = model.config
     weights = model.state_dict()
     found = {}
-    arch = ARCHITECTURES[architecture(c)]
     if arch == "gpt2":  # queries, keys and values are one matrix
         weights = to_hf_tensors(c, weights)
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[arch], c.n_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], c.n_layers)
     for name, tensor in weights.items():
         if arch == "gpt2" and ".h." in name and tensor.dim() == 2:
             tensor = tensor.T  # GPT-2's own layout is (in, out)
@@ -82,7 +80,7 @@ def gguf_tensors(model: ModernDecoderLM, dtype: str) -> dict[str, Tensor]:
         name = re.sub(r"mlp\.(w\d)$", r"block_sparse_moe.experts.\1.weight", name)
         name = names.get_name(name, (".weight", ".bias"))
         small = tensor.dim() < 2 or name.startswith("position_embd") or "ffn_gate_inp" in name
-        found[name] = tensor.detach().cpu().to(torch.float32 if dtype == "F32" or small else torch.float16)
+        found[name] = tensor.to(torch.float32 if dtype == "F32" or small else torch.float16)
     return found
 
 
@@ -198,7 +196,7 @@ def write_gguf(folder: str | Path, file: str | Path = "", dtype: str = "F16") ->
         writer = gguf.GGUFWriter(path, arch)
         for key, value in values.items():
             getattr(writer, f"add_{key}")(value)
-        for key, tensor in gguf_tensors(model, dtype).items():
+        for key, tensor in gguf_tensors(model, arch, dtype).items():
             writer.add_tensor(key, tensor.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -256,7 +254,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="run folder, or a folder with a Hugging Face model")
     parser.add_argument("file", nargs="?", default="", help="what to write; default FOLDER/NAME.gguf")
-    parser.add_argument("--dtype", choices=list(FILE_TYPES), default="F16", help="of the matrices")
+    parser.add_argument("--dtype", choices=FILE_TYPES, default="F16", help="of the matrices")
     options = parser.parse_args()
     try:
         print("\n".join(write_gguf(options.folder, options.file, options.dtype)))

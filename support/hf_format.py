@@ -86,8 +86,11 @@ def config_of(c: ModelConfig, kind: str) -> dict:
     """config.json of an architecture, with all that it can say about the model."""
     out = {"architectures": [CLASSES[kind]], "model_type": kind, "dtype": "float32"}
     if kind == "modern_llm":
-        sizes = {"vocab_size": c.vocab_size, "max_position_embeddings": c.context_length}
-        return out | sizes | {"modern_llm": asdict(c)}
+        return out | {
+            "vocab_size": c.vocab_size,
+            "max_position_embeddings": c.context_length,
+            "modern_llm": asdict(c),
+        }
     for ours, theirs in KEYS.get(kind, LLAMA_KEYS).items():
         out[theirs] = getattr(c, ours)
     if kind == "gpt2":
@@ -274,7 +277,7 @@ def save_pretrained(model: ModernDecoderLM, folder: Path, **extra) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    ours = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    ours = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     tensors = to_hf_tensors(model.config, ours)
     write_json(folder / "config.json", to_hf_config(model.config) | extra)
     write_generation_config(folder, extra)
@@ -336,4 +339,4 @@ def from_tensors(config: ModelConfig, tensors: dict[str, Tensor], source: str) -
         raise ValueError(f"{source} does not hold the model its config.json describes: {found}")
     model.load_state_dict({k: v.float().contiguous() for k, v in ours.items()}, assign=True)
     model.set_context_length(config.context_length)
-    return model.requires_grad_(True).eval()
+    return model.eval()

@@ -45,7 +45,7 @@ def hub_file(repo: str, file: str) -> str:
         raise DataError(why_not(error, repo)) from None
 
 
-def hub_rows(repo: str, config: str | None = None, split: str = "train") -> list[dict]:
+def hub_rows(repo: str, config: str | None = None, *, split: str) -> list[dict]:
     """The rows of one split of a data set.
 
     Without a network `datasets` finds its own cache, but not that of the hub, where `hf download` puts files.

@@ -31,8 +31,9 @@ class HubTokenizer:
         self.inner = inner
         self.vocab_size = len(inner)
         added = [token.content for token in inner.added_tokens_decoder.values() if token.special]
-        self.special_tokens = tuple(dict.fromkeys([*inner.all_special_tokens, *added]))
-        self.special_ids = {token: inner.convert_tokens_to_ids(token) for token in self.special_tokens}
+        special = [*inner.all_special_tokens, *added]
+        self.special_ids = {token: inner.convert_tokens_to_ids(token) for token in special}
+        self.special_tokens = tuple(self.special_ids)
         self.chat_template = default_template(inner.chat_template)
 
     def encode(self, text: str, allowed_special: str | Collection[str] = ()) -> list[int]:
@@ -98,7 +99,7 @@ class HubTokenizer:
     def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
         """A copy with these special tokens appended to the vocabulary."""
         inner = copy.deepcopy(self.inner)
-        inner.add_special_tokens({"additional_special_tokens": list(tokens)})
+        inner.add_special_tokens({"additional_special_tokens": tokens})
         return HubTokenizer(inner)
 
     @cached_property
@@ -154,10 +155,11 @@ def generate(
     if has_learned_positions(model):
         refuse(start >= context, f"a prompt of {start} tokens leaves no room in context {context}")
         max_new_tokens = min(max_new_tokens, context - start)
-    device = next(model.parameters()).device
     vocab_size = model.config.get_text_config().vocab_size
-    hooks = {"ends": ends, "stream": stream, "force": force, "adjust": adjust}
-    texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, device, vocab_size, **hooks)
+    texts = Texts(
+        prompts, n, max_new_tokens, seed, stop_tokens, options, model.device, vocab_size,
+        ends=ends, stream=stream, force=force, adjust=adjust,
+    )  # fmt: skip
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
@@ -174,7 +176,7 @@ def generate(
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )  # fmt: skip
     model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
         logits_processor=LogitsProcessorList([draw]),
     )  # fmt: skip
     return texts.rows

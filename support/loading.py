@@ -101,7 +101,7 @@ def adapter_base(folder: Path, base: object) -> str:
     if Path(base).is_dir():
         return base
     folder = folder.absolute()
-    parts = [part for part in Path(base).parts if part not in ("/", ".")]
+    parts = [part for part in Path(base).parts if part != "/"]
     for parent in (folder, *folder.parents):
         for first in range(len(parts) if Path(base).is_absolute() else 1):
             found = parent.joinpath(*parts[first:])
@@ -161,7 +161,7 @@ def load_model(
 
 
 def load_network(
-    source: Source, ours: bool = False, labels: tuple[str, ...] = (), trainable: bool = False, **kwargs
+    source: Source, ours: bool, labels: tuple[str, ...] = (), trainable: bool = False, **kwargs
 ) -> nn.Module:
     """The network, with its adapter: of transformers, or of model.py (`ours`), where an adapter is merged.
 
@@ -201,7 +201,9 @@ def explained(name: str):
         ) from None
 
 
-def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Module:
+def from_hub(
+    source: Source, labels: tuple[str, ...], dtype: torch.dtype = torch.float32, **kwargs
+) -> nn.Module:
     """The base as a transformers model, in float32 by default; with a classification head for `labels`."""
     import transformers
 
@@ -216,15 +218,15 @@ def from_hub(source: Source, labels: tuple[str, ...] = (), **kwargs) -> nn.Modul
             "can use it"
         )
     names = class_names(source)
-    known = [class_name(label) for label in names.values()]
+    known = sorted(map(class_name, names.values()))
     if names and source.kind == "head" and not config.get("id2label"):
         kwargs["id2label"] = names  # transformers does not read label2id alone
-    if labels and sorted(known) != sorted(map(class_name, labels)):
+    if labels and known != sorted(map(class_name, labels)):
         kwargs["id2label"] = {i: label.strip() for i, label in enumerate(labels)}
         kwargs["label2id"] = {label.strip(): i for i, label in enumerate(labels)}
     with explained(name):
         load = getattr(transformers, KINDS[source.kind][0]).from_pretrained
-        model, about = load(name, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
+        model, about = load(name, output_loading_info=True, dtype=dtype, **kwargs)
     model.get_input_embeddings().padding_idx = None  # we pad with <|endoftext|>, which must be trained
     # transformers initialises missing weights randomly; that is allowed only for a new head.
     inside = f"{model.base_model_prefix}."

@@ -333,9 +333,8 @@ def model_card(folder: Path, run: dict | None = None) -> str:
     )
 
 
-def write_model_card(folder: str | Path, run: dict | None = None) -> None:
+def write_model_card(folder: Path, run: dict | None = None) -> None:
     """Writes README.md of a run folder, atomically; `run` is read from run.json if it is not given."""
-    folder = Path(folder)
     if run or (folder / "run.json").exists():
         write_text(folder / "README.md", model_card(folder, run))
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ class TextModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     @property
     def n_parameters(self) -> int:
@@ -174,8 +175,7 @@ class TextModel:
         """The ids of an answer in a conversation, with the token that ends it."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
         try:
-            ids, is_answer = self.conversation(turns)
-            ids = [i for i, mine in zip(ids, is_answer, strict=True) if mine]
+            ids = list(compress(*self.conversation(turns)))  # the assistant's
         except TemplateError:  # one that opens every answer with a thought
             ids = self.encode(answer.strip())
         ends = (self.eos, *self.tokenizer.special_ids.values())
@@ -243,11 +243,10 @@ class TextModel:
         force = self.calculator if calculator else None
 
         def draw(index: Ids, samples: Iterable[int]) -> list[Ids]:
-            some = [prompts[i] for i in index]
             streams = [np.random.SeedSequence([seed, i, j]) for i in index for j in samples]
             seeds = [int(stream.generate_state(1)[0]) for stream in streams]  # torch takes 32 bits
             return self.continuations(
-                some,
+                [prompts[i] for i in index],
                 max_new_tokens,
                 n=len(samples),
                 seed=seeds,
@@ -260,7 +259,7 @@ class TextModel:
         def samples_of(index: Ids) -> list[list[Ids]]:
             """The n samples of each prompt; those of a single prompt may be divided, too."""
             if len(index) == 1:
-                new = halving(partial(draw, index), list(range(n)), rows(len(prompts[index[0]])))
+                new = halving(partial(draw, index), range(n), rows(len(prompts[index[0]])))
             else:
                 new = draw(index, range(n))
             return [new[i : i + n] for i in range(0, len(new), n)]
@@ -364,7 +363,7 @@ class TextModel:
         """
         found = {}
         with self.autocast():
-            batches = list(self.batch_indices(lengths, "", rows))
+            batches = list(self.batch_indices(lengths, rows=rows))
             results = on_all_cores(partial(halving, function), batches, self.device, progress)
             for index, some in zip(batches, results, strict=True):
                 found |= zip(index, some, strict=True)
