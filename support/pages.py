@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from string import Formatter, Template
 
@@ -37,7 +38,7 @@ class Table:
 
     def lines(self) -> list[list[str]]:
         """The head, then a line of cells per row."""
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        columns = list(dict.fromkeys(chain(*self.rows)))
         cells = [[valid(str(row.get(column, ""))) for column in columns] for row in self.rows]
         return [columns, *cells]
 
@@ -141,8 +142,8 @@ def shorten(text: object) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
-FORMATS = {f.__name__: f for f in (interval, count, minutes, gib, shorten)}
-FORMATS |= {"percent": percent, "points": points, "difference": difference}
+FORMATS = dict(interval=interval, percent=percent, points=points, difference=difference)
+FORMATS |= dict(count=count, minutes=minutes, gib=gib, shorten=shorten)
 
 # -----------------------------------------------------------------------------
 # HTML

@@ -11,6 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 
@@ -40,7 +41,7 @@ def text_of(value, where: str) -> str | None:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if type(value) in (int, float):  # a bool is no number
         value = str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: should be text, but is {shortened(value)}")
@@ -55,9 +56,7 @@ def shortened(value) -> str:
 
 def columns_of(rows: Sequence[dict]) -> str:
     """The names of the columns of the first hundred rows, joined by commas."""
-    names: dict[str, None] = {}
-    for row in rows[:100]:
-        names |= dict.fromkeys(map(str, row))
+    names = dict.fromkeys(map(str, chain(*rows[:100])))
     return ", ".join(names) or "none"
 
 
