@@ -276,7 +276,7 @@ def verified(run: Run) -> list[Block]:
     scores = {score: x for score, x in found.items() if isinstance(x, dict) and "auc_within" in x}
     blocks = [*say(VERIFIED, run=run, **found), Table(f"verifier-{run.folder.name}", rows_of(SCORE, scores))]
     calibration = found.get("calibration", {})
-    if bins := [x for x in calibration.get("bins", []) if x.get("n")]:
+    if bins := calibration.get("bins"):
         true = Line([0, 1], [0, 1], form=":", style={"color": GREY})
         lines = [true, line(bins, "said", "is", form="o-", color=BLUE)]
         panel = Panel(lines, "probability it says", "share that is right", run.shown)

@@ -9,7 +9,6 @@ import base64
 import csv
 import html
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -54,10 +53,9 @@ Block = Text | Table | Figure
 Sections = dict[str, list[Block]]  # {heading: blocks}
 
 
-def blocks_of(sections: Sections, kind: type) -> Iterable:
+def blocks_of(sections: Sections, kind: type) -> list:
     """All blocks of one kind."""
-    for blocks in sections.values():
-        yield from (block for block in blocks if isinstance(block, kind))
+    return [block for block in chain(*sections.values()) if isinstance(block, kind)]
 
 
 # -----------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def way_of(run: Run, entry: dict) -> str:
     """How a model came to its answers."""
     if entry.get("shots"):
         return f"prompted, {entry['shots']} examples"
-    task = run.record.get("task") or run.settings.get("task")
+    task = run.record.get("task")
     if run.stage == "finetune" and task == entry.get("task"):
         first = run.records[-1]
         rate = (first.get("settings") or {}).get("learning_rate")
@@ -237,7 +237,7 @@ def of_run(run: Run) -> list[Measurement]:
         found[f"{file}, {key}"] = (entry, answers)
     if own := run.record.get("evaluation"):
         items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
-        entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
+        entry = {"task": run.record.get("task"), "items": items} | own
         found[f"{run.folder}/run.json"] = (entry, run.folder / "predictions.jsonl")
     return each(found, lambda name: [Measurement(run, *found[name])], run.damaged)
 

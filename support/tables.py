@@ -8,7 +8,6 @@ import gzip
 import json
 import math
 import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -85,10 +84,10 @@ def text_lines(path: str) -> Iterator[str]:
         raise DataError(f"{path}: {error.strerror or error}") from None
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file that this project wrote; [] if there is no such file."""
     try:
-        return json_lines(Path(path).read_bytes())
+        return json_lines(path.read_bytes())
     except OSError:
         return []
 
@@ -165,7 +164,7 @@ def _tab_separated(path: str) -> Iterator[dict]:
 
 
 def _comma_separated(path: str) -> Iterator[dict]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # by default 128 KB
+    csv.field_size_limit(2**31 - 1)  # by default 128 KB
     reader = csv.DictReader(text_lines(path), strict=True)
     try:
         for row in reader:
