@@ -246,15 +246,14 @@ def chosen(m: Measurement) -> list[Block]:
     panel = Panel(curves, "answers per problem", "% right", f"{m.run.shown}, {m.task}", log="x", ticks=ticks)
     if greedy := m.entry["metrics"].get("exact_match"):
         panel.level, panel.level_label = 100 * greedy["value"], "greedy"
-    name = "-".join((m.run.folder.name, *m.where))
-    figure = chart(f"choosing-{name}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
+    figure = chart(f"choosing-{m.stem}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
     rows = rows_of("paired difference: {key} | points [95 %]: {x:points}", m.entry.get("differences", {}))
     caption = f"{m.run.shown}: paired differences between ways to choose an answer."
-    blocks = [figure, Table(f"differences-{name}", rows, caption)]
+    blocks = [figure, Table(f"differences-{m.stem}", rows, caption)]
     for verifier, gates in m.entry.get("gating", {}).items():
         rows = [row(GATE, gate) for gate in gates]
         blocks += say(UNTIL_SURE, name=verifier, m=m)
-        blocks.append(Table(f"gating-{name}-{verifier}", rows))
+        blocks.append(Table(f"gating-{m.stem}-{verifier}", rows))
     return blocks
 
 
@@ -317,8 +316,7 @@ def mistakes(m: Measurement) -> list[Block]:
             example = {"output": bad[0].get("prediction")} | bad[0] if bad else {}  # a class is no text
             values = {"kind": words, "answers": len(some), "wrong": len(bad), "example": example}
             rows.append(row(KIND, values | {"share": proportion(len(bad), len(answers))}))
-    name = "-".join(("errors", m.run.folder.name, *m.where))
-    table = Table(name, rows, f"Mistakes of {m.run.shown}, {m.place}.")
+    table = Table(f"errors-{m.stem}", rows, f"Mistakes of {m.run.shown}, {m.place}.")
     return [*say(WRONG, m=m, wrong=len(wrong), all=len(answers)), table] if answers else []
 
 
