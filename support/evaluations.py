@@ -115,17 +115,16 @@ def compare(results: dict[str, list[Result]]) -> list[str]:
     return lines
 
 
-def asked(result: Result) -> tuple:
-    """What two results must share to be compared item by item."""
-    return result.entry["task"], result.entry["split"], len(result.records)
-
-
 def paired(name: str, result: Result, other: str, before: list[Result]) -> list[str]:
     """A line, if the other model answered the same items, with the same number of shots or another."""
-    twins = [old for old in before if asked(old) == asked(result)]
-    if not twins or not result.records:
+    twin = None
+    for old in before:
+        same = all(old.entry[key] == result.entry[key] for key in ("task", "split"))
+        same_items = same and result.records and len(old.records) == len(result.records)
+        if same_items and (twin is None or old.name == result.name):
+            twin = old
+    if twin is None:
         return []
-    twin = next((old for old in twins if old.name == result.name), twins[0])
     measure = "correct" if "correct" in result.records[0] else "rougeL"
     if measure not in result.records[0]:  # answers of others, which are the same for all models
         return []
