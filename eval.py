@@ -74,6 +74,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -240,7 +241,6 @@ def reported_split(corpus: str) -> str:
 
 def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result:
     """One model on a task or a corpus. Raises TrainError if the model cannot do it."""
-    begun = time.perf_counter()
     if name not in TASKS and model.kind != "causal":
         raise TrainError("perplexity of a text is for decoders")
     items, entry = load_items(name, cfg)
@@ -257,7 +257,7 @@ def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result
     if cfg.contamination and (sources := trained_on(model.name)):
         found["contamination"] = contamination(texts, training_texts(sources), cfg.contamination)
         found["contamination"]["sources"] = [f"{kind} {source}" for kind, source, *_ in sources]
-    return Result(entry | found | {"seconds": round(time.perf_counter() - begun, 2)}, records)
+    return Result(entry | found, records)
 
 
 def evaluate_task(model: TextModel, name: str, examples: list[Example], shots: int, cfg: EvalConfig):
@@ -327,7 +327,6 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     The first k samples are what a budget of k would have drawn, so all curves share their samples and all
     differences are paired. Only `pass`, the oracle, looks at the true answer.
     """
-    begun = time.perf_counter()
     examples, entry = load_items(name, cfg)
     draw_from = partial(draw, model, name, entry["split"], examples)
     samples = draw_from(cfg.samples, cfg.temperature, cfg.seed)
@@ -335,23 +334,19 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
     errors = Counter(kind for record in records for kind in record["kinds"])
     entry |= choose(samples, verifiers, records, greedy.right[:, 0], calculator.right[:, 0])
-    entry |= {
-        "temperature": cfg.temperature,
-        "errors": {kind: errors[kind] for kind in KINDS if errors[kind]},
-        "seconds": round(time.perf_counter() - begun, 2),
-    }
+    found = {kind: errors[kind] for kind in KINDS if errors[kind]}
+    entry |= {"temperature": cfg.temperature, "errors": found}
     return Result(entry, records)
 
 
 def evaluate_solutions(name: str, cfg: EvalConfig, verifiers: list[Verifier]) -> Result:
     """Every way to choose among the labelled solutions of others to each problem."""
-    begun = time.perf_counter()
     samples = labelled(cfg.solutions)[-1]
     count = len(samples.examples)
     records = [{"text": e.text, "target": e.target} for e in samples.examples]
     entry = {"task": name, "split": "solutions", "shots": 0, "items": count, "of": count}
     entry |= {"data": {"source": cfg.solutions}} | choose(samples, verifiers, records)
-    return Result(entry | {"seconds": round(time.perf_counter() - begun, 2)}, records)
+    return Result(entry, records)
 
 
 def choose(samples: Samples, verifiers: list[Verifier], records: list[dict], *greedy: np.ndarray) -> dict:
@@ -408,7 +403,7 @@ def figures(ways: dict, numbers: np.ndarray, right: np.ndarray, *greedy: np.ndar
     metrics |= {f"{way} of {n}": curve[n] for way, curve in curves.items()}
     curves["pass"] = {}
     for k in budgets(n):
-        mean = float(np.mean([pass_at(k, n, int(correct)) for correct in right.sum(1)]))
+        mean = float(np.mean([pass_at(k, n, correct) for correct in right.sum(1)]))
         curves["pass"][k] = {"value": mean, "n": len(right)}
     differences = {}
     if greedy:
@@ -463,7 +458,10 @@ def evaluate_model(
     print(f"{name}: {model.n_parameters / 1e6:.1f}M parameters, {model.kind}{smoke}")
     results = []
 
-    def keep(result: Result) -> None:
+    def keep(measure: Callable[..., Result], *arguments) -> None:
+        begun = time.perf_counter()
+        result = measure(*arguments)
+        result.entry["seconds"] = round(time.perf_counter() - begun, 2)
         results.append(result)
         print(f"  {result.name}: {describe(result.entry)}", flush=True)
         write_result(results_folder(name, cfg.out), result, cfg.dtype, device)
@@ -476,15 +474,15 @@ def evaluate_model(
             paths = filter(None, cfg.verifier.split(","))
             verifiers = [Verifier.load(path, cfg.device, model) for path in paths]
             if cfg.solutions:
-                keep(evaluate_solutions(task, cfg, verifiers))
+                keep(evaluate_solutions, task, cfg, verifiers)
             else:
-                keep(evaluate_samples(model, task, cfg, verifiers))
+                keep(evaluate_samples, model, task, cfg, verifiers)
             continue
         if sampled:  # a base's samples hold no answers to choose among
             print(f"  {task}: {name} was taught no task, so it is asked greedily and not sampled")
         for n in shots if task in TASKS and TASKS[task].asks else [0]:
             try:
-                keep(evaluate(model, task, n, cfg))
+                keep(evaluate, model, task, n, cfg)
             except TrainError as error:
                 if model.kind == "causal":
                     raise
@@ -500,7 +498,6 @@ def evaluate_all(cfg: EvalConfig) -> None:
     device = pick_device(cfg.device)
     dtype = None if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)
     results = {}
-    answers = {}
     for name in cfg.models.split(","):
         if cfg.attention:
             model = load_for_attention(name, device, cfg.backend, cfg.context_length, dtype)
@@ -512,11 +509,12 @@ def evaluate_all(cfg: EvalConfig) -> None:
             results[name] = evaluate_model(name, cfg, device, dtype)
     for line in compare(results):
         print(line)
-    for name in results if cfg.battery else ():
-        model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
-        if model.kind == "causal":
-            answers[name] = follow_instructions(model, cfg.battery)
-    if results and (cfg.samples or cfg.battery):
+    if results and cfg.battery:
+        answers = {}
+        for name in results:
+            model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
+            if model.kind == "causal":
+                answers[name] = follow_instructions(model, cfg.battery)
         write_pipeline(Path(cfg.out) / "pipeline.json", answers)
 
 

@@ -35,6 +35,7 @@ from support.curves import loss_curves, overlaid, preferences
 from support.metrics import proportion
 from support.pages import Block, Sections, Table, Text, fill, percent, row, rows_of, say, shorten, write
 from support.results import METRICS, SMOKE, Comparison, Measurement, Records, Run, differing
+from support.runs import errors_for_users
 from support.tables import read_jsonl
 from tasks.mistakes import KINDS
 
@@ -60,7 +61,7 @@ where it says so.
 
 def stages(records: Records) -> list[Block]:
     """The life of the model, a row per run: its results on problems and texts, without examples."""
-    rows: dict[Path, dict] = {}
+    rows = {}  # folder: cells
     for m in records.measurements:
         for name, value in m.values.items():
             if not m.shots and (name in ("exact_match", "bits_per_byte") or m.sampled):
@@ -68,8 +69,9 @@ def stages(records: Records) -> list[Block]:
                 cells |= row("minutes of training: {seconds:minutes}", {"seconds": 0} | m.run.record)
                 cells[f"{m.task}: {METRICS.get(name, name)}"] = value
     for model, answers in records.battery.items():
+        run = records.run(model)
         right = sum(answer["correct"] for answer in answers)
-        cells = rows.setdefault(records.run(model).folder, {"model": records.run(model).shown})
+        cells = rows.setdefault(run.folder, {"model": run.shown})
         cells["instructions followed"] = percent(proportion(right, len(answers)))
     caption = "The life of the model, in percent of problems solved."
     return [*say(STAGES), Table("stages", list(rows.values()), caption)] if rows else []
@@ -155,7 +157,7 @@ def training(records: Records) -> list[Block]:
     rows = records.each(records.runs, trained)
     # A step whose loss was not finite has none.
     drawn = [run for run in records.runs if any("loss" in x for x in run.metrics)]
-    blocks: list[Block] = [Table("runs", rows, "What was trained.")]
+    blocks = [Table("runs", rows, "What was trained.")]
     if len(drawn) > CURVES:
         note = "Curves of the {most} newest of {n} runs; `report.py --compare=A,B` draws any."
         blocks += say(note, most=CURVES, n=len(drawn))
@@ -193,7 +195,7 @@ def samples_of(run: Run) -> list[Block]:
         lines = [x for x in read_jsonl(run.folder / f"{file}.jsonl") if "text" in x and "step" in x]
         steps = sorted({x["step"] for x in lines})
         kept = steps[:: -max(1, -(-len(steps) // COLUMNS))]
-        rows: dict[str, dict] = {}
+        rows = {}  # prompt: cells
         for x in sorted(lines, key=lambda x: x["step"]):
             if x["step"] in kept:
                 prompt = shorten(x.get("prompt", "")) or "(start of a text)"
@@ -207,7 +209,7 @@ def samples_of(run: Run) -> list[Block]:
 
 def battery(records: Records) -> list[Block]:
     """The same instructions by stage, from pipeline.json."""
-    rows: dict[str, dict] = {}
+    rows = {}  # instruction: cells
     for model, answers in records.battery.items():
         for x in answers[:12]:
             cells = row("asked: {asked:shorten} | expected: {meant:shorten}", x)
@@ -244,15 +246,14 @@ def chosen(m: Measurement) -> list[Block]:
     panel = Panel(curves, "answers per problem", "% right", f"{m.run.shown}, {m.task}", log="x", ticks=ticks)
     if greedy := m.entry["metrics"].get("exact_match"):
         panel.level, panel.level_label = 100 * greedy["value"], "greedy"
-    name = "-".join((m.run.folder.name, *m.where))
-    figure = chart(f"choosing-{name}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
+    figure = chart(f"choosing-{m.stem}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
     rows = rows_of("paired difference: {key} | points [95 %]: {x:points}", m.entry.get("differences", {}))
     caption = f"{m.run.shown}: paired differences between ways to choose an answer."
-    blocks = [figure, Table(f"differences-{name}", rows, caption)]
+    blocks = [figure, Table(f"differences-{m.stem}", rows, caption)]
     for verifier, gates in m.entry.get("gating", {}).items():
         rows = [row(GATE, gate) for gate in gates]
         blocks += say(UNTIL_SURE, name=verifier, m=m)
-        blocks.append(Table(f"gating-{name}-{verifier}", rows))
+        blocks.append(Table(f"gating-{m.stem}-{verifier}", rows))
     return blocks
 
 
@@ -274,7 +275,7 @@ def verified(run: Run) -> list[Block]:
     scores = {score: x for score, x in found.items() if isinstance(x, dict) and "auc_within" in x}
     blocks = [*say(VERIFIED, run=run, **found), Table(f"verifier-{run.folder.name}", rows_of(SCORE, scores))]
     calibration = found.get("calibration", {})
-    if bins := [x for x in calibration.get("bins", []) if x.get("n")]:
+    if bins := calibration.get("bins"):
         true = Line([0, 1], [0, 1], form=":", style={"color": GREY})
         lines = [true, line(bins, "said", "is", form="o-", color=BLUE)]
         panel = Panel(lines, "probability it says", "share that is right", run.shown)
@@ -315,8 +316,7 @@ def mistakes(m: Measurement) -> list[Block]:
             example = {"output": bad[0].get("prediction")} | bad[0] if bad else {}  # a class is no text
             values = {"kind": words, "answers": len(some), "wrong": len(bad), "example": example}
             rows.append(row(KIND, values | {"share": proportion(len(bad), len(answers))}))
-    name = "-".join(("errors", m.run.folder.name, *m.where))
-    table = Table(name, rows, f"Mistakes of {m.run.shown}, {m.place}.")
+    table = Table(f"errors-{m.stem}", rows, f"Mistakes of {m.run.shown}, {m.place}.")
     return [*say(WRONG, m=m, wrong=len(wrong), all=len(answers)), table] if answers else []
 
 
@@ -381,14 +381,14 @@ minus the first: {gap:+.4f}
 
 def comparison(folders: list[Path]) -> list[Block]:
     """Settings that differ, losses in one picture, the last difference and how much of it is noise."""
-    damaged: list[str] = []
+    damaged = []
     runs = {str(folder): Run(folder, folder.parent, damaged) for folder in folders}
     for run in runs.values():
         if not run.record:
             raise ConfigError(f"{run.folder} holds no run that can be read")
     differ = differing({name: run.settings for name, run in runs.items()})
     rows = [{"setting": key} | values for key, values in differ.items()]
-    blocks: list[Block] = [Text("No setting differs.")]
+    blocks = [Text("No setting differs.")]
     if rows:
         blocks = [Text("Settings that differ:"), Table("settings", rows)]
     losses = last_losses(runs)
@@ -401,7 +401,7 @@ def comparison(folders: list[Path]) -> list[Block]:
 
 def last_losses(runs: dict[str, Run]) -> list[dict]:
     """A row per group of runs that differ in nothing but the seed, with the spread of their last losses."""
-    groups: dict[str, dict] = {}  # settings: {seed: name}
+    groups = {}  # settings: {seed: name}
     for name, run in runs.items():
         if isinstance(run.last.get("val_loss"), int | float):
             groups.setdefault(settings_but_seed(run), {}).setdefault(run.settings.get("seed"), name)
@@ -472,7 +472,7 @@ def sections_of(records: Records, only: str = "") -> Sections:
 def make_report(cfg: ReportConfig) -> Path:
     """Writes the page, and unless it shows a part only, the log and the paper; returns the page's path."""
     home = Path(cfg.home)
-    to = Path(cfg.to) if cfg.to else home / "report"
+    to = Path(cfg.to or home / "report")
     if cfg.compare:
         folders = [Path(folder) for folder in cfg.compare.split(",") if folder]
         return write(to, "Modern LLM: report", {"Comparison": comparison(folders)})
@@ -491,10 +491,8 @@ def make_report(cfg: ReportConfig) -> Path:
 
 def main() -> None:
     cfg = parse_config(ReportConfig, __doc__)
-    try:
+    with errors_for_users():
         page = make_report(cfg)
-    except (ConfigError, OSError) as error:
-        raise SystemExit(f"report.py: {error}") from None
     print(f"wrote the page, its tables and figures to {page.parent}/", file=sys.stderr)
     print(page)
 

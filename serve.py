@@ -255,7 +255,7 @@ class RunRequest(BaseModel):
 
     def argv(self, out: Path) -> list[str]:
         """The command line. Raises ValueError for settings that cannot be changed here."""
-        if unknown := self.changes.keys() - {field.name for field in settings_of(self.stage)}:
+        if unknown := self.changes.keys() - settings_of(self.stage):
             raise ValueError(f"{self.stage}.py has no setting {unknown.pop()!r} that can be changed here")
         changes = {"name": self.name} if self.name else {}
         for name, value in configured(self.stage, self.config).items():

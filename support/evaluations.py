@@ -85,7 +85,7 @@ def describe(entry: dict) -> str:
         "left_out": entry["data"].get("left_out"),
         "limited": entry["of"] if entry["items"] < entry["of"] else None,
     }
-    for key in ("left_out", "majority_class", "cut", "shots_dropped"):
+    for key in ("left_out", "cut", "shots_dropped"):
         facts[key] = facts.get(key) or None  # none of it: not worth a note
     lines = [", ".join(figures), "; ".join(lines_of(NOTES, facts))]
     return "\n      ".join(lines + (samples_table(entry) if "samples" in entry else []))

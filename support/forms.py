@@ -2,7 +2,7 @@
 
 import importlib
 import runpy
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import get_type_hints
 
 from configs import ROOT, SCRIPTS, alternatives, field_comments, owner_of, read_file
@@ -16,9 +16,9 @@ def config_class(stage: str):
     return getattr(importlib.import_module(stage), SCRIPTS[stage])
 
 
-def settings_of(stage: str) -> list[Field]:
-    """Settings that the page may change."""
-    return [field for field in fields(config_class(stage)) if field.name not in NOT_HERE]
+def settings_of(stage: str) -> list[str]:
+    """Names of the settings that the page may change."""
+    return [field.name for field in fields(config_class(stage)) if field.name not in NOT_HERE]
 
 
 def configured(stage: str, config: str) -> dict:
@@ -35,9 +35,9 @@ def form(stage: str) -> dict:
     types = get_type_hints(Config)
     helps = field_comments(Config)
     groups = {}
-    for field in settings_of(stage):
-        title = owner_of(field.name, Config).__doc__.splitlines()[0]
-        about = {"name": field.name, "help": helps.get(field.name, ""), **kind_of(types[field.name])}
+    for name in settings_of(stage):
+        title = owner_of(name, Config).__doc__.splitlines()[0]
+        about = {"name": name, "help": helps.get(name, ""), **kind_of(types[name])}
         groups.setdefault(title, []).append(about)
     configs = {}
     for config in CONFIGS:

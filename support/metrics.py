@@ -28,20 +28,18 @@ def proportion(hits: int, n: int) -> dict:
     return {"value": p, "low": low, "high": high, "n": n}
 
 
-def bootstrap(
-    values, statistic: Callable = lambda sample: sample.mean(0), rounds: int = 2000, seed: int = 0
-) -> dict:
+def bootstrap(values, statistic: Callable = lambda sample: sample.mean(0), rounds: int = 2000) -> dict:
     """A statistic of `values` (n, ...), by default their mean, with its percentile bootstrap interval."""
     import numpy as np
 
     values = np.asarray(values)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(rounds)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return {"value": float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def paired_bootstrap(a, b, rounds: int = 10_000, seed: int = 0) -> dict:
+def paired_bootstrap(a, b) -> dict:
     """mean(a) - mean(b) of two systems on the same items; they differ if the interval excludes 0."""
     import numpy as np
 
@@ -49,7 +47,7 @@ def paired_bootstrap(a, b, rounds: int = 10_000, seed: int = 0) -> dict:
     b = np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"paired systems must have the same items: {len(a)} and {len(b)}")
-    return bootstrap(a - b, rounds=rounds, seed=seed)
+    return bootstrap(a - b, rounds=10_000)
 
 
 def macro_f1(labels_and_predictions) -> float:
@@ -119,13 +117,13 @@ def auc_within(labels, scores) -> dict:
     return bootstrap(each, rounds=500) if len(each) else {"value": math.nan, "n": 0}
 
 
-def calibration(labels, probabilities, bins: int = 10) -> dict:
-    """Expected calibration error (Guo et al., 2017) and what a reliability plot shows, bin by bin."""
+def calibration(labels, probabilities) -> dict:
+    """Expected calibration error (Guo et al., 2017) and what a reliability plot shows, in ten bins."""
     import numpy as np
 
     labels = np.asarray(labels, float)
     probabilities = np.asarray(probabilities, float)
-    bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
+    bin_of = np.minimum((probabilities * 10).astype(int), 9)
     found = []
     for b in np.unique(bin_of):
         inside = bin_of == b

@@ -9,9 +9,9 @@ import base64
 import csv
 import html
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from string import Formatter, Template
 
@@ -37,7 +37,7 @@ class Table:
 
     def lines(self) -> list[list[str]]:
         """The head, then a line of cells per row."""
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        columns = list(dict.fromkeys(chain(*self.rows)))
         cells = [[valid(str(row.get(column, ""))) for column in columns] for row in self.rows]
         return [columns, *cells]
 
@@ -53,10 +53,9 @@ Block = Text | Table | Figure
 Sections = dict[str, list[Block]]  # {heading: blocks}
 
 
-def blocks_of(sections: Sections, kind: type) -> Iterable:
+def blocks_of(sections: Sections, kind: type) -> list:
     """All blocks of one kind."""
-    for blocks in sections.values():
-        yield from (block for block in blocks if isinstance(block, kind))
+    return [block for block in chain(*sections.values()) if isinstance(block, kind)]
 
 
 # -----------------------------------------------------------------------------
@@ -141,8 +140,8 @@ def shorten(text: object) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
-FORMATS = {f.__name__: f for f in (interval, count, minutes, gib, shorten)}
-FORMATS |= {"percent": percent, "points": points, "difference": difference}
+FORMATS = dict(interval=interval, percent=percent, points=points, difference=difference)
+FORMATS |= dict(count=count, minutes=minutes, gib=gib, shorten=shorten)
 
 # -----------------------------------------------------------------------------
 # HTML

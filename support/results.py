@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 
@@ -85,8 +86,8 @@ class Run:
         self.damaged = [] if damaged is None else damaged
         self.lineage: list[Path] = []
         self.records: list[dict] = []
-        ancestor: Path | None = folder
-        while ancestor is not None and ancestor not in self.lineage:
+        ancestor = folder
+        while ancestor and ancestor not in self.lineage:
             self.lineage.append(ancestor)
             self.records.append(run_of(ancestor))
             ancestor = parent_of(self.records[-1], home)
@@ -117,9 +118,7 @@ class Run:
         for line in logged:
             if all(isinstance(line.get(key, 0), int | float) for key in LOGGED):
                 clock |= {key: line[key] for key in ("tokens", "seconds") if key in line}
-                line = clock | line
-                line["minutes"] = line.get("seconds", 0) / 60
-                lines.append(line)
+                lines.append(clock | line | {"minutes": clock.get("seconds", 0) / 60})
         if left_out := len(logged) - len(lines):
             self.damaged.append(f"{self.folder}/metrics.jsonl: {left_out} lines of the wrong types")
         return lines
@@ -172,7 +171,7 @@ def label(folder: Path, home: Path) -> str:
 def differing(settings: dict[str, dict]) -> dict[str, dict]:
     """{setting: {run: its value}} of the settings, beside the name, in which runs differ."""
     found = {}
-    for key in dict.fromkeys(key for some in settings.values() for key in some):
+    for key in dict.fromkeys(chain(*settings.values())):
         values = {run: some.get(key, "") for run, some in settings.items()}
         if key != "name" and len(set(map(json.dumps, values.values()))) > 1:
             found[key] = values
@@ -192,6 +191,7 @@ class Measurement:
         self.file = file
         self.where = self.task, self.split = (entry.get("task") or "", entry.get("split") or "")
         self.place = ", ".join(filter(None, self.where))
+        self.stem = "-".join((run.folder.name, *self.where))  # of the names of figures and tables
         self.items, self.shots, of = (int(entry.get(key) or 0) for key in ("items", "shots", "of"))
         self.smoke = bool(entry.get("smoke")) or run.smoke
         self.shown = f"{run.shown}, {self.place}"
@@ -205,7 +205,7 @@ class Measurement:
         self.notes = ", ".join(notes)
         self.numbers = {name: float(metric["value"]) for name, metric in entry["metrics"].items()}
         self.values = {name: value_of(name, metric) for name, metric in entry["metrics"].items()}
-        self.sampled = bool(entry.get("samples")) and "exact_match" in self.values  # answers of its own
+        self.sampled = entry.get("samples") and "exact_match" in self.values  # answers of its own
         # The metric used in comparisons.
         self.headline = next((name for name in HEADLINES if name in self.values), None)
 
@@ -221,7 +221,7 @@ def way_of(run: Run, entry: dict) -> str:
     """How a model came to its answers."""
     if entry.get("shots"):
         return f"prompted, {entry['shots']} examples"
-    task = run.record.get("task") or run.settings.get("task")
+    task = run.record.get("task")
     if run.stage == "finetune" and task == entry.get("task"):
         first = run.records[-1]
         rate = (first.get("settings") or {}).get("learning_rate")
@@ -238,7 +238,7 @@ def of_run(run: Run) -> list[Measurement]:
         found[f"{file}, {key}"] = (entry, answers)
     if own := run.record.get("evaluation"):
         items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
-        entry = {"task": run.record.get("task"), "shots": 0, "items": items} | own
+        entry = {"task": run.record.get("task"), "items": items} | own
         found[f"{run.folder}/run.json"] = (entry, run.folder / "predictions.jsonl")
     return each(found, lambda name: [Measurement(run, *found[name])], run.damaged)
 
@@ -275,7 +275,7 @@ def side_by_side(found: list[Measurement]) -> list[Comparison]:
     """A row for every model on every task and split, without examples in its prompt if that was measured."""
     # Of several measurements the one with the most examples, and on the most items, counts: the last.
     found = sorted((m for m in found if m.headline), key=lambda m: (m.where, m.shots, m.items))
-    rows: dict[tuple, Measurement] = {}
+    rows = {}  # (task, split), model: its measurement
     for m in found:
         if m.role != "from scratch" and m.shots == rows.setdefault((m.where, m.run.name), m).shots:
             rows[m.where, m.run.name] = m
@@ -284,7 +284,7 @@ def side_by_side(found: list[Measurement]) -> list[Comparison]:
 
 def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement]:
     """What a measurement is compared with, by role; "from scratch" with the same seed, if there is one."""
-    others: dict[str, Measurement] = {}
+    others = {}
     for other in found:
         if other.where != m.where or other.role == "after training":
             continue
@@ -320,8 +320,8 @@ class Records:
         self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
         self.measurements = self.each(every, of_run)
         self.comparisons = side_by_side(self.measurements)
-        battery = read_json_or_empty(home / "pipeline.json").get("battery")
-        self.battery = battery or {}  # answers to instructions
+        # Answers to instructions.
+        self.battery = read_json_or_empty(home / "pipeline.json").get("battery") or {}
         self.labs = self.each(sorted(home.glob("experiments/*/experiments.json")), read_lab)
         self.ledger = self.each(lines_of(home / "ledger.tsv"), spent)  # by run_all.sh
         self.plan = self.each(lines_of(home / "plan.tsv"), spent)
@@ -344,13 +344,12 @@ class Records:
 def read_lab(file: Path) -> list[dict]:
     """What experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
     found = read_json_or_empty(file)
-    found |= {"folder": file.parent, "quick": bool(found.get("quick"))}
+    about = {"folder": file.parent, "quick": bool(found.get("quick"))}
     experiments = {}
     for name, e in (found.get("experiments") or {}).items():
         if "bits_per_byte" in e:
-            about = {"name": name, "folder": file.parent, "quick": found["quick"]}
-            experiments[name] = {"difference": {}} | e | about
-    return [found | {"experiments": experiments}]
+            experiments[name] = {"difference": {}} | e | about | {"name": name}
+    return [found | about | {"experiments": experiments}]
 
 
 def lines_of(file: Path) -> list[str]:

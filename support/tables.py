@@ -8,9 +8,9 @@ import gzip
 import json
 import math
 import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 
@@ -40,7 +40,7 @@ def text_of(value, where: str) -> str | None:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if type(value) in (int, float):  # a bool is no number
         value = str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: should be text, but is {shortened(value)}")
@@ -55,9 +55,7 @@ def shortened(value) -> str:
 
 def columns_of(rows: Sequence[dict]) -> str:
     """The names of the columns of the first hundred rows, joined by commas."""
-    names: dict[str, None] = {}
-    for row in rows[:100]:
-        names |= dict.fromkeys(map(str, row))
+    names = dict.fromkeys(map(str, chain(*rows[:100])))
     return ", ".join(names) or "none"
 
 
@@ -86,10 +84,10 @@ def text_lines(path: str) -> Iterator[str]:
         raise DataError(f"{path}: {error.strerror or error}") from None
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file that this project wrote; [] if there is no such file."""
     try:
-        return json_lines(Path(path).read_bytes())
+        return json_lines(path.read_bytes())
     except OSError:
         return []
 
@@ -166,7 +164,7 @@ def _tab_separated(path: str) -> Iterator[dict]:
 
 
 def _comma_separated(path: str) -> Iterator[dict]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # by default 128 KB
+    csv.field_size_limit(2**31 - 1)  # by default 128 KB
     reader = csv.DictReader(text_lines(path), strict=True)
     try:
         for row in reader:
