@@ -22,7 +22,6 @@ out/experiments/CORPUS/experiments.json, and a summary to the terminal.
 from support.terminal import run_script
 
 import time
-from itertools import chain
 
 from configs import names_in, parse_config
 from lab.families import costs, gqa, moe, race, stream, transfer, transfer_runs
@@ -75,7 +74,7 @@ def chosen(only: str) -> dict[str, list[str]]:
 
 def names_of(families: dict[str, list[str]]) -> list[str]:
     """The experiments, the baseline first."""
-    return ["baseline", *chain.from_iterable(families.values())]
+    return sum(families.values(), ["baseline"])
 
 
 def plan(cfg: ExperimentConfig) -> list[Run]:
@@ -87,8 +86,11 @@ def plan(cfg: ExperimentConfig) -> list[Run]:
             flags = [f"--corpus={cfg.corpus}"]
             if cfg.quick:
                 c = settings_of([str(FOLDER / f"{name}.py")])
-                flags += [f"--max_steps={max(4, c.max_steps // 20)}", "--eval_every=0"]
-                flags += [f"--warmup_steps={min(2, c.warmup_steps)}"]
+                flags += [
+                    f"--max_steps={max(4, c.max_steps // 20)}",
+                    "--eval_every=0",
+                    f"--warmup_steps={min(2, c.warmup_steps)}",
+                ]
             runs.append(run_of(cfg, name, f"{name}.py", flags, seed))
     if "scaling" in families:
         runs += scaling_runs(cfg)

@@ -159,8 +159,12 @@ def race(cfg: ExperimentConfig, runs: list[Run]) -> dict:
         modern = read_run(run) if run.name == "modern" else None
         if not gpt or not modern:
             continue
-        entry = {"loss": gpt["val_loss"], "gpt_seconds": gpt["seconds"], "gpt_steps": gpt["steps"]}
-        entry["modern_loss"] = modern["val_loss"]
+        entry = {
+            "loss": gpt["val_loss"],
+            "gpt_seconds": gpt["seconds"],
+            "gpt_steps": gpt["steps"],
+            "modern_loss": modern["val_loss"],
+        }
         seconds = 0.0
         for line in read_jsonl(run.folder / "metrics.jsonl"):
             seconds = line.get("seconds", seconds)  # a line of an evaluation follows that of its step

@@ -27,7 +27,7 @@ from lab.plan import ON_HUB
 from model import ModelConfig
 from support.costs import GIB, estimate_flops, estimate_memory
 from support.files import write_json
-from support.hf_format import to_hf_config
+from support.hf_format import architecture
 from support.kernels import fastest_products, float32_products
 from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
 from support.plan import Step, fit_batch, memory_options, planned_model
@@ -189,7 +189,7 @@ def first_shape(cfg: HardwareConfig, device: torch.device) -> ModelConfig:
 def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Tokens a second of ours and of transformers' generate, same weights, shape of the first config."""
     c = first_shape(cfg, device)
-    if to_hf_config(c)["architectures"] != ["LlamaForCausalLM"]:
+    if architecture(c) != "llama":
         print("decoding: the first of --configs is no Llama, which is what is compared here")
         return []
     rows, new = (64, 256) if device.type == "cuda" else (16, 128)

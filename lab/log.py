@@ -4,6 +4,7 @@ Every sentence is computed from run.json, metrics.jsonl, results.json and experi
 difference whose 95 % interval excludes 0; smoke runs and quick runs of the lab produce none.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 from support.curves import overlaid
@@ -64,10 +65,10 @@ def of_sampling(m: Measurement) -> list[Block]:
 
 def task_advice(measured: list[Measurement]) -> list[Block]:
     """The best model of each task, among those measured on the most items."""
-    by_task: dict[str, list[Measurement]] = {}
+    by_task = defaultdict(list)
     for m in measured:
         if m.headline not in (None, "bits_per_byte") and not m.smoke:
-            by_task.setdefault(m.place, []).append(m)
+            by_task[m.place].append(m)
     blocks = []
     for some in by_task.values():
         best = max(some, key=lambda m: (m.items, m.numbers[m.headline]))

@@ -78,7 +78,6 @@ def images(name: str, caption: str, pictures: dict, across: int, labels: list[st
 
 def inside(name: str, run: Run, found: dict) -> Figure:
     """One text: how surprising each token was, and, where model.py computed it, who chose the next one."""
-    values = {"run": run} | found
     tokens = [token["text"] for token in found["tokens"]]
     panels = [bars("surprise, bits", tokens, [x["bits"] if x else 0 for x in found["surprise"]])]
     parts = found.get("parts") or {}
@@ -89,7 +88,7 @@ def inside(name: str, run: Run, found: dict) -> Figure:
         largest = sorted(parts["parts"], key=lambda part: -abs(part["value"]))[:12]
         names = [part["name"] for part in largest]
         panels.append(bars("contributions to its logit", names, [part["value"] for part in largest]))
-    return chart(name, " ".join(lines_of(SURPRISE + PARTS, values)), panels)
+    return chart(name, " ".join(lines_of(SURPRISE + PARTS, {"run": run} | found)), panels)
 
 
 def bars(title: str, labels: list[str], values: list[float]) -> Panel:
@@ -113,7 +112,7 @@ window, over four contexts: {key} | distinct 2: {distinct_2:.3f} | repeated 4: {
 loops: {loops:.3f} | topic: {topic:.3f} | perplexity of the end: {perplexity_of_the_end:.3f}
 example: {example:shorten}
 """
-JUMPS = "{name}: a text sixteen times as long as the context. Where a line jumps, the model fails."
+JUMPS = "a text sixteen times as long as the context. Where a line jumps, the model fails."
 
 
 def beyond(records: Records) -> list[Block]:
@@ -135,14 +134,15 @@ def streams(corpus: str, found: dict) -> list[Block]:
     for name, x in found.items():
         curves = [Line(list(ys), list(ys.values()), way, "o-") for way, ys in x["perplexity"].items()]
         panel = Panel(curves, "position in the text, in contexts", "perplexity", name, log="y")
-        caption = fill(JUMPS, {"name": name})
+        caption = f"{name}: {JUMPS}"
         blocks.append(chart(f"streams-{corpus}-{name}", caption, [panel], size=(6.4, 3.8)))
         rows = rows_of(CONTINUATION, x["continuations"])
         blocks.append(Table(f"continuations-{corpus}-{name}", rows))
         if endless := x.get("endless"):
-            sizes, rates = sorted(set(endless["cache_bytes"])), sorted(endless["tokens_per_second"])
-            texts = {"name": name, "bytes": " to ".join(f"{size:,}" for size in sizes)}
-            blocks += say(ENDLESS, **texts, tokens=endless["tokens"], slowest=rates[0], fastest=rates[-1])
+            sizes = [f"{size:,}" for size in sorted(set(endless["cache_bytes"]))]
+            rates = endless["tokens_per_second"]
+            values = {"name": name, "bytes": " to ".join(sizes), "tokens": endless["tokens"]}
+            blocks += say(ENDLESS, **values, slowest=min(rates), fastest=max(rates))
     return blocks
 
 
@@ -171,7 +171,7 @@ def one_lab(found: dict) -> list[Block]:
         return []
     values = found | {"mark": f" ({SMOKE})" * found["quick"]}
     caption = fill("Ablations on {corpus}, seeds: {seeds}{mark}", values)
-    blocks = [*say("**{corpus}**, seeds: {seeds}, {seconds:minutes} minutes{mark}.", **values)]
+    blocks = say("**{corpus}**, seeds: {seeds}, {seconds:minutes} minutes{mark}.", **values)
     blocks.append(Table(f"lab-{name}", rows_of(EXPERIMENT, experiments), caption))
     gaps = {key: e["difference"] for key, e in experiments.items() if "low" in e["difference"]}
     if gaps:
@@ -245,8 +245,10 @@ def scaling(name: str, found: dict) -> list[Block]:
     blocks = [chart(f"scaling-{name}", "Model sizes at equal FLOPs.", [panel], size=(6.4, 4))]
     blocks += say(SIZES, **found.get("sizes") or {}) + say(LAW, **found.get("law") or {})
     check = found.get("check") or {}
-    sizes = {"one more run, predicted": check | check.get("said", {})}
-    sizes["one more run, measured"] = check | check.get("came", {})
+    sizes = {
+        "one more run, predicted": check | check.get("said", {}),
+        "one more run, measured": check | check.get("came", {}),
+    }
     rows = [cells for cells in rows_of(SIZE, sizes) if cells["FLOPs"]]
     return blocks + ([*say(PREDICTED), Table(f"predicted-{name}", rows)] if rows else [])
 
@@ -280,8 +282,8 @@ BESIDE = ("decoding", "sampling", "lora")  # what is measured beside transformer
 
 def machine(records: Records) -> list[Block]:
     """What lab/hardware.py measured here, in hardware.json, and on other machines, in hardware-NAME.json."""
-    files = [records.home / "hardware.json", *sorted(records.home.glob("hardware-*.json"))]
-    files = [file for file in files if file.exists()]
+    home = records.home
+    files = [*home.glob("hardware.json"), *sorted(home.glob("hardware-*.json"))]
     return records.each(files, lambda file: one_machine(read_json_or_empty(file), files.index(file) + 1))
 
 

@@ -58,10 +58,7 @@ def race(
 
 def llama_twin(c: ModelConfig) -> LlamaForCausalLM:
     """transformers' Llama of this shape."""
-    keys = to_hf_config(c)
-    for key in ("architectures", "model_type", "dtype"):
-        keys.pop(key)
-    return LlamaForCausalLM(LlamaConfig(**keys))
+    return LlamaForCausalLM(LlamaConfig.from_dict(to_hf_config(c)))
 
 
 def paired_models(c: ModelConfig, new: int, **generation) -> tuple[ModernDecoderLM, LlamaForCausalLM]:
@@ -281,9 +278,13 @@ def tokenizers(corpus: str, rounds: int) -> dict[str, float]:
     def hugging_face() -> None:
         model = hf.Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-        options |= {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS}
-        model.train_from_iterator(texts, trainers.BpeTrainer(**options))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer)
 
     learners = {"tokenizers": hugging_face, "tokenizer.py": ours}
     race(f"learning {vocab_size:,} tokens", learners, megabytes, "MB/s", rounds, warmup=0)
@@ -292,9 +293,10 @@ def tokenizers(corpus: str, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         mine.save(folder)
         theirs = hf.Tokenizer.from_file(f"{folder}/tokenizer.json")
-    threads = {"num_threads": CORES}
     encoders = {
-        "tiktoken, a thread for each core": partial(mine.core.encode_ordinary_batch, texts, **threads),
+        "tiktoken, a thread for each core": partial(
+            mine.core.encode_ordinary_batch, texts, num_threads=CORES
+        ),
         "encode_batch": partial(mine.encode_batch, texts),
         "encode": partial(each, mine.encode, texts),
         "encode_plain": partial(each, mine.encode_plain, texts),

@@ -290,10 +290,10 @@ class Plan:
         tokens: float,
         length: int,
         held_out: float = 0.0,
-        overhead: float = TRAINING,
+        **more,
     ) -> Stage:
         """A stage that trains on so many rows and tokens an epoch from the weights of `start`, and reads
-        `held_out` tokens in each evaluation.
+        `held_out` tokens in each evaluation. `more`: other fields of the Stage.
         """
         c = self.model(start)
         self.models[f"{cfg.out}/{cfg.name}"] = c
@@ -312,9 +312,9 @@ class Plan:
             rows=cfg.batch_size,
             length=length,
             options=memory_options(cfg, self.on_gpu) | {"trained": adapter, "four_bit": cfg.load_in_4bit},
-            overhead=overhead,
             seconds=6.0 if cfg.lora_r else 0.0,  # importing PEFT
             megabytes=written(adapter or total, cfg) + 4e-6 * total * (start in ON_HUB),
+            **more,
         )
 
     def finetune(self, cfg: FinetuneConfig) -> Stage:
@@ -324,8 +324,10 @@ class Plan:
         held_out = held_out_rows(cfg, size) * size.tokens
         if classes and cfg.method == "lm":
             held_out *= classes
-        stage = self.adapt(cfg, cfg.model, rows, rows * size.tokens, 3 * size.tokens, held_out)
-        return replace(stage, samples=0.0 if classes else size.validation * size.answer)
+        samples = 0.0 if classes else size.validation * size.answer
+        return self.adapt(
+            cfg, cfg.model, rows, rows * size.tokens, 3 * size.tokens, held_out, samples=samples
+        )
 
     def sft(self, cfg: SFTConfig) -> Stage:
         tokens = held_out = 0
@@ -335,19 +337,19 @@ class Plan:
             tokens += rows * (size.tokens + 4)
             held_out += held_out_rows(cfg, size) * (size.tokens + 4)
         length = cfg.context_length or min(1024, self.model(cfg.model).context_length)
-        return self.adapt(cfg, cfg.model, tokens / length, tokens, length, held_out, PACKED)
+        return self.adapt(cfg, cfg.model, tokens / length, tokens, length, held_out, overhead=PACKED)
 
     def dpo(self, cfg: DPOConfig) -> Stage:
         task = cfg.data
         if task not in SIZES:
-            stage = self.adapt(cfg, cfg.model, PAIRS.train, 2 * PAIRS.train * PAIRS.tokens, length=512)
-            return replace(stage, note=f"{task}: {PAIRS.train:,} pairs of {PAIRS.tokens} tokens")
+            note = f"{task}: {PAIRS.train:,} pairs of {PAIRS.tokens} tokens"
+            return self.adapt(cfg, cfg.model, PAIRS.train, 2 * PAIRS.train * PAIRS.tokens, 512, note=note)
         size = SIZES[task]
-        answers = 1 if cfg.first_difference or cfg.method in ("rft", "sft") else 2  # of a pair
+        answers = 1 if cfg.first_difference or cfg.is_control else 2  # of a pair
         rows = 0.85 * cfg.problems  # some problems have no right answer
         tokens = answers * rows * size.tokens
         held_out = 4 * 0.4 * cfg.eval_examples * size.tokens
-        stage = self.adapt(cfg, cfg.model, rows, tokens, 2 * size.tokens, held_out, RIVALS)
+        stage = self.adapt(cfg, cfg.model, rows, tokens, 2 * size.tokens, held_out, overhead=RIVALS)
         samples = self.draw(cfg.model, task, "train", cfg.problems * cfg.n)
         samples += self.draw(cfg.model, task, "held out", cfg.eval_examples * (cfg.n + 1))  # and greedily
         return replace(stage, samples=samples, reads=stage.reads + tokens)
@@ -491,8 +493,9 @@ class Measured:
         """Continues 16 prompts n times each. On a CPU a large model generates fewer tokens, and one process
         per thread samples at the same time, which makes each slower than one alone.
         """
-        if str(c) in self.known:
-            return self.known[str(c)]
+        key = str(c)
+        if key in self.known:
+            return self.known[key]
         n = 16 if self.on_cpu else 64
         new = max(8, min(48, affordable(c, 2) // (16 * n))) if self.on_cpu else 48
         processes = torch.get_num_threads() if self.on_cpu else 1
@@ -506,8 +509,8 @@ class Measured:
 
         seconds()
         mean = fmean(on_all_cores(seconds, range(2 * processes), self.device))
-        self.known[str(c)] = TEXTS * mean / processes / (16 * n * new)
-        return self.known[str(c)]
+        self.known[key] = TEXTS * mean / processes / (16 * n * new)
+        return self.known[key]
 
 
 def affordable(c: ModelConfig, flops: int) -> int:
@@ -635,7 +638,7 @@ def main() -> None:
         where = f"{cpu_name()}, measured in {time.perf_counter() - begun:.0f} s"
         if gpu:
             where = f"{gpu}, by its data sheet"
-        print("\n".join([f"the plan, for {where}:", *table(stages)]))
+        print(f"the plan, for {where}:", *table(stages), sep="\n")
         if cfg.vram and max(stage.gib for stage in stages) > usable(cfg.vram):
             print(f"WARNING: more than the {usable(cfg.vram):.1f} GiB that a {cfg.vram:.0f} GB card leaves")
         if not (gpu or command):

@@ -38,8 +38,12 @@ def size_flags(layers: int, width: int, budget: float) -> list[str]:
     flops = estimate_flops(model_config(c)) * tokens_of(c) / c.max_steps
     steps = max(4, round(budget / flops))
     rate = c.learning_rate * math.sqrt(128 / width)
-    flags += [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}"]
-    return [*flags, f"--learning_rate={rate:.2g}"]
+    return [
+        *flags,
+        f"--max_steps={steps}",
+        f"--warmup_steps={max(1, steps // 20)}",
+        f"--learning_rate={rate:.2g}",
+    ]
 
 
 def tokens_of(c: TrainConfig) -> int:
@@ -67,14 +71,14 @@ def isoflop(points: list[dict]) -> list[dict]:
             continue
         size = np.log(column(some, "parameters"))
         loss = column(some, "loss")
-        least = int(loss.argmin())
+        least = loss.argmin()
         near = slice(least - 1, least + 2) if 0 < least < len(some) - 1 else slice(None)
         a, b, c = np.polyfit(size[near], loss[near], 2)
         at = -b / (2 * a) if a > 0 else math.nan
         entry = {"budget": budget, "inside": bool(size[0] <= at <= size[-1])}
         if entry["inside"]:
             tokens = math.exp(np.interp(at, size, np.log(column(some, "tokens"))))
-            lowest = float(c - b * b / (4 * a))
+            lowest = c - b * b / (4 * a)
             entry |= {"parameters": math.exp(at), "tokens": tokens, "loss": lowest}
         best.append(entry)
     return best
@@ -87,7 +91,7 @@ def fit_sizes(best: list[dict]) -> dict | None:
         return None
     budgets = np.log(column(inside, "budget"))
     exponent, start = np.polyfit(budgets, np.log(column(inside, "parameters")), 1)
-    return {"coefficient": math.exp(start), "exponent": float(exponent)}
+    return {"coefficient": math.exp(start), "exponent": exponent}
 
 
 def fit_law(points: list[dict]) -> dict | None:
@@ -107,10 +111,10 @@ def fit_law(points: list[dict]) -> dict | None:
         found = np.linalg.lstsq(columns, ones, rcond=None)[0]
         if (found < 0).any():
             found = np.insert(np.linalg.lstsq(columns[:, 1:], ones, rcond=None)[0], 0, 0.0)
-        error = float(np.sqrt(np.mean((columns @ found - 1) ** 2)))
+        error = np.sqrt(np.mean((columns @ found - 1) ** 2))
         if (found >= 0).all() and (best is None or error < best["error"]):
             E, A, B = found.tolist()
-            best = {"E": E, "A": A * N0**a, "B": B * D0**b, "a": float(a), "b": float(b), "error": error}
+            best = {"E": E, "A": A * N0**a, "B": B * D0**b, "a": a, "b": b, "error": error}
     return best
 
 
@@ -126,7 +130,7 @@ def best_use(law: dict, sizes: dict | None, flops: float, per_pair: float = 6.0)
         n = sizes["coefficient"] * flops ** sizes["exponent"]
     else:
         grid = np.geomspace(1e3, 1e12, 4000)
-        n = float(grid[loss_of(law, grid, flops / (per_pair * grid)).argmin()])
+        n = grid[loss_of(law, grid, flops / (per_pair * grid)).argmin()]
     tokens = flops / (per_pair * n)
     return {"parameters": n, "tokens": tokens, "loss": loss_of(law, n, tokens)}
 

@@ -46,7 +46,7 @@ class ExperimentConfig:
     @property
     def home(self) -> Path:
         text = re.sub(r"\W+", "_", self.corpus)
-        return Path(self.out) / "experiments" / (f"{text}-quick" if self.quick else text)
+        return Path(self.out) / "experiments" / (text + "-quick" * self.quick)
 
     @property
     def all_seeds(self) -> range:
@@ -79,8 +79,14 @@ def run_of(
 ) -> Run:
     """The run {home}/{name}-s{seed}; `config` is a file in configs/experiments."""
     folder = cfg.home / f"{name}-s{seed}"
-    words = [str(FOLDER / config), *flags, f"--device={cfg.device}"]
-    words += [f"--out={cfg.out}", f"--name={folder.relative_to(cfg.out)}", f"--seed={seed}"]
+    words = [
+        str(FOLDER / config),
+        *flags,
+        f"--device={cfg.device}",
+        f"--out={cfg.out}",
+        f"--name={folder.relative_to(cfg.out)}",
+        f"--seed={seed}",
+    ]
     if cfg.wandb:
         words.append(f"--wandb={cfg.wandb}")
     return Run(name, seed, folder, words, script)
@@ -244,12 +250,12 @@ STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.
 def spread(values: list[float]) -> dict:
     """Mean, standard deviation and, from two values on, the 95 % interval of the mean (Student's t)."""
     n = len(values)
-    found = {"mean": fmean(values), "n": n}
-    if n > 1:
-        found["sd"] = stdev(values)
-        half = STUDENT.get(n - 1, 1.96) * found["sd"] / math.sqrt(n)
-        found |= {"low": found["mean"] - half, "high": found["mean"] + half}
-    return found
+    mean = fmean(values)
+    if n == 1:
+        return {"mean": mean, "n": n}
+    sd = stdev(values)
+    half = STUDENT.get(n - 1, 1.96) * sd / math.sqrt(n)
+    return {"mean": mean, "n": n, "sd": sd, "low": mean - half, "high": mean + half}
 
 
 def verdict(difference: dict) -> str:
