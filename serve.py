@@ -57,7 +57,6 @@ from support.inside import look_inside
 from support.machine import pick_device
 from support.openai_api import AnyText, Chat, Completion, Job, check_ids, event
 from support.serving import Pool, use_cores
-from support.tables import valid
 from support.watching import STAGES, compare, describe, named_runs, pause, resume, start, summaries, tail
 
 MOST_STREAMS = 32  # open at a time
@@ -120,14 +119,15 @@ def lab_of(request: Request) -> Lab:
     return request.app.state.lab
 
 
-def lab_that_trains(request: Request) -> Lab:
-    lab = lab_of(request)
+AnyLab = Annotated[Lab, Depends(lab_of)]
+
+
+def lab_that_trains(lab: AnyLab) -> Lab:
     if not lab.may_train:
         raise Refused(403, "training from the page is off: start serve.py with --allow_training")
     return lab
 
 
-AnyLab = Annotated[Lab, Depends(lab_of)]
 TrainingLab = Annotated[Lab, Depends(lab_that_trains)]
 router = APIRouter()
 
@@ -175,13 +175,13 @@ async def answer(lab: Lab, request: Request, question: Completion | Chat):
 
 class TokenizeRequest(BaseModel):
     model: str
-    prompt: str
+    prompt: AnyText
 
 
 @router.post("/tokenize")
 def tokenize(lab: AnyLab, words: TokenizeRequest):
     model = lab.pool.get(words.model)
-    ids = model.encode(valid(words.prompt))
+    ids = model.encode(words.prompt)
     return {"tokens": ids, "count": len(ids), "max_model_len": model.context_length}
 
 

@@ -89,9 +89,9 @@ def head_scores(model: nn.Module, seed: int = 1, rows: int = 8, length: int = 32
     w = each.mean(1)  # mean over the rows
     t = torch.arange(1, 2 * length)
     second = torch.arange(length, 2 * length)
-    causal = not (each.triu(1) > 0).any()
+    causal = not each.triu(1).any()
     visible = t + 1.0 if causal else 2.0 * length + 0 * t
-    entropy = -each.clamp(min=1e-12).log().mul(each).sum(-1)
+    entropy = torch.special.entr(each).sum(-1)
     entropy = entropy[..., 1:] / visible.log()  # the first token sees itself alone
     return {
         "previous": w[..., t, t - 1].mean(-1),
@@ -161,8 +161,7 @@ def attention_map(model: TextModel, text: str, heads: list[tuple[str, int, int]]
     weights = attention_of_text(model, ids)
     found = {"tokens": [model.tokenizer.decode([i]) for i in ids], "heads": []}
     for score, i, j in heads:
-        about = {"most": score, "layer": i, "head": j, "weights": rounded(weights[i, j], 3)}
-        found["heads"].append(about)
+        found["heads"].append({"most": score, "layer": i, "head": j, "weights": rounded(weights[i, j], 3)})
     if model.kind == "causal":
         found["inside"] = look_inside(model, ids)
     return found

@@ -54,7 +54,7 @@ class RollingCache(KVCache):
             overflow = (new + 1 - self.slots).clamp(min=0)
             age = (slot - self.keep - overflow) % self.ring
             where = torch.where(slot < self.keep, slot, self.keep + age)  # (B, S): position of each slot
-            if not (c.sees_all and bool((self.length == self.length[0]).all())):
+            if not (c.sees_all and (self.length == self.length[0]).all()):
                 self.mask = self.visible(where)
         if c.positions == "rope":
             self.key_rope = rope_angles(where.unsqueeze(-2), c.head_dim, c.rope_theta, self.k[0].dtype)

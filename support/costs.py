@@ -11,8 +11,6 @@ GPU. Sizes are bytes an element: 2 for bfloat16, 4 for float32, which is taken t
 import math
 from dataclasses import dataclass
 
-import torch
-
 from model import ModelConfig
 
 GIB = 2**30
@@ -30,8 +28,7 @@ def count_parameters(c: ModelConfig) -> dict[str, int]:
     attention = 2 * d * c.head_dim * (c.n_heads + c.n_kv_heads)
     embedding = c.vocab_size * d
     norm = {"rms": 1, "layer": 2, "none": 0}[c.norm] * d
-    small = c.n_layers * 2 * norm
-    small += c.n_layers * c.n_heads * c.n_sinks
+    small = c.n_layers * (2 * norm + c.n_heads * c.n_sinks)
     if c.qk_norm:
         small += c.n_layers * 2 * c.head_dim
     if c.norm_position == "pre":
@@ -162,7 +159,7 @@ def estimate_memory(
         activations += copies + 4 * n["total"] if compiled else copies // c.n_layers
         backward += moe if experts else dense
     logits = c.vocab_size * min(4096, N)
-    loss = 4 * logits if compiled and half else 8 * logits
+    loss = (4 if compiled and half else 8) * logits
 
     learns = n["total"] if trained is None else trained
     frozen = 0 if trained is None else 4 * n["total"]
@@ -217,11 +214,10 @@ def config_of_hub(config) -> ModelConfig:
     def first(*names: str, default: int):
         return next((found for name in names if (found := getattr(config, name, None))), default)
 
-    layers = config.num_hidden_layers
     heads = first("num_attention_heads", default=1)  # Mamba has none
     return ModelConfig(
         config.vocab_size,
-        n_layers=layers + first("num_decoder_layers", default=0),
+        n_layers=config.num_hidden_layers + first("num_decoder_layers", default=0),
         d_model=config.hidden_size,
         n_heads=heads,
         n_kv_heads=first("num_key_value_heads", default=heads),
@@ -230,11 +226,6 @@ def config_of_hub(config) -> ModelConfig:
         ffn="swiglu" if first("hidden_act", default="") == "silu" else "gelu",
         positions="none",  # whatever they are, they take no memory
     )
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, in their present dtypes."""
-    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
 def kv_cache_bytes(c: ModelConfig, tokens: int, rows: int = 1, bytes_per_value: int = 2) -> int:
@@ -334,24 +325,21 @@ def generation_bytes(
     return int(max(before + prefill, full + max(step, copy)))
 
 
-def likelihood_bytes(
-    s: Shape, rows: int, length: int, columns: int = 0, size: int = 2, on_cpu: bool = False
-) -> int:
-    """Peak bytes, without the weights, of log-likelihoods of the last `columns` (0: all) of `length` tokens.
+def likelihood_bytes(s: Shape, rows: int, length: int, size: int = 2, on_cpu: bool = False) -> int:
+    """Peak bytes, without the weights, of log-likelihoods of (rows, length) tokens.
 
-    The logits of these columns exist as computed, in float32, and as float32 log-probabilities. A
-    classification head has none, but transformers keeps an unused cache. An encoder-decoder encodes `length`
-    tokens and decodes `columns`.
+    The logits of all tokens exist as computed, in float32, and as float32 log-probabilities. A
+    classification head has none, but transformers keeps an unused cache. An encoder-decoder encodes and
+    decodes `length` tokens.
     """
     c = s.c
-    columns = columns or length
     layer = activation_bytes(s, rows, length, size, on_cpu)
     if s.kind == "head":
         return layer + kv_cache_bytes(c, length, rows, size)
-    hidden = 2 * rows * length * c.d_model * size
-    each = size + 4 if size == 4 else size + 8
-    logits = rows * columns * c.vocab_size * each
+    N = rows * length
+    hidden = 2 * N * c.d_model * size
+    each = size + (4 if size == 4 else 8)
+    logits = N * c.vocab_size * each
     if s.kind == "seq2seq":  # a decoder layer also stores the encoder's keys and values
-        cross = rows * length * (c.d_model + 2 * c.n_heads * c.head_dim) * size
-        layer = max(layer, cross + activation_bytes(s, rows, columns, size))
+        layer += N * (c.d_model + 2 * c.n_heads * c.head_dim) * size
     return max(layer, hidden + logits)

@@ -34,7 +34,7 @@ def without_heads(model: ModernDecoderLM, off: Heads = ()) -> ModernDecoderLM:
     if not isinstance(model, ModernDecoderLM):
         raise ValueError("heads can be switched off only in models that model.py computes")
     c = model.config
-    weights = dict(model.state_dict())
+    weights = model.state_dict()
     for layer, head in set(off):
         if not (0 <= layer < c.n_layers and 0 <= head < c.n_heads):
             raise ValueError(f"no head {head} in layer {layer}: {c.n_layers} layers of {c.n_heads} heads")
@@ -60,12 +60,15 @@ class Trace:
 
 @torch.no_grad()
 def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
-    """One forward pass over ids (T) that also keeps the parts of the residual stream at `position`."""
+    """One forward pass over ids (T) that also keeps the parts of the residual stream at `position`.
+
+    The model computes in float32.
+    """
     model = without_heads(model)  # a twin, which is forgotten with its hooks
     residual, heads, ffn = [], [], []
 
     def keep(found: list):
-        return lambda layer, given, *result: found.append((result or given)[0][0, position].float())
+        return lambda layer, given, *result: found.append((result or given)[0][0, position])
 
     layers = model.model["layers"]
     layers[0].register_forward_pre_hook(keep(residual))
@@ -73,7 +76,7 @@ def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
         block.register_forward_hook(keep(residual))
         block.self_attn.o_proj.register_forward_pre_hook(keep(heads))
         block.mlp.register_forward_hook(keep(ffn))
-    logits = model(ids[None])[0].float()
+    logits = model(ids[None])[0]
     c = model.config
     read = torch.stack(heads).view(c.n_layers, c.n_heads, c.head_dim)
     return Trace(logits, torch.stack(residual), read, torch.stack(ffn))
@@ -84,9 +87,9 @@ def logit_lens(model: ModernDecoderLM, found: Trace) -> Tensor:
     """Logits (layers + 1, V) if the model stopped after the embedding, after block 1, ... (nostalgebraist,
     2020): the last norm and the head, applied to the residual stream of every layer.
     """
-    x = found.residual.to(model.head.dtype)
+    x = found.residual
     x = model.model["norm"](x) if "norm" in model.model else x
-    return F.linear(x, model.head).float()
+    return F.linear(x, model.head)
 
 
 @torch.no_grad()
@@ -108,18 +111,18 @@ def contributions(model: ModernDecoderLM, found: Trace, target: int) -> list[dic
         value = float(values.double() @ direction)
         parts.append({"name": name, "layer": layer, "head": head, "value": value})
 
-    if getattr(norm, "bias", None) is not None:  # it is added behind the norm's scale
-        add("final bias", norm.bias, c.n_layers)
+    if c.norm == "layer":
+        add("final bias", norm.bias, c.n_layers)  # it is added behind the norm's scale
+        stream = stream - stream.mean()
     if c.norm != "none":
-        centre = stream.mean() if c.norm == "layer" else 0
-        variance = (stream - centre).square().mean()
+        variance = stream.square().mean()
         direction = direction * norm.weight / (variance + c.norm_eps).sqrt()
     if c.norm == "layer":
         direction = direction - direction.mean()  # the norm subtracts the mean of each part
     add("embedding", found.residual[0], -1)
     for layer, block in enumerate(model.model["layers"]):
         out = block.self_attn.o_proj
-        for head, columns in enumerate(out.weight.float().split(c.head_dim, dim=1)):
+        for head, columns in enumerate(out.weight.split(c.head_dim, dim=1)):
             add(f"L{layer} H{head}", columns @ found.heads[layer, head], layer, head)
         if out.bias is not None:
             add(f"L{layer} bias", out.bias, layer)
@@ -160,8 +163,7 @@ def likeliest(logits: Tensor, names, most: int) -> list[dict]:
     p = logits.softmax(-1)
     found = []
     for i in logits.topk(min(most, len(logits))).indices.tolist():
-        token = {"id": i, "text": names(i), "p": float(p[i]), "logit": float(logits[i])}
-        found.append(token)
+        found.append({"id": i, "text": names(i), "p": float(p[i]), "logit": float(logits[i])})
     return found
 
 
@@ -254,10 +256,9 @@ def lens_table(model: ModernDecoderLM, found: Trace, names, target: int) -> list
     """A row for each layer: its likeliest next tokens, the probability of `target`, the stream's norm."""
     rows = []
     for layer, logits in enumerate(logit_lens(model, found)):
-        name = f"layer {layer - 1}" if layer else "embedding"
         row = {
             "layer": layer,
-            "name": name,
+            "name": f"layer {layer - 1}" if layer else "embedding",
             "top": top_of(logits, names),
             "target_p": float(logits.softmax(-1)[target]),
             "norm": float(found.residual[layer].norm()),

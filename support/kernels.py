@@ -72,7 +72,7 @@ def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) ->
     cut = [x.split(chunk, dim=-2) for x in (q, k, v)]
     for queries, keys, values in zip(*cut, strict=True):
         chunks.append((queries @ keys.mT).tril() @ values + queries @ past.to(q.dtype))
-        past = past + (keys.mT @ values).float()
+        past = past + keys.mT @ values
     y = torch.cat(chunks, dim=-2)
     return y[..., :-1] / y[..., -1:].clamp(min=1e-6)
 
@@ -333,10 +333,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden * grad_output, grad_weight, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -346,7 +345,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class Decoder(PLAIN["Decoder"]):
     """`model.Decoder` on weights laid out for it, with prompts read once, and steps compiled or recorded."""
 
-    def __init__(self, model, cache, draw, n=1, compile=False, record=False):
+    def __init__(self, model, cache, draw, n, compile, record):
         super().__init__(decoding_copy(model, compile), cache, draw, n)
         c = model.config
         rows = len(cache.length) * n

@@ -93,17 +93,13 @@ def by_position(losses: Tensor, T: int) -> dict[str, float]:
     return found
 
 
-def first_token_mass(model: ModernDecoderLM, ids: Tensor, first: int = 1) -> list[float]:
-    """The attention weight that each layer puts on the first tokens.
+def first_token_mass(model: ModernDecoderLM, ids: Tensor) -> list[float]:
+    """The attention weight that each layer puts on the first token.
 
     Mean over heads and over the queries of the second half. With learned sinks a row sums to less than 1.
     """
     half = ids.shape[1] // 2
-
-    def share(w: Tensor) -> Tensor:
-        return w[..., half:, :first].sum(-1).mean()
-
-    return attention_weights(model, ids, share).tolist()
+    return attention_weights(model, ids, lambda w: w[..., half:, 0].mean()).tolist()
 
 
 def liveliness(text: str, prompt: str) -> dict[str, float]:
@@ -135,8 +131,9 @@ def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoder
     """
     if model.config.positions == "learned":
         raise ValueError("learned positions end with the context: streams need RoPE, or no positions")
-    if T < 2 * max(KEPT):
-        raise ValueError(f"--context_length={T} is too short for streams: at least {2 * max(KEPT)} tokens")
+    least = 2 * max(KEPT)
+    if T < least:
+        raise ValueError(f"--context_length={T} is too short for streams: at least {least} tokens")
     found = {"perplexity": {}, "stretched to 4 contexts": {}, "continuations": {}}
     found["perplexity"]["full"] = by_position(full_attention(model, ids), T)
     if model.config.positions == "rope":

@@ -55,7 +55,6 @@ class Question(BaseModel):
     model: str
     stream: bool = False
     stream_options: dict = {}
-    max_tokens: int | None = Field(None, ge=0)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, le=10**9), AfterValidator(lambda k: max(0, k))] = 0
@@ -260,8 +259,11 @@ class Job:
             self.problem = question.problem()
         self.rows: list[Row] = []
         self.gone = threading.Event()  # the client is
-        name = question.id_prefix + uuid.uuid4().hex
-        self.head = {"id": name, "created": int(time.time()), "model": question.model}
+        self.head = {
+            "id": question.id_prefix + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": question.model,
+        }
         self.usage = self.verdict = None  # known when the answer is complete
 
     # ---- computing, in a thread
@@ -276,7 +278,7 @@ class Job:
                 begin = self.question.begin(self.model, i, ids)
             rows += [Row(self.question.stop, *begin) for _ in range(self.question.n)]
         self.rows = rows
-        self.generate(self.question, rows)
+        generate(self.model, self.prompts, self.question, rows, self.gone, turns)
         asked = sum(map(len, self.prompts))
         new = sum(len(row.ids) for row in rows)
         self.usage = {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}
@@ -284,14 +286,11 @@ class Job:
             return
         greedy = Row(self.question.stop)
         how = self.question.model_copy(update={"n": 1, "temperature": 0.0, "logprobs": None})
-        self.generate(how, [greedy])
+        generate(self.model, self.prompts, how, [greedy], self.gone, turns)
         problem, begun = self.problem
         answers = [begun + row.text for row in rows]
         with turns:
             self.verdict = rank_answers(self.verifier, problem, answers, begun + greedy.text)
-
-    def generate(self, how: Completion | Chat, rows: list[Row]) -> None:
-        generate(self.model, self.prompts, how, rows, self.gone, self.lab.pool.turns)
 
     async def ticks(self) -> AsyncIterator[None]:
         """Computes; yields every hundredth of a second. Leaving the loop stops the computation."""

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from support.costs import weight_bytes
 from support.guard import NotFound
 from support.inside import logits_of, token_text, without_heads
 from support.loading import is_adapter, load_model, load_tokenizer, resolve
@@ -76,12 +75,12 @@ class Pool:
     `turns` is the lock of all computation with them.
     """
 
-    def __init__(self, home: Path, device: torch.device, others: list[str], gib: float = 0.0):
+    def __init__(self, home: Path, device: torch.device, others: list[str], gib: float):
         self.home = home
         self.device = device
         self.others = others
         self.budget = int(gib * 2**30) or free_bytes(device) // 2
-        self.loaded: dict[tuple, tuple] = {}  # key: (state of the files, model, bytes); last used, last
+        self.loaded: dict[tuple, tuple] = {}  # folders: (state of the files, model, bytes); last used, last
         self.guard = threading.Lock()
         self.turns = Turns()
         for name in others:
@@ -116,7 +115,7 @@ class Pool:
                 model.model.to(model.dtype)
             return model, model.model
 
-        return self.cached((name,), load, folder)
+        return self.cached(name, load, folder)
 
     def verifier(self, name: str, generator: TextModel) -> Verifier:
         folder = named_runs(self.home).get(name)
@@ -127,19 +126,20 @@ class Pool:
             found = Verifier.load(folder, str(self.device), generator, keep=False)
             return found, found.model.model
 
-        return self.cached((name, generator.name), load, folder, generator.name)
+        return self.cached(name, load, folder, generator.name)
 
-    def cached(self, key: tuple, load: Callable[[], tuple], *folders: str | Path):
+    def cached(self, name: str, load: Callable[[], tuple], *folders: str | Path):
         """load() gives (object, module); called again when the weights in `folders` have changed."""
         state = [weights_of(folder) for folder in folders]
         if state[0][1] > self.budget:
-            raise TrainError(f"the weights of {key[0]} need more memory than models may take (--memory)")
+            raise TrainError(f"the weights of {name} need more memory than models may take (--memory)")
         with self.guard:
-            entry = self.loaded.pop(key, None)
+            entry = self.loaded.pop(folders, None)
             if entry is None or entry[0] != state:
                 found, module = load()
-                entry = state, found, weight_bytes(module)
-            self.loaded[key] = entry
+                tensors = [*module.parameters(), *module.buffers()]
+                entry = state, found, sum(t.nbytes for t in tensors)
+            self.loaded[folders] = entry
             sizes = [size for *_, size in self.loaded.values()]
             while len(sizes) > 1 and sum(sizes) > self.budget:
                 del self.loaded[next(iter(self.loaded))], sizes[0]
@@ -167,14 +167,19 @@ def about(name: str, folder: str, written: float) -> dict:
     run = source.run
     chat = run.get("chat") if run else source.is_chat(load_tokenizer(folder, ours=False))
     config = source.config
-    meta = {
-        "kind": source.kind,
-        "chat": bool(chat),
-        "checkpoint": Path(folder).parent.name == "checkpoints",
-        "context_length": config.get("max_position_embeddings") or config.get("n_positions"),
-        "stage": run.get("stage"),
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(written),
+        "owned_by": "modern-llm",
+        "meta": {
+            "kind": source.kind,
+            "chat": bool(chat),
+            "checkpoint": Path(folder).parent.name == "checkpoints",
+            "context_length": config.get("max_position_embeddings") or config.get("n_positions"),
+            "stage": run.get("stage"),
+        },
     }
-    return {"id": name, "object": "model", "created": int(written), "owned_by": "modern-llm", "meta": meta}
 
 
 # -----------------------------------------------------------------------------
@@ -342,7 +347,6 @@ def characters(entry: dict) -> int:
     return 0 if entry["token"].startswith("bytes:") or not entry["bytes"] else len(entry["token"])
 
 
-@torch.no_grad()
 def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
     """`token_entry` of every token of a prompt given those before it; the first one's logprob is None."""
     log_p = logits_of(model.model, ids, model.device).log_softmax(-1)

@@ -158,11 +158,10 @@ def results_table(folder: Path, home: Path) -> dict:
     """Every measurement of a run and its checkpoints, with its interval."""
     rows = []
     for found in Records(home).measurements:
-        entry = found.entry
         if found.file.resolve().is_relative_to(folder.resolve()):
-            where = f"{entry.get('task')} ({entry.get('split', '')})"
+            where = f"{found.task} ({found.split})"
             values = [f"{METRICS.get(key, key)} {value}" for key, value in found.values.items()]
-            rows.append([where, found.way, entry.get("items"), "; ".join(values), found.notes])
+            rows.append([where, found.way, found.items, "; ".join(values), found.notes])
     return {"head": ["task", "how", "items", "values [95 % interval]", ""], "rows": rows}
 
 
@@ -251,10 +250,9 @@ def resume(home: Path, name: str, folder: Path) -> None:
     run = run_of(folder)
     if (state := state_of(run, locked(folder))) in ("running", "finished"):
         raise TrainError(f"{name} is {state}")
-    words = shlex.split(str(run.get("command")))
-    _, script, *flags = [*words, ""]
+    script, *flags = shlex.split(str(run.get("command")))[1:] or [""]
     stage = Path(script).stem
     if stage not in STAGES:
         raise TrainError(f"run.json of {name} has no command that can be resumed")
-    flags = [word for word in flags if word and not word.startswith(("--overwrite", "--out="))]
+    flags = [word for word in flags if not word.startswith(("--overwrite", "--out="))]
     start(home, name, stage, [*flags, f"--out={home}"])

@@ -168,7 +168,6 @@ def test_an_endless_stream_has_a_cache_of_constant_size(model):
     assert set(found["cache_bytes"]) == {2 * 2 * 2 * 16 * 8 * 4}  # k, v; layers, heads, slots, width, bytes
     ids = torch.randint(0, 40, (2, 16))
     assert all(0 < share < 1 for share in first_token_mass(model, ids))
-    assert first_token_mass(model, ids, first=16) == pytest.approx([1, 1])
 
 
 # -----------------------------------------------------------------------------
