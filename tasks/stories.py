@@ -28,8 +28,10 @@ HOUSES = "a small white house|a yellow house|a little stone house|a house with a
 DENS = """rabbit:a warm burrow|mouse:a snug little hole|bear:a dry cave|fox:a deep den|
 hedgehog:a nest of leaves|squirrel:a hollow tree|badger:a wide burrow|otter:a den of roots"""
 DENS = dict(animal.strip().split(":") for animal in DENS.split("|"))  # where an animal lives
-NEAR = "by the sea|near the old mill|at the edge of the wood|on top of a hill|beside a stream"
-NEAR = f"{NEAR}|at the end of a long road|behind the market|near a little bridge".split("|")
+NEAR = (
+    "by the sea|near the old mill|at the edge of the wood|on top of a hill|beside a stream|"
+    "at the end of a long road|behind the market|near a little bridge"
+).split("|")
 HABITS = """loved to sing / sang about it until {he} fell asleep
 loved to draw / drew a picture of it all and hung it over the bed
 loved to dance / danced three times around the kitchen table
@@ -89,7 +91,7 @@ def _cast(rng: random.Random) -> Slots:
         hands="paws" if animals else "hands",
     )
     for prefix, pronoun in (("", he), ("f_", f_he), ("e_", ELDERS[elder])):
-        for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
+        for slot, word in zip(PRONOUNS["he"], PRONOUNS[pronoun], strict=True):
             slots[prefix + slot] = word
     habit, callback = pick(rng, HABITS)
     slots.update(habit=fill(rng, habit, slots), callback=fill(rng, callback, slots))
@@ -154,11 +156,11 @@ def told(split: str, n: int) -> Iterator[dict]:
     """
     parts = (text.split("\n", 1) for text in storyworld(split))
     fitting = ({"opening": a, "rest": b} for a, b in parts if max(map(len, (a.split(), b.split()))) <= 75)
-    yield from islice(fitting, n or None)
+    return islice(fitting, n or None)
 
 
 PEOPLE = dict.fromkeys(GIRLS, "she") | dict.fromkeys(BOYS, "he") | ELDERS
-GROUPS = GIRLS, BOYS, list(ELDERS)  # a story has one of each at most
+GROUPS = GIRLS, BOYS, ELDERS  # a story has one of each at most
 GENDER_OF = {word: he for he, words in PRONOUNS.items() for word in words}
 GENDER_OF |= {"mother": "she", "giant": "he"}  # of a lost animal; in a tale within a story
 WORD = re.compile(r"Aunt Rose|Uncle Ned|\w+")
@@ -207,12 +209,12 @@ def faults(text: str) -> list[str]:
     finds no fault.
     """
     words = WORD.findall(text)
-    named = list(dict.fromkeys(word for word in words if word in PEOPLE))
+    named = [word for word in words if word in PEOPLE]
     hero = next((name for name in named if name not in ELDERS), None)
     kind = next((word for word in words if word in ("girl", "boy")), None)
     found = {
         "person": any(len({*named} & {*group}) > 1 for group in GROUPS),
-        "kind": hero is None or kind not in (None, "girl" if PEOPLE[hero] == "she" else "boy"),
+        "kind": hero is None or kind not in (None, "girl" if hero in GIRLS else "boy"),
         "pronoun": _wrong_pronoun(words),
         "fact": any(_is_mixed(text, *draw) for draw in _draws()),
     }
