@@ -202,9 +202,9 @@ def has_own_lora(source: Source, cfg: AdaptConfig) -> bool:
         return False
     if source.adapter and not is_plain_lora(source.adapter):
         return False
-    names = [name.strip().rpartition(".")[2] for name in cfg.lora_targets.split(",")]
+    names = {name.strip().rpartition(".")[2] for name in cfg.lora_targets.split(",")}
     known = source.config.get("model_type") in ("llama", "mistral", "qwen3")
-    return known and not source.why_not_ours() and {*names} <= {"", *LORA_TARGETS["llama"]}
+    return known and not source.why_not_ours() and names <= {"", *LORA_TARGETS["llama"]}
 
 
 # -----------------------------------------------------------------------------
