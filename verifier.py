@@ -622,8 +622,10 @@ def train_model(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_
     """Trains the channel or the head; returns run.json."""
     data = (HeadTraining if cfg.kind == "head" else ChannelTraining)(cfg, generator, learn, held_out)
     about = {"verifier": cfg.kind, "data": {"train": about | data.counts}} | data.about
-    how = data.options | {"loss": data.loss, "evaluate": data.evaluate, "tokenizer": data.model.tokenizer}
-    trainer = FineTuner(cfg, data.model, data, data.tokens, about, **how)
+    trainer = FineTuner(
+        cfg, data.model, data, data.tokens, about,
+        loss=data.loss, evaluate=data.evaluate, tokenizer=data.model.tokenizer, **data.options,
+    )  # fmt: skip
     trainer.say(f"{trainer.folder}: {cfg.kind}, {data.counts}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 
