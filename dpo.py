@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import parse_config
-from data import TASKS, Example, judge, load_task, refuse_overlap, talk
+from data import TASKS, Example, checkable, judge, load_task, refuse_overlap, talk
 from finetune import (
     AdaptConfig,
     FineTuner,
@@ -114,8 +114,8 @@ def preference_loss(cfg: DPOConfig, chosen: Tensor, rejected: Tensor, reference:
 
 
 def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Tensor]:
-    """log p of one or more tensors of targets (B, K), by `collate`, for ids (B, T), from one forward pass;
-    0 where a target is -100. No more is computed than the first tensor asks for.
+    """log p of one or more tensors of targets (B, K), as `collate` makes them for ids (B, T), from one
+    forward pass; 0 where a target is -100. No more is computed than the first tensor asks for.
     """
     asked = targets[0] != -100
     logits = target_logits(model, "causal", ids, None, targets[0])[asked].float()  # (asked, V)
@@ -203,8 +203,8 @@ def log_probs(model: TextModel, pairs: list[Pair], whole: bool, mean: bool = Fal
 def make_pairs(model: TextModel, cfg: DPOConfig) -> tuple[list[Pair], list[Pair], list[Example], dict]:
     """Training pairs, validation pairs, validation problems (on policy), and the sources for run.json."""
     problems = []
-    if task := TASKS.get(cfg.data):
-        if task.metric != "exact_match":
+    if cfg.data in TASKS:
+        if not checkable(cfg.data):
             raise TrainError(
                 f"answers to {cfg.data} cannot be checked: take arithmetic, gsm8k, or a data set of pairs"
             )
@@ -212,7 +212,6 @@ def make_pairs(model: TextModel, cfg: DPOConfig) -> tuple[list[Pair], list[Pair]
         problems = subsample(load_task(cfg.data, "validation")[0], cfg.eval_examples, 0)
         test, _ = load_task(cfg.data, "test")
         refuse_overlap((e.text for e in train), (e.text for e in test), cfg.data)
-        model.model.eval()
         pairs, counts = on_policy(model, cfg, "train", train)
         val_pairs, val_counts = on_policy(model, cfg, "validation", problems)
         val_pairs = [pair for pair in val_pairs if pair.rejected is not None]
@@ -316,7 +315,7 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
         }
         if final and int(os.environ.get("RANK", 0)) == 0:
             wrong = [i for i in margins.argsort(kind="stable") if margins[i] <= 0]  # the worst first
-            file = Path(cfg.out) / cfg.name / "violations.jsonl"
+            file = run_folder(cfg) / "violations.jsonl"
             write_pairs(file, [pairs[i] for i in wrong], margin=margins[wrong].tolist())
         if final and problems:
             outputs, _ = answer_task(model, cfg.data, problems)
@@ -345,7 +344,7 @@ def train_round(cfg: DPOConfig) -> dict:
         write_pairs(folder / "pairs.jsonl", pairs)
         write_answers(folder / "answers.jsonl", pairs)
 
-    tokens = float(np.mean([pair.length for pair in pairs])) * (1 + whole)  # whole: both answers are read
+    tokens = np.mean([pair.length for pair in pairs]) * (1 + whole)  # whole: both answers are read
     trainer = FineTuner(
         cfg, model, data, tokens, about, loss=partial(dpo_loss, cfg), evaluate=evaluate,
         tokenizer=model.tokenizer, tokens_per_row=1, on_begin=write_files,

@@ -141,12 +141,11 @@ class LoRA(nn.Module):
     def merged(self) -> nn.Linear:
         """The same function as one matrix, W + (alpha / r) B A."""
         W = self.base_layer.weight
-        bias = self.base_layer.bias
-        layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta")
+        layer = nn.Linear(W.shape[1], W.shape[0], device="meta")
         with torch.autocast(W.device.type, enabled=False):
             correction = self.scale * self.lora_B.weight @ self.lora_A.weight
         layer.weight = nn.Parameter((W + correction).to(W.dtype))
-        layer.bias = bias
+        layer.bias = self.base_layer.bias  # None if it has none
         return layer
 
 
@@ -160,7 +159,7 @@ class Adapter:
         self.config = lora_config(cfg, "causal", targets, base_model_name_or_path=base, inference_mode=True)
         self.model = model.requires_grad_(False)
         self.layers = {}
-        for name, layer in list(model.named_modules()):
+        for name, layer in model.named_modules():
             if is_target(name, targets):
                 self.layers[name] = LoRA(layer, cfg.lora_r, self.config.lora_alpha, cfg.lora_dropout)
         self.put(self.layers)
@@ -203,9 +202,9 @@ def has_own_lora(source: Source, cfg: AdaptConfig) -> bool:
         return False
     if source.adapter and not is_plain_lora(source.adapter):
         return False
-    names = [name.strip().rpartition(".")[2] for name in cfg.lora_targets.split(",")]
+    names = {name.strip().rpartition(".")[2] for name in cfg.lora_targets.split(",")}
     known = source.config.get("model_type") in ("llama", "mistral", "qwen3")
-    return known and not source.why_not_ours() and {*names} <= {"", *LORA_TARGETS["llama"]}
+    return known and not source.why_not_ours() and names <= {"", *LORA_TARGETS["llama"]}
 
 
 # -----------------------------------------------------------------------------
@@ -229,10 +228,10 @@ def build_model(
     frozen = cfg.lora_r and device.type == "cuda"
     how = {"dtype": pick_dtype(cfg.dtype, device) if frozen else torch.float32}
     how = four_bit(device) if cfg.load_in_4bit else how
-    further = ours and bool(source.adapter)  # our own LoRA goes on with the adapter's numbers
+    further = ours and source.adapter  # our own LoRA goes on with the adapter's numbers
     if further:
         refuse_changed_base(source)
-        model = load_network(replace(source, name=source.base, adapter={}), ours)
+        model = ModernDecoderLM.from_pretrained(source.base)
     else:
         model = load_network(source, ours, labels, True, **how)
         if source.adapter:
@@ -256,9 +255,8 @@ def build_model(
         model = add_peft_lora(model, cfg, source.kind, new_tokens)
     if not cfg.load_in_4bit:
         model = model.to(device)
-    limit = cfg.context_length or 1024
     chat = align or source.is_chat(tokenizer)
-    found = TextModel(model, tokenizer, source.kind, cfg.model, limit, chat, adapter)
+    found = TextModel(model, tokenizer, source.kind, cfg.model, cfg.context_length or 1024, chat, adapter)
     found.dtype = dtype_for(cfg.dtype, model, device)
     return found
 
@@ -405,7 +403,7 @@ class FineTuner(Trainer):
         smoke = 0 < cfg.max_steps < all_steps or is_smoke(cfg.model)  # cut short, or a child of such a run
         cfg.max_steps = cfg.max_steps or all_steps
         about = origin(cfg.model) | {"chat": text_model.chat, "smoke": smoke} | about
-        about["data"] = about["data"] | {"tokenizer": text_model.tokenizer.hash}
+        about["data"]["tokenizer"] = text_model.tokenizer.hash
         per_parameter = 4 if cfg.lora_r else 6  # frozen weights need no gradient
         usual = {
             "tokens_per_row": max(1, round(tokens)),
@@ -481,7 +479,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     if model.kind == "head":
         names = model.model.config.id2label
         about["labels"] = [str(names[i]) for i in sorted(names)]
-    tokens = float(batches.lengths.mean())
+    tokens = batches.lengths.mean()
     trainer = FineTuner(
         cfg, model, batches, tokens, about,
         loss=loss, evaluate=evaluate, sample=None if task.labels else sample,

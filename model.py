@@ -631,9 +631,10 @@ class ModernDecoderLM(nn.Module):
         if max_new_tokens < 1:
             return [[] for _ in range(len(prompts) * n)]
         cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
-        hooks = {"ends": ends, "stream": stream, "force": force, "adjust": adjust}
-        where = (self.device, self.config.vocab_size)
-        texts = Texts(prompts, n, max_new_tokens, seed, stop_tokens, options, *where, **hooks)
+        texts = Texts(
+            prompts, n, max_new_tokens, seed, stop_tokens, options, self.device, self.config.vocab_size,
+            ends=ends, stream=stream, force=force, adjust=adjust,
+        )  # fmt: skip
         decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
         token = texts.draw(decoder.prefill(prompts), texts.uniforms[:, 0])
         for step in range(1, max_new_tokens + 1):
@@ -696,7 +697,7 @@ class Texts:
 
     def __init__(
         self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,
-        vocab_size: int, ends=None, stream=None, force=None, adjust=None,
+        vocab_size: int, ends, stream, force, adjust,
     ):  # fmt: skip
         rows = len(prompts) * n
         seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
@@ -808,8 +809,7 @@ class KVCache:
         even = bool((start == start[0]).all())
         self.block = int(start[0]) if even else None
         new = torch.arange(T, device=self.device)
-        self.positions = new + (self.block if even else start.to(self.device).unsqueeze(1))
-        self.write = self.positions
+        self.positions = self.write = new + (self.block if even else start.to(self.device).unsqueeze(1))
         all_visible = empty or (even and T == 1 and self.config.sees_all)
         self.mask = None if all_visible else self.visible(torch.arange(self.read, device=self.device))
 
@@ -875,7 +875,7 @@ class Decoder:
         return self.draw(self.step(token.unsqueeze(1)), uniform, token)
 
     def shrink(self, left: list[int]) -> list[int]:
-        """Drops the rows that have ended, once they are an eighth; returns those left, or [] for "all"."""
+        """Drops the rows that have ended once they are an eighth of all; returns those left, [] for "all"."""
         if len(left) > len(self.cache.length) * 7 / 8:
             return []
         self.cache.select(torch.tensor(left, device=self.cache.device))

@@ -278,19 +278,19 @@ def sft(cfg: SFTConfig) -> dict:
             "--context_length or --eval_examples"
         )
     packing = cfg.packing and can_pack(model)
-    room = model.context_length
-    data = PackedSet(sources, rows_per_step(cfg), room, cfg.seed, model.pad, packing)
-    bins = [[i] for i in range(len(val_rows))]
+    data = PackedSet(sources, rows_per_step(cfg), model.context_length, cfg.seed, model.pad, packing)
+    val_bins = [[row] for row in val_rows]
     if packing:
-        bins = pack([len(ids) for ids, _ in val_rows], np.arange(len(val_rows)), room)
-    val_bins = [[val_rows[i] for i in members] for members in bins]
+        bins = pack([len(ids) for ids, _ in val_rows], np.arange(len(val_rows)), model.context_length)
+        val_bins = [[val_rows[i] for i in members] for members in bins]
 
     def evaluate(_net, _final):
         return {"val_loss": mean_loss(model, val_bins, cfg.batch_size)}
 
     tokens = data.lengths.sum() / len(data.items)  # a row
-    how = {"loss": conversation_loss, "evaluate": evaluate, "tokenizer": model.tokenizer}
-    trainer = FineTuner(cfg, model, data, tokens, about, **how)
+    trainer = FineTuner(
+        cfg, model, data, tokens, about, loss=conversation_loss, evaluate=evaluate, tokenizer=model.tokenizer
+    )
     trainer.say(
         f"{trainer.folder}: {cfg.model} on {len(data.rows):,} conversations of {cfg.data}; {cfg.max_steps} "
         f"steps of {data.per_step} rows of {tokens:.0f} tokens"

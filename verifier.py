@@ -169,7 +169,7 @@ class Verifier:
         lengths = [len(self.generator.encode(problem)) for problem in problems]
         return np.stack([*terms.T, np.ones(len(terms)), lengths], axis=1)
 
-    def terms(self, problems: list[str], answers: list[str], progress: str = "") -> np.ndarray:
+    def terms(self, problems: list[str], answers: list[str], progress: str) -> np.ndarray:
         """(n, 2) log p(answer | problem) under the generator, and what the verifier adds: log p(problem |
         answer), or the head's logit. The same answer is read once; `keep`: what was read stays on disk.
         """
@@ -253,6 +253,7 @@ class ChannelTraining(TrainingSet):
 
     def __init__(self, cfg: VerifierConfig, generator: TextModel, learn: Samples, held_out: Samples):
         self.cfg = cfg
+        self.loss = partial(channel_loss, contrast=cfg.contrast)
         self.model = chat_model(replace(cfg, model=cfg.start))
         if self.model.tokenizer.hash != generator.tokenizer.hash:
             raise TrainError(
@@ -265,7 +266,7 @@ class ChannelTraining(TrainingSet):
         self.examples = solutions + (contrasted * cfg.repeats or answers)  # (right, [wrong, ...])
         right = [row for row, _ in self.examples]
         super().__init__(right, rows_per_step(cfg), cfg.seed, "causal", self.model.pad)
-        self.tokens = float(self.lengths.mean())
+        self.tokens = self.lengths.mean()
         self.held_out = self.solutions(held_out.examples)
         self.counts = {"answers": len(right), "gold": len(gold), "contrasted": len(contrasted)}
         self.about = {"start_hash": weights_hash(cfg.start)}
@@ -299,9 +300,6 @@ class ChannelTraining(TrainingSet):
                 contrast.append(drawn)
                 places.append(at)
         return *collate(rows + contrast, "causal", self.pad), torch.tensor(places, dtype=torch.long)
-
-    def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return channel_loss(net, *tensors, self.cfg.contrast)
 
     def evaluate(self, _net, _final) -> dict:
         tokens = sum(len(predicted) for _, predicted in self.held_out)
@@ -344,7 +342,6 @@ class ValueHead(nn.Module):
         self.tokenizer = text_model.tokenizer
         self.chat = text_model.chat
         self.name = text_model.name
-        self.context_length = text_model.context_length
         self.lm = text_model.model
         self.value = nn.Linear(self.lm.config.d_model if text_model.ours else self.lm.config.hidden_size, 1)
         nn.init.zeros_(self.value.weight)
@@ -397,12 +394,13 @@ class HeadTraining(Epochs):
         if rows_per_step(cfg) > cfg.batch_size * cfg.grad_accum_steps:
             raise TrainError("--kind=head trains in one process")
         self.options = {"tokens_per_row": 1, "rows_together": cfg.group}  # the loss is a mean over rows
+        self.loss = partial(head_loss, cfg=cfg)
         self.cfg, self.right, self.held_out_right = cfg, learn.right, held_out.right  # (P, n)
         self.model = ValueHead(chat_model(cfg))
         self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
         cfg.batch_size = max(1, cfg.batch_size // cfg.group) * cfg.group  # the answers to whole problems
         super().__init__(rows_per_step(cfg) // cfg.group)
-        self.tokens = float(np.mean([length(row) for row in self.rows]))
+        self.tokens = np.mean([length(row) for row in self.rows])
         self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
     def rows_of(self, samples: Samples) -> list[Row]:
@@ -410,15 +408,14 @@ class HeadTraining(Epochs):
         return [forward_row(model, task, *pair) for pair in zip(*samples.flat(), strict=True)]
 
     def order(self, epoch: int) -> np.ndarray:
-        order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
-        return np.resize(order, max(1, len(order) // self.per_step) * self.per_step)
+        return np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.right))
 
     def answers(self, step: int) -> np.ndarray:
         """Indices of a step's rows: of each problem right and wrong answers by turns."""
         n = self.right.shape[1]
         found = []
         for p in self.members(step, 0, self.per_step):
-            drawn = np.random.default_rng([self.cfg.seed, step, int(p)]).permutation(n)
+            drawn = np.random.default_rng([self.cfg.seed, step, p]).permutation(n)
             right = self.right[p, drawn]
             rank = np.where(right, right.cumsum(), (~right).cumsum())  # among the answers of its kind
             turns = drawn[np.lexsort((~right, rank))]  # the first right one, the first wrong one, ...
@@ -432,9 +429,6 @@ class HeadTraining(Epochs):
         some = slice(first, first + count)
         rows = [self.rows[i] for i in answers[some]]
         return *value_rows(rows, self.model.text_model.pad), labels[some], len(answers) / pairs
-
-    def loss(self, net: nn.Module, *tensors: Tensor) -> tuple[Tensor, int]:
-        return head_loss(net, *tensors, self.cfg)
 
     def evaluate(self, _net, _final) -> dict:
         right = self.held_out_right
@@ -546,14 +540,13 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
     terms = verifier.terms(problems, answers, "test")
     scores, probabilities = verifier.calibrated(problems, answers, terms)
     right = samples.right
-    agreed = (probabilities > 0.5) == right.ravel()
     found = {
         "problems": len(right),
         "answers": right.size,
         "right": float(right.mean()),
         "right_by_source": right.mean(0).tolist(),  # of labelled solutions: of each model
         "oracle": accuracy(right.any(1)),
-        "accuracy": accuracy(agreed),
+        "accuracy": accuracy((probabilities > 0.5) == right.ravel()),
         "calibration": calibration(right.ravel(), probabilities),
     }
     for name, overall, within in (
@@ -562,11 +555,10 @@ def examine(verifier: Verifier, samples: Samples) -> dict:
         (f"{verifier.kind} alone", terms[:, 1], terms[:, 1]),
     ):
         within = within.reshape(right.shape)
-        best = right[np.arange(len(right)), within.argmax(1)]
         found[name] = {
             "auc": auc(right.ravel(), overall),
             "auc_within": auc_within(right, within),
-            "best_of_n": accuracy(best),
+            "best_of_n": accuracy(right[np.arange(len(right)), within.argmax(1)]),
         }
     return found
 
@@ -630,8 +622,10 @@ def train_model(cfg: VerifierConfig, generator: TextModel, learn: Samples, held_
     """Trains the channel or the head; returns run.json."""
     data = (HeadTraining if cfg.kind == "head" else ChannelTraining)(cfg, generator, learn, held_out)
     about = {"verifier": cfg.kind, "data": {"train": about | data.counts}} | data.about
-    how = data.options | {"loss": data.loss, "evaluate": data.evaluate, "tokenizer": data.model.tokenizer}
-    trainer = FineTuner(cfg, data.model, data, data.tokens, about, **how)
+    trainer = FineTuner(
+        cfg, data.model, data, data.tokens, about,
+        loss=data.loss, evaluate=data.evaluate, tokenizer=data.model.tokenizer, **data.options,
+    )  # fmt: skip
     trainer.say(f"{trainer.folder}: {cfg.kind}, {data.counts}; {cfg.max_steps} steps of {trainer.rows} rows")
     return trainer.run_all_steps()
 

@@ -189,4 +189,5 @@ def equation(rng: random.Random, annotated: bool = False) -> str:
         a = number(rng, 2, LIMIT - 1)
         b = number(rng, 1, LIMIT - a if sign == "+" else a - 1)
     result = CALCULATE[sign](a, b)
-    return f"<<{a}{sign}{b}={result}>>{result}" if annotated else f"{a}{sign}{b}={result}"
+    text = f"{a}{sign}{b}={result}"
+    return f"<<{text}>>{result}" if annotated else text

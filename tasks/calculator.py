@@ -83,7 +83,7 @@ def power(base: Fraction, exponent: Fraction) -> Fraction:
     too_large = abs(exponent) * bits(base) > 2 * LARGEST
     if exponent.denominator != 1 or too_large:
         raise OverflowError  # before it is computed, not after
-    return base ** int(exponent)
+    return base**exponent
 
 
 def bits(value: Fraction) -> int:

@@ -5,39 +5,39 @@ Max: Yes, it is behind the shed.
 """
 
 import random
-import re
 from collections.abc import Iterator
 
 from tasks.grammar import Slots, fill, generated, number, pick
 from tasks.stories import BOYS, ELDERS, GIRLS
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-DUTIES = "visit {elder}|look after my brother|go to the dentist|practise for a concert|finish a report"
-DUTIES = DUTIES.split("|")
-CHATS = (  # (turns, a line each, of the speakers A and B; their summary)
+DUTIES = (
+    "visit {elder}|look after my brother|go to the dentist|practise for a concert|finish a report"
+).split("|")
+CHATS = (  # (turns, a line each, of the speakers {A} and {B}; their summary)
     (
-        "A: (Are you coming|Shall we go) to {place} on {day}?\n"
-        "B: (Yes|Sure|Gladly)(!|, at {time2}?) (How about {time}?|Let us say {time}.)\n"
-        "A: {Time} it is.\n"
-        "B: I will bring (the|my) {thing}.",
+        "{A}: (Are you coming|Shall we go) to {place} on {day}?\n"
+        "{B}: (Yes|Sure|Gladly)(!|, at {time2}?) (How about {time}?|Let us say {time}.)\n"
+        "{A}: {Time} it is.\n"
+        "{B}: I will bring (the|my) {thing}.",
         "{A} and {B} are going to {place} on {day} at {time}. {B} will bring the {thing}.",
     ),
     (
-        "A: (Can|Could) you help me {chore} on {day}?\n"
-        "B: (Sorry|I am sorry), I have to {duty}.\n"
-        "A: (Never mind|No problem), I will ask {elder2}.",
+        "{A}: (Can|Could) you help me {chore} on {day}?\n"
+        "{B}: (Sorry|I am sorry), I have to {duty}.\n"
+        "{A}: (Never mind|No problem), I will ask {elder2}.",
         "{B} cannot help {A} {chore} on {day}. {A} will ask {elder2}.",
     ),
     (
-        "A: Have you seen my {thing}(| anywhere)?\n"
-        "B: (Yes, it is|I saw it|There is one) {spot}.\n"
-        "A: (Thank you|Oh, thanks)! I looked everywhere.",
+        "{A}: Have you seen my {thing}(| anywhere)?\n"
+        "{B}: (Yes, it is|I saw it|There is one) {spot}.\n"
+        "{A}: (Thank you|Oh, thanks)! I looked everywhere.",
         "{A} has lost {a_his} {thing}. {B} saw it {spot}.",
     ),
     (
-        "A: (May|Can) I borrow your {thing}?\n"
-        "B: (Yes|Of course), but I need it (back |)on {day}.\n"
-        "A: You will have it (then|by {time}), I promise.",
+        "{A}: (May|Can) I borrow your {thing}?\n"
+        "{B}: (Yes|Of course), but I need it (back |)on {day}.\n"
+        "{A}: You will have it (then|by {time}), I promise.",
         "{B} lends {A} {b_his} {thing} until {day}.",
     ),
 )
@@ -72,10 +72,9 @@ def dialogue(split: str, n: int = 0) -> Iterator[dict]:
         chat, summary = pick(rng, CHATS)
         turns = fill(rng, chat, slots).split("\n")
         for _ in range(number(rng, 0, 2)):
-            speaker, place = pick(rng, "AB"), number(rng, 0, len(turns) - 1)
+            speaker, place = pick(rng, (a, b)), number(rng, 0, len(turns) - 1)
             turns.insert(place, f"{speaker}: {fill(rng, SMALL_TALK, slots)}")
-        chat = re.sub("^[AB]", lambda speaker: a if speaker[0] == "A" else b, "\n".join(turns), flags=re.M)
         summary = fill(rng, summary, slots)
-        return {"dialogue": chat, "summary": summary}, summary
+        return {"dialogue": "\n".join(turns), "summary": summary}, summary
 
     return generated("dialogue", make, split, n)

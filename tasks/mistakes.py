@@ -102,9 +102,9 @@ def solution_kind(output: str, target: str, question: str = "") -> str:
     for i, (step, true) in enumerate(zip(steps, true_steps, strict=False)):
         # A step with the true step's value is the same step, however it is written.
         same = step.expression == true.expression or (step.value is not None and step.value == true.value)
-        if not same and step.numbers == true.numbers:
-            return "operation"
         if not same:
+            if step.numbers == true.numbers:
+                return "operation"
             return wrong_numbers(steps, true_steps, i, question)
         if step.result != true.result:
             return "slip"

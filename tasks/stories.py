@@ -22,14 +22,17 @@ GIRLS = "Anna Clara Daisy Ella Emma Hanna Ivy Lena Lily Lucy Maya Mia Molly Nora
 BOYS = "Adam Anton Ben Emil Finn Hugo Jack Leo Luke Max Nico Noah Omar Oscar Otto Sam Theo Tom".split()
 ELDERS = dict.fromkeys(("Mama", "Grandma", "Aunt Rose"), "she")
 ELDERS |= dict.fromkeys(("Papa", "Grandpa", "Uncle Ned"), "he")
+PEOPLE = dict.fromkeys(GIRLS, "she") | dict.fromkeys(BOYS, "he") | ELDERS
 PRONOUNS = {"she": ("she", "her", "her", "herself"), "he": ("he", "him", "his", "himself")}
 CHARACTER = "little small young cheerful brave clever".split()
 HOUSES = "a small white house|a yellow house|a little stone house|a house with a green door".split("|")
 DENS = """rabbit:a warm burrow|mouse:a snug little hole|bear:a dry cave|fox:a deep den|
 hedgehog:a nest of leaves|squirrel:a hollow tree|badger:a wide burrow|otter:a den of roots"""
 DENS = dict(animal.strip().split(":") for animal in DENS.split("|"))  # where an animal lives
-NEAR = "by the sea|near the old mill|at the edge of the wood|on top of a hill|beside a stream"
-NEAR = f"{NEAR}|at the end of a long road|behind the market|near a little bridge".split("|")
+NEAR = (
+    "by the sea|near the old mill|at the edge of the wood|on top of a hill|beside a stream|"
+    "at the end of a long road|behind the market|near a little bridge"
+).split("|")
 HABITS = """loved to sing / sang about it until {he} fell asleep
 loved to draw / drew a picture of it all and hung it over the bed
 loved to dance / danced three times around the kitchen table
@@ -69,9 +72,9 @@ def _beat(line: str) -> tuple:
 
 def _cast(rng: random.Random) -> Slots:
     """Who is in the story. Hero and friend are a girl and a boy, so that no "she" can mean the other."""
-    girl = (pick(rng, GIRLS), "she", "girl")
-    boy = (pick(rng, BOYS), "he", "boy")
-    (hero, he, kind), (friend, f_he, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
+    girl = (pick(rng, GIRLS), "girl")
+    boy = (pick(rng, BOYS), "boy")
+    (hero, kind), (friend, f_kind) = pick(rng, ((girl, boy), (boy, girl)))
     elder = pick(rng, list(ELDERS))
     animals = rng.random() < 0.4
     if animals:
@@ -88,8 +91,8 @@ def _cast(rng: random.Random) -> Slots:
         hand="paw" if animals else "hand",
         hands="paws" if animals else "hands",
     )
-    for prefix, pronoun in (("", he), ("f_", f_he), ("e_", ELDERS[elder])):
-        for slot, word in zip(("he", "him", "his", "himself"), PRONOUNS[pronoun], strict=True):
+    for prefix, person in (("", hero), ("f_", friend), ("e_", elder)):
+        for slot, word in zip(PRONOUNS["he"], PRONOUNS[PEOPLE[person]], strict=True):
             slots[prefix + slot] = word
     habit, callback = pick(rng, HABITS)
     slots.update(habit=fill(rng, habit, slots), callback=fill(rng, callback, slots))
@@ -154,13 +157,12 @@ def told(split: str, n: int) -> Iterator[dict]:
     """
     parts = (text.split("\n", 1) for text in storyworld(split))
     fitting = ({"opening": a, "rest": b} for a, b in parts if max(map(len, (a.split(), b.split()))) <= 75)
-    yield from islice(fitting, n or None)
+    return islice(fitting, n or None)
 
 
-PEOPLE = dict.fromkeys(GIRLS, "she") | dict.fromkeys(BOYS, "he") | ELDERS
-GROUPS = GIRLS, BOYS, list(ELDERS)  # a story has one of each at most
-GENDER_OF = {word: he for he, words in PRONOUNS.items() for word in words}
-GENDER_OF |= {"mother": "she", "giant": "he"}  # of a lost animal; in a tale within a story
+GROUPS = GIRLS, BOYS, ELDERS  # a story has one of each at most
+NAMED = PEOPLE | {"mother": "she", "giant": "he"}  # of a lost animal; in a tale within a story
+GENDER_OF = NAMED | {word: he for he, words in PRONOUNS.items() for word in words}
 WORD = re.compile(r"Aunt Rose|Uncle Ned|\w+")
 ALONE = "thing food plant".split()  # slots whose single words name nothing else
 
@@ -193,8 +195,8 @@ def _wrong_pronoun(words: list[str]) -> bool:
     """Whether a "she" or "he" comes before anybody was named whom it can mean."""
     known = set()
     for word in words:
-        if word in PEOPLE or word in ("mother", "giant"):
-            known.add(PEOPLE.get(word) or GENDER_OF[word])
+        if word in NAMED:
+            known.add(NAMED[word])
         elif known and GENDER_OF.get(word.lower(), min(known)) not in known:
             return True
     return False
@@ -207,12 +209,12 @@ def faults(text: str) -> list[str]:
     finds no fault.
     """
     words = WORD.findall(text)
-    named = list(dict.fromkeys(word for word in words if word in PEOPLE))
+    named = [word for word in words if word in PEOPLE]
     hero = next((name for name in named if name not in ELDERS), None)
     kind = next((word for word in words if word in ("girl", "boy")), None)
     found = {
         "person": any(len({*named} & {*group}) > 1 for group in GROUPS),
-        "kind": hero is None or kind not in (None, "girl" if PEOPLE[hero] == "she" else "boy"),
+        "kind": hero is None or kind not in (None, "girl" if hero in GIRLS else "boy"),
         "pronoun": _wrong_pronoun(words),
         "fact": any(_is_mixed(text, *draw) for draw in _draws()),
     }
