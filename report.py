@@ -222,14 +222,14 @@ def battery(records: Records) -> list[Block]:
 # Many answers, and the verifier
 
 CHOOSING = (
-    "{m.run.shown}: how many of {m.items:,} problems are right when one of n answers is chosen, with 95 % "
+    "{m.shown}: how many of {m.items:,} problems are right when one of n answers is chosen, with 95 % "
     "intervals. A calculator is a tool; the oracle knows the right answer and bounds them all."
 )
 SCORE = """
 score: {key} | AUC: {auc:.3f} | AUC within a problem: {auc_within[value]:.3f} | best of n: {best_of_n:percent}
 """
 GATE = "sure from: {threshold} | answers a problem: {samples:.1f} | right: {right:percent}"
-UNTIL_SURE = "Sampling until the verifier ({name}) is sure (above 1: never), with {m.run.shown}:"
+UNTIL_SURE = "{m.shown}: sampling until the verifier ({name}) is sure (above 1: never)."
 VERIFIED = "**{run.shown}** on {answers:,} answers to {problems:,} problems:"
 TRUE = "{run.shown}: on the dotted line its probabilities are true; mean error {percent:.1f} %."
 
@@ -248,7 +248,7 @@ def chosen(m: Measurement) -> list[Block]:
         panel.level, panel.level_label = 100 * greedy["value"], "greedy"
     figure = chart(f"choosing-{m.stem}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
     rows = rows_of("paired difference: {key} | points [95 %]: {x:points}", m.entry.get("differences", {}))
-    caption = f"{m.run.shown}: paired differences between ways to choose an answer."
+    caption = f"{m.shown}: paired differences between ways to choose an answer."
     blocks = [figure, Table(f"differences-{m.stem}", rows, caption)]
     for verifier, gates in m.entry.get("gating", {}).items():
         rows = [row(GATE, gate) for gate in gates]
