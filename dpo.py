@@ -115,7 +115,7 @@ def preference_loss(cfg: DPOConfig, chosen: Tensor, rejected: Tensor, reference:
 
 def token_log_probs(model: nn.Module, ids: Tensor, *targets: Tensor) -> list[Tensor]:
     """log p of one or more tensors of targets (B, K), as `collate` makes them for ids (B, T), from one
-    forward pass; 0 where a target is -100. No more is computed than the first tensor asks for.
+    forward pass; 0 where a target is -100. All are 0 where the first tensor is -100, too.
     """
     asked = targets[0] != -100
     logits = target_logits(model, "causal", ids, None, targets[0])[asked].float()  # (asked, V)

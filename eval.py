@@ -334,8 +334,8 @@ def evaluate_samples(model: TextModel, name: str, cfg: EvalConfig, verifiers: li
     records, _ = judge_with_kinds(name, examples, [row[0] for row in greedy.answers])
     errors = Counter(kind for record in records for kind in record["kinds"])
     entry |= choose(samples, verifiers, records, greedy.right[:, 0], calculator.right[:, 0])
-    found = {kind: errors[kind] for kind in KINDS if errors[kind]}
-    entry |= {"temperature": cfg.temperature, "errors": found}
+    entry["temperature"] = cfg.temperature
+    entry["errors"] = {kind: errors[kind] for kind in KINDS if errors[kind]}
     return Result(entry, records)
 
 

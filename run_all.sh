@@ -195,8 +195,11 @@ torch_for_cpu() {
     for sign in /proc/driver/nvidia/version /usr/lib/wsl/lib/nvidia-smi "$(command -v nvidia-smi)"; do
         [ ! -e "$sign" ] || return 0
     done
+    trap 'exit 130' INT # pip takes a Ctrl-C for a failure
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --retries 0 \
-        --index-url https://download.pytorch.org/whl/cpu "$(grep -o 'torch>=[^"]*' pyproject.toml)" 2>/dev/null || true
+        --index-url https://download.pytorch.org/whl/cpu "$(grep -om1 'torch>=[^"]*' pyproject.toml)" 2>/dev/null ||
+        echo "torch's build for CPUs cannot be had: taking the default one, which may be larger" >&2
+    trap - INT
 }
 
 test_everything() {

@@ -120,9 +120,10 @@ class SharedPromptCache(KVCache):
         first = counts.cumsum(0) - counts
         self.n = int(counts.max())
         self.place = self.n * prompt + torch.arange(len(rows)) - first[prompt]
-        self.prompt_k = [k[kept] for k in self.prompt_k]
-        self.prompt_v = [v[kept] for v in self.prompt_v]
-        self.prompt_mask = self.prompt_mask[kept]
+        if len(kept) < len(self.prompt_mask):
+            self.prompt_k = [k[kept] for k in self.prompt_k]
+            self.prompt_v = [v[kept] for v in self.prompt_v]
+            self.prompt_mask = self.prompt_mask[kept]
         self.after = self.after[rows]
         super().select(rows)
 

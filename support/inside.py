@@ -62,7 +62,7 @@ class Trace:
 def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
     """One forward pass over ids (T) that also keeps the parts of the residual stream at `position`.
 
-    The model computes in float32.
+    `model` is in float32, as `look_inside` makes it.
     """
     model = without_heads(model)  # a twin, which is forgotten with its hooks
     residual, heads, ffn = [], [], []

@@ -388,8 +388,10 @@ class Decoder(PLAIN["Decoder"]):
             return self.compiled(self.model, ids, self.cache)
 
     def shrink(self, left: list[int]) -> list[int]:
-        many = len(left) > len(self.cache.length) // 2  # other shapes would be recorded anew
-        return [] if self.compile or (self.recorded and many) else super().shrink(left)
+        many = len(left) > len(self.cache.length) // 2
+        if self.compile or (self.recorded and many):  # steps of other shapes are recorded anew
+            return []
+        return super().shrink(left)
 
 
 def can_record(device: torch.device) -> bool:

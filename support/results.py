@@ -191,7 +191,7 @@ class Measurement:
         self.file = file
         self.where = self.task, self.split = (entry.get("task") or "", entry.get("split") or "")
         self.place = ", ".join(filter(None, self.where))
-        self.stem = "-".join((run.folder.name, *self.where))  # of the names of figures and tables
+        self.stem = "-".join((run.folder.name, *self.where))  # how its figures and tables are named
         self.items, self.shots, of = (int(entry.get(key) or 0) for key in ("items", "shots", "of"))
         self.smoke = bool(entry.get("smoke")) or run.smoke
         self.shown = f"{run.shown}, {self.place}"

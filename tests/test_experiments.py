@@ -26,7 +26,14 @@ from lab.scaling import best_use, fit_law, fit_sizes, isoflop, loss_of
 from lab.study import finished, prepare_tokens, spread, train_all, verdict
 from model import ModelConfig, ModernDecoderLM
 from support.costs import GIB, count_parameters, estimate_memory
-from support.long_context import endless, first_token_mass, full_attention, liveliness, rolling
+from support.long_context import (
+    attention_weights,
+    endless,
+    first_token_mass,
+    full_attention,
+    liveliness,
+    rolling,
+)
 from support.pages import as_markdown
 from support.results import Records
 from tokenizer import SPECIAL_TOKENS, Tokenizer, tokens_folder, train_bpe
@@ -167,7 +174,8 @@ def test_an_endless_stream_has_a_cache_of_constant_size(model):
     found = endless(model, 200, 16)
     assert set(found["cache_bytes"]) == {2 * 2 * 2 * 16 * 8 * 4}  # k, v; layers, heads, slots, width, bytes
     ids = torch.randint(0, 40, (2, 16))
-    assert all(0 < share < 1 for share in first_token_mass(model, ids))
+    weights = attention_weights(model, ids, lambda w: w)  # (layers, B, H, T, T)
+    assert first_token_mass(model, ids) == pytest.approx(weights[..., 8:, 0].mean((1, 2, 3)).tolist())
 
 
 # -----------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from support.machine import DRIVER_FILE, NVIDIA_SMI
+
 ROOT = Path(__file__).parents[1]
 STAND_IN = r"""#!/usr/bin/env bash
 [ "$1" = -c ] && { echo stand_in; exit; }
@@ -185,7 +187,7 @@ def test_words_reach_the_lab_or_are_refused(new):
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="elsewhere torch has one build")
 def test_without_a_driver_torch_for_cpus_is_tried_first_and_need_not_be_had(new):
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+    if DRIVER_FILE.exists() or any(map(shutil.which, NVIDIA_SMI)):
         pytest.skip("this machine has an NVIDIA driver")
     new.run("cpu")  # the stand-in refuses that index
     calls = new.folder / "pip_calls"
