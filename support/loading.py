@@ -98,7 +98,7 @@ def adapter_base(folder: Path, base: object) -> str:
     """
     if not isinstance(base, str) or not base:
         raise TrainError(f"{folder}/adapter_config.json names no base model: set base_model_name_or_path")
-    if Path(base).is_dir():
+    if (Path(base) / "config.json").exists():
         return base
     folder = folder.absolute()
     parts = [part for part in Path(base).parts if part != "/"]

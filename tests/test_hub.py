@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import data
+from support import hub
 from support.hub import hub_file
 from tasks.grammar import SPLITS
 
@@ -24,6 +25,7 @@ def cache(tmp_path, monkeypatch):
     """An empty hub cache, and no network."""
     from huggingface_hub import constants
 
+    hub.unreachable.cache_clear()  # what earlier tests found out
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))

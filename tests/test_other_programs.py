@@ -152,7 +152,9 @@ def test_peft_opens_an_adapter_from_any_folder(adapter, tmp_path, monkeypatch):
 
 
 def test_the_base_of_an_adapter_is_found_where_the_runs_were_moved(adapter, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where this project lies there may be an out/base
+    here = tmp_path / "here"
+    (here / "out" / "base").mkdir(parents=True)  # of the same name, but no model
+    monkeypatch.chdir(here)
     moved = shutil.copytree(adapter.parent, tmp_path / "elsewhere" / "out")
     file, base = moved / "head" / "adapter_config.json", str(moved / "base")
     change(file, base_model_name_or_path="/nowhere/out/base")
