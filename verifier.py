@@ -357,8 +357,9 @@ class ValueHead(nn.Module):
         if self.text_model.ours:
             x = self.lm.hidden(ids)
             return F.linear(x[learned], self.lm.head), self.value(x).squeeze(-1)
-        out = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False)
-        return out.logits[learned], self.value(out.hidden_states[-1].float()).squeeze(-1)
+        kept = learned.any(0).nonzero().squeeze(1)  # logits of all columns would fill the memory
+        out = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=kept)
+        return out.logits[learned[:, kept]], self.value(out.hidden_states[-1].float()).squeeze(-1)
 
     @torch.no_grad()
     def logits(self, rows: list[Row], progress: str = "") -> np.ndarray:

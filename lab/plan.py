@@ -200,6 +200,7 @@ class Plan:
         self.on_gpu = on_gpu
         self.models = dict(ON_HUB)
         self.bases = set(ON_HUB)  # models that were taught no task: they do not end their answers
+        self.ranks: dict[str, int] = {}  # of the adapters that earlier commands make
         self.kept: set[tuple] = set()  # sampled answers, and judgements of them, that a later stage finds
 
     def count(self, words: list[str]) -> Stage:
@@ -226,6 +227,10 @@ class Plan:
             return self.model(run["parent"])
         known = ", ".join(ON_HUB)
         raise ConfigError(f"the shape of {name} is not known: no folder, no earlier stage, not among {known}")
+
+    def rank(self, name: str) -> int:
+        """The rank of an adapter, 0 of a model; whoever trains it further trains the adapter."""
+        return self.ranks.get(name) or read_json_if_there(Path(name, "adapter_config.json")).get("r", 0)
 
     def once(self, tokens: float, *key) -> float:
         """`tokens`; 0 if an earlier stage has kept the answers (or judgements) of this key."""
@@ -296,12 +301,14 @@ class Plan:
         `held_out` tokens in each evaluation. `more`: other fields of the Stage.
         """
         c = self.model(start)
-        self.models[f"{cfg.out}/{cfg.name}"] = c
+        rank = cfg.lora_r or self.rank(start)
+        name = f"{cfg.out}/{cfg.name}"
+        self.models[name], self.ranks[name] = c, 0 if cfg.merge else rank
         total = count_parameters(c)["total"]
         adapter = None
-        if cfg.lora_r:  # A and B of q, k, v, o, gate, up and down
+        if rank:  # A and B of q, k, v, o, gate, up and down
             attention = 2 * c.head_dim * (c.n_heads + c.n_kv_heads) + 4 * c.d_model
-            adapter = c.n_layers * cfg.lora_r * (attention + 3 * (c.d_model + c.d_ff))
+            adapter = c.n_layers * rank * (attention + 3 * (c.d_model + c.d_ff))
         batch = cfg.batch_size * cfg.grad_accum_steps
         evaluations = 1 + rows * cfg.epochs / (batch * max(1, cfg.eval_every))
         return Stage(
@@ -312,7 +319,7 @@ class Plan:
             rows=cfg.batch_size,
             length=length,
             options=memory_options(cfg, self.on_gpu) | {"trained": adapter, "four_bit": cfg.load_in_4bit},
-            seconds=6.0 if cfg.lora_r else 0.0,  # importing PEFT
+            seconds=6.0 if rank else 0.0,  # importing PEFT
             megabytes=written(adapter or total, cfg) + 4e-6 * total * (start in ON_HUB),
             **more,
         )

@@ -72,6 +72,19 @@ def test_lora_trains_fewer_parameters_and_quantised_weights_take_less():
     assert sizes[0] > 20 > sizes[1] > sizes[2] + 3  # 1.1 billion weights of 4 bytes or of half a byte
 
 
+def test_who_starts_from_an_adapter_trains_the_adapter(tmp_path):
+    sft = f"{SFT} --lora_r=8 --name="
+    further = "dpo.py configs/dpo.py --model=out/"
+    _, adapter, merged, dpo, of_all = counted(
+        BASE, f"{sft}adapter", f"{sft}merged --merge", f"{further}adapter", f"{further}merged --name=full"
+    )  # fmt: skip
+    assert dpo.options["trained"] == adapter.options["trained"] == merged.options["trained"]
+    assert of_all.full and of_all.megabytes > 5 * dpo.megabytes
+    (tmp_path / "run.json").write_text('{"stage": "sft", "parent": "gpt2"}')  # made before
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+    assert not counted(f"dpo.py configs/dpo.py --model={tmp_path}")[0].full
+
+
 def test_the_sizes_of_embedded_tasks_and_corpora_are_those_of_their_text():
     texts = list(islice(documents("storyworld:0.5,numbers:0.5", "train"), 3000))
     tokenizer = Tokenizer(*train_bpe(texts, 1024, SPECIAL_TOKENS, workers=1), SPECIAL_TOKENS)

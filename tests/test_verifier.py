@@ -155,9 +155,10 @@ def test_a_channel_learns_each_right_answer_beside_the_wrong_ones_to_its_problem
     assert [len(w) for _, w in ChannelTraining(cfg, model, samples, samples).examples] == [0, 0, 2, 2, 2]
 
 
+@pytest.mark.parametrize("of_the_hub", [False, True])
 @pytest.mark.parametrize("more", [{"contrast": 0, "lm_weight": 0}, {"contrast": 2, "lm_weight": 0.5}])
-def test_the_loss_of_the_head_is_a_plain_loop(tuned, more):
-    cfg = VerifierConfig(model=tuned, device="cpu", group=2, **more)
+def test_the_loss_of_the_head_is_a_plain_loop(tuned, tiny, more, of_the_hub):
+    cfg = VerifierConfig(model=tiny["gpt2"] if of_the_hub else tuned, device="cpu", group=2, **more)
     torch.manual_seed(0)
     net = ValueHead(chat_model(cfg)).eval()
     torch.nn.init.normal_(net.value.weight)
