@@ -4,19 +4,23 @@
     python -m lab.hardware --only=memory --cap=11        # one part; on a GPU, within 11 GiB
     bash run_all.sh hardware                             # the same, and the report that shows it
 
-`matmul`: large matrix products, in float32 and bfloat16; the shares below are of this figure, not of a data
-sheet's. `memory`: peaks of training steps against `estimate_memory`, over shapes that differ in one thing
-each (a CUDA GPU only). `training`: the configs' own steps, eager and, on a GPU, compiled. `decoding`: ours
-beside transformers' generate, same weights. `sampling`: the same for many answers to many prompts, in the
-shape of SmolLM2-135M. `lora`: SFT of that shape by LoRA, beside PEFT. `peers`: a training step and decoding
-of a CPU, on one thread, beside transformers and, if installed, litgpt. `data`: the tokenizer, beside
-tokenizers and tiktoken.
+matmul      large matrix products, in float32 and bfloat16; shares are of this figure, not of a data sheet's
+memory      peaks of training steps, over shapes that differ in one thing each, and of sampling answers,
+            against support/costs.py (a CUDA GPU only)
+training    the configs' own steps, eager and, on a GPU, compiled
+decoding    the first config's shape, beside transformers' generate with the same weights
+sampling    the same for many answers to many prompts, in the shape of SmolLM2-135M
+lora        SFT of that shape by LoRA, beside PEFT
+peers       a step and decoding on one thread of a CPU, beside transformers and, if installed, litgpt
+data        the tokenizer, beside tokenizers and tiktoken
 """
 
 from support.terminal import run_script
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +28,12 @@ import torch
 from configs import names_in, parse_config
 from lab import peers as others
 from lab.plan import ON_HUB
-from model import ModelConfig
-from support.costs import GIB, estimate_flops, estimate_memory
+from model import ModelConfig, ModernDecoderLM
+from support.costs import GIB, count_parameters, estimate_flops, estimate_memory, generation_bytes, shape_of
 from support.files import write_json
 from support.hf_format import architecture
 from support.kernels import fastest_products, float32_products
-from support.machine import git_commit, hardware, pick_device, pick_dtype, versions
+from support.machine import autocast, git_commit, hardware, pick_device, pick_dtype, versions
 from support.plan import Step, fit_batch, memory_options, planned_model
 from support.runs import read_json_if_there
 from support.timing import in_turns, matmul_flops, medians
@@ -107,11 +111,13 @@ MEMORY = {  # name: what differs from max3060
     "8 layers of 512, 64 rows of 512": dict(batch_size=64, **SMALL),
     "Muon": dict(optimizer="muon"),
 }
+ANSWERS = [(1, 1), (64, 16), (1024, 16)]  # rows, answers a prompt
+PROMPT, NEW = 96, 256  # tokens
 
 
 def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
-    """Peak bytes of a training step against the plan, which without its overhead should be what the allocator
-    was asked for.
+    """Peak bytes of a training step, and of sampling answers, against the plan, which without its overhead
+    should be what the allocator was asked for.
     """
     if device.type != "cuda":
         print("memory: needs a CUDA GPU, whose allocator counts bytes")
@@ -122,20 +128,39 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         c = planned_model(train)
         options = memory_options(train, on_gpu=True)
         plan = estimate_memory(c, train.batch_size, **options)
-        planned = plan["peak"] - plan["overhead"]
-        row = {"shape": name, "rows": train.batch_size, "planned": planned, "plan": plan["peak"]}
-        free_memory(device)
-        try:
-            in_turns({name: Step(c, train, device, options["compiled"])}, rounds=1)
-            row["measured"] = torch.cuda.max_memory_allocated()
-            row["reserved"] = torch.cuda.max_memory_reserved()
-            gap = f"off by {planned / row['measured'] - 1:+.1%}"
-        except torch.OutOfMemoryError:
-            gap = row["error"] = f"out of memory within {cfg.cap} GiB"
-        rows.append(row)
-        print(f"memory  {name:34} planned {planned / GIB:6.2f} GiB, {gap}", flush=True)
-    free_memory(device)
+        row = {"shape": name, "rows": train.batch_size, "plan": plan["peak"]}
+        row["planned"] = plan["peak"] - plan["overhead"]
+        make = partial(Step, c, train, device, options["compiled"])
+        rows.append(row | peak_of(row, cfg, lambda make=make: in_turns({"step": make()}, rounds=1)))
+    c = first_shape(cfg, device)
+    weights = 6 * count_parameters(c)["total"]  # in bfloat16 beside float32
+    for count, n in ANSWERS:
+        planned = weights + generation_bytes(shape_of(c), count, PROMPT, NEW, n, sampled=True)
+        row = {"shape": f"answering, {n} a prompt", "rows": count, "plan": planned, "planned": planned}
+        rows.append(row | peak_of(row, cfg, partial(answer, c, device, count, n)))
     return rows
+
+
+def answer(c: ModelConfig, device: torch.device, rows: int, n: int) -> None:
+    """Samples n answers to each of rows / n prompts, as DPO and the verifier do."""
+    model = ModernDecoderLM(c).to(device).eval()
+    with autocast(device, pick_dtype("auto", device)):
+        model.generate([[1] * PROMPT] * (rows // n), NEW, n=n, temperature=1.0)
+
+
+def peak_of(row: dict, cfg: HardwareConfig, run: Callable[[], None]) -> dict:
+    """The most bytes that are allocated while run() works, and that the process reserves for them."""
+    free_memory(torch.device("cuda"))
+    try:
+        run()
+        found = {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        gap = f"off by {row['planned'] / found['measured'] - 1:+.1%}"
+    except torch.OutOfMemoryError:
+        found = {"error": f"out of memory within {cfg.cap} GiB"}
+        gap = found["error"]
+    about = f"{row['shape']:34}{row['rows']:5} rows  planned {row['planned'] / GIB:6.2f} GiB"
+    print(f"memory  {about}, {gap}", flush=True)
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -203,7 +228,7 @@ def sampling(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     transformers' generate, in the shape of SmolLM2-135M or of the first config that is named.
     """
     c = smol_or_named(cfg, device)
-    prompts, n, new = 32, 16, min(64, c.context_length // 4)
+    prompts, n, new = 64 if device.type == "cuda" else 32, 16, min(64, c.context_length // 4)
     rates = others.sampling_rates(c, device, prompts, n, new)
     return [{"task": f"{n} answers to {prompts} prompts", "new_tokens": new, "tokens_per_second": rates}]
 

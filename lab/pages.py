@@ -264,7 +264,7 @@ Large matrix products reach {peaks}.
 One core tokenises {data[encoded_mb_per_second_and_core]:.1f} MB/s.
 """
 MEMORY = """
-training step of: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
+step of: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
 not measured: {error}
 """
 STEP = """
@@ -297,7 +297,7 @@ def one_machine(found: dict, number: int) -> list[Block]:
         rates.append({"task": f"decoding, {task}", "tokens_per_second": by_library})
     tables = {
         "memory": (
-            "Memory that a training step asks for, within {cap_gib:g} GiB:",
+            "Memory that a training step, or sampling answers, asks for, within {cap_gib:g} GiB:",
             [row(MEMORY, r) for r in found.get("memory", [])],
         ),
         "steps": ("", [row(STEP, r) for r in unfolded(found.get("training", []))]),

@@ -248,8 +248,7 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
     theirs = theirs.to(device, dtype)
     length = min(96, c.context_length // 2)  # of a prompt
     ids = torch.randint(1, c.vocab_size, (prompts, length), device=device)
-    rows = min((256 if device.type == "cpu" else 1024) // n, math.ceil(prompts / CORES))
-    batches = ids.split(rows)
+    batches = ids.split(min(256 // n, math.ceil(prompts / CORES)) if device.type == "cpu" else 1024 // n)
 
     def sample(batch: Tensor) -> list[list[int]]:
         with autocast(device, dtype):

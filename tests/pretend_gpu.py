@@ -22,6 +22,7 @@ import os
 import runpy
 import subprocess
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -242,7 +243,9 @@ ANSWERS = {
     "current_device": 0, "get_device_name": "NVIDIA GeForce RTX 3060", "get_device_capability": (8, 6),
     "is_bf16_supported": True, "mem_get_info": (11 * GIB, 12 * GIB), "memory_reserved": GIB,
     "memory_allocated": GIB, "max_memory_allocated": GIB, "get_per_process_memory_fraction": 1.0,
-    "set_device": None, "synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None,
+    "max_memory_reserved": GIB, "get_device_properties": types.SimpleNamespace(total_memory=12 * GIB),
+    "set_per_process_memory_fraction": None, "set_device": None,
+    "synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None,
     "manual_seed": None, "manual_seed_all": None,
 }  # fmt: skip
 
