@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from configs import parse_config
 from data import TASKS, Example, checkable, load_task, refuse_overlap, talk
 from finetune import AdaptConfig, Epochs, FineTuner, TrainingSet, chat_model
-from support.files import write_atomically
+from support.files import keep_if_possible, write_atomically
 from support.loading import is_smoke, load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
@@ -196,8 +196,7 @@ class Verifier:
             return np.fromfile(file)
         found = score(rows, progress)
         if weights:
-            file.parent.mkdir(exist_ok=True)
-            write_atomically(file, found.tofile)
+            keep_if_possible(write_atomically, file, found.tofile)
         return found
 
 

@@ -1,5 +1,6 @@
 """What eval.py measured: written into run folders, described for the terminal, compared between models."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,10 @@ class Result:
 
 
 def results_folder(name: str, out: str) -> Path:
-    folder = Path(name) if Path(name).is_dir() else Path(out) / "eval" / name.replace("/", "--")
+    """The model's; of a model of the hub, or in a folder that is not ours to write, one in {out}/eval."""
+    folder = Path(name)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        folder = Path(out) / "eval" / name.strip("/").replace("/", "--")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_if_possible(write: Callable, path: Path, content) -> None:
+    """write(path, content), which can be computed again: a full disk, or a folder that may not be written, is
+    said and ends nothing.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(path, content)
+    except OSError as error:
+        print(f"{path} is not kept: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def write_text(path: Path, text: str) -> None:

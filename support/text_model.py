@@ -29,7 +29,7 @@ from support.chat_template import (
     with_generation_marks,
 )
 from support.costs import generation_bytes, likelihood_bytes, shape_of
-from support.files import write_jsonl
+from support.files import keep_if_possible, write_jsonl
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_model
 from support.hub_models import generate as hub_generate
@@ -597,9 +597,8 @@ def sample_answers(
     texts = [text.strip() for text in texts]
     answers = [texts[i : i + n] for i in range(0, len(texts), n)]
     if how["model"]:
-        file.parent.mkdir(exist_ok=True)
-        rows = zip(questions, answers, strict=True)
-        write_jsonl(file, [{"question": question, "samples": some} for question, some in rows])
+        rows = [{"question": q, "samples": some} for q, some in zip(questions, answers, strict=True)]
+        keep_if_possible(write_jsonl, file, rows)
     return answers
 
 
