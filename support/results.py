@@ -283,18 +283,21 @@ def side_by_side(found: list[Measurement]) -> list[Comparison]:
 
 
 def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement]:
-    """What a measurement is compared with, by role; "from scratch" with the same seed, if there is one."""
+    """What a measurement is compared with, by role; "from scratch" is a model of the same size, and with the
+    same seed, if there is one.
+    """
     others = {}
+    size = m.run.records[-1].get("parameters")
     for other in found:
         if other.where != m.where or other.role == "after training":
             continue
         if other.role != "from scratch":
             if other.run.origin == m.run.origin:
                 others[other.role] = other
-        elif other.run.settings.get("seed") == m.run.settings.get("seed"):
-            others[other.role] = other
-        else:
-            others.setdefault(other.role, other)
+        elif other.run.records[-1].get("parameters") == size:
+            same_seed = other.run.settings.get("seed") == m.run.settings.get("seed")
+            if same_seed or other.role not in others:
+                others[other.role] = other
     return others
 
 

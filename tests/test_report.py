@@ -260,8 +260,11 @@ def test_a_model_that_learnt_from_nothing_stands_beside_one_that_was_pretrained(
         tuned = make_run(folder.with_name(f"{base}-mood-s1"), stage="finetune", task="sentiment", smoke=True,
                          settings=settings, parent=f"out/experiments/storyworld/{base}-s1")  # fmt: skip
         measured(tuned, "sentiment", right)
+    other = make_run(tmp_path / "mood", stage="finetune", task="sentiment", parent="gpt2", parameters=124_000)
+    measured(other, "sentiment", [True] * 10)
     found = page(Records(tmp_path), "results")
     assert "| 100.0 [99.0, 101.0] (10 items) | 50.0 [49.0, 51.0] (10 items) |  |  | +50.0 [" in found
+    assert "| mood, fine-tuned | accuracy |  |  | 100.0 [99.0, 101.0] (10 items) |  |  |  |  |" in found
     assert "SMOKE" not in found, "the lab caps its examples on purpose: only a quick lab is a smoke run"
 
 
