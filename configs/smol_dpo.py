@@ -4,7 +4,7 @@ name = "smol-dpo"
 model = "out/smol-sft"
 data = "gsm8k"
 first_problem = 0
-problems = 1000
+problems = 600
 n = 8
 hypothesis = "Pairs of the model's own answers raise greedy accuracy over SFT on real problems, too."
 

@@ -7,7 +7,7 @@ hypothesis = "A real model of 135M parameters learns to solve a few percent of G
 
 lora_r = 32
 lora_dropout = 0.0
-epochs = 2.0
+epochs = 1.0
 batch_size = 4
 grad_accum_steps = 2
 context_length = 512
