@@ -33,6 +33,29 @@ def start(*words: str, **env: str) -> subprocess.Popen:
     )
 
 
+PRODUCTS = """
+import psutil
+import torch
+
+torch.set_num_threads(1)
+w = torch.randn(2048, 64, dtype=torch.bfloat16)
+for i in range(701):
+    torch.randn(100 + 3 * i, 64, dtype=torch.bfloat16) @ w.t() @ w
+    if i == 0:
+        before = psutil.Process().memory_info().rss
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_products_of_ever_other_shapes_fill_less_memory(tmp_path):
+    """A CPU whose bfloat16 products need no kernels of oneDNN's passes as well."""
+    file, grown = script(tmp_path, PRODUCTS), []
+    for capacity in ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}):
+        output, _ = start(file, **capacity).communicate(timeout=120)
+        grown.append(int(output) / 2**20)
+    assert grown[0] < max(100, 0.7 * grown[1])
+
+
 @pytest.mark.parametrize("env, expected", [
     ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
 ])  # fmt: skip
