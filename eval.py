@@ -63,9 +63,9 @@ by default the model's own) under full attention, stretched RoPE, and a rolling 
 first tokens, the attention sinks; the results go to streams.json and into the report.
 
 It prints a table and, where several models answered the same items, the paired differences to the first one
-and to the one before. Into each run folder (out/eval/MODEL for a model from the hub) it writes results.json,
-one entry for each task, split and number of shots, and answers/: every answer, and the wrong ones apart, a
-line each.
+and to the one before. Into each run folder (out/eval/MODEL for a model of the hub, or a read-only folder) it
+writes results.json, one entry for each task, split and number of shots, and answers/: every answer, and the
+wrong ones apart, a line each.
 """
 
 from support.terminal import bare_words, run_script
@@ -462,6 +462,7 @@ def evaluate_model(
         begun = time.perf_counter()
         result = measure(*arguments)
         result.entry["seconds"] = round(time.perf_counter() - begun, 2)
+        result.entry["smoke"] = bool(run.get("smoke"))
         results.append(result)
         print(f"  {result.name}: {describe(result.entry)}", flush=True)
         write_result(results_folder(name, cfg.out), result, cfg.dtype, device)

@@ -78,9 +78,9 @@ def stages(records: Records) -> list[Block]:
 
 
 SIDE_BY_SIDE = """
-The same task by a base, by the base with examples in its prompt, by what was trained from it, and by one of \
-the same size that learnt it from nothing. Differences are paired, in points with 95 % intervals over the \
-items that both answered.
+The same task by a base, by the base with examples in its prompt, by what was trained from it, and by a \
+model of the same size that learnt the task from random weights. Differences are paired, in points with \
+95 % intervals over the items that both answered.
 """
 
 

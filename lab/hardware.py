@@ -112,7 +112,7 @@ MEMORY = {  # name: what differs from max3060
     "Muon": dict(optimizer="muon"),
 }
 ANSWERS = [(1, 1), (64, 16), (1024, 16)]  # rows, answers a prompt
-PROMPT, NEW = 96, 256  # tokens
+PROMPT, NEW = 96, 256  # tokens; fewer new ones where the context ends
 
 
 def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
@@ -130,22 +130,28 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         plan = estimate_memory(c, train.batch_size, **options)
         row = {"shape": name, "rows": train.batch_size, "plan": plan["peak"]}
         row["planned"] = plan["peak"] - plan["overhead"]
-        make = partial(Step, c, train, device, options["compiled"])
-        rows.append(row | peak_of(row, cfg, lambda make=make: in_turns({"step": make()}, rounds=1)))
+        rows.append(row | peak_of(row, cfg, partial(some_steps, c, train, device, options["compiled"])))
     c = first_shape(cfg, device)
+    new = min(NEW, c.context_length - PROMPT)
     weights = 6 * count_parameters(c)["total"]  # in bfloat16 beside float32
     for count, n in ANSWERS:
-        planned = weights + generation_bytes(shape_of(c), count, PROMPT, NEW, n, sampled=True)
+        planned = weights + generation_bytes(shape_of(c), count, PROMPT, new, n, sampled=True)
         row = {"shape": f"answering, {n} a prompt", "rows": count, "plan": planned, "planned": planned}
-        rows.append(row | peak_of(row, cfg, partial(answer, c, device, count, n)))
+        rows.append(row | peak_of(row, cfg, partial(answer, c, device, count, n, new)))
+    free_memory(device)
     return rows
 
 
-def answer(c: ModelConfig, device: torch.device, rows: int, n: int) -> None:
+def some_steps(c: ModelConfig, train: TrainConfig, device: torch.device, compiled: bool) -> None:
+    """From the second on, a step has AdamW's moments beside the gradients."""
+    in_turns({"step": Step(c, train, device, compiled)}, rounds=1)
+
+
+def answer(c: ModelConfig, device: torch.device, rows: int, n: int, new: int) -> None:
     """Samples n answers to each of rows / n prompts, as DPO and the verifier do."""
     model = ModernDecoderLM(c).to(device).eval()
     with autocast(device, pick_dtype("auto", device)):
-        model.generate([[1] * PROMPT] * (rows // n), NEW, n=n, temperature=1.0)
+        model.generate([[1] * PROMPT] * (rows // n), new, n=n, temperature=1.0)
 
 
 def peak_of(row: dict, cfg: HardwareConfig, run: Callable[[], None]) -> dict:
@@ -228,7 +234,9 @@ def sampling(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     transformers' generate, in the shape of SmolLM2-135M or of the first config that is named.
     """
     c = smol_or_named(cfg, device)
-    prompts, n, new = 64 if device.type == "cuda" else 32, 16, min(64, c.context_length // 4)
+    prompts = 64 if device.type == "cuda" else 32
+    n = 16
+    new = min(64, c.context_length // 4)
     rates = others.sampling_rates(c, device, prompts, n, new)
     return [{"task": f"{n} answers to {prompts} prompts", "new_tokens": new, "tokens_per_second": rates}]
 

@@ -264,7 +264,7 @@ Large matrix products reach {peaks}.
 One core tokenises {data[encoded_mb_per_second_and_core]:.1f} MB/s.
 """
 MEMORY = """
-step of: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
+what: {shape} | rows: {rows} | GiB by the plan: {planned:gib} | GiB measured: {measured:gib}
 not measured: {error}
 """
 STEP = """

@@ -248,7 +248,10 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
     theirs = theirs.to(device, dtype)
     length = min(96, c.context_length // 2)  # of a prompt
     ids = torch.randint(1, c.vocab_size, (prompts, length), device=device)
-    batches = ids.split(min(256 // n, math.ceil(prompts / CORES)) if device.type == "cpu" else 1024 // n)
+    together = 1024 // n
+    if device.type == "cpu":
+        together = min(256 // n, math.ceil(prompts / CORES))
+    batches = ids.split(together)
 
     def sample(batch: Tensor) -> list[list[int]]:
         with autocast(device, dtype):

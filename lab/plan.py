@@ -230,7 +230,9 @@ class Plan:
 
     def rank(self, name: str) -> int:
         """The rank of an adapter, 0 of a model; whoever trains it further trains the adapter."""
-        return self.ranks.get(name) or read_json_if_there(Path(name, "adapter_config.json")).get("r", 0)
+        if name in self.models:
+            return self.ranks.get(name, 0)
+        return read_json_if_there(Path(name, "adapter_config.json")).get("r", 0)
 
     def once(self, tokens: float, *key) -> float:
         """`tokens`; 0 if an earlier stage has kept the answers (or judgements) of this key."""
@@ -303,7 +305,9 @@ class Plan:
         c = self.model(start)
         rank = cfg.lora_r or self.rank(start)
         name = f"{cfg.out}/{cfg.name}"
-        self.models[name], self.ranks[name] = c, 0 if cfg.merge else rank
+        self.models[name], self.ranks[name] = c, rank
+        if cfg.merge:
+            self.models[f"{name}/merged"] = c
         total = count_parameters(c)["total"]
         adapter = None
         if rank:  # A and B of q, k, v, o, gate, up and down

@@ -31,7 +31,7 @@ class Result:
 
 
 def results_folder(name: str, out: str) -> Path:
-    """The model's; of a model of the hub, or in a folder that is not ours to write, one in {out}/eval."""
+    """The model's own; {out}/eval/NAME for a model of the hub, or in a read-only folder."""
     folder = Path(name)
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         folder = Path(out) / "eval" / name.strip("/").replace("/", "--")
@@ -41,15 +41,7 @@ def results_folder(name: str, out: str) -> Path:
 
 def write_result(folder: Path, result: Result, dtype: str, device: torch.device) -> None:
     """Adds to the folder's results.json; what was measured before stays, unless it was measured again."""
-    run = read_json_or_empty(folder / "run.json")
-    about = {
-        "git": git_commit(),
-        "versions": versions(),
-        "hardware": hardware(device),
-        "dtype": dtype,
-        "smoke": run.get("smoke", False),
-        "model_step": run.get("step"),
-    }
+    about = {"git": git_commit(), "versions": versions(), "hardware": hardware(device), "dtype": dtype}
     before = read_json_or_empty(folder / "results.json").get("results")
     entries = before if isinstance(before, dict) else {}
     entries[result.name] = result.entry | about

@@ -34,14 +34,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def keep_if_possible(write: Callable, path: Path, content) -> None:
-    """write(path, content), which can be computed again: a full disk, or a folder that may not be written, is
-    said and ends nothing.
+    """write(path, content), for what can be computed again: where it fails, on a full disk or in a read-only
+    folder, it says so and goes on.
     """
     try:
         path.parent.mkdir(exist_ok=True)
         write(path, content)
     except OSError as error:
-        print(f"{path} is not kept: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"{path} is not kept: {error.strerror or error}", file=sys.stderr, flush=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """Reads a folder of runs into records: the runs, their measurements, and comparisons on the same items.
 
 eval.py writes results.json and answers/ into the folder of a run, an adapter or a checkpoint, and into
-eval/MODEL for a model of the hub. finetune.py ends with an evaluation in run.json and predictions.jsonl.
+eval/MODEL for a model of the hub or in a read-only folder. finetune.py ends with an evaluation in run.json
+and predictions.jsonl.
+
 Missing and half-written files are tolerated: a run may still be in progress. A record with values of the
 wrong type is left out, and `Records.damaged` names it.
 """
@@ -283,8 +285,8 @@ def side_by_side(found: list[Measurement]) -> list[Comparison]:
 
 
 def others_of(m: Measurement, found: list[Measurement]) -> dict[str, Measurement]:
-    """What a measurement is compared with, by role; "from scratch" is a model of the same size, and with the
-    same seed, if there is one.
+    """What a measurement is compared with, by role. "from scratch" has to have the same size; of several, the
+    one with the same seed counts.
     """
     others = {}
     size = m.run.records[-1].get("parameters")

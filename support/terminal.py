@@ -1,5 +1,5 @@
 """Scripts and their surroundings: Ctrl-C, closed pipes, encodings that lack characters, a parent that ends,
-other programs that want the CPU.
+other programs that want the CPU, libraries that keep too much memory.
 
 Every script begins with `from support.terminal import run_script` and ends with
 

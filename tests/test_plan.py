@@ -75,10 +75,10 @@ def test_lora_trains_fewer_parameters_and_quantised_weights_take_less():
 def test_who_starts_from_an_adapter_trains_the_adapter(tmp_path):
     sft = f"{SFT} --lora_r=8 --name="
     further = "dpo.py configs/dpo.py --model=out/"
-    _, adapter, merged, dpo, of_all = counted(
-        BASE, f"{sft}adapter", f"{sft}merged --merge", f"{further}adapter", f"{further}merged --name=full"
+    _, adapter, both, dpo, of_all = counted(
+        BASE, f"{sft}adapter", f"{sft}both --merge", f"{further}adapter", f"{further}both/merged --name=full"
     )  # fmt: skip
-    assert dpo.options["trained"] == adapter.options["trained"] == merged.options["trained"]
+    assert dpo.options["trained"] == adapter.options["trained"] == both.options["trained"]
     assert of_all.full and of_all.megabytes > 5 * dpo.megabytes
     (tmp_path / "run.json").write_text('{"stage": "sft", "parent": "gpt2"}')  # made before
     (tmp_path / "adapter_config.json").write_text('{"r": 4}')
