@@ -166,8 +166,8 @@ def keep_fewer_kernels() -> None:
     """Makes oneDNN, and ideep between it and torch, keep 128 kernels each and not 1,024. It must be set
     before torch is loaded.
 
-    A kernel is made for one shape, and every batch has another one. SFT of a model of 135M parameters by LoRA
-    so grew from 5.3 to 9.5 GiB in 200 steps. A step needs some dozens.
+    A kernel serves one shape, and in fine-tuning every batch has another one: SFT of a model of 135M
+    parameters by LoRA grew from 5.3 to 9.5 GiB in 200 steps. A step needs some dozens of kernels.
     """
     for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "128")
