@@ -291,11 +291,15 @@ def load_task(name: str, split: str, first: int = 0, count: int = 0) -> tuple[li
 
 def parsed(rows: list[tuple], parse: Callable, source: str, licence: str, what: str) -> tuple[list, dict]:
     """What `parse` makes of numbered rows, and their source for a run's record. Rows that lack their text, of
-    which it makes nothing, are left out and counted.
+    which it makes nothing, are left out and counted. Its errors get the row's number.
     """
     items = []
     for number, row in rows:
-        if item := parse(row, f"{source}, row {number}"):
+        try:
+            item = parse(row)
+        except DataError as error:
+            raise DataError(f"{source}, row {number}: {error}") from None
+        if item:
             items.append(item)
     if not items:
         raise nothing_to_read(source, [row for _, row in rows], what)
@@ -321,11 +325,11 @@ def task_rows(name: str, split: str, n: int) -> tuple[list[tuple], str]:
     return rows, source
 
 
-def example_of(task: Task, row: dict, where: str) -> Example | None:
+def example_of(task: Task, row: dict) -> Example | None:
     """A row as an Example; None if it lacks its text or its answer, like one row of SAMSum, or the number
     that an answer is compared by.
     """
-    text, answer = (text_of(row.get(column), f'{where}, "{column}"') for column in task.columns)
+    text, answer = (text_of(row.get(column), f'"{column}"') for column in task.columns)
     if text is None or answer is None:
         return None
     if task.metric == "exact_match" and extract_number(answer) is None:
@@ -335,7 +339,7 @@ def example_of(task: Task, row: dict, where: str) -> Example | None:
     labels = dict(zip("0123456789", task.labels, strict=False))
     if answer not in labels:  # -1: the hub's way to hide a test split's labels
         raise DataError(
-            f"{where}: label {answer!r} is not one of {', '.join(labels)}; results are reported on the "
+            f"label {answer!r} is not one of {', '.join(labels)}; results are reported on the "
             f"{task.test} split"
         )
     return Example(text, labels[answer], int(answer))

@@ -138,7 +138,7 @@ def nothing_to_read(source: str, rows: list[dict], what: str) -> DataError:
 
 def texts_of_table(path: str, about: dict) -> Iterator[str]:
     for number, row in enumerate(read_rows(path, ("text",)), 1):
-        text = text_of(row.get("text"), f'{path}, row {number}, "text"')
+        text = text_of(row.get("text"), f'{path}, row {number}: "text"')
         if text is None:
             about["left_out"] = about.get("left_out", 0) + 1
         else:

@@ -44,30 +44,30 @@ def first_question(messages: list[dict]) -> str:
     return asked["content"]
 
 
-def messages_of(row: dict, where: str = "") -> list[dict]:
+def messages_of(row: dict) -> list[dict]:
     """A row as a conversation; [] if it has no text or no assistant turn."""
     turns = first_of(row, TURNS)
     if turns is not None:
-        messages = as_messages(turns, where)
+        messages = as_messages(turns)
         return messages if any(m["role"] == "assistant" for m in messages) else []
     instances = row.get("instances")  # self-instruct's seed tasks
     if isinstance(instances, list) and instances and isinstance(instances[0], dict):
         row = instances[0] | row
-    asked = question_of(row, where)
-    answer = as_answer(first_of(row, ("output", "response", "completion", "answer")), where)
+    asked = question_of(row)
+    answer = as_answer(first_of(row, ("output", "response", "completion", "answer")))
     return asked + answer if asked and answer else []
 
 
-def preference_of(row: dict, where: str = "") -> Preference | None:
+def preference_of(row: dict) -> Preference | None:
     """A row as a Preference; None if it lacks a side, or if its sides answer different questions."""
-    asked = question_of(row, where) or as_messages(first_of(row, TURNS) or [], where)
+    asked = question_of(row) or as_messages(first_of(row, TURNS) or [])
     if asked and asked[-1]["role"] != "user":
         asked = []
     sides = []
     for name in ("chosen", "rejected"):
-        side = as_answer(row.get(name), where)
+        side = as_answer(row.get(name))
         if isinstance(row.get(name), str) and side and side[0]["content"].startswith("Human:"):
-            side = transcript(side[0]["content"], where)
+            side = transcript(side[0]["content"])
         if asked and (not side or side[0]["role"] == "assistant"):  # else it holds the whole conversation
             side = asked + side
         if len(side) < 2 or side[-1]["role"] != "assistant":
@@ -79,34 +79,34 @@ def preference_of(row: dict, where: str = "") -> Preference | None:
     return Preference(messages, chosen["content"], rejected["content"])
 
 
-def question_of(row: dict, where: str) -> list[dict]:
+def question_of(row: dict) -> list[dict]:
     """The prompt of a row, as messages."""
     asked = first_of(row, ("instruction", "prompt", "question"))
     if isinstance(asked, list):
-        return as_messages(asked, where)
-    asked = text_of(asked, where)
+        return as_messages(asked)
+    asked = text_of(asked)
     if asked is None:
         return []
     if asked.startswith("Human:") and asked.endswith("\n\nAssistant:"):
-        return transcript(asked.removesuffix("Assistant:"), where)
-    more = text_of(first_of(row, ("input", "context")), where)
+        return transcript(asked.removesuffix("Assistant:"))
+    more = text_of(first_of(row, ("input", "context")))
     if more:
         asked += f"\n\n{more}"
     return talk(asked)
 
 
-def as_answer(value, where: str) -> list[dict]:
+def as_answer(value) -> list[dict]:
     """A cell that holds an answer, or messages that end in one, as messages; [] if it has no text."""
     if isinstance(value, list):
-        return as_messages(value, where)
+        return as_messages(value)
     turn = value if isinstance(value, dict) else {"content": value}
-    return as_messages([{"role": "assistant"} | turn], where)
+    return as_messages([{"role": "assistant"} | turn])
 
 
-def as_messages(turns, where: str) -> list[dict]:
+def as_messages(turns) -> list[dict]:
     """Turns (in any known format) as messages; [] if one of them has no text."""
     if not isinstance(turns, list):
-        raise DataError(f"{where}: should be a list of messages, but is {shortened(turns)}")
+        raise DataError(f"should be a list of messages, but is {shortened(turns)}")
     messages = []
     for number, turn in enumerate(turns):
         if isinstance(turn, str):
@@ -114,28 +114,28 @@ def as_messages(turns, where: str) -> list[dict]:
         known = turn if isinstance(turn, dict) else {}
         role = known.get("role") or known.get("from")
         if not isinstance(role, str):
-            raise DataError(f'{where}: a message needs "role" and "content", but is {shortened(turn)}')
+            raise DataError(f'a message needs "role" and "content", but is {shortened(turn)}')
         if role.lower() not in ROLES:
-            raise DataError(f"{where}: unknown role {role!r}: use system, user, assistant")
-        content = content_text(turn.get("content", turn.get("value")), where)
+            raise DataError(f"unknown role {role!r}: use system, user, assistant")
+        content = content_text(turn.get("content", turn.get("value")))
         if content is None:
             return []
         messages.append({"role": ROLES[role.lower()], "content": content})
     return messages
 
 
-def content_text(content, where: str) -> str | None:
+def content_text(content) -> str | None:
     """The text of a message's content: a string, or a list of parts that must all be text."""
     if not isinstance(content, list):
-        return text_of(content, where)
+        return text_of(content)
     texts = []
     for part in content:
         part = {"text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text"):
-            raise DataError(f"{where}: only text is supported, but a message has a part {shortened(part)}")
-        texts.append(text_of(part.get("text"), where) or "")
-    return text_of("\n".join(texts), where)
+            raise DataError(f"only text is supported, but a message has a part {shortened(part)}")
+        texts.append(text_of(part.get("text")) or "")
+    return text_of("\n".join(texts))
 
 
 def first_of(row: dict, names: tuple[str, ...]):
@@ -143,17 +143,17 @@ def first_of(row: dict, names: tuple[str, ...]):
     for name in names:
         value = row.get(name)
         if isinstance(value, (str, float)):
-            if text_of(value, name) is not None:
+            if text_of(value) is not None:
                 return value
         elif value not in (None, []):
             return value
     return None
 
 
-def transcript(text: str, where: str) -> list[dict]:
+def transcript(text: str) -> list[dict]:
     """hh-rlhf: each turn begins with "Human:" or "Assistant:" after an empty line; [] if one has no text."""
     _, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + text)
     turns = []
     for name, content in zip(pieces[::2], pieces[1::2], strict=True):
         turns.append({"role": name, "content": content})
-    return as_messages(turns, where)
+    return as_messages(turns)

@@ -31,10 +31,10 @@ def parse_json(text: str):
     return value
 
 
-def text_of(value, where: str) -> str | None:
+def text_of(value, what: str = "a cell") -> str | None:
     """The text of a table cell, stripped; None if the cell is None, NaN, "" or whitespace.
 
-    A number counts as text: 7 and 7.0 are "7". Raises DataError for anything else.
+    A number counts as text: 7 and 7.0 are "7". Raises DataError for anything else; `what` is the cell's name.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -43,7 +43,7 @@ def text_of(value, where: str) -> str | None:
     if type(value) in (int, float):  # a bool is no number
         value = str(value)
     if not isinstance(value, str):
-        raise DataError(f"{where}: should be text, but is {shortened(value)}")
+        raise DataError(f"{what} should be text, but is {shortened(value)}")
     return value.replace("\r\n", "\n").strip() or None
 
 
