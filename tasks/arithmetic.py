@@ -83,7 +83,7 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
         told, solved, sign, largest = STEPS[kind]
         n = number(rng, 2, 6)
         k = number(rng, 2, largest)
-        slots.update(n=str(n), k=str(k))
+        slots.update(n=n, k=k)
         sentences.append(fill(rng, told, slots))
         if "boxes" in kind:
             k = work("That is {sum} {item}.", n, "*", k)
@@ -103,7 +103,7 @@ def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
     possible = list(parse(possible))
     for _ in range(traps):
         for name, low, high in (("m", 2, 24), ("n", 2, 5), ("age", 5, 12)):
-            slots[name] = str(number(rng, low, high))
+            slots[name] = number(rng, low, high)
         trap = possible.pop(number(rng, 0, len(possible) - 1))  # nobody has two ages
         trap = fill(rng, [trap], slots)
         sentences.insert(number(rng, 1, len(sentences)), trap)

@@ -51,7 +51,7 @@ def fill(rng: random.Random, text: str | list, slots: dict) -> str:
             out += fill(rng, part, slots)
         else:
             name, capital = part
-            value = slots[name]
+            value = str(slots[name])
             out += value[:1].upper() + value[1:] if capital else value
     return out
 

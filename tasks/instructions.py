@@ -84,7 +84,7 @@ def instructions(split: str, n: int = 0) -> Iterator[dict]:
             x, y, z = values(rng, kind)
             if x != y and (kind in COMMON or split_of(f"{x} {y} {kind}") == split):
                 question, answer = WISHES[kind]
-                slots = Slots(x=str(x), y=str(y), z=str(z))
+                slots = Slots(x=x, y=y, z=z)
                 return talk(fill(rng, question, slots), fill(rng, answer, slots))
 
     def make(rng: random.Random) -> tuple[dict, None]:
