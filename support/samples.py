@@ -3,11 +3,10 @@
 DPO makes pairs of them, a verifier learns from them, and eval.py measures ways to choose among them.
 """
 
-import re
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, compress
 
 import numpy as np
 
@@ -37,8 +36,8 @@ class Samples:
 
     def distinct(self, i: int, right: bool) -> list[str]:
         """The right answers to problem i, or the wrong ones: each once, in the order of drawing."""
-        kept = np.flatnonzero(self.right[i] == right)
-        return list(dict.fromkeys(self.answers[i][j] for j in kept))
+        kept = compress(self.answers[i], self.right[i] == right)
+        return list(dict.fromkeys(kept))
 
 
 def draw(
@@ -73,7 +72,7 @@ def labelled(file: str) -> list[Samples]:
                     f"there is {shortened(solution)}"
                 )
         examples, answers, right = parts[(0, 0, 1, 2)[zlib.crc32(question.encode()) % 4]]
-        texts = [re.sub(r"\nA: ", "\n#### ", solution["solution"]) for solution in solutions]
+        texts = [solution["solution"].replace("\nA: ", "\n#### ") for solution in solutions]
         labels = [bool(solution["is_correct"]) for solution in solutions]
         target = texts[labels.index(True)] if any(labels) else ""
         examples.append(Example(question, target))
