@@ -80,7 +80,7 @@ def is_plain_lora(adapter: dict) -> bool:
 
 def target_names(model: nn.Module, targets: str) -> list[str]:
     """The names of --lora_targets, each of which must be a layer's; [] if there are none."""
-    names = [name.strip() for name in targets.split(",") if name.strip()]
+    names = targets.replace(",", " ").split()
     for target in names:
         if not any(is_target(n, [target]) and hasattr(m, "weight") for n, m in model.named_modules()):
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
