@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from support.files import write_json
+from support.finding import data_folder
 from support.runs import read_json, read_json_if_there
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}  # each word by itself, none left out
@@ -156,7 +157,7 @@ def gpt2_merges() -> list[tuple[bytes, bytes]]:
 
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
     sha256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    cache_of_data = os.path.join(os.environ.get("DATA_DIR") or "data", "tiktoken_cache")
+    cache_of_data = os.path.join(data_folder(), "tiktoken_cache")
     if os.path.isdir(cache_of_data):
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", cache_of_data)
     try:
