@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import parse_config
+from support.runs import errors_for_users
 from support.tables import read_jsonl, valid
 
 if TYPE_CHECKING:  # libraries are loaded when they are needed: --help answers at once
@@ -49,16 +50,15 @@ def main() -> None:
     cfg = parse_config(ChatConfig, __doc__, flags + [f"--model={name}" for name in models])
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     try:
-        if len(models) > 1:
-            raise ValueError(f"one model at a time, not {len(models)}: {', '.join(models)}")
-        if cfg.checkpoints:
-            ask_checkpoints(cfg, messages)
-        elif cfg.prompt:
-            answer(load(cfg), cfg, cfg.prompt, messages)
-        else:
-            converse(load(cfg), cfg, messages)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"chat.py: {error}") from None
+        with errors_for_users():
+            if len(models) > 1:
+                raise ValueError(f"one model at a time, not {len(models)}: {', '.join(models)}")
+            if cfg.checkpoints:
+                ask_checkpoints(cfg, messages)
+            elif cfg.prompt:
+                answer(load(cfg), cfg, cfg.prompt, messages)
+            else:
+                converse(load(cfg), cfg, messages)
     except RuntimeError as error:
         from support.memory import is_out_of_memory
 
