@@ -39,7 +39,7 @@ def as_list(given: object) -> object:
 
 
 def as_valid(given: object) -> object:
-    """For a text of limited length: there pydantic refuses lone surrogates, which JSON allows."""
+    """A text without lone surrogates: JSON allows them, UTF-8 does not."""
     return valid(given) if isinstance(given, str) else given
 
 
@@ -88,7 +88,7 @@ def as_prompts(given: object) -> object:
     return as_list(given)
 
 
-Prompt = str | Annotated[list[int], Field(min_length=1)]
+Prompt = AnyText | Annotated[list[int], Field(min_length=1)]
 
 
 class Completion(Question):
@@ -110,7 +110,7 @@ class Completion(Question):
 
     def prompts(self, model: TextModel) -> list[list[int]]:
         """The ids of each prompt. A text gets the token that begins a document, ids are left as they are."""
-        return [p if isinstance(p, list) else model.start + model.encode(valid(p)) for p in self.prompt]
+        return [p if isinstance(p, list) else model.start + model.encode(p) for p in self.prompt]
 
     def begin(self, model: TextModel, i: int, ids: list[int]) -> tuple[str, list[dict]]:
         """The text with which the answers to prompt i begin, by echo the prompt; its log-probabilities."""
@@ -118,7 +118,7 @@ class Completion(Question):
             return "", []
         entries = [] if self.logprobs is None else prompt_entries(model, ids, self.logprobs)
         if isinstance(self.prompt[i], str):
-            return valid(self.prompt[i]), entries[len(model.start) :]
+            return self.prompt[i], entries[len(model.start) :]
         return model.tokenizer.decode(ids), entries
 
     def problem(self) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def text_logprobs(entries: list[dict], offset: int) -> dict:
 
 class Part(BaseModel):
     type: Literal["text"]
-    text: str
+    text: AnyText
 
 
 def as_parts(content: object) -> object:
@@ -165,7 +165,7 @@ class Message(BaseModel):
 
     def turn(self) -> dict:
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": valid("".join(part.text for part in self.content))}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 class Chat(Question):
