@@ -36,7 +36,7 @@ class ForeignTokenizer(ValueError):
 @cache
 def byte_letters() -> dict[int, str]:
     """GPT-2's spelling of bytes, in the order of its ids: Latin-1, or from U+0100 on if that is invisible."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     hidden = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
 
