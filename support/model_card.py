@@ -7,6 +7,7 @@ A number is shown with its interval; a smoke run shows none.
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.files import write_json, write_text
@@ -211,7 +212,7 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     if adapter:
         tags.append("lora")
     library = "peft" if adapter else "transformers"
-    results = [] if run.get("smoke") else eval_results(folder, run, pipeline)
+    results = [] if run.get("smoke") else list(eval_results(folder, run, pipeline))
     card = ModelCardData(
         language=None if "yours" in licences else "en",
         license=names.pop() if known else "other" if names else None,
@@ -227,13 +228,12 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
     return card.to_yaml().strip()
 
 
-def eval_results(folder: Path, run: dict, pipeline: str) -> list:
+def eval_results(folder: Path, run: dict, pipeline: str) -> Iterator:
     """What was measured, as huggingface_hub's EvalResult."""
     from huggingface_hub import EvalResult
 
-    results = []
     for x in measured(folder, run):
-        result = EvalResult(
+        yield EvalResult(
             task_type=pipeline,
             dataset_type=str(x["task"]),
             dataset_name=f"{x['task']}, {x['shots']} examples in the prompt",
@@ -243,8 +243,6 @@ def eval_results(folder: Path, run: dict, pipeline: str) -> list:
             metric_value=x["x"]["value"],
             metric_args={key: x["x"][key] for key in ("low", "high", "n") if key in x["x"]} or None,
         )
-        results.append(result)
-    return results
 
 
 def how_made(folder: Path, run: dict, adapter: dict) -> list[str]:

@@ -3,6 +3,7 @@
 import ast
 import operator
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 
@@ -119,12 +120,10 @@ def calculator_answer(text: str) -> str | None:
         return None
 
 
-def equations(text: str) -> list[tuple[str, str]]:
-    """The annotated steps of a solution, [(expression, result), ...] of `<<expression=result>>`."""
-    steps = []
+def equations(text: str) -> Iterator[tuple[str, str]]:
+    """The annotated steps of a solution, (expression, result) of `<<expression=result>>`."""
     for expression, result in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", text):
-        steps.append((expression.replace(" ", ""), result.strip()))
-    return steps
+        yield expression.replace(" ", ""), result.strip()
 
 
 def calculates(text: str) -> bool:
