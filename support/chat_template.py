@@ -8,6 +8,7 @@ training.
 
 import re
 
+from support.cutting import special_regex
 from support.tokenizer_json import CHAT_TEMPLATE
 
 # For a model that has no special tokens for turns. An assistant's turn ends with the end-of-text token.
@@ -101,7 +102,7 @@ def conversation_ids(tokenizer, template: str, messages: list[dict]) -> tuple[li
     `tokenizer`: a `tokenizer.Tokenizer` or a `HubTokenizer`. The text of a message never becomes a special
     token. Pieces are encoded together, as other programs do, unless a token would cross their border.
     """
-    special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"(?!)")
+    special = special_regex(tokenizer.special_tokens)
     safe = [message | {"content": guarded(message["content"], special)} for message in messages]
     ids = []
     is_answer = []
@@ -143,7 +144,7 @@ def encoded(tokenizer, text: str, special: re.Pattern) -> list[int]:
     if BREAK not in text:
         return tokenizer.encode(text, allowed_special="all")
     ids = []
-    for i, part in enumerate(re.split(f"({special.pattern})", text)):  # every second one: a special token
+    for i, part in enumerate(special.split(text)):  # every second one: a special token
         ids += tokenizer.encode(part.replace(BREAK, ""), allowed_special="all" if i % 2 else ())
     return ids
 
