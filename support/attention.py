@@ -126,7 +126,7 @@ def copied_digits(model: TextModel, texts: list[str], copies: list[str]) -> floa
         ids = before + after[:-1]
         if len(ids) > model.context_length:  # learned positions end there
             continue
-        logits = logits_of(model.model, ids, model.device)[len(before) - 1 :]
+        logits = logits_of(model.model, ids)[len(before) - 1 :]
         for token, true in zip(logits.argmax(-1).tolist(), after, strict=True):
             if model.decode([true]).strip().isdigit():
                 hits.append(token == true)

@@ -59,8 +59,8 @@ class Trace:
 
 
 @torch.no_grad()
-def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
-    """One forward pass over ids (T) that also keeps the parts of the residual stream at `position`.
+def trace(model: ModernDecoderLM, ids: list[int], position: int) -> Trace:
+    """One forward pass over a text that also keeps the parts of the residual stream at `position`.
 
     `model` is in float32, as `look_inside` makes it.
     """
@@ -76,7 +76,7 @@ def trace(model: ModernDecoderLM, ids: Tensor, position: int) -> Trace:
         block.register_forward_hook(keep(residual))
         block.self_attn.o_proj.register_forward_pre_hook(keep(heads))
         block.mlp.register_forward_hook(keep(ffn))
-    logits = model(ids[None])[0]
+    logits = logits_of(model, ids)
     c = model.config
     read = torch.stack(heads).view(c.n_layers, c.n_heads, c.head_dim)
     return Trace(logits, torch.stack(residual), read, torch.stack(ffn))
@@ -152,9 +152,9 @@ def token_text(raw: bytes) -> str:
 
 
 @torch.no_grad()
-def logits_of(net, ids: list[int], device: torch.device) -> Tensor:
+def logits_of(net, ids: list[int]) -> Tensor:
     """(T, V) in float32, of any decoder."""
-    found = net(torch.tensor([ids], device=device))
+    found = net(torch.tensor([ids], device=net.device))
     return (found if isinstance(found, Tensor) else found.logits)[0].float()
 
 
@@ -228,7 +228,7 @@ def look_inside(
     net = model.model
     if model.ours or off:
         net = without_heads(net).float()  # float32: the parts sum to the logit
-    logits = logits_of(net, ids, model.device)
+    logits = logits_of(net, ids)
     found["surprise"] = surprise_of(logits, ids, names)
     found["next"] = likeliest(logits[position], names, alternatives)
     if not model.ours:
@@ -237,7 +237,7 @@ def look_inside(
         return found
     found |= {"layers": config.n_layers, "heads": config.n_heads}
     net = without_heads(net, off)
-    seen = trace(net, torch.tensor(ids, device=model.device), position)
+    seen = trace(net, ids, position)
     if off:
         found["next_off"] = likeliest(seen.logits[position], names, alternatives)
     target = found["next"][0]["id"] if target is None else target

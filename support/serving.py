@@ -349,7 +349,7 @@ def characters(entry: dict) -> int:
 
 def prompt_entries(model: TextModel, ids: list[int], most: int) -> list[dict]:
     """`token_entry` of every token of a prompt given those before it; the first one's logprob is None."""
-    log_p = logits_of(model.model, ids, model.device).log_softmax(-1)
+    log_p = logits_of(model.model, ids).log_softmax(-1)
     entries = [token_entry(model, log_p[t - 1], i, most) for t, i in enumerate(ids)]
     entries[0] |= {"logprob": None, "top_logprobs": None}
     return entries

@@ -99,13 +99,15 @@ def test_heads_are_scored_by_what_they_look_at(monkeypatch):
 
 def test_copied_digits_are_counted_where_they_are_repeated():
     class Echo(torch.nn.Module):  # says what followed the same byte before; else a newline
+        device = "cpu"
+
         def forward(self, ids):
             logits, seen = torch.zeros(1, ids.shape[1], 300), ids[0].tolist()
             for t, i in enumerate(seen):
                 logits[0, t, seen[seen.index(i) + 1] if i in seen[:t] else 10] = 1
             return logits
 
-    model = SimpleNamespace(model=Echo(), eos=299, device="cpu", context_length=999)
+    model = SimpleNamespace(model=Echo(), eos=299, context_length=999)
     model.encode, model.decode = lambda text: list(text.encode()), lambda ids: chr(ids[0])
     assert attending.copied_digits(model, ["a1 b2", "a1"], ["a1 b2", "a1"]) == 1
     assert attending.copied_digits(model, ["a1 b2", "a4"], ["b1 a2 x3", "a4"]) == 0.25

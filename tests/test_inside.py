@@ -40,7 +40,7 @@ def test_the_parts_of_a_logit_sum_to_it_and_the_last_lens_is_the_model(shape):
     with torch.no_grad():
         expected = model(ids[None])[0]
     for position, target in ((0, 5), (7, 90), (11, 0)):
-        found = trace(model, ids, position)
+        found = trace(model, ids.tolist(), position)
         assert torch.allclose(found.logits, expected, atol=1e-4)
         assert torch.allclose(logit_lens(model, found)[-1], expected[position], atol=1e-4)
         parts = contributions(model, found, target)
@@ -52,7 +52,7 @@ def test_the_parts_of_a_logit_sum_to_it_and_the_last_lens_is_the_model(shape):
 def test_post_norm_is_no_sum_and_says_so():
     model = small(norm_position="post")
     with pytest.raises(ValueError, match="post-norm"):
-        contributions(model, trace(model, torch.arange(5), 2), 1)
+        contributions(model, trace(model, [0, 1, 2, 3, 4], 2), 1)
 
 
 def test_a_head_that_is_off_adds_nothing_and_the_model_itself_stays():
@@ -60,7 +60,7 @@ def test_a_head_that_is_off_adds_nothing_and_the_model_itself_stays():
     with torch.no_grad():
         before = model(ids)
         off = without_heads(model, [(1, 2)])
-        values = {p["name"]: p["value"] for p in contributions(off, trace(off, ids[0], 8), 3)}
+        values = {p["name"]: p["value"] for p in contributions(off, trace(off, ids[0].tolist(), 8), 3)}
         assert values["L1 H2"] == 0 and not torch.equal(off(ids), before)
         assert torch.equal(model(ids), before)
         off = without_heads(model, [(layer, head) for layer in range(2) for head in range(4)])(ids)
