@@ -9,6 +9,7 @@ training.
 import re
 
 from support.cutting import special_regex
+from support.runs import first_line
 from support.tokenizer_json import CHAT_TEMPLATE
 
 # For a model that has no special tokens for turns. An assistant's turn ends with the end-of-text token.
@@ -59,8 +60,9 @@ def render(template: str, messages: list[dict], tokens: dict[str, str], add_gene
             [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **tokens
         )
     except Exception as error:  # a template from the hub may raise anything
-        why = str(error).strip().partition("\n")[0]
-        raise TemplateError(f"the model's chat template refuses this conversation: {why}") from None
+        raise TemplateError(
+            f"the model's chat template refuses this conversation: {first_line(error)}"
+        ) from None
     return texts[0]
 
 
