@@ -8,8 +8,8 @@ import re
 import time
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -158,7 +158,7 @@ def continuation(
     rows = [liveliness(text, tokenizer.decode(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
     found = {}
     for key in rows[0]:
-        found[key] = float(np.mean([row[key] for row in rows]))
+        found[key] = fmean(row[key] for row in rows)
     ends = torch.tensor([row[-T - 1 :] for row in new], device=ids.device)
     found["perplexity_of_the_end"] = full_attention(judge, ends).mean().exp().item()
     found["example"] = texts[0][-300:]
