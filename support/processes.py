@@ -33,9 +33,7 @@ def worker_pool(workers: int, remedy: str, context=None) -> Iterator[ProcessPool
         processes = list((pool._processes or {}).values())
         if isinstance(error, BrokenProcessPool):
             pool.shutdown()  # after this, the exit codes are known
-            cause = cause_of_death(processes)
-            words = f"{cause}; run the same command with {remedy}, which needs less memory"
-            raise WorkerDied(words) from None
+            raise WorkerDied(cause_of_death(processes, remedy)) from None
         for process in processes:
             process.kill()
         raise
@@ -59,14 +57,16 @@ def map_ahead(pool, function: Callable, items: Iterable, ahead: int) -> Iterator
             future.cancel()
 
 
-def cause_of_death(processes: list) -> str:
-    """Why the first worker died. (The pool then ends the others with SIGTERM.)"""
+def cause_of_death(processes: list, remedy: str) -> str:
+    """Why the first worker died, and what to do. (The pool then ends the others with SIGTERM.)"""
     codes = (process.exitcode for process in processes)
-    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), 0)
-    if code == -signal.SIGKILL:
-        return "a worker process was killed (SIGKILL), most likely because the machine ran out of memory"
+    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
+    if code == -signal.SIGTERM:  # as a batch system ends all processes of a job
+        return "the worker processes were ended (SIGTERM): run the same command again"
     how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-    return f"a worker process {how} before its work was done"
+    if code == -signal.SIGKILL:
+        how = "was killed (SIGKILL), most likely because the machine ran out of memory"
+    return f"a worker process {how}; run the same command with {remedy}, which needs less memory"
 
 
 def become_worker() -> None:

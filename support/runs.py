@@ -11,9 +11,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from support.documents import sha256
+from support.documents import blocks_of_file, sha256
 from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
 from support.processes import tqdm
 from support.tables import DataError, json_lines, read_jsonl
@@ -92,7 +93,7 @@ def first_line(error: BaseException) -> str:
 def weights_hash(name: str) -> str | None:
     """sha256 of a folder's weights; None for a model from the hub."""
     files = sorted(Path(name).glob("*.safetensors"))
-    return sha256(file.read_bytes() for file in files) if files else None
+    return sha256(chain.from_iterable(map(blocks_of_file, files))) if files else None
 
 
 def lock(folder: Path) -> int:
