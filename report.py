@@ -30,7 +30,7 @@ from pathlib import Path
 
 from configs import ConfigError, names_in, parse_config
 from data import TASKS
-from support.charts import BLUE, GREY, Line, Panel, chart, line
+from support.charts import BLUE, GREY, canvas, chart, name_ticks, plot, plot_columns
 from support.curves import loss_curves, overlaid, preferences
 from support.metrics import proportion
 from support.pages import Block, Sections, Table, Text, fill, percent, row, rows_of, say, shorten, write
@@ -241,15 +241,9 @@ def choosing(records: Records) -> list[Block]:
 
 def chosen(m: Measurement) -> list[Block]:
     """Curves over the number of answers, differences, and sampling until the verifier is sure."""
-    curves = [budget_curve(way, found) for way, found in m.entry["curves"].items()]
-    ticks = {n: str(n) for curve in curves for n in curve.x}
-    panel = Panel(curves, "answers per problem", "% right", f"{m.run.shown}, {m.task}", log="x", ticks=ticks)
-    if greedy := m.entry["metrics"].get("exact_match"):
-        panel.level, panel.level_label = 100 * greedy["value"], "greedy"
-    figure = chart(f"choosing-{m.stem}", fill(CHOOSING, {"m": m}), [panel], size=(6.4, 4.2))
     rows = rows_of("paired difference: {key} | points [95 %]: {x:points}", m.entry.get("differences", {}))
     caption = f"{m.shown}: paired differences between ways to choose an answer."
-    blocks = [figure, Table(f"differences-{m.stem}", rows, caption)]
+    blocks = [budget_curves(m), Table(f"differences-{m.stem}", rows, caption)]
     for verifier, gates in m.entry.get("gating", {}).items():
         rows = [row(GATE, gate) for gate in gates]
         blocks += say(UNTIL_SURE, name=verifier, m=m)
@@ -257,12 +251,23 @@ def chosen(m: Measurement) -> list[Block]:
     return blocks
 
 
-def budget_curve(way: str, found: dict[str, dict]) -> Line:
+def budget_curves(m: Measurement) -> Block:
     """Percent right against the number of answers, with intervals where there are some."""
-    ends = ("value", "low", "high")
-    value, low, high = ([100 * x.get(end, x["value"]) for x in found.values()] for end in ends)
-    name, form = ("pass (oracle)", "--") if way == "pass" else (way, "o-")
-    return Line([int(n) for n in found], value, name, form, low, high)
+    fig, (axes,) = canvas(1, 1, 6.4, 4.2)
+    ticks = {}
+    for way, found in m.entry["curves"].items():
+        budgets = [int(n) for n in found]
+        value = [100 * x["value"] for x in found.values()]
+        low, high = ([100 * x.get(end, x["value"]) for x in found.values()] for end in ("low", "high"))
+        name, form = ("pass (oracle)", "--") if way == "pass" else (way, "o-")
+        color = plot(axes, budgets, value, name, form).get_color()
+        axes.fill_between(budgets, low, high, color=color, alpha=0.12, lw=0)
+        ticks |= zip(budgets, found, strict=True)
+    if greedy := m.entry["metrics"].get("exact_match"):
+        axes.axhline(100 * greedy["value"], color=GREY, ls=":", label="greedy")
+    axes.set(xlabel="answers per problem", ylabel="% right", title=f"{m.run.shown}, {m.task}", xscale="log")
+    name_ticks(axes, ticks)
+    return chart(f"choosing-{m.stem}", fill(CHOOSING, {"m": m}), fig)
 
 
 def verifiers(records: Records) -> list[Block]:
@@ -276,11 +281,12 @@ def verified(run: Run) -> list[Block]:
     blocks = [*say(VERIFIED, run=run, **found), Table(f"verifier-{run.folder.name}", rows_of(SCORE, scores))]
     calibration = found.get("calibration", {})
     if bins := calibration.get("bins"):
-        true = Line([0, 1], [0, 1], form=":", style={"color": GREY})
-        lines = [true, line(bins, "said", "is", form="o-", color=BLUE)]
-        panel = Panel(lines, "probability it says", "share that is right", run.shown)
+        fig, (axes,) = canvas(1, 1, 4.2, 4)
+        plot(axes, [0, 1], [0, 1], form=":", color=GREY)
+        plot_columns(axes, bins, "said", "is", form="o-", color=BLUE)
+        axes.set(xlabel="probability it says", ylabel="share that is right", title=run.shown)
         caption = fill(TRUE, {"run": run, "percent": 100 * calibration["ece"]})
-        blocks.append(chart(f"reliability-{run.folder.name}", caption, [panel], size=(4.2, 4)))
+        blocks.append(chart(f"reliability-{run.folder.name}", caption, fig))
     return blocks
 
 

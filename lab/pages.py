@@ -2,7 +2,7 @@
 lab/hardware.py measured. The templates of tables and sentences name the keys of their JSON files.
 """
 
-from support.charts import Line, Panel, canvas, chart, line, saved
+from support.charts import BLUE, GREY, canvas, chart, logarithmic, name_ticks, plot, plot_columns, saved
 from support.pages import Block, Figure, Table, fill, lines_of, row, rows_of, say
 from support.results import SMOKE, Records, Run, read_json_or_empty
 
@@ -78,22 +78,25 @@ def images(name: str, caption: str, pictures: dict, across: int, labels: list[st
 
 def inside(name: str, run: Run, found: dict) -> Figure:
     """One text: how surprising each token was, and, where model.py computed it, who chose the next one."""
-    tokens = [token["text"] for token in found["tokens"]]
-    panels = [bars("surprise, bits", tokens, [x["bits"] if x else 0 for x in found["surprise"]])]
     parts = found.get("parts") or {}
-    if found["lens"] and "parts" in parts:
+    computed = found["lens"] and "parts" in parts
+    fig, grid = canvas(3 if computed else 1)
+    tokens = [token["text"] for token in found["tokens"]]
+    bars(grid[0], "surprise, bits", tokens, [x["bits"] if x else 0 for x in found["surprise"]])
+    if computed:
         layers = [f"{x['top'][0][0]} {x['layer']}" for x in found["lens"]]
         target = printable(parts["target"]["text"])
-        panels.append(bars(f"logit lens: p({target})", layers, [x["target_p"] for x in found["lens"]]))
+        bars(grid[1], f"logit lens: p({target})", layers, [x["target_p"] for x in found["lens"]])
         largest = sorted(parts["parts"], key=lambda part: -abs(part["value"]))[:12]
         names = [part["name"] for part in largest]
-        panels.append(bars("contributions to its logit", names, [part["value"] for part in largest]))
-    return chart(name, " ".join(lines_of(SURPRISE + PARTS, {"run": run} | found)), panels)
+        bars(grid[2], "contributions to its logit", names, [part["value"] for part in largest])
+    return chart(name, " ".join(lines_of(SURPRISE + PARTS, {"run": run} | found)), fig)
 
 
-def bars(title: str, labels: list[str], values: list[float]) -> Panel:
-    ticks = dict(enumerate(map(printable, labels)))
-    return Panel([Line(range(len(values)), values, form="bar")], "", title=title, ticks=ticks)
+def bars(axes, title: str, labels: list[str], values: list[float]) -> None:
+    axes.set(title=title)
+    axes.bar(range(len(values)), values, color=BLUE)
+    name_ticks(axes, dict(enumerate(map(printable, labels))))
 
 
 def printable(token: str) -> str:
@@ -132,10 +135,12 @@ def streams(corpus: str, found: dict) -> list[Block]:
     """Perplexity and continuations beyond the context, for each attention window."""
     blocks = []
     for name, x in found.items():
-        curves = [Line(list(ys), list(ys.values()), way, "o-") for way, ys in x["perplexity"].items()]
-        panel = Panel(curves, "position in the text, in contexts", "perplexity", name, log="y")
-        caption = f"{name}: {JUMPS}"
-        blocks.append(chart(f"streams-{corpus}-{name}", caption, [panel], size=(6.4, 3.8)))
+        fig, (axes,) = canvas(1, 1, 6.4, 3.8)
+        for way, ys in x["perplexity"].items():
+            plot(axes, list(ys), list(ys.values()), way, "o-")
+        axes.set(xlabel="position in the text, in contexts", ylabel="perplexity", title=name)
+        logarithmic(axes)
+        blocks.append(chart(f"streams-{corpus}-{name}", f"{name}: {JUMPS}", fig))
         rows = rows_of(CONTINUATION, x["continuations"])
         blocks.append(Table(f"continuations-{corpus}-{name}", rows))
         if endless := x.get("endless"):
@@ -190,10 +195,14 @@ def forest_plot(name: str, gaps: dict[str, dict]) -> Figure:
     """Differences to the baseline with their intervals, the lowest loss first."""
     names = sorted(gaps, key=lambda name: gaps[name]["mean"])
     mean, low, high = ([gaps[name][key] for name in names] for key in ("mean", "low", "high"))
-    curve = Line(range(len(names)), mean, form="o", low=low, high=high)
-    ylabel = "bits a byte minus the baseline's"
-    panel = Panel([curve], "", ylabel, level=0, symlog=0.1, ticks=dict(enumerate(names)))
-    return chart(name, FOREST.strip(), [panel], size=(9, 4))
+    fig, (axes,) = canvas(1, 1, 9, 4)
+    plot(axes, range(len(names)), mean, form="o")
+    axes.vlines(range(len(names)), low, high)
+    axes.axhline(0, color=GREY, ls=":")
+    axes.set(ylabel="bits a byte minus the baseline's")
+    axes.set_yscale("symlog", linthresh=0.1)
+    name_ticks(axes, dict(enumerate(names)))
+    return chart(name, FOREST.strip(), fig)
 
 
 TABLES = {  # family: a sentence, and the columns of its table
@@ -237,12 +246,13 @@ law that does not fit its own runs:
 
 def scaling(name: str, found: dict) -> list[Block]:
     """Losses of model sizes at equal FLOPs, the fitted scaling law and its prediction of one more run."""
-    curves = []
-    for i, budget in enumerate(sorted({p["budget"] for p in found["points"]})):
+    fig, (axes,) = canvas(1, 1, 6.4, 4)
+    for budget in sorted({p["budget"] for p in found["points"]}):
         points = [p for p in found["points"] if p["budget"] == budget]
-        curves.append(line(points, "parameters", "loss", f"{budget:.1e} FLOPs", "o-", color=f"C{i}"))
-    panel = Panel(curves, "parameters", "validation loss", log="xy")
-    blocks = [chart(f"scaling-{name}", "Model sizes at equal FLOPs.", [panel], size=(6.4, 4))]
+        plot_columns(axes, points, "parameters", "loss", f"{budget:.1e} FLOPs", "o-")
+    axes.set(xlabel="parameters", ylabel="validation loss", xscale="log")
+    logarithmic(axes)
+    blocks = [chart(f"scaling-{name}", "Model sizes at equal FLOPs.", fig)]
     blocks += say(SIZES, **found.get("sizes") or {}) + say(LAW, **found.get("law") or {})
     check = found.get("check") or {}
     sizes = {

@@ -1,12 +1,13 @@
-"""Charts as blocks of a page, through matplotlib, which is imported when the first is drawn.
+"""Charts as blocks of a page, drawn with matplotlib, which is imported when the first is drawn.
 
-curves = [line(rows, "step", "loss", label="training"), line(rows, "step", "val_loss", form="o-")]
-chart("loss", "The loss of a run.", [Panel(curves, "step", "loss")])
+fig, (axes,) = canvas(1)
+plot_columns(axes, rows, "step", "val_loss", "validation", "o-")
+axes.set(xlabel="step", ylabel="loss")
+chart("loss", "The loss of a run.", fig)
 """
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from support.pages import Figure
 
@@ -14,93 +15,13 @@ BLUE, RED, GREY = "#4477aa", "#ee6677", "#888888"
 POINTS = 1000  # of a line; more cannot be seen in a figure
 
 
-@dataclass
-class Line:
-    """A line of a panel. `form`: as in matplotlib, "-" a line, "o-" with points, "o" points alone; or "bar".
-
-    low, high: ends of the intervals around y, drawn as a band or, around points alone, as error bars.
-    """
-
-    x: Sequence[float]
-    y: Sequence[float]
-    label: str | None = None
-    form: str = "-"
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    style: dict = field(default_factory=dict)  # color, lw, alpha, ...
-
-
-def line(rows: list[dict], x: str, y: str, label: str | None = None, form: str = "-", **style) -> Line:
-    """A line through the rows that hold both keys, such as those of metrics.jsonl."""
-    rows = [row for row in rows if x in row and y in row]
-    rows = rows[:: max(1, len(rows) // POINTS)]
-    return Line([row[x] for row in rows], [row[y] for row in rows], label, form, style=style)
-
-
-@dataclass
-class Panel:
-    lines: list[Line]
-    xlabel: str
-    ylabel: str = ""
-    title: str = ""
-    log: str = ""  # the logarithmic axes: "x", "y" or "xy"
-    symlog: float = 0  # y axis: linear up to this distance from 0, logarithmic beyond
-    level: float | None = None  # a dotted horizontal line
-    level_label: str | None = None
-    ticks: dict[float, str] | None = None  # labels of the x axis
-
-
-def chart(
-    name: str, caption: str, panels: list[Panel], columns: int = 0, size=(3.6, 3.2), title: str = ""
-) -> Figure:
-    """A Figure of panels beside each other, `columns` in a row; `size` of one: width and height in inches."""
-    fig, grid = canvas(len(panels), columns or len(panels), *size)
-    for axes, panel in zip(grid, panels, strict=True):
-        draw(axes, panel)
-    fig.suptitle(title)
-    fig.tight_layout()
-    return saved(name, caption, fig)
-
-
-def draw(axes, panel: Panel) -> None:
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
-    for curve in panel.lines:
-        draw_line(axes, curve)
-    if panel.level is not None:
-        axes.axhline(panel.level, color=GREY, ls=":", label=panel.level_label)
-    if "x" in panel.log:
-        axes.set_xscale("log")
-    if "y" in panel.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    if panel.symlog:
-        axes.set_yscale("symlog", linthresh=panel.symlog)
-    if panel.ticks:
-        long = max(map(len, panel.ticks.values())) > 3
-        axes.set_xticks(list(panel.ticks), panel.ticks.values(), rotation=90 if long else 0, fontsize=7)
-        axes.minorticks_off()
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def draw_line(axes, curve: Line) -> None:
-    if curve.form == "bar":
-        axes.bar(curve.x, curve.y, color=BLUE)
-        return
-    form = "o" if curve.form == "-" and len(curve.x) == 1 else curve.form  # one point has no line
-    (drawn,) = axes.plot(curve.x, curve.y, form, label=curve.label, **{"ms": 4, "lw": 1.2} | curve.style)
-    if curve.low and form == "o":
-        axes.vlines(curve.x, curve.low, curve.high, color=drawn.get_color())
-    elif curve.low:
-        axes.fill_between(curve.x, curve.low, curve.high, color=drawn.get_color(), alpha=0.12, lw=0)
-
-
-def canvas(panels: int, columns: int, width: float, height: float):
-    """(matplotlib's figure, the axes of each panel), `columns` in a row, each of so many inches. Not through
-    pyplot, which would keep every figure.
+def canvas(panels: int, columns: int = 0, width: float = 3.6, height: float = 3.2):
+    """(matplotlib's figure, the axes of each panel), `columns` in a row (0: all), each of so many inches. Not
+    through pyplot, which would keep every figure.
     """
     from matplotlib.figure import Figure as Canvas
 
+    columns = columns or panels
     rows = -(-panels // columns)
     fig = Canvas(figsize=(width * columns, height * rows))
     grid = fig.subplots(rows, columns, squeeze=False).flat
@@ -109,12 +30,48 @@ def canvas(panels: int, columns: int, width: float, height: float):
     return fig, grid[:panels]
 
 
+def plot(axes, x: Sequence, y: Sequence, label: str | None = None, form: str = "-", **style):
+    """Draws and returns a line. `form`: as in matplotlib, "-" a line, "o-" with points, "o" points alone."""
+    if form == "-" and len(x) == 1:  # one point has no line
+        form = "o"
+    style = {"ms": 4, "lw": 1.2} | style
+    return axes.plot(x, y, form, label=label, **style)[0]
+
+
+def plot_columns(axes, rows: list[dict], x: str, y: str, label: str | None = None, form="-", **style) -> None:
+    """A line through the rows that hold both keys, such as those of metrics.jsonl."""
+    rows = [row for row in rows if x in row and y in row]
+    rows = rows[:: max(1, len(rows) // POINTS)]
+    plot(axes, [row[x] for row in rows], [row[y] for row in rows], label, form, **style)
+
+
+def logarithmic(axes) -> None:
+    """A logarithmic y axis with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def name_ticks(axes, names: dict[float, str]) -> None:
+    """Ticks of the x axis, by position."""
+    long = max(map(len, names.values())) > 3
+    axes.set_xticks(list(names), names.values(), rotation=90 if long else 0, fontsize=7)
+    axes.minorticks_off()
+
+
+def chart(name: str, caption: str, fig, title: str = "") -> Figure:
+    """Finishes a figure of lines or bars."""
+    fig.suptitle(title)
+    fig.tight_layout()
+    for axes in fig.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+    return saved(name, caption, fig)
+
+
 def saved(name: str, caption: str, fig) -> Figure:
     """A matplotlib figure as a block."""
-    for axes in fig.axes:
-        if not axes.images and axes.get_label() != "<colorbar>":
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
     file = io.BytesIO()
     fig.savefig(file, format="png", dpi=80, bbox_inches="tight")
     return Figure(name, caption, file.getvalue())

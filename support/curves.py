@@ -1,6 +1,6 @@
 """Figures of what a run wrote into metrics.jsonl: losses, perplexity, the optimizer, preferences."""
 
-from support.charts import BLUE, GREY, RED, Panel, chart, line
+from support.charts import BLUE, GREY, RED, canvas, chart, logarithmic, plot_columns
 from support.metrics import perplexity
 from support.pages import Block, Figure
 from support.results import Run
@@ -21,47 +21,56 @@ PREFERENCES = {  # columns of the log: label
 
 def overlaid(name: str, runs: dict[str, Run]) -> Figure:
     """Losses of several runs against steps, tokens and minutes."""
-    panels = []
-    for clock, label in CLOCKS.items():
-        curves = []
+    fig, grid = canvas(len(CLOCKS))
+    for axes, (clock, label) in zip(grid, CLOCKS.items(), strict=True):
         for i, (shown, run) in enumerate(runs.items()):
-            curves.append(line(run.metrics, clock, "loss", color=f"C{i}", lw=0.8, alpha=0.4))
-            curves.append(line(run.metrics, clock, "val_loss", shown, "o-", color=f"C{i}"))
-        panels.append(Panel(curves, label, "loss"))
+            plot_columns(axes, run.metrics, clock, "loss", color=f"C{i}", lw=0.8, alpha=0.4)
+            plot_columns(axes, run.metrics, clock, "val_loss", shown, "o-", color=f"C{i}")
+        axes.set(xlabel=label, ylabel="loss")
     caption = "Validation losses, with points, and training losses, thin, of runs on one text."
-    return chart(name, caption, panels)
+    return chart(name, caption, fig)
 
 
 def loss_curves(run: Run) -> Figure:
     """Loss against steps, tokens and minutes; what the optimizer did; perplexity."""
-
-    def losses(clock: str) -> list:
-        training = line(run.metrics, clock, "loss", "training", color=BLUE)
-        return [training, line(run.metrics, clock, "val_loss", "validation", "o-", color=RED)]
-
-    panels = [Panel(losses(clock), label, "loss") for clock, label in CLOCKS.items()]
-    for clock, key, label in OPTIMIZER:
-        panels.append(Panel([line(run.metrics, clock, key, color=GREY)], CLOCKS[clock], label))
-    what = "loss"
     # A loss in nats a token has a perplexity; that of pairs or of classes has none.
     heads = "head" in (run.record.get("verifier"), run.record.get("kind"))
-    if run.stage != "dpo" and not heads:
+    of_tokens = run.stage != "dpo" and not heads
+    fig, grid = canvas(7 + of_tokens, 4, 3.2, 2.6)
+    panels = iter(grid)
+    for clock, label in CLOCKS.items():
+        plot_losses(next(panels), run.metrics, clock, label, "loss")
+    for clock, key, label in OPTIMIZER:
+        axes = next(panels)
+        plot_columns(axes, run.metrics, clock, key, color=GREY)
+        axes.set(xlabel=CLOCKS[clock], ylabel=label)
+    what = "loss"
+    if of_tokens:
         what = "loss and perplexity"
-        curves = losses("step")
-        for curve in curves:
-            curve.y = [perplexity(loss, 1) for loss in curve.y]
-        panels.append(Panel(curves, "step", "perplexity", log="y"))
+        rows = []
+        for x in run.metrics:
+            rows.append(x | {key: perplexity(x[key], 1) for key in ("loss", "val_loss") if key in x})
+        axes = next(panels)
+        plot_losses(axes, rows, "step", "step", "perplexity")
+        logarithmic(axes)
     caption = f"{run.shown}: {what} while it was trained, and what the optimizer and the clock did."
-    return chart(f"curves-{run.folder.name}", caption, panels, columns=4, size=(3.2, 2.6), title=run.shown)
+    return chart(f"curves-{run.folder.name}", caption, fig, run.shown)
+
+
+def plot_losses(axes, rows: list[dict], clock: str, xlabel: str, ylabel: str) -> None:
+    plot_columns(axes, rows, clock, "loss", "training", color=BLUE)
+    plot_columns(axes, rows, clock, "val_loss", "validation", "o-", color=RED)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
 
 
 def preferences(run: Run) -> list[Block]:
     """A run that learns from pairs: accuracy and margin of the reward, log-probabilities of both sides."""
     if not any("reward_margin" in x for x in run.metrics):
         return []
-    panels = []
-    for keys, label in PREFERENCES.items():
-        curves = [line(run.metrics, "step", key, key, "o-") for key in keys]
-        panels.append(Panel(curves, "step", label))
+    fig, grid = canvas(len(PREFERENCES))
+    for axes, (keys, label) in zip(grid, PREFERENCES.items(), strict=True):
+        for key in keys:
+            plot_columns(axes, run.metrics, "step", key, key, "o-")
+        axes.set(xlabel="step", ylabel=label)
     caption = f"{run.shown}: held-out pairs. If both sides fall together, the model unlearns instead of "
-    return [chart(f"preferences-{run.folder.name}", caption + "preferring.", panels)]
+    return [chart(f"preferences-{run.folder.name}", caption + "preferring.", fig)]

@@ -36,9 +36,9 @@ def page(records: Records, only: str = "") -> str:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures without pictures: drawing takes most of the time."""
-    monkeypatch.setattr("support.charts.draw", lambda axes, panel: None)
-    for module in ("support.charts", "lab.pages"):
+    for module in ("support.curves", "lab.pages", "report"):
         monkeypatch.setattr(f"{module}.canvas", lambda n, *size: (MagicMock(), [MagicMock()] * n))
+    for module in ("support.charts", "lab.pages"):
         monkeypatch.setattr(f"{module}.saved", lambda name, caption, fig: Figure(name, caption, b""))
 
 
