@@ -16,14 +16,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from configs import ROOT, ConfigError, parse_config
+from configs import ROOT, parse_config
 from finetune import FinetuneConfig
 from model import ModelConfig
 from support.costs import estimate_flops
 from support.results import read_json_or_empty
 from support.runs import weights_hash
 from support.tables import read_jsonl
-from tokenizer import Tokenizer, open_tokens, tokens_folder
+from tokenizer import Tokenizer, TokenizerStageConfig, open_tokens, tokens_folder
+from tokenizer import prepare_tokens as make_tokens
 from train import FREE_TO_CHANGE, TrainConfig
 
 FOLDER = Path("configs/experiments")
@@ -190,17 +191,13 @@ def prepare_tokens(runs: list[Run]) -> None:
     """A tokenizer and token files for each vocabulary, before runs need them side by side."""
     for run in runs:
         c = settings_of(run.words)
-        if has_tokens(tokens_folder(c)):
-            continue
-        flags = [f"--{key}={getattr(c, key)}" for key in ("corpus", "vocab_size", "out")]
-        command = [sys.executable, str(ROOT / "tokenizer.py"), run.words[0], *flags]
-        status = subprocess.run(command, env=os.environ | {"END_WITH_PARENT": str(os.getpid())}).returncode
-        if status:
-            raise ConfigError(f"{tokens_folder(c)}: tokenizer.py ended with status {status}; see above")
+        if not has_tokens(tokens_folder(c)):
+            flags = [f"--{key}={getattr(c, key)}" for key in ("corpus", "vocab_size", "out")]
+            make_tokens(parse_config(TokenizerStageConfig, "", [run.words[0], *flags]))
 
 
 def has_tokens(folder: Path) -> bool:
-    """True if a run can read them. If not, tokenizer.py makes what is missing."""
+    """True if a run can read them. If not, `make_tokens` makes what is missing."""
     try:
         tokenizer = Tokenizer.load(folder)
         for split in ("train", "validation"):
