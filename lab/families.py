@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -26,7 +25,6 @@ from support.long_context import STREAM, endless, streams
 from support.machine import peak_memory, pick_device
 from support.plan import Step
 from support.processes import worker_pool
-from support.tables import read_jsonl
 from support.text_model import answer_task
 from support.timing import in_turns, medians
 from tokenizer import Tokenizer, open_tokens, tokens_folder
@@ -107,15 +105,15 @@ def moe(cfg: ExperimentConfig, runs: list[Run]) -> dict:
     found = {}
     for name, model in models_of(cfg, runs):
         if model.config.ffn == "moe":
-            seeds = [routing(run.folder) for run in runs if run.name == name and finished(run)]
+            seeds = [routing(run) for run in runs if run.name == name and finished(run)]
             bits = fmean(experts_by_class(model, ids[:, : model.config.context_length], tokenizer))
             found[name] = {key: fmean(seed[key] for seed in seeds) for key in seeds[0]} | {"bits": bits}
     return found
 
 
-def routing(folder: Path) -> dict[str, float]:
+def routing(run: Run) -> dict[str, float]:
     """The router's work by metrics.jsonl, averaged over the layers."""
-    lines = [x for x in read_jsonl(folder / "metrics.jsonl") if "router_load" in x]
+    lines = [x for x in run.made.metrics if "router_load" in x]
     first, last = (max(x["router_load"]) * len(x["router_load"]) for x in (lines[0], lines[-1]))
     return {"first": first, "last": last, "dropped": lines[-1]["dropped"]}
 
@@ -165,12 +163,10 @@ def race(cfg: ExperimentConfig, runs: list[Run]) -> dict:
             "gpt_steps": gpt["steps"],
             "modern_loss": modern["val_loss"],
         }
-        seconds = 0.0
-        for line in read_jsonl(run.folder / "metrics.jsonl"):
-            seconds = line.get("seconds", seconds)  # a line of an evaluation follows that of its step
-            if line.get("val_loss", math.inf) <= gpt["val_loss"]:
-                entry |= {"step": line["step"], "seconds": seconds, "ratio": seconds / gpt["seconds"]}
-                break
+        reached = [x for x in run.made.metrics if x.get("val_loss", math.inf) <= gpt["val_loss"]]
+        if reached:
+            seconds = reached[0]["seconds"]
+            entry |= {"step": reached[0]["step"], "seconds": seconds, "ratio": seconds / gpt["seconds"]}
         seeds[run.seed] = entry
     found = {"seeds": seeds} if seeds else {}
     ratios = [entry["ratio"] for entry in seeds.values() if "ratio" in entry]
@@ -262,7 +258,7 @@ def transfer(cfg: ExperimentConfig, runs: list[Run]) -> dict:
             if not all(finished(run) for run in pair.values()):
                 continue
             for way, run in pair.items():
-                scores[f"{way}, tuned"].append(points(run.record["evaluation"]["metrics"]))
+                scores[f"{way}, tuned"].append(points(run.made.record["evaluation"]["metrics"]))
             gain = scores["pretrained, tuned"][-1] - scores["scratch, tuned"][-1]
             scores["pretrained - scratch"].append(gain)
             base = by_name["transfer-pretrained", seed].folder

@@ -14,15 +14,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from configs import ROOT, parse_config
 from finetune import FinetuneConfig
-from model import ModelConfig
+from support import results
 from support.costs import estimate_flops
-from support.results import read_json_or_empty
-from support.runs import weights_hash
-from support.tables import read_jsonl
+from support.hf_format import from_hf_config
+from support.runs import read_json, weights_hash
 from tokenizer import Tokenizer, TokenizerStageConfig, open_tokens, tokens_folder
 from tokenizer import prepare_tokens as make_tokens
 from train import FREE_TO_CHANGE, TrainConfig
@@ -70,9 +69,9 @@ class Run:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
-    def record(self) -> dict:
-        """Its run.json; {} if there is none, or only a damaged one."""
-        return read_json_or_empty(self.folder / "run.json")
+    def made(self) -> results.Run:
+        """What it has written so far."""
+        return results.Run(self.folder, self.folder.parent)
 
 
 def run_of(
@@ -103,7 +102,7 @@ def settings_of(words: list[str]) -> TrainConfig:
 
 def finished(run: Run) -> bool:
     """True if the folder holds what this very command would make, with the same settings."""
-    record = run.record
+    record = run.made.record
     free = {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens", "eval_examples", "max_eval_examples"}
     if record.get("status") != "finished":
         return False
@@ -157,7 +156,7 @@ class Trainings:
         if self.stopped:
             return ""
         begun = (run.folder / "run.json").exists()
-        other = run.record.get("status") == "finished"
+        other = run.made.record.get("status") == "finished"
         status, last = self.execute(run, *["--overwrite"] * other)
         if status > 0 and begun and not other and not self.stopped:
             print(f"{run.name}, seed {run.seed}, cannot go on ({last}); it starts anew", flush=True)
@@ -213,32 +212,29 @@ def has_tokens(folder: Path) -> bool:
 
 def read_run(run: Run) -> dict | None:
     """The figures of a finished training run; None if it did not get there."""
-    record = run.record
+    made = run.made
+    record = made.record
     if record.get("status") != "finished":
         return None
-    lines = [x for x in read_jsonl(run.folder / "metrics.jsonl") if "tokens_per_second" in x]
-    names = {f.name for f in fields(ModelConfig)}
-    config = ModelConfig(**{k: v for k, v in record["settings"].items() if k in names})
-    last = record["results"]["last"]
-    tokens = lines[-1]["tokens"]
+    config = from_hf_config(read_json(run.folder / "config.json"))
+    tokens = made.metrics[-1]["tokens"]
     return {
         "parameters": record["parameters"],
         "tokens": tokens,
         "flops": estimate_flops(config) * tokens,
-        "train_loss": fmean([x["loss"] for x in lines if "loss" in x][-5:]),
-        "val_loss": last["val_loss"],
-        "bits_per_byte": last["bits_per_byte"],
+        "train_loss": made.typical("loss", 5),
+        "val_loss": made.last["val_loss"],
+        "bits_per_byte": made.last["bits_per_byte"],
         "steps": record["step"],
-        "tokens_per_second": median(x["tokens_per_second"] for x in lines),
-        "peak_memory_gib": max(x["peak_memory_gib"] for x in lines),
+        "tokens_per_second": made.typical("tokens_per_second"),
+        "peak_memory_gib": max(x.get("peak_memory_gib", 0) for x in made.metrics),
         "seconds": record["seconds"],
     }
 
 
 def by_seed(runs: list[Run], name: str) -> dict[int, dict]:
     """{seed: figures} of the finished runs of an experiment."""
-    found = {run.seed: read_run(run) for run in runs if run.name == name}
-    return {seed: figures for seed, figures in found.items() if figures}
+    return {run.seed: figures for run in runs if run.name == name and (figures := read_run(run))}
 
 
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # by n - 1
