@@ -147,17 +147,15 @@ def estimate_memory(
     N = micro_batch * T
     stream = size * N * d  # bytes of the residual stream
     matrices = n["attention"] + n["ffn"]
-    experts = len(c.moe_layers)
-    dense = kept_by_layer(c, micro_batch, T, size, compiled, moe=False)
-    moe = kept_by_layer(c, micro_batch, T, size, compiled, moe=True)
+    kept = [kept_by_layer(c, micro_batch, T, size, compiled, i in c.moe_layers) for i in range(c.n_layers)]
     copies = 2 * matrices if half else 0  # autocast's bfloat16 weights
     backward = 2 * stream + 2 * size * N * c.d_ff * experts_per_token(c)
     if not gradient_checkpointing:
-        activations = (c.n_layers - experts) * dense + experts * moe + copies
+        activations = sum(kept) + copies
     else:
         activations = c.n_layers * stream
         activations += copies + 4 * n["total"] if compiled else copies // c.n_layers
-        backward += moe if experts else dense
+        backward += max(kept)
     logits = c.vocab_size * min(4096, N)
     loss = (4 if compiled and half else 8) * logits
 
