@@ -29,6 +29,11 @@ class Result:
         way = f"{entry['samples']} samples" if "samples" in entry else f"{entry['shots']}-shot"
         return f"{entry['task']} {entry['split']} {way}" + " calibrated" * entry.get("calibrated", False)
 
+    @property
+    def items(self) -> tuple:
+        """What was asked: the answers of two models to the same items can be compared one by one."""
+        return self.entry["task"], self.entry["split"], len(self.records)
+
 
 def results_folder(name: str, out: str) -> Path:
     """The model's own; {out}/eval/NAME for a model of the hub, or in a read-only folder."""
@@ -113,17 +118,12 @@ def compare(results: dict[str, list[Result]]) -> list[str]:
 
 def paired(name: str, result: Result, other: str, before: list[Result]) -> list[str]:
     """A line, if the other model answered the same items, with the same number of shots or another."""
-    twin = None
-    for old in before:
-        same = all(old.entry[key] == result.entry[key] for key in ("task", "split"))
-        same_items = same and result.records and len(old.records) == len(result.records)
-        if same_items and (twin is None or old.name == result.name):
-            twin = old
-    if twin is None:
+    twins = [old for old in before if old.items == result.items]
+    measures = [key for key in ("correct", "rougeL") if result.records and key in result.records[0]]
+    if not (twins and measures):  # a text, or answers of others, which are the same for all models
         return []
-    measure = "correct" if "correct" in result.records[0] else "rougeL"
-    if measure not in result.records[0]:  # answers of others, which are the same for all models
-        return []
+    twin = max(twins, key=lambda old: old.name == result.name)
+    measure = measures[0]
     d = paired_bootstrap(*([float(r[measure]) for r in side.records] for side in (result, twin)))
     verdict = "" if d["low"] * d["high"] > 0 else " (no difference found)"
     return [f"{result.name}: {name} minus {other} ({twin.entry['shots']}-shot) {points(d)}{verdict}"]
