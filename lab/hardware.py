@@ -93,23 +93,21 @@ def matmul(cfg: HardwareConfig, device: torch.device) -> dict[str, float]:
     return found
 
 
-BASE = dict(vocab_size=32_768, n_layers=14, d_model=768, n_heads=12, n_kv_heads=4, d_ff=2048)
-BASE |= dict(context_length=1024, batch_size=16, grad_accum_steps=2, compile=False)
-GPT2 = dict(vocab_size=50_304, n_kv_heads=12, d_ff=3072, norm="layer", ffn="gelu", positions="learned")
-EXPERTS = dict(ffn="moe", n_experts=4, experts_per_token=2, d_ff=1024)
-SMALL = dict(vocab_size=8192, context_length=512, n_layers=8, d_model=512, n_heads=8, d_ff=1408)
-MEMORY = {  # name: what differs from max3060
-    "max3060, 16 rows": {},
-    "max3060, 8 rows": dict(batch_size=8),
-    "as many key-value heads as heads": dict(batch_size=8, n_kv_heads=12),
-    "gradient checkpointing": dict(gradient_checkpointing=True),
-    "compiled": dict(compile=True),
-    "compiled, checkpointing": dict(compile=True, gradient_checkpointing=True),
-    "4,096 tokens": dict(batch_size=4, context_length=4096),
-    "GPT-2's parts and vocabulary": dict(batch_size=8, **GPT2),
-    "4 experts, 2 a token": dict(batch_size=8, **EXPERTS),
-    "8 layers of 512, 64 rows of 512": dict(batch_size=64, **SMALL),
-    "Muon": dict(optimizer="muon"),
+BASE = "configs/max3060.py --grad_accum_steps=2 --compile=False"
+MEMORY = {  # name: flags that differ from BASE
+    "max3060, 16 rows": "",
+    "max3060, 8 rows": "--batch_size=8",
+    "as many key-value heads as heads": "--batch_size=8 --n_kv_heads=12",
+    "gradient checkpointing": "--gradient_checkpointing",
+    "compiled": "--compile",
+    "compiled, checkpointing": "--compile --gradient_checkpointing",
+    "4,096 tokens": "--batch_size=4 --context_length=4096",
+    "GPT-2's parts and vocabulary": """--batch_size=8 --vocab_size=50304 --n_kv_heads=12 --d_ff=3072
+        --norm=layer --ffn=gelu --positions=learned""",
+    "4 experts, 2 a token": "--batch_size=8 --ffn=moe --n_experts=4 --experts_per_token=2 --d_ff=1024",
+    "8 layers of 512, 64 rows of 512": """--batch_size=64 --context_length=512 --vocab_size=8192
+        --n_layers=8 --d_model=512 --n_heads=8 --d_ff=1408""",
+    "Muon": "--optimizer=muon",
 }
 ANSWERS = [(1, 1), (64, 16), (1024, 16)]  # rows, answers a prompt
 PROMPT, NEW = 96, 256  # tokens; fewer new ones where the context ends
@@ -123,8 +121,8 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         print("memory: needs a CUDA GPU, whose allocator counts bytes")
         return []
     rows = []
-    for name, settings in MEMORY.items():
-        train = TrainConfig(**BASE | settings)
+    for name, flags in MEMORY.items():
+        train = parse_config(TrainConfig, "", f"{BASE} {flags}".split())
         c = planned_model(train)
         options = memory_options(train, on_gpu=True)
         plan = estimate_memory(c, train.batch_size, **options)

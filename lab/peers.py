@@ -140,10 +140,10 @@ def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, f
     steps = {}
     for way in ("eager", "compiled") if compiled else ("eager",):
         for name, model in twins.items():
-            steps[f"{name}, {way}"] = stepper(model, ids, way == "compiled")
+            step = stepper(model, ids, way == "compiled")
+            steps[f"{name}, {way}"] = step
             if fastest != torch.get_float32_matmul_precision():
-                again = stepper(model, ids, way == "compiled")
-                steps[f"{name}, {way}, oneDNN"] = float32_products(fastest)(again)
+                steps[f"{name}, {way}, oneDNN"] = float32_products(fastest)(step)
         steps[f"ours, {way}"] = float32_products(fastest)(Step(c, settings, device, way == "compiled"))
     rates = race("training step", steps, 16 * c.context_length)
     with float32_products(fastest):

@@ -89,9 +89,9 @@ def test_memory_is_measured_in_training_and_in_sampling(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(
         "from lab import hardware\n"
-        "hardware.MEMORY = {'small': {}, 'Muon': {'optimizer': 'muon'}}\n"
-        "hardware.BASE |= dict(vocab_size=64, n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, d_ff=32)\n"
-        "hardware.BASE |= dict(context_length=64, batch_size=2)\n"
+        "hardware.MEMORY = {'small': '', 'Muon': '--optimizer=muon'}\n"
+        "hardware.BASE += ' --vocab_size=64 --n_layers=1 --d_model=32 --n_heads=2 --n_kv_heads=1 --d_ff=32'\n"
+        "hardware.BASE += ' --context_length=64 --batch_size=2'\n"
         "hardware.ANSWERS, hardware.PROMPT, hardware.NEW = [(1, 1), (8, 4)], 8, 9\n"
         "hardware.main()\n"
     )
