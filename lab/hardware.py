@@ -35,7 +35,7 @@ from support.hf_format import architecture
 from support.kernels import fastest_products, float32_products
 from support.machine import autocast, git_commit, hardware, pick_device, pick_dtype, versions
 from support.plan import Step, fit_batch, memory_options, planned_model
-from support.runs import read_json_if_there
+from support.runs import errors_for_users, read_json_if_there
 from support.timing import in_turns, matmul_flops, medians
 from train import TrainConfig
 
@@ -306,10 +306,8 @@ def measure(cfg: HardwareConfig) -> dict:
 
 
 def main() -> None:
-    try:
+    with errors_for_users():
         measure(parse_config(HardwareConfig, __doc__))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"lab.hardware: {error}") from None
 
 
 if __name__ == "__main__":

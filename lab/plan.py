@@ -47,7 +47,7 @@ from support.kernels import fastest_products, float32_products
 from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
 from support.plan import Step, gpu_elsewhere, memory_options, planned_model, usable
 from support.processes import CORES
-from support.runs import read_json, read_json_if_there
+from support.runs import errors_for_users, read_json, read_json_if_there
 from support.text_model import on_all_cores
 from support.timing import medians, seconds_of
 from tokenizer import TokenizerStageConfig
@@ -644,7 +644,7 @@ def main() -> None:
         return print("the plan: nothing is left to do")
     begun = time.perf_counter()
     gpu = gpu_elsewhere(cfg)
-    try:
+    with errors_for_users():
         stages = estimate(commands, cfg)
         where = f"{cpu_name()}, measured in {time.perf_counter() - begun:.0f} s"
         if gpu:
@@ -654,8 +654,6 @@ def main() -> None:
             print(f"WARNING: more than the {usable(cfg.vram):.1f} GiB that a {cfg.vram:.0f} GB card leaves")
         if not (gpu or command):
             keep(stages, cfg.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"lab.plan: {error}") from None
 
 
 if __name__ == "__main__":

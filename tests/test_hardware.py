@@ -1,12 +1,13 @@
 """What the machine does: the parts run, and their figures hang together. None of them is held to a speed."""
 
 import json
+import sys
 
 import pytest
 
 from configs import ConfigError
 from lab import peers
-from lab.hardware import HardwareConfig, measure
+from lab.hardware import HardwareConfig, main, measure
 from lab.pages import machine
 from support.pages import Table
 from support.results import Records
@@ -64,6 +65,13 @@ def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path, monkeypatch
     cfg.only = "memory,speed"
     with pytest.raises(ConfigError, match="speed"):
         measure(cfg)
+
+
+def test_a_corpus_that_is_not_there_ends_with_its_message(tmp_path, monkeypatch):
+    words = ["hardware.py", "--only=data", "--corpus=nowhere", "--device=cpu", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match='hardware.py: "nowhere" is neither'):
+        main()
 
 
 def test_peers_stand_side_by_side_and_what_a_gpu_did_beside_the_plan(cfg, tmp_path, monkeypatch):
