@@ -66,7 +66,7 @@ def stages(records: Records) -> list[Block]:
         for name, value in m.values.items():
             if not m.shots and (name in ("exact_match", "bits_per_byte") or m.sampled):
                 cells = rows.setdefault(m.run.folder, {"model": m.run.shown})
-                cells |= row("minutes of training: {seconds:minutes}", {"seconds": 0} | m.run.record)
+                cells |= row("minutes of training: {seconds:minutes}", **{"seconds": 0} | m.run.record)
                 cells[f"{m.task}: {METRICS.get(name, name)}"] = value
     for model, answers in records.battery.items():
         run = records.run(model)
@@ -95,9 +95,8 @@ def results(records: Records) -> list[Block]:
     rows = []
     for m in sorted(records.measurements, key=lambda m: m.where):
         for name, value in m.values.items():
-            about = {"m": m, "metric": METRICS.get(name, name), "value": value}
-            about["items"] = m.entry["metrics"][name].get("n", m.items)
-            rows.append(row(RESULT, about))
+            items = m.entry["metrics"][name].get("n", m.items)
+            rows.append(row(RESULT, m=m, metric=METRICS.get(name, name), value=value, items=items))
     if not rows:
         return []
     caption = "Results by task: base, prompted, trained; paired differences in points."
@@ -120,9 +119,8 @@ def compared(c: Comparison) -> list[dict]:
     headline, some = c.m.headline, {}
     for role, m in (c.others | {c.m.role: c.m}).items():
         mark = f"{SMOKE}; " * m.smoke
-        values = {"m": m, "mark": mark, "value": m.values.get(headline)}
-        some[role] = fill("{value} ({mark}{m.items} items)", values)
-    return [row(COMPARED, {"m": c.m, "metric": METRICS[headline], "some": some, "gaps": c.gaps})]
+        some[role] = fill("{value} ({mark}{m.items} items)", value=m.values.get(headline), mark=mark, m=m)
+    return [row(COMPARED, m=c.m, metric=METRICS[headline], some=some, gaps=c.gaps)]
 
 
 LEDGER = "stage: {stage} | minutes: {seconds:minutes} | planned: {planned:minutes} | command: {command}"
@@ -134,7 +132,7 @@ def ledger(records: Records) -> list[Block]:
     spent = [x | {"planned": plan.get(x["stage"])} for x in records.ledger]
     total = {"stage": "all", "command": "", "seconds": sum(x["seconds"] for x in spent)}
     total["planned"] = sum(x["planned"] or 0 for x in spent) if plan else None
-    return [Table("ledger", [row(LEDGER, x) for x in [*spent, total]])] if spent else []
+    return [Table("ledger", [row(LEDGER, **x) for x in [*spent, total]])] if spent else []
 
 
 # -----------------------------------------------------------------------------
@@ -174,7 +172,7 @@ def trained(run: Run) -> list[dict]:
     values["tokens"] = run.metrics[-1].get("tokens") if run.metrics and not unit else None
     if values["tokens"]:
         values["flops"] = 6 * values["parameters"] * values["tokens"]
-    return [row(TRAINED, values)]
+    return [row(TRAINED, **values)]
 
 
 # -----------------------------------------------------------------------------
@@ -200,7 +198,7 @@ def samples_of(run: Run) -> list[Block]:
             if x["step"] in kept:
                 prompt = shorten(x.get("prompt", "")) or "(start of a text)"
                 cells = rows.setdefault(prompt, {"prompt": prompt})
-                cells |= row(f"step {x['step']:,}: {{text:shorten}}", x)
+                cells |= row(f"step {x['step']:,}: {{text:shorten}}", **x)
         if rows:
             blocks += say("**{run.shown}** {words}, the same prompt by step:", run=run, words=words)
             blocks.append(Table(f"{file}-{run.folder.name}", list(rows.values())))
@@ -212,7 +210,7 @@ def battery(records: Records) -> list[Block]:
     rows = {}  # instruction: cells
     for model, answers in records.battery.items():
         for x in answers[:12]:
-            cells = row("asked: {asked:shorten} | expected: {meant:shorten}", x)
+            cells = row("asked: {asked:shorten} | expected: {meant:shorten}", **x)
             rows.setdefault(x["asked"], cells)[records.run(model).shown] = shorten(x["said"])
     table = Table("battery", list(rows.values()))
     return [Text("The same instructions by stage, the first dozen:"), table] if rows else []
@@ -245,7 +243,7 @@ def chosen(m: Measurement) -> list[Block]:
     caption = f"{m.shown}: paired differences between ways to choose an answer."
     blocks = [budget_curves(m), Table(f"differences-{m.stem}", rows, caption)]
     for verifier, gates in m.entry.get("gating", {}).items():
-        rows = [row(GATE, gate) for gate in gates]
+        rows = [row(GATE, **gate) for gate in gates]
         blocks += say(UNTIL_SURE, name=verifier, m=m)
         blocks.append(Table(f"gating-{m.stem}-{verifier}", rows))
     return blocks
@@ -267,7 +265,7 @@ def budget_curves(m: Measurement) -> Block:
         axes.axhline(100 * greedy["value"], color=GREY, ls=":", label="greedy")
     axes.set(xlabel="answers per problem", ylabel="% right", title=f"{m.run.shown}, {m.task}", xscale="log")
     name_ticks(axes, ticks)
-    return chart(f"choosing-{m.stem}", fill(CHOOSING, {"m": m}), fig)
+    return chart(f"choosing-{m.stem}", fill(CHOOSING, m=m), fig)
 
 
 def verifiers(records: Records) -> list[Block]:
@@ -285,7 +283,7 @@ def verified(run: Run) -> list[Block]:
         plot(axes, [0, 1], [0, 1], form=":", color=GREY)
         plot_columns(axes, bins, "said", "is", form="o-", color=BLUE)
         axes.set(xlabel="probability it says", ylabel="share that is right", title=run.shown)
-        caption = fill(TRUE, {"run": run, "percent": 100 * calibration["ece"]})
+        caption = fill(TRUE, run=run, percent=100 * calibration["ece"])
         blocks.append(chart(f"reliability-{run.folder.name}", caption, fig))
     return blocks
 
@@ -320,8 +318,9 @@ def mistakes(m: Measurement) -> list[Block]:
         some, bad = ([r for r in group if kind in r["kinds"]] for group in (answers, wrong))
         if some:
             example = {"output": bad[0].get("prediction")} | bad[0] if bad else {}  # a class is no text
-            values = {"kind": words, "answers": len(some), "wrong": len(bad), "example": example}
-            rows.append(row(KIND, values | {"share": proportion(len(bad), len(answers))}))
+            share = proportion(len(bad), len(answers))
+            cells = row(KIND, kind=words, answers=len(some), wrong=len(bad), share=share, example=example)
+            rows.append(cells)
     table = Table(f"errors-{m.stem}", rows, f"Mistakes of {m.run.shown}, {m.place}.")
     return [*say(WRONG, m=m, wrong=len(wrong), all=len(answers)), table] if answers else []
 
@@ -332,7 +331,7 @@ def violations(run: Run) -> list[Block]:
     rows = []
     for pair in found[:3]:  # of a conversation the last message is what counts
         texts = {key: x[-1]["content"] if isinstance(x, list) else x for key, x in pair.items()}
-        rows.append(row(VIOLATION, texts))
+        rows.append(row(VIOLATION, **texts))
     words = say(MOVED, run=run, n=len(found))
     return [*words, Table(f"violations-{run.folder.name}", rows)] if rows and words else []
 
@@ -369,7 +368,7 @@ def sources(data: object, run: str, split: str) -> list[dict]:
     """What a run's record names as its data, however it is nested."""
     if not isinstance(data, dict):
         return []
-    rows = [row(DATA, data | {"run": run, "split": split})] if "source" in data else []
+    rows = [row(DATA, **data | {"run": run, "split": split})] if "source" in data else []
     for key, inner in data.items():
         rows += sources(inner, run, key)
     return rows
@@ -407,19 +406,21 @@ def comparison(folders: list[Path]) -> list[Block]:
 
 def last_losses(runs: dict[str, Run]) -> list[dict]:
     """A row per group of runs that differ in nothing but the seed, with the spread of their last losses."""
-    groups = {}  # settings: {seed: name}
+    groups = {}  # settings: {seed: (name, loss)}
     for name, run in runs.items():
-        if isinstance(run.last.get("val_loss"), int | float):
-            groups.setdefault(settings_but_seed(run), {}).setdefault(run.settings.get("seed"), name)
+        loss = run.last.get("val_loss")
+        if isinstance(loss, int | float):
+            groups.setdefault(settings_but_seed(run), {}).setdefault(run.settings.get("seed"), (name, loss))
     rows, first = [], None
-    for names in groups.values():
-        losses = [runs[name].last["val_loss"] for name in names.values()]
+    for some in groups.values():
+        names, losses = zip(*some.values(), strict=True)
         mean = statistics.fmean(losses)
         first = first or mean
-        values = {"runs": ", ".join(names.values()), "mean": mean, "gap": mean - first}
-        values["losses"] = ", ".join(f"{loss:.4f}" for loss in losses)
-        values["spread"] = statistics.stdev(losses) if len(losses) > 1 else None
-        rows.append(row(GROUP, values))
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        spread = statistics.stdev(losses) if len(losses) > 1 else None
+        rows.append(
+            row(GROUP, runs=", ".join(names), losses=shown, mean=mean, gap=mean - first, spread=spread)
+        )
     return rows
 
 

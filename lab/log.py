@@ -97,13 +97,13 @@ def lab_findings(found: dict) -> list[dict]:
         if not some:
             continue
         cells = {"family": f"{found['corpus']}, {family}"}
-        cells |= row("lowest bits/byte: {name}, {bits_per_byte[mean]:.4f}", some[0])
+        cells |= row("lowest bits/byte: {name}, {bits_per_byte[mean]:.4f}", **some[0])
         usual = experiments["baseline"]["tokens_per_second"]["mean"]
         for verdict, column in COLUMNS.items():
             beside = []
             for e in some:
                 if e["verdict"] == verdict:
-                    beside.append(fill(BESIDE, e | {"speed": e["tokens_per_second"]["mean"] / usual}))
+                    beside.append(fill(BESIDE, **e, speed=e["tokens_per_second"]["mean"] / usual))
             cells[column] = ", ".join(beside)
         rows.append(cells)
     return rows
@@ -153,7 +153,7 @@ def log(records: Records, made: Sections) -> Sections:
 
 def entry(values: dict) -> list[tuple]:
     """(heading, row of the summary, blocks) of one run or experiment."""
-    return [(values["heading"], row(ROW, values), say(ENTRY, **values) + values["figures"])]
+    return [(values["heading"], row(ROW, **values), say(ENTRY, **values) + values["figures"])]
 
 
 def of_run(run: Run, records: Records, figures: set[str]) -> dict:
@@ -167,7 +167,7 @@ def of_run(run: Run, records: Records, figures: set[str]) -> dict:
         "heading": run.shown,
         "name": run.shown,
         "hypothesis": run.settings.get("hypothesis") or None,
-        "change": fill("`{command}`", run.record) or None,
+        "change": fill("`{command}`", **run.record) or None,
         "measured": ", ".join(best) or None,
         "val_loss": {"mean": run.best.get("val_loss")},
         "train_loss": {"mean": run.typical("loss", 5)},
@@ -204,7 +204,7 @@ def compared_with(run: Run, records: Records) -> list[str]:
 def wandb(run: Run) -> str:
     """The id and address of the run at Weights & Biases; nothing if it was not logged there."""
     about = run.record.get("wandb") or {}
-    return fill("run `{id}`, [{url}]({url})", about) or fill("run `{id}`, offline", about)
+    return fill("run `{id}`, [{url}]({url})", **about) or fill("run `{id}`, offline", **about)
 
 
 MEASURED = "{bits_per_byte[mean]:.4f} bits/byte, {tokens_per_second[mean]:,.0f} tokens/s, mean of {n} seeds"
@@ -222,10 +222,10 @@ def of_lab(e: dict, records: Records) -> dict:
     values |= {
         "heading": f"{name}, {folder.name}" + f" ({SMOKE})" * e["quick"],
         "stage": f"lab, {folder.name}",
-        "change": fill("`{command}`", e),
-        "measured": fill(MEASURED, e | {"n": len(seeds)}),
-        "gap": fill("{difference:difference} bits/byte", e),
-        "comparison": fill(COMPARISON, e | {"verdict": verdict}) or None,
+        "change": fill("`{command}`", **e),
+        "measured": fill(MEASURED, **e, n=len(seeds)),
+        "gap": fill("{difference:difference} bits/byte", **e),
+        "comparison": fill(COMPARISON, **e | {"verdict": verdict}) or None,
         "logged": "; ".join(logged) or None,
         "outcome": verdict,
         "next": f"{SMOKE}: run it in full." if e["quick"] else NEXT.get(verdict),

@@ -37,15 +37,15 @@ def heads(run: Run) -> list[Block]:
     found, name = read_json_or_empty(run.folder / "attention.json"), stem_of(run)
     if not found.get("scores"):
         return []
-    blocks = [images(f"heads-{name}", fill(SCORES, {"run": run}), found["scores"], len(found["scores"]))]
+    blocks = [images(f"heads-{name}", fill(SCORES, run=run), found["scores"], len(found["scores"]))]
     for kind, share in found.get("copies", {}).items():
         words = "Of repeated digits in {kind}, {share:.0%} are copied (a guess gets a quarter or so)."
         blocks += say(words, kind=kind, share=share)
     for i, example in enumerate(found["maps"], 1):
         labels = [printable(token) for token in example["tokens"]]
-        maps = {fill("{most} layer {layer}, head {head}", x): x["weights"] for x in example["heads"]}
+        maps = {fill("{most} layer {layer}, head {head}", **x): x["weights"] for x in example["heads"]}
         across = 2 if len(maps) <= 4 else 4
-        caption = fill(LOOK_FOR, {"run": run})
+        caption = fill(LOOK_FOR, run=run)
         blocks.append(images(f"attention-{name}-{i}", caption, maps, across, labels))
         if example.get("inside"):
             blocks.append(inside(f"inside-{name}-{i}", run, example["inside"]))
@@ -90,7 +90,7 @@ def inside(name: str, run: Run, found: dict) -> Figure:
         largest = sorted(parts["parts"], key=lambda part: -abs(part["value"]))[:12]
         names = [part["name"] for part in largest]
         bars(grid[2], "contributions to its logit", names, [part["value"] for part in largest])
-    return chart(name, " ".join(lines_of(SURPRISE + PARTS, {"run": run} | found)), fig)
+    return chart(name, " ".join(lines_of(SURPRISE + PARTS, run=run, **found)), fig)
 
 
 def bars(axes, title: str, labels: list[str], values: list[float]) -> None:
@@ -146,8 +146,14 @@ def streams(corpus: str, found: dict) -> list[Block]:
         if endless := x.get("endless"):
             sizes = [f"{size:,}" for size in sorted(set(endless["cache_bytes"]))]
             rates = endless["tokens_per_second"]
-            values = {"name": name, "bytes": " to ".join(sizes), "tokens": endless["tokens"]}
-            blocks += say(ENDLESS, **values, slowest=min(rates), fastest=max(rates))
+            blocks += say(
+                ENDLESS,
+                name=name,
+                tokens=endless["tokens"],
+                bytes=" to ".join(sizes),
+                slowest=min(rates),
+                fastest=max(rates),
+            )
     return blocks
 
 
@@ -175,7 +181,7 @@ def one_lab(found: dict) -> list[Block]:
     if not experiments:
         return []
     values = found | {"mark": f" ({SMOKE})" * found["quick"]}
-    caption = fill("Ablations on {corpus}, seeds: {seeds}{mark}", values)
+    caption = fill("Ablations on {corpus}, seeds: {seeds}{mark}", **values)
     blocks = say("**{corpus}**, seeds: {seeds}, {seconds:minutes} minutes{mark}.", **values)
     blocks.append(Table(f"lab-{name}", rows_of(EXPERIMENT, experiments), caption))
     gaps = {key: e["difference"] for key, e in experiments.items() if "low" in e["difference"]}
@@ -308,9 +314,9 @@ def one_machine(found: dict, number: int) -> list[Block]:
     tables = {
         "memory": (
             "Memory that a training step, or sampling answers, asks for, within {cap_gib:g} GiB:",
-            [row(MEMORY, r) for r in found.get("memory", [])],
+            [row(MEMORY, **r) for r in found.get("memory", [])],
         ),
-        "steps": ("", [row(STEP, r) for r in unfolded(found.get("training", []))]),
+        "steps": ("", [row(STEP, **r) for r in unfolded(found.get("training", []))]),
         "decoding": ("", speeds([r for part in BESIDE for r in found.get(part, [])])),
         "peers": (PEERS, speeds(rates)),
     }
@@ -336,5 +342,5 @@ def speeds(rows: list[dict]) -> list[dict]:
     for r in unfolded(rows):
         rates = r["tokens_per_second"]
         reference = rates.get("transformers") or rates["transformers, eager"]
-        found.append(row(SPEED, r | {"times": r["value"] / reference}))
+        found.append(row(SPEED, **r, times=r["value"] / reference))
     return found

@@ -88,7 +88,7 @@ def describe(entry: dict) -> str:
     }
     for key in ("left_out", "cut", "shots_dropped"):
         facts[key] = facts.get(key) or None  # none of it: not worth a note
-    lines = [", ".join(figures), "; ".join(lines_of(NOTES, facts))]
+    lines = [", ".join(figures), "; ".join(lines_of(NOTES, **facts))]
     return "\n      ".join(lines + (samples_table(entry) if "samples" in entry else []))
 
 

@@ -181,7 +181,7 @@ def measured(folder: Path, run: dict) -> list[dict]:
         about = {key: entry[key] for key in ("task", "split", "shots")}
         found = []
         for name, x in entry["metrics"].items():
-            shown = value_of(name, x) + fill(", n={n:,}", x)
+            shown = value_of(name, x) + fill(", n={n:,}", **x)
             found.append(about | {"metric": name, "value": shown, "x": x})
         return found
 
@@ -256,13 +256,13 @@ def how_made(folder: Path, run: dict, adapter: dict) -> list[str]:
     if run.get("stage") in ("train", "sft", "finetune"):  # the other stages count answers
         for line in read_jsonl(folder / "metrics.jsonl"):
             values["tokens"] = line.get("tokens", values.get("tokens"))
-    return lines_of(HOW_MADE, values)
+    return lines_of(HOW_MADE, **values)
 
 
 def results(folder: Path, run: dict) -> str:
     if run.get("smoke"):
         return "This was a smoke run, cut short to see whether the program works: **no result**."
-    rows = [row(ROW, x) for x in measured(folder, run)]
+    rows = [row(ROW, **x) for x in measured(folder, run)]
     best = (run.get("results") or {}).get("best") or {}
     figures = [f"{name} {value:.4g}" for name, value in best.items() if name not in ("step", "val_tokens")]
     words = [f"On held-out data while training: {', '.join(figures)}."] if figures else []
@@ -304,7 +304,7 @@ def limits(run: dict, config: dict) -> list[str]:
     words = "It was not trained to hold conversations or to refuse requests."
     if run.get("chat"):
         words = "It was not trained to be safe or truthful; it invents facts and numbers."
-    return lines_of(LIMITS, {"context": context, "not_trained": words})
+    return lines_of(LIMITS, context=context, not_trained=words)
 
 
 # -----------------------------------------------------------------------------

@@ -62,10 +62,10 @@ def blocks_of(sections: Sections, kind: type) -> list:
 # Rows and sentences from templates
 
 
-def row(template: str, values: dict) -> dict[str, str]:
+def row(template: str, /, **values: object) -> dict[str, str]:
     """A row of a table. Template: "column: cell" on every line or between " | ", each cell as in `fill`."""
     parts = [part.split(": ", 1) for part in re.split(r"\n| \| ", template.strip())]
-    return {column.strip(): fill(cell, values) for column, cell in parts}
+    return {column.strip(): fill(cell, **values) for column, cell in parts}
 
 
 def rows_of(template: str, found: dict) -> list[dict]:
@@ -73,25 +73,25 @@ def rows_of(template: str, found: dict) -> list[dict]:
     rows = []
     for key, x in found.items():
         values = x if isinstance(x, dict) else {}
-        rows.append(row(template, values | {"key": key, "x": x}))
+        rows.append(row(template, **values | {"key": key, "x": x}))
     return rows
 
 
-def say(template: str, **values: object) -> list[Text]:
+def say(template: str, /, **values: object) -> list[Text]:
     """A paragraph per line of a template."""
-    return [Text(line) for line in lines_of(template, values)]
+    return [Text(line) for line in lines_of(template, **values)]
 
 
-def lines_of(template: str, values: dict) -> list[str]:
+def lines_of(template: str, /, **values: object) -> list[str]:
     """The lines of a template, each as in `fill`; lines that lack a value are left out."""
-    lines = [fill(line, values) for line in template.strip().split("\n")]
+    lines = [fill(line, **values) for line in template.strip().split("\n")]
     return [line for line in lines if line]
 
 
-def fill(template: str, values: dict) -> str:
+def fill(template: str, /, **values: object) -> str:
     """str.format with the formats below; "" if a value is missing or None.
 
-    >>> fill("{loss[mean]:.2f} after {seconds:minutes} minutes", {"loss": {"mean": 0.5}, "seconds": 90})
+    >>> fill("{loss[mean]:.2f} after {seconds:minutes} minutes", loss={"mean": 0.5}, seconds=90)
     '0.50 after 1.5 minutes'
     """
     try:
