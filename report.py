@@ -166,13 +166,15 @@ def trained(run: Run) -> list[dict]:
     """A row of the table of runs."""
     # DPO and a verifier's head count what they compare, not its tokens.
     unit = " pairs" if run.stage == "dpo" else " answers" if run.record.get("verifier") == "head" else ""
-    values = {"parameters": 0, "seconds": 0, "status": "unreadable"} | run.record
-    values |= {"run": run, "unit": unit, "speed": run.typical("tokens_per_second") or 0}
-    values["memory"] = max((x.get("peak_memory_gib", 0) for x in run.metrics), default=0)
-    values["tokens"] = run.metrics[-1].get("tokens") if run.metrics and not unit else None
-    if values["tokens"]:
-        values["flops"] = 6 * values["parameters"] * values["tokens"]
-    return [row(TRAINED, **values)]
+    record = {"parameters": 0, "seconds": 0, "status": "unreadable"} | run.record
+    tokens = run.metrics[-1].get("tokens") if run.metrics and not unit else None
+    figures = {
+        "tokens": tokens,
+        "flops": 6 * record["parameters"] * tokens if tokens else None,
+        "speed": run.typical("tokens_per_second") or 0,
+        "memory": max((x.get("peak_memory_gib", 0) for x in run.metrics), default=0),
+    }
+    return [row(TRAINED, **record | figures, run=run, unit=unit)]
 
 
 # -----------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def chosen(m: Measurement) -> list[Block]:
 
 def budget_curves(m: Measurement) -> Block:
     """Percent right against the number of answers, with intervals where there are some."""
-    fig, (axes,) = canvas(1, 1, 6.4, 4.2)
+    fig, (axes,) = canvas(1, 6.4, 4.2)
     ticks = {}
     for way, found in m.entry["curves"].items():
         budgets = [int(n) for n in found]
@@ -279,7 +281,7 @@ def verified(run: Run) -> list[Block]:
     blocks = [*say(VERIFIED, run=run, **found), Table(f"verifier-{run.folder.name}", rows_of(SCORE, scores))]
     calibration = found.get("calibration", {})
     if bins := calibration.get("bins"):
-        fig, (axes,) = canvas(1, 1, 4.2, 4)
+        fig, (axes,) = canvas(1, 4.2, 4)
         plot(axes, [0, 1], [0, 1], form=":", color=GREY)
         plot_columns(axes, bins, "said", "is", form="o-", color=BLUE)
         axes.set(xlabel="probability it says", ylabel="share that is right", title=run.shown)
@@ -340,7 +342,7 @@ def violations(run: Run) -> list[Block]:
 # How to make it again
 
 MADE = """
-**{run.shown}**, commit {git}, {hardware[device]}, {hardware[threads]} threads; {used}
+**{run.shown}**, commit {git}, {hardware[device]}, {hardware[threads]} threads; {run.versions}
 `{command}`
 Settings other than the defaults: `{chosen}`
 """
@@ -361,7 +363,7 @@ def made(run: Run) -> list[Block]:
     record = {"git": "unknown", "hardware": {"device": "unknown machine", "threads": "?"}} | run.record
     chosen = {key: run.settings.get(key) for key in run.record.get("changed", [])}
     chosen = " ".join(f"{key}={value}" for key, value in chosen.items() if value not in ("", None))
-    return say(MADE, **record | {"run": run, "used": run.versions, "chosen": chosen or None})
+    return say(MADE, **record, run=run, chosen=chosen or None)
 
 
 def sources(data: object, run: str, split: str) -> list[dict]:

@@ -60,7 +60,7 @@ def stem_of(run: Run) -> str:
 def images(name: str, caption: str, pictures: dict, across: int, labels: list[str] | None = None) -> Figure:
     """Matrices of values from 0 to 1 as images, `across` in a row: (layers, heads), or of labelled tokens."""
     side = 11 / across  # inches
-    fig, grid = canvas(len(pictures), across, side, side)
+    fig, grid = canvas(len(pictures), side, side, across)
     for axes, (title, values) in zip(grid, pictures.items(), strict=True):
         axes.set_title(title, fontsize=10)
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="equal" if labels else "auto")
@@ -135,7 +135,7 @@ def streams(corpus: str, found: dict) -> list[Block]:
     """Perplexity and continuations beyond the context, for each attention window."""
     blocks = []
     for name, x in found.items():
-        fig, (axes,) = canvas(1, 1, 6.4, 3.8)
+        fig, (axes,) = canvas(1, 6.4, 3.8)
         for way, ys in x["perplexity"].items():
             plot(axes, list(ys), list(ys.values()), way, "o-")
         axes.set(xlabel="position in the text, in contexts", ylabel="perplexity", title=name)
@@ -201,7 +201,7 @@ def forest_plot(name: str, gaps: dict[str, dict]) -> Figure:
     """Differences to the baseline with their intervals, the lowest loss first."""
     names = sorted(gaps, key=lambda name: gaps[name]["mean"])
     mean, low, high = ([gaps[name][key] for name in names] for key in ("mean", "low", "high"))
-    fig, (axes,) = canvas(1, 1, 9, 4)
+    fig, (axes,) = canvas(1, 9, 4)
     plot(axes, range(len(names)), mean, form="o")
     axes.vlines(range(len(names)), low, high)
     axes.axhline(0, color=GREY, ls=":")
@@ -252,7 +252,7 @@ law that does not fit its own runs:
 
 def scaling(name: str, found: dict) -> list[Block]:
     """Losses of model sizes at equal FLOPs, the fitted scaling law and its prediction of one more run."""
-    fig, (axes,) = canvas(1, 1, 6.4, 4)
+    fig, (axes,) = canvas(1, 6.4, 4)
     for budget in sorted({p["budget"] for p in found["points"]}):
         points = [p for p in found["points"] if p["budget"] == budget]
         plot_columns(axes, points, "parameters", "loss", f"{budget:.1e} FLOPs", "o-")

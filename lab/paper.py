@@ -37,7 +37,7 @@ def paper(records: Records, made: Sections) -> Sections:
         "attention": first(made["What the heads look at"], 0, 2),
         "ablations": tables.get("findings", []) + first(made["The lab"], 1, 1),
         "errors": first(made["Where it fails"], 1, 0),
-        "versions": records.each(records.runs[:1], lambda run: about(run, "Versions: {versions}.")),
+        "versions": records.each(records.runs[:1], lambda run: about(run, "Versions: {run.versions}.")),
         "results": tables.get("results", [Text("Not run.")]),
     }
     sections: Sections = {}
@@ -54,7 +54,7 @@ def paper(records: Records, made: Sections) -> Sections:
 
 def about(run: Run, template: str) -> list[Block]:
     """A paragraph, if the record of the run has what the template names."""
-    return say(template, **run.record | {"run": run, "versions": run.versions})
+    return say(template, **run.record, run=run)
 
 
 def first(blocks: list[Block], tables: int, figures: int) -> list[Block]:

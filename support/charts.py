@@ -15,8 +15,8 @@ BLUE, RED, GREY = "#4477aa", "#ee6677", "#888888"
 POINTS = 1000  # of a line; more cannot be seen in a figure
 
 
-def canvas(panels: int, columns: int = 0, width: float = 3.6, height: float = 3.2):
-    """(matplotlib's figure, the axes of each panel), `columns` in a row (0: all), each of so many inches. Not
+def canvas(panels: int, width: float = 3.6, height: float = 3.2, columns: int = 0):
+    """(matplotlib's figure, the axes of each panel), each of so many inches, `columns` in a row (0: all). Not
     through pyplot, which would keep every figure.
     """
     from matplotlib.figure import Figure as Canvas

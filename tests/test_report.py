@@ -37,7 +37,7 @@ def page(records: Records, only: str = "") -> str:
 def undrawn(monkeypatch):
     """Figures without pictures: drawing takes most of the time."""
     for module in ("support.curves", "lab.pages", "report"):
-        monkeypatch.setattr(f"{module}.canvas", lambda n, *size: (MagicMock(), [MagicMock()] * n))
+        monkeypatch.setattr(f"{module}.canvas", lambda n, *_, **__: (MagicMock(), [MagicMock()] * n))
     for module in ("support.charts", "lab.pages"):
         monkeypatch.setattr(f"{module}.saved", lambda name, caption, fig: Figure(name, caption, b""))
 
