@@ -189,7 +189,7 @@ class Task:
     test: str = "test"  # the split that results are reported on
     labels: tuple[str, ...] = ()  # what to say for class 0, 1, ...
     max_new_tokens: int = 0  # of a generated answer
-    stop: str = "\n\n"  # a generated answer ends here at the latest
+    stop: str = "\n\n"  # where an answer ends at the latest, of a model that continues a text
     hub: tuple[str, ...] = ()  # Hugging Face id and configuration
     hold_out: int = 0  # rows at the end of train that serve as validation where there is none
     generator: Callable | None = None  # (split, n) -> rows, of an embedded task
@@ -398,9 +398,8 @@ def judged(task: Task, example: Example, output) -> dict:
     if task.metric == "accuracy":
         return {"prediction": task.labels[output].strip(), "correct": output == example.label}
     if task.metric == "rouge":
-        summary = output.strip().split(task.stop)[0].strip()
-        return {"output": summary} | rouge(summary, example.target)
-    solution = output.split(task.stop)[0].strip()
+        return {"output": output.strip()} | rouge(output, example.target)
+    solution = output.strip()
     if task.metric == "consistent":
         enough = 2 * len(solution.split()) >= len(example.target.split())  # silence agrees with everything
         return {"output": solution, "correct": enough and not faults(f"{example.text}\n{solution}")}

