@@ -36,7 +36,7 @@ def loss_curves(run: Run) -> Figure:
     # A loss in nats a token has a perplexity; that of pairs or of classes has none.
     heads = "head" in (run.record.get("verifier"), run.record.get("kind"))
     of_tokens = run.stage != "dpo" and not heads
-    fig, grid = canvas(7 + of_tokens, 3.2, 2.6, columns=4)
+    fig, grid = canvas(len(CLOCKS) + len(OPTIMIZER) + of_tokens, 3.2, 2.6, columns=4)
     panels = iter(grid)
     for clock, label in CLOCKS.items():
         plot_losses(next(panels), run.metrics, clock, label, "loss")
