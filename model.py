@@ -503,15 +503,20 @@ class ModernDecoderLM(nn.Module):
         """The (V, d) matrix that scores every token of the vocabulary."""
         return (self.lm_head or self.model["embed_tokens"]).weight
 
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` returns, (..., d) -> a score for every token of the vocabulary, (..., V)."""
+        return self.lm_head(x) if self.lm_head else F.linear(x, self.head)
+
     @property
     def device(self) -> torch.device:
-        return self.head.device
+        return self.model["embed_tokens"].weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations: autocast's inside an autocast region, else that of the weights."""
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head.dtype
+        weights = self.model["embed_tokens"].weight.dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
 
     def hidden(self, ids: Tensor, positions=None, mask=None, cache=None, rope=None) -> Tensor:
         """ids (B, T) -> what the head reads, (B, T, d). Other arguments as in `Attention.forward`."""
@@ -551,7 +556,7 @@ class ModernDecoderLM(nn.Module):
         """
         x = self.hidden(ids, positions, mask, cache)
         if targets is None:
-            return F.linear(x, self.head)
+            return self.logits(x)
         n = (targets != -100).sum()
         loss = lm_loss(x.flatten(0, 1), self.head, targets.flatten())
         if self.training:
@@ -679,7 +684,7 @@ class ModernDecoderLM(nn.Module):
         cache.begin(T, first)
         x = self.hidden(ids[:, :T], cache=cache)
         last = x[torch.arange(len(x), device=x.device), first.to(x.device) - 1]
-        logits = F.linear(last, self.head)
+        logits = self.logits(last)
         for t in range(cache.slots, ids.shape[1]):
             reads = lengths > t
             cache.begin(1, reads.long())
@@ -689,7 +694,7 @@ class ModernDecoderLM(nn.Module):
 
     def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One token a row, ids (B, 1), after `cache.begin(1)`: the logits of the next one, (B, V)."""
-        return F.linear(self.hidden(ids, cache=cache)[:, -1], self.head)
+        return self.logits(self.hidden(ids, cache=cache)[:, -1])
 
 
 class Texts:

@@ -355,7 +355,7 @@ class ValueHead(nn.Module):
         """ids, learned (B, T) -> logits of the next token where it is learned (N, V), values (B, T)."""
         if self.text_model.ours:
             x = self.lm.hidden(ids)
-            return F.linear(x[learned], self.lm.head), self.value(x).squeeze(-1)
+            return self.lm.logits(x[learned]), self.value(x).squeeze(-1)
         kept = learned.any(0).nonzero().squeeze(1)  # logits of all columns would fill the memory
         out = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=kept)
         return out.logits[learned[:, kept]], self.value(out.hidden_states[-1].float()).squeeze(-1)

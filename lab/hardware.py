@@ -8,7 +8,8 @@ matmul      large matrix products, in float32 and bfloat16; shares are of this f
 memory      peaks of training steps, over shapes that differ in one thing each, and of sampling answers,
             against support/costs.py (a CUDA GPU only)
 training    the configs' own steps, eager and, on a GPU, compiled
-decoding    the first config's shape, beside transformers' generate with the same weights
+decoding    the first config's shape, beside transformers' generate with the same weights; on a CPU also
+            SmolLM2-135M's, with weights of 8 bits among the contenders
 sampling    the same for many answers to many prompts, in the shape of SmolLM2-135M
 lora        SFT of that shape by LoRA, beside PEFT
 peers       a step and decoding on one thread of a CPU, beside transformers and, if installed, litgpt
@@ -216,15 +217,23 @@ def first_shape(cfg: HardwareConfig, device: torch.device) -> ModelConfig:
 
 
 def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
-    """Tokens a second of ours and of transformers' generate, same weights, shape of the first config."""
-    c = first_shape(cfg, device)
-    if architecture(c) != "llama":
-        print("decoding: the first of --configs is no Llama, which is what is compared here")
-        return []
+    """Tokens a second of ours and of transformers' generate, same weights, shape of the first config; if none
+    is named, on a CPU also in the shape of SmolLM2-135M.
+    """
     rows, new = (64, 256) if device.type == "cuda" else (16, 128)
-    new = min(new, c.context_length - 32)
-    rates = others.decoding_rates(c, device, rows, new, cfg.compile, cfg.rounds // 2 + 1)
-    return [{"task": task, "new_tokens": new, "tokens_per_second": who} for task, who in rates.items()]
+    shapes = {"": first_shape(cfg, device)}
+    if device.type == "cpu" and not cfg.configs:
+        shapes["SmolLM2-135M, "] = smol_or_named(cfg, device)
+    found = []
+    for name, c in shapes.items():
+        if architecture(c) != "llama":
+            print("decoding: the first of --configs is no Llama, which is what is compared here")
+            continue
+        new = min(new, c.context_length - 32)
+        rates = others.decoding_rates(c, device, rows, new, cfg.compile, cfg.rounds // 2 + 1)
+        for task, who in rates.items():
+            found.append({"task": name + task, "new_tokens": new, "tokens_per_second": who})
+    return found
 
 
 def sampling(cfg: HardwareConfig, device: torch.device) -> list[dict]:

@@ -7,6 +7,7 @@ Models have random weights of one shape, since speed does not depend on the text
 vocabulary 4,096. litgpt joins if it is installed. Contenders take turns: compare rows of one run only.
 """
 
+import copy
 import importlib.util
 import math
 import tempfile
@@ -29,7 +30,7 @@ from support.adapters import LORA_TARGETS, float32_where_trained, lora_config
 from support.costs import estimate_flops
 from support.cutting import SLAB
 from support.hf_format import to_hf_config, to_hf_tensors
-from support.kernels import fastest_products, float32_products
+from support.kernels import fastest_products, float32_products, to_int8
 from support.loading import import_peft
 from support.machine import autocast, dtype_for
 from support.plan import Step
@@ -204,10 +205,13 @@ def decoding_rates(
     static cache, which it compiles), and litgpt's on its own weights. Greedy for one prompt and for `rows`
     prompts of 32 tokens; then so many sampled answers to one prompt, as a verifier wants them.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cache = "static" if device.type == "cuda" else None
     pair = paired_models(c, new, cache_implementation=cache)
+    dtype = dtype_for("auto", pair[0], device)
     ours, theirs = (model.to(device, dtype) for model in pair)
+    light = copy.deepcopy(ours)
+    if device.type == "cpu":
+        to_int8(light)
     ids = torch.randint(1, c.vocab_size, (rows, 32), device=device)  # 0 would count as padding
     greedy = dict(do_sample=False)
     sampled = dict(do_sample=True, num_return_sequences=rows, top_k=0)
@@ -222,6 +226,8 @@ def decoding_rates(
         runs = {"transformers": partial(theirs.generate, prompts, **how), "ours": mine}
         if task == "1 row" and dtype == torch.float32 and importlib.util.find_spec("litgpt"):
             runs["litgpt"] = litgpt_decoder(c, ids[0], new)
+        if device.type == "cpu":
+            runs["ours, int8"] = partial(light.generate, prompts.tolist(), new, n=n, temperature=float(n > 1))
         if compiled:
             runs["ours, compiled"] = partial(mine, compile=True)
         tokens = len(prompts) * n * new

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModernDecoderLM
@@ -89,7 +88,7 @@ def logit_lens(model: ModernDecoderLM, found: Trace) -> Tensor:
     """
     x = found.residual
     x = model.model["norm"](x) if "norm" in model.model else x
-    return F.linear(x, model.head)
+    return model.logits(x)
 
 
 @torch.no_grad()

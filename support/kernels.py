@@ -217,6 +217,54 @@ class OneRowLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+class Int8Linear(nn.Module):
+    """A linear layer for decoding on a CPU: weights in 8 bits, and a scale for each output.
+
+    Decoding one row costs what reading the weights does, and bytes are half of bfloat16 (as in gpt-fast):
+    SmolLM2-135M then decodes 1 row 1.8 times as fast, 4 rows 1.3 times, 8 as fast, 16 at 0.85 of the speed
+    (two cores of a Zen 5). torch's kernel for bytes is no good at more rows, such as those of a prompt.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight (outputs, inputs), bias (outputs). torch's kernel reads 16 inputs at a time: a multiple."""
+        super().__init__()
+        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-8).bfloat16()
+        q = (weight / self.scale.float().unsqueeze(1)).round().clamp(-127, 127)
+        self.q = nn.Parameter(q.to(torch.int8), requires_grad=False)
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.q * self.scale.float().unsqueeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= 16:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale).to(x.dtype)
+        else:
+            y = F.linear(rows, self.q.to(x.dtype)) * self.scale.to(x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def check_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError("--int8 is for a CPU: leave it out on a GPU")
+
+
+def to_int8(model: ModernDecoderLM) -> None:
+    """Makes the layers of the blocks and the head of a model on a CPU `Int8Linear`; experts and their router
+    stay as they are. Raises ValueError on a GPU.
+    """
+    check_int8(model.device)
+    for part in list(model.model["layers"].modules()):
+        for name, layer in part.named_children():
+            if isinstance(layer, nn.Linear) and layer.in_features % 16 == 0 and name != "gate":
+                setattr(part, name, Int8Linear(layer.weight.detach(), layer.bias))
+    if model.config.d_model % 16 == 0:
+        model.lm_head = Int8Linear(model.head.detach())
+
+
 @contextlib.contextmanager
 def float32_products(precision: str):
     """torch.set_float32_matmul_precision(precision), and afterwards what it was."""
@@ -351,7 +399,7 @@ class Decoder(PLAIN["Decoder"]):
         rows = len(cache.length) * n
         on_cpu = model.device.type == "cpu"
         self.compile = compile
-        self.compiled = compiled_step(model.device.type) if compile else step
+        self.compiled = compiled_step(model.device.type) if compile else ModernDecoderLM.step
         # A rolling cache and a mixture of experts have tensors of other shapes at every step.
         self.record = record and can_record(model.device) and not (cache.rolls or c.ffn == "moe")
         # A SharedPromptCache makes a CPU 1.1 to 1.6 times as fast, also for prompts with one answer each
@@ -423,6 +471,8 @@ def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
     for compiled decoding on a CPU, see `one_row_linear`: 1.1 times as fast at 1 row (width 128, a core of a
     Zen 5), 1.14 to 1.18 at 128 rows (a core of a Xeon).
     """
+    if any(isinstance(layer, Int8Linear) for layer in model.modules()):
+        return model
     on_cpu = model.device.type == "cpu"
     cast = model.head.dtype != model.dtype
     small = sum(p.numel() for p in model.parameters()) < 2**26  # the copy takes at most 256 MiB

@@ -38,7 +38,7 @@ def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", facto
     if stretch:
         rope = stretched_rope(model.config, ids.shape[1] - 1, stretch, factor, ids.device)
     parts = zip(model.hidden(ids[:, :-1], rope=rope).split(512, 1), ids[:, 1:].split(512, 1), strict=True)
-    return torch.cat([token_losses(F.linear(x, model.head), targets) for x, targets in parts], dim=1)
+    return torch.cat([token_losses(model.logits(x), targets) for x, targets in parts], dim=1)
 
 
 def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,7 @@ class TextModel:
         self.chat = chat
         self.adapter = adapter
         self.ours = isinstance(model, ModernDecoderLM)
+        self.n_parameters = sum(p.numel() for p in model.parameters())
         self.longest = model.config.context_length if self.ours else hf_context(model.config)
         self.context_length = min(self.longest, context_length or self.longest)
         self.bos = tokenizer.bos
@@ -107,10 +108,6 @@ class TextModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
 
     def autocast(self):
         """A context in which the model computes in its dtype; T5's activations exceed float16's 65,504."""
@@ -514,7 +511,7 @@ def target_logits(model: nn.Module, kind: str, ids: Tensor, mask: Tensor, target
     if model is core:
         # A slice would not be contiguous, and torch would copy the head for every row: 1.8 GB for 32 rows of
         # SmolLM2. So it is copied, as transformers does where it gets indices.
-        return F.linear(model.hidden(ids)[:, skip:].contiguous(), model.head)
+        return model.logits(model.hidden(ids)[:, skip:].contiguous())
     return model(ids)[:, skip:]  # gradients are averaged only if the forward pass goes through the wrapper
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote
 
 from configs import ROOT
 from support.observations import observations
@@ -183,7 +184,7 @@ def compare(folders: dict[str, Path]) -> dict:
 
 
 def page_file(home: Path, name: str, kind: str) -> Path:
-    return home / "logs" / f"page-{name.replace('/', '--')}.{kind}"
+    return home / "logs" / f"page-{quote(name, safe='')}.{kind}"
 
 
 def start(home: Path, name: str, stage: str, words: list[str]) -> None:

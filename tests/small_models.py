@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import ModelConfig, ModernDecoderLM
@@ -101,7 +100,7 @@ def feed(model, cache, ids: Tensor, chunks, counts=None) -> Tensor:
     with torch.no_grad():
         for length in chunks:
             cache.begin(length, counts)
-            logits.append(F.linear(model.hidden(ids[:, at : at + length], cache=cache), model.head))
+            logits.append(model.logits(model.hidden(ids[:, at : at + length], cache=cache)))
             at += length
     return torch.cat(logits, dim=1)
 

@@ -79,6 +79,14 @@ def test_a_temperature_next_to_0_is_greedy(run, said):
         assert said(run, *words, "--prompt=the cat")[0] == "the cat" + greedy(run, "the cat", 9) + "\n"
 
 
+def test_8_bit_weights_say_the_same_where_the_model_is_sure(run, said):
+    out, err = said(run, *USUAL, "--prompt=the cat", "--int8")
+    assert out == "the cat" + greedy(run, "the cat", 9) + "\n" and "tokens/s" in err
+    for words, why in ((["--compile"], "choose one"), (["--device=meta"], "none that torch can use")):
+        with pytest.raises(SystemExit, match=why):
+            said(run, *USUAL, "--prompt=the cat", "--int8", *words)
+
+
 def answering(monkeypatch, new: list[int]) -> list:
     """A model that always writes `new`; the list of the prompts it gets."""
     prompts = []

@@ -192,6 +192,45 @@ def test_a_decoding_copy_computes_the_same_and_leaves_the_model_alone(changes, c
     assert all(torch.equal(p, saved[name]) for name, p in ours.state_dict().items())
 
 
+def rounded(weight: Tensor) -> Tensor:
+    """Each row in whole numbers from -127 to 127 times a scale that bfloat16 can hold."""
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().double()
+    return ((weight / scale).round().clip(-127, 127) * scale).float()
+
+
+@some("llama", "biases", "gpt2", "gpt2, untied", "mixtral")
+def test_8_bit_weights_compute_what_rounded_weights_do(changes):
+    ours, reference = make(**changes), make(**changes)
+    routers = [key for key in ours.state_dict() if ".gate." in key]
+    embedding = reference.model["embed_tokens"].weight.clone()
+    with torch.no_grad():
+        for name, layer in reference.named_modules():
+            suits = isinstance(layer, torch.nn.Linear) and layer.in_features % 16 == 0
+            if suits and not name.endswith(".gate"):
+                layer.weight.copy_(rounded(layer.weight))
+        reference.lm_head = torch.nn.Linear(1, 1, bias=False)
+        reference.lm_head.weight = torch.nn.Parameter(rounded(make(**changes).head))
+    kernels.to_int8(ours)
+    assert torch.equal(ours.model["embed_tokens"].weight, embedding)
+    assert all(key in ours.state_dict() for key in routers)
+    with torch.no_grad():
+        many = tokens(3, 9)
+        assert close(ours(many), reference(many), 1e-3)  # of more than 8 rows, by wide weights
+        few = tokens(1, 7)
+        apart = ours(few) - reference(few)  # activations are rounded to bfloat16 here
+        if not ours.config.moe_layers:  # which may choose other experts
+            assert 0 < apart.std() < 0.03 * reference(few).std()
+    assert ours.generate(PROMPTS, 9) == ours.generate(PROMPTS, 9) != make(1, **changes).generate(PROMPTS, 9)
+
+
+def test_layers_that_torch_cannot_read_in_8_bits_stay_as_they_are():
+    ours = make(d_model=36, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
+    kernels.to_int8(ours)
+    kinds = {name: type(layer) for name, layer in ours.model["layers"][0].mlp.named_children()}
+    assert kinds["gate_proj"] is torch.nn.Linear and kinds["down_proj"] is kernels.Int8Linear
+    assert ours.lm_head is None and len(ours.generate(PROMPTS, 5)[0]) == 5
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_card])])
 @some("llama", "gpt2, untied", "qwen3", "sinks", "mixtral")
 def test_autocast_keeps_the_residual_stream_in_bfloat16_on_a_card_and_nearly_the_loss(changes, device):
