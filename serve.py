@@ -73,7 +73,6 @@ class ServeConfig:
     allow_training: bool = False  # with another --host: clients with the token may start and pause runs
     device: str = "auto"  # cuda, cpu, ...
     memory: float = 0.0  # GiB for models; 0: half of what is free
-    int8: bool = False  # weights in 8 bits on a CPU: a model of 135M parameters talks 1.8 times as fast
 
     def __post_init__(self):
         if not re.fullmatch("[!-~]*", self.token):  # a header may hold no others
@@ -85,8 +84,7 @@ class Lab:
 
     def __init__(self, cfg: ServeConfig):
         self.home = Path(cfg.out)
-        others = cfg.models.replace(",", " ").split()
-        self.pool = Pool(self.home, pick_device(cfg.device), others, cfg.memory, cfg.int8)
+        self.pool = Pool(self.home, pick_device(cfg.device), cfg.models.replace(",", " ").split(), cfg.memory)
         self.may_train = cfg.host in LOOPBACK or cfg.allow_training
         self.streams = 0
         self.threads = ThreadPoolExecutor(MOST_STREAMS, "generation")

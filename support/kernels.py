@@ -220,9 +220,10 @@ class OneRowLinear(nn.Linear):
 class Int8Linear(nn.Module):
     """A linear layer for decoding on a CPU: weights in 8 bits, and a scale for each output.
 
-    Decoding one row costs what reading the weights does, and bytes are half of bfloat16 (as in gpt-fast):
-    SmolLM2-135M then decodes 1 row 1.8 times as fast, 4 rows 1.3 times, 8 as fast, 16 at 0.85 of the speed
-    (two cores of a Zen 5). torch's kernel for bytes is no good at more rows, such as those of a prompt.
+    With one row the time goes into reading the weights, and these take half the bytes of bfloat16
+    (weight-only quantization, as in gpt-fast). SmolLM2-135M decodes 1 row 1.8 times as fast, 4 rows 1.3
+    times, 8 rows as fast as in bfloat16, and 16 rows at 0.85 of its speed (two cores of a Zen 5). Above 16
+    rows, as in a prompt, the weights are converted for an ordinary product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -247,16 +248,12 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def check_int8(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ValueError("--int8 is for a CPU: leave it out on a GPU")
-
-
 def to_int8(model: ModernDecoderLM) -> None:
-    """Makes the layers of the blocks and the head of a model on a CPU `Int8Linear`; experts and their router
-    stay as they are. Raises ValueError on a GPU.
+    """Makes the layers of the blocks and the head of a model `Int8Linear`; experts and routers stay as they
+    are. Raises ValueError on a GPU.
     """
-    check_int8(model.device)
+    if model.device.type != "cpu":
+        raise ValueError("--int8 computes on a CPU: add --device=cpu, or leave --int8 out")
     for part in list(model.model["layers"].modules()):
         for name, layer in part.named_children():
             if isinstance(layer, nn.Linear) and layer.in_features % 16 == 0 and name != "gate":

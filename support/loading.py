@@ -16,7 +16,6 @@ from support.chat_template import is_ours
 from support.hf_format import find_folder, from_hf_config, from_tensors
 from support.hub import unreachable
 from support.hub_models import HubTokenizer
-from support.kernels import to_int8
 from support.machine import pick_dtype
 from support.runs import TrainError, read_json, read_json_if_there, weights_hash
 from support.text_model import TextModel, class_name
@@ -159,17 +158,6 @@ def load_model(
         dtype = torch.float32
     model = load_network(source, ours, dtype=dtype).to(device).eval()
     return TextModel(model, tokenizer, source.kind, name, context_length, source.is_chat(tokenizer))
-
-
-def ready_to_talk(model: TextModel, int8: bool = False) -> TextModel:
-    """The model for answers that people wait for: if it is ours, its weights lie in the data type in which a
-    GPU computes, or with `int8` in 8 bits.
-    """
-    if model.ours and int8:
-        to_int8(model.model)
-    if model.ours and (int8 or model.device.type == "cuda"):
-        model.model.to(model.dtype)
-    return model
 
 
 def load_network(

@@ -19,8 +19,7 @@ import torch
 
 from support.guard import NotFound
 from support.inside import logits_of, token_text, without_heads
-from support.kernels import check_int8
-from support.loading import is_adapter, load_model, load_tokenizer, ready_to_talk, resolve
+from support.loading import is_adapter, load_model, load_tokenizer, resolve
 from support.memory import free_bytes, free_cached_memory
 from support.metrics import majority
 from support.results import run_of
@@ -72,17 +71,13 @@ def use_cores(model: TextModel) -> None:
 class Pool:
     """The models in a folder of runs, and others by name; those used last stay in memory.
 
-    home: folder of runs; others: folders or hub ids; gib: memory for all models, 0: half of what is free;
-    int8: those of ours in 8 bits.
+    home: folder of runs; others: folders or hub ids; gib: memory for all models, 0: half of what is free.
     `turns` is the lock of all computation with them.
     """
 
-    def __init__(self, home: Path, device: torch.device, others: list[str], gib: float, int8: bool):
-        if int8:
-            check_int8(device)
+    def __init__(self, home: Path, device: torch.device, others: list[str], gib: float):
         self.home = home
         self.device = device
-        self.int8 = int8
         self.others = others
         self.budget = int(gib * 2**30) or free_bytes(device) // 2
         self.loaded: dict[tuple, tuple] = {}  # folders: (state of the files, model, bytes); last used, last
@@ -115,7 +110,9 @@ class Pool:
             raise NotFound(f"there is no model {name!r}: /v1/models lists those that are here")
 
         def load() -> tuple:
-            model = ready_to_talk(load_model(folder, self.device), self.int8)
+            model = load_model(folder, self.device)
+            if model.ours and self.device.type == "cuda":
+                model.model.to(model.dtype)
             return model, model.model
 
         return self.cached(name, load, folder)

@@ -88,19 +88,6 @@ def test_a_seeded_completion_is_the_one_of_chat_py(client, lab_home, monkeypatch
     assert ["Once upon" + choice["text"] for choice in found] == texts
 
 
-def test_8_bit_weights_are_of_the_models_that_are_served_and_of_a_cpu_only(lab_home):
-    from support.kernels import Int8Linear
-    from support.serving import Pool
-
-    pool = Pool(lab_home, torch.device("cpu"), [], 0.0, int8=True)
-    model = pool.get("base")
-    assert isinstance(model.model.lm_head, Int8Linear) and model.n_parameters == pool.get("base").n_parameters
-    plain = Pool(lab_home, torch.device("cpu"), [], 0.0, int8=False).get("base")
-    assert plain.model.lm_head is None and plain.n_parameters == model.n_parameters
-    with pytest.raises(ValueError, match="for a CPU"):
-        Pool(lab_home, torch.device("cuda"), [], 1.0, int8=True)
-
-
 def test_a_stream_adds_up_to_the_whole_and_ends_before_a_stop_string(client):
     how = {"seed": 3, "n": 3, "echo": True, "max_tokens": 60}
     stop = ask(client, **how).json()["choices"][0]["text"][26:32]  # across tokens
