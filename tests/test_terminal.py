@@ -59,7 +59,7 @@ def test_products_of_ever_other_shapes_fill_less_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("env, expected", [
-    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
 ])  # fmt: skip
 def test_waiting_threads_leave_cores_to_others_unless_the_user_has_chosen(
     tmp_path, monkeypatch, env, expected
