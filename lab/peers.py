@@ -209,8 +209,8 @@ def decoding_rates(
     pair = paired_models(c, new, cache_implementation=cache)
     dtype = dtype_for("auto", pair[0], device)
     ours, theirs = (model.to(device, dtype) for model in pair)
-    light = copy.deepcopy(ours)
     if device.type == "cpu":
+        light = copy.deepcopy(ours)
         to_int8(light)
     ids = torch.randint(1, c.vocab_size, (rows, 32), device=device)  # 0 would count as padding
     greedy = dict(do_sample=False)
