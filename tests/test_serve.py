@@ -516,6 +516,14 @@ def test_the_watch_sends_curves_and_notices_a_log_that_was_replaced(client, lab_
     assert reset and len(lines) <= 2000 and lines[-1] == {"step": 8999}
 
 
+def test_no_two_runs_share_a_file_of_the_page(tmp_path):
+    from support.watching import page_file
+
+    names = ["a/b", "a--b", "a%2Fb", "a-b", "a/b/c"]
+    files = [page_file(tmp_path, name, "log") for name in names]
+    assert len(set(files)) == len(names) and {file.parent for file in files} == {tmp_path / "logs"}
+
+
 def test_a_hundred_long_runs_are_listed_in_two_seconds(tmp_path):
     from support.watching import summaries
 
