@@ -222,7 +222,7 @@ class Int8Linear(nn.Module):
 
     With one row the time goes into reading the weights, and these take half the bytes of bfloat16
     (weight-only quantization, as in gpt-fast). SmolLM2-135M decodes 1 row 1.8 times as fast as in bfloat16,
-    4 rows 1.2 times, 8 rows no faster, and 64 rows at 0.87 of the speed (two cores of a Zen 5). Above 16
+    4 rows 1.2 times, 8 rows no faster, and 64 rows at 0.87 of the speed (two cores of a Zen 4). Above 16
     rows, as in a prompt, the weights are converted for an ordinary product.
     """
 

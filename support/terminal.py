@@ -156,7 +156,7 @@ def leave_cores_to_others() -> None:
     A thread that waits for work keeps its core busy for 300,000 rounds of a loop. Beside another program it
     may so hold up the very thread that it waits for: a step of configs/cpu.py, 0.14 s alone, took 1.3 s
     beside one busy process with 20,000 rounds and takes 0.32 s with 2,000. Fewer make it slower alone (two
-    cores of a Zen 5; report/speed.md).
+    cores of a Zen 4; report/speed.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
