@@ -180,6 +180,12 @@ def _draws() -> list[tuple]:
     return found
 
 
+def drawn() -> list[str]:
+    """What the plots draw, where it has one word or two: "umbrella", "red ball"."""
+    values = {value for _, rows in _draws() for row in rows for value in row}
+    return sorted(value for value in values if value.islower() and len(value.split()) <= 2)
+
+
 def _is_mixed(text: str, slots: tuple, rows: list) -> bool:
     """Whether a text has values from several rows of a draw, which belong together row by row."""
     told_of = []  # for each value in the text, the rows that have it
