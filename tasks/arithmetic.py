@@ -169,7 +169,7 @@ def numbers_text(split: str) -> Iterator[str]:
         yield f"{question}\n{told_again(rng, question, 0.5)}".strip()
         yield "\n".join(equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
         for _ in range(2):
-            words = [pick(rng, pick(rng, LISTED)) for _ in range(8)]
+            words = listed(rng)
             yield "\n".join(pick(rng, (" ", "\n")).join(words) for _ in range(4))
 
 
@@ -178,6 +178,11 @@ def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
     sentences = re.split(r"(?<=[.?]) ", question)[:-1]
     some = [sentence for sentence in sentences if rng.random() < share]
     return " ".join(sorted(some, key=lambda _: rng.random()))
+
+
+def listed(rng: random.Random) -> list[str]:
+    """Eight random words for a list."""
+    return [pick(rng, pick(rng, LISTED)) for _ in range(8)]
 
 
 def equation(rng: random.Random, annotated: bool = False) -> str:
