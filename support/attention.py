@@ -105,7 +105,7 @@ def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
     """Copy accuracy on repeated digits: {"facts": fraction, "lists": fraction}.
 
     A digit counts as copied if it is the most likely token, given the true tokens before it. `facts`: n word
-    problems, each followed by its sentences in another order. `lists`: n lists of eight random words, each
+    problems, each followed by its sentences in another order. `lists`: n lists of six random words, each
     repeated. A model that guesses gets about a quarter right.
     """
     rng = random.Random(seed)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 
 from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
-from tasks.instructions import WORDS
 from tasks.stories import BOYS, ELDERS, GIRLS, PRONOUNS, drawn
 
 ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
@@ -51,7 +50,7 @@ TRAPS_OF_OTHER = (  # if nobody asks about {other}
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 LIMIT = 40  # no number in a problem or its solution is greater
 NUMBERS = [str(n) for n in range(1, LIMIT + 1)]
-NOUNS = [*WORDS, *(word for pair in ITEMS for word in pair)]
+NOUNS = [word for pair in ITEMS for word in pair]
 GENDERED = ["girl", "boy", *PRONOUNS["she"], *PRONOUNS["he"]]
 LISTED = NUMBERS, NUMBERS, NOUNS, [*GIRLS, *BOYS], list(ELDERS), GENDERED, drawn()  # all as often in a list
 
@@ -181,8 +180,8 @@ def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
 
 
 def listed(rng: random.Random) -> list[str]:
-    """Eight random words for a list."""
-    return [pick(rng, pick(rng, LISTED)) for _ in range(8)]
+    """Six random words for a list."""
+    return [pick(rng, pick(rng, LISTED)) for _ in range(6)]
 
 
 def equation(rng: random.Random, annotated: bool = False) -> str:
