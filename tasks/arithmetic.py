@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
-from tasks.stories import BOYS, ELDERS, GIRLS, PRONOUNS, drawn
+from tasks.stories import BOYS, ELDERS, GIRLS, PRONOUNS, short_draws
 
 ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
 beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
@@ -52,7 +52,9 @@ LIMIT = 40  # no number in a problem or its solution is greater
 NUMBERS = [str(n) for n in range(1, LIMIT + 1)]
 NOUNS = [word for pair in ITEMS for word in pair]
 GENDERED = ["girl", "boy", *PRONOUNS["she"], *PRONOUNS["he"]]
-LISTED = NUMBERS, NUMBERS, NOUNS, [*GIRLS, *BOYS], list(ELDERS), GENDERED, drawn()  # all as often in a list
+LISTED = (  # kinds of words in lists, each drawn as often; numbers twice
+    NUMBERS, NUMBERS, NOUNS, [*GIRLS, *BOYS], list(ELDERS), GENDERED, short_draws(),
+)  # fmt: skip
 
 
 def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
@@ -153,14 +155,14 @@ def numbers_text(split: str) -> Iterator[str]:
 
     For a base that is taught to solve problems later. Solving begins with copying numbers from the question,
     which is the work of induction heads: find where the last words occurred before, and repeat what followed
-    (Olsson et al., 2022). A model learns them all at once or not at all. Short lists of random words, four
-    times each, bring that about within 2M tokens; then repeated parts of problems are copied as well. Without
-    lists none of our bases could copy, and SFT, which had to teach it, failed with one in four.
+    (Olsson et al., 2022). Short lists of random words, four times each, bring these about; then repeated
+    parts of problems are copied as well. Without lists none of our bases could copy, and SFT, which had to
+    teach it, failed with one in four.
 
-    A word has to stand in lists to be copied, also within stories. Mama and Papa, or her and his, occur in
-    the same places, so that they get nearly the same embedding, and attention that finds one hardly sees
-    which it is; a list tells them apart. Where a line begins, a word is another token: hence the columns
-    (report/alignment.md). Half of the equations have the annotated form that solutions use.
+    Stories gain, too. Mama and Papa occur in the same places, so they get nearly the same embedding, and
+    attention that finds one hardly sees which it is: they were copied only once they stood in lists. A word
+    at the start of a line is another token, so half of the tellings are columns (report/alignment.md). Half
+    of the equations have the annotated form that solutions use.
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
@@ -180,7 +182,7 @@ def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
 
 
 def listed(rng: random.Random) -> list[str]:
-    """Six random words for a list."""
+    """Six random names, nouns, pronouns and numbers; some have two words."""
     return [pick(rng, pick(rng, LISTED)) for _ in range(6)]
 
 

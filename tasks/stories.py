@@ -180,10 +180,10 @@ def _draws() -> list[tuple]:
     return found
 
 
-def drawn() -> list[str]:
-    """What the plots draw, where it has one word or two: "umbrella", "red ball"."""
+def short_draws() -> list[str]:
+    """What the plots draw, where it is a word or two without a slot: "umbrella", "red ball", "to skate"."""
     values = {value for _, rows in _draws() for row in rows for value in row}
-    return sorted(value for value in values if value.islower() and len(value.split()) <= 2)
+    return sorted(value for value in values if re.fullmatch("[a-z]+( [a-z]+)?", value))
 
 
 def _is_mixed(text: str, slots: tuple, rows: list) -> bool:
