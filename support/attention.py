@@ -19,7 +19,7 @@ from support.files import write_json
 from support.inside import check_length, logits_of, look_inside
 from support.loading import explained, is_adapter, load_model, load_tokenizer, resolve
 from support.text_model import TextModel
-from tasks.arithmetic import arithmetic, listed, told_again
+from tasks.arithmetic import arithmetic, things, told_again
 
 EXAMPLE_TEXTS = (
     "Once upon a time there was a girl named Lucy. Lucy had a red ball. One day",
@@ -105,12 +105,12 @@ def copying(model: TextModel, seed: int, n: int = 200) -> dict[str, float]:
     """Copy accuracy on repeated digits: {"facts": fraction, "lists": fraction}.
 
     A digit counts as copied if it is the most likely token, given the true tokens before it. `facts`: n word
-    problems, each followed by its sentences in another order. `lists`: n lists of six random words, each
+    problems, each followed by its sentences in another order. `lists`: n lists of eight random things, each
     repeated. A model that guesses gets about a quarter right.
     """
     rng = random.Random(seed)
     questions = [problem["question"] for problem in islice(arithmetic("validation"), n)]
-    lists = [" ".join(listed(rng)) for _ in range(n)]
+    lists = [things(rng) for _ in range(n)]
     return {
         "facts": copied_digits(model, questions, [told_again(rng, question) for question in questions]),
         "lists": copied_digits(model, lists, lists),

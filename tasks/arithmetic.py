@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 
 from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
-from tasks.stories import BOYS, ELDERS, GIRLS, PRONOUNS, short_draws
+from tasks.stories import BOYS, GIRLS
 
 ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
 beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
 crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
 ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
+THINGS = [*GIRLS, *BOYS, *(word for pair in ITEMS for word in pair)]
 STEPS = {  # sentence of the question, sentence of the solution, what is done with {k}, its largest value
     "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.",
               "", "", 24),
@@ -49,12 +50,6 @@ TRAPS_OF_OTHER = (  # if nobody asks about {other}
 )
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 LIMIT = 40  # no number in a problem or its solution is greater
-NUMBERS = [str(n) for n in range(1, LIMIT + 1)]
-NOUNS = [word for pair in ITEMS for word in pair]
-GENDERED = ["girl", "boy", *PRONOUNS["she"], *PRONOUNS["he"]]
-LISTED = (  # kinds of words in lists, each drawn as often; numbers twice
-    NUMBERS, NUMBERS, NOUNS, [*GIRLS, *BOYS], list(ELDERS), GENDERED, short_draws(),
-)  # fmt: skip
 
 
 def attempt(rng: random.Random, steps: int, traps: int) -> dict | None:
@@ -155,14 +150,10 @@ def numbers_text(split: str) -> Iterator[str]:
 
     For a base that is taught to solve problems later. Solving begins with copying numbers from the question,
     which is the work of induction heads: find where the last words occurred before, and repeat what followed
-    (Olsson et al., 2022). Short lists of random words, four times each, bring these about; then repeated
-    parts of problems are copied as well. Without lists none of our bases could copy, and SFT, which had to
-    teach it, failed with one in four.
-
-    Stories gain, too. Mama and Papa occur in the same places, so they get nearly the same embedding, and
-    attention that finds one hardly sees which it is: they were copied only once they stood in lists. A word
-    at the start of a line is another token, so half of the tellings are columns (report/alignment.md). Half
-    of the equations have the annotated form that solutions use.
+    (Olsson et al., 2022). A model learns them all at once or not at all. Short lists of random things, four
+    times each, bring that about within 2M tokens; then repeated parts of problems are copied as well, and
+    names in stories. Without lists none of our bases could copy, and SFT, which had to teach it, failed with
+    one in four (report/alignment.md). Half of the equations have the annotated form that solutions use.
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
@@ -170,8 +161,7 @@ def numbers_text(split: str) -> Iterator[str]:
         yield f"{question}\n{told_again(rng, question, 0.5)}".strip()
         yield "\n".join(equation(rng, annotated=rng.random() < 0.5) for _ in range(10))
         for _ in range(2):
-            words = listed(rng)
-            yield "\n".join(pick(rng, (" ", "\n")).join(words) for _ in range(4))
+            yield "\n".join([things(rng)] * 4)
 
 
 def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
@@ -181,9 +171,13 @@ def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
     return " ".join(sorted(some, key=lambda _: rng.random()))
 
 
-def listed(rng: random.Random) -> list[str]:
-    """Six random names, nouns, pronouns and numbers; some have two words."""
-    return [pick(rng, pick(rng, LISTED)) for _ in range(6)]
+def things(rng: random.Random) -> str:
+    """A list of eight random things, a quarter of them numbers."""
+    words = []
+    for _ in range(8):
+        is_thing = rng.random() < 0.75
+        words.append(pick(rng, THINGS) if is_thing else str(number(rng, 1, LIMIT)))
+    return " ".join(words)
 
 
 def equation(rng: random.Random, annotated: bool = False) -> str:
