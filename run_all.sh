@@ -203,7 +203,8 @@ torch_for_cpu() {
 }
 
 test_everything() {
-    ruff check . && ruff format --check .
+    ruff check .
+    ruff format --check .
     python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder "$@" # a file's tests share what they made
 }
 
