@@ -41,7 +41,6 @@ from tasks.calculator import extract_number
 from tasks.dialogue import dialogue
 from tasks.grammar import SEED, SPLITS, split_of
 from tasks.instructions import instructions
-from tasks.lists import lists_text
 from tasks.sentiment import sentiment
 from tasks.stories import faults, storyworld, told
 
@@ -106,7 +105,6 @@ EMBEDDED = {  # name -> its documents, and how many are in train
     "storyworld": (storyworld, 30_000),
     "arithmetic": (arithmetic_text, 40_000),
     "numbers": (numbers_text, 40_000),
-    "lists": (lists_text, 20_000),
 }
 EMBEDDED_HELD_OUT = 1_000  # documents in validation and in test
 

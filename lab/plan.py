@@ -94,7 +94,6 @@ MEGABYTES = {
     "storyworld": 21.6,
     "arithmetic": 6.3,
     "numbers": 6.6,
-    "lists": 4.1,
 }
 MADE = 5.0  # MB/s of text made up on the spot by one core
 ENCODED = 7.0  # MB/s of a file that one core encodes (report/speed.md)

@@ -180,12 +180,6 @@ def _draws() -> list[tuple]:
     return found
 
 
-def short_draws() -> list[str]:
-    """What the plots draw, where it is a word or two without a slot: "umbrella", "red ball", "to skate"."""
-    values = {value for _, rows in _draws() for row in rows for value in row}
-    return sorted(value for value in values if re.fullmatch("[a-z]+( [a-z]+)?", value))
-
-
 def _is_mixed(text: str, slots: tuple, rows: list) -> bool:
     """Whether a text has values from several rows of a draw, which belong together row by row."""
     told_of = []  # for each value in the text, the rows that have it
