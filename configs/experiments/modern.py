@@ -5,7 +5,7 @@ hypothesis = (
 
 optimizer = "muon"
 learning_rate = 6e-3
-schedule = "wsd"
+schedule = "linear"
 qk_norm = True
 
 eval_every = 40
