@@ -106,6 +106,7 @@ class TrainerConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
     decay_fraction: float = 0.2  # wsd: share of the steps that decay, the last ones
     optimizer: Literal["adamw", "adamw_plain", "muon"] = "adamw"  # torch's fused one, ours to read, or Muon
+    embedding_rate: float = 1.0  # learning rate of the embedding, as a multiple of the others'
     weight_decay: float = 0.1  # pulls matrices, not norms and biases, towards 0
     beta1: float = 0.9  # memory of the gradient's mean
     beta2: float = 0.95  # memory of its square
@@ -283,8 +284,12 @@ def orthogonal(G: Tensor) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the matrices of the layers and AdamW for the rest. Only matrices decay."""
-    hidden, matrices, others = [], [], []
+    """AdamW for all, or Muon for the matrices of the layers and AdamW for the rest. Only matrices decay.
+
+    Most tokens are rare, and the row of one that a batch lacks gets hardly a gradient. With a higher rate
+    for the embedding they are learnt sooner (its decay stays what it was).
+    """
+    hidden, embeddings, matrices, others = [], [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -292,9 +297,16 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
             others.append(p)
         elif cfg.optimizer == "muon" and ".layers." in name:
             hidden.append(p)
+        elif "embed" in name:
+            embeddings.append(p)
         else:
             matrices.append(p)
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    rate = cfg.embedding_rate
+    groups = [
+        {"params": embeddings, "weight_decay": cfg.weight_decay / rate, "rate": rate},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     optimizers = []
     if groups:
@@ -609,7 +621,7 @@ class Trainer:
     def set_learning_rate(self, lr: float) -> None:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("rate", 1)
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

@@ -224,7 +224,7 @@ LARGEST = 10**12  # torch counts with 64 bits, and squares some numbers
 RANGES = dict.fromkeys(AT_LEAST_1.split(), (1, LARGEST))
 RANGES |= dict.fromkeys(("decay_fraction", "label_smoothing"), (0, 1))
 RANGES |= dict.fromkeys(("dropout", "lora_dropout", "beta1", "beta2"), (0, math.nextafter(1, 0)))
-RANGES |= {"beta": (1e-6, LARGEST)}  # IPO divides by it
+RANGES |= dict.fromkeys(("beta", "embedding_rate"), (1e-6, LARGEST))  # they divide
 RANGES |= {"seed": (0, 2**63 - 1)}  # what torch.manual_seed takes
 
 

@@ -563,17 +563,33 @@ SHAPES = [{}, GPT, dict(ffn="moe", n_experts=4, qk_norm=True, n_sinks=1), dict(t
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_parameter_is_optimised_once_and_only_matrices_decay(settings, optimizer, shape):
     model = small_model(**shape)
-    optimizers = train.make_optimizers(model, settings(optimizer=optimizer))
+    optimizers = train.make_optimizers(model, settings(optimizer=optimizer, embedding_rate=4))
     groups = [group for one in optimizers for group in one.param_groups]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
     for name, p in model.named_parameters():
         one_dimensional = p.dim() < 2 or "norm" in name or "bias" in name or "sinks" in name
-        assert decay[id(p)] == (0.0 if one_dimensional else 0.1), name
+        assert decay[id(p)] == (0.0 if one_dimensional else 0.025 if "embed" in name else 0.1), name
     if optimizer == "muon":
         hidden = {id(p) for group in optimizers[1].param_groups for p in group["params"]}
         assert id(model.model["embed_tokens"].weight) not in hidden
         assert id(model.model["layers"][0].self_attn.q_proj.weight) in hidden
+
+
+def test_the_embedding_has_a_learning_rate_of_its_own_and_its_old_decay(settings):
+    """Without gradients a step only decays: by lr * rate * decay / rate for the embedding, too."""
+    model = small_model(tie_embeddings=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(settings(embedding_rate=4.0), model, uneven_rows)
+    trainer.set_learning_rate(0.5)
+    rates = {id(p): g["lr"] for one in trainer.optimizers for g in one.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == (2.0 if "embed" in name else 0.5), name
+        p.grad = torch.zeros_like(p)
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] * (0.95 if p.dim() == 2 else 1), msg=name)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")

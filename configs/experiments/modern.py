@@ -6,6 +6,9 @@ hypothesis = (
 optimizer = "muon"
 learning_rate = 6e-3
 schedule = "linear"
+embedding_rate = 6.0
+beta1 = 0.8
+beta2 = 0.99
 qk_norm = True
 
 eval_every = 40
