@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from model import ModelConfig, ModernDecoderLM
@@ -590,6 +591,13 @@ def test_the_embedding_has_a_learning_rate_of_its_own_and_its_old_decay(settings
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, before[name] * (0.95 if p.dim() == 2 else 1), msg=name)
+
+
+def test_the_embeddings_of_a_hub_model_are_found_by_what_they_are_not_by_name(settings):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16, n_positions=8))
+    adamw = train.make_optimizers(model, settings(embedding_rate=4.0))[0]
+    fast = [p for group in adamw.param_groups for p in group["params"] if group.get("rate") == 4]
+    assert {id(p) for p in fast} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
