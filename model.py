@@ -13,8 +13,8 @@ needs torch alone; support/ reads and writes files and has a cache that rolls.
 Shapes are written (B, T, d): B sequences of T tokens, d = d_model. H query heads, K key-value heads, D =
 head_dim, f = d_ff, V = vocab_size. With the default switches this is a Llama; each other switch is an `if`
 or two, near the layer that it changes. Everything is computed plainly here. The scripts run faster:
-`pick_device` (support/machine.py) replaces four names of this module, `attend`, `project`, `lm_loss` and
-`Decoder`, by those of support/kernels.py, with the same results.
+`pick_device` (support/machine.py) replaces five names of this module, `rms_norm`, `attend`, `project`,
+`lm_loss` and `Decoder`, by those of support/kernels.py, with the same results.
 """
 
 import functools

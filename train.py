@@ -61,7 +61,7 @@ from support.checkpoints import (
     write_checkpoint,
 )
 from support.costs import estimate_flops
-from support.kernels import fastest_products, float32_products
+from support.kernels import fastest_products, float32_products, multiplies_bfloat16
 from support.machine import autocast, hardware, peak_flops, peak_memory, pick_device, pick_dtype
 from support.memory import free_cached_memory, is_out_of_memory, leave_memory_to_others
 from support.metrics import bits_per_byte, perplexity
@@ -105,8 +105,9 @@ class TrainerConfig:
     warmup_steps: int = 100  # steps from 0 up to learning_rate
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: warmup, stable, decay
     decay_fraction: float = 0.2  # wsd: share of the steps that decay, the last ones
-    optimizer: Literal["adamw", "adamw_plain", "muon"] = "adamw"  # torch's fused one, ours to read, or Muon
+    optimizer: Literal["adamw", "adamw_plain", "muon", "normuon"] = "adamw"  # adamw_plain: ours, to read
     embedding_rate: float = 1.0  # learning rate of the embedding, as a multiple of the others'
+    momentum: float = 0.95  # Muon's memory of the gradient
     weight_decay: float = 0.1  # pulls matrices, not norms and biases, towards 0
     beta1: float = 0.9  # memory of the gradient's mean
     beta2: float = 0.95  # memory of its square
@@ -241,10 +242,15 @@ class Muon(torch.optim.Optimizer):
     learning rates and decay serve (Liu et al., 2025). torch.optim.Muon does the same (a test compares them),
     but in bfloat16 everywhere: on a CPU without hardware for it (AMD EPYC, cpu.py with 16 rows a step) its
     step took 680 ms where ours takes 25, beside a forward and backward pass of 295.
+
+    An orthogonal step still moves some neurons much farther than others. With a beta2 above 0 each row is
+    divided by the running root mean square of its own steps (NorMuon; Li et al., 2025), in a wide matrix
+    each column; then the whole step gets back its size.
     """
 
-    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr=1e-3, momentum=0.95, beta2=0.0, weight_decay=0.1):
+        defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -266,20 +272,32 @@ class Muon(torch.optim.Optimizer):
                 moves = orthogonal(torch.cat([ahead.reshape(-1, *shape) for _, ahead in pairs]))
                 sizes = [p.numel() // shape.numel() for p, _ in pairs]
                 for (p, _), move in zip(pairs, moves.split(sizes), strict=True):
+                    if group["beta2"]:
+                        move = self.level(move, self.state[p], group["beta2"])
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(shard_like(p, move.view(p.shape)), alpha=-lr * scale)
 
+    def level(self, move: Tensor, state: dict, beta2: float) -> Tensor:
+        """The steps (..., n, m) with rows, or in wide matrices columns, of about equal size."""
+        across = -1 if move.shape[-2] >= move.shape[-1] else -2
+        square = move.square().mean(across, keepdim=True)
+        state["square"] = state.get("square", torch.zeros_like(square)).lerp(square, 1 - beta2)
+        even = move / state["square"].sqrt().clamp(min=1e-10)
+        size = move.norm(dim=(-2, -1), keepdim=True)
+        return even * (size / even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
 
 def orthogonal(G: Tensor) -> Tensor:
-    """About U V^T of matrices (..., n, m) = U S V^T, without a decomposition: five Newton-Schulz steps of a
-    polynomial that pulls every singular value to between 0.7 and 1.2. In bfloat16 on a GPU, fast there.
+    """About U V^T of matrices (k, n, m) = U S V^T, without a decomposition: five Newton-Schulz steps of a
+    polynomial that pulls every singular value to between 0.7 and 1.2. In bfloat16 where that is faster.
     """
-    X = G.bfloat16() if G.is_cuda else G
+    X = G.bfloat16() if G.is_cuda or multiplies_bfloat16() else G
     X = X.mT if G.shape[-2] > G.shape[-1] else X  # the smaller product
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for _ in range(5):  # X becomes a X + (b A + c A A) X with A = X X^T
         A = X @ X.mT
-        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
     return (X.mT if G.shape[-2] > G.shape[-1] else X).to(G.dtype)
 
 
@@ -297,7 +315,7 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
             continue
         if p.dim() < 2 or "sinks" in name:  # sinks are logits
             others.append(p)
-        elif cfg.optimizer == "muon" and ".layers." in name:
+        elif "muon" in cfg.optimizer and ".layers." in name:
             hidden.append(p)
         elif p in tables and rate != 1:  # with 1 no group of its own: older checkpoints have none
             embeddings.append(p)
@@ -316,7 +334,9 @@ def make_optimizers(model: nn.Module, cfg: TrainerConfig) -> list[torch.optim.Op
         plain = cfg.optimizer == "adamw_plain"
         optimizers.append(AdamW(groups, **how) if plain else torch.optim.AdamW(groups, fused=fused, **how))
     if hidden:
-        optimizers.append(Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay))
+        beta2 = 0.95 if cfg.optimizer == "normuon" else 0.0
+        how = {"momentum": cfg.momentum, "beta2": beta2, "weight_decay": cfg.weight_decay}
+        optimizers.append(Muon(hidden, cfg.learning_rate, **how))
     return optimizers
 
 

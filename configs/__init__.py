@@ -223,7 +223,7 @@ AT_LEAST_1 = """max_steps batch_size grad_accum_steps log_every vocab_size conte
 LARGEST = 10**12  # torch counts with 64 bits, and squares some numbers
 RANGES = dict.fromkeys(AT_LEAST_1.split(), (1, LARGEST))
 RANGES |= dict.fromkeys(("decay_fraction", "label_smoothing"), (0, 1))
-RANGES |= dict.fromkeys(("dropout", "lora_dropout", "beta1", "beta2"), (0, math.nextafter(1, 0)))
+RANGES |= dict.fromkeys(("dropout", "lora_dropout", "momentum", "beta1", "beta2"), (0, math.nextafter(1, 0)))
 RANGES |= dict.fromkeys(("beta", "embedding_rate"), (1e-6, LARGEST))  # they divide
 RANGES |= {"seed": (0, 2**63 - 1)}  # what torch.manual_seed takes
 

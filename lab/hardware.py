@@ -266,16 +266,19 @@ def data(cfg: HardwareConfig, device: torch.device) -> dict:
 
 
 def peers(cfg: HardwareConfig, device: torch.device) -> dict:
-    """A training step and decoding in the shape of lab/peers.py, on one thread, ours and others'."""
+    """Training steps in float32 and in what training uses here, and decoding, in the shape of lab/peers.py,
+    on one thread, ours and others'.
+    """
     if device.type == "cuda":
         print("peers: on a CPU only; on a GPU `decoding` compares")
         return {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    step = others.training_step(device, cfg.compile)
+    dtypes = dict.fromkeys([torch.float32, pick_dtype("auto", device)])
+    steps = {name_of(dtype): others.training_step(device, cfg.compile, dtype) for dtype in dtypes}
     rates = others.decoding_rates(others.SHAPE, device, 16, 256, cfg.compile, cfg.rounds // 2 + 1)
     torch.set_num_threads(threads)
-    return {"step": step, "decoding": rates}
+    return {"step": steps, "decoding": rates}
 
 
 # -----------------------------------------------------------------------------

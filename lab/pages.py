@@ -308,7 +308,8 @@ def one_machine(found: dict, number: int) -> list[Block]:
     peaks = [f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in found.get("matmul", {}).items()]
     blocks = say(MACHINE, **found | {"peaks": ", ".join(peaks) or None})
     peers = found.get("peers", {})
-    rates = [{"task": "a training step"} | peers["step"]] if peers else []
+    steps = peers.get("step", {})
+    rates = [{"task": f"a training step in {dtype}"} | step for dtype, step in steps.items()]
     for task, by_library in peers.get("decoding", {}).items():
         rates.append({"task": f"decoding, {task}", "tokens_per_second": by_library})
     tables = {

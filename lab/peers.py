@@ -114,25 +114,27 @@ def steps_of(model: nn.Module, batches: list, loss: Callable) -> Callable:
     return steps
 
 
-def stepper(model: nn.Module, ids: Tensor, compiled: bool) -> Callable:
-    """A function that does one optimizer step of pretraining on ids (B, T + 1)."""
+def stepper(model: nn.Module, ids: Tensor, compiled: bool, dtype: torch.dtype) -> Callable:
+    """A function that does one optimizer step of pretraining on ids (B, T + 1), activations in `dtype`."""
     model = model.to(ids.device)
     net = torch.compile(model) if compiled else model
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        out = net(inputs)
-        logits = getattr(out, "logits", out)
-        return F.cross_entropy(logits.flatten(0, 1), targets)
+        with autocast(ids.device, dtype):
+            out = net(inputs)
+            logits = getattr(out, "logits", out)
+            return F.cross_entropy(logits.flatten(0, 1), targets)
 
     return steps_of(model, [(ids[:, :-1], ids[:, 1:].flatten())], loss)
 
 
-def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, float]]:
-    """One optimizer step of 16 sequences of 256 tokens in float32. Others as they come, and again with
+def training_step(device: torch.device, compiled: bool, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """One optimizer step of 16 sequences of 256 tokens. Others as they come, and in float32 again with
     oneDNN's matrix products where ours use these (`fastest_products`).
     """
     c = replace(SHAPE, context_length=256)
-    settings = TrainConfig(batch_size=16, dtype="float32")
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    settings = TrainConfig(batch_size=16, dtype=name_of_dtype)
     ids = torch.randint(c.vocab_size, (16, c.context_length + 1), device=device)
     fastest = fastest_products(device)
     twins = {"transformers": llama_twin(c)}
@@ -141,14 +143,14 @@ def training_step(device: torch.device, compiled: bool) -> dict[str, dict[str, f
     steps = {}
     for way in ("eager", "compiled") if compiled else ("eager",):
         for name, model in twins.items():
-            step = stepper(model, ids, way == "compiled")
+            step = stepper(model, ids, way == "compiled", dtype)
             steps[f"{name}, {way}"] = step
-            if fastest != torch.get_float32_matmul_precision():
+            if dtype == torch.float32 and fastest != torch.get_float32_matmul_precision():
                 steps[f"{name}, {way}, oneDNN"] = float32_products(fastest)(step)
         steps[f"ours, {way}"] = float32_products(fastest)(Step(c, settings, device, way == "compiled"))
-    rates = race("training step", steps, 16 * c.context_length)
+    rates = race(f"training step, {name_of_dtype}", steps, 16 * c.context_length)
     with float32_products(fastest):
-        peak = matmul_flops(torch.float32, device=device)
+        peak = matmul_flops(dtype, device=device)
     shares = {name: rate * estimate_flops(c) / peak for name, rate in rates.items()}
     print("of large matrix products:", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     return {"tokens_per_second": rates, "share_of_matmul": shares}

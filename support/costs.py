@@ -72,22 +72,21 @@ def estimate_flops(c: ModelConfig, context_length: int = 0) -> float:
 def kept_by_layer(c: ModelConfig, rows: int, T: int, size: int, compiled: bool, moe: bool) -> float:
     """Bytes that a layer, dense or with experts (`moe`), keeps for its backward pass.
 
-    On a CPU RMSNorm also keeps x / rms(x), and LayerNorm makes no copy in float32. Compiled, a layer also
-    keeps the joined projections' output and queries and keys before RoPE.
+    On a CPU LayerNorm makes no copy in float32. Compiled, a layer also keeps the joined projections' output
+    and queries and keys before RoPE.
     """
     d = c.d_model
     half = size == 2
-    rms_copy = c.norm == "rms" and not half
     qk = (c.n_heads + c.n_kv_heads) * c.head_dim  # width of queries and keys, and of values and outputs
     norms = {  # inputs and outputs
         "none": 2,
-        "rms": 6 if rms_copy else 4,
+        "rms": 4,
         "layer": 6 if half else 4,
     }
     width = norms[c.norm] * d  # elements of one token
     width += (3 if compiled else 2) * qk
     if c.qk_norm:
-        width += (1 + rms_copy) * qk
+        width += qk
     if c.attention_kind == "linear":  # elu(x) + 1, sums of rows, keys and values of every head
         width += c.head_dim * (6 * c.n_heads - 2 * c.n_kv_heads)
     gated = c.ffn in ("swiglu", "moe")
@@ -106,7 +105,7 @@ def kept_scores(c: ModelConfig, rows: int, T: int, half: bool) -> int:
         return of_a_key * (min(T, 64) + c.head_dim**2 // 64)
     keys = 0
     if not half and not c.n_sinks and T <= 1024:  # AttentionInBlocks
-        keys = min(T, (T + 64) // 2)
+        keys = min(T, (T + 128) // 2)
     if c.n_sinks or c.attention_kind == "linear":  # every score: as it is, as float32 weight, as weight
         keys += 3 * T
     return of_a_key * keys
@@ -259,10 +258,10 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
     elif c.n_sinks or c.attention_kind == "linear":
         if c.n_sinks or not c.sees_all:  # scores, float32 weights, weights
             scores = 3 * 4 * c.n_heads * pairs
-    elif on_cpu:  # AttentionInBlocks: scores of 64 queries, their softmax, and that of the 64 before
+    elif on_cpu:  # AttentionInBlocks: scores of 128 queries, their softmax, and that of the 128 before
         attention += 2 * kv
-        keys = 2 * length + max(0, length - 64)
-        scores = size * rows * c.n_heads * min(64, length) * keys
+        keys = 2 * length + max(0, length - 128)
+        scores = size * rows * c.n_heads * min(128, length) * keys
     mask = 0 if s.ours else pairs
     return max(size * N * ffn, size * N * attention + scores) + mask
 

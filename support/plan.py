@@ -43,7 +43,7 @@ def memory_options(cfg: TrainerConfig, on_gpu: bool) -> dict:
     return {
         "gradient_checkpointing": cfg.gradient_checkpointing,
         "bytes_per_activation": 2 if on_gpu and cfg.dtype != "float32" else 4,
-        "muon": cfg.optimizer == "muon",
+        "muon": "muon" in cfg.optimizer,
         "compiled": bool(cfg.compile and on_gpu),
     }
 

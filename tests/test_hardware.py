@@ -91,7 +91,7 @@ def test_peers_stand_side_by_side_and_what_a_gpu_did_beside_the_plan(cfg, tmp_pa
     other = {"hardware": {"device": "a GPU", "threads": 2}, "cap_gib": 11.0}
     (tmp_path / "hardware-gpu.json").write_text(json.dumps(other | {"training": [step], "memory": memory}))
     shown = tables(tmp_path)
-    assert shown["peers"][1] == ["a training step", "ours, eager", "150", "1.50"]
-    assert shown["peers"][3] == ["decoding, 1 row", "ours", "100", "2.00"]
+    assert shown["peers"][1] == ["a training step in float32", "ours, eager", "150", "1.50"]
+    assert shown["peers"][-1] == ["decoding, 1 row", "ours", "100", "2.00"]
     assert shown["memory-2"][0] == ["a", "8", "2.00", "2.50", ""]
     assert shown["memory-2"][1][4] == "out of memory within 11 GiB"

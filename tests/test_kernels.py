@@ -269,6 +269,33 @@ def test_attention_in_blocks_equals_the_plain_path_with_its_gradients(heads, kv_
     assert torch.autograd.gradcheck(lambda *qkv: AttentionInBlocks.apply(*qkv, mask, 4), given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_in_few_passes_equals_the_plain_one_with_its_gradients(dtype):
+    x, weight, grad = (
+        torch.randn(2, 3, 16).to(dtype),
+        torch.rand(16).to(dtype),
+        torch.randn(2, 3, 16).to(dtype),
+    )
+    found = []
+    for norm in (kernels.rms_norm, kernels.PLAIN["rms_norm"]):
+        given = [t.clone().requires_grad_() for t in (x, weight)]
+        y = norm(*given, 1e-3)
+        y.backward(grad)
+        found.append([y, *(t.grad for t in given)])
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype == dtype
+        assert close(ours, plain, 1e-6 if dtype == torch.float32 else 3e-2)
+    given = [t.double().requires_grad_() for t in (x, weight)]
+    assert torch.autograd.gradcheck(lambda *them: kernels.rms_norm(*them, 1e-3), given)
+
+
+def test_where_autocast_computes_the_norm_has_its_dtype_as_a_layer_behind_it_would_want():
+    x, weight = torch.randn(2, 16), torch.rand(16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.rms_norm(x, weight)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, kernels.rms_norm(x, weight).bfloat16())
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")])
 def test_one_query_and_one_row_equal_torchs_compiled_or_not(wrap):
     """Compiled: the branches that compilers take."""

@@ -72,7 +72,7 @@ def test_preferences_on_policy(sft, tmp_path):
 @pytest.mark.parametrize("kind", ["channel", "head"])
 def test_a_verifier_and_the_samples_that_it_chooses_from(sft, tmp_path, kind):
     how = [f"--model={sft}", f"--out={tmp_path}", "--device=cuda"]
-    few = "--problems=20 --n=4 --held_n=4 --gold=20 --validation_problems=12 --test_problems=8".split()
+    few = "--problems=100 --n=4 --held_n=4 --gold=20 --validation_problems=12 --test_problems=8".split()
     few += [f"--kind={kind}", "--name=verifier", "--first_problem=0"]
     assert recorded(on_gpu("verifier.py", *how, f"--start={sft}", *STEPS, *few))
     chosen = ["--samples=4", "--limit=8", "--tasks=arithmetic", f"--verifier={tmp_path}/verifier"]

@@ -238,7 +238,7 @@ def test_what_exchanges_gradients_is_gone_before_the_processes_part(settings):
 
 @pytest.mark.parametrize("more, tolerance", [
     ({}, 1e-5), (dict(parallel="fsdp"), 1e-5),
-    (dict(parallel="fsdp", optimizer="muon", ffn="moe", n_experts=2, experts_per_token=1), 1e-3),
+    (dict(parallel="fsdp", optimizer="normuon", ffn="moe", n_experts=2, experts_per_token=1), 1e-3),
 ])  # fmt: skip
 def test_two_processes_equal_one_with_twice_the_accumulation(settings, tmp_path, more, tolerance):
     cfg = dict(max_steps=8, batch_size=2, grad_accum_steps=2, **more)
@@ -266,7 +266,7 @@ def test_a_run_goes_on_in_another_number_of_processes(settings, run, tmp_path):
 
 
 @pytest.mark.parametrize("number, more", [
-    (signal.SIGINT, {}), (signal.SIGTERM, dict(save_every=0)), (signal.SIGINT, dict(optimizer="muon")),
+    (signal.SIGINT, {}), (signal.SIGTERM, dict(save_every=0)), (signal.SIGINT, dict(optimizer="normuon")),
 ])  # fmt: skip
 def test_a_signal_saves_and_the_same_command_goes_on(settings, run, tmp_path, interrupt, number, more):
     cfg = dict(dropout=0.1, **more)
@@ -560,7 +560,7 @@ GPT = dict(norm="layer", positions="learned", ffn="gelu", bias=True)
 SHAPES = [{}, GPT, dict(ffn="moe", n_experts=4, qk_norm=True, n_sinks=1), dict(tie_embeddings=False)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_parameter_is_optimised_once_and_only_matrices_decay(settings, optimizer, shape):
     model = small_model(**shape)
@@ -571,7 +571,7 @@ def test_every_parameter_is_optimised_once_and_only_matrices_decay(settings, opt
     for name, p in model.named_parameters():
         one_dimensional = p.dim() < 2 or "norm" in name or "bias" in name or "sinks" in name
         assert decay[id(p)] == (0.0 if one_dimensional else 0.025 if "embed" in name else 0.1), name
-    if optimizer == "muon":
+    if "muon" in optimizer:
         hidden = {id(p) for group in optimizers[1].param_groups for p in group["params"]}
         assert id(model.model["embed_tokens"].weight) not in hidden
         assert id(model.model["layers"][0].self_attn.q_proj.weight) in hidden
@@ -618,6 +618,43 @@ def test_our_muon_equals_torchs_and_moves_a_stack_of_experts_as_its_experts(monk
             p.grad = grad.clone()
         muon.step(), reference.step()
     assert close(dict(enumerate([*ours[:4], *ours[4]])), dict(enumerate(theirs)), 1e-5)
+
+
+def test_normuon_gives_rows_equal_steps_of_muons_size_also_in_a_stack_and_without_gradient():
+    torch.manual_seed(1)
+    tall, wide, stack, idle = [torch.randn(shape) for shape in ((20, 8), (8, 20), (3, 20, 8), (8, 8))]
+    plain = [p.clone() for p in (tall, wide)]
+    alone = [p.clone() for p in stack]
+    params = [tall, wide, stack, idle]
+    before = [p.clone() for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p) if p is not idle else torch.zeros_like(p)
+    for p, grad in zip(plain + alone, [tall.grad, wide.grad, *stack.grad], strict=True):
+        p.grad = grad.clone()
+    muon, normuon, one_by_one = (
+        train.Muon(plain),
+        train.Muon(params, beta2=0.95),
+        train.Muon(alone, beta2=0.95),
+    )
+    for optimizer in (muon, normuon, one_by_one):
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        optimizer.step()
+    moves = [p - old for p, old in zip(params, before, strict=True)]
+    for move, old, theirs, across in zip(moves, before, plain, (1, 0), strict=False):
+        sizes = move.norm(dim=across)
+        torch.testing.assert_close(sizes, sizes.mean().expand_as(sizes))
+        torch.testing.assert_close(move.norm(), (theirs - old).norm())
+        assert (theirs - old).norm(dim=across).std() > 0.1 * sizes.mean()  # which Muon's rows are not
+    torch.testing.assert_close(stack, torch.stack(alone))
+    assert (idle == before[3]).all()
+    steps = torch.randn(2, 20, 8)
+    memory = {}
+    normuon.level(steps[0], memory, 0.75)
+    squares = 0.25 * (0.75 * steps[0].square() + steps[1].square()).mean(-1, keepdim=True)
+    level = steps[1] / squares.sqrt()
+    expected = level * (steps[1].norm() / level.norm())
+    torch.testing.assert_close(normuon.level(steps[1], memory, 0.75), expected)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -3,10 +3,11 @@ hypothesis = (
     "What helped alone helps together: gpt.py's final loss in less than 0.6 of its time. Equal parameters."
 )
 
-optimizer = "muon"
+optimizer = "normuon"
 learning_rate = 6e-3
 schedule = "linear"
 embedding_rate = 6.0
+momentum = 0.9
 beta1 = 0.8
 beta2 = 0.99
 qk_norm = True
