@@ -22,8 +22,10 @@ n_kv_heads = 2
 
 batch_size = 8  # twice as many steps of half the rows: learns sooner which name belongs in a story
 max_steps = 2000
-optimizer = "muon"
+optimizer = "normuon"
+momentum = 0.9
 learning_rate = 4e-3
+embedding_rate = 3.0
 min_lr = 2e-4
 warmup_steps = 80
 eval_every = 250
