@@ -256,6 +256,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             momentum = group["momentum"]
+            beta2 = group.get("beta2")  # older checkpoints have none
             lr = group["lr"]
             by_shape = {}
             for p in group["params"]:
@@ -272,8 +273,8 @@ class Muon(torch.optim.Optimizer):
                 moves = orthogonal(torch.cat([ahead.reshape(-1, *shape) for _, ahead in pairs]))
                 sizes = [p.numel() // shape.numel() for p, _ in pairs]
                 for (p, _), move in zip(pairs, moves.split(sizes), strict=True):
-                    if group["beta2"]:
-                        move = self.level(move, self.state[p], group["beta2"])
+                    if beta2:
+                        move = self.level(move, self.state[p], beta2)
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(shard_like(p, move.view(p.shape)), alpha=-lr * scale)
 
