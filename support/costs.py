@@ -73,7 +73,8 @@ def kept_by_layer(c: ModelConfig, rows: int, T: int, size: int, compiled: bool, 
     """Bytes that a layer, dense or with experts (`moe`), keeps for its backward pass.
 
     On a CPU LayerNorm makes no copy in float32. Compiled, a layer also keeps the joined projections' output
-    and queries and keys before RoPE.
+    and queries and keys before RoPE. Not counted: x / rms(x), which a GPU keeps too in float32, and a CPU
+    not (`NormInFewPasses`).
     """
     d = c.d_model
     half = size == 2
