@@ -197,7 +197,7 @@ def cost(layers: int, width: int, rows: int, device_name: str) -> dict:
     heads = max(4, width // 64)
     c = ModelConfig(vocab_size=1024, context_length=128, n_layers=layers, d_model=width, n_heads=heads)
     device = pick_device(device_name)
-    step = Step(c, TrainConfig(batch_size=rows, dtype="float32"), device)
+    step = Step(c, TrainConfig(batch_size=rows, dtype="float32", compile=False), device)
     seconds = min(in_turns({"step": step}, rounds=2, warmup=1)["step"])
     most = 1
     while estimate_memory(c, 2 * most)["peak"] <= 12 * GIB:

@@ -129,7 +129,7 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         plan = estimate_memory(c, train.batch_size, **options)
         row = {"shape": name, "rows": train.batch_size, "plan": plan["peak"]}
         row["planned"] = plan["peak"] - plan["overhead"]
-        rows.append(row | peak_of(row, cfg, partial(some_steps, c, train, device, options["compiled"])))
+        rows.append(row | peak_of(row, cfg, partial(some_steps, c, train, device)))
     c = first_shape(cfg, device)
     new = min(NEW, c.context_length - PROMPT)
     weights = 6 * count_parameters(c)["total"]  # in bfloat16 beside float32
@@ -141,9 +141,9 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     return rows
 
 
-def some_steps(c: ModelConfig, train: TrainConfig, device: torch.device, compiled: bool) -> None:
+def some_steps(c: ModelConfig, train: TrainConfig, device: torch.device) -> None:
     """From the second on, a step has AdamW's moments beside the gradients."""
-    in_turns({"step": Step(c, train, device, compiled)}, rounds=1)
+    in_turns({"step": Step(c, train, device)}, rounds=1)
 
 
 def answer(c: ModelConfig, device: torch.device, rows: int, n: int, new: int) -> None:
@@ -189,7 +189,8 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         ways = ("eager", "compiled") if cuda and cfg.compile else ("eager",)
         seconds = {}
         for way in ways:
-            step = Step(c, train, device, compiled=way == "compiled")
+            train.compile = way == "compiled"
+            step = Step(c, train, device)
             runs = {way: step}
             if way == "eager":
                 runs |= {"forward": step.forward, "forward and backward": step.backward}

@@ -134,7 +134,6 @@ def training_step(device: torch.device, compiled: bool, dtype: torch.dtype) -> d
     """
     c = replace(SHAPE, context_length=256)
     name_of_dtype = str(dtype).removeprefix("torch.")
-    settings = TrainConfig(batch_size=16, dtype=name_of_dtype)
     ids = torch.randint(c.vocab_size, (16, c.context_length + 1), device=device)
     fastest = fastest_products(device)
     twins = {"transformers": llama_twin(c)}
@@ -147,7 +146,8 @@ def training_step(device: torch.device, compiled: bool, dtype: torch.dtype) -> d
             steps[f"{name}, {way}"] = step
             if dtype == torch.float32 and fastest != torch.get_float32_matmul_precision():
                 steps[f"{name}, {way}, oneDNN"] = float32_products(fastest)(step)
-        steps[f"ours, {way}"] = float32_products(fastest)(Step(c, settings, device, way == "compiled"))
+        settings = TrainConfig(batch_size=16, dtype=name_of_dtype, compile=way == "compiled")
+        steps[f"ours, {way}"] = float32_products(fastest)(Step(c, settings, device))
     rates = race(f"training step, {name_of_dtype}", steps, 16 * c.context_length)
     with float32_products(fastest):
         peak = matmul_flops(dtype, device=device)

@@ -483,7 +483,7 @@ class Measured:
     def step(self, c: ModelConfig, T: int = 256, cfg: TrainConfig | None = None) -> tuple[float, float]:
         """Seconds of a token forward and backward, and of the optimizer's update."""
         small = self.on_cpu and count_parameters(c)["total"] < SMALL  # as in `dtype_for`
-        cfg = cfg or TrainConfig(batch_size=16, dtype="float32" if small else "auto")
+        cfg = cfg or TrainConfig(batch_size=16, compile=False, dtype="float32" if small else "auto")
         rows = cfg.batch_size
         T = min(T, c.context_length)
         if self.on_cpu:
@@ -492,8 +492,7 @@ class Measured:
             rows = max(1, min(rows, tokens // T))
         key = f"{c}, {T} tokens, {cfg}"
         if key not in self.known:
-            compiled = cfg.compile is True and not self.on_cpu
-            step = Step(replace(c, context_length=T), replace(cfg, batch_size=rows), self.device, compiled)
+            step = Step(replace(c, context_length=T), replace(cfg, batch_size=rows), self.device)
             parts = {"step": step, "passes": step.backward}
             seconds = medians(parts, rounds=7, warmup=1, limit=CPU_SECONDS)
             passes = min(seconds["passes"], seconds["step"])

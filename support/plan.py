@@ -135,23 +135,25 @@ def print_time(cfg: TrainConfig, c: ModelConfig, gpu: str, parameters: int) -> N
         print(f"time        n/a: the peak rate of {gpu} is not known")
     if cfg.measure:
         device = pick_device(cfg.device)
-        one = Step(c, cfg, device, cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda"))
         with float32_products(fastest_products(device)):
-            seconds = medians({"step": one}, rounds=20, limit=120)["step"]
+            seconds = medians({"step": Step(c, cfg, device)}, rounds=20, limit=120)["step"]
         hours = cfg.max_steps * seconds / 3600
         print(f"measured    {hours:.2f} hours: {step / seconds:,.0f} tokens/s, the median of such steps")
 
 
 class Step:
-    """An optimizer step of pretraining on random tokens, to be timed: call it."""
+    """An optimizer step of pretraining on random tokens, compiled where --compile says so. To be timed:
+    call it.
+    """
 
-    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device, compiled: bool = False):
+    def __init__(self, c: ModelConfig, cfg: TrainConfig, device: torch.device):
         self.cfg = cfg
         self.device = device
         self.dtype = pick_dtype(cfg.dtype, device)
         self.model = ModernDecoderLM(c).to(device).train()
         self.model.gradient_checkpointing = cfg.gradient_checkpointing
         self.optimizers = make_optimizers(self.model, cfg)
+        compiled = cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda")
         self.net = torch.compile(self.model) if compiled else self.model
         ids = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
         self.inputs = ids[:, :-1].contiguous()
