@@ -18,7 +18,6 @@ data        the tokenizer, beside tokenizers and tiktoken
 
 from support.terminal import run_script
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ from support.files import write_json
 from support.hf_format import architecture
 from support.kernels import fastest_products, float32_products
 from support.machine import autocast, git_commit, hardware, pick_device, pick_dtype, versions
+from support.memory import free_cached_memory
 from support.plan import Step, fit_batch, memory_options, planned_model
 from support.runs import errors_for_users, read_json_if_there
 from support.timing import in_turns, matmul_flops, medians
@@ -67,13 +67,6 @@ def configs_of(cfg: HardwareConfig, device: torch.device) -> dict[str, TrainConf
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 # -----------------------------------------------------------------------------
@@ -127,8 +120,8 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         c = planned_model(train)
         options = memory_options(train, on_gpu=True)
         plan = estimate_memory(c, train.batch_size, **options)
-        row = {"shape": name, "rows": train.batch_size, "plan": plan["peak"]}
-        row["planned"] = plan["peak"] - plan["overhead"]
+        asked = plan["peak"] - plan["overhead"]
+        row = {"shape": name, "rows": train.batch_size, "plan": plan["peak"], "planned": asked}
         rows.append(row | peak_of(row, cfg, partial(some_steps, c, train, device)))
     c = first_shape(cfg, device)
     new = min(NEW, c.context_length - PROMPT)
@@ -137,7 +130,7 @@ def memory(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         planned = weights + generation_bytes(shape_of(c), count, PROMPT, new, n, sampled=True)
         row = {"shape": f"answering, {n} a prompt", "rows": count, "plan": planned, "planned": planned}
         rows.append(row | peak_of(row, cfg, partial(answer, c, device, count, n, new)))
-    free_memory(device)
+    free_cached_memory()
     return rows
 
 
@@ -155,7 +148,8 @@ def answer(c: ModelConfig, device: torch.device, rows: int, n: int, new: int) ->
 
 def peak_of(row: dict, cfg: HardwareConfig, run: Callable[[], None]) -> dict:
     """The most bytes that are allocated while run() works, and that the process reserves for them."""
-    free_memory(torch.device("cuda"))
+    free_cached_memory()
+    torch.cuda.reset_peak_memory_stats()
     try:
         run()
         found = {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
@@ -187,7 +181,7 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         c = planned_model(train)
         tokens = train.batch_size * train.grad_accum_steps * c.context_length
         ways = ("eager", "compiled") if cuda and cfg.compile else ("eager",)
-        seconds = {}
+        seconds, rates, shares = {}, {}, {}
         for way in ways:
             train.compile = way == "compiled"
             step = Step(c, train, device)
@@ -197,14 +191,22 @@ def training(cfg: HardwareConfig, device: torch.device) -> list[dict]:
             with float32_products(fastest_products(device)):
                 # Several calls in a row: a GPU is sent the next step while it computes one.
                 seconds |= medians(runs, cfg.rounds, calls=4 if cuda else 1)
+            rates[way] = tokens / seconds[way]
+            shares[way] = rates[way] * estimate_flops(c) / peak
+            shown = f"{rates[way]:,.0f} tok/s, {shares[way]:.0%} of matmul"
+            print(f"training  {name}, {way}: {shown}", flush=True)
             del step, runs  # memory holds one step only
-            free_memory(device)
-        rates = {way: tokens / seconds[way] for way in ways}
-        shares = {way: rate * estimate_flops(c) / peak for way, rate in rates.items()}
-        for way, rate in rates.items():
-            print(f"training  {name}, {way}: {rate:,.0f} tok/s, {shares[way]:.0%} of matmul", flush=True)
-        about = {"config": name, "rows": train.batch_size, "optimizer": train.optimizer, "seconds": seconds}
-        rows.append(about | {"tokens_per_second": rates, "share_of_matmul": shares})
+            free_cached_memory()
+        rows.append(
+            {
+                "config": name,
+                "rows": train.batch_size,
+                "optimizer": train.optimizer,
+                "seconds": seconds,
+                "tokens_per_second": rates,
+                "share_of_matmul": shares,
+            }
+        )
     return rows
 
 
@@ -238,21 +240,13 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
 
 
 def sampling(cfg: HardwareConfig, device: torch.device) -> list[dict]:
-    """Tokens a second of many answers to many prompts, as DPO and the verifier want them: ours beside
-    transformers' generate, in the shape of SmolLM2-135M or of the first config that is named.
-    """
-    c = smol_or_named(cfg, device)
-    prompts = 64 if device.type == "cuda" else 32
-    n = 16
-    new = min(64, c.context_length // 4)
-    rates = others.sampling_rates(c, device, prompts, n, new)
-    return [{"task": f"{n} answers to {prompts} prompts", "new_tokens": new, "tokens_per_second": rates}]
+    """Many answers to many prompts, as DPO and the verifier want them."""
+    return [others.sampling_rates(smol_or_named(cfg, device), device)]
 
 
 def lora(cfg: HardwareConfig, device: torch.device) -> list[dict]:
-    """Tokens a second of SFT by LoRA, ours beside PEFT on transformers' model of the same shape."""
-    rates = others.lora_rates(smol_or_named(cfg, device), device, 32, cfg.rounds // 4 + 1)
-    return [{"task": "SFT by LoRA of rank 32", "tokens_per_second": rates}]
+    """SFT by LoRA, beside PEFT on transformers' model of the same shape."""
+    return [others.lora_rates(smol_or_named(cfg, device), device, cfg.rounds // 4 + 1)]
 
 
 def smol_or_named(cfg: HardwareConfig, device: torch.device) -> ModelConfig:

@@ -156,8 +156,8 @@ def training_step(device: torch.device, compiled: bool, dtype: torch.dtype) -> d
     return {"tokens_per_second": rates, "share_of_matmul": shares}
 
 
-def lora_rates(c: ModelConfig, device: torch.device, count: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of LoRA on every linear layer: SFT on `count` conversations as long as GSM8K's.
+def lora_rates(c: ModelConfig, device: torch.device, rounds: int) -> dict:
+    """Tokens a second of LoRA on every linear layer: SFT on 32 conversations as long as GSM8K's.
 
     Ours packs them into rows of 512 tokens, 4 a step. PEFT on transformers' model has them as they come, 8 a
     step, padded, as transformers' Trainer would.
@@ -168,6 +168,7 @@ def lora_rates(c: ModelConfig, device: torch.device, count: int, rounds: int) ->
     peft_config = lora_config(cfg, "causal", LORA_TARGETS["llama"])
     theirs = import_peft().get_peft_model(llama_twin(c).to(device, dtype), peft_config)
     Adapter(model.to(device, dtype), cfg, base="")
+    count = 32
     room = min(512, c.context_length)
     lengths = torch.randint(room // 4, room * 5 // 8, (count,)).tolist()
     ids = [torch.randint(c.vocab_size, (length,)).tolist() for length in lengths]
@@ -178,7 +179,8 @@ def lora_rates(c: ModelConfig, device: torch.device, count: int, rounds: int) ->
         "transformers": lora_epoch(float32_where_trained(theirs), alone, 8, device, dtype),
         "ours": lora_epoch(model, packed, 4, device, dtype),
     }
-    return race("LoRA", runs, sum(lengths) - count, rounds=rounds)
+    task = "SFT by LoRA of rank 32"
+    return {"task": task, "tokens_per_second": race(task, runs, sum(lengths) - count, rounds=rounds)}
 
 
 def lora_epoch(model: nn.Module, bins: list, rows: int, device: torch.device, dtype: torch.dtype) -> Callable:
@@ -211,9 +213,10 @@ def decoding_rates(
     pair = paired_models(c, new, cache_implementation=cache)
     dtype = dtype_for("auto", pair[0], device)
     ours, theirs = (model.to(device, dtype) for model in pair)
+    models = {"ours": ours}
     if device.type == "cpu":
-        light = copy.deepcopy(ours)
-        to_int8(light)
+        models["ours, int8"] = copy.deepcopy(ours)
+        to_int8(models["ours, int8"])
     ids = torch.randint(1, c.vocab_size, (rows, 32), device=device)  # 0 would count as padding
     greedy = dict(do_sample=False)
     sampled = dict(do_sample=True, num_return_sequences=rows, top_k=0)
@@ -224,14 +227,13 @@ def decoding_rates(
     }
     found = {}
     for task, (prompts, n, how) in tasks.items():
-        mine = partial(ours.generate, prompts.tolist(), new, n=n, temperature=float(n > 1))
-        runs = {"transformers": partial(theirs.generate, prompts, **how), "ours": mine}
+        runs = {"transformers": partial(theirs.generate, prompts, **how)}
+        for name, model in models.items():
+            runs[name] = partial(model.generate, prompts.tolist(), new, n=n, temperature=float(n > 1))
         if task == "1 row" and dtype == torch.float32 and importlib.util.find_spec("litgpt"):
             runs["litgpt"] = litgpt_decoder(c, ids[0], new)
-        if device.type == "cpu":
-            runs["ours, int8"] = partial(light.generate, prompts.tolist(), new, n=n, temperature=float(n > 1))
         if compiled:
-            runs["ours, compiled"] = partial(mine, compile=True)
+            runs["ours, compiled"] = partial(runs["ours"], compile=True)
         tokens = len(prompts) * n * new
         with torch.inference_mode():
             found[task] = race(task, runs, tokens, rounds=rounds)
@@ -246,10 +248,15 @@ def litgpt_decoder(c: ModelConfig, ids: Tensor, new: int) -> Callable:
     return partial(generate, twin, ids, len(ids) + new, temperature=0.0, top_p=0.0)
 
 
-def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, new: int) -> dict[str, float]:
-    """Tokens a second of n sampled answers to each prompt, ours on all cores, same weights. Both in the data
-    type that ours samples in; a batch has at most 256 answers, or 1,024 on a GPU.
+def sampling_rates(c: ModelConfig, device: torch.device) -> dict:
+    """Tokens a second of 16 sampled answers to each prompt, ours on all cores and transformers' generate,
+    same weights. Both in the data type that ours samples in; a batch has at most 256 answers, or 1,024 on a
+    GPU.
     """
+    prompts = 64 if device.type == "cuda" else 32
+    n = 16
+    new = min(64, c.context_length // 4)
+    task = f"{n} answers to {prompts} prompts"
     ours, theirs = paired_models(c, new, do_sample=True, num_return_sequences=n, top_k=0)
     ours = ours.to(device)
     dtype = dtype_for("auto", ours, device)
@@ -270,7 +277,8 @@ def sampling_rates(c: ModelConfig, device: torch.device, prompts: int, n: int, n
         "ours": lambda: list(on_all_cores(sample, batches, device)),
     }
     with torch.inference_mode():
-        return race(f"{n} answers to {prompts} prompts", runs, prompts * n * new, rounds=1, warmup=0)
+        rates = race(task, runs, prompts * n * new, rounds=1, warmup=0)
+    return {"task": task, "new_tokens": new, "tokens_per_second": rates}
 
 
 # -----------------------------------------------------------------------------
