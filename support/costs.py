@@ -28,14 +28,11 @@ def count_parameters(c: ModelConfig) -> dict[str, int]:
     attention = 2 * d * c.head_dim * (c.n_heads + c.n_kv_heads)
     embedding = c.vocab_size * d
     norm = {"rms": 1, "layer": 2, "none": 0}[c.norm] * d
-    small = c.n_layers * (2 * norm + c.n_heads * c.n_sinks)
-    if c.qk_norm:
-        small += c.n_layers * 2 * c.head_dim
+    small = c.n_layers * (2 * norm + 2 * c.head_dim * c.qk_norm + c.n_heads * c.n_sinks)
     if c.norm_position == "pre":
         small += norm
     if c.bias:
-        small += c.n_layers * (c.head_dim * (c.n_heads + 2 * c.n_kv_heads) + d)
-        small += dense * (gates * c.d_ff + d)
+        small += c.n_layers * (c.head_dim * (c.n_heads + 2 * c.n_kv_heads) + d) + dense * (gates * c.d_ff + d)
     counts = {
         "embedding": embedding,
         "head": 0 if c.tie_embeddings else embedding,
@@ -189,15 +186,6 @@ class Shape:
     kind: str  # "causal", "seq2seq" (half of the layers are the encoder's) or "head"
     ours: bool  # True: computed by model.py; False: by transformers
 
-    @property
-    def ffn_temporaries(self) -> int:
-        """Tensors of width d_ff that are alive together in a feed-forward layer."""
-        gated = self.c.ffn in ("swiglu", "moe")
-        if self.ours:
-            return 4 if gated else 2  # gate, up, silu(gate), product; or up, gelu(up)
-        # Llama; and those whose GELU is computed step by step (NewGELUActivation)
-        return 3 if gated and self.kind != "seq2seq" else 4
-
 
 def shape_of(config, kind: str = "causal") -> Shape:
     """The Shape of a ModelConfig, or of a transformers config, whose model transformers computes."""
@@ -247,7 +235,12 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
     kv = c.n_kv_heads * c.head_dim
     pairs = rows * length**2  # of a query and a key
     streams = 4 if s.ours or s.kind == "seq2seq" else 6
-    ffn = streams * c.d_model + s.ffn_temporaries * c.d_ff * experts_per_token(c)  # elements of one token
+    wide = 4  # of width d_ff: gate, up, silu(gate), product; in transformers a GELU that is computed in steps
+    if s.ours and c.ffn not in ("swiglu", "moe"):
+        wide = 2  # up, gelu(up)
+    elif not s.ours and c.ffn == "swiglu" and s.kind != "seq2seq":
+        wide = 3  # Llama
+    ffn = streams * c.d_model + wide * c.d_ff * experts_per_token(c)  # elements of one token
     attention = (streams - 1) * c.d_model + 3 * q + 2 * kv
     scores = 0  # bytes
     if s.kind == "seq2seq":
