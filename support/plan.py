@@ -150,20 +150,20 @@ class Step:
         self.cfg = cfg
         self.device = device
         self.dtype = pick_dtype(cfg.dtype, device)
-        self.model = ModernDecoderLM(c).to(device).train()
-        self.model.gradient_checkpointing = cfg.gradient_checkpointing
-        self.optimizers = make_optimizers(self.model, cfg)
+        model = ModernDecoderLM(c).to(device).train()
+        model.gradient_checkpointing = cfg.gradient_checkpointing
+        self.optimizers = make_optimizers(model, cfg)
         compiled = cfg.compile is True or (cfg.compile == "auto" and device.type == "cuda")
-        self.net = torch.compile(self.model) if compiled else self.model
+        self.net = torch.compile(model) if compiled else model
         ids = torch.randint(c.vocab_size, (cfg.batch_size, c.context_length + 1), device=device)
-        self.inputs = ids[:, :-1].contiguous()
-        self.targets = ids[:, 1:].contiguous()
-        self.numbers = torch.zeros_like(self.inputs) if cfg.by_document else None
+        inputs = ids[:, :-1].contiguous()
+        numbers = torch.zeros_like(inputs) if cfg.by_document else None
+        self.batch = inputs, ids[:, 1:].contiguous(), numbers
 
     def forward(self) -> Tensor:
         cache = not self.cfg.gradient_checkpointing  # as in the Trainer
         with autocast(self.device, self.dtype, cache):
-            total, count = next_token_loss(self.net, self.inputs, self.targets, self.numbers)
+            total, count = next_token_loss(self.net, *self.batch)
         return total / count / self.cfg.grad_accum_steps
 
     def backward(self) -> None:
@@ -172,7 +172,7 @@ class Step:
     def __call__(self) -> None:
         for _ in range(self.cfg.grad_accum_steps):
             self.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
