@@ -34,9 +34,8 @@ def full_attention(model: ModernDecoderLM, ids: Tensor, stretch: str = "", facto
 
     `stretch` and `factor`: see `stretched_rope`.
     """
-    rope = None
-    if stretch:
-        rope = stretched_rope(model.config, ids.shape[1] - 1, stretch, factor, ids.device)
+    T = ids.shape[1] - 1
+    rope = stretched_rope(model.config, T, stretch, factor, ids.device) if stretch else None
     parts = zip(model.hidden(ids[:, :-1], rope=rope).split(512, 1), ids[:, 1:].split(512, 1), strict=True)
     return torch.cat([token_losses(model.logits(x), targets) for x, targets in parts], dim=1)
 
@@ -52,14 +51,15 @@ def stretched_rope(c: ModelConfig, T: int, stretch: str, factor: float, device) 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     d = c.head_dim
-    rope = {"rope_type": stretch, "factor": factor, "rope_theta": c.rope_theta}
+    base = c.rope_theta
     if stretch == "ntk":
-        base = c.rope_theta * factor ** (d / (d - 2))
-        rope = {"rope_type": "linear", "factor": 1.0, "rope_theta": base}
+        base *= factor ** (d / (d - 2))
+        stretch, factor = "linear", 1.0
+    rope = {"rope_type": stretch, "factor": factor, "rope_theta": base}
     if stretch == "yarn":
         rope["original_max_position_embeddings"] = c.context_length
     theirs = LlamaConfig(head_dim=d, max_position_embeddings=c.context_length, rope_parameters=rope)
-    frequencies, sharper = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, device)
+    frequencies, sharper = ROPE_INIT_FUNCTIONS[stretch](theirs, device)
     angles = torch.arange(T, device=device).unsqueeze(-1) * frequencies
     cos = angles.cos() * sharper
     sin = angles.sin() * sharper
@@ -87,8 +87,7 @@ def by_position(losses: Tensor, T: int) -> dict[str, float]:
     found = {}
     first, last = 0, 1
     while last * T <= losses.shape[1] + 1:  # the last token has no loss
-        part = losses[:, first * T : last * T]
-        found[f"{first}-{last}"] = part.mean().exp().item()
+        found[f"{first}-{last}"] = losses[:, first * T : last * T].mean().exp().item()
         first, last = last, 2 * last
     return found
 
@@ -134,13 +133,16 @@ def streams(model: ModernDecoderLM, ids: Tensor, tokenizer, judge: ModernDecoder
     least = 2 * max(KEPT)
     if T < least:
         raise ValueError(f"--context_length={T} is too short for streams: at least {least} tokens")
-    found = {"perplexity": {}, "stretched to 4 contexts": {}, "continuations": {}}
-    found["perplexity"]["full"] = by_position(full_attention(model, ids), T)
+    found = {
+        "perplexity": {"full": by_position(full_attention(model, ids), T)},
+        "stretched to 4 contexts": {},
+        "continuations": {},
+        "attention to the first token": first_token_mass(model, ids[:, :T]),
+    }
     if model.config.positions == "rope":
         for stretch in ("", "linear", "ntk", "yarn"):
             losses = full_attention(model, ids[:, : 4 * T + 1], stretch, 4.0)
             found["stretched to 4 contexts"][stretch or "plain"] = by_position(losses, T)
-    found["attention to the first token"] = first_token_mass(model, ids[:, :T])
     for keep in KEPT:
         way = f"window, first {keep} kept"
         found["perplexity"][way] = by_position(rolling(model, ids, keep, T), T)
