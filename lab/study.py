@@ -12,16 +12,17 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
 from configs import ROOT, parse_config
 from finetune import FinetuneConfig
 from support import results
+from support.checkpoints import refuse_another_run
 from support.costs import estimate_flops
 from support.hf_format import from_hf_config
-from support.runs import read_json, weights_hash
+from support.runs import TrainError, read_json, weights_hash
 from tokenizer import Tokenizer, TokenizerStageConfig, open_tokens, tokens_folder
 from tokenizer import prepare_tokens as make_tokens
 from train import FREE_TO_CHANGE, TrainConfig
@@ -100,26 +101,30 @@ def settings_of(words: list[str]) -> TrainConfig:
 # Training what is missing
 
 
+# What a run may change when it is resumed, and an experiment may not: it makes the results differ.
+STRICT = set("final_eval_tokens eval_examples max_eval_examples batch_size grad_accum_steps".split())
+
+
 def finished(run: Run) -> bool:
     """True if the folder holds what this very command would make, with the same settings."""
     record = run.made.record
-    free = {*FREE_TO_CHANGE, "vocab_size"} - {"final_eval_tokens", "eval_examples", "max_eval_examples"}
     if record.get("status") != "finished":
         return False
+    free = {*FREE_TO_CHANGE, "vocab_size"} - STRICT
+    about = {}
     if run.script == "train.py":
         wanted = settings_of(run.words)
     else:
         wanted = parse_config(FinetuneConfig, "", run.words)
         free |= {"max_steps", "context_length"}  # worked out by the run
-        if "evaluation" not in record or record.get("parent_hash") != weights_hash(wanted.model):
+        about["parent_hash"] = weights_hash(wanted.model)
+        if "evaluation" not in record:
             return False
-    have = record.get("settings", {})
-    for field in fields(wanted):
-        # A setting that was added after the run was made has its default there.
-        if field.name not in free and have.get(field.name, field.default) != getattr(wanted, field.name):
-            return False
-    batch = have.get("batch_size", 0) * have.get("grad_accum_steps", 0)
-    return batch == wanted.batch_size * wanted.grad_accum_steps
+    try:
+        refuse_another_run(run.folder, record, wanted, about, free)
+    except TrainError:
+        return False
+    return True
 
 
 class Trainings:
