@@ -23,7 +23,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile
 from pathlib import Path
@@ -44,7 +44,7 @@ from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.finding import data_folder
 from support.hf_format import from_hf_config
 from support.kernels import fastest_products, float32_products
-from support.machine import SMALL, autocast, cpu_name, dtype_for, peak_flops, pick_device
+from support.machine import SMALL, autocast, dtype_for, hardware, peak_flops, pick_device
 from support.plan import Step, gpu_elsewhere, memory_options, planned_model, usable
 from support.processes import CORES
 from support.runs import errors_for_users, read_json, read_json_if_there
@@ -173,20 +173,14 @@ class Stage:
     samples: float = 0.0
     reads: float = 0.0
     per_step: float = 0.0  # tokens of an optimizer step
-    rows: int = 0  # of its micro-batch, and their length
-    length: int = 0
-    options: dict = field(default_factory=dict)  # of estimate_memory
-    pretraining: bool = False
+    length: int = 0  # of a row
+    cfg: TrainConfig | AdaptConfig | None = None  # of a stage that trains
+    adapter: int | None = None  # its parameters; None: all weights are trained
     overhead: float = TRAINING  # seconds over those of bare steps
     seconds: float = 0.0  # besides those of tokens; in the table all
     megabytes: float = 0.0  # downloaded or written
     gib: float = 0.0
     note: str = ""
-
-    @property
-    def full(self) -> bool:
-        """True if all weights are trained; False for an adapter."""
-        return not self.options.get("trained")
 
 
 # -----------------------------------------------------------------------------
@@ -196,8 +190,7 @@ class Stage:
 class Plan:
     """Counts the work of one command after the other. A command may use what an earlier one makes."""
 
-    def __init__(self, on_gpu: bool = True):
-        self.on_gpu = on_gpu
+    def __init__(self):
         self.models = dict(ON_HUB)
         self.bases = set(ON_HUB)  # models that were taught no task: they do not end their answers
         self.ranks: dict[str, int] = {}  # of the adapters that earlier commands make
@@ -230,8 +223,8 @@ class Plan:
 
     def rank(self, name: str) -> int:
         """The rank of an adapter, 0 of a model; whoever trains it further trains the adapter."""
-        if name in self.models:
-            return self.ranks.get(name, 0)
+        if name in self.ranks:
+            return self.ranks[name]
         return read_json_if_there(Path(name, "adapter_config.json")).get("r", 0)
 
     def once(self, tokens: float, *key) -> float:
@@ -256,11 +249,12 @@ class Plan:
         rate = MADE
         for part in cfg.corpus.split(","):
             name = part.partition(":")[0]
-            size += MEGABYTES.get(name, 0)
+            megabytes = MEGABYTES.get(name, 0)
+            size += megabytes
             if name in CORPORA:
                 rate = ENCODED * CORES
                 if not Path(data_folder(), CORPORA[name].folder).exists():
-                    downloads += MEGABYTES.get(name, 0)
+                    downloads += megabytes
         learnt = min(cfg.learn_megabytes or size, size)
         encoded = min(cfg.train_megabytes or size, size)
         return Stage(
@@ -282,10 +276,8 @@ class Plan:
             per_step=per_step,
             samples=400 * (before + 1),
             reads=before * (cfg.eval_tokens or 600_000) + (cfg.final_eval_tokens or 600_000),
-            rows=cfg.batch_size,
             length=c.context_length,
-            options=memory_options(cfg, self.on_gpu),
-            pretraining=True,
+            cfg=cfg,
             megabytes=written(count_parameters(c)["total"], cfg),
         )
 
@@ -320,9 +312,9 @@ class Plan:
             trains=min(tokens * cfg.epochs, cfg.max_steps * batch * length or math.inf),
             per_step=batch * tokens / rows,
             reads=held_out * evaluations,
-            rows=cfg.batch_size,
             length=length,
-            options=memory_options(cfg, self.on_gpu) | {"trained": adapter, "four_bit": cfg.load_in_4bit},
+            cfg=cfg,
+            adapter=adapter,
             seconds=6.0 if rank else 0.0,  # importing PEFT
             megabytes=written(adapter or total, cfg) + 4e-6 * total * (start in ON_HUB),
             **more,
@@ -467,14 +459,15 @@ class Measured:
         """Times the own steps of pretraining. Batches of other stages keep changing their shapes; those use
         float32 and torch's own choice of matrix products.
         """
-        if stage.pretraining:
-            optimizer = "muon" if stage.options["muon"] else "adamw"
-            cfg = TrainConfig(optimizer=optimizer, compile=stage.options["compiled"], batch_size=stage.rows)
+        if isinstance(stage.cfg, TrainConfig):
+            cfg = replace(stage.cfg, grad_accum_steps=1, compile=stage.cfg.compile and not self.on_cpu)
             with float32_products(fastest_products(self.device)):
                 passes, update = self.step(stage.model, stage.length, cfg)
         else:
             passes, update = self.step(stage.model)
-        return stage.overhead * (passes + update * stage.full / stage.per_step)
+        if stage.adapter:
+            update = 0.0  # of so few weights
+        return stage.overhead * (passes + update / stage.per_step)
 
     def reading(self, c: ModelConfig) -> float:
         """The forward pass is a third of forward and backward."""
@@ -506,9 +499,11 @@ class Measured:
         key = str(c)
         if key in self.known:
             return self.known[key]
-        n = 16 if self.on_cpu else 64
-        new = max(8, min(48, affordable(c, 2) // (16 * n))) if self.on_cpu else 48
-        processes = torch.get_num_threads() if self.on_cpu else 1
+        n, new, processes = 64, 48, 1
+        if self.on_cpu:
+            n = 16
+            new = max(8, min(48, affordable(c, 2) // (16 * n)))
+            processes = torch.get_num_threads()
         model = ModernDecoderLM(c).to(self.device).eval()
         dtype = dtype_for("auto", model, self.device)
         draw = partial(model.generate, [[1] * 64] * 16, new, temperature=1.0, n=n, seed=1)
@@ -542,7 +537,7 @@ class DataSheet:
         return 6.0
 
     def training(self, stage: Stage) -> float:
-        share = PRETRAINING if stage.full and stage.length >= 512 else TUNING
+        share = TUNING if stage.adapter or stage.length < 512 else PRETRAINING
         return estimate_flops(stage.model, stage.length) / (share * self.peak)
 
     def sampling(self, c: ModelConfig) -> float:
@@ -563,17 +558,18 @@ def estimate(commands: list[tuple[str, list[str]]], cfg: PlanConfig) -> list[Sta
     rates = DataSheet(gpu) if gpu else Measured(pick_device(cfg.device))
     start = rates.start()
     on_cpu = rates.on_cpu
-    plan = Plan(on_gpu=not on_cpu)
+    plan = Plan()
     stages = []
     for name, words in commands:
         stage = plan.count(words)
         seconds = start + stage.seconds
         peak = answering(stage.model, on_cpu) if stage.samples or stage.reads else 0
         if stage.trains:
-            step = estimate_memory(stage.model, stage.rows, stage.length, **stage.options)["peak"]
-            peak = max(peak, step)
+            options = memory_options(stage.cfg, not on_cpu) | {"trained": stage.adapter}
+            step = estimate_memory(stage.model, stage.cfg.batch_size, stage.length, **options)
+            peak = max(peak, step["peak"])
             # Frozen weights want no gradients: 4 of 6 FLOPs.
-            seconds += stage.trains * rates.training(stage) * (1 if stage.full else 4 / 6)
+            seconds += stage.trains * rates.training(stage) * (4 / 6 if stage.adapter else 1)
         if stage.samples:
             seconds += stage.samples * rates.sampling(stage.model)
         if stage.reads:
@@ -634,8 +630,10 @@ def main() -> None:
     command = list(dropwhile(lambda word: "/" in word or not word.endswith(".py"), words))
     command = [word for word in command if not word.startswith(("--vram=", "--card="))]
     cfg = parse_config(PlanConfig, __doc__, [word for word in words if word not in command])
-    commands = [(Path(command[0]).stem, command)] if command else []
-    if not command:  # run_all.sh's: a name and a command a line
+    commands = []
+    if command:
+        commands = [(Path(command[0]).stem, command)]
+    else:  # run_all.sh's: a name and a command a line
         for line in sys.stdin:
             name, text = line.split("\t")
             commands.append((name, shlex.split(text)[1:]))
@@ -645,9 +643,11 @@ def main() -> None:
     gpu = gpu_elsewhere(cfg)
     with errors_for_users():
         stages = estimate(commands, cfg)
-        where = f"{cpu_name()}, measured in {time.perf_counter() - begun:.0f} s"
         if gpu:
             where = f"{gpu}, by its data sheet"
+        else:
+            here = hardware(pick_device(cfg.device))
+            where = f"{here['device']}, measured in {time.perf_counter() - begun:.0f} s"
         print(f"the plan, for {where}:", *table(stages), sep="\n")
         if cfg.vram and max(stage.gib for stage in stages) > usable(cfg.vram):
             print(f"WARNING: more than the {usable(cfg.vram):.1f} GiB that a {cfg.vram:.0f} GB card leaves")

@@ -45,6 +45,7 @@ def memory_options(cfg: TrainerConfig, on_gpu: bool) -> dict:
         "bytes_per_activation": 2 if on_gpu and cfg.dtype != "float32" else 4,
         "muon": "muon" in cfg.optimizer,
         "compiled": bool(cfg.compile and on_gpu),
+        "four_bit": getattr(cfg, "load_in_4bit", False),  # of the stages that adapt a model
     }
 
 

@@ -12,8 +12,9 @@ from data import EMBEDDED, TASKS, documents, load_conversations, load_task
 from lab import plan as script
 from lab.plan import DataSheet, Measured, Plan, PlanConfig, Stage, estimate
 from model import ModelConfig
-from support.costs import GIB, count_parameters, estimate_memory
+from support.costs import GIB, count_parameters
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE, SFT = "train.py configs/cpu.py --max_steps=100 --batch_size=2", "sft.py configs/sft.py"
@@ -27,7 +28,7 @@ def counted(*commands: str) -> list[Stage]:
 
 def test_pretraining_trains_on_steps_times_rows_times_context_and_later_stages_have_its_shape():
     work, sft, dpo = counted(BASE, f"{SFT} --keep_last=2 --save_every=100", "dpo.py configs/dpo.py")
-    assert work.trains == 100 * 2 * 256 and (work.rows, work.length) == (2, 256)
+    assert work.trains == 100 * 2 * 256 and (work.cfg.batch_size, work.length) == (2, 256)
     assert work.reads == 100_000  # the last evaluation's
     assert work.model.d_model == sft.model.d_model == dpo.model.d_model == 128
     n = count_parameters(work.model)["total"]
@@ -61,14 +62,14 @@ def test_answers_that_are_kept_are_drawn_once():
 
 def test_lora_trains_fewer_parameters_and_quantised_weights_take_less():
     tune = "finetune.py configs/gsm8k.py --model=TinyLlama/TinyLlama_v1.1 "
-    full, lora, four = counted(tune, f"{tune}--lora_r=16", f"{tune}--lora_r=16 --load_in_4bit")
+    commands = [tune, f"{tune}--lora_r=16", f"{tune}--lora_r=16 --load_in_4bit"]
+    full, lora, _ = counted(*commands)
     c = full.model
     assert count_parameters(c)["total"] == pytest.approx(1.1e9, rel=0.01)
     pairs = 2 * (c.d_model + c.d_model) + 2 * (c.d_model + 256) + 3 * (c.d_model + c.d_ff)  # A and B
-    assert lora.options["trained"] == 22 * 16 * pairs and full.full and not lora.full
-    sizes = []
-    for work in (full, lora, four):
-        sizes.append(estimate_memory(c, work.rows, work.length, **work.options)["peak"] / GIB)
+    assert lora.adapter == 22 * 16 * pairs and full.adapter is None
+    stages = estimate([("tune", command.split()) for command in commands], PlanConfig(vram=24))
+    sizes = [stage.gib for stage in stages]
     assert sizes[0] > 20 > sizes[1] > sizes[2] + 3  # 1.1 billion weights of 4 bytes or of half a byte
 
 
@@ -78,11 +79,11 @@ def test_who_starts_from_an_adapter_trains_the_adapter(tmp_path):
     _, adapter, both, dpo, of_all = counted(
         BASE, f"{sft}adapter", f"{sft}both --merge", f"{further}adapter", f"{further}both/merged --name=full"
     )  # fmt: skip
-    assert dpo.options["trained"] == adapter.options["trained"] == both.options["trained"]
-    assert of_all.full and of_all.megabytes > 5 * dpo.megabytes
+    assert dpo.adapter == adapter.adapter == both.adapter > 0
+    assert of_all.adapter is None and of_all.megabytes > 5 * dpo.megabytes
     (tmp_path / "run.json").write_text('{"stage": "sft", "parent": "gpt2"}')  # made before
     (tmp_path / "adapter_config.json").write_text('{"r": 4}')
-    assert not counted(f"dpo.py configs/dpo.py --model={tmp_path}")[0].full
+    assert counted(f"dpo.py configs/dpo.py --model={tmp_path}")[0].adapter
 
 
 def test_the_sizes_of_embedded_tasks_and_corpora_are_those_of_their_text():
@@ -120,8 +121,8 @@ def test_seconds_here_are_tokens_times_measured_rates_and_are_kept_for_the_repor
 def test_this_machine_is_measured_once_a_shape(optimizer):
     here = Measured(torch.device("cpu"))
     c = ModelConfig(vocab_size=64, context_length=24, n_layers=1, d_model=16, n_heads=2)
-    options = {"muon": optimizer == "muon", "compiled": False}
-    work = Stage(model=c, rows=2, length=24, per_step=48, pretraining=True, options=options)
+    cfg = TrainConfig(optimizer=optimizer, compile=True, batch_size=2)
+    work = Stage(model=c, length=24, per_step=48, cfg=cfg)
     first = here.training(work), here.reading(c), here.sampling(c)
     assert all(1e-7 < seconds < 1 for seconds in first)
     assert (here.training(work), here.reading(c), here.sampling(c)) == first
