@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.files import write_json, write_text
 from support.pages import Table, count, fill, lines_of, markdown_block, row
-from support.results import Run, each, parent_of, read_json_or_empty, value_of
+from support.results import Run, measurements_of, read_json_or_empty
 from support.tables import read_jsonl
 
 LICENSES = """
@@ -67,7 +67,7 @@ HOW_MADE = """
 - code: commit {git}, torch {versions[torch]}
 """
 ROW = """
-task: {task} | split: {split} | examples in the prompt: {shots} | metric: {metric}
+task: {m.task} | split: {m.split} | examples in the prompt: {m.shots} | metric: {metric}
 value [95 % interval]: {value}
 """
 LIMITS = """
@@ -151,12 +151,6 @@ llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file.
 # What the run records
 
 
-def family(folder: Path, run: dict) -> list[dict]:
-    """run.json of this run, of its parent, of its parent's parent, and so on."""
-    parent = parent_of(run, folder.parent)
-    return [run, *(Run(parent, folder.parent).records if parent else [])]
-
-
 def values_of(data: object, key: str) -> list[str]:
     """All values of `key` in nested dicts, as texts."""
     found = []
@@ -174,45 +168,29 @@ def licenses_of(runs: list[dict]) -> list[str]:
     return [name for name in found if name]
 
 
-def measured(folder: Path, run: dict) -> list[dict]:
-    """{"task", "split", "shots", "metric", "value", "x"} of every number of eval.py and finetune.py."""
-
-    def rows(entry: dict) -> list[dict]:
-        about = {key: entry[key] for key in ("task", "split", "shots")}
-        found = []
-        for name, x in entry["metrics"].items():
-            shown = value_of(name, x) + fill(", n={n:,}", **x)
-            found.append(about | {"metric": name, "value": shown, "x": x})
-        return found
-
-    entries = [{"task": run.get("task"), "shots": 0} | run["evaluation"]] if run.get("evaluation") else []
-    entries += (read_json_or_empty(folder / "results.json").get("results") or {}).values()
-    return each(entries, rows, [])
-
-
 # -----------------------------------------------------------------------------
 # The parts of a card
 
 
-def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
+def metadata(run: Run, config: dict, adapter: dict) -> str:
     """The YAML block, written by huggingface_hub."""
     from huggingface_hub import ModelCardData
 
-    runs = family(folder, run)
-    licences = licenses_of(runs)
+    record = run.record
+    licences = licenses_of(run.records)
     names = {re.sub(r"[\s_]+", "-", name.lower()) for name in licences} - {"yours"}
     known = len(names) == 1 and names <= set(LICENSES)
-    sources = " ".join(source for r in runs for source in values_of(r.get("data"), "source"))
-    pipeline = PIPELINES.get(run.get("kind"), "text-generation")
-    base = str(runs[-1].get("parent") or "")  # what the first run of the family started from
+    sources = " ".join(source for r in run.records for source in values_of(r.get("data"), "source"))
+    pipeline = PIPELINES.get(record.get("kind"), "text-generation")
+    base = str(run.records[-1].get("parent") or "")  # what the first run of the family started from
     hub_id = re.fullmatch(r"(?!out/)\w[\w.-]*(/[\w.-]+)?", base) and not Path(base).exists()
-    tags = ["modern-llm", run.get("stage", "train")]
-    if run.get("chat") and not run.get("verifier"):
+    tags = ["modern-llm", record.get("stage", "train")]
+    if record.get("chat") and not record.get("verifier"):
         tags.append("conversational")
     if adapter:
         tags.append("lora")
     library = "peft" if adapter else "transformers"
-    results = [] if run.get("smoke") else list(eval_results(folder, run, pipeline))
+    results = [] if record.get("smoke") else list(eval_results(run, pipeline))
     card = ModelCardData(
         language=None if "yours" in licences else "en",
         license=names.pop() if known else "other" if names else None,
@@ -220,70 +198,74 @@ def metadata(folder: Path, run: dict, config: dict, adapter: dict) -> str:
         base_model=base if hub_id else None,
         datasets=sorted(set(re.findall(r"([\w.-]+/[\w.-]+) on Hugging Face", sources))) or None,
         library_name=None if config.get("model_type") == "modern_llm" else library,  # it cannot load ours
-        pipeline_tag=None if run.get("verifier") else pipeline,
+        pipeline_tag=None if record.get("verifier") else pipeline,
         tags=tags,
-        model_name=folder.resolve().name if results else None,
+        model_name=run.folder.resolve().name if results else None,
         eval_results=results or None,
     )
     return card.to_yaml().strip()
 
 
-def eval_results(folder: Path, run: dict, pipeline: str) -> Iterator:
+def eval_results(run: Run, pipeline: str) -> Iterator:
     """What was measured, as huggingface_hub's EvalResult."""
     from huggingface_hub import EvalResult
 
-    for x in measured(folder, run):
-        yield EvalResult(
-            task_type=pipeline,
-            dataset_type=str(x["task"]),
-            dataset_name=f"{x['task']}, {x['shots']} examples in the prompt",
-            dataset_split=x["split"],
-            metric_type=METRIC_TYPES.get(x["metric"], x["metric"]),
-            metric_name=x["metric"],
-            metric_value=x["x"]["value"],
-            metric_args={key: x["x"][key] for key in ("low", "high", "n") if key in x["x"]} or None,
-        )
+    for m in measurements_of(run):
+        for name, metric in m.entry["metrics"].items():
+            yield EvalResult(
+                task_type=pipeline,
+                dataset_type=m.task,
+                dataset_name=f"{m.task}, {m.shots} examples in the prompt",
+                dataset_split=m.split,
+                metric_type=METRIC_TYPES.get(name, name),
+                metric_name=name,
+                metric_value=metric["value"],
+                metric_args={key: metric[key] for key in ("low", "high", "n") if key in metric} or None,
+            )
 
 
-def how_made(folder: Path, run: dict, adapter: dict) -> list[str]:
-    settings = run.get("settings", {})
-    values = run | {
+def how_made(run: Run, adapter: dict) -> list[str]:
+    record, settings = run.record, run.settings
+    values = record | {
         "names": settings.get("data") or settings.get("task") or settings.get("corpus"),
-        "sources": "; ".join(values_of(run.get("data"), "source")),
-        "licences": ", ".join(licenses_of(family(folder, run))) or None,
-        "lora": run if adapter else None,
+        "sources": "; ".join(values_of(record.get("data"), "source")),
+        "licences": ", ".join(licenses_of(run.records)) or None,
+        "lora": record if adapter else None,
     }
-    if run.get("stage") in ("train", "sft", "finetune"):  # the other stages count answers
-        for line in read_jsonl(folder / "metrics.jsonl"):
+    if run.stage in ("train", "sft", "finetune"):  # the other stages count answers
+        for line in read_jsonl(run.folder / "metrics.jsonl"):
             values["tokens"] = line.get("tokens", values.get("tokens"))
     return lines_of(HOW_MADE, **values)
 
 
-def results(folder: Path, run: dict) -> str:
-    if run.get("smoke"):
+def results(run: Run) -> str:
+    if run.record.get("smoke"):
         return "This was a smoke run, cut short to see whether the program works: **no result**."
-    rows = [row(ROW, **x) for x in measured(folder, run)]
-    best = (run.get("results") or {}).get("best") or {}
-    figures = [f"{name} {value:.4g}" for name, value in best.items() if name not in ("step", "val_tokens")]
+    rows = []
+    for m in measurements_of(run):
+        for name, metric in m.entry["metrics"].items():
+            rows.append(row(ROW, m=m, metric=name, value=m.values[name] + fill(", n={n:,}", **metric)))
+    losses = {name: value for name, value in run.best.items() if name not in ("step", "val_tokens")}
+    figures = [f"{name} {value:.4g}" for name, value in losses.items()]
     words = [f"On held-out data while training: {', '.join(figures)}."] if figures else []
     words += [markdown_block(Table("results", rows))] if rows else []
     return "\n\n".join(words) or "Not measured yet: `python eval.py` adds results here."
 
 
-def usage(folder: Path, run: dict, config: dict, adapter: dict) -> str:
+def usage(folder: Path, record: dict, config: dict, adapter: dict) -> str:
     """Example code that loads the folder. An adapter has no config: its base model gets the classes."""
-    kind = run.get("kind")
-    if run.get("verifier"):
+    kind = record.get("kind")
+    if record.get("verifier"):
         kind = "verifier"
     elif config.get("model_type") == "modern_llm":
         kind = "ours"
     elif adapter:
         kind = "adapter"
     elif kind not in ("head", "seq2seq"):
-        kind = "chat" if run.get("chat") else "text"
+        kind = "chat" if record.get("chat") else "text"
     labels = ""
-    if run.get("labels"):
-        names = dict(enumerate(run["labels"]))
+    if record.get("labels"):
+        names = dict(enumerate(record["labels"]))
         ids = {name: i for i, name in names.items()}
         labels = f", id2label={names}, label2id={ids}, pad_token_id=tokenizer.pad_token_id"
     return (
@@ -294,15 +276,15 @@ def usage(folder: Path, run: dict, config: dict, adapter: dict) -> str:
             absolute=os.path.abspath(folder),
             labels=labels,
             base=adapter.get("base_model_name_or_path"),
-            peft="AutoPeftModelFor" + CLASSES.get(run.get("kind"), "CausalLM"),
+            peft="AutoPeftModelFor" + CLASSES.get(record.get("kind"), "CausalLM"),
         )
     )
 
 
-def limits(run: dict, config: dict) -> list[str]:
+def limits(record: dict, config: dict) -> list[str]:
     context = config.get("max_position_embeddings") or config.get("n_positions")
     words = "It was not trained to hold conversations or to refuse requests."
-    if run.get("chat"):
+    if record.get("chat"):
         words = "It was not trained to be safe or truthful; it invents facts and numbers."
     return lines_of(LIMITS, context=context, not_trained=words)
 
@@ -311,33 +293,34 @@ def limits(run: dict, config: dict) -> list[str]:
 # The card
 
 
-def model_card(folder: Path, run: dict | None = None) -> str:
-    """The text of README.md. `run`: the content of run.json, which may not be written yet."""
-    run = run or read_json_or_empty(folder / "run.json")
+def model_card(folder: Path, record: dict | None = None) -> str:
+    """The text of README.md. `record`: the content of run.json, which may not be written yet."""
+    run = Run(folder, folder.parent, record=record)
+    record = run.record
     adapter = read_json_or_empty(folder / "adapter_config.json")
     config = read_json_or_empty(folder / "config.json")
-    what = STAGES.get(run.get("stage"), "A language model")
-    if run.get("task"):
-        what += f", {run['task']}"
+    what = STAGES.get(record.get("stage"), "A language model")
+    if record.get("task"):
+        what += f", {record['task']}"
     return CARD.format(
-        metadata=metadata(folder, run, config, adapter),
+        metadata=metadata(run, config, adapter),
         name=folder.resolve().name,
         what=what,
-        size=count(run.get("parameters", 0)),
-        how_made="\n".join(how_made(folder, run, adapter)),
-        results=results(folder, run),
-        usage=usage(folder, run, config, adapter),
-        limits="\n".join(limits(run, config)),
+        size=count(record.get("parameters", 0)),
+        how_made="\n".join(how_made(run, adapter)),
+        results=results(run),
+        usage=usage(folder, record, config, adapter),
+        limits="\n".join(limits(record, config)),
     )
 
 
-def write_model_card(folder: Path, run: dict | None = None) -> None:
-    """Writes README.md of a run folder, atomically; `run` is read from run.json if it is not given."""
-    if run or (folder / "run.json").exists():
-        write_text(folder / "README.md", model_card(folder, run))
+def write_model_card(folder: Path, record: dict | None = None) -> None:
+    """Writes README.md of a run folder, atomically; `record` is read from run.json if it is not given."""
+    if record or (folder / "run.json").exists():
+        write_text(folder / "README.md", model_card(folder, record))
 
 
-def write_run(folder: Path, run: dict) -> None:
+def write_run(folder: Path, record: dict) -> None:
     """run.json, and before it the card: if a process is killed between the two, the next one writes both."""
-    write_model_card(folder, run)
-    write_json(folder / "run.json", run)
+    write_model_card(folder, record)
+    write_json(folder / "run.json", record)

@@ -79,21 +79,21 @@ class Run:
     """The folder of a run, of one of its checkpoints, or of a hub model that was measured.
 
     lineage: the folder, then its ancestors: parent, grandparent, ...; records: run.json of each, or {}.
-    damaged: gets a line if metrics.jsonl holds some of the wrong types.
+    damaged: gets a line if metrics.jsonl holds some of the wrong types. record: the content of run.json, if
+    it is not written yet.
     """
 
-    def __init__(self, folder: Path, home: Path, damaged: list[str] | None = None):
+    def __init__(
+        self, folder: Path, home: Path, damaged: list[str] | None = None, record: dict | None = None
+    ):
         self.folder = folder
         self.home = home  # the folder that holds the runs
         self.damaged = [] if damaged is None else damaged
-        self.lineage: list[Path] = []
-        self.records: list[dict] = []
-        ancestor = folder
-        while ancestor and ancestor not in self.lineage:
+        self.record = record or run_of(folder)
+        self.lineage, self.records = [folder], [self.record]
+        while (ancestor := parent_of(self.records[-1], home)) and ancestor not in self.lineage:
             self.lineage.append(ancestor)
             self.records.append(run_of(ancestor))
-            ancestor = parent_of(self.records[-1], home)
-        self.record = self.records[0]
         self.stage = self.record.get("stage") or ""
         self.settings, self.data, results = (self.record.get(part) or {} for part in PARTS)
         self.last = results.get("last") or {}  # evaluations on the validation data
@@ -232,16 +232,16 @@ def way_of(run: Run, entry: dict) -> str:
     return ways.get(run.stage, "base")
 
 
-def of_run(run: Run) -> list[Measurement]:
-    """What eval.py and finetune.py measured of one run."""
+def measurements_of(run: Run) -> list[Measurement]:
+    """What finetune.py and eval.py measured of one run."""
     file, found = run.folder / "results.json", {}
-    for key, entry in (read_json_or_empty(file).get("results") or {}).items():
-        answers = run.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
-        found[f"{file}, {key}"] = (entry, answers)
     if own := run.record.get("evaluation"):
         items = next((metric["n"] for metric in own["metrics"].values() if "n" in metric), 0)
         entry = {"task": run.record.get("task"), "items": items} | own
         found[f"{run.folder}/run.json"] = (entry, run.folder / "predictions.jsonl")
+    for key, entry in (read_json_or_empty(file).get("results") or {}).items():
+        answers = run.folder / "answers" / f"{key.replace(' ', '-')}.jsonl"
+        found[f"{file}, {key}"] = (entry, answers)
     return each(found, lambda name: [Measurement(run, *found[name])], run.damaged)
 
 
@@ -323,7 +323,7 @@ class Records:
         every.sort(key=lambda run: (str(run.record.get("started", "")), str(run.folder)))
         self.models = every  # runs, checkpoints and models of the hub, those of experiments too
         self.runs = [run for run in every if run.folder.parent == home and run.has("run.json")]
-        self.measurements = self.each(every, of_run)
+        self.measurements = self.each(every, measurements_of)
         self.comparisons = side_by_side(self.measurements)
         # Answers to instructions.
         self.battery = read_json_or_empty(home / "pipeline.json").get("battery") or {}
