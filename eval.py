@@ -446,13 +446,9 @@ def checked(cfg: EvalConfig) -> tuple[list[str], list[int]]:
     return tasks, [int(shots) for shots in cfg.shots.split(",")]
 
 
-def evaluate_model(
-    name: str, cfg: EvalConfig, device: torch.device, dtype: torch.dtype | None
-) -> list[Result]:
+def evaluate_model(model: TextModel, cfg: EvalConfig, device: torch.device) -> list[Result]:
     """One model on all tasks; results are printed and written as they come."""
-    model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
-    if dtype:
-        model.dtype = dtype
+    name = model.name
     run = read_run(name)
     smoke = f"; {SMOKE}" if run.get("smoke") else ""
     print(f"{name}: {model.n_parameters / 1e6:.1f}M parameters, {model.kind}{smoke}")
@@ -498,7 +494,7 @@ def evaluate_all(cfg: EvalConfig) -> None:
         labelled(cfg.solutions)  # refuses a file that cannot be
     device = pick_device(cfg.device)
     dtype = None if cfg.dtype == "auto" else pick_dtype(cfg.dtype, device)
-    results = {}
+    results, answers = {}, {}  # by model
     for name in cfg.models.split(","):
         if cfg.attention:
             model = load_for_attention(name, device, cfg.backend, cfg.context_length, dtype)
@@ -506,16 +502,17 @@ def evaluate_all(cfg: EvalConfig) -> None:
         if cfg.streams:
             model = load_model(name, device, "ours", cfg.context_length)
             show_streams(model, results_folder(name, cfg.out), tasks, cfg.split or "test", cfg.limit or 4)
-        if not (cfg.attention or cfg.streams):
-            results[name] = evaluate_model(name, cfg, device, dtype)
+        if cfg.attention or cfg.streams:
+            continue
+        model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
+        if dtype:
+            model.dtype = dtype
+        results[name] = evaluate_model(model, cfg, device)
+        if cfg.battery and model.kind == "causal":
+            answers[name] = follow_instructions(model, cfg.battery)
     for line in compare(results):
         print(line)
-    if results and cfg.battery:
-        answers = {}
-        for name in results:
-            model = load_model(name, device, cfg.backend, cfg.context_length, dtype)
-            if model.kind == "causal":
-                answers[name] = follow_instructions(model, cfg.battery)
+    if answers:
         write_pipeline(Path(cfg.out) / "pipeline.json", answers)
 
 
