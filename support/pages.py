@@ -1,14 +1,15 @@
 """A page made of blocks, written as HTML, Markdown, LaTeX and CSV.
 
 A section of a page is a list of blocks: Text, Table or Figure. All formats are written from the same
-blocks, so they cannot disagree. The pages' frames are support/page.html and support/paper.tex. Names of
-folders need not be UTF-8, so every text goes through `valid` before it is written.
+blocks, so they cannot disagree. support/page.html is a template of jinja2 that writes the HTML page,
+support/paper.tex is the frame of the paper. Names of folders need not be UTF-8, so every text goes through
+`valid` before it is written.
 """
 
-import base64
 import csv
 import html
 import re
+from base64 import b64encode
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -150,48 +151,26 @@ LINK = re.compile(r"\[([^][]+)\]\(((?:https?://|figures/|[\w-]+\.(?:html|md)\b)[
 INTERVAL = re.compile(r"^(\S+) (\[[^][]+\])(?: (\([^()]+\)))?$")
 
 
-def html_block(block: Block) -> str:
-    """A block as HTML. All texts are escaped: generated text cannot become markup."""
-    if isinstance(block, Table):
-        return html_table(block)
-    if isinstance(block, Text):
-        text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(block.words))
-        text = LINK.sub(r"<a href='\2'>\1</a>", text)
-        return "<p>" + re.sub(r"`(.+?)`", r"<code>\1</code>", text) + "</p>"
-    caption = html.escape(block.caption)
-    data = base64.b64encode(block.png).decode()
-    picture = f"<img alt='{caption}' src='data:image/png;base64,{data}'>"
-    return f"<figure>{picture}\n<figcaption>{caption}</figcaption></figure>"
+def marked(words: str) -> str:
+    """**bold**, `code` and [text](address) as HTML."""
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(words))
+    text = LINK.sub(r"<a href='\2'>\1</a>", text)
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
 
-def html_table(block: Table) -> str:
+def narrowed(cell: str) -> str:
     """An interval goes below its number, to keep tables narrow."""
-    head, *body = block.lines()
-    rows = [html_row(line, "td") for line in body]
-    out = ["<div class=wide><table>", f"<thead>{html_row(head, 'th')}</thead>", *rows, "</table></div>"]
-    if block.folded:
-        out = [f"<details><summary>{len(block.rows)} rows</summary>", *out, "</details>"]
-    return "\n".join(out)
-
-
-def html_row(line: list[str], tag: str) -> str:
-    cells = [INTERVAL.sub(r"\1<br><small>\2</small> \3", html.escape(cell)) for cell in line]
-    text = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
-    return f"<tr>{text}</tr>"
+    return INTERVAL.sub(r"\1<br><small>\2</small> \3", html.escape(cell))
 
 
 def as_html(title: str, sections: Sections) -> str:
-    """The HTML page."""
-    out = []
-    for heading, blocks in sections.items():
-        out += [f"<h2>{html.escape(heading)}</h2>", *map(html_block, blocks)]
-    return framed("page.html", html.escape(title), out)
+    """The HTML page. All texts are escaped: generated text cannot become markup."""
+    from jinja2 import Environment
 
-
-def framed(frame: str, title: str, lines: list[str]) -> str:
-    """A file of support/ with $title and $body replaced."""
-    text = (Path(__file__).parent / frame).read_text(encoding="utf-8")
-    return valid(Template(text).substitute(title=title, body="\n".join(lines)))
+    page = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    page.filters |= {"marked": marked, "narrowed": narrowed, "base64": lambda png: b64encode(png).decode()}
+    text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return valid(page.from_string(text).render(title=title, sections=sections))
 
 
 # -----------------------------------------------------------------------------
@@ -289,4 +268,6 @@ def as_latex(title: str, sections: Sections) -> str:
             out += [r"\begin{abstract}", *lines, r"\end{abstract}"]
         else:
             out += [rf"\section{{{latex_text(heading)}}}", *lines]
-    return framed("paper.tex", latex_text(title), [*out, r"\clearpage\onecolumn", *tables])
+    body = "\n".join([*out, r"\clearpage\onecolumn", *tables])
+    frame = Template((Path(__file__).parent / "paper.tex").read_text(encoding="utf-8"))
+    return valid(frame.substitute(title=latex_text(title), body=body))
