@@ -5,13 +5,12 @@ adapter_config.json, metrics.jsonl. The Trainer calls it at the end of a run, ev
 A number is shown with its interval; a smoke run shows none.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from support.files import write_json, write_text
-from support.pages import Table, count, fill, lines_of, markdown_block, row
+from support.pages import Table, count, fill, lines_of, markdown_block, rendered, row
 from support.results import Run, measurements_of, read_json_or_empty
 from support.tables import read_jsonl
 
@@ -30,31 +29,6 @@ METRIC_TYPES = {"macro_f1": "f1", "rouge1": "rouge", "rouge2": "rouge", "rougeL"
 PIPELINES = {"head": "text-classification", "seq2seq": "text2text-generation"}
 CLASSES = {"head": "SequenceClassification", "seq2seq": "Seq2SeqLM"}
 
-CARD = """---
-{metadata}
----
-
-# {name}
-
-{what}: {size} parameters. Made with Modern LLM, the whole life of a small language model in plain \
-Python.
-
-## How it was made
-
-{how_made}
-
-## Results
-
-{results}
-
-## How to use it
-
-{usage}
-
-## Limits
-
-{limits}
-"""
 HOW_MADE = """
 - command: `{command}`
 - started from: `{parent}`
@@ -75,76 +49,6 @@ LIMITS = """
 - {not_trained}
 - It reproduces its training data, with their language, errors and biases.
 """
-USAGE = {  # by what the folder holds
-    "verifier": """
-```python
-from verifier import Verifier  # of this project
-verifier = Verifier.load("{folder}")
-verifier.score(problem, answer)
-```
-""",
-    "ours": """
-transformers has no architecture for this combination of settings; this project runs it:
-
-    python chat.py {folder}
-""",
-    "adapter": """
-```python
-from peft import {peft}
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{absolute}")
-model = {peft}.from_pretrained("{absolute}"{labels})
-```
-
-The adapter needs its base model, `{base}`.
-""",
-    "seq2seq": """
-```python
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-""",
-    "head": """
-```python
-from transformers import pipeline
-
-pipe = pipeline("text-classification", model="{folder}")
-pipe("A wonderful film.")
-```
-""",
-    "chat": """
-```python
-from transformers import pipeline
-
-pipe = pipeline("text-generation", model="{folder}")
-pipe([{{"role": "user", "content": "Hello!"}}])  # uses the chat template
-```
-
-lm-evaluation-harness, with the chat template:
-
-    lm_eval --model hf --model_args pretrained={folder} --apply_chat_template --tasks ...
-
-llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file.
-""",
-    "text": """
-```python
-from transformers import pipeline
-
-pipe = pipeline("text-generation", model="{folder}")
-pipe("<|endoftext|>Once upon a time")  # as in training
-```
-
-lm-evaluation-harness must put `<|endoftext|>` before a text, as in training (leave `add_bos_token` out for \
-perplexity tasks, which already do this):
-
-    lm_eval --model hf --model_args pretrained={folder},add_bos_token=True --tasks ...
-
-llama.cpp and Ollama: `python -m support.gguf {folder}` makes a GGUF file.
-""",
-}
 
 
 # -----------------------------------------------------------------------------
@@ -252,35 +156,6 @@ def results(run: Run) -> str:
     return "\n\n".join(words) or "Not measured yet: `python eval.py` adds results here."
 
 
-def usage(folder: Path, record: dict, config: dict, adapter: dict) -> str:
-    """Example code that loads the folder. An adapter has no config: its base model gets the classes."""
-    kind = record.get("kind")
-    if record.get("verifier"):
-        kind = "verifier"
-    elif config.get("model_type") == "modern_llm":
-        kind = "ours"
-    elif adapter:
-        kind = "adapter"
-    elif kind not in ("head", "seq2seq"):
-        kind = "chat" if record.get("chat") else "text"
-    labels = ""
-    if record.get("labels"):
-        names = dict(enumerate(record["labels"]))
-        ids = {name: i for i, name in names.items()}
-        labels = f", id2label={names}, label2id={ids}, pad_token_id=tokenizer.pad_token_id"
-    return (
-        USAGE[kind]
-        .strip()
-        .format(
-            folder=folder,
-            absolute=os.path.abspath(folder),
-            labels=labels,
-            base=adapter.get("base_model_name_or_path"),
-            peft="AutoPeftModelFor" + CLASSES.get(record.get("kind"), "CausalLM"),
-        )
-    )
-
-
 def limits(record: dict, config: dict) -> list[str]:
     context = config.get("max_position_embeddings") or config.get("n_positions")
     words = "It was not trained to hold conversations or to refuse requests."
@@ -299,17 +174,23 @@ def model_card(folder: Path, record: dict | None = None) -> str:
     record = run.record
     adapter = read_json_or_empty(folder / "adapter_config.json")
     config = read_json_or_empty(folder / "config.json")
-    what = STAGES.get(record.get("stage"), "A language model")
-    if record.get("task"):
-        what += f", {record['task']}"
-    return CARD.format(
+    labels = record.get("labels") or []
+    return rendered(
+        "model_card.jinja",
+        run=record,
+        config=config,
+        adapter=adapter,
         metadata=metadata(run, config, adapter),
+        folder=folder,
+        absolute=folder.absolute(),
         name=folder.resolve().name,
-        what=what,
+        what=STAGES.get(record.get("stage"), "A language model"),
         size=count(record.get("parameters", 0)),
         how_made="\n".join(how_made(run, adapter)),
         results=results(run),
-        usage=usage(folder, record, config, adapter),
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+        peft="AutoPeftModelFor" + CLASSES.get(record.get("kind"), "CausalLM"),
         limits="\n".join(limits(record, config)),
     )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from string import Formatter, Template
+from string import Formatter
 
 from support.tables import valid
 
@@ -165,12 +165,19 @@ def narrowed(cell: str) -> str:
 
 def as_html(title: str, sections: Sections) -> str:
     """The HTML page. All texts are escaped: generated text cannot become markup."""
-    from jinja2 import Environment
+    return rendered("page.html", title=title, sections=sections)
 
-    page = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
-    page.filters |= {"marked": marked, "narrowed": narrowed, "base64": lambda png: b64encode(png).decode()}
-    text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    return valid(page.from_string(text).render(title=title, sections=sections))
+
+def rendered(template: str, /, **values: object) -> str:
+    """A file of support/, a template of jinja2, with these values. What HTML holds is escaped."""
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+    folder = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(
+        loader=folder, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True
+    )
+    templates.filters |= {"marked": marked, "narrowed": narrowed, "base64": lambda b: b64encode(b).decode()}
+    return valid(templates.get_template(template).render(values))
 
 
 # -----------------------------------------------------------------------------
@@ -269,5 +276,4 @@ def as_latex(title: str, sections: Sections) -> str:
         else:
             out += [rf"\section{{{latex_text(heading)}}}", *lines]
     body = "\n".join([*out, r"\clearpage\onecolumn", *tables])
-    frame = Template((Path(__file__).parent / "paper.tex").read_text(encoding="utf-8"))
-    return valid(frame.substitute(title=latex_text(title), body=body))
+    return rendered("paper.tex", title=latex_text(title), body=body)
