@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data import CORPORA_ONLY, TASKS, documents, load_conversations, load_preferences, load_task
-from support.results import read_json_or_empty
+from support.results import Run
 
 
 def ngrams(text: str, n: int) -> set[str]:
@@ -44,7 +44,8 @@ def trained_on(name: str) -> list[tuple]:
     A task here is also a set of conversations.
     """
     found = []
-    while run := read_json_or_empty(Path(name or "") / "run.json"):
+    folder = Path(name)
+    for run in Run(folder, folder.parent).records:
         settings = run.get("settings", {})
         found += [(kind, settings[kind]) for kind in ("task", "corpus") if settings.get(kind)]
         if run.get("stage") == "sft":
@@ -56,7 +57,6 @@ def trained_on(name: str) -> list[tuple]:
             found.append(("task", settings["data"], *part))
         elif run.get("stage") == "dpo":
             found.append(("pairs", settings["data"]))
-        name = run.get("parent")
     return found
 
 
