@@ -1,8 +1,8 @@
 """The model card of a run folder: README.md, with the metadata that the Hugging Face hub reads.
 
 `write_model_card(folder)` rewrites it from the files of the folder: run.json, results.json, config.json or
-adapter_config.json, metrics.jsonl. The Trainer calls it at the end of a run, eval.py after each measurement.
-A number is shown with its interval; a smoke run shows none.
+adapter_config.json, metrics.jsonl; its text is support/model_card.jinja. The Trainer calls it at the end of
+a run, eval.py after each measurement. A number is shown with its interval; a smoke run shows none.
 """
 
 import re
@@ -44,12 +44,6 @@ ROW = """
 task: {m.task} | split: {m.split} | examples in the prompt: {m.shots} | metric: {metric}
 value [95 % interval]: {value}
 """
-LIMITS = """
-- Its context is {context:,} tokens.
-- {not_trained}
-- It reproduces its training data, with their language, errors and biases.
-"""
-
 
 # -----------------------------------------------------------------------------
 # What the run records
@@ -143,8 +137,7 @@ def how_made(run: Run, adapter: dict) -> list[str]:
 
 
 def results(run: Run) -> str:
-    if run.record.get("smoke"):
-        return "This was a smoke run, cut short to see whether the program works: **no result**."
+    """What was measured while training and afterwards; "" if nothing was."""
     rows = []
     for m in measurements_of(run):
         for name, metric in m.entry["metrics"].items():
@@ -153,15 +146,7 @@ def results(run: Run) -> str:
     figures = [f"{name} {value:.4g}" for name, value in losses.items()]
     words = [f"On held-out data while training: {', '.join(figures)}."] if figures else []
     words += [markdown_block(Table("results", rows))] if rows else []
-    return "\n\n".join(words) or "Not measured yet: `python eval.py` adds results here."
-
-
-def limits(record: dict, config: dict) -> list[str]:
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    words = "It was not trained to hold conversations or to refuse requests."
-    if record.get("chat"):
-        words = "It was not trained to be safe or truthful; it invents facts and numbers."
-    return lines_of(LIMITS, context=context, not_trained=words)
+    return "\n\n".join(words)
 
 
 # -----------------------------------------------------------------------------
@@ -191,7 +176,7 @@ def model_card(folder: Path, record: dict | None = None) -> str:
         id2label=dict(enumerate(labels)),
         label2id={name: i for i, name in enumerate(labels)},
         peft="AutoPeftModelFor" + CLASSES.get(record.get("kind"), "CausalLM"),
-        limits="\n".join(limits(record, config)),
+        context=config.get("max_position_embeddings") or config.get("n_positions"),
     )
 
 
