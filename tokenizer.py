@@ -37,8 +37,8 @@ from support.runs import errors_for_users, read_json_if_there
 from support.tables import valid
 from support.token_files import at_most, open_tokens, tokens_folder, write_tokens
 from support.tokenizer_json import (
+    BYTE_LETTERS,
     CHAT_TEMPLATE,
-    byte_letters,
     check_tokenizer,
     default_template,
     gpt2_merges,
@@ -437,7 +437,7 @@ class Tokenizer:
     def gpt2(cls) -> "Tokenizer":
         """GPT-2's 50,257 tokens, then the chat tokens."""
         merges = gpt2_merges()
-        tokens = [bytes([b]) for b in byte_letters()] + [a + b for a, b in merges] + [EOT.encode()]
+        tokens = [bytes([b]) for b in BYTE_LETTERS] + [a + b for a, b in merges] + [EOT.encode()]
         return cls(dict(enumerate(tokens)), merges, SPECIAL_TOKENS)
 
 

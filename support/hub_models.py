@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model import ModernDecoderLM, Texts, check_sampling, in_eval_mode, refuse
 from support.hf_format import write_generation_config
 from support.tables import valid
-from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, default_template, letter_bytes, unspell
+from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, LETTER_BYTES, default_template, unspell
 from tokenizer import SPECIAL_TOKENS
 
 
@@ -51,7 +51,7 @@ class HubTokenizer:
         text = self.inner.decode([i])
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
             return bytes.fromhex(byte[1])
-        if "\ufffd" in text and set(token) <= letter_bytes().keys():
+        if "\ufffd" in text and set(token) <= LETTER_BYTES.keys():
             return unspell(token)
         return (" " * (token.startswith("\u2581") and not text.startswith(" ")) + text).encode()
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import cache
 from pathlib import Path
 
 from support.files import write_json
@@ -29,29 +28,23 @@ TEMPLATE = """{
 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false}}"""
 
 
+# GPT-2's spelling of bytes, in the order of its ids: Latin-1, or from U+0100 on if that is invisible.
+VISIBLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+HIDDEN = [b for b in range(256) if b not in VISIBLE]
+BYTE_LETTERS = {b: chr(b) for b in VISIBLE} | {b: chr(256 + n) for n, b in enumerate(HIDDEN)}
+LETTER_BYTES = {letter: b for b, letter in BYTE_LETTERS.items()}
+
+
 class ForeignTokenizer(ValueError):
     """tokenizer.json is not the one that the weights beside it were trained with."""
 
 
-@cache
-def byte_letters() -> dict[int, str]:
-    """GPT-2's spelling of bytes, in the order of its ids: Latin-1, or from U+0100 on if that is invisible."""
-    visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    hidden = [b for b in range(256) if b not in visible]
-    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
-
-
-@cache
-def letter_bytes() -> dict[str, int]:
-    return {letter: b for b, letter in byte_letters().items()}
-
-
 def spell(token: bytes) -> str:
-    return "".join(map(byte_letters().__getitem__, token))
+    return "".join(BYTE_LETTERS[b] for b in token)
 
 
 def unspell(text: str) -> bytes:
-    return bytes(map(letter_bytes().__getitem__, text))
+    return bytes(LETTER_BYTES[letter] for letter in text)
 
 
 def write_tokenizer(folder: Path, tokenizer, pattern: str | None, config: dict) -> None:
