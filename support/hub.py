@@ -69,17 +69,17 @@ def hub_rows(repo: str, config: str | None = None, *, split: str) -> list[dict]:
 
 def why_not(error: Exception, repo: str) -> str:
     """The reason of a failed download in one line, with what to do if that is known."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
 
     text = " ".join(str(error).split()) or type(error).__name__
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if type(error).__name__ == "RepositoryNotFoundError":
+    if type(error) is errors.RepositoryNotFoundError:  # a GatedRepoError is one, too
         return f"{repo} is not on the hub, or private (then run `hf auth login`)"
-    if "GatedRepoError" in kinds or "gated" in text:
+    if isinstance(error, errors.GatedRepoError) or "gated" in text:
         return f"{repo} is gated: accept its terms on its page, then run `hf auth login`"
     if "scripts are no longer supported" in text:
         return f"{repo} comes as a script, which `datasets` does not run any more"
-    if "LocalEntryNotFoundError" in kinds or re.search("LocalEntryNotFoundError|[Oo]ffline", text):
+    not_cached = isinstance(error, errors.LocalEntryNotFoundError)
+    if not_cached or re.search("LocalEntryNotFoundError|[Oo]ffline", text):
         offline = "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
         return offline if constants.HF_HUB_OFFLINE and not unreachable() else "no connection"
     return text[:150]
