@@ -91,9 +91,9 @@ class HubTokenizer:
         """The special tokens that the tokenizer puts before and after a text, such as [CLS] and [SEP]."""
         framed = self.inner("a")["input_ids"]
         alone = self.encode("a")
-        at = next(i for i in range(len(framed)) if framed[i : i + len(alone)] == alone)
         if framed == alone:
             return self.bos, []
+        at = framed.index(alone[0])
         return framed[:at], framed[at + len(alone) :]
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "HubTokenizer":
@@ -199,17 +199,16 @@ def hf_context(config) -> int:
 def save_hub_model(model: nn.Module, folder: Path, ids: dict) -> None:
     """save_pretrained with the token ids of `generation_ids`; of a PEFT model only the adapter."""
     set_token_ids(model, ids)
-    how = {}
-    adapters = getattr(model, "peft_config", {})
-    for adapter in adapters.values():
-        how["save_embedding_layers"] = False  # the embeddings of new tokens are saved by themselves
-        base = adapter.base_model_name_or_path
-        if base and Path(base).is_dir():  # PEFT would write a relative path
-            adapter.base_model_name_or_path = os.path.abspath(base)
-    model.save_pretrained(folder, **how)
-    if adapters:
-        write_generation_config(folder, ids)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+        return
+    adapter = model.peft_config["default"]
+    base = adapter.base_model_name_or_path
+    if base and Path(base).is_dir():  # PEFT would write a relative path
+        adapter.base_model_name_or_path = os.path.abspath(base)
+    model.save_pretrained(folder, save_embedding_layers=False)  # those of new tokens are saved by themselves
+    write_generation_config(folder, ids)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template of a model card
 
 
 def set_token_ids(model: nn.Module, ids: dict) -> None:
