@@ -121,12 +121,9 @@ def tail(file: Path, most: int = 2000) -> Iterator[tuple[bool, list[dict]] | Non
 
 def thinned(lines: list[dict], most: int) -> list[dict]:
     """Every k-th line, so that `most` remain; also those of evaluations."""
-    every = max(1, -(-len(lines) // most))
-    found = []
-    for i, line in enumerate(reversed(lines)):
-        if i % every == 0 or "val_loss" in line:
-            found.append(line)
-    return found[::-1]
+    every = -(-len(lines) // most)
+    last = len(lines) - 1
+    return [line for i, line in enumerate(lines) if (last - i) % every == 0 or "val_loss" in line]
 
 
 # -----------------------------------------------------------------------------
