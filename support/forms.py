@@ -51,11 +51,9 @@ def kind_of(annotation) -> dict:
     """{"kind": "bool", "int", "float", "str" or "choice", "choices": [...]} of a setting's type."""
     types = alternatives(annotation)
     choices = [one for one in types if not isinstance(one, type)]
-    if not choices:
-        return {"kind": types[0].__name__, "choices": []}
-    if bool in types:
+    if choices and bool in types:
         choices += [True, False]
-    return {"kind": "choice", "choices": choices}
+    return {"kind": "choice" if choices else types[0].__name__, "choices": choices}
 
 
 def stage_of(config: str) -> str:
