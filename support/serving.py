@@ -20,6 +20,7 @@ import torch
 from support.guard import NotFound
 from support.inside import logits_of, token_text, without_heads
 from support.loading import is_adapter, load_model, load_tokenizer, resolve
+from support.machine import SMALL
 from support.memory import free_bytes, free_cached_memory
 from support.metrics import majority
 from support.results import run_of
@@ -58,12 +59,11 @@ class Turns:
 # -----------------------------------------------------------------------------
 # Models
 
-SMALL = 20_000_000  # parameters; below this a second core slows decoding
 CORES = torch.get_num_threads()
 
 
 def use_cores(model: TextModel) -> None:
-    """Sets the number of this thread's (and of later threads') cores to what suits the model."""
+    """Sets the number of this thread's (and of later threads') cores; a second slows down a small model."""
     if model.device.type == "cpu":
         torch.set_num_threads(1 if model.n_parameters < SMALL else CORES)
 
