@@ -135,10 +135,7 @@ def copied_digits(model: TextModel, texts: list[str], copies: list[str]) -> floa
 
 def foremost(scores: dict[str, list[list[float]]]) -> dict[str, tuple[int, int]]:
     """{score: (layer, head) with the highest value}."""
-    found = {}
-    for name, values in scores.items():
-        found[name] = divmod(int(np.argmax(values)), len(values[0]))
-    return found
+    return {name: divmod(int(np.argmax(values)), len(values[0])) for name, values in scores.items()}
 
 
 def chosen_heads(scores: dict, layer: int, head: int) -> list[tuple[str, int, int]]:
@@ -176,9 +173,8 @@ def show_attention(model: TextModel, folder: Path, seed: int, text: str, layer: 
     without a text for decoders also the copy accuracy.
     """
     length = min(32, model.context_length // 2)
-    scores = {}
-    for name, values in head_scores(model.model, seed, length=length).items():
-        scores[name] = rounded(values, 4)
+    scores = head_scores(model.model, seed, length=length)
+    scores = {name: rounded(values, 4) for name, values in scores.items()}
     heads = chosen_heads(scores, layer, head)
     texts = [text] if text else EXAMPLE_TEXTS
     maps = [attention_map(model, example, heads) for example in texts]
