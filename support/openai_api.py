@@ -300,6 +300,7 @@ class Job:
                 while not done.done():
                     await asyncio.wait([done], timeout=0.01)
                     yield
+                yield  # it may have ended while the reader was busy
                 await done  # raises what it raised
             finally:
                 self.gone.set()

@@ -1,5 +1,6 @@
 """serve.py through its public addresses: what clients get, who is refused, and runs of the same bits."""
 
+import asyncio
 import contextlib
 import json
 import random
@@ -8,7 +9,9 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,6 +384,27 @@ def test_the_33rd_stream_is_refused_until_another_ends(client, lab_url):
             next(lines[-1])
         assert ask(client, stream=True).status_code == 429 and ask(client).status_code == 429
     wait_until(lambda: ask(client).status_code == 200)
+
+
+def test_what_is_computed_while_a_client_reads_is_seen_too():
+    from support.openai_api import Job
+
+    begun, rows, found = threading.Event(), [], []
+    threads = ThreadPoolExecutor(1)
+    lab = SimpleNamespace(stream=contextlib.nullcontext, threads=threads)
+    job = SimpleNamespace(
+        lab=lab, gone=threading.Event(), compute=lambda: begun.wait() and rows.append("last")
+    )
+
+    async def read() -> None:
+        async for _ in Job.ticks(job):
+            found.append(list(rows))
+            begun.set()
+            threads.shutdown()  # waits for the computation
+            await asyncio.sleep(0.1)
+
+    asyncio.run(read())
+    assert found[0] == [] and found[-1] == ["last"]
 
 
 def resident_mib(process) -> float:
