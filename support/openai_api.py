@@ -195,14 +195,14 @@ class Chat(Question):
         """The conversation as ids, up to where the assistant goes on."""
         if not model.chat:
             raise ValueError(f"{self.model} is not a chat model: use /v1/completions, or a run of sft.py")
-        turns = self.messages
-        if self.continue_final_message != (turns[-1]["role"] == "assistant"):
+        *before, last = self.messages
+        if self.continue_final_message != (last["role"] == "assistant"):
             raise ValueError(
                 "set continue_final_message if, and only if, the last message is the assistant's"
             )
-        if not self.continue_final_message:
-            return [model.conversation(turns)[0]]
-        return [model.conversation(turns[:-1])[0] + model.encode(turns[-1]["content"])]
+        if self.continue_final_message:
+            return [model.conversation(before)[0] + model.encode(last["content"])]
+        return [model.conversation(self.messages)[0]]
 
     def begin(self, *_) -> tuple[str, list[dict]]:
         return "", []
