@@ -223,7 +223,7 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
     """Tokens a second of ours and of transformers' generate, same weights, shape of the first config; if none
     is named, on a CPU also in the shape of SmolLM2-135M.
     """
-    rows, new = (64, 256) if device.type == "cuda" else (16, 128)
+    rows, most = (64, 256) if device.type == "cuda" else (16, 128)
     shapes = {"": first_shape(cfg, device)}
     if device.type == "cpu" and not cfg.configs:
         shapes["SmolLM2-135M, "] = smol_or_named(cfg, device)
@@ -232,7 +232,7 @@ def decoding(cfg: HardwareConfig, device: torch.device) -> list[dict]:
         if architecture(c) != "llama":
             print("decoding: the first of --configs is no Llama, which is what is compared here")
             continue
-        new = min(new, c.context_length - 32)
+        new = min(most, c.context_length - 32)
         rates = others.decoding_rates(c, device, rows, new, cfg.compile, cfg.rounds // 2 + 1)
         for task, who in rates.items():
             found.append({"task": name + task, "new_tokens": new, "tokens_per_second": who})

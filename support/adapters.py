@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.files import write_folder_atomically
+from support.files import write_folder_atomically, write_json
 from support.hub_models import set_token_ids
 from support.loading import KINDS, import_peft, load_tokenizer, origin, resolve, with_adapter
 from support.machine import pick_dtype
-from support.model_card import write_run
+from support.model_card import write_model_card
 from support.runs import TrainError, read_json_if_there
 
 LORA_TARGETS = {  # all linear layers of the blocks; other architectures leave the search to PEFT
@@ -168,6 +168,7 @@ def merge(folder: Path) -> None:
     def write(target: Path) -> None:
         model.save_pretrained(target)
         load_tokenizer(str(folder), ours=False).inner.save_pretrained(target)
-        write_run(target, origin(str(folder)) | about)
+        write_json(target / "run.json", origin(str(folder)) | about)
 
     write_folder_atomically(folder / "merged", write)
+    write_model_card(folder / "merged")

@@ -235,10 +235,11 @@ def activation_bytes(s: Shape, rows: int, length: int, size: int, on_cpu: bool =
     kv = c.n_kv_heads * c.head_dim
     pairs = rows * length**2  # of a query and a key
     streams = 4 if s.ours or s.kind == "seq2seq" else 6
+    gated = c.ffn in ("swiglu", "moe")
     wide = 4  # of width d_ff: gate, up, silu(gate), product; in transformers a GELU that is computed in steps
-    if s.ours and c.ffn not in ("swiglu", "moe"):
+    if s.ours and not gated:
         wide = 2  # up, gelu(up)
-    elif not s.ours and c.ffn == "swiglu" and s.kind != "seq2seq":
+    elif not s.ours and gated and s.kind != "seq2seq":
         wide = 3  # Llama
     ffn = streams * c.d_model + wide * c.d_ff * experts_per_token(c)  # elements of one token
     attention = (streams - 1) * c.d_model + 3 * q + 2 * kv

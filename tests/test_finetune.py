@@ -363,6 +363,7 @@ def test_qlora_trains_in_four_bits_and_comes_back(settings, built, tmp_path):
     assert layer.weight.dtype == torch.uint8 and layer.weight.numel() * 2 == 64 * layer.out_features
     examples = load_task("dialogue", "validation")[0][:3]
     assert len(answer_task(load_model(str(tmp_path / "run/merged"), CPU), "dialogue", examples)[0]) == 3
+    assert "\n# merged\n" in (tmp_path / "run/merged/README.md").read_text()
 
 
 # -----------------------------------------------------------------------------
