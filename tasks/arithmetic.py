@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator
 
 from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
-from tasks.stories import BOYS, GIRLS
+from tasks.stories import BOYS, GIRLS, words_of_plots
 
 ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
 beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
 crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
 ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
-THINGS = [*GIRLS, *BOYS, *(word for pair in ITEMS for word in pair)]
+THINGS = [word for pair in ITEMS for word in pair]
 STEPS = {  # sentence of the question, sentence of the solution, what is done with {k}, its largest value
     "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.",
               "", "", 24),
@@ -153,7 +153,9 @@ def numbers_text(split: str) -> Iterator[str]:
     (Olsson et al., 2022). A model learns them all at once or not at all. Short lists of random things, four
     times each, bring that about within 2M tokens; then repeated parts of problems are copied as well, and
     names in stories. Without lists none of our bases could copy, and SFT, which had to teach it, failed with
-    one in four (report/alignment.md). Half of the equations have the annotated form that solutions use.
+    one in four. A word that is in no list looks to the model like all others of its kind: stories changed
+    their grown-ups and their things (report/alignment.md). Half of the equations have the annotated form
+    that solutions use.
     """
     rng = random.Random(f"numbers {split} {SEED}")
     for problem in arithmetic(split):
@@ -172,12 +174,9 @@ def told_again(rng: random.Random, question: str, share: float = 1.0) -> str:
 
 
 def things(rng: random.Random) -> str:
-    """A list of eight random things, a quarter of them numbers."""
-    words = []
-    for _ in range(8):
-        is_thing = rng.random() < 0.75
-        words.append(pick(rng, THINGS) if is_thing else str(number(rng, 1, LIMIT)))
-    return " ".join(words)
+    """A list of eight random things: of problems (40 %), children (15 %), of stories (20 %) and numbers."""
+    kinds = [THINGS] * 8 + [GIRLS + BOYS] * 3 + [words_of_plots()] * 4 + [range(1, LIMIT + 1)] * 5
+    return " ".join(str(pick(rng, pick(rng, kinds))) for _ in range(8))
 
 
 def equation(rng: random.Random, annotated: bool = False) -> str:

@@ -180,13 +180,27 @@ def _draws() -> list[tuple]:
     return found
 
 
+def _names_it(slot: str, value: str) -> bool:
+    """Whether a value that a plot draws names one thing, and stands in the story as it is."""
+    return slot in ALONE or (" " in value and slot != "place" and not {*"{("} & {*value})
+
+
+@cache
+def words_of_plots() -> list[str]:
+    """What a story has to keep to: its grown-up, and the things that its plot draws, if short."""
+    found = set()
+    for slots, rows in _draws():
+        for slot, *column in zip(slots, *rows, strict=False):
+            found.update(value for value in column if _names_it(slot, value) and value.count(" ") < 2)
+    return [*ELDERS, *ELDERS, *sorted(found)]
+
+
 def _is_mixed(text: str, slots: tuple, rows: list) -> bool:
     """Whether a text has values from several rows of a draw, which belong together row by row."""
     told_of = []  # for each value in the text, the rows that have it
     for slot, column in zip(slots, zip(*rows, strict=True), strict=False):
         for value in set(column):
-            names_it = slot in ALONE or (" " in value and slot != "place" and not {*"{("} & {*value})
-            if names_it and value in text:
+            if _names_it(slot, value) and value in text:
                 told_of.append({i for i, other in enumerate(column) if other == value})
     return bool(told_of) and not set.intersection(*told_of)
 

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 import data
 from support import metrics
 from support.tables import read_rows
-from tasks.arithmetic import arithmetic
+from tasks.arithmetic import THINGS, arithmetic
 from tasks.calculator import CalculatorError, calculate, calculator_answer, decimal_text, extract_number
 from tasks.grammar import SPLITS, split_of
 from tasks.mistakes import kinds_of
 from tasks.sentiment import BAD, GOOD
-from tasks.stories import PLOTS, _plots, faults, story, storyworld
+from tasks.stories import ELDERS, PEOPLE, PLOTS, _plots, faults, story, storyworld, words_of_plots
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
@@ -185,6 +185,7 @@ def test_no_problem_and_no_calculation_is_in_two_splits(problems):
 
 def test_numbers_are_problems_told_and_not_solved_and_true_equations():
     docs = list(islice(data.documents("numbers", "train"), 400))
+    known = "|".join([*THINGS, *PEOPLE, *words_of_plots(), r"\d+"])
     for told, equations, *lists in zip(*(docs[i::4] for i in range(4)), strict=True):
         question, _, repeated = told.partition("\n")
         assert question.endswith("?") and "#" not in told and "=" not in told
@@ -194,7 +195,8 @@ def test_numbers_are_problems_told_and_not_solved_and_true_equations():
             assert calculate(expression) == int(value)
         for text in lists:
             first, *rest = text.split("\n")
-            assert rest == [first] * 3 and len(first.split()) == 8
+            assert rest == [first] * 3 and re.fullmatch(rf"(({known})( |$)){{8}}", first)
+    assert all(elder in "".join(docs[2::4]) for elder in ELDERS)
 
 
 # -----------------------------------------------------------------------------
