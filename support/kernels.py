@@ -5,12 +5,13 @@ Each gives the results of the plain one (tests/test_kernels.py), and each figure
 worth. model.py works without this file.
 """
 
+from support.terminal import is_amd
+
 import contextlib
 import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -323,14 +324,6 @@ def fastest_products(device: torch.device) -> str:
 def mkl_is_slow() -> bool:
     """On AMD's processors with AVX-512; but where there is AMX, oneDNN's "medium" would round to bfloat16."""
     return is_amd() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not has_amx()
-
-
-@functools.cache
-def is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def has_amx() -> bool:

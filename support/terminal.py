@@ -10,6 +10,7 @@ The import comes first because it has an effect (only if Python was started with
 from then on Ctrl-C ends the program with status 130 and no traceback, also while torch is imported.
 """
 
+import functools
 import io
 import os
 import signal
@@ -150,16 +151,26 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@functools.cache
+def is_amd() -> bool:
+    """Whether this is a Linux machine with a processor of AMD."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def leave_cores_to_others() -> None:
     """Makes torch's threads give up their cores sooner. It must be set before torch is loaded.
 
     A thread that waits for work keeps its core busy for 300,000 rounds of a loop. Beside another program it
     may so hold up the very thread that it waits for: a step of configs/cpu.py, 0.14 s alone, took 1.3 s
-    beside one busy process with 20,000 rounds and takes 0.32 s with 2,000. Fewer make it slower alone (two
-    cores of a Zen 4; report/speed.md).
+    beside one busy process with 20,000 rounds and takes 0.32 s with 2,000 (two cores of a Zen 4). With too
+    few the thread sleeps between two operations, and waking it costs more: on a Xeon 2,000 rounds make the
+    step a quarter slower than 4,000 do (report/speed.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000" if is_amd() else "4000")
 
 
 def keep_fewer_kernels() -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,7 +315,7 @@ def test_one_query_and_one_row_equal_torchs_compiled_or_not(wrap):
     ("GenuineIntel", "AVX512", False, False), ("AuthenticAMD", "AVX512", True, False),
 ])  # fmt: skip
 def test_mkl_is_slow_on_amd_and_onednn_exact_without_amx(monkeypatch, vendor, capability, amx, slow):
-    monkeypatch.setattr(kernels.Path, "read_text", lambda self: f"vendor_id : {vendor}")
+    monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id : {vendor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(kernels, "is_amd", kernels.is_amd.__wrapped__)
