@@ -41,7 +41,7 @@ main() {
     fi
     set_up
     if [ "$profile" = experiments ]; then
-        python experiments.py --out="$OUT" "$@"
+        python -m lab.experiments --out="$OUT" "$@"
         python report.py --home="$OUT"
         return
     fi

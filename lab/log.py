@@ -78,7 +78,7 @@ def task_advice(measured: list[Measurement]) -> list[Block]:
     return blocks
 
 
-COLUMNS = {  # verdict of experiments.py: what to do
+COLUMNS = {  # verdict of lab/experiments.py: what to do
     "better": "better: use it",
     "worse": "worse: leave it out",
     "no difference found": "no difference found: speed or memory decide",
@@ -130,7 +130,7 @@ ENTRY = """
 **Observations**: {observations}
 **Next steps**: {next}
 """
-NEXT = {  # by the verdict of experiments.py
+NEXT = {  # by the verdict of lab/experiments.py
     "better": "Adopt it, if its speed and memory allow.",
     "worse": "Leave it out.",
     "no difference found": "Decide by speed and memory; no difference was found.",

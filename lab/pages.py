@@ -1,4 +1,4 @@
-"""The lab's sections of the report: what heads look at, texts beyond the context, what experiments.py and
+"""The lab's sections of the report: what heads look at, texts beyond the context, what lab/experiments.py and
 lab/hardware.py measured. The templates of tables and sentences name the keys of their JSON files.
 """
 

@@ -379,10 +379,10 @@ class Plan:
         return replace(stage, samples=samples, reads=reads)
 
     def eval(self, cfg: EvalConfig) -> Stage:
-        c = None
+        names = [] if cfg.attention else cfg.models.split(",")
+        sizes = [(count_parameters(self.model(name))["total"], name) for name in names]
         samples = reads = 0.0
-        for name in [] if cfg.attention else cfg.models.split(","):
-            c = self.model(name)
+        for name in names:
             samples += min(cfg.battery, 1000) * 8
             for task in cfg.tasks.split(","):
                 if task not in TASKS:
@@ -392,7 +392,8 @@ class Plan:
                     sampled, read = self.eval_task(cfg, name, task, int(shots))
                     samples += sampled
                     reads += read
-        return Stage(model=c, samples=samples, reads=reads)
+        largest = self.model(max(sizes)[1]) if sizes else None
+        return Stage(model=largest, samples=samples, reads=reads)
 
     def eval_task(self, cfg: EvalConfig, name: str, task: str, shots: int) -> tuple[float, float]:
         """Tokens that one model samples and reads in one task with `shots` worked examples in the prompt."""

@@ -347,7 +347,7 @@ class Records:
 
 
 def read_lab(file: Path) -> list[dict]:
-    """What experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
+    """What lab/experiments.py found, with its "folder"; each experiment that was run gets its "name"."""
     found = read_json_or_empty(file)
     about = {"folder": file.parent, "quick": bool(found.get("quick"))}
     experiments = {}

@@ -133,8 +133,8 @@ class Output(io.TextIOWrapper):
 def end_with_parent() -> None:
     """Ends this process when its parent ends, even by kill -9, if $END_WITH_PARENT is set.
 
-    $END_WITH_PARENT is the parent's process id. experiments.py and run_all.sh set it: otherwise a training
-    run would go on without them and keep its folder locked.
+    $END_WITH_PARENT is the parent's process id. lab/experiments.py and run_all.sh set it: otherwise a
+    training run would go on without them and keep its folder locked.
     """
     wanted = os.environ.pop("END_WITH_PARENT", "")  # not passed on to our own children
     if not wanted:

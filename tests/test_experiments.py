@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-import experiments as script
 from configs import ConfigError
 from data import documents
-from experiments import FAMILIES, FOLDER, ExperimentConfig, compared, plan, settings_of
+from lab import experiments as script
 from lab import families, study
+from lab.experiments import FAMILIES, FOLDER, ExperimentConfig, compared, plan, settings_of
 from lab.families import experts_by_class, token_class
 from lab.pages import lab
 from lab.scaling import best_use, fit_law, fit_sizes, isoflop, loss_of
@@ -40,7 +40,7 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer, tokens_folder, train_bpe
 from train import model_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(script.__file__).parent
+ROOT = Path(script.__file__).parents[1]
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(text, tmp_path):
     cfg = ExperimentConfig(only="qk_norm", corpus=text, out=str(tmp_path), seeds=1)
     words = ["--only=qk_norm", f"--corpus={text}", f"--out={tmp_path}", "--seeds=1", "--jobs=2"]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even if we run in the background
-    command = [sys.executable, "experiments.py", *words]
+    command = [sys.executable, "-m", "lab.experiments", *words]
     lab = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=heed)
     try:
         deadline, metrics = time.monotonic() + 120, cfg.home / "baseline-s1/metrics.jsonl"
@@ -329,7 +329,7 @@ def test_a_begun_run_goes_on_and_starts_anew_if_it_cannot(status, record, tmp_pa
 
 
 def test_failed_runs_are_named_and_give_a_status(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["experiments.py"])
+    monkeypatch.setattr(sys, "argv", ["lab.experiments"])
     monkeypatch.setattr(script, "experiment", lambda cfg: {"failed": {"out/a-s1": "why"}})
     with pytest.raises(SystemExit, match="out/a-s1: why"):
         script.main()

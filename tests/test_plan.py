@@ -113,6 +113,10 @@ def test_seconds_here_are_tokens_times_measured_rates_and_are_kept_for_the_repor
     assert float(lines[-2].split()[1]) == pytest.approx(sum(r.seconds for r in rows) / 60, abs=0.06)
     answers = estimate([("eval", "eval.py gpt2 --tasks=gsm8k".split())], PlanConfig(vram=12))[0]
     assert 6 * 124.4e6 / GIB < answers.gib < 1  # GPT-2's weights, in float32 and bfloat16, and one answer
+    both = estimate(
+        [("eval", "eval.py TinyLlama/TinyLlama_v1.1 gpt2 --tasks=gsm8k".split())], PlanConfig(vram=12)
+    )
+    assert both[0].gib > 6 * 1.1e9 / GIB, "the largest model decides, not the last"
     script.keep(rows, str(tmp_path))
     assert (tmp_path / "plan.tsv").read_text().startswith("pretrain\t55.2\t")
 

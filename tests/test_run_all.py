@@ -178,7 +178,10 @@ def test_words_reach_the_lab_or_are_refused(new):
     new.run("experiments", "--quick")
     new.run("hardware", "--only=data")
     new.run("cpu", "tokenizer")
-    assert new.lines()[:2] == ["experiments.py --out=out --quick", "-m lab.hardware --out=out --only=data"]
+    assert new.lines()[:2] == [
+        "-m lab.experiments --out=out --quick",
+        "-m lab.hardware --out=out --only=data",
+    ]
     new.run("gpu", status=2)
     assert "finetune, sft, dpo, verifier, eval" in new.run("cpu", "pretrian", status=2).stderr
     shown = new.run("--help").stdout

@@ -1,6 +1,6 @@
 """The lab's baseline: a Llama of 0.9M parameters that reads 0.4M tokens of stories in about a minute.
 
-Each file beside it names its hypothesis and states what it changes, nothing else; `python experiments.py`
+Each file beside it names its hypothesis and states what it changes, nothing else; `python -m lab.experiments`
 runs them.
 """
 

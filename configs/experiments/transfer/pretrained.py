@@ -1,4 +1,4 @@
-"""The base of the family `transfer`: it reads stories and numbers (--corpus is given by experiments.py)."""
+"""The base of the family `transfer`: it reads stories and numbers (lab/experiments.py gives --corpus)."""
 
 baseline = "configs/cpu.py"
 

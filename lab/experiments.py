@@ -1,9 +1,9 @@
 """The lab: what does each part of a modern decoder buy? Configs with a hypothesis, over seeds, compared.
 
-    python experiments.py                              # everything, three seeds
-    python experiments.py --quick                      # every family once, short: no findings
-    python experiments.py --only=norm_layer,kv_heads_1 # some of them, against the baseline
-    python experiments.py --corpus=wikitext2           # on other text
+    python -m lab.experiments                              # everything, three seeds
+    python -m lab.experiments --quick                      # every family once, short: no findings
+    python -m lab.experiments --only=norm_layer,kv_heads_1 # some of them, against the baseline
+    python -m lab.experiments --corpus=wikitext2           # on other text
     python train.py configs/experiments/kv_heads_1.py --seed=2 --name=mine    # one of them, by hand
 
 An experiment is a file in configs/experiments/: a baseline, a hypothesis, and the lines that differ. Each is
