@@ -469,7 +469,7 @@ def evaluate_model(model: TextModel, cfg: EvalConfig, device: torch.device) -> l
         taught = model.chat or run.get("settings", {}).get("task")
         if cfg.solutions or (sampled and taught):
             paths = filter(None, cfg.verifier.split(","))
-            verifiers = [Verifier.load(path, cfg.device, model) for path in paths]
+            verifiers = [Verifier.load(path, cfg.device) for path in paths]
             if cfg.solutions:
                 keep(evaluate_solutions, task, cfg, verifiers)
             else:

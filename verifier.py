@@ -6,7 +6,7 @@
 
 From Python, `Verifier.load("out/verifier").score(problem, answer)`.
 
-The generator is the chat model whose answers are scored. There are two kinds of verifier:
+A verifier belongs to a chat model, its generator. It scores the answers of any model. There are two kinds:
 
 channel     A language model of the other direction: it reads an answer and predicts the problem (the tokens
             keep their order). By Bayes, p(answer | problem) is proportional to p(answer) p(problem | answer).
@@ -60,6 +60,7 @@ from support.loading import is_smoke, load_model, read_run
 from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.model_card import write_run
+from support.results import parent_of
 from support.runs import AlreadyFinished, TrainError, run_folder, run_stage, weights_hash
 from support.samples import Samples, draw, labelled
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
@@ -113,25 +114,16 @@ class Verifier:
     keep: bool = True  # log-probabilities of many answers stay on the disk
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: str = "auto", generator: TextModel | None = None, keep: bool = True
-    ) -> "Verifier":
-        """From a run folder, for the generator it was trained for or another one with the same tokenizer.
-
-        Raises TrainError if that does not fit; without `generator` also if its own has been trained anew.
-        """
+    def load(cls, folder: str | Path, device: str = "auto", keep: bool = True) -> "Verifier":
+        """From a run folder, with its generator. Raises TrainError if that has been trained anew."""
         run = read_run(str(folder))
         fitted = run.get("combine", {}).keys()
         if "verification" not in run or not {"lambda", "logistic", "sharpness"} <= fitted:
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
-        if generator is None:
-            generator = load_model(run["parent"], pick_device(device))
-            if run["parent_hash"] != weights_hash(run["parent"]):
-                raise TrainError(
-                    f"{folder} judges another model than {run['parent']} now holds: train it anew"
-                )
-        if run["data"]["tokenizer"] != generator.tokenizer.hash:
-            raise TrainError(f"{folder} was trained with another tokenizer than {generator.name} has")
+        parent = generator_of(folder)
+        if run["parent_hash"] != weights_hash(parent):
+            raise TrainError(f"{folder} judges beside another model than {parent} now holds: train it anew")
+        generator = load_model(parent, pick_device(device))
         model = load_trained(run["verifier"], folder, device)
         return cls(run["verifier"], generator, model, run["settings"]["task"], run["combine"], keep)
 
@@ -198,6 +190,12 @@ class Verifier:
         if weights:
             keep_if_possible(write_atomically, file, found.tofile)
         return found
+
+
+def generator_of(folder: str | Path) -> str:
+    """Where a verifier's generator is, also if both have been moved."""
+    run = read_run(str(folder))
+    return str(parent_of(run, Path(folder).parent) or run["parent"])
 
 
 def load_trained(kind: str, folder: str | Path, device: str) -> "TextModel | ValueHead":

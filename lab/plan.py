@@ -52,7 +52,7 @@ from support.text_model import on_all_cores
 from support.timing import medians, seconds_of
 from tokenizer import TokenizerStageConfig
 from train import TrainConfig
-from verifier import VerifierConfig
+from verifier import VerifierConfig, generator_of
 
 
 class Size(NamedTuple):
@@ -194,6 +194,7 @@ class Plan:
         self.models = dict(ON_HUB)
         self.bases = set(ON_HUB)  # models that were taught no task: they do not end their answers
         self.ranks: dict[str, int] = {}  # of the adapters that earlier commands make
+        self.generators: dict[str, str] = {}  # of the verifiers that earlier commands make
         self.kept: set[tuple] = set()  # sampled answers, and judgements of them, that a later stage finds
 
     def count(self, words: list[str]) -> Stage:
@@ -238,9 +239,10 @@ class Plan:
         return self.once(answers * SIZES[task].answer, model, task, split, answers)
 
     def judge(self, verifier: str, model: str, task: str, split: str, answers: float) -> float:
-        """Tokens of the sampled answers that differ, read once by the generator and once by this verifier."""
+        """Tokens of the sampled answers that differ, read once by this verifier and once by its generator."""
         tokens = 0.6 * answers * SIZES[task].tokens
-        readers = model, verifier
+        generator = self.generators.get(verifier) or generator_of(verifier)
+        readers = generator, verifier
         return sum(self.once(tokens, "read", reader, model, task, split, answers) for reader in readers)
 
     def tokenizer(self, cfg: TokenizerStageConfig) -> Stage:
@@ -372,6 +374,7 @@ class Plan:
             stage = self.adapt(cfg, cfg.start, rows, rows * size.tokens, length, overhead=RIVALS)
         samples = self.draw(cfg.answers_of or cfg.model, task, "train", answers)
         reads = 0.0
+        self.generators[f"{cfg.out}/{cfg.name}"] = cfg.model
         for split, problems in (("validation", cfg.validation_problems), ("test", cfg.test_problems)):
             answers = (problems or getattr(size, split)) * cfg.held_n
             samples += self.draw(cfg.model, task, split, answers)

@@ -255,7 +255,7 @@ class Job:
         self.question = question.model_copy(update={"max_tokens": new})
         self.verifier = None
         if question.verifier:
-            self.verifier = lab.pool.verifier(question.verifier, model)
+            self.verifier = lab.pool.verifier(question.verifier)
             self.problem = question.problem()
         self.rows: list[Row] = []
         self.gone = threading.Event()  # the client is

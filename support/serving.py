@@ -28,7 +28,7 @@ from support.runs import TrainError, checkpoints
 from support.text_model import TextModel
 from support.watching import named_runs
 from tasks.calculator import extract_number
-from verifier import Verifier
+from verifier import Verifier, generator_of
 
 
 class Turns:
@@ -117,16 +117,16 @@ class Pool:
 
         return self.cached(name, load, folder)
 
-    def verifier(self, name: str, generator: TextModel) -> Verifier:
+    def verifier(self, name: str) -> Verifier:
         folder = named_runs(self.home).get(name)
         if folder is None or "verifier" not in run_of(folder):
             raise NotFound(f"there is no verifier {name!r}: verifier.py trains one")
 
         def load() -> tuple:
-            found = Verifier.load(folder, str(self.device), generator, keep=False)
-            return found, found.model.model
+            found = Verifier.load(folder, str(self.device), keep=False)
+            return found, torch.nn.ModuleList([found.model.model, found.generator.model])
 
-        return self.cached(name, load, folder, generator.name)
+        return self.cached(name, load, folder, generator_of(folder))
 
     def cached(self, name: str, load: Callable[[], tuple], *folders: str | Path):
         """load() gives (object, module); called again when the weights in `folders` have changed."""

@@ -106,20 +106,27 @@ def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
     assert scores[0] == pytest.approx(forward + verifier.fitted["lambda"] * backward, abs=1e-4)
 
 
-def test_a_verifier_of_another_tokenizer_or_generator_is_refused(trained, tmp_path):
+def test_a_verifier_whose_generator_was_trained_anew_is_refused(trained, tmp_path):
     folder = shutil.copytree(trained("channel"), tmp_path / "v")
     run = read_json(folder / "run.json")
-    other = run["data"] | {"tokenizer": "x"}
-    for changed, why in (
-        ({"data": other}, "another tokenizer"),
-        ({"parent_hash": "x"}, "another model"),
-        ({"combine": {}}, "no finished verifier"),
-    ):
+    for changed, why in (({"parent_hash": "x"}, "another model"), ({"combine": {}}, "no finished verifier")):
         (folder / "run.json").write_text(json.dumps(run | changed))
         with pytest.raises(TrainError, match=why):
             Verifier.load(folder, "cpu")
     with pytest.raises(TrainError, match="no finished verifier"):
         Verifier.load(run["parent"], "cpu")
+
+
+def test_a_verifier_finds_its_generator_where_both_were_moved(trained, tmp_path):
+    folder = shutil.copytree(trained("channel"), tmp_path / "v")
+    run = read_json(folder / "run.json")
+    shutil.copytree(run["parent"], tmp_path / "moved" / "generator")
+    elsewhere = run | {"parent": "out/generator", "settings": run["settings"] | {"out": "out"}}
+    (folder / "run.json").write_text(json.dumps(elsewhere))
+    moved = shutil.move(folder, tmp_path / "moved" / "v")
+    found = Verifier.load(moved, "cpu")
+    assert found.generator.name == str(tmp_path / "moved" / "generator")
+    assert found.score(PROBLEM, GOOD) == Verifier.load(trained("channel"), "cpu").score(PROBLEM, GOOD)
 
 
 # -----------------------------------------------------------------------------
