@@ -115,15 +115,12 @@ class Verifier:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", keep: bool = True) -> "Verifier":
-        """From a run folder, with its generator. Raises TrainError if that has been trained anew."""
+        """From a run folder, with its generator. Raises TrainError if that is gone or was trained anew."""
         run = read_run(str(folder))
         fitted = run.get("combine", {}).keys()
         if "verification" not in run or not {"lambda", "logistic", "sharpness"} <= fitted:
             raise TrainError(f"{folder} holds no finished verifier of this version: run verifier.py again")
-        parent = generator_of(folder)
-        if run["parent_hash"] != weights_hash(parent):
-            raise TrainError(f"{folder} judges beside another model than {parent} now holds: train it anew")
-        generator = load_model(parent, pick_device(device))
+        generator = load_model(generator_of(folder), pick_device(device))
         model = load_trained(run["verifier"], folder, device)
         return cls(run["verifier"], generator, model, run["settings"]["task"], run["combine"], keep)
 
@@ -193,9 +190,12 @@ class Verifier:
 
 
 def generator_of(folder: str | Path) -> str:
-    """Where a verifier's generator is, also if both have been moved."""
+    """Where a verifier's generator is, also if both were moved. Raises TrainError if it is nowhere."""
     run = read_run(str(folder))
-    return str(parent_of(run, Path(folder).parent) or run["parent"])
+    for place in (run["parent"], parent_of(run, Path(folder).parent)):
+        if place and weights_hash(str(place)) == run["parent_hash"]:
+            return str(place)
+    raise TrainError(f"{folder} needs {run['parent']}, which is gone or was trained anew: train it anew, too")
 
 
 def load_trained(kind: str, folder: str | Path, device: str) -> "TextModel | ValueHead":

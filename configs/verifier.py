@@ -19,7 +19,7 @@ hypothesis = "A channel from answer back to problem orders answers better than a
 
 epochs = 1.25
 batch_size = 16
-optimizer = "normuon"  # with Muon as long best of 16 was a point lower (report/alignment.md)
+optimizer = "normuon"  # Muon had to go twice through the examples to be as good (report/alignment.md)
 momentum = 0.9
 learning_rate = 4e-3
 warmup_steps = 40

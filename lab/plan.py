@@ -52,7 +52,7 @@ from support.text_model import on_all_cores
 from support.timing import medians, seconds_of
 from tokenizer import TokenizerStageConfig
 from train import TrainConfig
-from verifier import VerifierConfig, generator_of
+from verifier import VerifierConfig
 
 
 class Size(NamedTuple):
@@ -241,8 +241,7 @@ class Plan:
     def judge(self, verifier: str, model: str, task: str, split: str, answers: float) -> float:
         """Tokens of the sampled answers that differ, read once by this verifier and once by its generator."""
         tokens = 0.6 * answers * SIZES[task].tokens
-        generator = self.generators.get(verifier) or generator_of(verifier)
-        readers = generator, verifier
+        readers = verifier, self.generators.get(verifier, f"the generator of {verifier}")
         return sum(self.once(tokens, "read", reader, model, task, split, answers) for reader in readers)
 
     def tokenizer(self, cfg: TokenizerStageConfig) -> Stage:

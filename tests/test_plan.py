@@ -58,6 +58,8 @@ def test_answers_that_are_kept_are_drawn_once():
     assert dpo.samples == answer * (5000 * 4 + 300 * 4 + 300) and rft.samples == 0
     assert verifier.samples == answer * 1250 * 16  # what it learns from is DPO's
     assert again.samples == 2 * answer * 1000 and again.reads == 0  # greedy answers; the rest was judged
+    *_, unknown = counted(BASE, SFT, "eval.py out/sft --tasks=arithmetic --samples=16 --verifier=out/later")
+    assert unknown.reads > 0
 
 
 def test_lora_trains_fewer_parameters_and_quantised_weights_take_less():

@@ -109,7 +109,11 @@ def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
 def test_a_verifier_whose_generator_was_trained_anew_is_refused(trained, tmp_path):
     folder = shutil.copytree(trained("channel"), tmp_path / "v")
     run = read_json(folder / "run.json")
-    for changed, why in (({"parent_hash": "x"}, "another model"), ({"combine": {}}, "no finished verifier")):
+    for changed, why in (
+        ({"parent_hash": "x"}, "trained anew"),
+        ({"parent": "out/gone"}, "out/gone, which is gone"),
+        ({"combine": {}}, "no finished verifier"),
+    ):
         (folder / "run.json").write_text(json.dumps(run | changed))
         with pytest.raises(TrainError, match=why):
             Verifier.load(folder, "cpu")
@@ -126,6 +130,10 @@ def test_a_verifier_finds_its_generator_where_both_were_moved(trained, tmp_path)
     moved = shutil.move(folder, tmp_path / "moved" / "v")
     found = Verifier.load(moved, "cpu")
     assert found.generator.name == str(tmp_path / "moved" / "generator")
+    namesake = tmp_path / "moved" / Path(run["parent"]).name  # another model of the recorded one's name
+    shutil.copytree(trained("channel"), namesake)
+    (Path(moved) / "run.json").write_text(json.dumps(run))
+    assert Verifier.load(moved, "cpu").generator.name == run["parent"]
     assert found.score(PROBLEM, GOOD) == Verifier.load(trained("channel"), "cpu").score(PROBLEM, GOOD)
 
 
