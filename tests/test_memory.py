@@ -1,9 +1,6 @@
 """Memory: predicted bytes against the bytes of tensors that are alive, and what happens when it runs out."""
 
-import json
 import math
-import subprocess
-import sys
 import weakref
 from functools import partial
 
@@ -12,19 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from small_models import GPT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
-from configs import ROOT, parse_config
+from configs import parse_config
 from lab.plan import ON_HUB
 from model import KVCache, ModelConfig, ModernDecoderLM, sample
-from support import kernels, memory
+from support import kernels, memory, text_model
 from support.caches import FixedCache
 from support.costs import GIB, generation_bytes, likelihood_bytes, shape_of
+from support.loading import load_model
 from support.memory import DoesNotFit, control_group_bytes, halving, is_out_of_memory, rows_that_fit
 from support.plan import planned_model
-from support.text_model import on_all_cores, target_logits
+from support.text_model import target_logits
 from train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,9 +110,7 @@ def on_meta(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [SPEEDRUN, ON_HUB["gpt2"]], ids=["speedrun", "gpt2"])
-@pytest.mark.parametrize(
-    ("prompt", "new", "n"), [(153, 160, 1), (153, 160, 16), (350, 160, 4), (768, 256, 1)]
-)
+@pytest.mark.parametrize(("prompt", "new", "n"), [(153, 160, 16), (768, 256, 1)])
 @torch.no_grad()
 def test_a_batch_of_generation_is_predicted(on_meta, config, prompt, new, n):
     """The moments of `generate` that need most: a loop that asks for tokens needs numbers."""
@@ -161,17 +158,10 @@ def test_a_batch_of_likelihoods_is_predicted(on_meta, kind):
 # On a CPU: whole loops with real numbers, in narrow models
 
 
-PARTS = {
-    "GPT-2": dict(norm="layer", ffn="gelu", positions="learned", bias=True),
-    "GQA": dict(n_kv_heads=2),
-    "sparse": dict(sparse_stride=16, n_kv_heads=2),
-    "linear": dict(attention_kind="linear"),
-    "sinks": dict(n_sinks=1, n_kv_heads=2),
-}
-
-
-@pytest.mark.parametrize("n", [1, 8])
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("n, parts", [
+    (1, GPT), (8, dict(n_kv_heads=2)), (8, dict(sparse_stride=16, n_kv_heads=2)),
+    (1, dict(attention_kind="linear")), (8, dict(n_sinks=1, n_kv_heads=2)),
+], ids=str)  # fmt: skip
 def test_generation_on_a_cpu_is_predicted(n, parts):
     torch.manual_seed(0)
     c = ModelConfig(vocab_size=256, context_length=256, n_layers=4, d_model=64, n_heads=8, **parts)
@@ -182,11 +172,10 @@ def test_generation_on_a_cpu_is_predicted(n, parts):
     assert live.agrees_with(generation_bytes(shape_of(c), rows, prompt, new, n, **how))
 
 
-SMALL = dict(vocab_size=512, bos_token_id=1, eos_token_id=2)
 THEIRS = [
-    transformers.GPT2Config(n_layer=4, n_embd=64, n_head=4, n_positions=256, **SMALL),
+    transformers.GPT2Config(n_layer=4, n_embd=64, n_head=4, n_positions=256, vocab_size=512),
     transformers.LlamaConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=4,
-                             num_attention_heads=8, num_key_value_heads=2, **SMALL),
+                             num_attention_heads=8, num_key_value_heads=2, vocab_size=512),
     transformers.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4, vocab_size=512,
                           feed_forward_proj="gated-gelu", decoder_start_token_id=0),
 ]  # fmt: skip
@@ -221,22 +210,20 @@ def test_likelihoods_on_a_cpu_are_predicted():
 
 
 def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leave(tmp_path, monkeypatch):
-    own, root = tmp_path / "cgroup", tmp_path / "groups"
+    own, job = tmp_path / "own", tmp_path / "groups/user/job"
+    job.mkdir(parents=True)
     own.write_text("0::/user/job\n")
-    (root / "user/job").mkdir(parents=True)
-    for name, text in (("max", "max"), ("current", "100"), ("stat", "inactive_file 10")):
-        (root / f"user/job/memory.{name}").write_text(text)
-    assert control_group_bytes(root, own) == math.inf
-    for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 5\ninactive_file 50")):
-        (root / f"user/memory.{name}").write_text(text)
-    assert control_group_bytes(root, own) == 350  # the group around the process' own is the tighter one
-    assert control_group_bytes(tmp_path, tmp_path / "not there") == math.inf
-    assert memory.available_bytes() > 2**20
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    for limit, free in ((800, 800), (math.inf, 1000)):
-        monkeypatch.setattr(memory, "control_group_bytes", lambda limit=limit: limit)
-        assert memory.free_bytes(torch.device("cpu")) == free
-        assert memory.room(torch.device("cpu"), processes=4) == free * 0.6 / 4
+    for group, most, used, stat in (
+        (job, "max", "100", "inactive_file 10"), (job.parent, "1000", "700", "anon 5\ninactive_file 50"),
+    ):  # fmt: skip
+        for name, text in (("max", most), ("current", used), ("stat", stat)):
+            (group / f"memory.{name}").write_text(text)
+    assert control_group_bytes(tmp_path / "groups", own) == 350  # the group around the own one is tighter
+    assert control_group_bytes(tmp_path / "nowhere", own) == math.inf
+    for limit in (800, math.inf):
+        monkeypatch.setattr(memory, "control_group_bytes", partial(float, limit))
+        monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+        assert memory.room(torch.device("cpu"), processes=4) == min(limit, 1000) * 0.6 / 4
 
 
 @pytest.mark.parametrize(("fraction", "free"), [(1.0, 600 + 200), (0.5, 200 + 200)])
@@ -254,109 +241,64 @@ def test_what_torch_keeps_but_does_not_use_is_free_within_the_limit_of_the_proce
 
 
 def test_rows_are_halved_until_they_fit_and_are_at_least_one():
-    found = [
-        rows_that_fit(lambda rows: 10 * rows + 5, most, room) for most in (256, 0) for room in (10**6, 700, 0)
-    ]
-    assert found == [256, 64, 1, 1, 1, 1]
+    for most, room, rows in ((256, 10**6, 256), (256, 700, 64), (256, 0, 1), (0, 700, 1)):
+        assert rows_that_fit(lambda rows: 10 * rows + 5, most, room) == rows
 
 
-ERRORS = {
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"): True,
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"): True,
-    OSError(12, "Cannot allocate memory"): True,
-    MemoryError(): True,
-    RuntimeError("mat1 and mat2 shapes cannot be multiplied"): False,
-    FileNotFoundError(2, "No such file or directory"): False,
-}
-
-
-@pytest.mark.parametrize(("error", "expected"), ERRORS.items(), ids=str)
-def test_running_out_of_memory_is_recognised_and_nothing_else(error, expected):
-    assert is_out_of_memory(error) == expected
+def test_running_out_of_memory_is_recognised_and_nothing_else():
+    errors = [OSError(12, "Cannot allocate memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
     for allocate in (torch.empty, np.empty, bytearray):
         with pytest.raises((RuntimeError, MemoryError)) as info:
             allocate(2**55)
-        assert is_out_of_memory(info.value)
-
-
-def raised(error: Exception):
-    raise error
+        errors.append(info.value)
+    assert all(map(is_out_of_memory, errors))
+    others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), FileNotFoundError(2, "No such file")]
+    assert not any(map(is_out_of_memory, others))
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_goes_on():
     sizes = []
 
-    def double(items: list[int]) -> list[int]:
+    def double(items: list[int], room: int = 3, error: type[Exception] = MemoryError) -> list[int]:
         sizes.append(len(items))
-        if len(items) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(items) > room:
+            raise error("something")
         return [2 * item for item in items]
 
     assert halving(double, list(range(11))) == list(range(0, 22, 2))
     assert sizes == [11, 6, 3, 3, 3, 2]
     assert halving(double, list(range(4)), most=2) == [0, 2, 4, 6] and halving(double, []) == []
-    with pytest.raises(RuntimeError, match="something else"):
-        halving(lambda items: raised(RuntimeError("something else")), [1, 2])
+    with pytest.raises(RuntimeError, match="something"):
+        halving(partial(double, error=RuntimeError), [1] * 4)
     with pytest.raises(DoesNotFit, match="use a smaller model"):
-        halving(lambda items: raised(MemoryError()), [1, 2])
+        halving(partial(double, room=0), [1, 2])
 
 
-EXHAUSTED = """
-import json, resource
-import torch
-from support.text_model import TextModel
-from model import ModelConfig, ModernDecoderLM
-from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+def test_fewer_rows_where_memory_is_scarce_or_runs_out_give_the_same(tiny, monkeypatch):
+    model = load_model(tiny["base"], torch.device("cpu"))
+    prompts = [[i + 1] * 20 for i in range(64)]
+    most, seen = 64, []
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-tokenizer = Tokenizer(*train_bpe(["one two three four"], 300, SPECIAL_TOKENS, workers=1), SPECIAL_TOKENS)
-wide = ModelConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=8, head_dim=128, context_length=128)
-model = TextModel(ModernDecoderLM(wide).eval(), tokenizer, "causal")
-prompts = [[i % 200 + 1] * 20 for i in range(256)]
-generate, rows = ModernDecoderLM.generate, []
+    def embed(self, ids, do=torch.nn.Embedding.forward):
+        seen.append(len(ids))
+        if len(ids) > most:
+            raise MemoryError
+        return do(self, ids)
 
-def watched(self, some, *args, **how):
-    rows.append(len(some) * how["n"])
-    return generate(self, some, *args, **how)
+    def results() -> tuple:
+        seen.clear()
+        texts = model.generate(prompts, 4, "", temperature=1.0, seed=1)
+        samples = model.generate(prompts[:1], 4, "", n=64, temperature=1.0, seed=1)
+        read = model.log_likelihoods([(prompt, [5] * 20) for prompt in prompts])
+        return texts, samples, read.round(3).tolist()
 
-def results():
-    rows.clear()
-    texts = model.generate(prompts, 4, "", temperature=1.0, seed=1)
-    samples = model.generate(prompts[:1], 20, "", n=512, temperature=1.0, seed=1)
-    read = model.log_likelihoods([(p, [5] * 20) for p in prompts[:64]])
-    return texts, samples, [round(x, 3) for x in read], list(rows)
-
-ModernDecoderLM.generate = watched
-found = [results()]
-pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 60 * 2**20, -1))
-print(json.dumps([*found, results()]))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
-def test_generation_goes_on_with_fewer_rows_when_the_memory_of_the_process_runs_out():
-    words = [sys.executable, "-c", EXHAUSTED]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (*plenty, rows), (*little, fewer) = json.loads(done.stdout)
-    assert plenty == little, "the same texts, samples and likelihoods"
-    assert rows == [256] * 3 and fewer.count(256) >= 2
-    assert fewer[-1] < 256, "samples of one prompt are divided, too"
-
-
-def exhausting(items: list[int]) -> list[int]:
-    """Needs a petabyte for more than two items."""
-    torch.empty(2**50 if len(items) > 2 else 1)
-    return [10 * item for item in items]
-
-
-def test_worker_processes_halve_their_own_batches(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    batches = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [10]]
-    results = list(on_all_cores(partial(halving, exhausting), batches, torch.device("cpu")))
-    assert results == [[10 * item for item in batch] for batch in batches]
+    monkeypatch.setattr(torch.nn.Embedding, "forward", embed)
+    plenty = results()
+    assert max(seen) == 64
+    most = 10
+    assert results() == plenty
+    monkeypatch.setattr(text_model, "room", lambda *_: 0)
+    assert results() == plenty and max(seen) == 1
 
 
 def test_freed_memory_is_given_back_only_where_it_is_scarce(monkeypatch):
