@@ -13,13 +13,13 @@ audit hooks see them. Each run is a fork of this process, which has already impo
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +57,6 @@ def main() -> None:
     )
     parser.add_argument("--stage", default="train", choices=[*STAGES, "all"])
     parser.add_argument("--every", type=int, default=1, help="of the points, every so many")
-    parser.add_argument("--last", type=int, default=0, help="only the last so many points; 0: all")
     parser.add_argument("--only", default="", help="points, joined by commas")
     args = parser.parse_args()
     stages = list(STAGES) if args.stage == "all" else [args.stage]
@@ -67,7 +66,7 @@ def main() -> None:
         make_inputs(Path(folder) / "inputs", stages)
         for stage in stages:
             schedule = Schedule(stage, Path(folder))
-            points = range(len(schedule.points))[-args.last :][:: args.every]
+            points = range(0, len(schedule.points), args.every)
             if args.only:
                 points = [int(word) for word in args.only.split(",")]
             for i in points:
@@ -88,23 +87,37 @@ class Schedule:
         self.out = folder / "out"  # the same path for all runs: run.json holds it
         self.flags = [flag.format(out=self.out) for flag in STAGES[stage][1]]
         self.flags += [f"--out={self.out}", "--name=run"]
-        self.fresh()
-        events = folder / "events"
-        status = self.run(events=events)
+        self.events = folder / "events"
+        self.begin_anew()
+        status = self.run()
         assert status == 0, (folder / "log").read_text()
-        self.points = events.read_text().splitlines()
+        self.points = self.events.read_text().splitlines()
         self.undisturbed = snapshot(self.out)
 
-    def fresh(self) -> None:
+    def begin_anew(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.copytree(self.folder / "inputs", self.out)
 
-    def run(self, **hook) -> int:
-        return in_a_fork(lambda: call(self.script, self.flags, self.out, **hook), self.folder / "log")
+    def run(self, kill_at: int = -1) -> int:
+        """The exit status of the stage, killed at this file operation of the output folder; -1: at none."""
+        points = []
+
+        def watch(event: str, path: str | None) -> None:
+            if path is None or not path.startswith(f"{self.out}/"):
+                return
+            if len(points) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            points.append(f"{event} {path.removeprefix(f'{self.out}/')}")
+
+        def stage() -> None:
+            call(self.script, self.flags, watch)
+            self.events.write_text("\n".join(points))
+
+        return in_a_fork(stage, self.folder / "log")
 
     def killed_at(self, point: int) -> list[str]:
         """Differences between what is there after a kill and the same command, and what should be."""
-        self.fresh()
+        self.begin_anew()
         status = self.run(kill_at=point)
         if status != -signal.SIGKILL:
             return [f"the process was not killed: status {status}"]
@@ -175,53 +188,26 @@ def make_tokens(folder: Path) -> None:
 
 def in_a_fork(function, log: Path) -> int:
     """The exit status of a fork that calls `function`; minus the signal that killed it."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            function()
-            status = 0
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def logged() -> None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        function()
+
+    fork = multiprocessing.get_context("fork").Process(target=logged)
+    fork.start()
+    fork.join()
+    return fork.exitcode
 
 
-def call(script: str, flags: list[str], out: Path | None = None, kill_at=None, events: Path | None = None):
-    """`python SCRIPT.py FLAGS`; killed at file operation number `kill_at`, or all are written to `events`."""
+def call(script: str, flags: list[str], watch=None) -> None:
+    """`python SCRIPT.py FLAGS`. watch(event, path) is called before each file operation."""
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *flags]
-    if out is not None and (kill_at is not None or events):
-        watch(out, kill_at, events)
+    if watch:
+        sys.addaudithook(lambda event, args: watch(event, changed_path(event, args)))
     module.main()
-
-
-def watch(out: Path, kill_at: int | None, events: Path | None) -> None:
-    count, file = 0, open(events, "w") if events else None
-
-    def hook(event: str, args: tuple) -> None:
-        nonlocal count
-        path = changed_path(event, args)
-        if path is None or not path.startswith(f"{out}/"):
-            return
-        if count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        if file:
-            file.write(f"{event} {path.removeprefix(f'{out}/')}\n")
-            file.flush()
-
-    sys.addaudithook(hook)
 
 
 def changed_path(event: str, args: tuple) -> str | None:
@@ -281,18 +267,8 @@ def compare(wanted: dict, found: dict) -> list[str]:
     lines += [f"left behind {path}" for path in sorted(found.keys() - wanted.keys())]
     for path in sorted(wanted.keys() & found.keys()):
         if wanted[path] != found[path]:
-            lines.append(f"{path} differs{first_difference(wanted[path], found[path])}")
+            lines.append(f"{path} differs: {str(wanted[path])[:200]} and {str(found[path])[:200]}")
     return lines
-
-
-def first_difference(a, b) -> str:
-    """Where two nests of dicts and lists differ, and how."""
-    if isinstance(a, list) and isinstance(b, list):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        key = next(key for key in [*a, *b] if a.get(key, "nothing") != b.get(key, "nothing"))
-        return f" at {key}" + first_difference(a.get(key), b.get(key))
-    return f": {str(a)[:80]!r} and {str(b)[:80]!r}"
 
 
 if __name__ == "__main__":
