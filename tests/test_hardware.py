@@ -9,6 +9,7 @@ from configs import ConfigError
 from lab import peers
 from lab.hardware import HardwareConfig, main, measure
 from lab.pages import machine
+from support.costs import GIB
 from support.pages import Table
 from support.results import Records
 from support.timing import in_turns, medians
@@ -46,20 +47,18 @@ def test_what_is_measured_hangs_together_and_is_shown(cfg, tmp_path, monkeypatch
     found = measure(cfg)
     assert json.loads((tmp_path / "hardware.json").read_text()) == found
     (row,) = found["training"]
-    assert set(row["seconds"]) == {"eager", "forward", "forward and backward"}
     rate = row["tokens_per_second"]["eager"]
     assert rate == pytest.approx(2 * 48 / row["seconds"]["eager"])
     assert [r["task"] for r in found["decoding"]] == ["1 row", "16 rows", "16 answers to one prompt"]
-    assert all({"transformers", "ours"} <= set(r["tokens_per_second"]) for r in found["decoding"])
-    for part in ("sampling", "lora"):
-        assert {"transformers", "ours"} == set(found[part][0]["tokens_per_second"])
+    for measured in found["decoding"] + found["sampling"] + found["lora"]:
+        assert {"transformers", "ours"} <= set(measured["tokens_per_second"])
     assert found["data"]["encoded_mb_per_second_and_core"] == 8 and found["memory"] == []
     shown = tables(tmp_path)
     assert f"{rate:,.0f}" in shown["steps"][0] and len(shown["decoding"]) >= 10
 
     cfg.only = "memory"
-    file = tmp_path / "hardware.json"
     assert measure(cfg)["training"], "parts of other calls stay"
+    file = tmp_path / "hardware.json"
     file.write_text(json.dumps(found | {"hardware": {"device": "another"}}))
     assert "training" not in measure(cfg), "those of another machine do not"
     cfg.only = "memory,speed"
@@ -76,20 +75,17 @@ def test_a_corpus_that_is_not_there_ends_with_its_message(tmp_path, monkeypatch)
 
 def test_peers_stand_side_by_side_and_what_a_gpu_did_beside_the_plan(cfg, tmp_path, monkeypatch):
     rates = {"transformers, eager": 100.0, "ours, eager": 150.0}
-    step = {"tokens_per_second": rates, "share_of_matmul": {"transformers, eager": 0.4, "ours, eager": 0.6}}
-    decoding = {"1 row": {"transformers": 50.0, "ours": 100.0}}
+    step = {"tokens_per_second": rates, "share_of_matmul": dict.fromkeys(rates, 0.4)}
     monkeypatch.setattr(peers, "training_step", lambda *_: step)
-    monkeypatch.setattr(peers, "decoding_rates", lambda *_: decoding)
+    monkeypatch.setattr(peers, "decoding_rates", lambda *_: {"1 row": {"transformers": 50.0, "ours": 100.0}})
     cfg.only = "peers"
     measure(cfg)
-    step = {"config": "tiny", "rows": 2, "optimizer": "adamw", "seconds": {"compiled": 0.1}}
-    step |= {"tokens_per_second": {"compiled": 960.0}, "share_of_matmul": {"compiled": 0.5}}
     memory = [
-        {"shape": "a", "rows": 8, "planned": 2 * 2**30, "plan": 3 * 2**30, "measured": 2.5 * 2**30},
-        {"shape": "b", "rows": 8, "planned": 2**30, "plan": 2**30, "error": "out of memory within 11 GiB"},
+        {"shape": "a", "rows": 8, "planned": 2 * GIB, "plan": 3 * GIB, "measured": 2.5 * GIB},
+        {"shape": "b", "rows": 8, "planned": GIB, "plan": GIB, "error": "out of memory within 11 GiB"},
     ]
-    other = {"hardware": {"device": "a GPU", "threads": 2}, "cap_gib": 11.0}
-    (tmp_path / "hardware-gpu.json").write_text(json.dumps(other | {"training": [step], "memory": memory}))
+    gpu = {"hardware": {"device": "a GPU", "threads": 2}, "cap_gib": 11.0, "memory": memory}
+    (tmp_path / "hardware-gpu.json").write_text(json.dumps(gpu))
     shown = tables(tmp_path)
     assert shown["peers"][1] == ["a training step in float32", "ours, eager", "150", "1.50"]
     assert shown["peers"][-1] == ["decoding, 1 row", "ours", "100", "2.00"]
