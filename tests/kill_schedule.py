@@ -136,12 +136,6 @@ def import_before_forking(stages: list[str]) -> None:
 
     for stage in ["sft", *stages]:
         importlib.import_module(STAGES[stage][0])
-    if {"finetune", "lora", "sft_lora"} & {*stages}:
-        import peft  # noqa: F401
-        import transformers
-
-        for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM"):
-            getattr(transformers, name)
     torch.set_num_threads(1)
     counts = {"train": 12_100, "validation": 1_000, "test": 1_000}  # as many as the stages ask for
     made = {split: [*data.TASKS["arithmetic"].generator(split, n)] for split, n in counts.items()}
@@ -152,20 +146,19 @@ def import_before_forking(stages: list[str]) -> None:
 
 def make_inputs(folder: Path, stages: list[str]) -> None:
     """Token files, a base model and, for stages that need it, one that is tuned on word problems."""
-    log = folder.parent / "log"
     folder.mkdir(parents=True)
-    tokens = f"--tokens={folder}/tokens"
-    base = [*MODEL, *"--device=cpu --max_steps=2 --warmup_steps=0 --save_every=0 --sample_tokens=0".split()]
-    sft = [f"--model={folder}/base", "--data=arithmetic", "--max_steps=100", "--batch_size=8", "--device=cpu"]
-    sft += ["--learning_rate=1e-2", "--warmup_steps=10", "--eval_every=0", "--save_every=0"]
+    base = [*MODEL, "--max_steps=2", "--warmup_steps=0", "--sample_tokens=0", f"--tokens={folder}/tokens"]
+    sft = [f"--model={folder}/base", "--data=arithmetic", "--max_steps=100", "--batch_size=8"]
+    sft += ["--learning_rate=1e-2", "--warmup_steps=10", "--eval_every=0", "--eval_examples=8"]
+    how = ["--device=cpu", "--save_every=0", f"--out={folder}"]
     steps = [lambda: make_tokens(folder / "tokens")]
     if stages != ["train"]:
-        steps.append(lambda: call("train", [*base, tokens, f"--out={folder}", "--name=base"]))
+        steps.append(lambda: call("train", [*base, *how, "--name=base"]))
     if {"dpo", "channel", "head"} & {*stages}:
-        steps.append(lambda: call("sft", [*sft, "--eval_examples=8", f"--out={folder}", "--name=sft"]))
+        steps.append(lambda: call("sft", [*sft, *how, "--name=sft"]))
     for step in steps:
-        status = in_a_fork(step, log)
-        assert status == 0, log.read_text()
+        log = folder.parent / "log"
+        assert in_a_fork(step, log) == 0, log.read_text()
 
 
 def make_tokens(folder: Path) -> None:
