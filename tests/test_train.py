@@ -77,11 +77,17 @@ def run(tmp_path) -> Path:
 
 
 @pytest.fixture
-def main(monkeypatch):
-    """main(cfg, *flags) runs train.py in this process; its exit code or last message."""
+def pretrain(settings):
+    """pretrain(max_steps=3) trains such a run; its run.json."""
+    return lambda **more: train.pretrain(settings(**more))
 
-    def main(cfg: TrainConfig, *more: str) -> int | str:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(cfg), *more])
+
+@pytest.fixture
+def main(monkeypatch, settings):
+    """main(*flags, max_steps=3) runs train.py in this process; its exit code or last message."""
+
+    def main(*words: str, **more) -> int | str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags(settings(**more)), *words])
         with pytest.raises(SystemExit) as exit:
             train.main()
             raise SystemExit(0)
@@ -92,9 +98,9 @@ def main(monkeypatch):
 
 @pytest.fixture
 def interrupt(monkeypatch, main):
-    """interrupt(step, cfg): signals arrive at the beginning of a step; main's exit code."""
+    """interrupt(step, max_steps=3): signals arrive at the beginning of a step; main's exit code."""
 
-    def interrupt(step: int, cfg: TrainConfig, *signals: int) -> int | str:
+    def interrupt(step: int, *signals: int, **more) -> int | str:
         def interrupting(now, *more, do=get_lr):
             if now == step:
                 for number in signals or [signal.SIGINT]:
@@ -103,7 +109,7 @@ def interrupt(monkeypatch, main):
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "get_lr", interrupting)
-            return main(cfg)
+            return main(**more)
 
     return interrupt
 
@@ -196,11 +202,11 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_two_processes_killed_and_resumed_give_the_same_bits(settings, run, tmp_path):
-    cfg = dict(dropout=0.1, by_document=True, batch_size=2, max_steps=50, eval_every=15, save_every=7)
+    cfg = dict(dropout=0.1, by_document=True, batch_size=2, max_steps=90, eval_every=15, save_every=7)
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
     command = [sys.executable, *torchrun, *flags(settings(name="whole", **cfg))]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=200)
-    for step in (random.randrange(1, 15), random.randrange(20, 40)):
+    for step in (9, 31):
         both = start(settings(**cfg), 2)
         wait_for_step(run, step, both[0])
         kill(*both)
@@ -213,10 +219,10 @@ def test_two_processes_killed_and_resumed_give_the_same_bits(settings, run, tmp_
     ({}, 1e-5),
     (dict(parallel="fsdp", optimizer="normuon", ffn="moe", n_experts=2, experts_per_token=1), 1e-3),
 ])  # fmt: skip
-def test_two_processes_equal_one_with_twice_the_accumulation(settings, tmp_path, more, tolerance):
+def test_two_processes_equal_one_with_twice_the_accumulation(settings, pretrain, tmp_path, more, tolerance):
     cfg = dict(max_steps=8, batch_size=2, grad_accum_steps=2, **more)
     finish(*start(settings(name="two", **cfg), 2))
-    train.pretrain(settings(name="one", **cfg | dict(grad_accum_steps=4)))
+    pretrain(name="one", **cfg | dict(grad_accum_steps=4))
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         for line in (a, b):  # the router's figures are of the last rows of the first process
             line.pop("router_load", None), line.pop("dropped", None)
@@ -224,15 +230,15 @@ def test_two_processes_equal_one_with_twice_the_accumulation(settings, tmp_path,
     assert close(load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two"), tolerance)
 
 
-def test_a_run_goes_on_in_another_number_of_processes(settings, run, tmp_path):
+def test_a_run_goes_on_in_another_number_of_processes(settings, pretrain, run, tmp_path):
     """Four with shards, then two with copies, then one: the run of one process that nobody stopped."""
     cfg = dict(max_steps=50, eval_every=20, save_every=5, context_length=32, sample_tokens=0)
-    train.pretrain(settings(name="whole", batch_size=4, **cfg))
+    pretrain(name="whole", batch_size=4, **cfg)
     for n, parallel, step in ((4, "fsdp", 8), (2, "ddp", 25)):
         together = start(settings(batch_size=4 // n, parallel=parallel, **cfg), n)
         wait_for_step(run, step, together[0])
         kill(*together)
-    train.pretrain(settings(batch_size=4, **cfg))
+    pretrain(batch_size=4, **cfg)
     for a, b in zip(metrics(run), metrics(tmp_path / "whole"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
     assert close(load_tensors(tmp_path / "whole"), load_tensors(run), 1e-3)
@@ -241,34 +247,32 @@ def test_a_run_goes_on_in_another_number_of_processes(settings, run, tmp_path):
 @pytest.mark.parametrize("number, more", [
     (signal.SIGINT, dict(optimizer="normuon")), (signal.SIGTERM, dict(save_every=0)),
 ])  # fmt: skip
-def test_a_signal_saves_and_the_same_command_goes_on(settings, run, tmp_path, interrupt, number, more):
+def test_a_signal_saves_and_the_same_command_goes_on(pretrain, run, tmp_path, interrupt, number, more):
     cfg = dict(dropout=0.1, **more)
-    train.pretrain(settings(name="whole", **cfg))
-    assert interrupt(5, settings(**cfg), number) == 128 + number
+    pretrain(name="whole", **cfg)
+    assert interrupt(5, number, **cfg) == 128 + number
     assert (read_run(run)["status"], read_run(run)["step"]) == ("interrupted", 6)
-    train.pretrain(settings(**cfg))
+    pretrain(**cfg)
     assert same_weights(tmp_path / "whole", run) and metrics(tmp_path / "whole") == metrics(run)
     assert (run / "checkpoints").exists() == ("save_every" not in more)
 
 
-def test_a_signal_while_the_run_begins_saves_after_the_first_step(settings, run, main, monkeypatch):
+def test_a_signal_while_the_run_begins_saves_after_the_first_step(pretrain, run, main, monkeypatch):
     def begin(*about, do=train.first_record) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)  # run.json, by which the page finds the process, follows
         return do(*about)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "first_record", begin)
-        assert main(settings()) == 128 + signal.SIGTERM
+        assert main() == 128 + signal.SIGTERM
     assert (read_run(run)["status"], read_run(run)["step"]) == ("interrupted", 1)
-    assert train.pretrain(settings())["status"] == "finished"
+    assert pretrain()["status"] == "finished"
 
 
-def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(
-    settings, run, interrupt, monkeypatch
-):
+def test_the_copy_of_a_ctrl_c_that_torchrun_passes_on_is_not_a_second_one(run, interrupt, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("gave up without saving"))
-    assert interrupt(5, settings(), signal.SIGINT, signal.SIGINT) == 130
+    assert interrupt(5, signal.SIGINT, signal.SIGINT) == 130
     assert runs.newest(run).name == "step-6"
 
 
@@ -288,10 +292,10 @@ def test_a_second_process_may_not_train_in_the_same_folder(settings, run, main):
     wait_for_step(run, 1, process)
     before = read_run(run)
     for more in ([], ["--overwrite"]):
-        assert "another process is training in" in main(settings(), *more)
+        assert "another process is training in" in main(*more)
     assert read_run(run) == before
     kill(process)
-    assert main(settings(), "--overwrite") == 0
+    assert main("--overwrite") == 0
 
 
 # -----------------------------------------------------------------------------
@@ -403,7 +407,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(settings, run):
 
 
 def test_five_bad_steps_in_a_row_also_after_an_interruption_end_the_run(
-    settings, run, main, interrupt, monkeypatch
+    pretrain, run, main, interrupt, monkeypatch
 ):
     def forward(self, ids, targets=None, do=ModernDecoderLM.forward, **rest):
         result = do(self, ids, targets, **rest)
@@ -411,20 +415,19 @@ def test_five_bad_steps_in_a_row_also_after_an_interruption_end_the_run(
             result[0].register_hook(lambda gradient: gradient * math.inf)
         return result
 
-    cfg = settings(eval_every=0)
     with monkeypatch.context() as patch:
         patch.setattr(ModernDecoderLM, "forward", forward)
-        assert interrupt(2, cfg) == 130  # after three bad steps
-        message = main(cfg)
+        assert interrupt(2, eval_every=0) == 130  # after three bad steps
+        message = main(eval_every=0)
     assert "five steps" in message and "--learning_rate" in message and "step-4" in message
     record = read_run(run)
     assert record["status"] == "failed" and record["step"] == 4  # the fifth ended it
-    assert train.pretrain(cfg)["status"] == "finished"  # whatever was wrong is mended
+    assert pretrain(eval_every=0)["status"] == "finished"  # whatever was wrong is mended
 
 
-def test_the_loss_falls_in_bfloat16_and_the_weights_stay_in_full_precision(settings, run):
+def test_the_loss_falls_in_bfloat16_and_the_weights_stay_in_full_precision(pretrain, run):
     cfg = dict(dtype="bfloat16", max_steps=60, learning_rate=1e-2, log_every=20, eval_every=30, save_every=0)
-    train.pretrain(settings(**cfg))
+    pretrain(**cfg)
     losses = metrics(run, "loss")
     assert losses[-1] < losses[0] - 0.5
     assert all(w.dtype == torch.float32 for w in load_tensors(run).values())
@@ -432,17 +435,17 @@ def test_the_loss_falls_in_bfloat16_and_the_weights_stay_in_full_precision(setti
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_compiled_model_learns_the_same_and_a_compiler_that_fails_is_done_without(
-    settings, run, tmp_path, monkeypatch, capsys, fails
+    pretrain, run, tmp_path, monkeypatch, capsys, fails
 ):
     """The compiler "eager" leaves out only the generated code, which takes a minute."""
 
     def broken(*args):
         raise RuntimeError("no C++ compiler found\nand many more lines")
 
-    train.pretrain(settings(name="eager", max_steps=4))
+    pretrain(name="eager", max_steps=4)
     compiler = (lambda net: broken) if fails else partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compiler)
-    train.pretrain(settings(compile=True, max_steps=4))
+    pretrain(compile=True, max_steps=4)
     out = capsys.readouterr().out
     assert out.count("torch.compile failed") == fails and "many more lines" not in out
     assert close(load_tensors(tmp_path / "eager"), load_tensors(run))
@@ -593,27 +596,27 @@ def test_by_document_every_token_is_predicted_once_from_its_own_document_alone(h
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / 400, rel=1e-5)
 
 
-def test_a_run_that_did_not_know_a_setting_yet_goes_on_only_without_it(settings, killed_at, run):
+def test_a_run_that_did_not_know_a_setting_yet_goes_on_only_without_it(settings, pretrain, run, killed_at):
     killed_at(5, train.pretrain, settings(save_every=2))
     record = json.loads((run / "run.json").read_text())
     del record["settings"]["by_document"]
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(TrainError, match="by_document: False -> True"):
-        train.pretrain(settings(save_every=2, by_document=True))
-    assert train.pretrain(settings(save_every=2))["status"] == "finished"
+        pretrain(save_every=2, by_document=True)
+    assert pretrain(save_every=2)["status"] == "finished"
 
 
-def test_evaluating_and_sampling_do_not_disturb_training(settings, tmp_path):
-    train.pretrain(settings(name="often", dropout=0.1, eval_every=1, save_every=0))
-    train.pretrain(settings(name="never", dropout=0.1, eval_every=0, save_every=0, sample_tokens=0))
+def test_evaluating_and_sampling_do_not_disturb_training(pretrain, tmp_path):
+    pretrain(name="often", dropout=0.1, eval_every=1, save_every=0)
+    pretrain(name="never", dropout=0.1, eval_every=0, save_every=0, sample_tokens=0)
     assert same_weights(tmp_path / "often", tmp_path / "never")
 
 
-def test_eval_tokens_limits_all_evaluations_but_the_last(settings, run, tmp_path, tokens):
+def test_eval_tokens_limits_all_evaluations_but_the_last(pretrain, run, tmp_path, tokens):
     whole = json.loads((tokens / "validation.json").read_text())["tokens"] - 1
-    train.pretrain(settings(eval_tokens=100))
+    pretrain(eval_tokens=100)
     assert metrics(run, "val_tokens") == [100, 100, whole]
-    train.pretrain(settings(name="short", final_eval_tokens=200))
+    pretrain(name="short", final_eval_tokens=200)
     assert metrics(tmp_path / "short", "val_tokens") == [whole, whole, 200]
 
 
@@ -626,22 +629,22 @@ def tear(path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["state.pt", "model.safetensors"])
-def test_a_torn_checkpoint_falls_back_to_the_one_before(settings, run, tmp_path, interrupt, capsys, file):
+def test_a_torn_checkpoint_falls_back_to_the_one_before(pretrain, run, tmp_path, interrupt, capsys, file):
     cfg = dict(dropout=0.1, eval_every=6, keep_last=3)
-    train.pretrain(settings(name="whole", **cfg))
-    interrupt(9, settings(**cfg))
+    pretrain(name="whole", **cfg)
+    interrupt(9, **cfg)
     tear(run / "checkpoints/step-10" / file)
-    train.pretrain(settings(**cfg))
+    pretrain(**cfg)
     out = capsys.readouterr().out
     assert "cannot read" in out and "resuming at step 8" in out
     assert_same_run(tmp_path / "whole", run)
 
 
-def test_after_a_torn_checkpoint_new_ones_are_kept(settings, run, interrupt):
+def test_after_a_torn_checkpoint_new_ones_are_kept(run, interrupt):
     cfg = dict(eval_every=0, keep_last=1, max_steps=20)
-    interrupt(9, settings(**cfg | dict(keep_last=2)))
+    interrupt(9, **cfg | dict(keep_last=2))
     tear(run / "checkpoints/step-10/state.pt")
-    interrupt(8, settings(**cfg))  # resumes at 8, ends at 9: before the torn one
+    interrupt(8, **cfg)  # resumes at 8, ends at 9: before the torn one
     assert [path.name for path in runs.checkpoints(run)] == ["step-8", "step-9"]
     assert same_weights(run, run / "checkpoints/step-9")
 
@@ -651,73 +654,68 @@ class Payload:
         return (print, ("PICKLED CODE RAN",))
 
 
-def test_checkpoints_that_cannot_be_read_are_kept_and_run_no_code(settings, run, main, interrupt, capsys):
-    interrupt(9, settings())
+def test_checkpoints_that_cannot_be_read_are_kept_and_run_no_code(run, main, interrupt, capsys):
+    interrupt(9)
     older, newer = runs.checkpoints(run)
     tear(newer / "state.pt")
     torch.save({"step": 6, "best": Payload()}, older / "state.pt")
-    message = main(settings())
+    message = main()
     assert "none of the checkpoints" in message and "--overwrite" in message
     assert "PICKLED CODE RAN" not in capsys.readouterr().out
     assert runs.checkpoints(run) == [older, newer]  # nothing is thrown away unasked
-    assert main(settings(), "--overwrite") == 0
+    assert main("--overwrite") == 0
 
 
-def test_other_settings_or_data_that_change_the_result_are_refused(
-    settings, run, tmp_path, tokens, main, interrupt
-):
-    interrupt(5, settings())
+def test_other_settings_or_data_that_change_the_result_are_refused(run, tmp_path, tokens, main, interrupt):
+    interrupt(5)
     before = last_state(run)
-    message = main(settings(learning_rate=0.5, d_model=64))
+    message = main(learning_rate=0.5, d_model=64)
     for word in ("learning_rate: 0.001 -> 0.5", "d_model: 32 -> 64", "--name", "--overwrite"):
         assert word in message
-    assert "warmup" not in message and "must stay the same" in main(settings(batch_size=5))
+    assert "warmup" not in message and "must stay the same" in main(batch_size=5)
     other = shutil.copytree(tokens, tmp_path / "tokens")
     info = json.loads((other / "train.json").read_text())
     (other / "train.json").write_text(json.dumps(info | {"fingerprint": "changed"}))
-    assert "other data" in main(settings(tokens=str(other)))
+    assert "other data" in main(tokens=str(other))
     write_all_tokens(other, 299)  # another tokenizer; the model has the same number of rows
-    assert "other data" in main(settings(tokens=str(other)))
+    assert "other data" in main(tokens=str(other))
     assert same(before, last_state(run)) and read_run(run)["status"] == "interrupted"
 
 
-def test_settings_that_do_not_change_the_result_may_change(settings, run, tmp_path, interrupt):
-    train.pretrain(settings(name="whole"))
-    interrupt(5, settings())
+def test_settings_that_do_not_change_the_result_may_change(pretrain, run, tmp_path, interrupt):
+    pretrain(name="whole")
+    interrupt(5)
     free = dict(log_every=3, eval_every=5, save_every=5, keep_last=2, sample_tokens=0, hypothesis="more")
-    train.pretrain(settings(**free, batch_size=2, grad_accum_steps=2))
+    pretrain(**free, batch_size=2, grad_accum_steps=2)
     assert close(load_tensors(tmp_path / "whole"), load_tensors(run), 1e-6)
 
 
 @pytest.mark.parametrize("name", [" ", ".", "a/../b", "/tmp/run", "a,b", "name.py"])
-def test_a_name_that_leads_out_of_the_output_folder_or_means_something_else_is_refused(
-    settings, tmp_path, main, name
-):
+def test_a_name_that_leads_out_of_the_output_folder_or_means_something_else_is_refused(tmp_path, main, name):
     for more in ([], ["--overwrite"]):
-        assert "--name=" in main(settings(), f"--name={name}", *more)
+        assert "--name=" in main(f"--name={name}", *more)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("save_every", [4, 0])
-def test_a_finished_run_says_so_and_does_nothing(settings, run, main, capsys, save_every):
+def test_a_finished_run_says_so_and_does_nothing(pretrain, run, main, capsys, save_every):
     def files() -> dict:
         return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*")}
 
-    cfg = settings(save_every=save_every)
-    train.pretrain(cfg)
+    pretrain(save_every=save_every)
     before = files()
-    assert main(cfg) == 0
+    assert main(save_every=save_every) == 0
     assert "nothing to do" in capsys.readouterr().out and before == files()
-    assert "max_steps: 12 -> 13" in main(cfg, "--max_steps=13")
-    assert main(cfg, "--max_steps=13", "--overwrite") == 0 and read_run(run)["step"] == 13
+    assert "max_steps: 12 -> 13" in main(save_every=save_every, max_steps=13)
+    assert main("--overwrite", save_every=save_every, max_steps=13) == 0 and read_run(run)["step"] == 13
 
 
-def test_overwrite_removes_this_run_and_nothing_else(settings, tmp_path, main, monkeypatch):
+def test_overwrite_removes_this_run_and_nothing_else(pretrain, tmp_path, main, monkeypatch):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("42")
-    train.pretrain(settings(max_steps=1, name="run/round-1"))
+    pretrain(max_steps=1, name="run/round-1")
     for name in ("thesis", "run", "run"):
-        assert main(settings(max_steps=1, name=name), "--overwrite") == 0
+        assert main("--overwrite", max_steps=1, name=name) == 0
     assert (tmp_path / "thesis" / "chapter.tex").exists()
     assert (tmp_path / "run/round-1/model.safetensors").exists()
     order = []  # without run.json the next --overwrite would not take what is left for a run: it goes last
@@ -726,34 +724,37 @@ def test_overwrite_removes_this_run_and_nothing_else(settings, tmp_path, main, m
     assert order[-1] == "run.json" and len(order) > 3 and not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_run_goes_on_that_was_renamed_or_whose_parent_was(settings, tmp_path, main, interrupt):
-    train.pretrain(settings(name="parent", max_steps=2))
-    train.pretrain(settings(name="other", max_steps=3))
-    train.pretrain(settings(name="whole", init_from=str(tmp_path / "parent")))
-    interrupt(6, settings(name="before", init_from=str(tmp_path / "parent")))
+def test_a_run_goes_on_that_was_renamed_or_whose_parent_was(pretrain, tmp_path, main, interrupt):
+    def cfg(name: str, parent: str) -> dict:
+        return dict(name=name, init_from=str(tmp_path / parent), dropout=0.2)
+
+    for steps, name in ((2, "parent"), (3, "other")):
+        pretrain(name=name, max_steps=steps)
+    pretrain(**cfg("whole", "parent"))
+    interrupt(5, **cfg("before", "parent"))
     (tmp_path / "before").rename(tmp_path / "after")
     (tmp_path / "parent").rename(tmp_path / "moved")
-    assert "init_from" in main(settings(name="after", init_from=str(tmp_path / "other")))
-    train.pretrain(settings(name="after", init_from=str(tmp_path / "moved")))
+    assert "init_from" in main(**cfg("after", "other"))
+    pretrain(**cfg("after", "moved"))
     assert same_weights(tmp_path / "whole", tmp_path / "after")
 
 
-def test_a_copy_among_the_checkpoints_is_left_alone(settings, run, interrupt):
-    interrupt(6, settings())
+def test_a_copy_among_the_checkpoints_is_left_alone(pretrain, run, interrupt):
+    interrupt(6)
     checkpoints, copies = run / "checkpoints", {"step-4 (copy)", "step-004", "step-x"}
     for name in copies:
         shutil.copytree(checkpoints / "step-4", checkpoints / name)
-    train.pretrain(settings(save_every=0))
+    pretrain(save_every=0)
     assert {path.name for path in checkpoints.iterdir()} == copies
 
 
 @pytest.mark.parametrize("rubbish", [b"\n", b"\xff\xfe{\n", b'{"step": "four"}\n'])
-def test_a_damaged_line_of_a_log_takes_no_other_with_it(settings, run, interrupt, capsys, rubbish):
-    interrupt(6, settings())
+def test_a_damaged_line_of_a_log_takes_no_other_with_it(pretrain, run, interrupt, capsys, rubbish):
+    interrupt(6)
     lines, file = metrics(run), run / "metrics.jsonl"
     first, rest = file.read_bytes().split(b"\n", 1)
     file.write_bytes(first + b"\n" + rubbish + rest + b'{"step": 5, "lo\xe2')
-    train.pretrain(settings())
+    pretrain()
     assert ("1 damaged lines" in capsys.readouterr().out) == bool(rubbish.strip())
     assert metrics(run)[: len(lines)] == lines and metrics(run, "step")[-1] == 12
 
@@ -762,36 +763,35 @@ def test_a_damaged_line_of_a_log_takes_no_other_with_it(settings, run, interrupt
     "limit", [200_000, 100_000, 100], ids=["state.pt", "model.safetensors", "metrics.jsonl"]
 )
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubbish(
-    settings, run, tmp_path, main, interrupt, monkeypatch, limit
+    pretrain, run, tmp_path, main, interrupt, monkeypatch, limit
 ):
-    cfg = settings(eval_every=0)  # a checkpoint is about 170 KB of weights and 340 KB of state
-    interrupt(5, cfg)
+    interrupt(5, eval_every=0)  # a checkpoint is about 170 KB of weights and 340 KB of state
     before = last_state(run)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
         patch.setattr(runs.RunLog, "say", lambda *_: None)  # what pytest captures is a file, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))  # the kernel refuses longer files
         try:
-            message = main(cfg)
+            message = main(eval_every=0)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert isinstance(message, str) and str(run) in message and "File too large" in message
     assert not list(run.rglob("*tmp*")) and same(before, last_state(run))
-    train.pretrain(settings(name="whole", eval_every=0))
-    train.pretrain(cfg)
+    pretrain(name="whole", eval_every=0)
+    pretrain(eval_every=0)
     assert_same_run(tmp_path / "whole", run)
 
 
-def test_a_folder_that_cannot_be_written_is_a_clear_message(settings, tmp_path, main):
+def test_a_folder_that_cannot_be_written_is_a_clear_message(tmp_path, main):
     (tmp_path / "file").write_text("in the way")
-    message = main(settings(out=str(tmp_path / "file" / "x")))
+    message = main(out=str(tmp_path / "file" / "x"))
     assert "cannot read or write" in message and str(tmp_path / "file") in message
 
 
-def test_save_every_0_leaves_only_the_model_with_the_mode_that_the_umask_asks_for(settings, run):
+def test_save_every_0_leaves_only_the_model_with_the_mode_that_the_umask_asks_for(pretrain, run):
     before = os.umask(0o027)
     try:
-        train.pretrain(settings(save_every=0))
+        pretrain(save_every=0)
     finally:
         os.umask(before)
     assert {path.name for path in run.iterdir()} == {
@@ -820,8 +820,8 @@ def test_without_checkpoints_the_results_are_those_of_the_last_model(settings, r
     assert results["best"] == results["last"] == {"step": 12, "val_loss": 2.0}
 
 
-def test_run_json_records_settings_data_and_results(settings, run, tokens):
-    train.pretrain(settings(max_steps=4))
+def test_run_json_records_settings_data_and_results(pretrain, run, tokens):
+    pretrain(max_steps=4)
     record = read_run(run)
     assert record["status"] == "finished" and record["step"] == 4 and record["seconds"] > 0
     assert record["settings"]["d_model"] == 32 and "d_model" in record["changed"]
@@ -833,13 +833,13 @@ def test_run_json_records_settings_data_and_results(settings, run, tokens):
     assert record["parameters"] == sum(p.numel() for p in ModernDecoderLM.from_pretrained(run).parameters())
 
 
-def test_the_list_names_runs_and_checkpoints_also_beside_damaged_ones(settings, tmp_path, main, capsys):
-    train.pretrain(settings(max_steps=4))
+def test_the_list_names_runs_and_checkpoints_also_beside_damaged_ones(pretrain, tmp_path, main, capsys):
+    pretrain(max_steps=4)
     for name, file, text in (("a", "run.json", "[]"), ("b", "metrics.jsonl", '{"step": [4], "val_loss": 2}')):
         shutil.copytree(tmp_path / "run", tmp_path / name)
         (tmp_path / name / file).write_text(text)
     capsys.readouterr()
-    assert main(settings(), "--list") == 0
+    assert main("--list") == 0
     a, b, run, checkpoint = capsys.readouterr().out.splitlines()
     assert f"{tmp_path}/a" in a and f"{tmp_path}/b" in b and "damaged" in a and "damaged" in b
     assert "run  finished  step 4" in run and "val_loss" in run
@@ -855,60 +855,55 @@ def test_the_command_of_the_next_step_is_quoted_for_the_shell():
 
 
 def test_a_resumed_run_is_one_run_of_wandb_also_if_it_was_killed_while_that_was_made(
-    settings, interrupt, monkeypatch
+    pretrain, interrupt, monkeypatch
 ):
     wandb, opened = MagicMock(), MagicMock(url="https://wandb.test")
     wandb.__spec__ = "by which Python finds it"
     wandb.init.side_effect = [KeyboardInterrupt, opened, opened, opened]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(KeyboardInterrupt):
-        train.pretrain(settings(wandb="project"))
-    interrupt(2, settings(wandb="project"))
-    about = train.pretrain(settings(wandb="project"))["wandb"]
+        pretrain(wandb="project")
+    interrupt(2, wandb="project")
+    about = pretrain(wandb="project")["wandb"]
     assert about["url"] == opened.url and opened.log.called
-    another = train.pretrain(settings(wandb="project", overwrite=True))["wandb"]
+    another = pretrain(wandb="project", overwrite=True)["wandb"]
     ids = [call.kwargs["id"] for call in wandb.init.call_args_list]
     assert ids == 3 * [about["id"]] + [another["id"]] and about["id"] != another["id"]
     assert wandb.init.call_args.kwargs["resume"] == "allow"
 
 
-def test_wandb_that_is_not_installed_is_a_clear_message_before_anything_starts(
-    settings, run, main, monkeypatch
-):
+def test_wandb_that_is_not_installed_is_a_clear_message_before_anything_starts(run, main, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "[wandb]" in main(settings(wandb="project")) and not run.exists()
+    assert "[wandb]" in main(wandb="project") and not run.exists()
 
 
 # -----------------------------------------------------------------------------
 # Parents, other programs, plans, the command line
 
 
-def test_init_from_starts_from_another_runs_weights(settings, run, tmp_path, interrupt):
-    train.pretrain(settings(name="parent", max_steps=20, learning_rate=1e-2))
+def test_init_from_starts_from_another_runs_weights(pretrain, run, tmp_path):
+    pretrain(name="parent", max_steps=20, learning_rate=1e-2)
     cfg = dict(init_from=str(tmp_path / "parent"), dropout=0.2, context_length=24)
-    record = train.pretrain(settings(d_model=96, n_heads=3, **cfg))
-    fresh = train.pretrain(settings(name="fresh", context_length=24))
+    record = pretrain(d_model=96, n_heads=3, **cfg)  # the shape is the parent's
+    fresh = pretrain(name="fresh", context_length=24)
     assert metrics(run, "val_loss")[0] < fresh["results"]["last"]["val_loss"]
     assert record["parent"] == cfg["init_from"]
     assert record["settings"]["d_model"] == 32 and record["settings"]["dropout"] == 0.2
     assert ModernDecoderLM.from_pretrained(run).config.context_length == 24
-    interrupt(1, settings(name="stopped", **cfg))
-    train.pretrain(settings(name="stopped", **cfg))
-    assert same_weights(run, tmp_path / "stopped")
 
 
-def test_init_from_a_run_with_another_vocabulary_is_refused(settings, tmp_path, main):
-    train.pretrain(settings(name="parent", max_steps=2))
+def test_init_from_a_run_with_another_vocabulary_is_refused(pretrain, tmp_path, main):
+    pretrain(name="parent", max_steps=2)
     write_all_tokens(tmp_path / "parent", 299)
     (tmp_path / "parent/run.json").unlink()  # it holds the hash of the right one
-    assert "another vocabulary" in main(settings(init_from=str(tmp_path / "parent")))
-    assert "there is no folder" in main(settings(init_from=str(tmp_path / "nowhere")))
+    assert "another vocabulary" in main(init_from=str(tmp_path / "parent"))
+    assert "there is no folder" in main(init_from=str(tmp_path / "nowhere"))
 
 
-def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, run):
+def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(pretrain, run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    train.pretrain(settings(max_steps=40, learning_rate=1e-2, eval_every=40, context_length=48))
+    pretrain(max_steps=40, learning_rate=1e-2, eval_every=40, context_length=48)
     theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
     ours, tokenizer = ModernDecoderLM.from_pretrained(run), Tokenizer.load(run)
     ids = [tokenizer.eot_id, *tokenizer.encode("Once there was")]
@@ -918,38 +913,46 @@ def test_a_run_is_a_hugging_face_model_that_writes_the_same_tokens(settings, run
     assert mine == out and tokenizer.decode(mine) == their_tokenizer.decode(out)
 
 
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    """plan(*words): what train.py prints about such a run."""
+
+    def plan(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, "--plan"])
+        train.main()
+        return capsys.readouterr().out
+
+    return plan
+
+
 @pytest.mark.parametrize("more, rows, times", [(["--vram=6"], 4, 32), (["--vram=80"], 128, 1), ([], 16, 8)])
-def test_auto_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch(main, capsys, more, rows, times):
-    words = ["configs/max3060.py", "--batch_size=auto", "--plan", "--device=cpu", *more]
-    assert main(TrainConfig(), *words) == 0
-    out = capsys.readouterr().out
+def test_auto_takes_the_largest_micro_batch_that_fits_and_keeps_the_batch(plan, more, rows, times):
+    out = plan("configs/max3060.py", "--batch_size=auto", "--device=cpu", *more)
     assert f"--batch_size=auto: {rows} sequences at a time, {times} times a step" in out
     assert "131,072 tokens a step" in out and "DOES NOT FIT" not in out
 
 
 @pytest.mark.parametrize("name", ["speedrun", "max3060", "max3060_180m", "max3060_489m"])
-def test_configs_for_a_12_gb_card_fit_it_by_the_plan(main, capsys, tmp_path, name):
-    assert main(TrainConfig(), f"configs/{name}.py", "--plan", "--vram=12", f"--out={tmp_path}") == 0
-    out = capsys.readouterr().out
+def test_configs_for_a_12_gb_card_fit_it_by_the_plan(plan, tmp_path, name):
+    out = plan(f"configs/{name}.py", "--vram=12", f"--out={tmp_path}")
     for word in ("verdict     fits into 12 GB", "largest micro-batch", "parameters", "FLOP", "hours"):
         assert word in out
     assert not list(tmp_path.iterdir())
 
 
-def test_a_measured_plan_is_by_steps_of_this_machine(settings, tmp_path, main, capsys):
-    assert main(settings(), "--measure") == 0
+def test_a_measured_plan_is_by_steps_of_this_machine(tmp_path, main, capsys):
+    assert main("--measure") == 0
     rate = re.search(r"measured .* ([\d,]+) tokens/s", capsys.readouterr().out)[1]
     assert 100 < float(rate.replace(",", "")) < 1e8 and not list(tmp_path.iterdir())
-    assert "--vram" in main(settings(), "--measure", "--vram=12")
+    assert "--vram" in main("--measure", "--vram=12")
 
 
-def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(settings, tmp_path, main, capsys):
-    assert main(settings(), "--rope_theta=0.0") == 2 and "--rope_theta" in capsys.readouterr().err
-    assert "--device=banana" in main(settings(), "--device=banana")
+def test_settings_that_cannot_be_are_refused_by_name_and_nothing_is_written(pretrain, tmp_path, main):
+    assert "--device=banana" in main("--device=banana")
     with pytest.raises(ValueError, match="grad_clip"):  # from Python, too
-        train.pretrain(settings(grad_clip=-1.0))
+        pretrain(grad_clip=-1.0)
     assert not list(tmp_path.iterdir())
-    assert torch.cuda.is_available() or "no CUDA" in main(settings(), "--device=cuda")
+    assert torch.cuda.is_available() or "no CUDA" in main("--device=cuda")
 
 
 def test_chats_help_needs_no_torch():
