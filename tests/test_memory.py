@@ -219,7 +219,7 @@ def test_free_memory_is_the_least_of_what_the_system_and_the_control_groups_leav
         for name, text in (("max", most), ("current", used), ("stat", stat)):
             (group / f"memory.{name}").write_text(text)
     assert control_group_bytes(tmp_path / "groups", own) == 350  # the group around the own one is tighter
-    assert control_group_bytes(tmp_path / "nowhere", own) == math.inf
+    assert control_group_bytes(tmp_path, tmp_path / "nowhere") == math.inf
     for limit in (800, math.inf):
         monkeypatch.setattr(memory, "control_group_bytes", partial(float, limit))
         monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
