@@ -26,7 +26,7 @@ def sft(tuned, tmp_path) -> str:
 
 def on_gpu(*words: str, entered: str = "", status: int = 0) -> str:
     """What the script prints, which has to end with this exit status."""
-    command = [sys.executable, "tests/pretend_gpu.py", *words]
+    command = [sys.executable, "tests/pretend_gpu.py", *words, "--device=cuda"]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     how = dict(cwd=ROOT, env=env, input=entered, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     ran = subprocess.run(command, **how)
@@ -39,65 +39,65 @@ def recorded(output: str) -> bool:
     return int(output.partition("CUDA graphs recorded: ")[2].split()[0]) > 0
 
 
-@pytest.mark.parametrize("by_document", [False, True])
-def test_pretraining_with_muon_and_samples(tiny, tmp_path, by_document):
+@pytest.mark.parametrize(
+    "by_document, attention", [(False, "flash, training"), (True, "efficient, training, masked")]
+)
+def test_pretraining_with_muon_and_samples(tiny, tmp_path, by_document, attention):
     tokenizer = Tokenizer.load(tiny["base"])
     tokenizer.save(tmp_path / "tokens")
     for split in ("train", "validation"):
         info = {"source": "a test", "licence": "none", "fingerprint": split}
         write_tokens(tokenizer, storyworld(split, 8), tmp_path / "tokens", split, info)
-    shape = "--n_layers=2 --d_model=64 --n_heads=4 --n_kv_heads=2 --context_length=64".split()
-    how = [f"--tokens={tmp_path}/tokens", f"--out={tmp_path}", "--device=cuda", "--optimizer=muon"]
-    how.append(f"--by_document={by_document}")
-    output = on_gpu("train.py", *how, *shape, *STEPS, "--sample_tokens=12")
-    assert (
-        "attention by efficient, training, masked" if by_document else "attention by flash, training"
-    ) in output
-    assert recorded(output)
+    how = "--n_layers=2 --d_model=64 --n_heads=4 --n_kv_heads=2 --context_length=64 --optimizer=muon".split()
+    how += [f"--tokens={tmp_path}/tokens", f"--out={tmp_path}", f"--by_document={by_document}"]
+    output = on_gpu("train.py", *how, *STEPS, "--sample_tokens=12")
+    assert f"attention by {attention}" in output and recorded(output)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_r=2"], ["--dtype=float32"]], ids=" ".join)
+@pytest.mark.parametrize("more", [["--lora_r=2"], ["--dtype=float32"]], ids=" ".join)
 def test_packed_instruction_tuning(tiny, tmp_path, more):
-    how = [f"--model={tiny['base']}", f"--out={tmp_path}", "--device=cuda", "--data=arithmetic@60"]
+    how = [f"--model={tiny['base']}", f"--out={tmp_path}", "--data=arithmetic@60"]
     output = on_gpu("sft.py", *how, *STEPS, "--eval_examples=8", *more)
     assert "attention by efficient, training, masked" in output
 
 
 def test_preferences_on_policy(sft, tmp_path):
-    how = [f"--model={sft}", f"--out={tmp_path}", "--device=cuda"]
+    how = [f"--model={sft}", f"--out={tmp_path}"]
     few = "--problems=40 --first_problem=0 --n=4 --eval_examples=40".split()
     assert recorded(on_gpu("dpo.py", *how, *STEPS, *few))
 
 
 @pytest.mark.parametrize("kind", ["channel", "head"])
 def test_a_verifier_and_the_samples_that_it_chooses_from(sft, tmp_path, kind):
-    how = [f"--model={sft}", f"--out={tmp_path}", "--device=cuda"]
+    how = [f"--model={sft}", f"--out={tmp_path}"]
     few = "--problems=100 --n=4 --held_n=4 --gold=20 --validation_problems=12 --test_problems=8".split()
     few += [f"--kind={kind}", "--name=verifier", "--first_problem=0"]
     assert recorded(on_gpu("verifier.py", *how, f"--start={sft}", *STEPS, *few))
     chosen = ["--samples=4", "--limit=8", "--tasks=arithmetic", f"--verifier={tmp_path}/verifier"]
-    on_gpu("eval.py", sft, f"--out={tmp_path}", "--device=cuda", *chosen)
+    on_gpu("eval.py", sft, f"--out={tmp_path}", *chosen)
 
 
 def test_chat(sft):
-    on_gpu("chat.py", sft, "--prompt=Anna has", "--n=2", "--max_new_tokens=9", "--device=cuda")
-    output = on_gpu("chat.py", sft, "--chat", "--max_new_tokens=9", "--device=cuda", entered="Say hello.\n")
+    on_gpu("chat.py", sft, "--prompt=Anna has", "--n=2", "--max_new_tokens=9")
+    output = on_gpu("chat.py", sft, "--chat", "--max_new_tokens=9", entered="Say hello.\n")
     assert recorded(output)
 
 
+MEASURE = """
+from lab import hardware
+hardware.MEMORY = {"small": "", "Muon": "--optimizer=muon"}
+hardware.BASE += " --vocab_size=64 --n_layers=1 --d_model=32 --n_heads=2 --n_kv_heads=1 --d_ff=32"
+hardware.BASE += " --context_length=64 --batch_size=2"
+hardware.ANSWERS, hardware.PROMPT, hardware.NEW = [(1, 1), (8, 4)], 8, 9
+hardware.main()
+"""
+
+
 def test_memory_is_measured_in_training_and_in_sampling(tmp_path):
-    script = tmp_path / "measure.py"
-    script.write_text(
-        "from lab import hardware\n"
-        "hardware.MEMORY = {'small': '', 'Muon': '--optimizer=muon'}\n"
-        "hardware.BASE += ' --vocab_size=64 --n_layers=1 --d_model=32 --n_heads=2 --n_kv_heads=1 --d_ff=32'\n"
-        "hardware.BASE += ' --context_length=64 --batch_size=2'\n"
-        "hardware.ANSWERS, hardware.PROMPT, hardware.NEW = [(1, 1), (8, 4)], 8, 9\n"
-        "hardware.main()\n"
-    )
-    (tmp_path / "tiny.py").write_text("n_layers, d_model, n_heads, d_ff, vocab_size = 1, 32, 2, 32, 64\n")
-    how = [f"--configs={tmp_path}/tiny.py", f"--out={tmp_path}", "--device=cuda", "--rounds=1"]
-    output = on_gpu(str(script), *how, "--only=memory")
+    script, config = tmp_path / "measure.py", tmp_path / "tiny.py"
+    script.write_text(MEASURE)
+    config.write_text("n_layers, d_model, n_heads, d_ff, vocab_size = 1, 32, 2, 32, 64\n")
+    output = on_gpu(str(script), f"--configs={config}", f"--out={tmp_path}", "--rounds=1", "--only=memory")
     assert recorded(output) and output.count("off by") == 4
 
 
