@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import GPT, MOE, tiny
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
@@ -213,6 +214,17 @@ def test_two_processes_killed_and_resumed_give_the_same_bits(settings, run, tmp_
         assert read_run(run)["status"] == "running"
     assert "resuming at step" in finish(*start(settings(**cfg), 2))
     assert_same_run(tmp_path / "whole", run)
+
+
+def test_what_exchanges_gradients_is_gone_before_the_processes_part(settings):
+    """In the other order a process may never end: torch's thread and ours wait for each other."""
+    gone = []
+    trainer = Trainer(settings(), small_model(), uneven_rows)
+    trainer.net = nn.Sequential(trainer.model)
+    weakref.finalize(trainer.net, gone.append, "DDP")
+    trainer.at_end.callback(gone.append, "group")
+    trainer.end()
+    assert gone == ["DDP", "group"]
 
 
 @pytest.mark.parametrize("more, tolerance", [
