@@ -1,6 +1,5 @@
 """The model against second opinions: Hugging Face's models, torch's functions, slow references."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -10,27 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save_file
 from small_models import MOE, PROMPTS, VARIANTS, VOCAB, close, feed, greedy, loud, make, tiny, tokens, until
 from small_models import variants as every_variant
 from torch import Tensor
 
-from model import (
-    Attention,
-    KVCache,
-    ModelConfig,
-    ModernDecoderLM,
-    MoE,
-    SwiGLU,
-    attention,
-    attention_mask,
-    sample,
-)
+from model import KVCache, ModernDecoderLM, MoE, attention, attention_mask, sample
 from support import kernels
-from support.costs import count_parameters
-from support.hf_format import architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_functions")
 
@@ -41,39 +28,36 @@ def plain_functions():
     kernels.install(False)
 
 
-def named(table: dict):
+def variants_but(*left_out: str):
+    table = {name: changes for name, changes in VARIANTS.items() if name not in left_out}
     return pytest.mark.parametrize("changes", table.values(), ids=table)
-
-
-def some(*names: str):
-    return named({name: VARIANTS[name] for name in names})
 
 
 # -----------------------------------------------------------------------------
 # Hugging Face: the same weights give the same logits, in both directions through the folder on disk
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [("llama", "llama"), ("untied", "llama"), ("gqa", "llama"), ("mqa, wide heads", "llama"),
-     ("biases", "llama"), ("mistral", "mistral"), ("qwen3", "qwen3"), ("gpt2", "gpt2"),
-     ("mixtral", "mixtral"), ("mixtral, window", "mixtral")],
-)  # fmt: skip
+@pytest.mark.parametrize("name, kind", [
+    ("untied", "llama"), ("mqa, wide heads", "llama"), ("biases", "llama"), ("mistral", "mistral"),
+    ("qwen3", "qwen3"), ("gpt2", "gpt2"), ("mixtral", "mixtral"), ("mixtral, window", "mixtral"),
+])  # fmt: skip
 def test_transformers_computes_our_logits_and_gradients_from_our_folder(name, kind, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    ours, ids = make(**VARIANTS[name]), tokens(2, 20)
+    ours, ids, targets = make(**VARIANTS[name]), tokens(2, 20), tokens(2, 20, seed=5)
+    targets[0, 3:8] = -100
     ours.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert theirs.config.model_type == kind and theirs.dtype == torch.float32
     logits, expected = ours(ids), theirs(ids).logits
     assert logits.std() > 0.3, "logits must differ enough for a comparison to mean something"
     assert close(logits, expected)
-    assert sum(p.numel() for p in theirs.parameters()) == count_parameters(ours.config)["total"]
-    if kind == "llama":
-        loss, n = ours(ids, tokens(2, 20, seed=5))
+    if kind == "llama":  # the names of the parameters are the same
+        loss, n = ours(ids, targets)
+        mean = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+        assert n == 35 and loss.item() / 35 == pytest.approx(mean.item())
         (loss / n).backward()
-        F.cross_entropy(expected.flatten(0, 1), tokens(2, 20, seed=5).flatten()).backward()
+        mean.backward()
         gradients = {name: p.grad for name, p in theirs.named_parameters()}
         for name, p in ours.named_parameters():
             assert (p.grad - gradients[name]).norm() < 1e-4 * gradients[name].norm(), name
@@ -96,16 +80,13 @@ def hub_model(kind: str, **changes):
 @pytest.mark.parametrize(
     "kind, changes",
     [
-        ("Llama", {}),
         ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
         ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
         ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
         ("Mistral", {"sliding_window": 5}),
         ("Mistral", {"sliding_window": None}),
         ("Qwen3", {"head_dim": 16, "rms_norm_eps": 1e-6}),
-        ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
-        ("Mixtral", {"sliding_window": 6}),
-        ("Mixtral", {"num_experts_per_tok": 3}),
+        ("Mixtral", {"sliding_window": 6, "num_experts_per_tok": 3}),
         ("GPT2", {}),
         ("GPT2", {"activation_function": "gelu_pytorch_tanh", "n_inner": 40}),
     ],
@@ -116,10 +97,7 @@ def test_we_load_transformers_folder_and_compute_its_logits(kind, changes, tmp_p
     theirs.save_pretrained(tmp_path)
     ours = ModernDecoderLM.from_pretrained(tmp_path)
     assert all(p.is_contiguous() and p.requires_grad for p in ours.parameters())
-    ours.save_pretrained(tmp_path / "again")
-    with torch.no_grad():
-        assert close(ours(ids), theirs(ids).logits)
-        assert torch.equal(ModernDecoderLM.from_pretrained(tmp_path / "again")(ids), ours(ids))
+    assert close(ours(ids), theirs(ids).logits)
 
 
 def test_sharded_safetensors_load_and_are_replaced_by_a_save(tmp_path):
@@ -128,35 +106,23 @@ def test_sharded_safetensors_load_and_are_replaced_by_a_save(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists()
     ours = ModernDecoderLM.from_pretrained(tmp_path)
     assert close(ours(ids), theirs(ids).logits)
-    second = next(iter(tmp_path.glob("*-00002-*")))
-    second.rename(tmp_path / "elsewhere")
+    next(tmp_path.glob("*-00002-*")).unlink()
     with pytest.raises(FileNotFoundError, match="00002.* is missing"):
         ModernDecoderLM.from_pretrained(tmp_path)
-    (tmp_path / "elsewhere").rename(second)
     loud(ours, seed=5).save_pretrained(tmp_path)
     assert torch.equal(ModernDecoderLM.from_pretrained(tmp_path).head, ours.head)
 
 
-def rewrite(folder, change):
-    """Applies `change` to the dict of tensors in the folder."""
-    path = folder / "model.safetensors"
-    tensors = {name: t.clone() for name, t in safetensors.torch.load_file(path).items()}
-    tensors = change(tensors) or tensors
-    safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-
-
 def test_gpt2_loads_without_prefix_and_with_mask_buffers(tmp_path):
+    """As OpenAI's first upload on the hub."""
     theirs, ids = hub_model("GPT2"), tokens(1, 9)
     theirs.save_pretrained(tmp_path)
-
-    def as_first_uploaded(tensors):
-        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-        for i in range(2):
-            tensors[f"h.{i}.attn.bias"] = torch.ones(48, 48).tril().view(1, 1, 48, 48)
-            tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-        return tensors | {"lm_head.weight": tensors["wte.weight"].clone()}
-
-    rewrite(tmp_path, as_first_uploaded)
+    tensors = {name.removeprefix("transformer."): p.detach() for name, p in theirs.named_parameters()}
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(48, 48).tril().view(1, 1, 48, 48)
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
     assert close(ModernDecoderLM.from_pretrained(tmp_path)(ids), theirs(ids).logits)
 
 
@@ -172,7 +138,6 @@ LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
         ("Llama", {"hidden_act": "gelu"}, "gelu"),
         ("Llama", {"attention_bias": True}, "attention_bias"),
         ("Llama", {"model_type": "bert"}, "bert"),
-        ("Llama", {"model_type": None}, "model_type"),
         ("GPT2", {"activation_function": "relu"}, "relu"),
         ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "attention"),
         ("GPT2", {"tie_word_embeddings": False}, "untied"),
@@ -187,16 +152,20 @@ def test_what_we_do_not_compute_is_refused_by_name(kind, change, word, tmp_path)
         ModernDecoderLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_missing_unexpected_and_misshapen_tensors_are_named(name, tmp_path):
-    norm = "transformer.h.1.ln_1.weight" if name == "gpt2" else "model.layers.1.input_layernorm.weight"
-    for change, message in [
-        (lambda t: {name: x for name, x in t.items() if name != norm}, "missing .*input_layernorm"),
-        (lambda t: t.update(surplus=torch.ones(2)), "unexpected .*surplus"),
-        (lambda t: t.update({norm: torch.ones(7)}), "another shape .*input_layernorm"),
+@pytest.mark.parametrize("name, norm", [
+    ("gpt2", "transformer.h.1.ln_1.weight"), ("mixtral", "model.layers.1.input_layernorm.weight"),
+])  # fmt: skip
+def test_missing_unexpected_and_misshapen_tensors_are_named(name, norm, tmp_path):
+    make(**VARIANTS[name]).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load(file.read_bytes())
+    without_norm = {name: x for name, x in tensors.items() if name != norm}
+    for damaged, message in [
+        (without_norm, "missing .*input_layernorm"),
+        (tensors | {"surplus": torch.ones(2)}, "unexpected .*surplus"),
+        (tensors | {norm: torch.ones(7)}, "another shape .*input_layernorm"),
     ]:
-        make(**VARIANTS[name]).save_pretrained(tmp_path)
-        rewrite(tmp_path, change)
+        save_file(damaged, file)
         with pytest.raises(ValueError, match=message):
             ModernDecoderLM.from_pretrained(tmp_path)
 
@@ -211,31 +180,16 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     make().save_pretrained(tmp_path)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     text, whole = config.read_text(), weights.read_bytes()
-    foreign = '{"model_type": "modern_llm", "modern_llm": {"x": 1}}'
-    for damaged in ("", "[]", text[:-9], '{"model_type": "gpt2"}', foreign):
+    for damaged in ("", "[]", text[:-9], '{"model_type": "modern_llm", "modern_llm": {"x": 1}}'):
         config.write_text(damaged)
         refused(ValueError, "config.json is damaged")
     config.write_text(text)
-    for damaged in (whole[:-100], whole[:20], b"", b"\xff" * 200):
+    for damaged in (whole[:-100], b"", b"\xff" * 200):
         weights.write_bytes(damaged)
         refused(ValueError, "model.safetensors is damaged")
     weights.unlink()
     torch.save(make().state_dict(), tmp_path / "pytorch_model.bin")  # a pickle can run code: never read
     refused(FileNotFoundError, "model.safetensors is missing")
-
-
-def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
-    make(seed=1).save_pretrained(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def disk_full(tensors, path, **_):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
-    with pytest.raises(OSError):
-        make(seed=2).save_pretrained(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @every_variant
@@ -245,41 +199,26 @@ def test_every_variant_survives_saving_and_loading(changes, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
     again = ModernDecoderLM.from_pretrained(tmp_path)
     assert again.config == ours.config and torch.equal(again(ids), ours(ids))
-    assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(ours.config)))) == ours.config
     ours.bfloat16().save_pretrained(tmp_path)
     assert len(ours.generate([[1, 2, 3]], 2)[0]) == 2  # so does chat.py on a GPU
     assert {p.dtype for p in ModernDecoderLM.from_pretrained(tmp_path).parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    "changes, kind",
-    [(MOE | {"moe_every": 2}, "modern_llm"), ({"sparse_stride": 3}, "modern_llm"),
-     ({"attention_kind": "linear"}, "modern_llm"), ({"moe_every": 2}, "llama"), (MOE, "mixtral")],
-)  # fmt: skip
-def test_the_architecture_is_our_own_where_transformers_does_not_compute_it(changes, kind, tmp_path):
-    make(**changes).save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["model_type"] == architecture(tiny(**changes)) == kind
-    assert saved["max_position_embeddings"] == tiny(**changes).context_length  # the card and the API state it
 
 
 # -----------------------------------------------------------------------------
 # What must hold for every variant
 
 
-@named({name: changes for name, changes in VARIANTS.items() if name != "capacity"})
+@variants_but("capacity")
 def test_a_token_changes_no_logits_before_it(changes):
     """With a capacity it may: a later token's first choice can evict a second one."""
-    ours, ids, t = make(**changes), tokens(1, 16), 9
+    ours, ids = make(**changes), tokens(1, 16)
     changed = ids.clone()
-    changed[0, t] = (ids[0, t] + 1) % VOCAB
+    changed[0, 9] = (ids[0, 9] + 1) % VOCAB
     a, b = ours(ids), ours(changed)
-    assert close(a[:, :t], b[:, :t], 1e-5) and not close(a[:, t:], b[:, t:], 1e-3)
-    if changes == VARIANTS["mistral"]:  # 2 layers of window 5: token t sees back to t - 2 * (5 - 1)
-        differs = (a - b).abs().amax(-1)[0] > 1e-4
-        longer = make(**changes)(torch.cat([ids, ids], 1)) - make(**changes)(torch.cat([changed, ids], 1))
-        assert differs.nonzero().flatten().tolist() == list(range(9, 16))
-        assert (longer.abs().amax(-1)[0] > 1e-4).nonzero().max() == 9 + 8
+    assert close(a[:, :9], b[:, :9], 1e-5) and not close(a[:, 9:], b[:, 9:], 1e-3)
+    if changes == VARIANTS["mistral"]:  # 2 layers of window 5: token 9 is seen up to token 9 + 2 * (5 - 1)
+        a, b = (ours(torch.cat([text, ids], dim=1)) for text in (ids, changed))
+        assert ((a - b).abs().amax(-1)[0] > 1e-4).nonzero().max() == 9 + 8
 
 
 @every_variant
@@ -296,72 +235,28 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients_nor_dropout(c
         assert p.grad is not None and torch.allclose(p.grad, q[1].grad, atol=1e-6), name
 
 
-@some("llama", "post-norm", "sinks", "learned")
-def test_a_loaded_model_drops_out_wherever_a_new_one_does(changes, tmp_path):
-    calm, fresh = make(**changes), make(**changes, dropout=0.3)
-    calm.save_pretrained(tmp_path)
-    loaded = ModernDecoderLM.from_pretrained(tmp_path)
-    loaded.set_dropout(0.3)
-    ids, found = tokens(1, 8), []
-    for model in (fresh, loaded, calm):
-        torch.manual_seed(0)
-        found.append(model.train()(ids))
-    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
-    assert torch.equal(loaded.eval()(ids), calm.eval()(ids))
-    for p in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match="dropout"):
-            loaded.set_dropout(p)
-
-
-@pytest.mark.parametrize(
-    "changes, word",
-    [
-        ({"n_heads": 5}, "d_model=32"),
-        ({"n_kv_heads": 3}, "n_kv_heads=3"),
-        ({"head_dim": 7}, "head_dim=7"),
-        ({"ffn": "moe", "n_experts": 2, "experts_per_token": 3}, "experts_per_token=3"),
-        ({"ffn": "moe", "moe_every": 3}, "moe_every=3"),
-        ({"attention_kind": "linear", "n_sinks": 1}, "n_sinks"),
-        *(({name: value}, name) for name, value in [
-            ("norm", "rmsnorm"), ("positions", "alibi"), ("attention_kind", "cosine"), ("n_heads", 0),
-            ("vocab_size", 0), ("rope_theta", 0), ("norm_eps", math.nan), ("dropout", 1), ("n_kv_heads", -1),
-            ("d_ff", -1), ("n_layers", 2.5), ("d_model", "32"),
-        ]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("changes, word", [
+    ({"n_heads": 5}, "d_model=32"),
+    ({"n_kv_heads": 3}, "n_kv_heads=3"),
+    ({"head_dim": 7}, "head_dim=7"),
+    ({"ffn": "moe", "n_experts": 2, "experts_per_token": 3}, "experts_per_token=3"),
+    ({"ffn": "moe", "moe_every": 3}, "moe_every=3"),
+    ({"attention_kind": "linear", "n_sinks": 1}, "n_sinks"),
+    ({"norm": "rmsnorm"}, "norm"),
+    ({"n_heads": 0}, "n_heads"),
+    ({"d_ff": -1}, "d_ff"),
+    ({"norm_eps": math.nan}, "norm_eps"),
+    ({"dropout": 1}, "dropout"),
+    ({"n_layers": 2.5}, "n_layers"),
+    ({"d_model": "32"}, "d_model"),
+])  # fmt: skip
 def test_an_impossible_config_is_refused_by_name(changes, word):
     with pytest.raises(ValueError, match=word):
         tiny(**changes)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_and_its_gradients_are_those_of_whole_logits_and_of_accumulated_micro_batches(tied):
-    ours, ids = make(n_kv_heads=2, tie_embeddings=tied).train(), tokens(4, 12)
-    targets = ids.roll(-1, 1)
-    targets[0, 2:], targets[2] = -100, -100  # 2, 12, 0 and 12 targets: a mean of means would differ
-    losses = [ours(ids[i : i + 1], targets[i : i + 1]) for i in range(4)]
-    assert [int(count) for _, count in losses] == [2, 12, 0, 12]
-    total = sum(count for _, count in losses)
-    pieces = sum(loss for loss, _ in losses) / total
-    loss, n = ours(ids, targets)
-    whole = F.cross_entropy(ours(ids).flatten(0, 1), targets.flatten())
-    gradients = []
-    for mean in (loss / n, pieces, whole):
-        ours.zero_grad()
-        mean.backward()
-        gradients.append([p.grad.clone() for p in ours.parameters()])
-        assert torch.allclose(mean, whole, rtol=1e-5)
-    for a, b, c in zip(*gradients, strict=True):
-        assert torch.allclose(a, c, rtol=1e-4, atol=1e-6) and torch.allclose(b, c, rtol=1e-4, atol=1e-6)
-
-
-def test_a_new_model_predicts_nearly_uniformly_and_is_seeded():
-    models = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        models.append(ModernDecoderLM(tiny()))
-    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
-    loss, n = models[0](tokens(8, 20), tokens(8, 20, seed=1))
+def test_a_new_model_predicts_nearly_uniformly():
+    loss, n = ModernDecoderLM(tiny())(tokens(8, 20), tokens(8, 20, seed=1))
     assert abs(loss.item() / n.item() - math.log(VOCAB)) < 0.05
 
 
@@ -369,17 +264,7 @@ def test_a_new_model_predicts_nearly_uniformly_and_is_seeded():
 # Equations and layers alone; tests/test_course.py has more of them
 
 
-def test_attention_equals_torchs_and_a_query_that_sees_nothing_gets_zeros():
-    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
-    mask = torch.rand(2, 1, 5, 7) < 0.5
-    mask[0, 0, 2] = False
-    y, w = attention(q, k, v, mask, weights=True)
-    assert close(y, F.scaled_dot_product_attention(q, k, v, mask).nan_to_num(), 1e-6)
-    assert not y[0, :, 2].any() and (w.masked_select(~mask) == 0).all()
-    assert close(w.sum(-1), mask.any(-1).expand(2, 3, 5).float(), 1e-6)
-
-
-def test_sinks_take_part_of_the_attention_and_none_at_minus_infinity():
+def test_sinks_take_part_of_the_attention():
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
     mask, sinks = torch.ones(5, 5).tril().bool(), torch.randn(3, 1, 2)
     y, w = attention(q, k, v, mask, sinks, weights=True)
@@ -388,55 +273,23 @@ def test_sinks_take_part_of_the_attention_and_none_at_minus_infinity():
         scores = [math.exp(q[b, h, t] @ k[b, h, s] / math.sqrt(8)) for s in range(t + 1)]
         total = sum(scores) + sinks[h, 0].exp().sum()
         assert close(y[b, h, t], sum(s / total * v[b, h, i] for i, s in enumerate(scores)), 1e-5)
-    none = attention(q, k, v, mask, torch.full((3, 1, 2), -torch.inf))
-    assert close(none, attention(q, k, v, mask), 1e-6)
 
 
 def test_attention_masks_are_causal_with_a_window_or_a_band_and_every_nth_token():
     at = torch.arange(9)
-    seen = lambda *how: attention_mask(at, at, *how)[8].nonzero().flatten().tolist()  # noqa: E731
-    assert torch.equal(attention_mask(at, at), torch.ones(9, 9).tril().bool())
-    assert attention_mask(at, at, 2).sum(-1).tolist() == [1] + [2] * 8
-    assert seen(0, 3) == seen(7, 3) == [2, 5, 6, 7, 8] and seen(6, 3) == [5, 6, 7, 8]
-    assert torch.equal(attention_mask(at, at, 0, 1), attention_mask(at, at))
-    two_layers = attention_mask(at, at, 0, 3).float().matrix_power(2) > 0
-    assert torch.equal(two_layers, attention_mask(at, at)), "two layers reach every token"
-
-
-@some("llama", "gqa", "mistral", "qk_norm, window", "sparse", "linear", "linear, sparse")
-@pytest.mark.parametrize("given", [None, (7, 7), (2, 1, 7, 7)])
-def test_a_layer_returns_its_weights_too(changes, given):
-    layer, x = loud(Attention(tiny(**changes))), torch.randn(2, 7, 32)
-    mask = (torch.rand(given) < 0.5) | torch.eye(7).bool() if given else None
-    y, w = layer(x, mask=mask, weights=True)
-    assert close(layer(x, mask=mask), y, 1e-5)
-    assert w.shape == (2, 4, 7, 7) and close(w.sum(-1), torch.ones(2, 4, 7), 1e-5)
-    if mask is None:
-        mask = attention_mask(*[torch.arange(7)] * 2, layer.config.sliding_window, layer.config.sparse_stride)
-    assert (w[~mask.expand_as(w)] == 0).all()
+    causal = torch.ones(9, 9).tril().bool()
+    assert torch.equal(attention_mask(at, at), causal)
+    for window, stride, seen in [(2, 0, [7, 8]), (0, 3, [2, 5, 6, 7, 8]), (6, 3, [5, 6, 7, 8])]:
+        mask = attention_mask(at, at, window, stride)
+        assert mask[8].nonzero().flatten().tolist() == seen and not (mask & ~causal).any()
 
 
 # -----------------------------------------------------------------------------
-# Mixture of experts
+# Mixture of experts; the Mixtral of transformers is above
 
 
 def expert_output(layer: MoE, e: int, x: Tensor) -> Tensor:
     return (F.silu(x @ layer.w1[e].T) * (x @ layer.w3[e].T)) @ layer.w2[e].T
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_moe_without_capacity_is_the_mixture_token_by_token(k):
-    layer, x = loud(MoE(tiny(**MOE | {"experts_per_token": k}))), torch.randn(2, 9, 32)
-    y = layer(x)
-    for row, t in itertools.product(range(2), range(9)):
-        probs = (layer.gate.weight @ x[row, t]).softmax(-1)
-        best = probs.topk(k).indices.tolist()
-        total = sum(probs[e] for e in best) if k > 1 else 1.0
-        expected = sum(probs[e] / total * expert_output(layer, e, x[row, t]) for e in best)
-        assert close(y[row, t], expected, 1e-5)
-    assert layer.stats["dropped"] == 0 and torch.allclose(layer.stats["load"].sum(), torch.tensor(1.0))
-    y.square().sum().backward()
-    assert layer.gate.weight.grad.abs().max() > 1e-4, "the router learns from the task, also with top-1"
 
 
 def route_by_hand(**changes) -> tuple[MoE, Tensor]:
@@ -453,29 +306,22 @@ def route_by_hand(**changes) -> tuple[MoE, Tensor]:
 
 def test_what_exceeds_an_experts_capacity_is_dropped_and_leaves_no_gradient():
     # Top-1, 6 tokens, 3 experts, factor 1: room for 2 each. Tokens 2 and 3 find expert 0 full.
-    off = {"load_balance_coef": 0.0, "router_z_coef": 0.0}
-    layer, x = route_by_hand(experts_per_token=1, capacity_factor=1.0, **off)
-    y = layer(x.requires_grad_())[0]
-    assert layer.stats["dropped"] == 2
+    layer, x = route_by_hand(experts_per_token=1, capacity_factor=1.0)
+    y = layer(x)[0]
+    p = (x[0] @ layer.gate.weight.T).softmax(-1)
+    assert layer.stats["dropped"] == 2 and not y[[2, 3]].any()
     assert layer.stats["load"].tolist() == pytest.approx([4 / 6, 1 / 6, 1 / 6])
-    assert not y[2].any() and not y[3].any()
-    alone, _ = route_by_hand(experts_per_token=1)
-    kept = alone(x.detach()[:, [0, 1, 4, 5]])
-    assert close(y[[0, 1, 4, 5]], kept[0], 1e-5)
-    y.sum().backward(), kept.sum().backward()
-    assert (x.grad[0].abs().sum(-1) > 0).tolist() == [True, True, False, False, True, True]
-    for p, q in zip(layer.parameters(), alone.parameters(), strict=True):
-        assert close(p.grad, q.grad, 1e-5)
+    kept = [p[t, e] * expert_output(layer, e, x[0, t]) for t, e in ((0, 0), (1, 0), (4, 1), (5, 2))]
+    assert close(y[[0, 1, 4, 5]], torch.stack(kept), 1e-5)
+    gradients = [torch.autograd.grad(z.sum(), [*layer.parameters()]) for z in (y, torch.stack(kept))]
+    assert all(close(a, b, 1e-5) for a, b in zip(*gradients, strict=True))
+    assert gradients[0][0].abs().max() > 1e-4, "the router learns from the task, also with top-1"
     # Top-2, room for 4 each. Expert 0 is wanted first by tokens 0-3, then second by 4: dropped there.
     # Expert 1: first by 4, second by 0, 1, 5. Expert 2: first by 5, second by 2, 3. Nothing else is dropped.
     layer, x = route_by_hand(experts_per_token=2, capacity_factor=1.0)
     y = layer(x)[0]
-    p = (layer.gate.weight @ x[0, 4]).softmax(-1)
     assert layer.stats["dropped"] == 1
-    assert close(y[4], p[1] / (p[0] + p[1]) * expert_output(layer, 1, x[0, 4]), 1e-5)
-    # Room for all: nothing is dropped, and the result is that of no capacity at all.
-    roomy, x = route_by_hand(experts_per_token=2, capacity_factor=3.0)
-    assert close(roomy(x), route_by_hand(experts_per_token=2)[0](x), 1e-6) and roomy.stats["dropped"] == 0
+    assert close(y[4], p[4, 1] / (p[4, 0] + p[4, 1]) * expert_output(layer, 1, x[0, 4]), 1e-5)
 
 
 def test_auxiliary_losses_are_their_formulas():
@@ -490,14 +336,12 @@ def test_auxiliary_losses_are_their_formulas():
     assert torch.allclose(layer.stats["aux_loss"], 0.3 * balance + 0.2 * z, rtol=1e-5)
 
 
-@pytest.mark.parametrize("every, experts", [(1, [0, 1, 2, 3, 4]), (2, [1, 3])])
-def test_auxiliary_losses_of_the_blocks_with_experts_count_in_training_alone_and_per_target(every, experts):
-    ours, ids = make(**MOE | {"moe_every": every, "n_layers": 5}), tokens(2, 12)
+def test_auxiliary_losses_of_the_blocks_with_experts_count_in_training_alone_and_per_target():
+    ours, ids = make(**MOE | {"moe_every": 2, "n_layers": 5}), tokens(2, 12)
     layers = ours.model["layers"]
-    assert list(ours.config.moe_layers) == experts
-    assert all(isinstance(block.mlp, MoE if i in experts else SwiGLU) for i, block in enumerate(layers))
+    assert [i for i, block in enumerate(layers) if isinstance(block.mlp, MoE)] == [1, 3]
     plain, n = ours(ids[:, :-1], ids[:, 1:])
-    aux = sum(layers[i].mlp.stats["aux_loss"] for i in experts)
+    aux = layers[1].mlp.stats["aux_loss"] + layers[3].mlp.stats["aux_loss"]
     trained, _ = ours.train()(ids[:, :-1], ids[:, 1:])
     assert aux > 0 and torch.allclose(trained, plain + n * aux)
 
@@ -511,13 +355,12 @@ def test_a_model_with_one_expert_in_some_blocks_is_the_dense_model():
     state[f"{mlp}gate.weight"] = torch.randn(1, 32)
     moe.load_state_dict(state)
     assert close(moe(tokens(2, 20)), dense(tokens(2, 20)), 1e-4)
-    assert moe.generate([[1, 2, 3]], 9, temperature=0) == dense.generate([[1, 2, 3]], 9, temperature=0)
 
 
 # -----------------------------------------------------------------------------
 # The key-value cache; the other caches are in tests/test_kernels.py
 
-decoding = named({name: VARIANTS[name] for name in VARIANTS if name not in ("capacity", "dropout", "untied")})
+decoding = variants_but("capacity", "dropout", "untied")
 
 
 @decoding
@@ -532,24 +375,9 @@ def test_greedy_generation_equals_the_repeated_full_forward(changes):
 @decoding
 def test_kv_cache_gives_the_same_logits_as_the_full_forward(changes):
     ours, ids = make(**changes), tokens(2, 14)
-    for chunks in ([14], [5] + [1] * 9, [1] * 14, [3, 4, 1, 6]):
+    for chunks in ([14], [5] + [1] * 9, [3, 4, 1, 6]):
         cache = KVCache(ours.config, 2, 14 if chunks == [14] else 20)
         assert close(feed(ours, cache, ids, chunks), ours(ids), 2e-5), chunks
-
-
-@some("gqa", "mistral", "learned", "sinks, window", "sparse", "linear")
-def test_chunks_of_unequal_length_append_to_ragged_rows(changes):
-    ours, texts = make(**changes), [tokens(1, n, seed=n)[0] for n in (11, 6, 9)]
-    cache, at, seen = KVCache(ours.config, 3, 20), [0, 0, 0], [[], [], []]
-    for counts in ([4, 2, 1], [3, 1, 5], [1, 0, 1], [1, 1, 1], [2, 2, 1]):
-        rows = [text[a : a + n] for text, a, n in zip(texts, at, counts, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        logits = feed(ours, cache, ids, [ids.shape[1]], torch.tensor(counts))
-        for row, n in enumerate(counts):
-            seen[row].append(logits[row, :n])
-            at[row] += n
-    for text, logits in zip(texts, seen, strict=True):
-        assert close(torch.cat(logits), ours(text.unsqueeze(0))[0], 2e-5)
 
 
 def test_selected_rows_go_on_as_they_would_have_and_a_full_cache_is_refused():
@@ -567,14 +395,11 @@ def test_selected_rows_go_on_as_they_would_have_and_a_full_cache_is_refused():
 # Sampling
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 1}, {"top_k": 5}, {"top_k": 100},
-     {"top_p": 0.9}, {"top_p": 0.5, "temperature": 1.5}, {"top_p": 0.01}, {"min_p": 0.1}, {"min_p": 1.0},
-     {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6, "top_k": 7},
-     {"temperature": 1.3, "top_k": 12, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.2}],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {"temperature": 0.5}, {"top_k": 5}, {"top_k": 100}, {"top_p": 0.9}, {"top_p": 0.5, "temperature": 1.5},
+    {"top_p": 0.01}, {"min_p": 0.1}, {"min_p": 1.0}, {"repetition_penalty": 0.6, "top_k": 7},
+    {"temperature": 1.3, "top_k": 12, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.2},
+], ids=str)  # fmt: skip
 def test_sampling_has_the_probabilities_of_transformers_warpers(options):
     """How often `sample` gives each token when `uniform` runs evenly through [0, 1)."""
     from transformers.generation import logits_process as hf
@@ -584,14 +409,11 @@ def test_sampling_has_the_probabilities_of_transformers_warpers(options):
     if "repetition_penalty" in options:
         scores = hf.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])(said, scores)
         ours["seen"] = torch.zeros(1, 20, dtype=torch.bool).scatter(1, said, True).expand(grid, -1)
-    for name, kind in [
-        ("temperature", "Temperature"),
-        ("top_k", "TopK"),
-        ("top_p", "TopP"),
-        ("min_p", "MinP"),
-    ]:
+    warpers = {"temperature": hf.TemperatureLogitsWarper, "top_k": hf.TopKLogitsWarper}
+    warpers |= {"top_p": hf.TopPLogitsWarper, "min_p": hf.MinPLogitsWarper}
+    for name, warper in warpers.items():
         if name in options:
-            scores = getattr(hf, f"{kind}LogitsWarper")(options[name])(said, scores)
+            scores = warper(options[name])(said, scores)
     expected = scores.softmax(-1)[0]
     uniform = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     found = torch.bincount(sample(logits.expand(grid, -1), uniform, **ours), minlength=20) / grid
@@ -607,7 +429,6 @@ def test_sampling_at_the_ends_of_its_options():
         assert sample(logits, uniform, top_p=0.0) == 1, "the best token always stays"
         assert sample(logits, uniform) != 2, "what has no probability is never drawn"
         assert sample(logits.roll(2), uniform) != 0
-    assert sample(logits, uniform, temperature=0, repetition_penalty=4.0, seen=logits == 3) == 3
 
 
 # -----------------------------------------------------------------------------
@@ -619,14 +440,12 @@ def test_a_rows_text_does_not_depend_on_its_neighbours():
     options = {"temperature": 0.9, "top_k": 30, "top_p": 0.95}
     together = ours.generate(PROMPTS, 12, seed=[1, 2, 3, 4], **options)
     assert together[0] != together[3], "the same prompt, another seed"
-    for prompt, seed, text in zip(PROMPTS, [1, 2, 3, 4], together, strict=True):
-        assert ours.generate([prompt], 12, seed=[seed], **options) == [text]
+    for seed, (prompt, text) in enumerate(zip(PROMPTS, together, strict=True), 1):
         assert ours.generate([prompt], 5, seed=seed, **options) == [text[:5]], "a shorter text is a prefix"
-    assert ours.generate(PROMPTS[::-1], 12, seed=[4, 3, 2, 1], **options) == together[::-1]
     torch.manual_seed(99)
     assert ours.generate(PROMPTS, 12, seed=1, **options) == together, "row r has seed + r"
     samples = ours.generate(PROMPTS[:2], 10, n=3, seed=20)
-    assert samples == [ours.generate([PROMPTS[r // 3]], 10, seed=20 + r)[0] for r in range(6)]
+    assert samples == ours.generate([p for p in PROMPTS[:2] for _ in range(3)], 10, seed=20)
     with pytest.raises(ValueError, match="seed"):
         ours.generate([[1], [2], [3]], 4, seed=[5])
 
@@ -634,10 +453,10 @@ def test_a_rows_text_does_not_depend_on_its_neighbours():
 def test_prompts_may_be_lists_tensors_or_slices_of_a_token_file():
     ours, ids = make(), [[5, 6, 7], [8, 9, 10]]
     expected = ours.generate(ids, 5, repetition_penalty=1.2)
-    for prompts in (torch.tensor(ids), np.array(ids, dtype=np.uint16), tuple(map(tuple, ids))):
+    for prompts in (torch.tensor(ids), np.array(ids, dtype=np.uint16)):
         assert ours.generate(prompts, 5, repetition_penalty=1.2) == expected
     assert ours.generate(ids, 0) == [[], []] and [len(t) for t in ours.generate(ids, 1)] == [1, 1]
-    for prompts in ([], [[]], [[1], []]):
+    for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="at least one"):
             ours.generate(prompts, 4)
 
@@ -659,18 +478,16 @@ def test_stop_tokens_end_a_row_and_the_stream_tells_what_is_returned(window):
 
 def test_forced_tokens_take_the_place_of_drawn_ones_and_are_read():
     """Row 1 answers 3 tokens to whatever stands third; the others are left alone."""
-    ours, prompts, calls = make(), PROMPTS[:3], []
+    ours, prompts = make(), PROMPTS[:3]
     free = ours.generate(prompts, 10, temperature=0)
 
     def force(row, new):
-        calls.append((row, len(new)))
+        assert not new[-1:] == [50], "not asked while tokens wait"
         return [50, 51, 52] if row == 1 and len(new) == 3 else []
 
     result = ours.generate(prompts, 10, temperature=0, force=force)
-    assert result[0] == free[0] and result[2] == free[2]
-    assert result[1][:6] == free[1][:3] + [50, 51, 52]
-    assert result[1][6:] == greedy(ours, prompts[1] + result[1][:6], 4)
-    assert (1, 4) not in calls and (1, 5) not in calls and (1, 6) in calls, "not asked while tokens wait"
+    answered = free[1][:3] + [50, 51, 52]
+    assert result == [free[0], answered + greedy(ours, prompts[1] + answered, 4), free[2]]
     stopping = ours.generate(prompts, 10, temperature=0, force=force, stop_tokens=[51])
     assert stopping[1] == free[1][:3] + [50, 51], "a forced stop token ends the row"
 
@@ -680,41 +497,30 @@ def test_repetition_penalty_counts_the_prompt_and_the_new_tokens():
     ours, text, new = make(), [3, 1, 4], []
     for _ in range(10):
         logits = ours(torch.tensor([text + new]))[0, -1]
-        seen = torch.zeros(VOCAB, dtype=torch.bool)
-        seen[text + new] = True
-        logits = torch.where(seen, torch.where(logits > 0, logits / 1.8, logits * 1.8), logits)
+        for seen in {*text, *new}:
+            logits[seen] *= 1.8 if logits[seen] < 0 else 1 / 1.8
         new.append(logits.argmax().item())
     assert new != greedy(ours, text, 10)
     assert ours.generate([[7, 8], text], 10, temperature=0, repetition_penalty=1.8)[1] == new
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_generation_drops_nothing_out_and_restores_the_training_flag(training):
+def test_generation_drops_nothing_out_and_restores_the_training_flag():
     ours = make(dropout=0.5)
     expected = ours.generate([[1, 2]], 6, temperature=0)
-    ours.train(training)
-    assert ours.generate([[1, 2]], 6, temperature=0) == expected
-    assert all(module.training is training for module in ours.modules())
+    assert not ours.training
+    assert ours.train().generate([[1, 2]], 6, temperature=0) == expected
+    assert all(module.training for module in ours.modules())
 
 
 def test_with_learned_positions_a_text_ends_with_the_context():
     ours, prompt = make(positions="learned", context_length=12), tokens(1, 9)[0].tolist()
-    for window in ({}, {"window": 3, "keep": 1}):
-        assert ours.generate([prompt[:4]], 50, temperature=0, **window) == [greedy(ours, prompt[:4], 8)]
+    assert ours.generate([prompt[:4]], 50, temperature=0) == [greedy(ours, prompt[:4], 8)]
     together = ours.generate([prompt, prompt[:4]], 50, temperature=0)
     assert together == [greedy(ours, prompt, 3), greedy(ours, prompt[:4], 3)], "the longest row ends all"
     with pytest.raises(ValueError, match="leaves no room"):
         ours.generate([tokens(1, 12)[0].tolist()], 5)
     with pytest.raises(ValueError, match="13 tokens"):
         ours(tokens(1, 13))
-
-
-def test_under_autocast_the_cache_is_bfloat16_and_generation_works():
-    ours = make(n_kv_heads=2)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ours.dtype == torch.bfloat16
-        assert [len(t) for t in ours.generate(PROMPTS, 6, window=4, keep=1)] == [6] * 4
-    assert ours.dtype == torch.float32
 
 
 def test_golden_tokens():
