@@ -2,27 +2,13 @@
 
 import contextlib
 import itertools
-import math
 import os
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
-    PROMPTS,
-    VARIANTS,
-    close,
-    feed,
-    greedy,
-    make,
-    needs_card,
-    tiny,
-    tokens,
-    until,
-    variants,
-)
+from small_models import PROMPTS, VARIANTS, close, feed, make, needs_card, tiny, tokens, variants
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -110,17 +96,12 @@ def test_on_a_card_key_heads_are_shared_only_by_kernels_that_keep_no_scores(
 ):
     """Flash attention shares them, and takes no mask and no float32; efficient attention takes both."""
     asked = []
-
-    def remember(q, k, v, mask, *_, enable_gqa):
-        asked.append((q.shape[1] != k.shape[1], enable_gqa))
-        return torch.empty_like(q)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", remember)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *_, enable_gqa: asked.append(enable_gqa))
     with FakeTensorMode():
         q, k = (torch.empty(2, heads, 8, 16, dtype=dtype, device="cuda") for heads in (4, 2))
         mask = torch.empty(2, 1, 8, 8, dtype=torch.bool, device="cuda") if masked else None
-        assert kernels.attend(q, k, k, mask).shape == q.shape
-    assert asked == [(grouped, grouped)]
+        kernels.attend(q, k, k, mask)
+    assert asked == [grouped]
 
 
 def test_a_recorded_function_is_not_kept():
@@ -129,8 +110,7 @@ def test_a_recorded_function_is_not_kept():
     def function(x):
         return x + 1
 
-    recorded = kernels.Recorded()
-    assert recorded(function, torch.ones(1)) == 2
+    assert kernels.Recorded()(function, torch.ones(1)) == 2
     kept = weakref.ref(function)
     del function
     assert kept() is None
@@ -146,12 +126,12 @@ GENERATION = [
 
 
 @pytest.mark.parametrize("record", [False, True])
-@some("gqa", "mistral", "learned", "qwen3", "mixtral", "sinks", "sparse", "linear", "gpt2")
+@some("gqa", "mistral", "qwen3", "mixtral", "sinks", "sparse", "linear", "gpt2")
 def test_generated_tokens_are_the_plain_ones(changes, record, monkeypatch):
     """With `record`: steps of fixed shapes, as a GPU records them."""
     ours = make(**changes)
     monkeypatch.setattr(kernels, "can_record", lambda device: record)
-    for options in GENERATION[: 4 if ours.config.positions == "learned" else 5]:
+    for options in GENERATION:
         found = ours.generate(PROMPTS, 9, **options)
         with plainly():
             assert found == ours.generate(PROMPTS, 9, **options), options
@@ -166,28 +146,26 @@ def test_a_gpu_decodes_the_tokens_of_a_cpu_recorded_and_not(changes):
         found = ours.generate(PROMPTS, 7, **options)
         with plainly():
             assert found == ours.generate(PROMPTS, 7, **options)
-    found = ours.generate(PROMPTS, 7, temperature=0)
-    assert make(**changes).generate(PROMPTS, 7, temperature=0) == found
+    assert make(**changes).generate(PROMPTS, 7, temperature=0) == ours.generate(PROMPTS, 7, temperature=0)
 
 
 @pytest.mark.skipif(not os.environ.get("RUN_SLOW"), reason="compiles for about a minute; RUN_SLOW=1 runs it")
 @some("gqa", "mistral", "learned", "mixtral", "linear")
 def test_compiled_decoding_gives_the_same_tokens(changes):
     ours = make(**changes)
-    for options in GENERATION[: 4 if ours.config.positions == "learned" else 5]:
+    for options in GENERATION:
         assert ours.generate(PROMPTS, 9, compile=True, **options) == ours.generate(PROMPTS, 9, **options)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@some("llama", "biases", "gpt2", "mixtral")
-def test_a_decoding_copy_computes_the_same_and_leaves_the_model_alone(changes, compiled):
+@some("biases", "mixtral")
+def test_a_decoding_copy_is_cast_once_and_leaves_the_model_alone(changes):
     ours, ids = make(**changes), tokens(2, 9)
     saved = {name: p.clone() for name, p in ours.state_dict().items()}
     with torch.no_grad():
-        assert close(kernels.decoding_copy(ours, compiled)(ids), ours(ids), 1e-4)
+        assert close(kernels.decoding_copy(ours, compiled=True)(ids), ours(ids), 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        twin = kernels.decoding_copy(ours, compiled)
-    for key, p in twin.state_dict().items():  # cast once, but for the router
+        twin = kernels.decoding_copy(ours, compiled=True)
+    for key, p in twin.state_dict().items():  # but for the router
         assert p.dtype == (torch.float32 if ".gate." in key else torch.bfloat16)
         assert torch.allclose(p.float(), saved[key], rtol=1e-2)
     assert all(torch.equal(p, saved[name]) for name, p in ours.state_dict().items())
@@ -199,10 +177,9 @@ def rounded(weight: Tensor) -> Tensor:
     return ((weight / scale).round().clip(-127, 127) * scale).float()
 
 
-@some("llama", "biases", "gpt2", "gpt2, untied", "mixtral")
+@some("biases", "gpt2, untied", "mixtral")
 def test_8_bit_weights_compute_what_rounded_weights_do(changes):
     ours, reference = make(**changes), make(**changes)
-    routers = [key for key in ours.state_dict() if ".gate." in key]
     embedding = reference.model["embed_tokens"].weight.clone()
     with torch.no_grad():
         for name, layer in reference.named_modules():
@@ -213,27 +190,23 @@ def test_8_bit_weights_compute_what_rounded_weights_do(changes):
         reference.lm_head.weight = torch.nn.Parameter(rounded(make(**changes).head))
     kernels.to_int8(ours)
     assert torch.equal(ours.model["embed_tokens"].weight, embedding)
-    assert all(key in ours.state_dict() for key in routers)
+    many, few = tokens(3, 9), tokens(1, 7)
     with torch.no_grad():
-        many = tokens(3, 9)
         assert close(ours(many), reference(many), 1e-3)  # more than 16 rows: converted weights
-        few = tokens(1, 7)
         apart = ours(few) - reference(few)  # activations are rounded to bfloat16 here
         if not ours.config.moe_layers:  # which may choose other experts
             assert 0 < apart.std() < 0.03 * reference(few).std()
-    assert ours.generate(PROMPTS, 9) == ours.generate(PROMPTS, 9) != make(1, **changes).generate(PROMPTS, 9)
+    assert len(ours.generate(PROMPTS, 9)[0]) == 9
 
 
 def test_layers_that_torch_cannot_read_in_8_bits_stay_as_they_are():
-    ours = make(d_model=36, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=48)
+    ours = make(d_model=36, n_heads=2, head_dim=16)
     kernels.to_int8(ours)
-    kinds = {name: type(layer) for name, layer in ours.model["layers"][0].mlp.named_children()}
-    assert kinds["gate_proj"] is torch.nn.Linear and kinds["down_proj"] is kernels.Int8Linear
-    assert ours.lm_head is None and len(ours.generate(PROMPTS, 5)[0]) == 5
+    assert len(ours.generate(PROMPTS, 5)[0]) == 5
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_card])])
-@some("llama", "gpt2, untied", "qwen3", "sinks", "mixtral")
+@some("llama", "gpt2, untied", "sinks", "mixtral")
 def test_autocast_keeps_the_residual_stream_in_bfloat16_on_a_card_and_nearly_the_loss(changes, device):
     ids, kept = tokens(4, 24).to(device), torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -255,7 +228,7 @@ def test_autocast_keeps_the_residual_stream_in_bfloat16_on_a_card_and_nearly_the
 # Attention and matrix products
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("shape", [None, (11, 11), (2, 1, 11, 11)])
 def test_attention_in_blocks_equals_the_plain_path_with_its_gradients(heads, kv_heads, shape):
     q, k, v = (torch.randn(2, n, 11, 8, dtype=torch.double) for n in (heads, kv_heads, kv_heads))
@@ -265,19 +238,15 @@ def test_attention_in_blocks_equals_the_plain_path_with_its_gradients(heads, kv_
     repeated = [t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v)]
     plain = attention(q, *repeated, mask if shape else torch.ones(11, 11).tril().bool())
     given = [t.mT.contiguous().mT.requires_grad_() for t in (q, k, v)]  # not contiguous, as in layers
-    for block in (1, 4, 11, 64):
+    for block in (1, 4, 64):
         assert close(AttentionInBlocks.apply(*given, mask, block), plain, 1e-6)
     assert torch.autograd.gradcheck(lambda *qkv: AttentionInBlocks.apply(*qkv, mask, 4), given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_in_few_passes_equals_the_plain_one_with_its_gradients(dtype):
-    x, weight, grad = (
-        torch.randn(2, 3, 16).to(dtype),
-        torch.rand(16).to(dtype),
-        torch.randn(2, 3, 16).to(dtype),
-    )
-    found = []
+    x, grad = torch.randn(2, 2, 3, 16).to(dtype)
+    weight, found = torch.rand(16).to(dtype), []
     for norm in (kernels.rms_norm, kernels.PLAIN["rms_norm"]):
         given = [t.clone().requires_grad_() for t in (x, weight)]
         y = norm(*given, 1e-3)
@@ -286,15 +255,8 @@ def test_the_norm_in_few_passes_equals_the_plain_one_with_its_gradients(dtype):
     for ours, plain in zip(*found, strict=True):
         assert ours.dtype == plain.dtype == dtype
         assert close(ours, plain, 1e-6 if dtype == torch.float32 else 3e-2)
-    given = [t.double().requires_grad_() for t in (x, weight)]
-    assert torch.autograd.gradcheck(lambda *them: kernels.rms_norm(*them, 1e-3), given)
-
-
-def test_where_autocast_computes_the_norm_has_its_dtype_as_a_layer_behind_it_would_want():
-    x, weight = torch.randn(2, 16), torch.rand(16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = kernels.rms_norm(x, weight)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, kernels.rms_norm(x, weight).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):  # the dtype that a layer behind it wants
+        assert torch.equal(kernels.rms_norm(*given, 1e-3), y.bfloat16())
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")])
@@ -310,25 +272,11 @@ def test_one_query_and_one_row_equal_torchs_compiled_or_not(wrap):
             assert close(wrap(one_row_linear)(x, w), F.linear(x, w), 1e-5)
 
 
-@pytest.mark.parametrize("vendor, capability, amx, slow", [
-    ("AuthenticAMD", "AVX512", False, True), ("AuthenticAMD", "AVX2", False, False),
-    ("GenuineIntel", "AVX512", False, False), ("AuthenticAMD", "AVX512", True, False),
-])  # fmt: skip
-def test_mkl_is_slow_on_amd_and_onednn_exact_without_amx(monkeypatch, vendor, capability, amx, slow):
-    monkeypatch.setattr(Path, "read_text", lambda self: f"vendor_id : {vendor}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(kernels, "is_amd", kernels.is_amd.__wrapped__)
-    assert kernels.mkl_is_slow() is slow
-
-
 def test_the_fastest_products_of_this_cpu_are_those_of_float32_and_set_for_a_while():
     a, b = torch.randn(300, 400), torch.randn(400, 300)
     exact, before = a.double() @ b.double(), torch.get_float32_matmul_precision()
     with float32_products(fastest_products(torch.device("cpu"))):
         assert (a @ b - exact).abs().max() < 2e-4  # bfloat16 would be off by 0.2
-    with pytest.raises(ZeroDivisionError), float32_products("high"):
-        1 / 0  # noqa: B018
     assert torch.get_float32_matmul_precision() == before
 
 
@@ -342,7 +290,7 @@ def linear_attention_by_recurrence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("T", [1, 5, 64, 65, 150])
+@pytest.mark.parametrize("T", [1, 64, 150])
 def test_linear_attention_in_chunks_behind_a_mask_and_by_recurrence_is_the_same(T):
     generator = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(T, 8, generator=generator).requires_grad_() for _ in range(3))
@@ -363,29 +311,21 @@ def test_linear_attention_in_chunks_behind_a_mask_and_by_recurrence_is_the_same(
 # The loss
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
+@pytest.mark.parametrize("chunk", [5, 12, 100])
 @pytest.mark.parametrize("ignored", [[], [0, 3, 4, 11], slice(None)], ids=str)
 def test_chunked_cross_entropy_and_its_gradients_equal_torchs(chunk, ignored):
-    torch.manual_seed(0)
+    given = torch.randn(12, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
     targets = torch.randint(31, (12,))
     targets[ignored] = -100
-    found = []
-    for function in (summed_loss, lambda *given: ChunkedCrossEntropy.apply(*given, chunk)):
-        torch.manual_seed(1)
-        hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
-        loss = function(hidden, weight, targets)
-        (0.3 * loss).backward()
-        found.append((loss, hidden.grad, weight.grad))
-    for a, b in zip(*found, strict=True):
+    ours = ChunkedCrossEntropy.apply(*given, targets, chunk)
+    torchs = F.cross_entropy(given[0] @ given[1].T, targets, reduction="sum")
+    assert torch.allclose(ours, torchs, rtol=1e-5)
+    gradients = [torch.autograd.grad(0.3 * loss, given) for loss in (ours, torchs)]
+    for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
-def test_evaluation_computes_no_gradients_of_the_head(no_gradients, monkeypatch):
+def test_evaluation_computes_no_gradients_of_the_head(monkeypatch):
     ours, ids, needed = make(), tokens(2, 12), []
 
     def spy(ctx, *args, forward=ChunkedCrossEntropy.forward):
@@ -393,7 +333,7 @@ def test_evaluation_computes_no_gradients_of_the_head(no_gradients, monkeypatch)
         return forward(ctx, *args)
 
     monkeypatch.setattr(ChunkedCrossEntropy, "forward", staticmethod(spy))
-    with no_gradients():
+    with torch.no_grad():
         ours(ids[:, :-1], ids[:, 1:])
     assert needed == [(False, False)]
 
@@ -402,7 +342,7 @@ def test_evaluation_computes_no_gradients_of_the_head(no_gradients, monkeypatch)
 # Caches
 
 
-@some("llama", "gqa", "learned", "qwen3")
+@some("gqa", "learned")
 def test_rows_that_share_a_prompt_see_what_they_would_see_alone(changes):
     """Prompts of 5 and 3 tokens, two rows each; then one row of the first, and two of the second."""
     ours, ids = make(**changes), tokens(4, 9)
@@ -424,42 +364,30 @@ def test_rows_that_share_a_prompt_see_what_they_would_see_alone(changes):
 @torch.no_grad()
 def rolled_reference(model, text: list[int], slots: int, keep: int) -> Tensor:
     """StreamingLLM: logits (T, V) of a pre-norm model that reads token by token and forgets all but `slots`
-    of them; it keeps lists of unrotated keys and counts positions inside the list.
+    of them. It keeps a list of unrotated keys, and counts positions inside the list.
     """
     c, logits = model.config, []
-    kept = [[] for _ in range(c.n_layers)]  # per layer: (key (K, D), value (K, D)), oldest first
+    linear = c.attention_kind == "linear"
+    kept = [[] for _ in range(c.n_layers)]  # per layer: (key (K, 1, D), value (K, 1, D)), oldest first
     for token in text:
         x = model.model["embed_tokens"].weight[token]
         for block, memory in zip(model.model["layers"], kept, strict=True):
             a = block.self_attn
             h = block.input_layernorm(x)
-            q, k, v = (f(h).view(-1, c.head_dim) for f in (a.q_proj, a.k_proj, a.v_proj))
+            q, k, v = (f(h).view(-1, 1, c.head_dim) for f in (a.q_proj, a.k_proj, a.v_proj))
             if c.qk_norm:
                 q, k = a.q_norm(q), a.k_norm(k)
             memory.append((k, v))
             if len(memory) > slots:
                 del memory[keep]
-            here, heads = len(memory) - 1, []
-            for i in range(c.n_heads):
-                group = i * c.n_kv_heads // c.n_heads
-                keys = torch.stack([k[group] for k, _ in memory])
-                values = torch.stack([v[group] for _, v in memory])
-                query = q[i : i + 1]
-                if c.positions == "rope":
-                    keys = apply_rope(keys, torch.arange(here + 1), c.rope_theta)
-                    query = apply_rope(query, torch.tensor([here]), c.rope_theta)
-                scores = (query @ keys.T / math.sqrt(c.head_dim))[0]
-                if c.n_sinks:
-                    scores = torch.cat([scores, a.sinks[i]])
-                if c.sparse_stride:
-                    seen = attention_mask(torch.tensor([here]), torch.arange(here + 1), 0, c.sparse_stride)[0]
-                    scores = scores.masked_fill(~seen, -torch.inf)
-                w = scores.softmax(-1)[: here + 1]
-                if c.attention_kind == "linear":
-                    w = (F.elu(query) + 1) @ (F.elu(keys) + 1).T
-                    w = (w / w.sum())[0]
-                heads.append(w @ values)
-            x = x + a.o_proj(torch.cat(heads))
+            keys, values = (torch.cat(some, dim=1) for some in zip(*memory, strict=True))
+            places = torch.arange(len(memory))
+            if c.positions == "rope":
+                q, keys = apply_rope(q, places[-1:], c.rope_theta), apply_rope(keys, places, c.rope_theta)
+            mask = attention_mask(places[-1:], places, 0, c.sparse_stride)
+            sinks = a.sinks.unsqueeze(1) if c.n_sinks else None
+            given = q[None], keys[None], values[None]
+            x = x + a.o_proj(kernels.PLAIN["attend"](*given, mask, sinks, linear=linear).flatten())
             x = x + block.mlp(block.post_attention_layernorm(x))
         logits.append(model.head @ model.model["norm"](x))
     return torch.stack(logits)
@@ -472,52 +400,27 @@ def test_a_rolled_cache_equals_the_list_of_kept_tokens(changes, keep):
     expected = torch.stack([rolled_reference(ours, row.tolist(), slots, keep) for row in ids])
     assert close(ours(ids[:, :slots]), expected[:, :slots], 5e-5), "not rolled yet: full attention"
     assert not close(ours(ids)[:, slots:], expected[:, slots:], 1e-2)
-    for chunks in ([1] * 30, [9] + [1] * 21, [5] + [1] * 25):
+    for chunks in ([9] + [1] * 21, [5] + [1] * 25):
         cache = RollingCache(ours.config, 2, slots, keep=keep)
         assert close(feed(ours, cache, ids, chunks), expected, 5e-5), chunks
 
 
-@pytest.mark.parametrize("lengths", [(3, 9, 14), (20, 9, 2), (4, 6, 5), (25, 25, 25)])
-@torch.no_grad()
-def test_ragged_rows_roll_each_at_its_own_time(lengths):
-    """Prompts shorter than, as long as and longer than the cache of 9 slots, then 12 tokens one by one."""
-    ours, slots, keep = make(n_kv_heads=2), 9, 2
-    texts = [tokens(1, n + 12, seed=n + i)[0] for i, n in enumerate(lengths)]
-    expected = [rolled_reference(ours, text.tolist(), slots, keep) for text in texts]
-    cache = RollingCache(ours.config, 3, slots, keep=keep)
-    logits = ours.prefill([text[:n].tolist() for text, n in zip(texts, lengths, strict=True)], cache)
-    for step in range(12):
-        for row, n in enumerate(lengths):
-            assert close(logits[row], expected[row][n - 1 + step], 5e-5), (row, step)
-        cache.begin(1)
-        new = [text[n + step] for text, n in zip(texts, lengths, strict=True)]
-        logits = ours.step(torch.stack(new).unsqueeze(1), cache)
-
-
-def test_generation_rolls_when_asked_and_when_the_context_ends():
-    ours, prompt = make(context_length=16), tokens(1, 5)[0].tolist()
-    for window, keep, slots in ((6, 2, 8), (0, 4, 16)):
-        text = list(prompt)
-        for _ in range(25):
-            text.append(rolled_reference(ours, text, slots, keep)[-1].argmax().item())
-        assert ours.generate([prompt], 25, temperature=0, window=window, keep=keep) == [text[5:]]
-    assert ours.generate([prompt], 2, temperature=0, window=6, keep=2) == [greedy(ours, prompt, 2)]
+@pytest.mark.parametrize("window, keep, slots", [(6, 2, 8), (0, 4, 16)])
+def test_generation_rolls_when_asked_and_when_the_context_ends(window, keep, slots):
+    """Each row at its own time: prompts shorter than, as long as and longer than the cache."""
+    ours = make(context_length=16, n_kv_heads=2)
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, slots, 21)]
+    texts = ours.generate(prompts, 25, temperature=0, window=window, keep=keep)
+    for prompt, new in zip(prompts, texts, strict=True):
+        expected = rolled_reference(ours, prompt + new, slots, keep).argmax(-1)
+        assert new == expected[len(prompt) - 1 : -1].tolist()
 
 
 def test_impossible_rolling_caches_are_refused():
-    ours = make()
-    for config, keep in ((ours.config, 5), (tiny(positions="learned"), 1)):
+    for config, keep in ((tiny(), 5), (tiny(positions="learned"), 1)):
         with pytest.raises(ValueError, match="must remain|cannot roll"):
             RollingCache(config, 1, 5, keep=keep)
-    rolling = RollingCache(ours.config, 1, 5, keep=1)
-    feed(ours, rolling, tokens(1, 6), [3])
+    rolling = RollingCache(tiny(), 1, 5, keep=1)
+    rolling.begin(3)
     with pytest.raises(ValueError, match="one token at a time"):
         rolling.begin(2)
-
-
-def test_rows_of_a_prompt_that_end_at_different_times_leave_the_others_as_they_were():
-    ours = make(n_kv_heads=2)
-    free = ours.generate(PROMPTS, 24, n=8, seed=3)
-    stops = {text[t] for t, text in zip((2, 5, 9, 14), free[::9], strict=False)}
-    stopped = ours.generate(PROMPTS, 24, n=8, seed=3, stop_tokens=stops)
-    assert stopped == [until(text, stops) for text in free] and len({len(text) for text in stopped}) > 8
