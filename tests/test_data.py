@@ -24,11 +24,18 @@ import data
 from support import metrics
 from support.tables import read_rows
 from tasks.arithmetic import THINGS, arithmetic
-from tasks.calculator import CalculatorError, calculate, calculator_answer, decimal_text, extract_number
-from tasks.grammar import SPLITS, split_of
+from tasks.calculator import (
+    CalculatorError,
+    calculate,
+    calculates,
+    calculator_answer,
+    decimal_text,
+    extract_number,
+)
+from tasks.grammar import SPLITS
 from tasks.mistakes import kinds_of
 from tasks.sentiment import BAD, GOOD
-from tasks.stories import ELDERS, PEOPLE, PLOTS, _plots, faults, story, storyworld, words_of_plots
+from tasks.stories import ELDERS, PEOPLE, faults, story, storyworld, words_of_plots
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("DATA_DIR") or ROOT.parent / "shared" / "data")
@@ -56,26 +63,20 @@ def problems():
 # storyworld
 
 
-def test_the_first_stories_and_problems_never_change():
-    for corpus, n, digest in (
-        ("storyworld", 200, "4d5952df4c8f18ac"),
-        ("arithmetic", 400, "4bea6a8a458dcc32"),
-    ):
-        texts = islice(data.documents(corpus, "train"), n)
-        assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == digest
+@pytest.mark.parametrize("corpus, n, digest", [
+    ("storyworld", 200, "4d5952df4c8f18ac"), ("arithmetic", 400, "4bea6a8a458dcc32"),
+])  # fmt: skip
+def test_the_first_stories_and_problems_never_change(corpus, n, digest):
+    texts = islice(data.documents(corpus, "train"), n)
+    assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == digest
 
 
-def test_no_story_comes_twice_and_splits_share_no_signature(stories):
+def test_no_story_comes_twice_or_has_a_fault_and_splits_share_no_signature(stories):
     assert len({text for text, _ in stories}) == len(stories)
+    assert not any(faults(text) for text, _ in stories[:1500])
     words = Counter(word for text, _ in stories for word in re.findall(r"[a-z]+", text.lower()))
     assert 600 <= len(words) <= 1_200 and min(words.values()) >= 5  # no word is too rare to learn
-    sizes = Counter(split_of(signature) for signature in {signature for _, signature in stories})
-    assert all(0.04 < sizes[split] / sizes.total() < 0.06 for split in ("validation", "test"))
     assert [len(list(data.documents("storyworld", split))) for split in SPLITS[1:]] == [1_000, 1_000]
-
-
-def test_only_what_does_not_agree_in_a_story_is_a_fault(stories):
-    assert not any(faults(text) for text, _ in stories[:1500])
 
 
 @pytest.mark.parametrize("old, new, kinds", [
@@ -96,12 +97,11 @@ def test_faults_of_a_story_have_kinds(old, new, kinds):
 
 
 def test_a_story_that_says_little_does_not_agree():
-    examples = data.load_task("story", "test", count=2)[0]
-    true, silent = ([e.target for e in examples], ["", "The answer is 42."])
-    for outputs, correct, kinds in ((true, True, []), (silent, False, ["too short"])):
-        records, metrics = data.judge("story", examples, outputs)
-        assert metrics["consistent"]["value"] == correct and metrics.keys() == {"consistent"}
-        assert all(kinds_of("consistent", record) == kinds for record in records)
+    [example] = data.load_task("story", "test", count=1)[0]
+    for output, correct, kinds in ((example.target, True, []), ("It is 42.", False, ["too short"])):
+        [record], found = data.judge("story", [example], [output])
+        assert found["consistent"]["value"] == correct
+        assert kinds_of("consistent", record) == kinds
 
 
 def test_stories_obey_the_rules_of_writing(stories):
@@ -126,29 +126,20 @@ def test_stories_obey_the_rules_of_writing(stories):
             assert not found, f"{rule} ({found[0]!r}): {text}\n{signature}"
 
 
-def test_every_fact_in_the_plots_can_be_drawn():
-    for name, beats in _plots().items():
-        drawn = re.findall(r"(?<= = )\w+|(?<=[|=] )\w+(?= [|/]|$)", PLOTS.split(f"# {name}\n")[1], re.M)
-        for needed, _, _ in filter(None, beats):
-            assert not set(needed) - set(drawn) - {"not", "night"}, (name, needed)
-
-
 # -----------------------------------------------------------------------------
 # arithmetic
 
 
 def test_every_annotation_and_every_answer_is_right(problems):
     steps = Counter()
-    for problem in (p for split in problems.values() for p in split):
-        *lines, final = problem["answer"].split("\n")
-        steps[len(lines)] += 1
-        for line in lines:
-            a, sign, b, result, after = re.search(r"<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)", line).groups()
-            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
-            assert value == int(result) == int(after), problem
-        assert final == f"#### {value}", problem
-        assert all(1 <= int(n) <= 40 for n in re.findall(r"\d+", problem["question"] + problem["answer"]))
-    assert set(steps) == {1, 2, 3, 4} and min(steps.values()) > 300
+    for problem in problems["train"]:
+        answer = problem["answer"]
+        steps[answer.count("\n")] += 1
+        assert calculates(answer) and re.findall(r"=(\d+)>>", answer) == re.findall(r">>(\d+)", answer), (
+            answer
+        )
+        assert all(1 <= int(n) <= 40 for n in re.findall(r"\d+", problem["question"] + answer))
+    assert set(steps) == {1, 2, 3, 4} and min(steps.values()) > 100
 
 
 def test_the_question_alone_gives_the_answer(problems):
@@ -157,9 +148,8 @@ def test_the_question_alone_gives_the_answer(problems):
         *told, question = re.split(r"(?<=[.?]) ", problem["question"])
         item = re.search(r"How many (.+?) do", question)[1]
         name = next(filter(None, re.search(r"^(?!There)(\w+)|(\w+)'s bag", told[0]).groups()))
-        people = {name, "She", "He", "There", "A", "By", "Then", *re.findall("[A-Z][a-z]+", question)} - {
-            "How"
-        }
+        people = {name, "She", "He", "There", "A", "By", "Then", *re.findall("[A-Z][a-z]+", question)}
+        people.remove("How")
         total = None
         for sentence in told:
             if item not in sentence or not (sentence.split()[0] in people or f"gives {name}" in sentence):
@@ -178,9 +168,12 @@ def test_the_question_alone_gives_the_answer(problems):
 
 
 def test_no_problem_and_no_calculation_is_in_two_splits(problems):
+    def both(split: str) -> set[str]:
+        rows = problems[split]
+        return {row["question"] for row in rows} | {"".join(re.findall("<<.*?>>", r["answer"])) for r in rows}
+
     for a, b in combinations(SPLITS, 2):
-        for part in (lambda p: p["question"], lambda p: " ".join(re.findall("<<(.*?)>>", p["answer"]))):
-            assert not set(map(part, problems[a])) & set(map(part, problems[b]))
+        assert not both(a) & both(b)
 
 
 def test_numbers_are_problems_told_and_not_solved_and_true_equations():
@@ -203,27 +196,14 @@ def test_numbers_are_problems_told_and_not_solved_and_true_equations():
 # corpora
 
 
-def python(*words: str, **env: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def test_importing_is_light_and_the_text_the_same_for_every_hash_seed():
-    heavy = {"torch", "requests", "datasets", "pyarrow", "numpy"}
-    code = f"import sys, data; print({heavy} & set(sys.modules), data.corpus_info('storyworld', 'test'))"
-    first, second = (python("-c", code, PYTHONHASHSEED=seed).stdout for seed in ("1", "2"))
-    assert first == second and first.startswith("set()")
+def show(*words: str) -> list[str]:
+    command = [sys.executable, "data.py", *words]
+    return subprocess.check_output(command, cwd=ROOT, text=True).split("\n\n")
 
 
 def test_show_prints_stories_and_tasks_as_a_model_sees_them():
-    done = python("data.py", "--show=2", "--corpus=storyworld")
-    assert list(islice(storyworld("train"), 2)) == done.stdout.strip().split("\n\n")
-    assert done.stderr.startswith("data: storyworld, train: generated by data.py, seed 1")
-    done = python("data.py", "--task=sentiment", "--show=1")
-    assert "It is anything but graceful.\nIt was[ bad]" in done.stdout
+    assert list(islice(storyworld("train"), 2)) == show("--corpus=storyworld", "--show=2")[:2]
+    assert "It is anything but graceful.\nIt was[ bad]" in show("--task=sentiment", "--show=1")
 
 
 def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail(data_dir):
@@ -234,8 +214,7 @@ def test_tinystories_slice_drops_the_torn_story_and_holds_out_its_tail(data_dir)
     with gzip.open(Path(folder) / "tinystories/TinyStories-train-first-2MiB.txt.gz", "rt") as file:
         stories = [story.strip() for story in file.read().split("<|endoftext|>")][:-1]
     assert parts["train"] + parts["test"] + parts["validation"] == stories
-    info = data.corpus_info("tinystories", "validation")
-    assert "held out: the last 5 %" in info["source"] and info["licence"] == "CDLA-Sharing-1.0"
+    assert "held out: the last 5 %" in data.corpus_info("tinystories", "validation")["source"]
 
 
 def test_wikitext2_articles_joined_are_the_file(data_dir):
@@ -252,51 +231,49 @@ def test_no_edition_is_mixed_with_another(tmp_path, monkeypatch, data_dir):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     own(tmp_path, "tinystories/TinyStories-train.txt", EOT.join(["one", "two", ""]))
-    assert list(data.documents("tinystories", "train")) == ["one", "two"]
     with pytest.raises(data.DataError, match="TinyStories-valid.txt"):
         data.documents("tinystories", "validation")
     with pytest.raises(data.DataError, match="no test split"):
         data.documents("tinystories", "test")
 
 
-@pytest.mark.parametrize("corpus, split, message", [
-    ("tinystory", "train", "neither a file nor the name of a corpus.*tinystories"),
-    ("storyworld", "valid", "the splits are train, validation, test"),
-    ("storyworld:0.5,storyworld:0.5", "train", "once"),
-    ("storyworld:0,arithmetic:1", "train", "above 0"),
-    ("nowhere/*.txt", "train", "neither a file"), (str(ROOT / "web"), "train", "a folder without files"),
+@pytest.mark.parametrize("load, corpus, split, message", [
+    (data.documents, "tinystory", "train", "neither a file nor the name of a corpus.*tinystories"),
+    (data.documents, "storyworld", "valid", "the splits are train, validation, test"),
+    (data.documents, "storyworld:0.5,storyworld:0.5", "train", "once"),
+    (data.documents, "storyworld:0,arithmetic:1", "train", "above 0"),
+    (data.documents, str(ROOT / "web"), "train", "a folder without files"),
+    (data.load_task, "nothing", "train", "no task.*the tasks are sst2"),
+    (data.load_task, "sentiment", "valid", "no split"),
+    (data.load_conversations, "alpaca", "valid", "no split"),
 ])  # fmt: skip
-def test_unknown_names_splits_and_shares_are_refused(corpus, split, message):
+def test_unknown_names_splits_and_shares_are_refused(load, corpus, split, message):
     with pytest.raises(data.DataError, match=message):
-        data.documents(corpus, split)
-    with pytest.raises(data.DataError, match="no task.*the tasks are sst2|no split"):
-        data.load_task(corpus, split)
-    for name in ("instructions", "alpaca"):
-        with pytest.raises(data.DataError, match="no split"):
-            data.load_conversations(name, "valid")
+        load(corpus, split)
+
+
+def is_sum(document: str) -> bool:
+    return bool(re.search(r"####|^\d", document))
 
 
 def test_a_mix_has_its_shares_at_every_point_and_names_every_part():
-    used = {"story": 0, "sum": 0}
+    sums = total = 0
     for i, doc in enumerate(islice(data.documents("storyworld:0.9,arithmetic:0.1", "train"), 3_000)):
-        used["sum" if re.search(r"####|^\d", doc) else "story"] += len(doc.encode())
-        if i > 1_000:
-            assert abs(used["sum"] / sum(used.values()) - 0.1) < 0.01
-    info, other = (
-        data.corpus_info(mix, "train") for mix in ("storyworld:9,arithmetic:1", "storyworld:8,arithmetic:2")
-    )
+        total += len(doc)
+        sums += len(doc) if is_sum(doc) else 0
+        assert i < 1_000 or abs(sums / total - 0.1) < 0.01
+    mixes = "storyworld:9,arithmetic:1", "storyworld:8,arithmetic:2"
+    info, other = (data.corpus_info(mix, "train") for mix in mixes)
     assert info["source"].count("generated by data.py") == 2 and info["fingerprint"] != other["fingerprint"]
 
 
 def test_a_mix_ends_with_its_finite_corpus_or_its_largest_generator(tmp_path, monkeypatch):
     path = own(tmp_path, "own.txt", EOT.join(f"own story {i} " + "word " * 80 for i in range(400)))
     docs = list(data.documents(f"{path}:0.5,arithmetic:0.5", "train"))
-    mine = [doc for doc in docs if doc.startswith("own")]
-    assert mine == list(data.documents(path, "train")) and len(set(docs)) == len(docs)
-    assert abs(sum(map(len, mine)) / sum(map(len, docs)) - 0.5) < 0.02
+    assert [doc for doc in docs if not is_sum(doc)] == list(data.documents(path, "train"))
     monkeypatch.setitem(data.EMBEDDED, "storyworld", (storyworld, 100))
     docs = list(data.documents("arithmetic:0.2,storyworld:0.8", "train"))
-    assert [d for d in docs if not re.search(r"####|^\d", d)] == list(data.documents("storyworld", "train"))
+    assert [doc for doc in docs if not is_sum(doc)] == list(data.documents("storyworld", "train"))
 
 
 # -----------------------------------------------------------------------------
@@ -330,13 +307,11 @@ def everything(corpus):
 
 def test_all_kinds_of_files_give_the_same_documents(tmp_path):
     rows = [{"text": doc, "id": 1} for doc in DOCS]
-    lines = "\n".join(map(json.dumps, rows))
+    text, lines = EOT.join(DOCS), "\n".join(map(json.dumps, rows))
     for name, content in (
-        ("a.txt", EOT.join(DOCS)),
-        ("crlf.txt", EOT.join(DOCS).replace("\n", "\r\n")),
-        ("bom.txt", b"\xef\xbb\xbf" + EOT.join(DOCS).encode()),
+        ("crlf.txt", text.replace("\n", "\r\n")),
+        ("bom.txt.gz", b"\xef\xbb\xbf" + text.encode()),
         ("inline.txt", "<|endoftext|>".join(DOCS)),
-        ("a.txt.gz", EOT.join(DOCS)),
         ("a.jsonl", rows),
         ("a.jsonl.gz", lines.replace("\n", "\r\n") + "\n\n"),
     ):
@@ -353,23 +328,13 @@ def test_globs_and_folders_read_all_files_in_order_and_a_path_that_exists_is_no_
     assert everything(str(folder)) == DOCS == everything(str(tmp_path / "deep [[]1]" / "*.txt"))
     file = str(folder / "0[1].txt")
     assert everything(file) == DOCS[:20] and DOCS[0] in data.documents(f"{file}:1,storyworld:1", "train")
-    with pytest.raises(data.DataError, match="neither a file"):
-        data.documents(str(tmp_path / "deep [2]"), "train")
 
 
 def test_half_an_emoji_is_replaced_where_text_enters(tmp_path):
     file = own(tmp_path, "a.jsonl", "\n".join(['{"text": "Goat \\ud83d \\ud83d\\ude00"}'] * 60))
     assert set(everything(file)) == {"Goat \ufffd \U0001f600"}
-    assert next(data.documents(f"{file}:1,storyworld:1", "train")).encode()
     file = own(tmp_path, "a.json", '[{"question": "a\\uDC00", "answer": {"b\\ud800": ["c\\ud800"]}}]')
     assert list(read_rows(file)) == [{"question": "a\ufffd", "answer": {"b\ufffd": ["c\ufffd"]}}]
-
-
-def test_rows_without_text_are_left_out_and_counted(tmp_path):
-    rows = [{"text": text} for text in (*DOCS, None, math.nan, "", " \n")] + [{"body": "b"}]
-    file = own(tmp_path, "a.jsonl", rows)
-    about = data.corpus_info(file, "train")
-    assert list(data.documents(file, "train", about=about)) == DOCS[:54] and about["left_out"] == 5
 
 
 def test_text_without_marks_is_running_text_that_becomes_passages_and_loses_nothing(tmp_path):
@@ -379,37 +344,32 @@ def test_text_without_marks_is_running_text_that_becomes_passages_and_loses_noth
         docs = everything(novel)
         assert joint.join(docs) == joint.join(paragraphs)
         assert len(docs) > 10 and all(len(doc) < 10_000 for doc in docs)
-    for joint in (" ", "\r\r", ""):  # one line, also of an old Mac, or without a space
+    assert data.corpus_info(novel, "test")["running_text"]
+    for joint in ("\r\r", ""):  # one line, of an old Mac, or without a space
         text = joint.join(paragraphs).replace(" ", joint)
         docs = everything(own(tmp_path, "line.txt", text))
         assert " ".join(docs).split() == text.split() if joint else "".join(docs) == text
         assert len(docs) > 10 and all(len(doc) <= 16_000 for doc in docs)
-    assert data.corpus_info(novel, "test")["running_text"]
-    late = "A line of a long document.\n" * 12_000 + EOT.join(["", *DOCS])
-    assert EOT not in "".join(everything(own(tmp_path, "late.txt", late)))
-    for corpus in (own(tmp_path, "stories.txt", EOT.join(DOCS)), "storyworld"):
-        assert "running_text" not in data.corpus_info(corpus, "test")
+    late = own(tmp_path, "late.txt", "A line of a long document.\n" * 12_000 + EOT.join(["", *DOCS]))
+    assert EOT not in "".join(everything(late)) and "running_text" not in data.corpus_info(late, "test")
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("empty.txt", "", "is empty"),
     ("blank.txt", " \n\n", "is empty"),
     ("short.txt", "One line.", "too little text"),
     ("latin.txt", "good\nna\xefve\n".encode("latin-1"), "line 2: not UTF-8.*0xef"),
     ("torn.jsonl", '{"text": "a"}\n{"text": ', "line 2"),
     ("other.jsonl", '{"body": "a"}', 'no row has a "text"; the columns are body'),
-    ("blank.jsonl", '{"text": " "}\n{"text": null}', 'no row has a "text"; the columns are text'),
     ("object.jsonl", '{"text": {"a": 1}}', "row 1.*should be text"),
     ("list.jsonl", '{"text": "a"}\n["a"]', "row 2: should be an object"),
     ("page.html", "<p>", "cannot read"),
     ("c.parquet", "hello", "not a parquet file"),
-    ("torn.txt", gzip.compress(os.urandom(5_000).hex().encode())[:2_000], "damaged gzip"),
-    ("none.txt", b"not gzip at all", "damaged gzip"),
+    ("torn.txt.gz", gzip.compress(os.urandom(5_000).hex().encode())[:2_000], "damaged gzip"),
+    ("none.txt.gz", b"not gzip at all", "damaged gzip"),
 ])  # fmt: skip
 def test_bad_files_are_named_with_their_fault(tmp_path, name, content, message):
-    path = own(tmp_path, name, content)
-    if "gzip" in message:
-        path = os.rename(path, f"{path}.gz") or f"{path}.gz"
+    path = own(tmp_path, name, "")
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(data.DataError, match=message) as error:
         list(data.documents(path, "train"))
     assert name in str(error.value) or name == "short.txt"
@@ -442,20 +402,11 @@ def test_the_labels_of_reviews_are_what_a_reader_says():
 
 def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented(data_dir):
     data_dir(shared("sst2"))
-    train, about = data.load_task("sst2", "train")
-    validation, _ = data.load_task("sst2", "validation")
-    assert (len(train), len(validation)) == (67_349, 872)
-    assert sum(e.label for e in train) == 37_569 and sum(e.label for e in validation) == 444
-    assert about["source"] == "sst2/train.tsv.gz"
+    for split, n, good in (("train", 67_349, 37_569), ("validation", 872, 444)):
+        labels = [e.label for e in data.load_task("sst2", split)[0]]
+        assert (len(labels), sum(labels)) == (n, good)
     with pytest.raises(data.DataError, match="no row has text; the columns are index, sentence"):
         data.load_task("sst2", "test")
-
-
-def test_samsum_loses_its_carriage_returns_and_the_chat_that_is_empty(data_dir):
-    data_dir(shared("samsum"))
-    train, about = data.load_task("samsum", "train")
-    assert len(train) == 14_731 and about["left_out"] == 1 and "1 without text" in about["source"]
-    assert not any("\r" in e.text or "\r" in e.target for e in train)
 
 
 def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its_annotations(data_dir):
@@ -476,36 +427,29 @@ def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its
     assert n > 20_000 and agreed >= n - 5
 
 
-@pytest.mark.parametrize("lines, message", [
-    ("sentence\tgood\na film\t1\n", "no row has text; the columns are sentence, good"),
-    ("sentence\tlabel\na film\t2\n", "label '2' is not one of 0, 1"),
-    ("sentence\tlabel\na film\n", "line 2: 1 cells, but the header has 2"),
-    ("sentence\tlabel\n", "holds no rows"),
+SUM = {"question": "q", "answer": "#### 7"}
+
+
+@pytest.mark.parametrize("file, content, given, message", [
+    ("sst2/dev.tsv", "sentence\tgood\na film\t1\n", ["validation"], "columns are sentence, good"),
+    ("sst2/dev.tsv", "sentence\tlabel\na film\t2\n", ["validation"], "label '2' is not one of 0, 1"),
+    ("sst2/dev.tsv", "sentence\tlabel\na film\n", ["validation"], "line 2: 1 cells, but the header has 2"),
+    ("sst2/dev.tsv", "sentence\tlabel\n", ["validation"], "holds no rows"),
+    ("gsm8k/train.jsonl", [SUM] * 300, ["train"], "only 300 rows, but its last 500 are validation"),
+    ("gsm8k/train.jsonl", [SUM] * 900, ["train", 4000], "has 400 rows, so --first_problem=4000 is too large"),
 ])  # fmt: skip
-def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, data_dir, lines, message):
+def test_a_task_file_with_a_fault_is_named_with_it(tmp_path, data_dir, file, content, given, message):
     data_dir(tmp_path)
-    own(tmp_path, "sst2/dev.tsv", lines)
+    own(tmp_path, file, content)
     with pytest.raises(data.DataError, match=message):
-        data.load_task("sst2", "validation")
+        data.load_task(file.split("/")[0], *given)
 
 
 def test_a_problem_whose_answer_has_no_number_is_left_out_and_counted(tmp_path, data_dir):
     data_dir(tmp_path)
-    rows = [{"question": "q", "answer": answer} for answer in ("#### 7", "not given", "")]
-    own(tmp_path, "gsm8k/test.jsonl", rows)
+    own(tmp_path, "gsm8k/test.jsonl", [SUM, SUM | {"answer": "not given"}])
     examples, about = data.load_task("gsm8k", "test")
-    assert [e.target for e in examples] == [" #### 7"] and about["left_out"] == 2
-
-
-@pytest.mark.parametrize("n, first, message", [
-    (300, 0, "only 300 rows, but its last 500 are validation"),
-    (900, 4000, "train has 400 rows, so --first_problem=4000 is too large"),
-])  # fmt: skip
-def test_a_file_with_too_few_rows_is_not_called_empty(tmp_path, data_dir, n, first, message):
-    data_dir(tmp_path)
-    own(tmp_path, "gsm8k/train.jsonl", [{"question": "q", "answer": "#### 7"}] * n)
-    with pytest.raises(data.DataError, match=message):
-        data.load_task("gsm8k", "train", first=first)
+    assert len(examples) == about["left_out"] == 1
 
 
 def test_all_kinds_of_files_give_the_same_task(tmp_path, data_dir):
@@ -513,24 +457,23 @@ def test_all_kinds_of_files_give_the_same_task(tmp_path, data_dir):
     rows = [{"sentence": 'a "film" ', "label": 1}, {"sentence": "no", "label": 0}]
     parquet(tmp_path / "sst2" / "validation.parquet", rows)
     found = [data.load_task("sst2", "validation")[0]]
-    for i, (name, content) in enumerate({
+    for name, content in {
         "dev.tsv": 'sentence\tlabel\na "film" \t1\nno\t0\n',
         "dev.jsonl": rows,
         "dev.json": json.dumps(rows),
         "dev.csv": 'label,sentence\n1,"a ""film"" "\n0,no\n',
-    }.items()):  # fmt: skip
-        own(tmp_path, f"{i}/sst2/{name}", content)
-        data_dir(tmp_path / str(i))
+    }.items():
+        own(tmp_path, f"{name}/sst2/{name}", content)
+        data_dir(tmp_path / name)
         found.append(data.load_task("sst2", "validation")[0])
     assert all(f == found[0] for f in found) and found[0][0].text == 'a "film"'
 
 
 def test_few_shot_examples_come_from_train_by_seed_and_are_balanced():
     shots = data.few_shot("sentiment", 4)
-    assert [e.label for e in shots].count(1) == 2 and len(set(shots)) == 4
+    assert sum(e.label for e in shots) == 2 and len(set(shots)) == 4
     assert set(shots) <= set(data.load_task("sentiment", "train")[0])
     assert data.few_shot("sentiment", 4) == shots != data.few_shot("sentiment", 4, seed=2)
-    assert len(data.few_shot("arithmetic", 5)) == 5 and data.few_shot("arithmetic", 0) == []
 
 
 # -----------------------------------------------------------------------------
@@ -540,9 +483,8 @@ def test_few_shot_examples_come_from_train_by_seed_and_are_balanced():
 @pytest.mark.parametrize("text, number", [
     ("She has <<2+2=4>>4.\n#### 1,080", "1080"), ("#### $-5.50 dollars", "-5.5"),
     ("#### 7\n#### 8", "7"),  # what a model adds afterwards does not count
-    ("#### none, but 3 before\n4", "3"), ("####\n4", None), ("A: 42", "42"),
-    ("There are 3 left.\nA: 12 apples", "12"), ("So the answer is $1,234.00!", "1234"),
-    ("First 3, then 4.", "4"), ("It costs $.75", "0.75"), ("from 10-5", "5"), ("-0.0", "0"), ("007", "7"),
+    ("#### none, but 3 before\n4", "3"), ("####\n4", None), ("So the answer is $1,234.00!", "1234"),
+    ("There are 3 left.\nA: 12 apples", "12"), ("It costs $.75", "0.75"), ("from 10-5", "5"), ("-0.0", "0"),
     ("#### 1e5", "100000"), ("it is -1.50E-3.", "-0.0015"), ("2e400 3 days", "3"), ("4 e5", "5"),
     ("١٢", None), ("no number", None), ("", None),
 ])  # fmt: skip
@@ -612,10 +554,9 @@ def test_intervals_and_macro_f1_are_scipys_and_scikit_learns():
         found = [mine["value"], mine["low"], mine["high"]]
         assert found == pytest.approx([hits / n, theirs.low, theirs.high], abs=1e-6)
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        labels, predictions = rng.integers(0, 3, 40), rng.integers(0, 3, 40)
-        theirs = f1_score(labels, predictions, average="macro")
-        assert metrics.macro_f1(list(zip(labels, predictions, strict=True))) == pytest.approx(theirs)
+    labels, predictions = rng.integers(0, 3, (2, 40))
+    theirs = f1_score(labels, predictions, average="macro")
+    assert metrics.macro_f1(list(zip(labels, predictions, strict=True))) == pytest.approx(theirs)
     values, others = rng.exponential(size=(2, 200))
     for mine, sample in (
         (metrics.bootstrap(values, rounds=5000), values),
@@ -624,8 +565,6 @@ def test_intervals_and_macro_f1_are_scipys_and_scikit_learns():
         theirs = scipys((sample,), np.mean, method="percentile", n_resamples=5000).confidence_interval
         found = [mine["value"], mine["low"], mine["high"]]
         assert found == pytest.approx([sample.mean(), theirs.low, theirs.high], abs=0.02)
-    with pytest.raises(ValueError, match="same items"):
-        metrics.paired_bootstrap(values, others[:-1])
 
 
 def test_rouge_is_rouge_scores():
@@ -648,20 +587,12 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
         metrics.pass_at(3, 2, 1)
 
 
-def test_small_metrics():
-    assert metrics.majority(["3", "4", "4", "3"]) == "3" and metrics.majority([None, None, "5"]) == "5"
-    assert metrics.majority([None]) is None
-    assert metrics.perplexity(10 * math.log(50), 10) == pytest.approx(50)
-    assert metrics.bits_per_byte(8 * math.log(2), 1) == pytest.approx(8)
-
-
 def test_judging_counts_what_is_right_and_keeps_every_answer():
-    examples = [data.Example("q", " 2+2=<<2+2=4>>4\n#### 4"), data.Example("q", " #### 1,000")]
-    records, found = data.judge("gsm8k", examples, [" It is 4.", "A dog"])
-    assert [r["correct"] for r in records] == [True, False] and records[1]["answer"] == "1000"
-    assert found["exact_match"]["value"] == 0.5 and found["answered"]["value"] == 0.5
-    records, _ = data.judge("gsm8k", [data.Example("q", " not given")], ["I do not know"])
-    assert not records[0]["correct"]  # no number is not the same as no number
+    solutions = [" 2+2=<<2+2=4>>4\n#### 4", " #### 1,000", " not given"]
+    problems = [data.Example("q", solution) for solution in solutions]
+    records, found = data.judge("gsm8k", problems, [" It is 4.", "A dog", "I do not know"])
+    assert [r["correct"] for r in records] == [True, False, False] and records[1]["answer"] == "1000"
+    assert found["exact_match"]["value"] == found["answered"]["value"] == pytest.approx(1 / 3)
     reviews = [data.Example("x", " good", 1), data.Example("y", " bad", 0), data.Example("z", " bad", 0)]
     records, found = data.judge("sst2", reviews, [1, 1, 0])
     assert [r["correct"] for r in records] == [True, False, True] and records[1]["prediction"] == "good"
