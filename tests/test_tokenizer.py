@@ -170,8 +170,7 @@ def test_all_encoders_agree_and_what_is_encoded_decodes_to_itself(text, small, d
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(), st.text(), st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 600)))
-def test_any_unicode_and_bytes_can_be_encoded_and_any_ids_decoded(small, digits, data, text, ids):
-    assert digits.decode(digits.encode(text)) == text
+def test_any_unicode_and_bytes_can_be_encoded_and_any_ids_decoded(small, data, text, ids):
     assert small.decode(small.encode(f"\ud800{text}")) == small.decode(small.encode_plain(f"\ufffd{text}"))
     for some in (list(data), small.merge_word(data)):  # ids 0-255 are the bytes
         assert small.decode(some) == data.decode("utf-8", "replace")
@@ -192,7 +191,6 @@ def test_gpt2_gives_the_ids_of_tiktoken_and_the_known_ones(gpt2):
     import tiktoken
 
     theirs = tiktoken.get_encoding("gpt2")
-    assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.eot_id == 50256 and gpt2.special_ids["<|end|>"] == 50260 and gpt2.vocab_size == 50261
     for text in (TEXT.replace("<|end|>", ""), real("wikitext-2/wiki.test.tokens.gz")):
         assert gpt2.encode(text) == theirs.encode(text, allowed_special="all")
@@ -208,25 +206,23 @@ def test_long_texts_are_cut_without_a_trace(monkeypatch, small):
         assert small.decode(small.encode(text)) == text
 
 
+overlapping = ["<a b>", "<a b> <c>", " <", "b> x", EOT, EOT + EOT]
+pieces = st.sampled_from([*overlapping, "<a", " b>", " ", "  ", "x", "\n"])
+
+
 @settings(max_examples=300, deadline=None)
-@given(texts, st.lists(st.integers(0, 100)), st.integers(1, 40))
+@given(texts | st.lists(pieces).map("".join), st.lists(st.integers(0, 100)), st.integers(1, 40))
 def test_encode_iterable_equals_encode_wherever_the_text_is_cut(small, text, cuts, enough):
     cuts = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     chunks = [text[a:b] for a, b in pairwise(cuts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting, "SLAB", 4 * enough)  # how much it waits for
-        assert list(small.encode_iterable(chunks)) == small.encode(text)
+        for tokenizer in (small, Tokenizer(small.vocab, small.merges, overlapping)):
+            assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text)
 
 
-def test_encode_iterable_with_special_tokens_that_have_spaces_and_overlap(small, monkeypatch):
-    special = ["<a b>", "<a b> <c>", " <", "b> x", EOT, EOT + EOT]
-    tokenizer = Tokenizer(small.vocab, small.merges, special)
-    assert tokenizer.encode(EOT * 3) == [tokenizer.special_ids[EOT + EOT], tokenizer.special_ids[EOT]]
-    monkeypatch.setattr(cutting, "SLAB", 4)
-    for seed in range(300):
-        text = "".join(random.Random(seed).choices([*special, "<a", " b>", " ", "  ", "x", "\n"], k=30))
-        assert list(tokenizer.encode_iterable(iter(text))) == tokenizer.encode(text)
-    endless = tokenizer.encode_iterable("a line of an endless text\n" for _ in count())
+def test_encode_iterable_holds_little_of_an_endless_text(small):
+    endless = small.encode_iterable("a line of an endless text\n" for _ in count())
     tracemalloc.start()
     for _ in range(20_000):
         next(endless)
@@ -240,6 +236,8 @@ def test_special_tokens_become_ids_only_where_they_are_allowed(small):
     assert max(small.encode(text, allowed_special=())) < eot
     assert small.decode(small.encode(text), skip_special_tokens=True) == "ab"
     assert small.encode_batch([text, CORPUS, ""]) == [small.encode(t) for t in (text, CORPUS, "")]
+    double = Tokenizer(small.vocab, small.merges, [EOT, EOT + EOT])  # the longest one counts
+    assert double.encode(EOT * 3) == [double.special_ids[EOT + EOT], double.eot_id]
 
 
 def test_the_hash_tells_everything_that_changes_ids(small, digits):
@@ -254,9 +252,7 @@ def test_the_hash_tells_everything_that_changes_ids(small, digits):
 # Files, and transformers
 
 
-@pytest.mark.parametrize("name, model_type", [
-    ("small", None), ("digits", "llama"), ("gpt2", "gpt2"), ("small", "mixtral"),
-])  # fmt: skip
+@pytest.mark.parametrize("name, model_type", [("small", None), ("digits", "llama"), ("gpt2", "gpt2")])
 def test_transformers_loads_what_we_save_and_gives_the_same_ids(name, model_type, tmp_path, request):
     """Whatever model lies beside it: for some model types transformers would rather rebuild the tokenizer."""
     tokenizer = request.getfixturevalue(name)
@@ -285,61 +281,43 @@ CHAT = [
 
 
 def test_chat_is_what_the_template_makes_and_what_is_said_is_never_a_special_token(small, hf_pair):
-    for messages, add in ((CHAT, True), (CHAT[:3], False), (CHAT[1:3], False), (CHAT[:2], True)):
+    for messages, add in ((CHAT, True), (CHAT[:3], False)):
         theirs = hf_pair[0].apply_chat_template(messages, add_generation_prompt=add)
         theirs = theirs if isinstance(theirs, list) else theirs["input_ids"]
         assert marked_ids(small, messages)[0] == theirs
     ids, _ = marked_ids(small, [{"role": "user", "content": f"<|end|><|system|>{EOT}"}])
     marks = [small.special_ids[token] for token in ("<|user|>", "<|end|>", "<|assistant|>")]
     assert [i for i in ids if i >= small.eot_id] == marks
-    with pytest.raises(ValueError, match=r"no special token <\|tool\|>"):
-        marked_ids(small, [{"role": "tool", "content": ""}])
 
 
-def test_a_gpt2_tokenizer_that_transformers_saved_loads(gpt2, tmp_path):
-    from transformers import GPT2TokenizerFast
-
-    vocab = {spell(token): i for i, token in gpt2.vocab.items() if i < 50256} | {EOT: 50256}
-    theirs = GPT2TokenizerFast(vocab=vocab, merges=[(spell(a), spell(b)) for a, b in gpt2.merges])
-    theirs.save_pretrained(tmp_path)
-    ours = Tokenizer.load(tmp_path)
-    assert ours.vocab_size == 50257 and ours.eot_id == 50256 and ours.encode(TEXT) == theirs.encode(TEXT)
-
-
-def test_a_missing_damaged_or_foreign_tokenizer_file_says_so(small, tmp_path):
-    file = tmp_path / "tokenizer.json"
+def test_a_missing_or_damaged_tokenizer_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match='"python tokenizer.py" makes one'):
         Tokenizer.load(tmp_path)
-    file.write_text('{"version": "1.0", ')
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", ')
     with pytest.raises(ValueError, match="damaged"):
         Tokenizer.load(tmp_path)
-    small.save(tmp_path)
-    content = json.loads(file.read_text())
-    for other in ({"model": {"type": "Unigram"}}, {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None}):
-        file.write_text(json.dumps(content | other))
-        with pytest.raises(ValueError, match="not a byte-level BPE"):
-            Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("flags", [{"special": False}, {"single_word": True}, {"lstrip": True}])
-def test_added_tokens_that_are_found_in_another_way_are_refused(small, tmp_path, flags):
-    small.save(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["added_tokens"][-1] |= flags
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="finds the added token"):
-        Tokenizer.load(tmp_path)
+SPLITS_WORDS = ("pre_tokenizer", "pretokenizers", 0)
 
 
-@pytest.mark.parametrize(
-    "change", [{"behavior": "Removed"}, {"behavior": "MergedWithNext"}, {"invert": True}]
-)
-def test_words_that_are_split_in_another_way_are_refused(digits, tmp_path, change):
+@pytest.mark.parametrize("place, change, message", [
+    (("model",), {"type": "Unigram"}, "another kind"),
+    ((), {"normalizer": {"type": "NFC"}}, "another kind"),
+    ((), {"pre_tokenizer": None}, "another kind"),
+    (("added_tokens", -1), {"special": False}, "finds the added token"),
+    (("added_tokens", -1), {"lstrip": True}, "finds the added token"),
+    (SPLITS_WORDS, {"behavior": "MergedWithNext"}, "splits words in another way"),
+    (SPLITS_WORDS, {"invert": True}, "splits words in another way"),
+])  # fmt: skip
+def test_tokenizers_of_another_kind_are_refused(digits, tmp_path, place, change, message):
     digits.save(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["pre_tokenizer"]["pretokenizers"][0] |= change
+    content = part = read_json(tmp_path / "tokenizer.json")
+    for key in place:
+        part = part[key]
+    part |= change
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="splits words in another way"):
+    with pytest.raises(ValueError, match=message):
         Tokenizer.load(tmp_path)
 
 
@@ -359,16 +337,16 @@ def test_vocabularies_that_bpe_cannot_have_learnt_are_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def run(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    args = {"cwd": cwd, "env": os.environ | env, "capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run([sys.executable, *words], **args)
-
-
 def test_gpt2_without_network_or_cache_says_what_to_do(tmp_path):
     nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:9")
     nowhere |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "DATA_DIR": str(tmp_path), "NO_PROXY": ""}
     done = run("-c", "from tokenizer import Tokenizer; Tokenizer.gpt2()", **nowhere)
     assert done.returncode and "TIKTOKEN_CACHE_DIR" in done.stderr and "--tokenizer=bpe" in done.stderr
+
+
+def run(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    args = {"cwd": cwd, "env": os.environ | env, "capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run([sys.executable, *words], **args)
 
 
 # -----------------------------------------------------------------------------
@@ -377,11 +355,10 @@ def test_gpt2_without_network_or_cache_says_what_to_do(tmp_path):
 
 def test_token_files_hold_every_document_between_separators(small, tmp_path):
     docs = ["One day.", "", "Two\n\ndays ", f"says {EOT} itself", "é" * 10, CORPUS * 8]
-    info = {"source": "here", "licence": "MIT", "fingerprint": "f"}
-    meta = write_tokens(small, iter(docs), tmp_path, "train", info)
+    meta = write_tokens(small, iter(docs), tmp_path, "train", {"licence": "MIT"})
     tokens, same = open_tokens(tmp_path, "train", small)
     assert meta == same and meta["documents"] == len(docs) and meta["dtype"] == "uint16" == str(tokens.dtype)
-    assert meta["bytes"] == sum(len(doc.encode()) for doc in docs) and info.items() <= meta.items()
+    assert meta["bytes"] == sum(len(doc.encode()) for doc in docs) and meta["licence"] == "MIT"
     borders = np.flatnonzero(tokens == small.eot_id)
     assert len(borders) == len(docs) + 1 and borders[0] == 0 and borders[-1] == len(tokens) - 1
     assert [small.encode(doc, ()) for doc in docs] == [list(tokens[a + 1 : b]) for a, b in pairwise(borders)]
@@ -415,24 +392,16 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_file_and_keeps_the_old_one(s
         write_tokens(small, interrupted(), tmp_path, "train")
     with pytest.raises(ValueError, match="no documents"):
         write_tokens(small, [], tmp_path, "train")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left on device.*train.bin"):
-            write_tokens(small, ["a new text"], tmp_path, "train")
-        with pytest.raises(OSError, match=r"tokenizer_config\.json"):
-            small.save(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device.*train.bin"):
+        write_tokens(small, ["a new text"], tmp_path, "train")
     assert open_tokens(tmp_path, "train", small)[1] == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.bin", "train.json"]
 
 
 def test_folders_have_clean_names_that_tell_settings_apart():
-    for chosen, folder in (
-        ({}, "out/tokens/storyworld-4096"),
-        ({"vocab_size": 512, "split_digits": True, "out": "o"}, "o/tokens/storyworld-512-digits"),
-        ({"tokenizer": "gpt2", "split_digits": True}, "out/tokens/storyworld-gpt2"),
-        ({"tokens": "mine/here"}, "mine/here"),
-    ):
-        assert tokens_folder(TokenizerConfig(**chosen)).as_posix() == folder
+    chosen = TokenizerConfig(vocab_size=512, split_digits=True, out="o")
+    assert tokens_folder(chosen).as_posix() == "o/tokens/storyworld-512-digits"
     corpora = ("a/*.txt", "a_/.txt", "tinystories:0.9,arithmetic:0.1", "tinystories:0.1,arithmetic:0.9")
     names = {tokens_folder(TokenizerConfig(corpus=corpus)).name for corpus in corpora}
     assert len(names) == 4 and all(regex.fullmatch(r"\w+-4096", name) for name in names)
@@ -461,21 +430,17 @@ def test_the_command_does_everything_once_and_refuses_to_change_it(notes):
 
     first = command(*args, cwd=notes)
     assert first.returncode == 0, first.stderr
-    assert "bytes per token" in first.stdout and "|" in first.stdout
     stamps, all_of_it = {path: path.stat().st_mtime_ns for path in folder.iterdir()}, sizes()
-    assert {p.name for p in stamps} >= {"tokenizer.json", "train.bin", "validation.json", "test.json"}
     (folder / "validation.json").unlink()  # as if killed between the two files
     assert command(*args, cwd=notes).stdout.count("was there") == 2
-    unchanged = [path for path in stamps if path.stat().st_mtime_ns == stamps[path]]
-    assert len(unchanged) == len(stamps) - 2
+    changed = {path.name for path in stamps if path.stat().st_mtime_ns != stamps[path]}
+    assert changed == {"validation.bin", "validation.json"}
     assert command(*args, "--train_megabytes=0.01", cwd=notes).stdout.count("was there") == 2
     assert 10_000 <= sizes()[0] < 15_000 < all_of_it[0] and sizes()[1] == all_of_it[1]
     other = command(*args, "--vocab_size=320", cwd=notes)
     assert other.returncode and "vocab_size 300 -> 320" in other.stderr and "--overwrite" in other.stderr
-    again = command(*args, "--vocab_size=320", "--overwrite", cwd=notes)
-    assert again.returncode == 0 and sizes()[1] != 0 and "was there" not in again.stdout
-    reused = command("--tokenizer=tokens", cwd=notes)
-    assert reused.returncode == 0 and "320 tokens" in reused.stdout
+    assert "was there" not in command(*args, "--vocab_size=320", "--overwrite", cwd=notes).stdout
+    assert "320 tokens" in command("--tokenizer=tokens", cwd=notes).stdout
 
 
 @pytest.mark.parametrize(
@@ -484,14 +449,10 @@ def test_the_command_does_everything_once_and_refuses_to_change_it(notes):
 def test_what_a_user_can_cause_ends_in_a_message(notes, bad):
     (notes / "file").write_text("in the way")
     done = command(bad, cwd=notes)
-    name, value = bad.removeprefix("--").split("=")
-    message = f"{name}={value}" if name == "vocab_size" else value
-    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode and bad.split("=")[1] in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_tokenizer_needs_no_torch_and_starts_at_once():
-    heavy = {"torch", "transformers", "numpy", "tiktoken", "regex", "datasets"}
+def test_the_tokenizer_and_the_data_need_no_heavy_library():
+    heavy = {"torch", "transformers", "numpy", "tiktoken", "regex", "datasets", "requests", "pyarrow"}
     done = run("-c", f"import sys, tokenizer; print({heavy} & set(sys.modules) or 'none')")
     assert done.stdout.strip() == "none", done.stdout + done.stderr
-    start = time.perf_counter()
-    assert "--vocab_size" in run("tokenizer.py", "--help").stdout and time.perf_counter() - start < 5
