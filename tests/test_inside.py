@@ -39,14 +39,13 @@ def test_the_parts_of_a_logit_sum_to_it_and_the_last_lens_is_the_model(shape):
     ids = torch.randint(96, (12,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids[None])[0]
-    for position, target in ((0, 5), (7, 90), (11, 0)):
+    for position, target in ((0, 5), (11, 90)):
         found = trace(model, ids.tolist(), position)
         assert torch.allclose(found.logits, expected, atol=1e-4)
         assert torch.allclose(logit_lens(model, found)[-1], expected[position], atol=1e-4)
         parts = contributions(model, found, target)
         total = math.fsum(p["value"] for p in parts)
         assert total == pytest.approx(float(expected[position, target]), abs=2e-4)
-        assert sum(p["head"] is not None for p in parts) == 2 * 4
 
 
 def test_post_norm_is_no_sum_and_says_so():
@@ -60,9 +59,9 @@ def test_a_head_that_is_off_adds_nothing_and_the_model_itself_stays():
     with torch.no_grad():
         before = model(ids)
         off = without_heads(model, [(1, 2)])
-        values = {p["name"]: p["value"] for p in contributions(off, trace(off, ids[0].tolist(), 8), 3)}
-        assert values["L1 H2"] == 0 and not torch.equal(off(ids), before)
-        assert torch.equal(model(ids), before)
+        parts = contributions(off, trace(off, ids[0].tolist(), 8), 3)
+        assert [part["name"] for part in parts if part["value"] == 0] == ["L1 H2"]
+        assert not torch.equal(off(ids), before) and torch.equal(model(ids), before)
         off = without_heads(model, [(layer, head) for layer in range(2) for head in range(4)])(ids)
         for block in model.model["layers"]:
             block.self_attn.o_proj.weight.zero_()
@@ -82,8 +81,6 @@ def test_surprise_is_the_cross_entropy_of_each_token_also_by_transformers(tiny):
             assert said["bits"] * math.log(2) == pytest.approx(true, abs=1e-3)
             assert (said["rank"] == 1) == (said["top"][0][1] <= said["p"] + 1e-7)
         assert found["next"][0]["p"] == pytest.approx(float(logits[5].softmax(-1).max()), abs=1e-4)
-        text = b"".join(bytes(token["bytes"]) for token in found["tokens"][1:]).decode()
-        assert text.startswith("Anna has 3")
     assert found["lens"] is found["parts"] is None
     with pytest.raises(ValueError, match="model.py"):
         look_inside(theirs, ids, off=[(0, 0)])
