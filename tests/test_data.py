@@ -71,12 +71,14 @@ def test_the_first_stories_and_problems_never_change(corpus, n, digest):
     assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == digest
 
 
-def test_no_story_comes_twice_or_has_a_fault_and_splits_share_no_signature(stories):
+def test_no_story_comes_twice_or_has_a_fault_and_splits_share_none(stories):
     assert len({text for text, _ in stories}) == len(stories)
     assert not any(faults(text) for text, _ in stories[:1500])
     words = Counter(word for text, _ in stories for word in re.findall(r"[a-z]+", text.lower()))
     assert 600 <= len(words) <= 1_200 and min(words.values()) >= 5  # no word is too rare to learn
-    assert [len(list(data.documents("storyworld", split))) for split in SPLITS[1:]] == [1_000, 1_000]
+    validation, test = (set(data.documents("storyworld", split)) for split in SPLITS[1:])
+    assert len(validation | test) == 2_000
+    assert not (validation | test) & set(islice(storyworld("train"), 8_000))
 
 
 @pytest.mark.parametrize("old, new, kinds", [
@@ -135,9 +137,8 @@ def test_every_annotation_and_every_answer_is_right(problems):
     for problem in problems["train"]:
         answer = problem["answer"]
         steps[answer.count("\n")] += 1
-        assert calculates(answer) and re.findall(r"=(\d+)>>", answer) == re.findall(r">>(\d+)", answer), (
-            answer
-        )
+        assert calculates(answer), answer
+        assert re.findall(r"=(\d+)>>", answer) == re.findall(r">>(\d+)", answer)
         assert all(1 <= int(n) <= 40 for n in re.findall(r"\d+", problem["question"] + answer))
     assert set(steps) == {1, 2, 3, 4} and min(steps.values()) > 100
 
@@ -168,12 +169,12 @@ def test_the_question_alone_gives_the_answer(problems):
 
 
 def test_no_problem_and_no_calculation_is_in_two_splits(problems):
-    def both(split: str) -> set[str]:
-        rows = problems[split]
-        return {row["question"] for row in rows} | {"".join(re.findall("<<.*?>>", r["answer"])) for r in rows}
-
+    found = {}
+    for split, rows in problems.items():
+        questions = {row["question"] for row in rows}
+        found[split] = questions | {"".join(re.findall("<<.*?>>", row["answer"])) for row in rows}
     for a, b in combinations(SPLITS, 2):
-        assert not both(a) & both(b)
+        assert not found[a] & found[b]
 
 
 def test_numbers_are_problems_told_and_not_solved_and_true_equations():
@@ -400,31 +401,22 @@ def test_the_labels_of_reviews_are_what_a_reader_says():
     assert all(read_sentiment(e.text) == bool(e.label) for e in data.load_task("sentiment", "train")[0])
 
 
-def test_sst2_is_read_without_quoting_and_its_test_labels_are_not_invented(data_dir):
-    data_dir(shared("sst2"))
-    for split, n, good in (("train", 67_349, 37_569), ("validation", 872, 444)):
-        labels = [e.label for e in data.load_task("sst2", split)[0]]
-        assert (len(labels), sum(labels)) == (n, good)
-    with pytest.raises(data.DataError, match="no row has text; the columns are index, sentence"):
-        data.load_task("sst2", "test")
-
-
 def test_gsm8k_holds_out_its_validation_split_and_the_calculator_agrees_with_its_annotations(data_dir):
     data_dir(shared("gsm8k"))
     train, validation, test = (data.load_task("gsm8k", split)[0] for split in SPLITS)
     assert (len(train), len(validation), len(test)) == (6_973, 500, 1_319)
     assert not {e.text for e in train} & {e.text for e in validation + test}
-    agreed, n = 0, 0
+    disagreed, n = 0, 0
     for e in train:
         assert extract_number(e.target) == e.target.split("####")[1].strip().replace(",", "")
         for expression, result in re.findall("<<([^>]*)=(.*?)>>", e.target):
             n += 1
             try:
                 value = calculate(expression)
-                agreed += abs(value - calculate(result)) <= max(1, abs(value)) / 100  # they round to cents
+                disagreed += abs(value - calculate(result)) > max(1, abs(value)) / 100  # they round to cents
             except CalculatorError:
-                pass
-    assert n > 20_000 and agreed >= n - 5
+                disagreed += 1
+    assert n > 20_000 and disagreed <= 5
 
 
 SUM = {"question": "q", "answer": "#### 7"}

