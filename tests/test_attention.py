@@ -76,7 +76,7 @@ def test_heads_are_scored_by_what_they_look_at(monkeypatch):
     pattern[3] = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
     weights = pattern[None, None].expand(1, 2, 4, T, T)
     monkeypatch.setattr(attending, "attention_weights", lambda model, ids: weights)
-    config = ModelConfig(vocab_size=20, context_length=16, n_layers=1, d_model=16, n_heads=4, d_ff=16)
+    config = ModelConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=4)
     scores = head_scores(ModernDecoderLM(config), rows=2, length=4)
     for head, name in enumerate(("previous", "first", "induction", "entropy")):
         assert scores[name].argmax() == head and scores[name][0, head] == pytest.approx(1, abs=1e-5)
