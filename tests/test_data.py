@@ -565,6 +565,11 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample():
         metrics.pass_at(3, 2, 1)
 
 
+def test_a_majority_is_the_first_of_equally_frequent_answers():
+    assert metrics.majority(["3", "4", "4", "3", None, None, None]) == "3"
+    assert metrics.majority([None]) is None
+
+
 def test_judging_counts_what_is_right_and_keeps_every_answer():
     solutions = [" 2+2=<<2+2=4>>4\n#### 4", " #### 1,000", " not given"]
     problems = [data.Example("q", solution) for solution in solutions]
