@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from small_models import PROMPTS, VARIANTS, close, feed, make, needs_card, tiny, tokens, variants
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import KVCache, ModernDecoderLM, apply_rope, attention, attention_mask, linear_attention
 from support import kernels
@@ -85,6 +86,27 @@ def test_a_card_computes_the_same_loss_and_gradients_compiled_and_not():
     compiled_loss, compiled_gradients = loss_and_gradients(torch.compile(ours), ours, ids)
     assert compiled_loss == pytest.approx(loss, rel=1e-3)
     assert_nearly(compiled_gradients, gradients, 3e-3)
+
+
+@pytest.mark.parametrize("dtype, masked, grouped", [
+    (torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False),
+])  # fmt: skip
+def test_on_a_card_key_heads_are_shared_only_by_kernels_that_keep_no_scores(
+    dtype, masked, grouped, monkeypatch
+):
+    """Flash attention shares them, and takes no mask and no float32; efficient attention takes both."""
+    asked = []
+
+    def remember(q, k, v, mask, *_, enable_gqa):
+        asked.append((q.shape[1] != k.shape[1], enable_gqa))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", remember)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, heads, 8, 16, dtype=dtype, device="cuda") for heads in (4, 2))
+        mask = torch.empty(2, 1, 8, 8, dtype=torch.bool, device="cuda") if masked else None
+        assert kernels.attend(q, k, k, mask).shape == q.shape
+    assert asked == [(grouped, grouped)]
 
 
 def test_a_recorded_function_is_not_kept():

@@ -11,6 +11,7 @@ momentum = 0.9
 beta1 = 0.8
 beta2 = 0.99
 qk_norm = True
+look_back = True  # storyworld 0.388 instead of 0.403, WikiText-2 3.45 instead of 3.49 (seed 1)
 
 eval_every = 40
 eval_tokens = 65_536
