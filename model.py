@@ -489,7 +489,7 @@ class ModernDecoderLM(nn.Module):
         Induction heads copy: they find where the last token stood before, and say what followed it (Olsson et
         al., 2022). For that they need a head that looks one token back, and it takes long to grow from noise.
         Here all embeddings get a direction u in common, which adds the same to every logit. From u the head
-        makes a query a, and a key: a as RoPE turns it by one position more. Their product is therefore largest
+        makes a query a, and a key: a as RoPE turns it by one position more. So their product is largest
         one token back. Raises ValueError for a model without RoPE, softmax and RMSNorm before its layers.
         """
         c = self.config
