@@ -1,23 +1,20 @@
 """Instruction tuning: masks, packing, mixes, and runs that are cut off."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from small_models import make
 
 import sft
 from data import DataError, corpus_info, documents, load_conversations, messages_of, talk
 from dpo import token_log_probs
 from finetune import chat_model
-from model import ModelConfig, ModernDecoderLM
-from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, pack, tokenised
+from sft import PackedSet, SFTConfig, collate_bins, conversation_loss, mixture, tokenised
 from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError
 from support.tables import read_jsonl
-from support.text_model import target_logits
 from tasks.grammar import split_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,29 +31,26 @@ def settings(tiny, tmp_path):
     def make(model: str = "base", **more) -> SFTConfig:
         small = dict(device="cpu", dtype="float32", max_steps=6, batch_size=4, eval_every=3, eval_examples=8)
         small |= dict(save_every=2, log_every=1, warmup_steps=1, data="arithmetic@60:3,instructions@30:1")
-        return SFTConfig(**small | dict(model=tiny.get(model, model), out=str(tmp_path), name="run") | more)
+        return SFTConfig(**small | dict(model=tiny[model], out=str(tmp_path), name="run") | more)
 
     return make
 
 
 def test_the_losses_of_all_stages_know_our_model_behind_the_compiler(tiny):
     model = load_model(tiny["base"], CPU).model
-    compiled = torch.compile(model, backend="eager")
     ids = torch.randint(1, 60, (2, 6))
-    losses = [
-        lambda net: conversation_loss(net, ids, ids, ids[:, :0], ids[:, :0])[0],
-        lambda net: token_log_probs(net, ids, ids)[0],
-        lambda net: target_logits(net, "causal", ids, None, ids[:, :2]),
-    ]
-    for loss in losses:
-        assert torch.allclose(loss(compiled), loss(model), atol=1e-5)
+    found = []
+    for net in (model, torch.compile(model, backend="eager")):
+        loss, _ = conversation_loss(net, ids, ids, ids[:, :0], ids[:, :0])
+        found.append([loss.detach(), token_log_probs(net, ids, ids)[0].detach()])
+    torch.testing.assert_close(*found)
 
 
 # -----------------------------------------------------------------------------
 # Packing
 
 
-@pytest.mark.parametrize("model, lora_r", [("base", 0), ("base", 4), ("gpt2", 0), ("gpt2", 4)])
+@pytest.mark.parametrize("model, lora_r", [("base", 0), ("base", 4), ("gpt2", 4)])
 def test_packed_loss_and_gradient_equal_those_of_conversations_one_by_one(settings, model, lora_r):
     text_model = chat_model(settings(model, lora_r=lora_r, lora_dropout=0.0))
     net, rows = text_model.model.eval(), tokenised(text_model, CHATS)
@@ -81,24 +75,10 @@ def test_packed_loss_and_gradient_equal_those_of_conversations_one_by_one(settin
 
 @pytest.mark.parametrize("more", [{"sliding_window": 4}, {"sparse_stride": 3}, {"attention_kind": "linear"}])
 def test_packing_keeps_the_models_own_window_stride_and_kind_of_attention(more):
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=40, context_length=40, n_layers=2, d_model=16, n_heads=2, **more)
-    model = ModernDecoderLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(10 if p.dim() > 1 else 1)  # attention is nearly uniform at initialisation
+    model = make(**more)
     rows = [(list(range(start, start + n)), [True] * n) for start, n in ((1, 15), (9, 20), (3, 4))]
     alone = sum(conversation_loss(model, *collate_bins([[row]], 0))[0].item() for row in rows)
     assert conversation_loss(model, *collate_bins([rows], 0))[0].item() == pytest.approx(alone, rel=1e-5)
-
-
-def test_packing_uses_every_conversation_once_and_no_bin_overflows():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 100, 500).tolist()
-    bins = pack(lengths, rng.permutation(500), room=128)
-    assert sorted(i for members in bins for i in members) == list(range(500))
-    assert max(sum(lengths[i] for i in members) for members in bins) <= 128
-    assert len(bins) < 1.1 * sum(lengths) / 128
 
 
 def test_weights_are_the_shares_of_an_epoch():
@@ -113,12 +93,8 @@ def test_weights_are_the_shares_of_an_epoch():
 
 def test_only_what_the_assistant_says_is_trained_on(settings):
     model = chat_model(settings())
-    row = model.conversation(CHATS[1])
-    assert "[<|end|>]" in sft.format_row(model, row) and "[<|user|>]" not in sft.format_row(model, row)
-    targets = collate_bins([[row]], model.pad)[1][0]
+    targets = collate_bins([[model.conversation(CHATS[1])]], model.pad)[1][0]
     assert model.tokenizer.decode(targets[targets != -100].tolist()) == "FOX<|end|>NUT<|end|>"
-    ids, _ = model.conversation(talk("<|end|><|assistant|>Sure", "no"))
-    assert ids.count(model.end) == 2, "text that spells a special token does not become one"
 
 
 def test_a_long_conversation_loses_its_last_turns(settings):
@@ -136,12 +112,7 @@ def test_texts_of_a_corpus_are_learnt_as_in_pretraining(settings):
     assert len(rows) == 5 and all(rows[0][1]) and about == corpus_info("storyworld", "train")
 
 
-# -----------------------------------------------------------------------------
-# Sources
-
-
 @pytest.mark.parametrize("text, found", [
-    ("arithmetic:3,alpaca:1", [("arithmetic", 0, 3.0), ("alpaca", 0, 1.0)]),
     ("arithmetic@2000, my/chats.jsonl", [("arithmetic", 2000, 0.0), ("my/chats.jsonl", 0, 0.0)]),
     ("a@5:0.5,b\n.jsonl:2", [("a", 5, 0.5), ("b\n.jsonl", 0, 2.0)]),
     ("", None), ("a:1,b", None), ("a:0,b:2", None), ("a@0", None),
@@ -154,14 +125,9 @@ def test_mixtures_are_read_or_refused(text, found):
             mixture(text)
 
 
-@pytest.mark.parametrize("row, found", [
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, talk("a", "b")),
-    ({"conversations": ["a", "b", "c", "d"]}, [*talk("a", "b"), *talk("c", "d")]),
-    ({"instruction": "a", "input": "x", "output": "b"}, talk("a\n\nx", "b")),
-    ({"instruction": "a", "context": "", "response": "b"}, talk("a", "b")),
-])  # fmt: skip
-def test_rows_of_the_usual_forms_become_messages(row, found):
-    assert messages_of(row) == found
+def test_conversations_in_sharegpts_form_become_messages():
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert messages_of(row) == talk("a", "b")
 
 
 def test_instructions_of_one_split_are_not_in_another():
@@ -189,34 +155,29 @@ def test_a_run_learns_and_can_be_asked(settings, model, lora_r, packing):
     asked = load_model(str(folder), CPU)
     assert asked.chat and asked.end == asked.tokenizer.special_id("<|end|>")
     with pytest.raises(AlreadyFinished):
-        sft.sft(replace(cfg, max_steps=12))
+        sft.sft(cfg)
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
-def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, lora_r, killed_at):
-    whole, cut = (settings(name=name, max_steps=12, lora_r=lora_r) for name in ("whole", "cut"))
+def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, killed_at):
+    whole, cut = (settings(name=name, max_steps=12) for name in ("whole", "cut"))
     sft.sft(whole)
     killed_at(7, sft.sft, cut)
     sft.sft(cut)
-    file = "adapter_model.safetensors" if lora_r else "model.safetensors"
-    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
 
 
-def test_validation_conversations_that_are_all_too_long_are_refused(settings, tmp_path):
+@pytest.mark.parametrize("more, why", [
+    (dict(merge=True), "lora_r"), (dict(context_length=5), "no conversation"),
+    (dict(data="sst3"), "neither a file nor a collection"),
+    (dict(data="chats.jsonl"), "no validation conversation of .*chats.jsonl fits into"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused(settings, tmp_path, monkeypatch, more, why):
     rows = []
     for question in map("What is {}?".format, range(100)):
         times = 1 if split_of(question) == "train" else 500
         rows.append(json.dumps({"messages": talk(question, "yes " * times)}))
     (tmp_path / "chats.jsonl").write_text("\n".join(rows))
-    with pytest.raises(TrainError, match="no validation conversation of .*chats.jsonl fits into"):
-        sft.sft(settings(data=str(tmp_path / "chats.jsonl")))
-
-
-@pytest.mark.parametrize("more, why", [
-    (dict(lora_r=0, load_in_4bit=True), "lora_r"), (dict(lora_r=0, merge=True), "lora_r"),
-    (dict(context_length=5), "no conversation"), (dict(data="sst3"), "neither a file nor a collection"),
-    (dict(data="arithmetic@-1"), "neither a file nor a collection"),
-])  # fmt: skip
-def test_what_cannot_be_done_is_refused(settings, more, why):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((TrainError, DataError), match=why):
         sft.sft(settings(**more))
