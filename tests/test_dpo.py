@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dpo
-from data import DataError, load_preferences, load_task, preference_of, talk
+from data import DataError, load_preferences, load_task
 from dpo import DPOConfig, Pair, collate_pairs, compare, log_probs, preference_loss
 from support import runs
 from support.loading import load_model
@@ -54,17 +54,6 @@ def test_the_loss_on_numbers_worked_by_hand():
     assert chosen.grad[0].item() == pytest.approx(-0.1 / (1 + math.exp(0.1 * 0.5)))
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_at_the_start_the_loss_is_ln_2(settings, model, whole):
-    problems = load_task("arithmetic", "train", first=4000, count=40)[0]
-    pairs = [pair for pair in dpo.on_policy(model, settings(), "train", problems)[0] if pair.rejected]
-    reference = torch.from_numpy(log_probs(model, pairs, whole))
-    with torch.no_grad():
-        chosen, rejected, _ = compare(model.model, *collate_pairs(pairs, model.pad, whole))
-    loss = preference_loss(settings(), chosen, rejected, reference)
-    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)), rtol=0, atol=2e-4)
-
-
 def test_log_probabilities_are_those_of_log_likelihoods(model):
     pairs = [Pair([5, 6, 7], [8, 9, 2], [8, 4, 1, 2]), Pair([5], [3, 2], [4, 2])]
     found, means = (log_probs(model, pairs, whole=True, mean=mean) for mean in (False, True))
@@ -75,18 +64,23 @@ def test_log_probabilities_are_those_of_log_likelihoods(model):
     first = log_probs(model, pairs, whole=False)  # of the first token that differs
     expected = model.log_likelihoods([([5, 6, 7, 8], [9]), ([5, 6, 7, 8], [4]), ([5], [3]), ([5], [4])])
     np.testing.assert_allclose(first.ravel(), expected, atol=1e-4)
-    ids, targets, *_ = collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=False)
-    assert ids.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[8, 9]]  # not of the prompt
 
 
 def test_a_batch_of_answers_without_a_worse_one_has_nothing_to_compare(model):
-    batch = collate_pairs([Pair([5, 6, 7], [8, 9]), Pair([5], [8, 9])], model.pad, whole=True)
-    chosen, rejected, _ = compare(model.model, *batch)
-    assert chosen.lt(0).all() and rejected.tolist() == [0, 0]
-    batch = collate_pairs([Pair([5, 6, 7], [8, 9])], model.pad, whole=True)
-    alone, rejected, _ = compare(model.model, *batch)
-    torch.testing.assert_close(alone, chosen[:1])
-    assert rejected.tolist() == [0]
+    pairs = [Pair([5, 6, 7], [8, 9]), Pair([5], [8, 9])]
+    expected = model.log_likelihoods([(pair.prompt, pair.chosen) for pair in pairs])
+    for n in (2, 1):
+        chosen, rejected, _ = compare(model.model, *collate_pairs(pairs[:n], model.pad, whole=True))
+        np.testing.assert_allclose(chosen.detach(), expected[:n], atol=1e-4)
+        assert rejected.tolist() == [0] * n
+
+
+@pytest.mark.parametrize("first_difference", [True, False])
+def test_the_loss_begins_at_ln_2_and_training_lowers_it(settings, tmp_path, first_difference):
+    more = dict(first_difference=first_difference, nll=0.0, max_steps=60, eval_every=0, collapse=0.0)
+    dpo.dpo(settings(**more, learning_rate=3e-4))
+    losses = [x["loss"] for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in x]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-10:]) / 10 < losses[0] - 0.05
 
 
 # -----------------------------------------------------------------------------
@@ -107,12 +101,6 @@ def test_pairs_are_right_against_wrong_and_problems_of_one_kind_are_counted(sett
     assert [p.rejected and decode(p.rejected) for p in pairs] == ["#### 0<|end|>", None, "<|end|>"]
     rft, _ = dpo.on_policy(model, settings(n=2, method="rft"), "train", examples)
     assert [(p.chosen, p.rejected) for p in rft] == [(p.chosen, None) for p in pairs]
-
-
-def test_preferences_of_anthropic_are_read():
-    before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
-    pair = preference_of({"chosen": f"{before}good", "rejected": f"{before}bad"})
-    assert (pair.messages, pair.chosen, pair.rejected) == ([*talk("a", "b"), *talk("c")], "good", "bad")
 
 
 def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_path):
@@ -138,8 +126,7 @@ def test_a_file_of_pairs_trains_and_identical_sides_are_left_out(settings, tmp_p
 
 
 @pytest.mark.parametrize("more", [
-    {"first_difference": False, "beta": 0.1, "nll": 0.0}, {"method": "ipo", "mean_log_probs": True},
-    {"method": "rft"}, {"method": "sft"}, {"label_smoothing": 0.1}, {"lora_r": 4},
+    {"method": "ipo", "mean_log_probs": True}, {"method": "rft"}, {"method": "sft"}, {"lora_r": 4}
 ])  # fmt: skip
 def test_every_method_trains(settings, more):
     run = dpo.dpo(settings(**more))
@@ -148,18 +135,14 @@ def test_every_method_trains(settings, more):
     assert found <= set(run["results"]["last"])
 
 
-def test_training_lowers_the_loss_of_the_pairs_that_it_sees(settings, tmp_path):
-    more = dict(first_difference=False, nll=0.0, max_steps=60, eval_every=0, collapse=0.0)
-    dpo.dpo(settings(**more, learning_rate=3e-4))
-    losses = [x["loss"] for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in x]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-10:]) / 10 < losses[0] - 0.05
-
-
 def test_the_reference_has_the_precision_of_training(settings, monkeypatch):
     half = []
-    real = dpo.log_probs
-    watched = lambda *args, **more: half.append(torch.is_autocast_enabled("cpu")) or real(*args, **more)  # noqa: E731
-    monkeypatch.setattr(dpo, "log_probs", watched)
+
+    def noted(*args, log_probs=log_probs, **more):
+        half.append(torch.is_autocast_enabled("cpu"))
+        return log_probs(*args, **more)
+
+    monkeypatch.setattr(dpo, "log_probs", noted)
     dpo.dpo(settings(dtype="bfloat16", max_steps=1))
     assert len(half) >= 3 and all(half)
 
@@ -176,19 +159,19 @@ def test_rounds_are_runs_that_follow_each_other_and_overwriting_the_last_leaves_
 
 
 def test_a_refused_command_changes_nothing_on_disk(settings, tmp_path):
+    def files() -> dict:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
     run = dpo.dpo(settings(max_steps=2))
-    for status, method, why in (
-        ("finished", "rft", "other settings"),
-        ("interrupted", "rft", "other settings"),
-        ("interrupted", "dpo", "another process"),
-    ):
-        (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": status}))
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        lock = runs.lock(tmp_path / "run") if method == "dpo" else None
-        with pytest.raises(TrainError, match=why):
-            dpo.dpo(settings(max_steps=2, method=method))
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"status": "interrupted"}))
+    before = files()
+    with pytest.raises(TrainError, match="other settings"):
+        dpo.dpo(settings(max_steps=2, method="rft"))
+    lock = runs.lock(tmp_path / "run")
+    with pytest.raises(TrainError, match="another process"):
+        dpo.dpo(settings(max_steps=2))
     os.close(lock)
+    assert files() == before
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(settings, tmp_path, killed_at):
