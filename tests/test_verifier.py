@@ -79,16 +79,9 @@ def test_a_verifier_scores_alone_as_in_a_batch_and_once(trained, kind, monkeypat
     again.generator.name = trained("head" if kind == "channel" else "channel")  # another generator's weights
     with pytest.raises(TypeError):
         again.score_all(problems, answers)
-
-
-@KINDS
-def test_the_record_says_how_well_it_verifies_beside_its_terms(trained, kind):
     run = read_json(Path(trained(kind)) / "run.json")
-    found = run["verification"]
-    for name in ("verifier", "generator alone", f"{kind} alone"):
-        assert {"auc", "auc_within", "best_of_n"} <= set(found[name])
-    assert found["problems"] == 20 and found["answers"] == 120 and found["calibration"]["bins"]
-    assert len(run["combine"]["logistic"]) == 4 and "AUC" in script.describe(Path("out"), run)
+    assert {"verifier", "generator alone", f"{kind} alone"} <= run["verification"].keys()
+    assert "AUC" in script.describe(Path("out"), run)
 
 
 def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
@@ -98,43 +91,34 @@ def test_the_channel_reads_the_answer_and_predicts_the_problem(model, trained):
     read, predicted = forward_row(model, "arithmetic", "How many?", "3 #### 3")
     assert (decode(read), decode(predicted)) == ("<|user|>How many?<|end|><|assistant|>", "3 #### 3<|end|>")
     verifier = Verifier.load(trained("channel"), "cpu")
-    forward = verifier.generator.log_likelihoods(
-        [forward_row(verifier.generator, "arithmetic", PROBLEM, GOOD)]
-    )[0]
-    backward = verifier.model.log_likelihoods([backward_row(verifier.model, PROBLEM, GOOD)])[0]
+    generator, channel = verifier.generator, verifier.model
+    forward = generator.log_likelihoods([forward_row(generator, "arithmetic", PROBLEM, GOOD)])[0]
+    backward = channel.log_likelihoods([backward_row(channel, PROBLEM, GOOD)])[0]
     scores, _ = verifier.score_all([PROBLEM], [GOOD])
     assert scores[0] == pytest.approx(forward + verifier.fitted["lambda"] * backward, abs=1e-4)
 
 
-def test_a_verifier_whose_generator_was_trained_anew_is_refused(trained, tmp_path):
+def test_a_verifier_finds_its_generator_where_both_were_moved_and_takes_no_other(trained, tmp_path):
     folder = shutil.copytree(trained("channel"), tmp_path / "v")
     run = read_json(folder / "run.json")
+
+    def load(**changed) -> Verifier:
+        (folder / "run.json").write_text(json.dumps(run | changed))
+        return Verifier.load(folder, "cpu")
+
     for changed, why in (
         ({"parent_hash": "x"}, "trained anew"),
         ({"parent": "out/gone"}, "out/gone, which is gone"),
         ({"combine": {}}, "no finished verifier"),
     ):
-        (folder / "run.json").write_text(json.dumps(run | changed))
         with pytest.raises(TrainError, match=why):
-            Verifier.load(folder, "cpu")
-    with pytest.raises(TrainError, match="no finished verifier"):
-        Verifier.load(run["parent"], "cpu")
-
-
-def test_a_verifier_finds_its_generator_where_both_were_moved(trained, tmp_path):
-    folder = shutil.copytree(trained("channel"), tmp_path / "v")
-    run = read_json(folder / "run.json")
-    shutil.copytree(run["parent"], tmp_path / "moved" / "generator")
-    elsewhere = run | {"parent": "out/generator", "settings": run["settings"] | {"out": "out"}}
-    (folder / "run.json").write_text(json.dumps(elsewhere))
-    moved = shutil.move(folder, tmp_path / "moved" / "v")
-    found = Verifier.load(moved, "cpu")
-    assert found.generator.name == str(tmp_path / "moved" / "generator")
-    namesake = tmp_path / "moved" / Path(run["parent"]).name  # another model of the recorded one's name
-    shutil.copytree(trained("channel"), namesake)
-    (Path(moved) / "run.json").write_text(json.dumps(run))
-    assert Verifier.load(moved, "cpu").generator.name == run["parent"]
+            load(**changed)
+    moved = shutil.copytree(run["parent"], tmp_path / "generator")
+    found = load(parent="out/generator", settings=run["settings"] | {"out": "out"})
+    assert found.generator.name == str(moved)
     assert found.score(PROBLEM, GOOD) == Verifier.load(trained("channel"), "cpu").score(PROBLEM, GOOD)
+    shutil.copytree(folder, tmp_path / Path(run["parent"]).name)  # another model of the recorded one's name
+    assert load().generator.name == run["parent"]
 
 
 # -----------------------------------------------------------------------------
@@ -161,7 +145,7 @@ def test_a_channel_learns_each_right_answer_beside_the_wrong_ones_to_its_problem
     cfg = VerifierConfig(model=tuned, start=tuned, device="cpu", gold=2, repeats=0, batch_size=2)
     good, bad, two = (backward_row(model, PROBLEM, a) for a in (GOOD, BAD, "#### 2"))
     channel = ChannelTraining(cfg, model, samples, samples)
-    assert [len(wrong) for _, wrong in channel.examples] == [0, 0, 2, 0]
+    assert [len(wrong) for _, wrong in channel.examples] == [0, 0, 2, 0]  # two of them are gold
     assert channel.examples[2] == (good, [bad, two])
     ids, _, _, places = channel.batch(0, 0, 2)
     members = channel.members(0, 0, 2)
@@ -198,13 +182,12 @@ def test_a_step_of_the_head_may_be_cut_into_micro_batches_of_whole_problems(tune
     cfg = VerifierConfig(model=tuned, device="cpu", batch_size=7, grad_accum_steps=3, group=2)
     cfg.gradient_checkpointing = True
     head = HeadTraining(cfg, None, samples, samples)
+    assert head.model.lm.gradient_checkpointing and cfg.batch_size == 6
     torch.nn.init.normal_(head.model.value.weight)
-    assert (cfg.batch_size, head.per_step, head.options["rows_together"]) == (6, 9, 2)
-    assert head.model.lm.gradient_checkpointing
-    whole, parts = head.batch(1, 0, 18), [head.batch(1, first, 6) for first in (0, 6, 12)]
-    losses = [head.loss(head.model, *tensors) for tensors in [whole, *parts]]
-    assert losses[0][0].item() == pytest.approx(sum(loss.item() for loss, _ in losses[1:]), rel=1e-5)
-    assert losses[0][1] == sum(n for _, n in losses[1:]) == 18
+    parts = [head.batch(1, first, 6) for first in (0, 6, 12)]
+    whole, *pieces = (head.loss(head.model, *tensors) for tensors in [head.batch(1, 0, 18), *parts])
+    assert whole[0].item() == pytest.approx(sum(loss.item() for loss, _ in pieces), rel=1e-5)
+    assert whole[1] == sum(n for _, n in pieces) == 18
 
 
 # -----------------------------------------------------------------------------
@@ -262,45 +245,37 @@ def test_dpo_and_the_verifier_learn_from_the_same_answers(tuned, tiny, tmp_path)
     same |= dict(dtype="float32", learning_rate=1e-4, eval_every=0)
     dpo.dpo(dpo.DPOConfig(**same, model=tuned, name="dpo", seed=7, eval_examples=60))
     before = set(Path(tuned, "samples").glob("*-train-*"))
-    cfg = VerifierConfig(**same, model=f"{tmp_path}/dpo", answers_of=tuned, start=tuned, gold=10, seed=8)
-    cfg.validation_problems = cfg.test_problems = 20
-    script.train_verifier(cfg)
+    same |= dict(
+        model=f"{tmp_path}/dpo", start=tuned, gold=10, seed=8, validation_problems=20, test_problems=20
+    )
+    script.train_verifier(VerifierConfig(**same, answers_of=tuned))
     assert set(Path(tuned, "samples").glob("*-train-*")) == before
     assert not list(Path(f"{tmp_path}/dpo/samples").glob("*-train-*"))
-    cfg.answers_of, cfg.name = tiny["base"], "other"
     with pytest.raises(TrainError, match="answers_of"):
-        script.train_verifier(cfg)
+        script.train_verifier(VerifierConfig(**same, answers_of=tiny["base"], name="other"))
 
 
 def test_labelled_solutions_are_learnt_without_sampling(tuned, tiny, tmp_path):
+    wrong = {"solution": "No.\nA: 0", "is_correct": False}
     rows = []
     for i in range(60):
         right = {"solution": f"It is {i + 1}.\nA: {i + 1}", "is_correct": True}
-        wrong = {"solution": "No.\nA: 0", "is_correct": False}
         rows.append({"question": f"What is {i} + 1?", "a": right, "b": wrong})
     file = tmp_path / "solutions.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    cfg = VerifierConfig(
-        model=tuned, start=tiny["base"], solutions=str(file), out=str(tmp_path), device="cpu"
-    )
-    cfg.max_steps, cfg.batch_size, cfg.gold, cfg.dtype = 2, 4, 4, "float32"
+    cfg = VerifierConfig(model=tuned, start=tiny["base"], solutions=str(file), out=str(tmp_path))
+    cfg.device, cfg.dtype, cfg.max_steps, cfg.batch_size, cfg.gold = "cpu", "float32", 2, 4, 4
     run = script.train_verifier(cfg)
     assert run["verification"]["right_by_source"] == [1.0, 0.0]
     assert run["data"]["train"]["source"] == str(file)
-    wrong_alone = [row | {"a": row["b"]} for row in rows]
-    for damaged in [*rows, {"question": "What?"}], wrong_alone:
-        file.write_text("\n".join(map(json.dumps, damaged)))
-        with pytest.raises(DataError, match="labelled solutions"):
-            script.labelled(str(file))
-    for damaged in [
-        {"question": math.nan},
-        {"a": {"solution": "A: 1", "is_correct": "false"}},
-        {"a": {"solution": "A: 1", "is_correct": math.nan}},
-        {"a": {"solution": None, "is_correct": True}},
-        {"a": {"is_correct": True}},
-    ]:
-        file.write_text("\n".join(map(json.dumps, [rows[0], rows[1] | damaged])))
-        with pytest.raises(DataError, match='solutions.jsonl, row 2: "(question|solution)" should be text'):
+    for damage, message in (
+        ({"b": 0}, "as many labelled solutions"),
+        ({"question": math.nan}, 'solutions.jsonl, row 61: "question" should be text'),
+        ({"a": wrong | {"is_correct": "false"}}, 'row 61: "solution" should be text'),
+        ({"a": wrong | {"solution": None}}, 'row 61: "solution" should be text'),
+    ):
+        file.write_text("\n".join(map(json.dumps, [*rows, rows[0] | damage])))
+        with pytest.raises(DataError, match=message):
             script.labelled(str(file))
 
 
