@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -20,37 +19,30 @@ import transformers
 import eval as evaluation
 import support.contamination
 from data import load_task
-from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, vote, windows
+from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, vote
 from finetune import FinetuneConfig, finetune
-from model import ModelConfig, ModernDecoderLM
 from support.contamination import contamination, trained_on, training_texts
 from support.evaluations import Result, compare, describe
 from support.loading import load_model
 from support.metrics import majority
 from support.results import read_json_or_empty
+from support.runs import TrainError
 from support.samples import Samples
 from support.tables import read_jsonl
 from support.text_model import answer_task, on_all_cores, sample_answers
 from tasks.calculator import calculates
 from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
-from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
-ROOT = Path(evaluation.__file__).parent
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
+def base(tiny, tmp_path_factory) -> str:
     """A run folder as train.py leaves it, with random weights."""
     folder = tmp_path_factory.mktemp("out") / "base"
-    texts = [*storyworld("train", 60), *(e.text + e.target for e in load_task("arithmetic", "train")[0][:60])]
-    tokenizer = Tokenizer(*train_bpe(texts, 400, SPECIAL_TOKENS), SPECIAL_TOKENS)
-    torch.manual_seed(0)
-    model = ModernDecoderLM(ModelConfig(n_layers=2, d_model=32, n_heads=4, context_length=96, vocab_size=448))
-    model.save_pretrained(folder, bos_token_id=tokenizer.eot_id, eos_token_id=tokenizer.eot_id)
-    tokenizer.save(folder)
+    shutil.copytree(tiny["base"], folder, ignore=shutil.ignore_patterns("samples"))
     (folder / "run.json").write_text(json.dumps({"settings": {"corpus": "storyworld"}, "parent": None}))
     return str(folder)
 
@@ -58,10 +50,9 @@ def base(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def head(base) -> str:
     """A classification head on it, after a smoke run."""
+    short = dict(max_steps=2, max_train_examples=20, max_eval_examples=4, eval_examples=4)
     cfg = FinetuneConfig(model=base, task="sentiment", method="head", out=str(Path(base).parent), name="head")
-    cfg.device, cfg.max_steps, cfg.max_train_examples, cfg.max_eval_examples = "cpu", 2, 20, 4
-    cfg.eval_examples, cfg.dtype = 4, "float32"
-    finetune(cfg)
+    finetune(replace(cfg, device="cpu", dtype="float32", **short))
     return str(Path(base).parent / "head")
 
 
@@ -92,19 +83,10 @@ def answers_of(folder: str, stem: str) -> list[dict]:
 # Perplexity
 
 
-@pytest.mark.parametrize("stride", [1, 7, 48, 96])
-def test_windows_predict_every_token_once_with_the_context_they_promise(stride):
-    ids, at = list(range(500)), 1
-    for known, new in windows(ids, 96, stride):
-        assert new == ids[at : at + len(new)] and known == ids[at - len(known) : at]
-        assert at == 1 or len(new) <= stride and len(known) + len(new) == 97
-        at += len(new)
-    assert at == len(ids)
-
-
-def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base):
+@pytest.mark.parametrize("stride", [30, 160])
+def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base, stride):
     """Second opinion: transformers, one window after another, as its documentation shows."""
-    texts, stride, T = list(storyworld("test", 2)), 30, 96
+    texts, T = list(storyworld("test", 2)), 160
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     nats, tokens = 0.0, 0
@@ -131,18 +113,13 @@ def test_perplexity_and_bits_per_byte_are_those_of_a_plain_loop(base):
             assert metric["low"] <= metric["value"] <= metric["high"] and metric["n"] == tokens
 
 
-def test_every_document_is_scored_by_itself_and_a_long_one_in_windows(base, monkeypatch):
-    model, asked = load_model(base, CPU), []
-    monkeypatch.setattr(model, "log_likelihoods", lambda rows, _: asked.extend(rows) or np.zeros(len(rows)))
-    short, long = ["The fox slept.", "It was a long way home."], [*storyworld("test", 2)]
-    texts = [short[0], *long, short[1]]
-    found = evaluate_text(model, texts, 48)
+def test_documents_are_scored_one_by_one_and_the_pieces_of_a_running_text_together(base):
+    model, short = load_model(base, CPU), ["The fox slept.", "It was a long way home."]
+    found = evaluate_text(model, [*short, *storyworld("test", 2)], 48)
     assert (found["stride"], found["documents_alone"], found["documents_in_windows"]) == (48, 2, 2)
-    starts = [known + new for known, new in asked if known == model.bos]
-    assert [ids[:97] for ids in starts] == [[*model.bos, *model.encode(t), model.eos][:97] for t in texts]
-    asked.clear()
-    found = evaluate_text(model, short, running_text=True)  # pieces of one text are joined
-    assert len(asked) == 1 and found["documents_in_windows"] == 2 and found["documents_alone"] == 0
+    joined = evaluate_text(model, short, running_text=True)
+    assert (joined["documents_alone"], joined["documents_in_windows"]) == (0, 2)
+    assert joined["metrics"]["loss"]["value"] != evaluate_text(model, short)["metrics"]["loss"]["value"]
     model.context_length = 1  # half of it is no stride
     assert evaluate_text(model, short)["stride"] == 1
 
@@ -179,8 +156,7 @@ def test_a_second_evaluation_and_another_backend_give_the_same_results(base, com
 def test_results_of_other_tasks_stay_every_answer_is_written_and_a_limit_draws_by_seed(base, command_line):
     picked = []
     for seed in (2, 1):
-        _, printed = command_line(base, "--tasks=sentiment", "--limit=30", f"--seed={seed}")
-        assert f"a sample of 1,000, seed {seed}" in printed
+        command_line(base, "--tasks=sentiment", "--limit=30", f"--seed={seed}")
         picked.append([a["text"] for a in answers_of(base, "sentiment-test-0-shot")])
     assert picked[0] != picked[1]
     command_line(base, "--tasks=sentiment", "--limit=8", "--calibrate")
@@ -189,7 +165,6 @@ def test_results_of_other_tasks_stay_every_answer_is_written_and_a_limit_draws_b
     assert {name, "dialogue validation 0-shot", f"{name} calibrated"} <= results.keys()
     entry = results[name]
     assert entry["items"] == 30 and entry["of"] == 1000 and entry["data"]["fingerprint"]
-    assert set("git versions hardware backend context_length seed majority_class".split()) <= entry.keys()
     answers, wrong = (answers_of(base, f"sentiment-test-0-shot{end}") for end in ("", "-wrong"))
     assert len(answers) == 30 and wrong == [a for a in answers if not a["correct"]]
     assert entry["metrics"]["accuracy"]["value"] == pytest.approx(1 - len(wrong) / 30)
@@ -216,10 +191,14 @@ def test_a_head_is_asked_its_own_task_without_examples_and_a_smoke_run_is_called
     for message in ("takes no examples", "cannot be asked arithmetic", "for decoders", "minus"):
         assert message in after
     assert results_of(head)["sentiment test 0-shot"]["smoke"] is True
+    with pytest.raises(TrainError, match="--method=head"):
+        finetune(FinetuneConfig(model=head, device="cpu"))
 
 
 def test_prompts_that_are_too_long_are_counted(base):
-    result = evaluate(load_model(base, CPU), "arithmetic", 3, EvalConfig(limit=6))  # half of 96: the answer's
+    result = evaluate(
+        load_model(base, CPU), "arithmetic", 3, EvalConfig(limit=6)
+    )  # half of the context: the answer's
     assert result.entry["shots_dropped"] + result.entry["cut"] == 6
     assert "too long" in describe(result.entry) or "room" in describe(result.entry)
 
@@ -231,9 +210,8 @@ def test_models_are_compared_on_the_items_that_both_answered():
     a, b = [True] * 10 + [False] * 30, [True] * 35 + [False] * 5
     lines = compare({name: made_up("sst2", x) for name, x in (("base", a), ("sft", b), ("dpo", a))})
     pairs = ["sft minus base", "dpo minus base", "dpo minus sft"]
-    assert [line.split(": ")[1].split(" (")[0] for line in lines] == pairs
-    assert lines[0].startswith("sst2 test 0-shot: sft minus base (0-shot) +62.5 [")
-    assert "no diff" not in lines[0] and "+0.0 [+0.0, +0.0] (no difference found)" in lines[1]
+    assert len(lines) == 3 and all(pair in line for pair, line in zip(pairs, lines, strict=True))
+    assert "+62.5 [" in lines[0] and "+0.0 [+0.0, +0.0] (no difference found)" in lines[1]
     for other in (made_up("gsm8k", b), made_up("sst2", b[:-1])):
         assert compare({"base": made_up("sst2", a), "other": other}) == []
 
@@ -242,55 +220,53 @@ def test_models_are_compared_on_the_items_that_both_answered():
 # Contamination
 
 
-def test_items_that_stand_in_the_training_text_of_a_run_and_its_parents_are_found(
-    base, head, tuned, tmp_path, monkeypatch
-):
-    examples = load_task("sentiment", "test")[0]
+def test_items_that_share_words_in_a_row_with_a_text_are_found(base, monkeypatch):
     items = ["The quick brown fox jumps over the lazy dog.", "a b c d", "one two three four five six"]
     texts = ["", "... The QUICK, brown fox jumps over the... One two three; four five."]
     found = contamination(items, texts, 5)
     assert (found["items"], found["checked"], found["too_short"]) == (2, 2, 1)
     assert found["share"] == pytest.approx((3 + 1) / (5 + 2))
     assert contamination(items, ["quick brown fox the lazy dog"], 5)["items"] == 0
-    monkeypatch.setattr(support.contamination, "documents", lambda name, split: [examples[0].text])
+    review = load_task("sentiment", "test")[0][0].text
+    monkeypatch.setattr(support.contamination, "documents", lambda name, split: [review])
     entry = evaluate(load_model(base, CPU), "sentiment", 0, EvalConfig(contamination=4)).entry
     assert entry["contamination"]["items"] and entry["contamination"]["sources"] == ["corpus storyworld"]
-    stories = ("corpus", "storyworld")
-    assert trained_on(base) == [stories] and trained_on("gpt2") == []
-    assert trained_on(head) == [("task", "sentiment"), stories]
-    assert trained_on(tuned) == [("task", "arithmetic")]
-    record = {"stage": "sft", "settings": {"data": "arithmetic@20:3,storyworld:1"}, "parent": base}
-    data = {"arithmetic": {}, "storyworld": {}, "tokenizer": "x"}
-    (tmp_path / "run.json").write_text(json.dumps(record | {"data": data}))
-    assert trained_on(str(tmp_path)) == [("task", "arithmetic"), stories, stories]
+
+
+def test_what_a_run_and_its_parents_were_trained_on(base, head, tuned, tmp_path):
+    def sources(**record) -> list[tuple]:
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        return trained_on(str(tmp_path))
+
+    stories, arithmetic = ("corpus", "storyworld"), ("task", "arithmetic")
+    assert trained_on("gpt2") == [] and trained_on(head) == [("task", "sentiment"), stories]
+    settings, data = {"data": "arithmetic@20:3,storyworld:1"}, {"arithmetic": {}, "storyworld": {}}
+    mixed = sources(stage="sft", settings=settings, parent=base, data=data | {"tokenizer": "x"})
+    assert mixed == [arithmetic, stories, stories]
     settings = {"data": "arithmetic", "first_problem": 4000, "problems": 3}
-    (tmp_path / "run.json").write_text(json.dumps({"stage": "dpo", "settings": settings, "parent": tuned}))
-    sources = trained_on(str(tmp_path))
-    assert sources == [("task", "arithmetic", 4000, 3), ("task", "arithmetic")]
-    pairs = tmp_path / "pairs.jsonl"
+    on_policy = sources(stage="dpo", settings=settings, parent=tuned)
+    assert on_policy == [(*arithmetic, 4000, 3), arithmetic]
+    problems = load_task("arithmetic", "train", first=4000, count=3)[0]
+    assert [*training_texts(on_policy[:1])] == [f"{example.text} {example.target}" for example in problems]
+    file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"q {i}", "chosen": "good", "rejected": "bad"} for i in range(9)]
-    pairs.write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "run.json").write_text(json.dumps({"stage": "dpo", "settings": {"data": str(pairs)}}))
-    assert trained_on(str(tmp_path)) == [("pairs", str(pairs))]
-    assert "q 3 good bad" in [*training_texts([("pairs", str(pairs))])]
-    parts = load_task("arithmetic", "train", first=4000, count=3)[0]
-    assert [*training_texts(sources[:1])] == [f"{example.text} {example.target}" for example in parts]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    pairs = sources(stage="dpo", settings={"data": str(file)})
+    assert pairs == [("pairs", str(file))] and "q 3 good bad" in [*training_texts(pairs)]
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
 
-NUMBERS = "limit=-1 samples=-1 battery=-5 contamination=-8 seed=-1 temperature=nan shots=many shots=0,-1"
-
-
 @pytest.mark.parametrize("words, message", [
     (["--tasks=sst3"], '"sst3" is no task, corpus or file; there are sst2'),
-    (["out/nowhere"], "there is no folder out/nowhere"),
-    (["--stride=97", "--tasks=storyworld", "--limit=2"], "--stride=97 must be from 1 to"),
-    (["--split=dev"], 'no split "dev"'), (["out/base,"], "--models=out/base, has an empty name"),
-    (["--streams", "--context_length=2"], "--context_length=2 is too short for streams"),
-    *(([f"--{word}"], f"--{word.split('=')[0]}") for word in NUMBERS.split()),
+    (["out/nowhere"], "there is no folder out/nowhere"), (["out/base,"], "out/base, has an empty name"),
+    (["--stride=161", "--tasks=storyworld", "--limit=2"], "--stride=161 must be from 1 to"),
+    (["--split=dev"], "no split"), (["--limit=-1"], "--limit"), (["--shots=0,-1"], "--shots"),
+    (["--temperature=nan"], "--temperature"), (["--streams", "--context_length=2"], "too short for streams"),
+    (["--tasks=gsm8k,arithmetic", "--solutions=nowhere.jsonl"], "of one task"),
+    (["--tasks=gsm8k", "--solutions=nowhere.jsonl"], "nowhere.jsonl"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(base, command_line, words, message, tmp_path):
     models = [] if any(word.startswith("out/") for word in words) else [base]
@@ -316,16 +292,17 @@ def test_a_vote_adds_up_weights_and_takes_the_first_of_equals():
 
 
 @pytest.mark.parametrize("text, fine", [
-    ("3*4=<<3*4=12>>12\n#### 12", True), ("<<3*4=13>>13\n#### 13", False), ("<<3*4=12>>12\n#### 13", False),
-    ("#### 12", False), ("<<3*(=12>>\n#### 12", False), ("<<5/2=2.5>>2.5\n#### 2.5", True), ("", False),
-    ("<<3-3=>>\n#### 0", False), ("<<3*4=>>", False), ("<<=12>>\n#### 12", False),
+    ("3*4=<<3*4=12>>12\n#### 12", True), ("<<5/2=2.5>>2.5\n#### 2.5", True), ("", False),
+    ("<<3*4=13>>13\n#### 13", False), ("<<3*4=12>>12\n#### 13", False), ("#### 12", False),
+    ("<<3*(=12>>\n#### 12", False), ("<<3-3=>>\n#### 0", False), ("<<3*4=>>", False),
 ])  # fmt: skip
 def test_a_calculator_confirms_a_solution(text, fine):
     assert calculates(text) is fine
 
 
-def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
-    """So that every figure of the table is known."""
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Four problems and four answers to each, of which 3, 1, 0 and 4 are right, whatever the model."""
     examples = load_task("arithmetic", "test")[0][:4]
     gold = [e.target.strip() for e in examples]
     wrong = "#### 0"
@@ -336,25 +313,34 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
         right = [[a == g for a in row] for row, g in zip(answers, gold, strict=True)]
         return Samples(examples, answers, np.array(right))
 
-    class Judge:
-        """Gives right answers 0.9, to its `weak` problem 0.2; wrong ones get 0.1, to its weak problem 0.3."""
-
-        fitted = {"sharpness": 1.0}
-
-        def __init__(self, name, weak=None):
-            self.name, self.weak = name, weak
-
-        def score_all(self, problems, answers, progress=""):
-            truth = {e.text: e.target.strip() for e in examples}
-            weak = np.array([self.weak is not None and q == examples[self.weak].text for q in problems])
-            right = np.array([truth[q] == a for q, a in zip(problems, answers, strict=True)])
-            p = np.where(right, np.where(weak, 0.2, 0.9), np.where(weak, 0.3, 0.1))
-            return np.log(p), p
-
     monkeypatch.setattr(evaluation, "draw", draw)
     monkeypatch.setattr(evaluation, "load_task", lambda name, split: (examples, {}))
+    monkeypatch.setattr(evaluation, "labelled", lambda file: [draw(None, "", "", [], 4, 1.0, 1)])
+    return examples
+
+
+class Judge:
+    """Gives right answers 0.9, to its `weak` problem 0.2; wrong ones get 0.1, to its weak problem 0.3."""
+
+    fitted = {"sharpness": 1.0}
+
+    def __init__(self, name: str, examples: list, weak: int | None = None):
+        self.name = name
+        self.truth = {e.text: e.target.strip() for e in examples}
+        self.weak = None if weak is None else examples[weak].text
+
+    def score_all(self, problems, answers, progress=""):
+        found = []
+        for problem, answer in zip(problems, answers, strict=True):
+            right, weak = self.truth[problem] == answer, problem == self.weak
+            found.append({True: (0.9, 0.2), False: (0.1, 0.3)}[right][weak])
+        return np.log(found), np.array(found)
+
+
+def test_test_time_compute_on_answers_made_by_hand(tiny, by_hand):
+    """So that every figure of the table is known."""
     ask = partial(evaluate_samples, load_model(tiny["base"], CPU), "arithmetic", EvalConfig(samples=4))
-    result = ask([Judge("out/oracle")])
+    result = ask([Judge("out/oracle", by_hand)])
     entry = result.entry
     curves = {way: {k: v["value"] for k, v in curve.items()} for way, curve in entry["curves"].items()}
     assert curves["majority"] == {1: 0.5, 2: 0.5, 4: 0.5}
@@ -368,35 +354,23 @@ def test_test_time_compute_on_answers_made_by_hand(tiny, monkeypatch):
     assert gates[1.01]["samples"] == 4 and sum(entry["errors"].values()) == 2
     assert [len(r["kinds"]) for r in result.records] == [0, 1, 1, 0]  # of the greedy answers
     assert [r["oracle sure"] for r in result.records] == [0.9, 0.9, 0.1, 0.9]
-    assert "oracle, best" in describe(entry) and not any("together" in way for way in entry["curves"])
+    assert "oracle, best" in describe(entry)
 
-    entry = ask([Judge("out/one", weak=0), Judge("out/two", weak=1)]).entry
+    entry = ask([Judge("out/one", by_hand, weak=0), Judge("out/two", by_hand, weak=1)]).entry
     best = {way: curve[4]["value"] for way, curve in entry["curves"].items() if way.endswith("best")}
     assert best == {"one, best": 0.5, "two, best": 0.5, "together, best": 0.75}
-    assert entry["differences"]["one, best - two, best"]["value"] == 0
     assert entry["differences"]["two, best - together, best"]["value"] == -0.25
 
-    monkeypatch.setattr(evaluation, "labelled", lambda file: [draw(None, "", "", [], 4, 1.0, 1)])
+
+def test_solutions_of_others_are_chosen_among(tiny, by_hand):
     cfg = EvalConfig(solutions="others.jsonl", models=tiny["base"])
-    result = evaluation.evaluate_solutions("arithmetic", cfg, [Judge("out/oracle")])
+    result = evaluation.evaluate_solutions("arithmetic", cfg, [Judge("out/oracle", by_hand)])
     entry, gaps = result.entry, result.entry["differences"]
     assert result.name == "arithmetic solutions 4 samples" and "exact_match" not in entry["metrics"]
     assert gaps["oracle, best - a random one"]["value"] == 0.75 - (3 / 4 + 1 / 4 + 0 + 1) / 4
     assert gaps["oracle, best - majority"]["value"] == 0.25 and not any("greedy" in gap for gap in gaps)
     assert [r["oracle correct"] for r in result.records] == [True, True, False, True]
-    assert "wrong greedy answers" not in describe(entry | {"data": {}})
     assert compare({"one": [result], "two": [result]}) == []  # they did not answer
-
-
-@pytest.mark.parametrize(
-    "task, words",
-    [("sentiment", "of one task"), ("gsm8k,arithmetic", "of one task"), ("gsm8k", "nowhere.jsonl")],
-)
-def test_solutions_are_refused_before_a_model_is_loaded(task, words, monkeypatch):
-    flags = [f"--tasks={task}", "--solutions=nowhere.jsonl"]
-    monkeypatch.setattr("sys.argv", ["eval.py", "no-such-model", *flags])
-    with pytest.raises(SystemExit, match=words):
-        evaluation.main()
 
 
 def test_greedy_answers_are_counted_as_the_one_that_was_drawn(tiny):
@@ -431,8 +405,7 @@ def test_an_empty_line_ends_the_answer_of_a_base_and_not_that_of_a_chat_model(ti
     assert sample_answers(model, "arithmetic", "test", examples, 1, seed=9 + chat) == [[expected]]
 
 
-@pytest.mark.parametrize("damage", ["a row is missing", "another order", "fewer samples", "not UTF-8"])
-def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path, damage):
+def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path):
     shutil.copytree(tiny["base"], tmp_path / "base", ignore=shutil.ignore_patterns("samples"))
     model, examples = load_model(str(tmp_path / "base"), CPU), load_task("arithmetic", "test")[0][:3]
     # str.splitlines() would cut this row in two
@@ -441,11 +414,11 @@ def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path,
     (file,) = (tmp_path / "base" / "samples").iterdir()
     complete = file.read_bytes()
     lines = complete.split(b"\n")[:-1]
-    damaged = {"a row is missing": lines[:2], "another order": lines[::-1], "not UTF-8": [b"\xff"]}
-    damaged["fewer samples"] = [json.dumps(json.loads(x) | {"samples": ["1"]}).encode() for x in lines]
-    file.write_bytes(b"\n".join(damaged[damage]))
-    assert sample_answers(model, "arithmetic", "test", examples, 2) == first
-    assert file.read_bytes() == complete
+    fewer_samples = [json.dumps(json.loads(line) | {"samples": ["1"]}).encode() for line in lines]
+    for damaged in (lines[:2], lines[::-1], fewer_samples, [b"\xff"]):
+        file.write_bytes(b"\n".join(damaged))
+        assert sample_answers(model, "arithmetic", "test", examples, 2) == first
+        assert file.read_bytes() == complete
 
 
 def test_a_model_in_a_folder_that_cannot_be_written_is_measured_all_the_same(
@@ -455,8 +428,8 @@ def test_a_model_in_a_folder_that_cannot_be_written_is_measured_all_the_same(
     (folder / "samples").touch()  # no folder can be made there
     (folder / "run.json").write_text('{"smoke": true}')
     model, examples = load_model(str(folder), CPU), load_task("arithmetic", "test")[0][:3]
-    answers = sample_answers(model, "arithmetic", "test", examples, 2)
-    assert len(answers) == 3 and re.search(r"samples/\S+ is not kept: ", capsys.readouterr().err)
+    assert len(sample_answers(model, "arithmetic", "test", examples, 2)) == 3
+    assert "is not kept: " in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) != folder)
     before = sorted(folder.rglob("*"))
     out = tmp_path / "out"
@@ -481,10 +454,5 @@ def test_many_processes_give_the_same_in_the_same_order(tiny):
 def test_a_calculator_gives_the_tokens_of_a_result(tiny):
     model = load_model(tiny["base"], CPU)
     encode = model.tokenizer.encode
-    for text, forced in (
-        ("<<3*4=", "12>>"),
-        ("words before <<12+30=", "42>>"),
-        ("nothing", ""),
-        ("<<3*(=", ""),
-    ):
+    for text, forced in (("words before <<12+30=", "42>>"), ("nothing", ""), ("<<3*(=", "")):
         assert model.calculator(0, encode(text)) == encode(forced)
