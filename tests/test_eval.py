@@ -19,7 +19,7 @@ import transformers
 import eval as evaluation
 import support.contamination
 from data import load_task
-from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, vote
+from eval import EvalConfig, best, evaluate, evaluate_samples, evaluate_text, vote, windows
 from finetune import FinetuneConfig, finetune
 from support.contamination import contamination, trained_on, training_texts
 from support.evaluations import Result, compare, describe
@@ -81,6 +81,16 @@ def answers_of(folder: str, stem: str) -> list[dict]:
 
 # -----------------------------------------------------------------------------
 # Perplexity
+
+
+@pytest.mark.parametrize("stride", [1, 7, 96])
+def test_windows_predict_every_token_once_with_the_context_they_promise(stride):
+    ids, at = list(range(500)), 1
+    for known, new in windows(ids, 96, stride):
+        assert new == ids[at : at + len(new)] and known == ids[at - len(known) : at]
+        assert at == 1 or len(new) <= stride and len(known) + len(new) == 97
+        at += len(new)
+    assert at == len(ids)
 
 
 @pytest.mark.parametrize("stride", [30, 160])
