@@ -33,9 +33,6 @@ class RunConfig(SizeConfig):
     prompt: str = "Once"  # text to continue, "%s" and all
     out: str = "out"  # the folder of everything
     experts: Literal[1, 2] = 2  # experts a token
-    decay_fraction: float = 0.2  # share of the steps
-    beta1: float = 0.9  # memory of the gradient
-    dropout: float = -1.0  # -1: the model's own
     baseline: str = ""  # the config it is compared with
     shift: int = -3  # its own default may be a number that no other value may be
     note: str = (
@@ -83,83 +80,61 @@ def refusal(capsys, *argv: str, Config=RunConfig) -> str:
 
 def test_flags_win_over_files_and_the_later_file_over_the_earlier(file):
     a, b = file("a", "batch_size = 4\nd_ff = 8\n"), file("b", b"\xef\xbb\xbfbatch_size = 5\n")
-    assert parse() == RunConfig()
     assert parse(a, "--batch_size=2") == RunConfig(d_ff=8, batch_size=2)
     assert parse("--d_model=16", a, "--resume", b) == RunConfig(16, 8, batch_size=5, resume=True)
-    assert parse(b, a).batch_size == 4
     assert parse_config(config_of("train"), argv=["configs/cpu.py"]).d_model == 128  # from any folder
 
 
 def test_a_file_computes_from_defaults_earlier_files_and_its_own_helpers(file):
-    a, b = file("a", "d_model = 32"), file("b", "d_ff = 4 * d_model")
-    assert parse(a, b).d_ff == 128 and parse(b).d_ff == 256
-    text = '"""Why this shape."""\nd_model = d_ff // 2  # from the default\n_heads, _wide = 3, [1, 2]\n'
-    text += "d_ff = max(_wide) * d_model\nbatch_size = sum(_heads * n for n in _wide)\n"
-    config = parse(file("c", text))
-    assert (config.d_model, config.d_ff, config.batch_size) == (128, 256, 9)
+    text = '"""Why this shape."""\nd_model = d_ff // 2  # from the default, or an earlier file\n'
+    text += "_wide = [1, 2]\nd_ff = max(_wide) * d_model\nbatch_size = sum(3 * n for n in _wide)\n"
+    a, b = file("a", "d_ff = 512"), file("b", text)
+    assert parse(b) == RunConfig(128, 256, batch_size=9)
+    assert parse(a, b) == RunConfig(256, 512, batch_size=9)
 
 
 def test_a_chain_of_baselines_starts_from_the_oldest(file):
     file("a", "d_model, d_ff, batch_size = 16, 16, 16")
     file("b", 'baseline = "configs/a.py"\nd_ff, batch_size = 32, 32')
-    config = parse(file("c", 'baseline = "configs/b.py"\nbatch_size = 2 * d_ff'))
-    assert (config.d_model, config.d_ff, config.batch_size) == (16, 32, 64)
-    assert config.baseline == "configs/b.py"
+    c = file("c", 'baseline = "configs/b.py"\nbatch_size = 2 * d_ff')
+    assert parse(c) == RunConfig(16, 32, batch_size=64, baseline="configs/b.py")
 
 
 @pytest.mark.parametrize("words, field, value", [
-    ("--resume", "resume", True), ("--resume=False", "resume", False), ("--resume=true", "resume", True),
-    ("--compile", "compile", True), ("--compile=False", "compile", False),
-    ("--compile=auto", "compile", "auto"),
-    ("--batch_size 3", "batch_size", 3), ("--batch_size=65_536", "batch_size", 65536),
-    ("--shift=-3", "shift", -3), ("--shift -3", "shift", -3), ("--experts=1", "experts", 1),
-    ("--learning_rate=1e-3", "learning_rate", 1e-3), ("--learning_rate=2", "learning_rate", 2.0),
-    ("--prompt=a=b=c", "prompt", "a=b=c"), ("--prompt=5", "prompt", "5"), ("--prompt=True", "prompt", "True"),
-    ("--prompt=--x", "prompt", "--x"), ("--prompt=", "prompt", ""), ("--prompt='x'", "prompt", "'x'"),
+    ("--resume", "resume", True), ("--resume=false", "resume", False), ("--compile", "compile", True),
+    ("--compile=auto", "compile", "auto"), ("--batch_size 3", "batch_size", 3),
+    ("--batch_size=65_536", "batch_size", 65536), ("--shift -3", "shift", -3), ("--experts=1", "experts", 1),
+    ("--learning_rate=2", "learning_rate", 2.0), ("--prompt=a=b", "prompt", "a=b"),
+    ("--prompt=5", "prompt", "5"), ("--prompt=--x", "prompt", "--x"), ("--prompt='x'", "prompt", "'x'"),
 ])  # fmt: skip
 def test_a_flag_gives_the_value_and_the_type_of_its_field(words, field, value):
     found = getattr(parse(*words.split(" ")), field)
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("word, expected", [
-    ("batch_size=2.5", "INT"), ("batch_size=1e3", "INT"), ("batch_size=True", "INT"),
-    ("batch_size=''", "INT"), ("learning_rate='fast'", "FLOAT"), ("learning_rate=True", "FLOAT"),
-    ("resume=1", "True|False"), ("resume='maybe'", "True|False"), ("norm='batch'", "rms|layer"),
-    ("compile='some'", "auto|True|False"),
+@pytest.mark.parametrize("name, value, expected", [
+    ("batch_size", 2.5, "INT"), ("batch_size", True, "INT"), ("learning_rate", "fast", "FLOAT"),
+    ("resume", 1, "True|False"), ("norm", "batch", "rms|layer"), ("compile", "some", "auto|True|False"),
 ])  # fmt: skip
-def test_a_value_of_the_wrong_type_is_refused_with_the_right_one(file, capsys, word, expected):
-    name, value = word.split("=")
-    for words in (f"--{name}={value}", file("a", word)):
-        message = refusal(capsys, words)
-        assert name in message and f"must be {expected}, not" in message
-    assert type(parse(file("b", "learning_rate = 1")).learning_rate) is float, "an int serves as a float"
+def test_a_value_of_the_wrong_type_is_refused_with_the_right_one(file, capsys, name, value, expected):
+    for words in (f"--{name}={value}", file("a", f"{name} = {value!r}")):
+        assert f"{name} must be {expected}, not" in refusal(capsys, words)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    """batch_size=0 batch_size=-3 learning_rate=-1e-3 learning_rate=nan learning_rate=inf d_ff=-1 shift=-2
-    decay_fraction=1.5 beta1=1 dropout=nan seed=-1""".split(),
-)
-def test_numbers_that_no_run_can_use_are_refused_by_name(file, capsys, wrong):
-    name, value = wrong.split("=")
-    assert f"--{name}" in refusal(capsys, f"--{wrong}")
-    assert name in refusal(capsys, file("a", f"{name} = float('{value}')" if "n" in value else wrong))
+@pytest.mark.parametrize("flag, reason", [
+    ("--batch_size=0", "a number from 1"), ("--learning_rate=-1e-3", "a number from 0"),
+    ("--decay_fraction=1.5", "to 1"), ("--beta1=1", "a number"),
+    ("--beta=0", "a number"), ("--problems=0", "a number"), ("--seed=-1", "a number"),
+    ("--data=caf\udce9", "UTF-8"), ("--data=a\0b", "UTF-8"), ("--out=", "empty"),
+])  # fmt: skip
+def test_numbers_and_texts_that_no_run_can_use_are_refused_by_name(capsys, flag, reason):
+    message = refusal(capsys, flag, Config=config_of("dpo"))
+    assert flag.split("=")[0] in message and reason in message
 
 
-@pytest.mark.parametrize("wrong", ["problems=0", "beta=0"])
-def test_numbers_that_dpo_cannot_use_are_refused_by_name(capsys, wrong):
-    assert f"--{wrong}" in refusal(capsys, f"--{wrong}", Config=config_of("dpo"))
-
-
-@pytest.mark.parametrize(
-    "name, value", [("prompt", "caf\udce9"), ("prompt", "a\0b"), ("out", "caf\udcc3\udca9"), ("out", "")]
-)
-def test_texts_that_nobody_can_write_and_a_folder_without_a_name_are_refused_by_name(
-    file, capsys, name, value
-):
-    for words in (f"--{name}={value}", file("a", f"{name} = {ascii(value)}")):
-        assert f"--{name}=" in refusal(capsys, words)
+def test_what_is_no_number_is_refused_and_a_default_may_be_outside_of_the_range(file, capsys):
+    assert "--learning_rate=nan" in refusal(capsys, file("a", "learning_rate = float('nan')"))
+    assert "--shift=-2" in refusal(capsys, "--shift=-2") and parse("--shift=-3").shift == -3
 
 
 # -----------------------------------------------------------------------------
@@ -170,8 +145,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(file, capsys):
     for words in ("--batchsize=3", "--batch=3", file("a", "batchsize = 3")):  # an abbreviation is no name
         assert "did you mean 'batch_size'" in refusal(capsys, words)
     assert "--help" in refusal(capsys, "--zzzzzz=3")
-    for words in ("--label_smoothing=0.1", file("a", "label_smoothing = 0.1")):
-        for script in ("tokenizer", "train", "sft"):
+    for script in ("tokenizer", "train", "sft"):
+        for words in ("--label_smoothing=0.1", file("a", "label_smoothing = 0.1")):
             assert "it is a setting of dpo.py" in refusal(capsys, words, Config=config_of(script))
     assert "d_model=30 is not a multiple of 8" in refusal(capsys, "--d_model=30")
 
@@ -185,24 +160,22 @@ def test_a_profile_serves_the_tokenizer_and_training(file):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("d_ff = 1\nd_ff = = 2", "line 2"), ("d_ff = 1 // 0", "ZeroDivisionError"),
-    ("d_ff = nothing", "'nothing'"),
-    (b'd_ff = 8\nprompt = "caf\xe9"\n', "utf-8"), (b"d_ff = 8\0\n", "null byte"),
-    ('baseline = "configs/a.py"', "circle"), ('baseline = "configs/missing.py"', "missing.py"),
-    ('baseline = "configs/" + prompt', "quoted path"),
-    *((f"d_ff = 8\n{line}", "a.py:2: a config file only assigns: name = value") for line in (
-        "import os", "print(1)", "if True:\n    d_ff = 1", "def f(): pass", "d_ff += 1", "del d_ff")),
+    ("d_ff = 1\nd_ff = = 2", "line 2"), ("d_ff = nothing", "NameError"),
+    (b'd_ff = 8\nprompt = "caf\xe9"\n', "utf-8"), ('baseline = "configs/" + prompt', "quoted path"),
+    ('baseline = "configs/a.py"', "circle"), ("d_ff = 8\nimport os", "a.py:2: a config file only assigns"),
+    ("d_ff = 8\nd_ff += 1", "a.py:2: a config file only assigns"),
 ])  # fmt: skip
 def test_a_broken_file_is_named_with_the_cause(file, capsys, text, expected):
     message = refusal(capsys, file("a", text))
-    assert ("configs/a.py" in message or "missing.py" in message) and expected in message
+    assert "configs/a.py" in message and expected in message
 
 
-def test_a_circle_of_baselines_is_refused_and_a_missing_file_lists_what_there_is(file, capsys, tmp_path):
+def test_a_circle_of_baselines_is_refused_and_a_missing_file_lists_what_there_is(file, capsys):
     a, _ = file("a", 'baseline = "configs/b.py"'), file("b", 'baseline = "configs/a.py"')
-    assert "circle" in refusal(capsys, a) and "circle" in refusal(capsys, str(tmp_path / a))
-    message = refusal(capsys, "configs/c.py")
-    assert "c.py" in message and "configs/cpu.py, configs/dpo.py" in message and "__init__" not in message
+    assert "circle" in refusal(capsys, a)
+    for words in ("configs/c.py", file("d", 'baseline = "configs/c.py"')):
+        message = refusal(capsys, words)
+        assert "c.py" in message and "configs/cpu.py, configs/dpo.py" in message
 
 
 # -----------------------------------------------------------------------------
@@ -221,12 +194,6 @@ def test_help_shows_every_field_with_its_comment_and_default(capsys):
     assert shown.index("SizeConfig:") < shown.index("--d_model") < shown.index("RunConfig:")
 
 
-def test_usage_is_the_command_that_was_used():
-    command = [sys.executable, "-m", "lab.plan", "--help"]
-    out = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout
-    assert out.startswith("usage: python -m lab.plan [configs/FILE.py ...]")
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_setting_has_a_comment_a_default_in_its_range_and_is_found_in_the_source(script):
     Config = config_of(script)
@@ -241,9 +208,11 @@ def test_every_setting_has_a_comment_a_default_in_its_range_and_is_found_in_the_
 # The configs of the project
 
 
-TUNED = dict.fromkeys(("sst2", "samsum", "gsm8k", "sentiment", "smol_sst2", "smol_samsum"), "finetune")
-for stage in ("sft", "dpo", "verifier"):
-    TUNED |= {stage: stage, f"smol_{stage}": stage}
+TUNED = {  # config: its script; all others are profiles of tokenizer.py and train.py
+    **dict.fromkeys(("sst2", "samsum", "gsm8k", "sentiment", "smol_sst2", "smol_samsum"), "finetune"),
+    **{"sft": "sft", "dpo": "dpo", "verifier": "verifier"},
+    **{"smol_sft": "sft", "smol_dpo": "dpo", "smol_verifier": "verifier"},
+}
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("[!_]*.py"))
 
 
@@ -272,11 +241,3 @@ def test_the_command_in_the_error_makes_the_tokens_that_training_looks_for(name,
     assert command[:3] == ["python", "tokenizer.py", f"configs/{name}.py"]
     made = parse_config(tokenizer.TokenizerStageConfig, argv=command[2:])
     assert tokenizer.tokens_folder(made) == tokenizer.tokens_folder(cfg)
-
-
-def test_gpt_tiny_is_a_gpt2():
-    from support.hf_format import to_hf_config
-    from train import model_config
-
-    cfg = parse_config(config_of("train"), argv=["configs/gpt_tiny.py"])
-    assert to_hf_config(model_config(cfg))["model_type"] == "gpt2" and cfg.corpus == "storyworld"
