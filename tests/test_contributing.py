@@ -1,6 +1,5 @@
 """What CONTRIBUTING.md and the README tell people to do, done."""
 
-import json
 import os
 import re
 import shlex
@@ -12,6 +11,7 @@ import numpy as np
 
 from configs import SCRIPTS, declared, parse_config
 from data import TASKS, load_task
+from support.tables import read_jsonl
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -31,15 +31,14 @@ def test_the_task_of_the_example_is_found_and_asked(monkeypatch):
 
 def test_the_stage_of_the_example_trains_and_resumes(tiny, tmp_path):
     (tmp_path / "copying.py").write_text(example("stage"), encoding="utf-8")
-    command = [sys.executable, str(tmp_path / "copying.py"), f"--model={tiny['base']}", f"--out={tmp_path}"]
-    command += ["--name=copy", "--device=cpu", "--batch_size=4", "--warmup_steps=2", "--learning_rate=1e-2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    for steps in (20, 20):  # the second time there is nothing to do
-        done = subprocess.run([*command, f"--max_steps={steps}"], env=env, capture_output=True, text=True)
+    flags = f"--model={tiny['base']} --out={tmp_path} --name=copy --device=cpu --batch_size=4 --max_steps=20"
+    command = [sys.executable, str(tmp_path / "copying.py"), *flags.split(), "--learning_rate=1e-2"]
+    for _ in range(2):  # the second time there is nothing to do
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert "nothing to do" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "copy/metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in read_jsonl(tmp_path / "copy/metrics.jsonl") if "loss" in line]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
