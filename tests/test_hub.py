@@ -1,20 +1,17 @@
 """Data sets of the hub: from its cache without a network, from a server, or an error that says what to do."""
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from local_hub import serving
 
 import data
 from support import hub
 from support.hub import hub_file
-from tasks.grammar import SPLITS
 
 ROOT = Path(__file__).parents[1]
 SAMSUM = 'id,dialogue,summary\r\n13818513,"A: hi\r\nB: yo",They greet.\r\n13828807,,Nobody says anything.\r\n'
@@ -42,27 +39,23 @@ def put(cache: Path, repo: str, file: str, content: str) -> None:
     (folder / "refs" / "main").write_text("abc")
 
 
-def test_a_corpus_is_read_from_the_hubs_cache_without_a_network(cache, tmp_path, data_dir, capsys):
-    data_dir(tmp_path / "data")
-    docs = [f"story {i}" for i in range(50)]
-    put(cache, "roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt", "\n<|endoftext|>\n".join(docs))
-    assert list(data.documents("tinystories", "validation")) == docs
-    about = data.corpus_info("tinystories", "validation")
-    assert about["source"] == "roneneldan/TinyStories on Hugging Face, TinyStoriesV2-GPT4-valid.txt"
-    assert about["source"] in capsys.readouterr().err
-
-
-def test_a_plain_file_comes_before_the_hubs_cache(cache, tmp_path, data_dir):
+def test_a_corpus_is_read_from_a_plain_file_or_else_from_the_hubs_cache(cache, tmp_path, data_dir):
     data_dir(tmp_path)
-    put(cache, "roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt", "of the cache")
+    docs = [f"story {i}" for i in range(50)]
+    name = "TinyStoriesV2-GPT4-valid.txt"
+    put(cache, "roneneldan/TinyStories", name, "\n<|endoftext|>\n".join(docs))
+    assert list(data.documents("tinystories", "validation")) == docs
+    assert data.corpus_info("tinystories", "validation")["source"].startswith(
+        "roneneldan/TinyStories on Hugg"
+    )
     (tmp_path / "tinystories").mkdir()
-    (tmp_path / "tinystories" / "TinyStoriesV2-GPT4-valid.txt").write_text("own")
+    (tmp_path / "tinystories" / name).write_text("own")
     assert list(data.documents("tinystories", "validation")) == ["own"]
 
 
 def test_samsum_as_the_hub_has_it_loses_the_row_without_a_dialogue(tmp_path):
     """Three CSV files, of which one row's dialogue comes as None; by the public command."""
-    for split in SPLITS:
+    for split in ("train", "validation", "test"):
         put(tmp_path / "hub", "knkarthick/samsum", f"{split}.csv", SAMSUM)
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "DATA_DIR": str(tmp_path / "data")}
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
@@ -73,19 +66,15 @@ def test_samsum_as_the_hub_has_it_loses_the_row_without_a_dialogue(tmp_path):
     assert "Conversation:\nA: hi\nB: yo\nSummary:[ They greet.]" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "load, words",
-    [
-        (lambda: data.load_task("samsum", "test"), "knkarthick/samsum samsum/test.jsonl"),
-        (lambda: data.load_conversations("alpaca", "train"), "tatsu-lab/alpaca alpaca/train.jsonl"),
-        (lambda: data.load_preferences("hh-rlhf", "train"), "Anthropic/hh-rlhf hh-rlhf/train.jsonl"),
-        (lambda: data.load_conversations("lima", "train"), "GAIR/lima lima/train.jsonl"),
-    ],
-)
-def test_what_is_nowhere_is_named_with_what_would_serve(cache, tmp_path, data_dir, load, words):
+@pytest.mark.parametrize("load, name, words", [
+    (data.load_task, "samsum", "knkarthick/samsum samsum/train.jsonl"),
+    (data.load_conversations, "lima", "GAIR/lima lima/train.jsonl"),
+    (data.load_preferences, "hh-rlhf", "Anthropic/hh-rlhf hh-rlhf/train.jsonl"),
+])  # fmt: skip
+def test_what_is_nowhere_is_named_with_what_would_serve(cache, tmp_path, data_dir, load, name, words):
     data_dir(tmp_path / "data")
     with pytest.raises(data.DataError) as error:
-        load()
+        load(name, "train")
     for word in [*words.split(), "HF_HUB_OFFLINE is set"]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -101,69 +90,40 @@ def test_lima_is_read_from_its_file_though_its_repository_is_a_script(cache, tmp
 
 
 # -----------------------------------------------------------------------------
-# A hub of one file, on this machine
+# A hub on this machine
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """HF_ENDPOINT is a server on this machine; `.status` and `.headers` can be changed."""
+def endpoint(cache, tmp_path, monkeypatch):
+    """Data sets are downloaded from this machine: TinyStories, and LIMA, whose files are refused."""
     from huggingface_hub import constants
 
-    content = b"one\n<|endoftext|>\ntwo\n<|endoftext|>\n"
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            me = self.server
-            me.asked.append(f"{self.command} {self.path}")
-            self.send_response(me.status)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            for name, value in me.headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content) if me.status == 200 else 0))
-            self.end_headers()
-
-        def do_GET(self):
-            self.do_HEAD()
-            if self.server.status == 200:
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    me = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    me.status, me.headers, me.asked = 200, {}, []
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{me.server_port}")
-    url = f"http://127.0.0.1:{me.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    threading.Thread(target=me.serve_forever, daemon=True).start()
-    yield me
-    me.shutdown()
-    me.server_close()
+    for file in ("roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt", "GAIR/lima/train.jsonl"):
+        path = tmp_path / "served/datasets" / file
+        path.parent.mkdir(parents=True)
+        path.write_text("one\n<|endoftext|>\ntwo\n")
+    with serving(tmp_path / "served") as server:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        url = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        yield
 
 
-def test_a_corpus_is_downloaded_once_from_the_endpoint(server, tmp_path, data_dir):
+def test_a_corpus_is_downloaded_once_and_is_then_there_offline(endpoint, tmp_path, data_dir, monkeypatch):
     data_dir(tmp_path)
-    for _ in range(2):
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         assert list(data.documents("tinystories", "validation")) == ["one", "two"]
-    path = "/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt"
-    assert [line.split()[1] for line in server.asked] == [path] * len(server.asked)
-    assert sum(line.startswith("GET") for line in server.asked) == 1
 
 
-@pytest.mark.parametrize(
-    "status, code, why",
-    [
-        (403, "GatedRepo", "GAIR/lima is gated: accept its terms on its page, then run `hf auth login`"),
-        (401, "RepoNotFound", "not on the hub, or private"),
-        (404, "EntryNotFound", "404"),
-    ],
-)
-def test_a_refusal_of_the_hub_is_one_line_that_says_what_to_do(server, status, code, why):
-    server.status, server.headers = status, {"X-Error-Code": code}
+@pytest.mark.parametrize("repo, file, why", [
+    ("GAIR/lima", "train.jsonl", "is gated: accept its terms on its page, then run `hf auth login`"),
+    ("nobody/nothing", "train.jsonl", "not on the hub, or private"),
+    ("roneneldan/TinyStories", "train.jsonl", "404"),
+])  # fmt: skip
+def test_a_refusal_of_the_hub_is_one_line_that_says_what_to_do(endpoint, repo, file, why):
     with pytest.raises(data.DataError, match=why) as error:
-        hub_file("GAIR/lima", "train.jsonl")
+        hub_file(repo, file)
     assert "\n" not in str(error.value)
