@@ -9,17 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from configs import parse_config
 from data import TASKS, Example, talk
 from dpo import DPOConfig
-from eval import EvalConfig
 from finetune import AdaptConfig, FinetuneConfig, build_for_task, build_model
 from sft import SFTConfig, can_pack, sft
 from support.adapters import add_peft_lora, head_layers
 from support.costs import shape_of
-from support.hub_models import HubTokenizer, hf_context
+from support.hub_models import HubTokenizer
 from support.loading import load_model, load_tokenizer, resolve
-from support.machine import pick_device
 from support.pairs import from_collection, without_first_exchange
 from support.runs import TrainError, read_json
 from support.text_model import answer_task
@@ -57,14 +54,18 @@ def renamed(tiny, special: str = "<|endoftext|>", **more):
     )
 
 
-def written(tmp_path, name: str, rows: list[dict]) -> str:
-    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(tmp_path / name)
+def written(tmp_path, rows: list[dict]) -> str:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "rows.jsonl")
+
+
+def change(file: Path, **settings) -> None:
+    file.write_text(json.dumps(read_json(file) | settings))
 
 
 def tuned(model: str, tmp_path) -> str:
     rows = [{"prompt": f"Is {i} above {i % 7}?", "completion": "yes"} for i in range(80)]
-    how = dict(model=model, out=str(tmp_path), name="sft", data=written(tmp_path, "rows.jsonl", rows))
+    how = dict(model=model, out=str(tmp_path), name="sft", data=written(tmp_path, rows))
     how |= dict(batch_size=4, max_steps=1, warmup_steps=1, eval_every=0, save_every=0, eval_examples=4)
     sft(SFTConfig(device="cpu", dtype="float32", **how))
     return f"{tmp_path}/sft"
@@ -95,7 +96,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_by_name(tiny, tmp_path):
 
 def test_tokens_beyond_the_tokenizers_may_be_generated(tiny, tmp_path):
     """Qwen's and Pythia's embeddings have more rows than their tokenizers have tokens."""
-    model = load_model(llama(tmp_path / "m", renamed(tiny), vocab_size=480), CPU, "transformers")
+    model = load_model(llama(tmp_path, renamed(tiny), vocab_size=480), CPU, "transformers")
     assert model.calculator(0, [479]) == []
 
 
@@ -116,19 +117,14 @@ def test_added_tokens_that_are_not_special_stay_text(tiny, tmp_path):
 # ---- generation
 
 
-LEARNED = {
-    "opt": (transformers.OPTConfig, dict(ffn_dim=32, word_embed_proj_dim=32)),
-    "gpt-neo": (transformers.GPTNeoConfig, dict(attention_types=[[["global"], 2]])),
-}
-
-
-@pytest.mark.parametrize("name", LEARNED)
-def test_learned_positions_end_a_text_at_the_context(name, tiny, tmp_path):
-    config, more = LEARNED[name]
-    folder = llama(tmp_path / "m", renamed(tiny), config, **more, max_position_embeddings=24)
-    model = load_model(folder, CPU)
+@pytest.mark.parametrize("config, more", [
+    (transformers.OPTConfig, dict(ffn_dim=32, word_embed_proj_dim=32)),
+    (transformers.GPTNeoConfig, dict(attention_types=[[["global"], 2]])),
+])  # fmt: skip
+def test_learned_positions_end_a_text_at_the_context(config, more, tiny, tmp_path):
+    model = load_model(llama(tmp_path, renamed(tiny), config, **more, max_position_embeddings=24), CPU)
     assert [len(new) for new in model.continuations([[5] * 4, [5]], 200)] == [20, 20]
-    with pytest.raises(ValueError, match="a prompt of 24 tokens leaves no room in context 24"):
+    with pytest.raises(ValueError, match="leaves no room in context 24"):
         model.continuations([[5] * 24], 1)
 
 
@@ -138,12 +134,10 @@ def test_learned_positions_end_a_text_at_the_context(name, tiny, tmp_path):
 def test_of_several_chat_templates_the_default_one_is_used(tiny, tmp_path):
     """As a list with names, the older form on the hub."""
     folder = shutil.copytree(tiny["base"], tmp_path / "m")
-    settings = read_json(folder / "tokenizer_config.json")
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-    for template in (named, {each["name"]: each["template"] for each in named}):
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-        assert load_model(str(folder), CPU).template == CHATML
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": 5}))
+    change(folder / "tokenizer_config.json", chat_template=named)
+    assert load_model(str(folder), CPU).template == CHATML
+    change(folder / "tokenizer_config.json", chat_template=5)
     with pytest.raises(TrainError, match="chat_template in its tokenizer_config.json must be a text"):
         load_model(str(folder), CPU)
 
@@ -156,7 +150,7 @@ def test_pairs_that_a_template_refuses_are_left_out(tiny, tmp_path):
     for i in range(60):
         system = [{"role": "system", "content": "Be brief."}] * (i % 2)
         rows.append({"prompt": system + talk(f"Is {i} above {i % 7}?"), "chosen": "yes", "rejected": "no"})
-    pairs, counts = from_collection(model, DPOConfig(data=written(tmp_path, "pairs.jsonl", rows)), "train")
+    pairs, counts = from_collection(model, DPOConfig(data=written(tmp_path, rows)), "train")
     assert pairs and all(pair.messages[0]["role"] == "user" for pair in pairs)
     assert counts["left_out"] > 0
 
@@ -180,22 +174,18 @@ def test_a_template_that_opens_every_answer_with_a_thought_can_be_asked(tiny, tm
 # ---- packing
 
 
-WINDOWS = {
-    "window": (transformers.MistralConfig, dict(sliding_window=32), False),
-    "long window": (transformers.MistralConfig, dict(sliding_window=4096), True),
-    "every other layer": (transformers.Gemma2Config, dict(sliding_window=32, head_dim=8), False),
-    "no window": (transformers.LlamaConfig, {}, True),
-    "rotary": (transformers.GPTNeoXConfig, {}, True),
-    "no such mask": (transformers.BloomConfig, dict(n_layer=2, n_head=4), False),
-    "a state": (transformers.MambaConfig, dict(state_size=4), False),
-}
-
-
-@pytest.mark.parametrize("name", WINDOWS)
-def test_conversations_are_packed_only_where_the_model_keeps_them_apart(name, tiny, tmp_path):
-    config, more, expected = WINDOWS[name]
-    folder = llama(tmp_path / "m", renamed(tiny), config, **more)
-    model = load_model(folder, CPU, "transformers")
+@pytest.mark.parametrize("config, more, expected", [
+    (transformers.MistralConfig, dict(sliding_window=32), False),
+    (transformers.MistralConfig, dict(sliding_window=4096), True),
+    (transformers.Gemma2Config, dict(sliding_window=32, head_dim=8), False),  # in every other layer
+    (transformers.LlamaConfig, {}, True),
+    (transformers.BloomConfig, dict(n_layer=2, n_head=4), False),  # it knows no such mask
+    (transformers.MambaConfig, dict(state_size=4), False),
+])  # fmt: skip
+def test_conversations_are_packed_only_where_the_model_keeps_them_apart(
+    config, more, expected, tiny, tmp_path
+):
+    model = load_model(llama(tmp_path, renamed(tiny), config, **more), CPU, "transformers")
     assert can_pack(model) is expected
     assert shape_of(model.model.config).c.n_heads > 0
 
@@ -204,7 +194,6 @@ def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):
     more = dict(sliding_window=32, head_dim=8)
     tuned(llama(tmp_path / "m", renamed(tiny), transformers.Gemma2Config, **more), tmp_path)
     assert "one conversation a row" in capsys.readouterr().out
-    assert hf_context(transformers.MambaConfig()) == 1024  # it states no context
 
 
 # ---- LoRA
@@ -213,7 +202,6 @@ def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):
 HEADS = {
     "two layers": transformers.DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=48),
     "a pooler": transformers.DebertaV2Config(vocab_size=400, **SIZE),
-    "bert": transformers.BertConfig(vocab_size=400, **SIZE),
     "classification_head": transformers.T5Config(
         vocab_size=400, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
     ),
@@ -223,8 +211,8 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_an_adapter_of_a_classifier_holds_all_of_its_new_layers(name, tmp_path):
     model = transformers.AutoModelForSequenceClassification.from_config(HEADS[name])
-    head = head_layers(model)
-    new = {n for n, _ in model.named_parameters() if any(n.startswith(f"{part}.") for part in head)}
+    head = tuple(f"{part}." for part in head_layers(model))
+    new = {name for name, _ in model.named_parameters() if name.startswith(head)}
     assert new
     adapted = add_peft_lora(model, AdaptConfig(lora_r=2), "head")
     trained = " ".join(n for n, p in adapted.named_parameters() if p.requires_grad)
@@ -257,55 +245,36 @@ def test_a_new_head_on_a_run_of_another_task_is_asked_its_own(tiny, tmp_path):
 
 
 def test_label2id_alone_names_the_classes(tiny, tmp_path):
-    more = dict(num_labels=2, pad_token_id=0)
-    sizes = SIZE | dict(vocab_size=400, num_key_value_heads=2)
-    head = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes, **more))
+    sizes = SIZE | dict(vocab_size=400, num_key_value_heads=2, num_labels=2, pad_token_id=0)
+    head = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes))
     head.save_pretrained(tmp_path)
     renamed(tiny).save_pretrained(tmp_path)
-    config = read_json(tmp_path / "config.json") | {"label2id": {"good": 0, "bad": 1}}
-    config.pop("id2label", None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change(tmp_path / "config.json", label2id={"good": 0, "bad": 1}, id2label=None)
     assert load_model(str(tmp_path), CPU).model.config.id2label == {0: "good", 1: "bad"}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": ["bad", "good"]}))
-    with pytest.raises(TrainError, match="config.json must have id2label as an object"):
-        load_model(str(tmp_path), CPU)
 
 
-# ---- damaged files, numbers
+# ---- damaged files
 
 
-@pytest.mark.parametrize("text", ["null", "[]", '"x"', "[" * 100_000, "", '{"settings": []}'])
+@pytest.mark.parametrize("text", ["null", "[" * 100_000, "", '{"settings": []}'])
 def test_a_damaged_record_is_named(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(TrainError, match="run.json is damaged"):
         read_json(tmp_path / "run.json")
-    (tmp_path / "run.json").write_text('{"settings": {}, "results": null}')  # of a run that has just begun
-    assert read_json(tmp_path / "run.json")["results"] is None
 
 
 def test_a_damaged_config_is_one_line(tiny, tmp_path):
     base = llama(tmp_path / "m", renamed(tiny))
     build_model(SFTConfig(model=base, lora_r=2, device="cpu"), resolve(base)).save(tmp_path / "a")
-    damages = [(tmp_path / "a/adapter_config.json", "alpha_pattern", None)]
-    damages += [(tmp_path / "a/adapter_config.json", "base_model_name_or_path", {})]
+    damages = [("a/adapter_config.json", "alpha_pattern", None)]
+    damages += [("a/adapter_config.json", "base_model_name_or_path", {})]
     for key in ("num_attention_heads", "vocab_size", "model_type"):
-        damages += [(tmp_path / "m/config.json", key, value) for value in ("x", [], {"x": 1}, 1e308)]
-    for file, key, value in damages:
-        whole = file.read_text()
-        file.write_text(json.dumps(json.loads(whole) | {key: value}))
+        damages += [("m/config.json", key, value) for value in ("x", [], 1e308)]
+    for name, key, value in damages:
+        file = tmp_path / name
+        intact = file.read_text()
+        change(file, **{key: value})
         with pytest.raises((ValueError, OSError)) as error:
             load_model(str(file.parent), CPU)
-        assert len(str(error.value).splitlines()) == 1, (key, value)
-        file.write_text(whole)
-
-
-@pytest.mark.parametrize("device", ["meta", "no such"])
-def test_a_device_that_cannot_compute_is_refused(device):
-    with pytest.raises(TrainError, match="--device="):
-        pick_device(device)
-
-
-def test_whole_numbers_that_torch_cannot_hold_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        parse_config(EvalConfig, "", ["--limit=999999999999999999999999"])
-    assert "--limit" in capsys.readouterr().err
+        assert "\n" not in str(error.value), (key, value)
+        file.write_text(intact)
