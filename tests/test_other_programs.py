@@ -25,6 +25,8 @@ from tokenizer import EOT, SPECIAL_TOKENS, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+SMALL = dict(max_steps=1, batch_size=4, max_train_examples=16, eval_examples=4, warmup_steps=0, device="cpu")
+SMALL |= dict(dtype="float32")
 
 
 def ids_of(folder) -> tuple[int, int]:
@@ -70,7 +72,6 @@ def test_folders_of_before_still_load(tuned, tmp_path):
     old = shutil.copytree(tuned, tmp_path / "old")
     (old / "generation_config.json").unlink()
     change(old / "config.json", eos_token_id=ids_of(old)[1])
-    change(old / "tokenizer_config.json", eos_token=EOT)
     model = load_model(str(old), CPU)
     assert model.chat and model.end == ids_of(old)[0]
 
@@ -123,25 +124,27 @@ def adapter(tiny, tmp_path_factory) -> Path:
     """A head for sentiment with LoRA on a run of ours, trained from a relative path."""
     home = tmp_path_factory.mktemp("adapter")
     load_model(tiny["base"], CPU).save(home / "out" / "base")
-    small = dict(max_steps=2, batch_size=4, max_train_examples=16, max_eval_examples=8, eval_examples=8)
-    small |= dict(lora_r=2, device="cpu", dtype="float32", merge=True, context_length=96, task="sentiment")
+    how = dict(method="head", task="sentiment", lora_r=2, merge=True, context_length=96)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        finetune(FinetuneConfig(model="out/base", out="out", name="head", method="head", **small))
+        finetune(FinetuneConfig(model="out/base", out="out", name="head", **how, **SMALL))
     return home / "out" / "head"
+
+
+@pytest.fixture
+def copy(adapter, tmp_path) -> Path:
+    """A copy of the adapter, to be damaged."""
+    return shutil.copytree(adapter, tmp_path / "head")
 
 
 def test_peft_opens_an_adapter_from_any_folder(adapter, tmp_path, monkeypatch):
     import peft
 
     monkeypatch.chdir(tmp_path)
-    base = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    card = (adapter / "README.md").read_text()
-    assert Path(base).is_absolute() and base in card
     found: dict = {}
-    exec(card.split("```python\n")[1].split("```")[0], found)  # the model card's own lines
-    merged = {"model": str(adapter / "merged")}
-    for how in ({"model": found["model"], "tokenizer": found["tokenizer"]}, merged):
+    exec((adapter / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
+    of_the_card = {"model": found["model"], "tokenizer": found["tokenizer"]}
+    for how in (of_the_card, {"model": str(adapter / "merged")}):
         pipe = transformers.pipeline("text-classification", **how)
         assert {answer["label"] for answer in pipe("It was fun.", top_k=None)} == {"bad", "good"}
     plain = peft.AutoPeftModelForSequenceClassification.from_pretrained(adapter)
@@ -156,73 +159,65 @@ def test_the_base_of_an_adapter_is_found_where_the_runs_were_moved(adapter, tmp_
     (here / "out" / "base").mkdir(parents=True)  # of the same name, but no model
     monkeypatch.chdir(here)
     moved = shutil.copytree(adapter.parent, tmp_path / "elsewhere" / "out")
-    file, base = moved / "head" / "adapter_config.json", str(moved / "base")
-    change(file, base_model_name_or_path="/nowhere/out/base")
-    assert resolve(str(moved / "head")).base == base
-    for relative in ("out/base", "../base"):  # as older runs, or PEFT elsewhere, wrote it down
-        change(file, base_model_name_or_path=relative)
-        assert Path(resolve(str(moved / "head")).base).resolve() == Path(base)
+    file, base = moved / "head" / "adapter_config.json", moved / "base"
+    for written in ("/nowhere/out/base", "out/base", "../base"):  # the others: by older runs, or PEFT
+        change(file, base_model_name_or_path=written)
+        assert Path(resolve(str(moved / "head")).base).resolve() == base
     monkeypatch.chdir(moved)
-    assert Path(resolve("head").base).resolve() == Path(base)
+    assert Path(resolve("head").base).resolve() == base
     change(file, base_model_name_or_path="someone/model")
     with pytest.raises(TrainError, match="^someone/model is not a folder"):
         resolve("head")
 
 
-def test_an_adapter_without_a_base_or_a_task_type(adapter, tmp_path):
-    folder, base = shutil.copytree(adapter, tmp_path / "head"), str(adapter.parent / "base")
-    change(folder / "run.json", parent=base)
-    change(folder / "adapter_config.json", base_model_name_or_path=None, task_type=None)
-    assert (resolve(str(folder)).base, resolve(str(folder)).kind) == (base, "head")
-    (folder / "run.json").unlink()
+def test_an_adapter_without_a_base_or_a_task_type(adapter, copy):
+    base = str(adapter.parent / "base")
+    change(copy / "run.json", parent=base)
+    change(copy / "adapter_config.json", base_model_name_or_path=None, task_type=None)
+    assert (resolve(str(copy)).base, resolve(str(copy)).kind) == (base, "head")
+    (copy / "run.json").unlink()
     with pytest.raises(TrainError, match="names no base model"):
-        load_model(str(folder), CPU)
-    change(folder / "adapter_config.json", base_model_name_or_path=base, task_type="TOKEN_CLS")
+        load_model(str(copy), CPU)
+    change(copy / "adapter_config.json", base_model_name_or_path=base, task_type="TOKEN_CLS")
     with pytest.raises(TrainError, match="TOKEN_CLS"):
-        resolve(str(folder))
+        resolve(str(copy))
 
 
-@pytest.mark.parametrize("settings, rename, message", [
-    ({}, lambda name: name.replace("lora", "x"), "28 tensors are missing, such as .*lora_A"),
-    ({}, lambda name: name.replace("layers.1", "layers.7"), "14 tensors are missing, such as .*layers.1"),
-    ({"target_modules": ["q_proj"]}, str, "24 tensors are surplus, such as .*k_proj"),
-    ({"use_dora": True}, str, "14 tensors are missing, such as .*magnitude"),
-    ({"r": 3}, str, "size mismatch for .*lora_A.* is torch.Size"),
-    ({"lora_alpha": None}, str, "lacks something or holds a wrong value .TypeError"),
-    ({"peft_type": None}, str, "lacks something or holds a wrong value .KeyError"),
+@pytest.mark.parametrize("settings, old, new, message", [
+    ({}, "layers.1", "layers.7", "14 tensors are missing, such as .*layers.1"),
+    ({"target_modules": ["q_proj"]}, "", "", "24 tensors are surplus, such as .*k_proj"),
+    ({"use_dora": True}, "", "", "14 tensors are missing, such as .*magnitude"),
+    ({"r": 3}, "", "", "size mismatch for .*lora_A"),
+    ({"lora_alpha": None}, "", "", "lacks something or holds a wrong value"),
 ])  # fmt: skip
-def test_an_adapter_that_does_not_fit_is_refused_and_never_the_bare_base(
-    adapter, tmp_path, settings, rename, message
-):
-    folder = shutil.copytree(adapter, tmp_path / "head")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    tensors = {rename(name): tensor for name, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    change(folder / "adapter_config.json", **settings)
+def test_an_adapter_that_does_not_fit_is_refused_and_never_the_bare_base(copy, settings, old, new, message):
+    file = copy / "adapter_model.safetensors"
+    tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    change(copy / "adapter_config.json", **settings)
     with pytest.raises(TrainError, match=message) as error:
-        load_model(str(folder), CPU)
+        load_model(str(copy), CPU)
     assert "\n" not in str(error.value)
 
 
-def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapter, tmp_path):
-    folder = shutil.copytree(adapter, tmp_path / "head")
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    assert load_model(str(folder), CPU).tokenizer.hash == Tokenizer.load(adapter).hash
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapter, copy):
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").unlink()
+    assert load_model(str(copy), CPU).tokenizer.hash == Tokenizer.load(adapter).hash
 
 
 @pytest.mark.parametrize("names, order", [
-    ({0: "bad", 1: "good"}, [0, 1]), ({"0": "Good", "1": "bad"}, [1, 0]), (None, [0, 1]),
-    ({0: "POSITIVE", 1: "NEGATIVE"}, [1, 0]), ({0: "LABEL_0", 1: "LABEL_1"}, [0, 1]),
-    ({0: "cat", 1: "dog"}, None), ({0: "bad", 1: "good", 2: "neutral"}, None),
-    ({0: "good", 1: "good"}, None),
+    ({"0": "Good", "1": "bad"}, [1, 0]), (None, [0, 1]), ({0: "POSITIVE", 1: "NEGATIVE"}, [1, 0]),
+    ({0: "LABEL_0", 1: "LABEL_1"}, [0, 1]),
 ])  # fmt: skip
 def test_labels_are_matched_by_name(names, order):
-    if order is not None:
-        assert label_order(names, (" bad", " good")) == order
-        return
+    assert label_order(names, (" bad", " good")) == order
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["bad", "good", "neutral"], ["good", "good"]])
+def test_labels_of_another_task_are_refused(names):
     with pytest.raises(TrainError, match="head knows"):
-        label_order(names, (" bad", " good"))
+        label_order(dict(enumerate(names)), (" bad", " good"))
 
 
 def test_a_classifier_that_numbers_its_classes_otherwise_answers_the_same(adapter, tmp_path):
@@ -235,24 +230,20 @@ def test_a_classifier_that_numbers_its_classes_otherwise_answers_the_same(adapte
     models = [load_model(str(f), CPU) for f in (adapter / "merged", folder)]
     outputs = [answer_task(model, "sentiment", examples)[0] for model in models]
     assert outputs[0] == outputs[1]
-    small = dict(max_steps=1, batch_size=4, max_train_examples=8, max_eval_examples=4, eval_examples=4)
-    small |= dict(device="cpu", context_length=96, warmup_steps=1, method="head", task="sentiment")
-    finetune(FinetuneConfig(model=str(folder), out=str(tmp_path), name="on", **small))
-    assert read_json(tmp_path / "on" / "config.json")["id2label"] == {"0": "good", "1": "bad"}
+    how = dict(method="head", task="sentiment", context_length=96)
+    finetune(FinetuneConfig(model=str(folder), out=str(tmp_path), name="on", **how, **SMALL))
     assert read_json(tmp_path / "on" / "run.json")["labels"] == ["good", "bad"]
 
 
 def test_a_chat_adapter_and_its_merged_model_stop_with_the_turn(tiny, tmp_path):
-    small = dict(max_steps=1, batch_size=4, max_train_examples=16, eval_examples=4, warmup_steps=1, lora_r=2)
-    small |= dict(model=tiny["base"], out=str(tmp_path), name="lora", data="arithmetic")
-    sft(SFTConfig(device="cpu", dtype="float32", **small))
+    how = dict(model=tiny["base"], out=str(tmp_path), name="lora", data="arithmetic", lora_r=2)
+    sft(SFTConfig(**how, **SMALL))
     end, eot = ids_of(tmp_path / "lora")
     merge(tmp_path / "lora")
     for folder in (tmp_path / "lora", tmp_path / "lora" / "merged"):
         generation = transformers.GenerationConfig.from_pretrained(folder)
         assert generation.eos_token_id == [end, eot] and generation.pad_token_id == eot
         assert transformers.AutoTokenizer.from_pretrained(folder).eos_token == "<|end|>"
-    assert read_json(tmp_path / "lora" / "merged" / "config.json")["eos_token_id"] == [end, eot]
 
 
 # -----------------------------------------------------------------------------
@@ -262,14 +253,13 @@ def test_a_chat_adapter_and_its_merged_model_stop_with_the_turn(tiny, tmp_path):
 def test_pairs_are_messages_lone_answers_are_elsewhere_and_both_are_read_back(tmp_path):
     pairs = []
     for i in range(60):
-        answers = (f"#### {i}", f"#### {i + 1}")
-        pairs.append(dpo.Pair([1], [2], [3], tuple(talk(f"How many apples are {i} apples?")), answers))
+        question = tuple(talk(f"How many apples are {i} apples?"))
+        pairs.append(dpo.Pair([1], [2], [3], question, (f"#### {i}", f"#### {i + 1}")))
     alone = dpo.Pair([1], [2], None, tuple(talk("Alone?")), ("#### 1",))
     file = tmp_path / "pairs.jsonl"
     dpo.write_pairs(file, [*pairs, alone])
     dpo.write_answers(tmp_path / "answers.jsonl", [*pairs, alone])
-    rows = read_jsonl(file)
-    assert len(rows) == 60 and rows[3] == {
+    assert read_jsonl(file)[3] == {
         "prompt": talk("How many apples are 3 apples?"),
         "chosen": [{"role": "assistant", "content": "#### 3"}],
         "rejected": [{"role": "assistant", "content": "#### 4"}],
