@@ -126,7 +126,7 @@ def test_biases_and_heads_that_are_off_change_what_comes(client):
     free = one(client, **how)["text"]
     first = ask(client, "/tokenize", model="base", prompt=free).json()["tokens"][0]
     every_head = [[layer, head] for layer in range(2) for head in range(4)]
-    for change in ({"logit_bias": {first: -100}}, {"heads_off": every_head}, {"presence_penalty": 2}):
+    for change in ({"logit_bias": {first: -100}}, {"heads_off": every_head}):
         assert one(client, **how, **change)["text"] != free
     assert "no head" in complain(client, heads_off=[[7, 0]])
 
@@ -161,12 +161,9 @@ def test_ids_become_text_and_tokens_know_where_they_stand(client):
 
 
 def test_a_special_token_takes_no_room_in_the_text(client, ours):
-    how = {"logit_bias": {ours("base").eos: 100}, "logprobs": 0, "temperature": 0}
-    found = one(client, **how)
-    assert found["text"] == "" and set(found["logprobs"]["text_offset"]) == {0}
-    model = ours("sft")
-    how["logit_bias"] = {model.tokenizer.special_id("<|user|>"): 100}  # it does not end the text
-    found = one(client, model="sft", max_tokens=3, **how)
+    user = ours("sft").tokenizer.special_id("<|user|>")  # it does not end the text
+    how = {"logit_bias": {user: 100}, "logprobs": 0, "temperature": 0, "max_tokens": 3}
+    found = one(client, model="sft", **how)
     assert found["text"] == "" and found["logprobs"]["text_offset"] == [0, 0, 0]
 
 
@@ -179,24 +176,14 @@ def test_chat_follows_the_template_and_can_go_on_with_an_answer(client, ours):
     assert text == model.decode(expected) and found["usage"]["prompt_tokens"] == len(ids)
     begun = [*TURNS, {"role": "assistant", "content": text[: text.index(" ", len(text) // 3)]}]
     assert one(client, CHAT, **how, messages=begun, continue_final_message=True)["message"]["content"]
-    assert "last message" in complain(client, CHAT, **how, messages=begun)
 
 
 def test_what_the_calculator_wrote_is_marked_also_behind_a_stop_string(client):
-    from support.serving import Row
-
-    body = {"model": "sft", "prompt": "She has <<3+4=", "max_tokens": 4, "temperature": 0}
+    body = {"model": "sft", "prompt": "She has <<3+4=", "max_tokens": 4, "temperature": 0, "stop": ["never"]}
     for calculator in (True, False):
         parts = streamed(client, **body, calculator=calculator)
         marked = "".join(c["text"] for part in parts for c in part["choices"] if c.get("calculator"))
         assert marked.startswith("7") if calculator else not marked
-    row = Row(["ab7!"])
-    for text, computed in ((b"ab", 0), (b"7", 1), (b"c", 0), (b"\xc3", 0), (b"\xa9", 0)):
-        row.computed = computed
-        row.add(text, [])
-    row.add(b"", [], "length")
-    found = [(piece.text, piece.calculator) for piece in row.take()]
-    assert found == [("ab", False), ("7", True), ("cé", False)]  # é: of two tokens
 
 
 def test_best_of_n_is_sorted_by_the_verifier(client, lab_home):
@@ -211,10 +198,9 @@ def test_best_of_n_is_sorted_by_the_verifier(client, lab_home):
     for answer in verdict["answers"]:
         expected = judge.score(PROBLEM, answer["text"]) if answer["text"].strip() else 0
         assert answer["probability"] == pytest.approx(expected, abs=2e-3)
-    alone = one(client, CHAT, **how | {"n": 1, "verifier": "", "temperature": 0})
+    alone = one(client, CHAT, max_tokens=60, temperature=0)
     assert verdict["greedy"]["text"] == alone["message"]["content"]
-    parts = streamed(client, CHAT, **how)
-    assert parts[-1]["verdict"]["answers"] == verdict["answers"]
+    assert streamed(client, CHAT, **how)[-1]["verdict"]["answers"] == verdict["answers"]
     begun = "She has <<3+4=7>>7 nuts.\n#### 7"
     messages = [*TURNS, {"role": "assistant", "content": begun}]
     how |= {"n": 1, "max_tokens": 1, "continue_final_message": True}
@@ -246,31 +232,24 @@ def test_the_openai_client_understands_all_of_it(lab_url):
 # What is refused
 
 
-@pytest.mark.parametrize(
-    "status, body, word",
-    [
-        (404, {"model": "../base"}, "no model"),
-        (400, {"max_tokens": 500}, "context length"),
-        (400, {"n": 65}, "n:"),
-        (400, {"prompt": ["a"] * 10, "n": 10}, "at most 64"),
-        (400, {"prompt": [3, 4000]}, "token ids"),
-        (400, {"logit_bias": {"4000": 1}}, "token ids"),
-        (400, {"prompt": [[]]}, "prompt"),
-        (400, {"presence_penalty": 3}, "presence_penalty"),
-        (404, {"verifier": "sft"}, "no verifier"),
-        (400, {"verifier": "verifier", "model": "sft", "prompt": [5, 6]}, "one prompt"),
-        (400, {"messages": TURNS, "model": "base"}, "/v1/completions"),
-        (400, {"messages": [{"role": "user", "content": "nuts " * 200}]}, "context length"),
-        (400, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
-        *((400, {"messages": [{"role": "user", "content": wrong}]}, "content") for wrong in (0, False, {})),
-        (400, {"messages": [*TURNS, {"role": "assistant", "tool_calls": [{}]}]}, "tool_calls"),
-        (400, {"messages": TURNS, "tools": [{}]}, "tools"),
-        (400, {"messages": TURNS, "functions": [{}]}, "functions"),
-        (400, {"messages": TURNS, "tool_choice": "required"}, "tool_choice"),
-        (400, {"messages": TURNS, "modalities": ["audio"]}, "modalities"),
-        (400, {"best_of": 2}, "best_of"),
-    ],
-)
+@pytest.mark.parametrize("status, body, word", [
+    (404, {"model": "../base"}, "no model"),
+    (400, {"max_tokens": 500}, "context length"),
+    (400, {"n": 65}, "n:"),
+    (400, {"prompt": ["a"] * 10, "n": 10}, "at most 64"),
+    (400, {"prompt": [3, 4000]}, "token ids"),
+    (400, {"logit_bias": {"4000": 1}}, "token ids"),
+    (404, {"verifier": "sft"}, "no verifier"),
+    (400, {"verifier": "verifier", "model": "sft", "prompt": [5, 6]}, "one prompt"),
+    (400, {"best_of": 2}, "best_of"),
+    (400, {"messages": TURNS, "model": "base"}, "/v1/completions"),
+    (400, {"messages": [*TURNS, {"role": "assistant", "content": "a"}]}, "last message"),
+    (400, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
+    (400, {"messages": [{"role": "user", "content": 0}]}, "content"),
+    (400, {"messages": [*TURNS, {"role": "assistant", "tool_calls": [{}]}]}, "tool_calls"),
+    (400, {"messages": TURNS, "tools": [{}]}, "tools"),
+    (400, {"messages": TURNS, "tool_choice": "required"}, "tool_choice"),
+])  # fmt: skip
 def test_errors_have_openais_form_and_say_why(client, status, body, word):
     for more in ({}, {"stream": True}):
         response = ask(client, CHAT if "messages" in body else TEXTS, **body, **more)
@@ -279,17 +258,12 @@ def test_errors_have_openais_form_and_say_why(client, status, body, word):
         assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_other_paths_are_not_there_and_other_ids_are_no_tokens(client):
+def test_other_paths_are_not_there_other_ids_are_no_tokens_and_half_an_emoji_is_text(client):
     assert ask(client, "/v1/embeddings", input="a").status_code == 404
-    for i in (-1, 10**30):
-        assert "token ids" in complain(client, "/detokenize", model="base", tokens=[5, i])
-
-
-def test_half_an_emoji_is_taken_as_text_in_every_field(client):
+    assert "token ids" in complain(client, "/detokenize", model="base", tokens=[5, 10**30])
     half = "a \ud83d"
     assert ask(client, prompt=half, stop=half).status_code == 200
-    for path in ("/lab/inside", "/lab/attention"):
-        assert ask(client, path, model="base", text=half).status_code == 200
+    assert ask(client, "/lab/inside", model="base", text=half).status_code == 200
 
 
 def test_other_sites_large_bodies_and_paths_out_are_refused(client):
@@ -325,21 +299,16 @@ def test_another_host_needs_the_token_and_does_not_train():
             assert client.get("/v1/models", headers=headers).status_code == status
         refused = client.post("/lab/start", json={"stage": "train", "config": "cpu"}, headers=headers)
         assert refused.status_code == 403 and "--allow_training" in refused.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("token", ["geheimniß", "two words"])
-def test_a_token_that_no_header_can_hold_is_refused(token):
-    from serve import ServeConfig
-
-    with pytest.raises(ValueError, match="--token"):
-        ServeConfig(token=token)
+    for token in ("geheimniß", "two words"):  # no header can hold them
+        with pytest.raises(ValueError, match="--token"):
+            ServeConfig(token=token)
 
 
 # -----------------------------------------------------------------------------
 # Clients that leave, wait, or send nonsense
 
 
-def test_a_client_that_leaves_stops_the_computation_at_the_next_token(client, ours, monkeypatch):
+def test_a_client_that_leaves_stops_the_computation_at_the_next_token(ours, monkeypatch):
     from support.openai_api import Completion
     from support.serving import Row, Turns, generate
 
@@ -348,10 +317,6 @@ def test_a_client_that_leaves_stops_the_computation_at_the_next_token(client, ou
     how = Completion(model="base", prompt="a", max_tokens=100, logit_bias={0: -100})
     generate(ours("base"), [[5, 6]], how, [row], gone, Turns())
     assert len(row.ids) == 3
-    body = {"model": "base", "prompt": ["Once"] * 64, "max_tokens": 150, "temperature": 1.5, "stream": True}
-    with client.stream("POST", TEXTS, json=body) as response:
-        next(response.iter_lines())
-    wait_until(lambda: client.get("/health").json()["streams"] == 0)
 
 
 def test_streams_take_turns():
@@ -418,16 +383,17 @@ def test_a_thousand_hostile_requests_leave_it_serving(client, lab_server):
     names = "model prompt messages max_tokens temperature top_p n stop seed stream logprobs heads_off".split()
     paths = [TEXTS, CHAT, "/tokenize", "/nowhere"]
     paths += [f"/lab/{name}" for name in ("inside", "attention", "plan", "pause", "resume")]
-    texts = ["{", "NaN", '{"n": NaN}', "[" * 3000, "null", '{"model": 1', "\x00", '{"temperature": Infinity}']
+    texts = ["{", "NaN", '{"n": NaN}', "[" * 3000, "null", '{"model": 1', "\x00"]
     for i in range(600):
-        path, body = rng.choice(paths), {"model": "base", "prompt": "a", "max_tokens": 2}
+        body = {"model": "base", "prompt": "a", "max_tokens": 2}
         body |= {rng.choice(names): rng.choice(values) for _ in range(rng.randrange(1, 4))}
         text = rng.choice(texts) if i % 4 == 0 else json.dumps(body)
-        before = before if i > 200 else resident_mib(process)  # by then all code has run once
-        response = client.post(path, content=text.encode(), headers=JSON)
-        assert response.status_code < 500, (path, text[:200], response.text[:300])
+        if i == 200:
+            before = resident_mib(process)  # by then all code has run once
+        response = client.post(rng.choice(paths), content=text.encode(), headers=JSON)
+        assert response.status_code < 500, (text[:200], response.text[:300])
     post = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    raw = [b"GET /", post + b"Content-Length: 50\r\n\r\n{", b"\x16\x03\x01", b"GET / HTTP/9.9\r\n\r\n",
+    raw = [b"GET /", post + b"Content-Length: 50\r\n\r\n{", b"\x16\x03\x01",
            post + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n"]  # fmt: skip
     for i in range(400):
         connection = socket.create_connection(("127.0.0.1", httpx.URL(lab_url).port), timeout=60)
@@ -488,17 +454,20 @@ def test_a_run_outlives_its_server_and_pauses_and_resumes_to_the_same_bits(clien
 
 
 def test_one_damaged_run_does_not_hide_the_others(client, lab_home):
-    for i, text in enumerate(['{"settings": [1]}', '{"step": "x"}', "[]", '{"results": {"last": 3}}', "{"]):
-        folder = lab_home / f"bad-{i}"
-        folder.mkdir()
-        (folder / "run.json").write_text(text)
-        (folder / "metrics.jsonl").write_text('{"step": [1]}\n' + "[" * 5000 + '\n{"step": 1, "loss": "x"}\n')
+    bad = []
+    for text in ('{"settings": [1]}', '{"step": "x"}', "[]", '{"results": {"last": 3}}', "{"):
+        bad.append(lab_home / f"bad-{len(bad)}")
+        bad[-1].mkdir()
+        (bad[-1] / "run.json").write_text(text)
+        (bad[-1] / "metrics.jsonl").write_text(
+            '{"step": [1]}\n' + "[" * 5000 + '\n{"step": 1, "loss": "x"}\n'
+        )
     assert state_of(client, "base")["state"] == "finished"
     assert client.get("/v1/models").status_code == 200
     for name in ("base", "bad-0", "bad-3"):
         assert client.get("/lab/run", params={"name": name}).status_code == 200
-    for i in range(5):
-        shutil.rmtree(lab_home / f"bad-{i}")
+    for folder in bad:
+        shutil.rmtree(folder)
 
 
 def test_a_run_that_cannot_start_says_why(client):
@@ -506,26 +475,26 @@ def test_a_run_that_cannot_start_says_why(client):
     assert ask(client, "/lab/start", **wish).status_code == 200
     assert "n_heads" in wait_for(client, "wrong", "failed")["error"]
     assert "overwrite" in complain(client, "/lab/start", **wish | {"changes": {"overwrite": True}})
-    for name in ("../up", "a/b", "-x", "a" * 100, "base", "tokens"):
+    for name in ("../up", "-x", "a" * 100, "base", "tokens"):
         assert ask(client, "/lab/start", **wish | {"name": name}).status_code == 400
     assert "finished" in complain(client, "/lab/resume", name="base")
-
-
-def test_a_process_that_cannot_be_started_leaves_no_run(client):
-    for value, word in (("a\0b", "--corpus"), ("\ud83d", "--corpus"), ("a" * 200_000, "too long")):
-        wish = {"stage": "train", "name": "ghost", "changes": TINY | {"corpus": value}}
-        assert word in complain(client, "/lab/start", **wish)
+    for corpus, word in (("a\0b", "--corpus"), ("a" * 200_000, "too long")):  # no process can be started
+        changes = TINY | {"corpus": corpus}
+        assert word in complain(client, "/lab/start", stage="train", name="ghost", changes=changes)
         assert client.get("/lab/run", params={"name": "ghost"}).status_code == 404
 
 
-def test_the_watch_sends_curves_and_notices_a_log_that_was_replaced(client, lab_home, tmp_path):
-    from support.guard import to_json
-    from support.watching import tail
-
+def test_the_watch_sends_curves_of_listed_runs_alone(client, lab_home):
     names = ["../x", str(lab_home / "base"), "base"]
     with client.stream("GET", "/lab/watch", params={"runs": names}) as response:
         first = next(line for line in response.iter_lines() if '"run": ' in line)
-    assert events([first])[0]["run"] == "base"  # only listed runs
+    assert events([first])[0]["run"] == "base"
+
+
+def test_a_log_is_followed_line_by_line_and_begins_again_when_it_was_replaced(tmp_path):
+    from support.guard import to_json
+    from support.watching import tail
+
     file, other = tmp_path / "log.jsonl", tmp_path / "other.jsonl"
     log = tail(file)
     assert next(log) == (True, []) and next(log) is None  # not there yet
@@ -543,9 +512,7 @@ def test_the_watch_sends_curves_and_notices_a_log_that_was_replaced(client, lab_
 def test_no_two_runs_share_a_file_of_the_page(tmp_path):
     from support.watching import page_file
 
-    names = ["a/b", "a--b", "a%2Fb", "a-b", "a/b/c"]
-    files = [page_file(tmp_path, name, "log") for name in names]
-    assert len(set(files)) == len(names) and {file.parent for file in files} == {tmp_path / "logs"}
+    assert len({page_file(tmp_path, name, "log") for name in ("a/b", "a--b", "a%2Fb", "a-b")}) == 4
 
 
 def test_a_hundred_long_runs_are_listed_in_two_seconds(tmp_path):
@@ -566,11 +533,9 @@ def test_runs_are_described_compared_and_made_by_a_form(client):
     assert found["checkpoints"][-1] == "base/checkpoints/step-40" and found["settings"]["d_model"] == 64
     compared = client.get("/lab/compare", params={"runs": ["base", "sft"]}).json()
     assert "learning_rate" in [row[0] for row in compared["differences"]["rows"]]
-    found = client.get("/lab/forms").json()
-    assert set(found["stages"]) == {"train", "finetune", "sft", "dpo", "verifier"} and found["allow_training"]
-    settings = {f["name"]: f for group in found["stages"]["train"]["groups"].values() for f in group}
-    assert settings["n_layers"]["kind"] == "int" and "block" in settings["n_layers"]["help"]
-    assert settings["norm"]["choices"] == ["rms", "layer", "none"]
-    values = found["stages"]["train"]["configs"]["cpu"]
-    assert values["corpus"] and values["d_model"] == 128
+    found = client.get("/lab/forms").json()["stages"]
+    assert set(found) == {"train", "finetune", "sft", "dpo", "verifier"}
+    settings = {f["name"]: f for group in found["train"]["groups"].values() for f in group}
+    assert settings["n_layers"]["kind"] == "int" and settings["norm"]["choices"] == ["rms", "layer", "none"]
+    assert found["train"]["configs"]["cpu"]["d_model"] == 128
     assert ask(client, "/lab/plan", stage="train", config="../serve").status_code == 400
