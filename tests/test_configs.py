@@ -124,7 +124,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_right_one(file, capsys, n
 @pytest.mark.parametrize("flag, reason", [
     ("--batch_size=0", "a number from 1"), ("--learning_rate=-1e-3", "a number from 0"),
     ("--decay_fraction=1.5", "to 1"), ("--beta1=1", "a number"),
-    ("--beta=0", "a number"), ("--problems=0", "a number"), ("--seed=-1", "a number"),
+    ("--beta=0", "a number"), ("--n=9999999999999", "to 10"), ("--seed=-1", "a number"),
     ("--data=caf\udce9", "UTF-8"), ("--data=a\0b", "UTF-8"), ("--out=", "empty"),
 ])  # fmt: skip
 def test_numbers_and_texts_that_no_run_can_use_are_refused_by_name(capsys, flag, reason):
