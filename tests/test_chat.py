@@ -1,6 +1,5 @@
 """Chat: what is on the screen is what the model said, and nothing a user types ends in a traceback."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ import torch
 import chat
 from model import ModelConfig, ModernDecoderLM
 from support.chat_template import marked_ids
+from support.tables import read_jsonl
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
 ROOT = Path(chat.__file__).parent
@@ -60,9 +60,7 @@ def greedy(run: str, text: str, n_tokens: int) -> str:
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(
-    "words", ["RUN USUAL --prompt TEXT", "USUAL RUN --prompt TEXT", "--model=RUN USUAL --prompt TEXT"]
-)
+@pytest.mark.parametrize("words", ["RUN USUAL --prompt TEXT", "USUAL --model=RUN --prompt TEXT"])
 def test_greedy_text_is_the_plain_argmax_wherever_the_model_stands(run, said, words):
     for text in ("the cat", "Wörter, 日本語 and 🙂", "the cat sat " * 60):  # the last: beyond the context
         line = []
@@ -74,17 +72,11 @@ def test_greedy_text_is_the_plain_argmax_wherever_the_model_stands(run, said, wo
         assert out.startswith(text) and re.fullmatch(r"\[\d+ tokens, \d+ tokens/s\]\n", err)
 
 
-def test_a_temperature_next_to_0_is_greedy(run, said):
-    for words in (USUAL, ["--temperature=1e-300", *USUAL[1:]]):
-        assert said(run, *words, "--prompt=the cat")[0] == "the cat" + greedy(run, "the cat", 9) + "\n"
-
-
-def test_8_bit_weights_say_the_same_where_the_model_is_sure(run, said):
-    out, err = said(run, *USUAL, "--prompt=the cat", "--int8")
-    assert out == "the cat" + greedy(run, "the cat", 9) + "\n" and "tokens/s" in err
-    for words, why in ((["--compile"], "choose one"), (["--device=meta"], "none that torch can use")):
-        with pytest.raises(SystemExit, match=why):
-            said(run, *USUAL, "--prompt=the cat", "--int8", *words)
+@pytest.mark.parametrize("flag", ["--temperature=1e-300", "--int8"])
+def test_a_temperature_next_to_0_is_greedy_and_8_bit_weights_say_the_same_where_the_model_is_sure(
+    run, said, flag
+):
+    assert said(run, *USUAL, flag, "--prompt=the cat")[0] == "the cat" + greedy(run, "the cat", 9) + "\n"
 
 
 def answering(monkeypatch, new: list[int]) -> list:
@@ -148,6 +140,8 @@ def test_what_is_missing_or_damaged_is_a_message_and_not_a_traceback(run, tmp_pa
         ([str(tmp_path / "empty")], "config.json"),
         ([str(tmp_path / "half")], "tokenizer.json"),
         ([run, "--device=banana"], "--device=banana"),
+        ([run, "--device=meta"], "none that torch can use"),
+        ([run, "--int8", "--compile"], "choose one"),
         ([run, "--checkpoints"], "--save_every=N"),
         ([run, "out/sft"], "one model at a time"),
         ([run, f"--max_new_tokens={10**12}"], "out of memory"),
@@ -169,7 +163,7 @@ def test_all_checkpoints_are_asked_the_same(run, said, tmp_path):
     for prompt in ("the cat", "the mat", "the cat"):
         out, _ = said(str(tmp_path), "--checkpoints", *USUAL, f"--prompt={prompt}")
         assert re.findall(r"^step (\d+):$", out, re.M) == ["5", "10"]
-    lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    lines = read_jsonl(tmp_path / "generations.jsonl")
     asked = [(line["prompt"], line["step"]) for line in lines]
     assert asked == [("the mat", 5), ("the mat", 10), ("the cat", 5), ("the cat", 10)]
     for line in lines:
