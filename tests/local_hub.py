@@ -10,7 +10,6 @@ random weights, and the text comes from the embedded generators.
 
 import contextlib
 import csv
-import gzip
 import hashlib
 import json
 import threading
@@ -34,8 +33,6 @@ def make_hub(folder: Path) -> Path:
     make_samsum(datasets / "knkarthick/samsum")
     make_gsm8k(datasets / "openai/gsm8k")
     make_stories(datasets / "roneneldan/TinyStories", datasets / "HuggingFaceFW/fineweb-edu")
-    make_instructions(datasets)
-    make_preferences(datasets)
     make_gpt2(folder / "models/openai-community/gpt2")
     make_flan_t5(folder / "models/google/flan-t5-small")
     return folder
@@ -96,66 +93,12 @@ def make_stories(tinystories: Path, fineweb: Path) -> None:
         write_parquet(fineweb / f"sample/10BT/{part:03}_00000.parquet", rows[part::3])
 
 
-def make_instructions(datasets: Path) -> None:
-    """Alpaca, of which some outputs are empty; Dolly; LIMA, read by a script, which `datasets` refuses."""
-    alpaca, dolly, lima = [], [], []
-    for question, answer in questions(60):
-        text = f"### Instruction:\n{question}\n\n### Response:\n{answer}"
-        alpaca.append({"instruction": question, "input": "", "output": answer, "text": text})
-        dolly.append({"instruction": question, "context": "", "response": answer, "category": "open_qa"})
-        lima.append({"conversations": [question, answer], "source": "x"})
-    alpaca[7]["output"] = ""
-    write_parquet(datasets / "tatsu-lab/alpaca/data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", alpaca)
-    write_card(datasets / "tatsu-lab/alpaca", ("train",), "data")
-    write_jsonl(datasets / "databricks/databricks-dolly-15k/databricks-dolly-15k.jsonl", dolly)
-    write_jsonl(datasets / "GAIR/lima/train.jsonl", lima)
-    (datasets / "GAIR/lima/lima.py").write_text("import datasets\n", encoding="utf-8")
-
-
-def make_preferences(datasets: Path) -> None:
-    """HH-RLHF: transcripts in folders, beside one that is no preference data. UltraFeedback: answers as whole
-    conversations, in six splits of which two hold pairs.
-    """
-    hh, ultra = [], []
-    for question, answer in questions(60):
-        asked = f"\n\nHuman: {question}\n\nAssistant:"
-        hh.append({"chosen": f"{asked} {answer}", "rejected": f"{asked} I do not know."})
-        turn = {"content": question, "role": "user"}
-        chosen, rejected = ([turn, {"content": a, "role": "assistant"}] for a in (answer, "I do not know."))
-        ultra.append({"prompt": question, "chosen": chosen, "rejected": rejected, "messages": chosen})
-    hh[3]["rejected"] = hh[3]["chosen"]
-    ultra[5]["rejected"][1]["content"] = ""
-    folder = datasets / "Anthropic/hh-rlhf"
-    for part in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"):
-        write_jsonl(folder / part / "train.jsonl.gz", hh)
-        write_jsonl(folder / part / "test.jsonl.gz", hh[:3])
-    write_jsonl(folder / "red-team-attempts/red_team_attempts.jsonl.gz", [{"transcript": "\n\nHuman: hi"}])
-    folder = datasets / "HuggingFaceH4/ultrafeedback_binarized"
-    splits = [f"{split}_{kind}" for split in ("train", "test") for kind in ("prefs", "sft", "gen")]
-    for split in splits:
-        write_parquet(folder / f"data/{split}-00000-of-00001.parquet", ultra)
-    write_card(folder, splits, "data")
-
-
-def questions(n: int) -> Iterator[tuple[str, str]]:
-    from tasks.instructions import instructions
-
-    for row in instructions("train", n):
-        yield row["messages"][0]["content"], row["messages"][1]["content"]
-
-
 def write_parquet(file: Path, rows: list[dict]) -> None:
     import pyarrow
     from pyarrow.parquet import write_table
 
     file.parent.mkdir(parents=True, exist_ok=True)
     write_table(pyarrow.Table.from_pylist(rows), file)
-
-
-def write_jsonl(file: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
 
 
 def write_card(folder: Path, splits, *configs: str) -> None:
@@ -183,8 +126,7 @@ def make_gpt2(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     bpe = ByteLevelBPETokenizer()
-    texts = [*storyworld("train", 200), *(" ".join(pair) for pair in questions(200))]
-    bpe.train_from_iterator(texts, vocab_size=1_000, show_progress=False)
+    bpe.train_from_iterator(storyworld("train", 300), vocab_size=1_000, show_progress=False)
     bpe.add_special_tokens(["<|endoftext|>"])
     bpe.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"model_max_length": 1024})

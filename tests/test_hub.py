@@ -80,13 +80,31 @@ def test_what_is_nowhere_is_named_with_what_would_serve(cache, tmp_path, data_di
     assert "\n" not in str(error.value)
 
 
-def test_lima_is_read_from_its_file_though_its_repository_is_a_script(cache, tmp_path, data_dir):
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+ALPACA = {"instruction": "Why?", "input": "", "output": "So.", "text": "### Instruction:\nWhy?"}
+DOLLY = {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"}
+LIMA = {"conversations": ["Why?", "So."], "source": "wiki"}
+HH = {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."}
+ULTRA = {"prompt": "Why?", "chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No."}]}
+
+
+@pytest.mark.parametrize("name, repo, file, row", [
+    ("alpaca", "tatsu-lab/alpaca", "data/train.jsonl", ALPACA),
+    ("dolly", "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl", DOLLY),
+    ("lima", "GAIR/lima", "train.jsonl", LIMA),  # its repository is a script, which `datasets` refuses
+    ("hh-rlhf", "Anthropic/hh-rlhf", "helpful-base/train.jsonl", HH),
+    (
+        "ultrafeedback", "HuggingFaceH4/ultrafeedback_binarized",
+        "data/train_prefs-00000-of-00001.jsonl", ULTRA,
+    ),
+])  # fmt: skip
+def test_collections_of_the_hub_are_read_as_they_are_there(cache, tmp_path, data_dir, name, repo, file, row):
     data_dir(tmp_path)
-    rows = [{"conversations": [f"question {i}", f"answer {i}"], "source": "wiki"} for i in range(60)]
-    put(cache, "GAIR/lima", "train.jsonl", "\n".join(map(json.dumps, rows)))
-    chats, about = data.load_conversations("lima", "train")
-    assert len(chats) > 40 and chats[0][0]["role"] == "user"
-    assert about["source"].startswith("GAIR/lima on Hugging Face")
+    lines = [json.dumps(row).replace("Why?", f"Why is it {i}?") for i in range(60)]
+    put(cache, repo, file, "\n".join(lines))
+    load = data.load_preferences if "chosen" in row else data.load_conversations
+    rows, about = load(name, "train")
+    assert len(rows) > 40 and about["source"].startswith(f"{repo} on Hugging Face")
 
 
 # -----------------------------------------------------------------------------

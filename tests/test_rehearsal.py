@@ -50,26 +50,6 @@ def test_every_command_of_the_profiles_works_and_is_done_the_second_time(place):
     assert not NOISE.search(logs)
 
 
-COLLECTIONS = """
-from data import DataError, load_conversations, load_preferences
-for name in ("alpaca", "dolly"):
-    print(name, len(load_conversations(name, "train")[0]))
-for name in ("hh-rlhf", "ultrafeedback"):
-    print(name, len(load_preferences(name, "train")[0]))
-try:
-    load_conversations("lima", "train")
-except DataError as error:
-    print("lima", error)
-"""
-
-
-def test_collections_of_the_hub_are_read_as_they_are_served(place):
-    lines = output(place, sys.executable, "-c", COLLECTIONS).splitlines()
-    found = dict(line.split(" ", 1) for line in lines if " " in line)
-    assert all(int(found[name]) > 40 for name in ("alpaca", "dolly", "hh-rlhf", "ultrafeedback")), lines
-    assert "gated" in found["lima"]
-
-
 def test_a_model_of_the_hub_learns_to_follow_instructions(place):
     flags = ["--data=instructions", "--max_steps=2", "--eval_examples=4", "--name=gpt2_sft"]
     assert "val_loss" in output(place, sys.executable, "sft.py", "--model=gpt2", *flags)
