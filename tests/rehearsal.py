@@ -91,24 +91,22 @@ def copy_project(folder: Path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    installed = (
-        'echo "[serve] $(cksum <pyproject.toml)" >.venv/installed'  # run_all.sh has nothing to install
-    )
-    subprocess.run(installed, shell=True, cwd=project, check=True)
+    nothing_to_install = 'echo "[serve] $(cksum <pyproject.toml)" >.venv/installed'
+    subprocess.run(nothing_to_install, shell=True, cwd=project, check=True)
     return project
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
     """What is not copied: hidden files, and at the top what is not needed to run the stages."""
-    top = {"out", "data", "report", "tests"} if Path(folder) == ROOT else set()
+    top = {"out", "data", "models", "report", "tests"} if Path(folder) == ROOT else set()
     return {name for name in names if name in top or name.startswith((".", "__pycache__"))}
 
 
 def environment(server, folder: Path) -> dict[str, str]:
-    """No GPU, no network but the local hub, no files in $DATA_DIR."""
+    """No GPU, no network but the local hub, no files in $DATA_DIR, one thread: the models are small."""
     env = os.environ | offline_but_for(server, folder / "home")
-    env |= {"OMP_NUM_THREADS": "1"}  # models so small gain nothing from a second thread
-    return env | {"DATA_DIR": str(folder / "data"), "CUDA_VISIBLE_DEVICES": "", "OUT": "out", "SEED": ""}
+    env |= {"DATA_DIR": str(folder / "data"), "OUT": "out", "SEED": ""}
+    return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def run(project: Path, env: dict[str, str], *words: str) -> tuple[int, str]:

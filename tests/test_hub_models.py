@@ -54,6 +54,12 @@ def renamed(tiny, special: str = "<|endoftext|>", **more):
     )
 
 
+def templated(tiny, chat_template: str):
+    tokenizer = renamed(tiny, "<|end_of_text|>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 def written(tmp_path, rows: list[dict]) -> str:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(tmp_path / "rows.jsonl")
@@ -76,8 +82,7 @@ def tuned(model: str, tmp_path) -> str:
 
 def test_a_run_is_read_back_by_the_tokenizer_that_it_was_trained_with(tiny, tmp_path):
     """Our Tokenizer could read the file, but only <|endoftext|> makes it one of ours: their hashes differ."""
-    inner = renamed(tiny, "<|end_of_text|>")
-    inner.chat_template = CHATML
+    inner = templated(tiny, CHATML)
     run = tuned(llama(tmp_path / "m", inner), tmp_path)
     tokenizer = load_tokenizer(run)
     assert isinstance(tokenizer, HubTokenizer)
@@ -143,9 +148,7 @@ def test_of_several_chat_templates_the_default_one_is_used(tiny, tmp_path):
 
 
 def test_pairs_that_a_template_refuses_are_left_out(tiny, tmp_path):
-    inner = renamed(tiny, "<|end_of_text|>")
-    inner.chat_template = NO_SYSTEM + CHATML
-    model = load_model(llama(tmp_path / "m", inner), CPU)
+    model = load_model(llama(tmp_path / "m", templated(tiny, NO_SYSTEM + CHATML)), CPU)
     rows = []
     for i in range(60):
         system = [{"role": "system", "content": "Be brief."}] * (i % 2)
@@ -164,9 +167,8 @@ def test_a_conversation_that_is_cut_keeps_its_system_turn_and_begins_with_the_us
 
 def test_a_template_that_opens_every_answer_with_a_thought_can_be_asked(tiny, tmp_path):
     """As DeepSeek-R1's: the prompt ends in <think>, which is not in the conversations that it renders."""
-    inner = renamed(tiny, "<|end_of_text|>")
-    inner.chat_template = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
-    model = load_model(llama(tmp_path / "m", inner), CPU)
+    thought = CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+    model = load_model(llama(tmp_path / "m", templated(tiny, thought)), CPU)
     assert model.end == model.eos
     assert model.decode(model.reply_ids("yes")) == "yes"
 
@@ -188,12 +190,6 @@ def test_conversations_are_packed_only_where_the_model_keeps_them_apart(
     model = load_model(llama(tmp_path, renamed(tiny), config, **more), CPU, "transformers")
     assert can_pack(model) is expected
     assert shape_of(model.model.config).c.n_heads > 0
-
-
-def test_a_model_that_does_not_pack_trains_and_says_so(tiny, tmp_path, capsys):
-    more = dict(sliding_window=32, head_dim=8)
-    tuned(llama(tmp_path / "m", renamed(tiny), transformers.Gemma2Config, **more), tmp_path)
-    assert "one conversation a row" in capsys.readouterr().out
 
 
 # ---- LoRA

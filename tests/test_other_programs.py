@@ -256,18 +256,15 @@ def test_pairs_are_messages_lone_answers_are_elsewhere_and_both_are_read_back(tm
         question = tuple(talk(f"How many apples are {i} apples?"))
         pairs.append(dpo.Pair([1], [2], [3], question, (f"#### {i}", f"#### {i + 1}")))
     alone = dpo.Pair([1], [2], None, tuple(talk("Alone?")), ("#### 1",))
-    file = tmp_path / "pairs.jsonl"
+    file, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
     dpo.write_pairs(file, [*pairs, alone])
-    dpo.write_answers(tmp_path / "answers.jsonl", [*pairs, alone])
-    assert read_jsonl(file)[3] == {
-        "prompt": talk("How many apples are 3 apples?"),
-        "chosen": [{"role": "assistant", "content": "#### 3"}],
-        "rejected": [{"role": "assistant", "content": "#### 4"}],
-    }
-    (row,) = read_jsonl(tmp_path / "answers.jsonl")
-    assert row["completion"] == [{"role": "assistant", "content": "#### 1"}]
-    dpo.write_answers(tmp_path / "answers.jsonl", pairs)
-    assert not (tmp_path / "answers.jsonl").exists()
+    dpo.write_answers(answers, [*pairs, alone])
+    assert [row["completion"] for row in read_jsonl(answers)] == [
+        [{"role": "assistant", "content": "#### 1"}]
+    ]
+    dpo.write_answers(answers, pairs)
+    assert not answers.exists()
+    assert set(read_jsonl(file)[3]) == {"prompt", "chosen", "rejected"}  # as TRL reads them
     read = load_preferences(str(file), "train")[0] + load_preferences(str(file), "validation")[0]
     known = {(json.dumps(p.messages), p.chosen, p.rejected) for p in read}
     assert 50 < len(known) <= 60
