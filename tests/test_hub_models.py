@@ -15,7 +15,7 @@ from finetune import AdaptConfig, FinetuneConfig, build_for_task, build_model
 from sft import SFTConfig, can_pack, sft
 from support.adapters import add_peft_lora, head_layers
 from support.costs import shape_of
-from support.hub_models import HubTokenizer
+from support.hub_models import HubTokenizer, hf_context
 from support.loading import load_model, load_tokenizer, resolve
 from support.pairs import from_collection, without_first_exchange
 from support.runs import TrainError, read_json
@@ -133,6 +133,10 @@ def test_learned_positions_end_a_text_at_the_context(config, more, tiny, tmp_pat
         model.continuations([[5] * 24], 1)
 
 
+def test_a_model_that_states_no_context_gets_1024_tokens():
+    assert hf_context(transformers.MambaConfig()) == 1024
+
+
 # ---- templates and rows
 
 
@@ -247,6 +251,9 @@ def test_label2id_alone_names_the_classes(tiny, tmp_path):
     renamed(tiny).save_pretrained(tmp_path)
     change(tmp_path / "config.json", label2id={"good": 0, "bad": 1}, id2label=None)
     assert load_model(str(tmp_path), CPU).model.config.id2label == {0: "good", 1: "bad"}
+    change(tmp_path / "config.json", id2label=["bad", "good"])
+    with pytest.raises(TrainError, match="config.json must have id2label as an object"):
+        load_model(str(tmp_path), CPU)
 
 
 # ---- damaged files
