@@ -146,25 +146,19 @@ def make_flan_t5(folder: Path) -> None:
     """FLAN-T5: a Unigram vocabulary behind </s> and <extra_id_..>; the model has some rows more than it."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import SentencePieceUnigramTokenizer
+    from tokenizers.processors import TemplateProcessing
 
     from tasks.dialogue import dialogue
-    from tasks.stories import storyworld
 
     folder.mkdir(parents=True)
-    chats = (f"{row['dialogue']} {row['summary']}" for row in dialogue("train", 200))
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
+    texts = (f"{row['dialogue']} {row['summary']}" for row in dialogue("train", 300))
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    trainer = trainers.UnigramTrainer(
-        vocab_size=600, special_tokens=list(special.values()), unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator([*chats, *storyworld("train", 100)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
     extra = [f"<extra_id_{i}>" for i in range(100)]
+    how = {"special_tokens": list(special.values()), "unk_token": "<unk>", "show_progress": False}
+    tokenizer = SentencePieceUnigramTokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=600, **how)
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.add_special_tokens(extra)
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "model_max_length": 512}
