@@ -15,7 +15,6 @@ from data import Example, load_preferences, talk
 from finetune import FinetuneConfig, finetune
 from sft import SFTConfig, sft
 from support.adapters import merge
-from support.chat_template import marked_ids
 from support.loading import load_model, resolve
 from support.runs import TrainError, read_json
 from support.tables import read_jsonl
@@ -54,18 +53,6 @@ def test_a_chat_run_says_where_its_turns_end_and_a_base_where_documents_do(tuned
     load_model(tiny["base"], CPU).save(tmp_path)
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == ids_of(tmp_path)[1]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).eos_token == EOT
-
-
-def test_transformers_pipeline_ends_with_the_turn(tuned):
-    pipe = transformers.pipeline("text-generation", model=tuned, device="cpu")
-    question = talk("Anna has 3 nuts. She buys 4 more nuts. How many nuts has she now?")
-    new = pipe(question, max_new_tokens=90, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
-    end, _ = ids_of(tuned)
-    prompt, _ = marked_ids(Tokenizer.load(tuned), question)
-    answer = new[len(prompt) :]
-    assert new[: len(prompt)] == prompt and answer.index(end) == len(answer) - 1 < 89
-    ours = load_model(tuned, CPU).model.generate([prompt], 90, temperature=0, stop_tokens=[end])[0]
-    assert answer == ours
 
 
 def test_folders_of_before_still_load(tuned, tmp_path):
