@@ -183,6 +183,15 @@ def test_what_the_calculator_wrote_is_marked_also_behind_a_stop_string(client):
         assert marked.startswith("7") if calculator else not marked
 
 
+def test_a_character_of_two_tokens_comes_whole():
+    from support.serving import Row
+
+    row = Row([])
+    for part in (b"c", b"\xc3", b"\xa9"):
+        row.add(part, [])
+    assert [piece.text for piece in row.take()] == ["cé"]
+
+
 def test_best_of_n_is_sorted_by_the_verifier(client, lab_home):
     from verifier import Verifier
 
