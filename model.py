@@ -488,23 +488,22 @@ class ModernDecoderLM(nn.Module):
 
         Induction heads copy: they find where the last token stood before, and say what followed it (Olsson et
         al., 2022). For that they need a head that looks one token back, and it takes long to grow from noise.
-        Here all embeddings get a direction u in common, which adds the same to every logit. From u the head
-        makes a query a, and a key: a as RoPE turns it by one position more. So their product is largest
-        one token back. Raises ValueError for a model without RoPE, softmax and RMSNorm before its layers.
+        Here all embeddings get a direction u in common; if they are the output layer, too, every logit rises
+        alike. From u the head makes a query a, and a key: a as RoPE turns it by one position more. So their
+        product is largest one token back. Of RoPE's pairs the six fastest take part: fewer are back at the
+        same angles after some hundred tokens, slower ones hardly tell neighbours apart. Raises ValueError for
+        a model without RoPE, softmax and RMSNorm before its layers, or with heads that are too small.
         """
         c = self.config
         usual = c.positions == "rope" and c.attention_kind == "softmax" and c.norm == "rms"
-        refuse(
-            not usual or c.norm_position == "post", "look_back needs RoPE, softmax and RMSNorm before layers"
-        )
-        refuse(
-            c.head_dim < 6, f"look_back needs three pairs in a head, that is head_dim >= 6, not {c.head_dim}"
-        )
+        usual = usual and c.norm_position == "pre" and c.head_dim >= 16
+        needs = "RoPE, softmax, RMSNorm before layers and a head_dim of at least 16"
+        refuse(not usual, f"look_back needs {needs}; --look_back=False goes without it")
         u = F.normalize(torch.randn(c.d_model), dim=0)
         self.model["embed_tokens"].weight.add_(0.02 * math.sqrt(c.d_model) * u)  # as long as what differs
         along_u = math.sqrt(c.d_model / 2)  # of every normalised embedding, then
         a = torch.zeros(1, c.head_dim)
-        a[:, :3] = math.sqrt(40 / 3) * c.head_dim**0.25 / along_u  # a logit of 40, from RoPE's fastest pairs
+        a[:, :6] = math.sqrt(40 / 6) * c.head_dim**0.25 / along_u  # a logit of 40
         first = self.model["layers"][0].self_attn
         first.q_proj.weight[: c.head_dim] += a.T * u
         first.k_proj.weight[: c.head_dim] += apply_rope(a, torch.tensor([1]), c.rope_theta).T * u

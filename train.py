@@ -133,7 +133,7 @@ class TrainConfig(ModelConfig, TokenizerConfig, TrainerConfig):
 
     eval_tokens: int = 0  # validation tokens read while training; 0: all
     final_eval_tokens: int = 0  # the same, at the end
-    look_back: bool = False  # a head of a new model begins by looking at the token before it
+    look_back: bool = False  # the first head of a new model begins by looking at the token before it
     by_document: bool = False  # windows of whole documents, none of which sees another
     parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: each has the model, or a shard of it
     sample_prompt: str = ""  # what samples continue; nothing: the start of a document
