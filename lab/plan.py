@@ -368,7 +368,7 @@ class Plan:
         else:  # a third of the answers are right and differ; a third of these have a rival
             learns = 0.32 + 0.12 * bool(cfg.contrast)
             if cfg.repeats and cfg.contrast:
-                learns = 0.1 * cfg.repeats  # of problems with right and wrong answers
+                learns = 0.1 * cfg.repeats  # a tenth: right and wrong answers to one problem
             rows = cfg.gold + answers * learns
             stage = self.adapt(cfg, cfg.start, rows, rows * size.tokens, length, overhead=RIVALS)
         samples = self.draw(cfg.answers_of or cfg.model, task, "train", answers)
