@@ -14,13 +14,23 @@ from support.machine import autocast, cpu_name, peak_flops, pick_device, pick_dt
 from support.runs import TrainError
 from support.timing import matmul_flops, medians
 from tokenizer import open_tokens, tokens_folder
-from train import TrainConfig, TrainerConfig, make_optimizers, model_config, next_token_loss, padded
+from train import (
+    TrainConfig,
+    TrainerConfig,
+    make_optimizers,
+    model_config,
+    new_model,
+    next_token_loss,
+    padded,
+)
 
 
 def planned_model(cfg: TrainConfig) -> ModelConfig:
     """The model that a run trains if its tokenizer reaches the vocabulary that the config asks for."""
     c = model_config(cfg)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
+    with torch.device("meta"):  # refuses what training would refuse
+        new_model(c, cfg.look_back)
     return c
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_models import make
@@ -16,6 +17,7 @@ from support.loading import load_model
 from support.runs import AlreadyFinished, TrainError
 from support.tables import read_jsonl
 from tasks.grammar import split_of
+from train import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -79,6 +81,14 @@ def test_packing_keeps_the_models_own_window_stride_and_kind_of_attention(more):
     rows = [(list(range(start, start + n)), [True] * n) for start, n in ((1, 15), (9, 20), (3, 4))]
     alone = sum(conversation_loss(model, *collate_bins([[row]], 0))[0].item() for row in rows)
     assert conversation_loss(model, *collate_bins([rows], 0))[0].item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_packing_takes_every_conversation_once_into_rows_that_are_nearly_full():
+    lengths = [5 + 37 * i % 95 for i in range(500)]
+    packed = pack(lengths, np.random.default_rng(0).permutation(500), room=128)
+    assert sorted(sum(packed, [])) == list(range(500))
+    filled = [sum(lengths[i] for i in row) for row in packed]
+    assert max(filled) <= 128 and np.mean(filled) > 0.9 * 128
 
 
 def test_weights_are_the_shares_of_an_epoch():

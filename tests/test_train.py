@@ -952,6 +952,12 @@ def test_configs_for_a_12_gb_card_fit_it_by_the_plan(plan, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_refuses_what_the_run_would_refuse(plan):
+    with pytest.raises(SystemExit) as stop:
+        plan("--look_back=True", "--norm_position=post")
+    assert "look_back needs" in str(stop.value)
+
+
 def test_a_measured_plan_is_by_steps_of_this_machine(tmp_path, main, capsys):
     assert main("--measure") == 0
     rate = re.search(r"measured .* ([\d,]+) tokens/s", capsys.readouterr().out)[1]
