@@ -491,14 +491,11 @@ class ModernDecoderLM(nn.Module):
         Here all embeddings get a direction u in common; if they are the output layer, too, every logit rises
         alike. From u the head makes a query a, and a key: a as RoPE turns it by one position more. So their
         product is largest one token back. Of RoPE's pairs the six fastest take part: fewer are back at the
-        same angles after some hundred tokens, slower ones hardly tell neighbours apart. Raises ValueError for
-        a model without RoPE, softmax and RMSNorm before its layers, or with heads that are too small.
+        same angles after some hundred tokens, slower ones hardly tell neighbours apart. Raises ValueError as
+        `check_look_back` does.
         """
         c = self.config
-        usual = c.positions == "rope" and c.attention_kind == "softmax" and c.norm == "rms"
-        usual = usual and c.norm_position == "pre" and c.head_dim >= 16
-        needs = "RoPE, softmax, RMSNorm before layers and a head_dim of at least 16"
-        refuse(not usual, f"look_back needs {needs}; --look_back=False goes without it")
+        check_look_back(c)
         u = F.normalize(torch.randn(c.d_model), dim=0)
         self.model["embed_tokens"].weight.add_(0.02 * math.sqrt(c.d_model) * u)  # as long as what differs
         along_u = math.sqrt(c.d_model / 2)  # of every normalised embedding, then
@@ -967,6 +964,14 @@ def sample(
 def refuse(wrong: bool, message: str) -> None:
     if wrong:
         raise ValueError(message)
+
+
+def check_look_back(c: ModelConfig) -> None:
+    """ValueError if a model has no head that could begin by looking at the token before it."""
+    usual = c.positions == "rope" and c.attention_kind == "softmax" and c.norm == "rms"
+    usual = usual and c.norm_position == "pre" and c.head_dim >= 16
+    needs = "RoPE, softmax, RMSNorm before layers and a head_dim of at least 16"
+    refuse(not usual, f"look_back needs {needs}; --look_back=False goes without it")
 
 
 def check_config(c: ModelConfig) -> None:

@@ -1003,7 +1003,9 @@ def pretrain(cfg: TrainConfig) -> dict:
         model = ModernDecoderLM.from_pretrained(cfg.init_from)
         adopt(model, cfg, tokenizer)
     else:
-        model = new_model(model_config(cfg), cfg.look_back)
+        model = ModernDecoderLM(model_config(cfg))
+        if cfg.look_back:
+            model.look_back()
     T = cfg.context_length
     eot = tokenizer.eot_id if cfg.by_document else None
     windows = Windows(train, T, rows_per_step(cfg), cfg.seed, eot)
@@ -1060,13 +1062,6 @@ def sample_texts(model: ModernDecoderLM, tokenizer: Tokenizer, cfg: TrainConfig)
 
 def model_config(cfg: TrainConfig) -> ModelConfig:
     return ModelConfig(**{f.name: getattr(cfg, f.name) for f in fields(ModelConfig)})
-
-
-def new_model(config: ModelConfig, look_back: bool) -> ModernDecoderLM:
-    model = ModernDecoderLM(config)
-    if look_back:
-        model.look_back()
-    return model
 
 
 def padded(vocab_size: int) -> int:

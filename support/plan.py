@@ -7,30 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model import ModelConfig, ModernDecoderLM
+from model import ModelConfig, ModernDecoderLM, check_look_back
 from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.kernels import fastest_products, float32_products
 from support.machine import autocast, cpu_name, peak_flops, pick_device, pick_dtype
 from support.runs import TrainError
 from support.timing import matmul_flops, medians
 from tokenizer import open_tokens, tokens_folder
-from train import (
-    TrainConfig,
-    TrainerConfig,
-    make_optimizers,
-    model_config,
-    new_model,
-    next_token_loss,
-    padded,
-)
+from train import TrainConfig, TrainerConfig, make_optimizers, model_config, next_token_loss, padded
 
 
 def planned_model(cfg: TrainConfig) -> ModelConfig:
     """The model that a run trains if its tokenizer reaches the vocabulary that the config asks for."""
     c = model_config(cfg)
     c.vocab_size = padded(50_261 if cfg.tokenizer == "gpt2" else c.vocab_size)
-    with torch.device("meta"):  # refuses what training would refuse
-        new_model(c, cfg.look_back)
+    if cfg.look_back:
+        check_look_back(c)
     return c
 
 
