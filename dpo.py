@@ -347,7 +347,7 @@ def train_round(cfg: DPOConfig) -> dict:
     tokens = np.mean([pair.length for pair in pairs]) * (1 + whole)  # whole: both answers are read
     trainer = FineTuner(
         cfg, model, data, tokens, about, loss=partial(dpo_loss, cfg), evaluate=evaluate,
-        tokenizer=model.tokenizer, tokens_per_row=1, on_begin=write_files,
+        tokenizer=model.tokenizer, counts_rows=True, on_begin=write_files,
     )  # fmt: skip
     both = sources["pairs"]["pairs"]
     trainer.say(

@@ -144,7 +144,7 @@ run: {run.shown} | stage: {run.stage} | parameters: {parameters:count} | state: 
 last validation loss: {run.last[val_loss]:.4f} at {run.last[step]:,}
 best: {run.best[val_loss]:.4f} at {run.best[step]:,}
 tokens: {tokens:count} | FLOPs, 6 N tokens: {flops:.1e} | minutes: {seconds:minutes}
-tokens/s: {speed:,.0f}{unit} | GiB: {memory:.2f}
+tokens/s: {speed:,.0f} | GiB: {memory:.2f}
 """
 
 
@@ -164,17 +164,15 @@ def training(records: Records) -> list[Block]:
 
 def trained(run: Run) -> list[dict]:
     """A row of the table of runs."""
-    # DPO and a verifier's head count what they compare, not its tokens.
-    unit = " pairs" if run.stage == "dpo" else " answers" if run.record.get("verifier") == "head" else ""
     record = {"parameters": 0, "seconds": 0, "status": "unreadable"} | run.record
-    tokens = run.metrics[-1].get("tokens") if run.metrics and not unit else None
+    tokens = run.metrics[-1].get("tokens") if run.metrics else None
     figures = {
         "tokens": tokens,
         "flops": 6 * record["parameters"] * tokens if tokens else None,
         "speed": run.typical("tokens_per_second") or 0,
         "memory": max((x.get("peak_memory_gib", 0) for x in run.metrics), default=0),
     }
-    return [row(TRAINED, **record | figures, run=run, unit=unit)]
+    return [row(TRAINED, **record | figures, run=run)]
 
 
 # -----------------------------------------------------------------------------

@@ -497,7 +497,8 @@ class Trainer:
     sample: Callable | None = None  # sample(model): [{"prompt": ..., "text": ...}, ...]
     tokenizer: Tokenizer | None = None
     flops_per_row: float = 0.0
-    tokens_per_row: int = 0
+    tokens_per_row: int = 0  # about as many
+    counts_rows: bool = False  # the loss counts rows and not their tokens
     epoch: Callable | None = None  # epoch(step): times through the data after `step` steps
     about: dict = field(default_factory=dict)  # what run.json records of data and parent
     parallel: str = "ddp"
@@ -571,7 +572,7 @@ class Trainer:
         cfg = self.cfg
         # Losses are divided by an expected number of targets, so that float16 does not overflow; gradients
         # are multiplied by expected / true number below
-        expected_targets = self.rows * max(1, self.tokens_per_row)
+        expected_targets = self.rows * (1 if self.counts_rows else max(1, self.tokens_per_row))
         rates = cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, cfg.max_steps
         while self.step < cfg.max_steps:
             begun = time.perf_counter()

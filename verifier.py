@@ -391,7 +391,7 @@ class HeadTraining(Epochs):
     def __init__(self, cfg: VerifierConfig, _generator: TextModel, learn: Samples, held_out: Samples):
         if rows_per_step(cfg) > cfg.batch_size * cfg.grad_accum_steps:
             raise TrainError("--kind=head trains in one process")
-        self.options = {"tokens_per_row": 1, "rows_together": cfg.group}  # the loss is a mean over rows
+        self.options = {"counts_rows": True, "rows_together": cfg.group}
         self.loss = partial(head_loss, cfg=cfg)
         self.cfg, self.right, self.held_out_right = cfg, learn.right, held_out.right  # (P, n)
         self.model = ValueHead(chat_model(cfg))

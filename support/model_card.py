@@ -130,9 +130,8 @@ def how_made(run: Run, adapter: dict) -> list[str]:
         "licences": ", ".join(licenses_of(run.records)) or None,
         "lora": record if adapter else None,
     }
-    if run.stage in ("train", "sft", "finetune"):  # the other stages count answers
-        for line in read_jsonl(run.folder / "metrics.jsonl"):
-            values["tokens"] = line.get("tokens", values.get("tokens"))
+    for line in read_jsonl(run.folder / "metrics.jsonl"):
+        values["tokens"] = line.get("tokens", values.get("tokens"))
     return lines_of(HOW_MADE, **values)
 
 

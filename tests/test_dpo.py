@@ -79,8 +79,10 @@ def test_a_batch_of_answers_without_a_worse_one_has_nothing_to_compare(model):
 def test_the_loss_begins_at_ln_2_and_training_lowers_it(settings, tmp_path, first_difference):
     more = dict(first_difference=first_difference, nll=0.0, max_steps=60, eval_every=0, collapse=0.0)
     dpo.dpo(settings(**more, learning_rate=3e-4))
-    losses = [x["loss"] for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in x]
+    lines = [x for x in read_jsonl(tmp_path / "run/metrics.jsonl") if "loss" in x]
+    losses = [x["loss"] for x in lines]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-10:]) / 10 < losses[0] - 0.05
+    assert lines[0]["tokens"] > 4 * 20  # of the four pairs, not the pairs
 
 
 # -----------------------------------------------------------------------------
