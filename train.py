@@ -497,7 +497,7 @@ class Trainer:
     sample: Callable | None = None  # sample(model): [{"prompt": ..., "text": ...}, ...]
     tokenizer: Tokenizer | None = None
     flops_per_row: float = 0.0
-    tokens_per_row: int = 0  # about as many
+    tokens_per_row: int = 0  # on average
     counts_rows: bool = False  # the loss counts rows and not their tokens
     epoch: Callable | None = None  # epoch(step): times through the data after `step` steps
     about: dict = field(default_factory=dict)  # what run.json records of data and parent
