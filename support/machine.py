@@ -22,6 +22,11 @@ import torch
 from support import kernels
 from support.runs import TrainError
 
+# When the first sine, logarithm or the like is computed, MKL finds out which code suits this CPU. Two threads
+# that do so at once may go on with different code, whose results differ in the last bit: one in six runs of
+# configs/cpu.py on two threads began with other angles of RoPE. So here one thread computes a first one.
+torch.zeros(1).cos()
+
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # the second: WSL, often not on the PATH
 DRIVER_OF_CUDA_13 = 580  # the oldest driver that works with CUDA 13

@@ -96,3 +96,25 @@ def test_peak_memory_is_that_of_this_process_and_not_of_its_parent():
     program = "from support.machine import peak_resident_bytes; print(peak_resident_bytes())"
     child = int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True))
     assert 50e6 < child < 700e6 < ballast.nbytes <= machine.peak_resident_bytes()
+
+
+FIRST_COSINES = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Record(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "cos" in str(function):
+            print(args[0].numel())
+        return function(*args, **kwargs or {})
+
+with Record():
+    import train
+    train.ModernDecoderLM(train.ModelConfig())
+"""
+
+
+def test_one_thread_computes_the_first_cosine_of_a_process():
+    """Two may get different code of MKL for it: one process in ten did, in a loop of `x.cos() == x.cos()`."""
+    sizes = subprocess.check_output([sys.executable, "-c", FIRST_COSINES], cwd=ROOT, text=True).split()
+    assert sizes[0] == "1" and len(sizes) > 1  # the second: RoPE's table
