@@ -54,7 +54,7 @@ from finetune import (
     train_and_merge,
 )
 from support.pairs import Pair, from_collection, write_answers, write_pairs
-from support.runs import AlreadyFinished, TrainError, run_folder, run_stage
+from support.runs import TrainError, run_folder, run_stage
 from support.samples import draw
 from support.text_model import TextModel, answer_task, collate, target_logits
 from train import rows_per_step
@@ -363,14 +363,9 @@ def dpo(cfg: DPOConfig) -> dict:
         raise TrainError("--rounds counts rounds of sampling, from 1; pairs of a data set have one round")
     start = cfg.model
     for i in range(cfg.rounds):
-        last = i == cfg.rounds - 1
-        folder = cfg.name if last else f"{cfg.name}/round-{i + 1}"
+        folder = cfg.name if i == cfg.rounds - 1 else f"{cfg.name}/round-{i + 1}"
         first = cfg.first_problem + i * cfg.problems
-        try:
-            run = train_round(replace(cfg, name=folder, model=start, first_problem=first, seed=cfg.seed + i))
-        except AlreadyFinished:
-            if last:
-                raise
+        run = train_round(replace(cfg, name=folder, model=start, first_problem=first, seed=cfg.seed + i))
         start = str(Path(cfg.out) / folder)
     return run
 

@@ -68,7 +68,7 @@ from support.loading import (
 from support.machine import dtype_for, pick_device, pick_dtype
 from support.model_card import write_run
 from support.results import SMOKE, value_of
-from support.runs import AlreadyFinished, TrainError, run_folder, run_stage, weights_hash  # noqa: F401
+from support.runs import TrainError, run_folder, run_stage, weights_hash  # noqa: F401
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
 
@@ -424,13 +424,8 @@ def train_and_merge(cfg: AdaptConfig, trainer: Trainer) -> dict:
     """All steps and then, with --merge, base and adapter as one model. If a process was killed before it had
     merged, the next one does it.
     """
-    try:
-        run = trainer.run_all_steps()
-    except AlreadyFinished as finished:
-        if not cfg.merge or (trainer.folder / "merged").exists():
-            raise
-        run = finished.run
-    if cfg.merge and trainer.rank == 0:
+    run = trainer.run_all_steps()
+    if cfg.merge and trainer.rank == 0 and not (trainer.folder / "merged").exists():
         merge(trainer.folder)
     return run
 
@@ -500,12 +495,7 @@ def train_and_evaluate(cfg: FinetuneConfig, trainer: Trainer, validation: list[E
     """All steps; then rank 0 evaluates what the run folder holds, as anybody would load it. It also does this
     for a finished run that was killed before its evaluation.
     """
-    try:
-        run = train_and_merge(cfg, trainer)
-    except AlreadyFinished as finished:
-        run = finished.run
-        if "evaluation" in run:
-            raise
+    run = train_and_merge(cfg, trainer)
     if trainer.rank > 0 or "evaluation" in run:
         return run
     model = load_model(str(trainer.folder), pick_device(cfg.device), context_length=cfg.context_length)

@@ -68,7 +68,6 @@ from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
 from support.pretraining import adopt, data_record, tokenizer_command
 from support.runs import (
-    AlreadyFinished,
     Progress,
     RunLog,
     TrainError,
@@ -477,6 +476,10 @@ def next_token_loss(model: nn.Module, ids: Tensor, targets: Tensor, numbers=None
     return model(ids, targets, positions, text_mask(numbers, config))
 
 
+class NoStepLeft(Exception):
+    """The run folder holds a finished run."""
+
+
 # What a checkpoint holds beside weights and optimizers.
 COUNTERS = ("step", "seconds", "skipped", "bad_in_a_row", "best", "last", "window", "micro_batch")
 
@@ -557,6 +560,9 @@ class Trainer:
                 with Progress(self.cfg.name, self.step, self.cfg.max_steps, self.log) as progress:
                     self.train(progress)
             self.finish()
+        except NoStepLeft:
+            note = "training is finished, nothing to do: --overwrite trains it anew, --name trains another"
+            self.say(f"{self.folder}: {note}")
         except (TrainError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
             error = explained(error, self.folder)
             if self.opened:
@@ -916,7 +922,7 @@ class Trainer:
         if finished:
             if self.rank == 0:
                 tidy(self.folder, self.run)
-            raise AlreadyFinished(self.run)
+            raise NoStepLeft
         if self.run and found and self.cfg.dtype == "auto":  # the run's own, whatever this machine prefers
             self.dtype = getattr(torch, self.run.get("dtype", "float32"))
             self.scaler = self.make_scaler()

@@ -61,7 +61,7 @@ from support.machine import pick_device
 from support.metrics import auc, auc_within, calibration, proportion
 from support.model_card import write_run
 from support.results import parent_of
-from support.runs import AlreadyFinished, TrainError, run_folder, run_stage, weights_hash
+from support.runs import TrainError, run_folder, run_stage, weights_hash
 from support.samples import Samples, draw, labelled
 from support.text_model import TextModel, collate, length, pad_rows, target_logits
 from train import rows_per_step
@@ -600,12 +600,9 @@ def train_verifier(cfg: VerifierConfig) -> dict:
     refuse_overlap(known, (e.text for e in test.examples), cfg.task)
     if learn.right.all() or not learn.right.any():
         raise TrainError(f"{learn.right.mean():.0%} of the answers are right: there is nothing to tell apart")
-    try:
-        run = train_model(cfg, generator, learn, held_out, about)
-    except AlreadyFinished as finished:
-        run = finished.run
-        if "verification" in run:
-            raise
+    run = train_model(cfg, generator, learn, held_out, about)
+    if "verification" in run:  # the run was finished before
+        return run
     model = load_trained(cfg.kind, folder, cfg.device)
     verifier = Verifier(cfg.kind, generator, model, cfg.task, {})
     problems, answers = held_out.flat()

@@ -27,14 +27,6 @@ class TrainError(ValueError):
     """Something the user can correct; the message says how."""
 
 
-class AlreadyFinished(Exception):
-    """The run folder holds a finished run: nothing to do."""
-
-    def __init__(self, run: dict):
-        self.run = run
-        super().__init__("finished")
-
-
 @contextlib.contextmanager
 def errors_for_users() -> Iterator[None]:
     """An error that the user can correct ends the script with its message and without a traceback."""
@@ -47,14 +39,9 @@ def errors_for_users() -> Iterator[None]:
 def run_stage(stage: Callable, cfg, describe: Callable[[Path, dict], str]) -> None:
     """A stage from the command line: rank 0 prints describe(folder, run.json) of the run that it returns."""
     with errors_for_users():
-        note = ""
-        try:
-            run = stage(cfg)
-        except AlreadyFinished as finished:
-            run = finished.run
-            note = "\nnothing to do: --overwrite trains it anew, --name trains another"
+        run = stage(cfg)
         if int(os.environ.get("RANK", 0)) == 0:
-            print(describe(run_folder(cfg), run) + note)
+            print(describe(run_folder(cfg), run))
 
 
 def run_folder(cfg) -> Path:

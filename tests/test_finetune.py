@@ -26,7 +26,7 @@ from support import machine
 from support.adapters import LORA_TARGETS
 from support.hf_format import load_tensors
 from support.loading import load_model, load_tokenizer, resolve
-from support.runs import AlreadyFinished, TrainError, read_json, weights_hash
+from support.runs import TrainError, read_json, weights_hash
 from support.tables import read_jsonl
 from support.text_model import TextModel, answer_task, collate, target_logits
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
@@ -170,10 +170,10 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, killed_at, m
     assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "stopped")
 
 
-def test_a_finished_run_says_so_and_one_that_lost_its_evaluation_makes_it_up(settings, tmp_path):
+def test_a_finished_run_says_so_and_one_that_lost_its_evaluation_makes_it_up(settings, tmp_path, capsys):
     run, file = finetune.finetune(settings()), tmp_path / "run/run.json"
-    with pytest.raises(AlreadyFinished):
-        finetune.finetune(settings())
+    assert finetune.finetune(settings()) == run
+    assert "nothing to do" in capsys.readouterr().out
     file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k != "evaluation"}))
     assert finetune.finetune(settings())["evaluation"] == run["evaluation"]
     with pytest.raises(TrainError, match="other settings .learning_rate"):
