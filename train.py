@@ -738,7 +738,7 @@ class Trainer:
         return improved
 
     def write_samples(self) -> None:
-        self.gather_weights()
+        sharding.gather_weights(self.model, self.full_model)
         if self.rank > 0:
             return
         with self.autocast():
@@ -865,7 +865,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step; the best one's model becomes the run's. Collective."""
-        self.gather_weights()
+        sharding.gather_weights(self.model, self.full_model)
         state = self.state()
         if self.rank == 0:
             write_checkpoint(checkpoint_of(self.folder, self.step), self.write_model, state)
@@ -892,11 +892,6 @@ class Trainer:
     def remove_older_checkpoints(self) -> None:
         prune(self.folder, self.best_checkpoint(), self.step, self.cfg.keep_last)
 
-    def gather_weights(self) -> None:
-        """FSDP: brings the weights of `full_model` up to date. Collective."""
-        if self.sharded:
-            sharding.gather_weights(self.model, self.full_model)
-
     def write_model(self, folder: Path) -> None:
         model = self.full_model
         if self.tokenizer is None:
@@ -919,9 +914,9 @@ class Trainer:
         finished = self.run.get("status") == "finished"
         if found or finished:
             refuse_another_run(self.folder, self.run, self.cfg, self.about, FREE_TO_CHANGE)
+        if self.rank == 0:
+            tidy(self.folder, self.run)
         if finished:
-            if self.rank == 0:
-                tidy(self.folder, self.run)
             raise NoStepLeft
         if self.run and found and self.cfg.dtype == "auto":  # the run's own, whatever this machine prefers
             self.dtype = getattr(torch, self.run.get("dtype", "float32"))
@@ -935,7 +930,6 @@ class Trainer:
                 publish(self.best_checkpoint())
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self.log.cut(name, self.step)
-            tidy(self.folder, self.run)
 
     def load(self, checkpoint: Path) -> bool:
         """Takes over weights, optimizers and counters of a checkpoint; False if it cannot be read."""

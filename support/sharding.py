@@ -73,7 +73,9 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module | None:
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, full: nn.Module | None) -> None:
-    """Copies the weights of a sharded model into `full`. Collective."""
+    """Copies the weights of a sharded model into `full`; nothing to do if that is the model. Collective."""
+    if full is model:
+        return
     copies = list(full.parameters()) if full is not None else []
     for i, p in enumerate(model.parameters()):
         weights = full_tensor(p)
