@@ -215,8 +215,14 @@ def load_items(name: str, cfg: EvalConfig) -> tuple[list, dict]:
         split = cfg.split or TASKS[name].test
         everything, about = load_task(name, split)
     else:
-        split = cfg.split or reported_split(name)
-        about = corpus_info(name, split)
+        split = cfg.split or "test"
+        try:
+            about = corpus_info(name, split)
+        except DataError:
+            if cfg.split:
+                raise
+            split = "validation"  # of a corpus without a test split, such as TinyStories
+            about = corpus_info(name, split)
         everything = list(documents(name, split, about=about))
     items = subsample(everything, cfg.limit, cfg.seed)
     return items, {
@@ -228,15 +234,6 @@ def load_items(name: str, cfg: EvalConfig) -> tuple[list, dict]:
         "seed": cfg.seed,
         "data": about,
     }
-
-
-def reported_split(corpus: str) -> str:
-    """test; for a corpus without one, such as TinyStories, validation."""
-    try:
-        corpus_info(corpus, "test")
-    except DataError:
-        return "validation"
-    return "test"
 
 
 def evaluate(model: TextModel, name: str, shots: int, cfg: EvalConfig) -> Result:

@@ -15,10 +15,12 @@ result, reads the newest checkpoint that is not damaged, drops the log lines of 
 a kill may have left undone after saving (links, removals), and computes the next step.
 """
 
+import contextlib
 import datetime
 import io
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -27,10 +29,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.files import write_atomically, write_folder_atomically
+from support.files import remove_folder, write_atomically, write_folder_atomically
 from support.machine import git_commit, hardware, versions
 from support.memory import is_out_of_memory
-from support.runs import TrainError, first_line, newest, remove_checkpoints, remove_leftovers
+from support.runs import TrainError, checkpoints, first_line, newest
 
 # Settings of older versions, with the value that this version computes with.
 REMOVED = {"stride": 0, "order": "shuffled"}
@@ -52,10 +54,16 @@ def write_checkpoint(checkpoint: Path, write_model: Callable[[Path], None], stat
 
 
 def tidy(folder: Path, run: dict) -> None:
-    """Removes what killed processes left, and the checkpoints of a finished run with --save_every=0."""
-    remove_leftovers(folder)
+    """Removes temporary files and folders of killed processes, and the checkpoints of a finished run with
+    --save_every=0.
+    """
+    for path in [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if run.get("status") == "finished" and not run.get("settings", {}).get("save_every"):
-        remove_checkpoints(folder)
+        for checkpoint in checkpoints(folder):
+            remove_folder(checkpoint)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            (folder / "checkpoints").rmdir()
 
 
 def first_record(cfg, device: torch.device) -> dict:

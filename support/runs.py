@@ -146,19 +146,6 @@ def prune(folder: Path, best: Path, step: int, keep_last: int) -> None:
             remove_folder(path)
 
 
-def remove_checkpoints(folder: Path) -> None:
-    for path in checkpoints(folder):
-        remove_folder(path)
-    with contextlib.suppress(OSError):  # not empty, or not there
-        (folder / "checkpoints").rmdir()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders of killed processes."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 # -----------------------------------------------------------------------------
 # Reading what runs have written
 
