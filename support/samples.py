@@ -3,16 +3,21 @@
 DPO makes pairs of them, a verifier learns from them, and eval.py measures ways to choose among them.
 """
 
+import hashlib
+import json
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, compress
+from pathlib import Path
 
 import numpy as np
 
-from data import DataError, Example, judge
-from support.tables import read_rows, shortened
-from support.text_model import TextModel, sample_answers
+from data import TASKS, DataError, Example, judge
+from support.files import keep_if_possible, write_jsonl
+from support.runs import weights_hash
+from support.tables import read_jsonl, read_rows, shortened
+from support.text_model import TextModel
 from tasks.calculator import extract_number
 
 
@@ -44,12 +49,47 @@ def draw(
     model: TextModel, task: str, split: str, examples: list[Example], n: int, temperature: float, seed: int,
     calculator: bool = False,
 ) -> Samples:  # fmt: skip
-    """n answers to each example, judged; temperature 0 is greedy. `sample_answers` keeps them on the disk."""
-    answers = sample_answers(model, task, split, examples, n, temperature, seed, calculator)
-    repeated = [example for example in examples for _ in answers[0]]  # as many answers each
+    """n answers to each example, judged; temperature 0 gives the greedy one.
+
+    They are kept in the model's folder, in samples/, and read from there when the same model is asked the
+    same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
+    So does a file that does not hold these questions in this order: it is only a cache.
+    """
+    stop = model.stop_of(TASKS[task])
+    new_tokens = min(TASKS[task].max_new_tokens, model.context_length // 2)
+    room = model.context_length - new_tokens
+    prompts = [model.prompt(TASKS[task], example.text, room=room)[0] for example in examples]
+    weights = weights_hash(model.name)
+    how = {
+        "task": task,
+        "split": split,
+        "n": n,
+        "temperature": temperature,
+        "seed": seed,
+        "calculator": calculator,
+        "max_new_tokens": new_tokens,
+        "stop": stop,
+        "model": weights,
+    }
+    key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
+    file = Path(model.name, "samples", f"{task}-{split}-{n}x-{key}.jsonl")
+    n = 1 if temperature == 0 else n
+    questions = [example.text for example in examples]
+    kept = read_jsonl(file)
+    answers = [row.get("samples") for row in kept]
+    whole = all(isinstance(some, list) and len(some) == n for some in answers)
+    if not whole or [row.get("question") for row in kept] != questions:
+        progress = f"{model.name} answers {task} {n} x"
+        texts = model.generate(prompts, new_tokens, stop, progress, n, temperature, seed, calculator)
+        texts = [text.strip() for text in texts]
+        answers = [texts[i : i + n] for i in range(0, len(texts), n)]
+        if weights:
+            rows = [{"question": q, "samples": some} for q, some in zip(questions, answers, strict=True)]
+            keep_if_possible(write_jsonl, file, rows)
+    repeated = [example for example in examples for _ in range(n)]
     records, _ = judge(task, repeated, [*chain(*answers)])
     right = np.array([record["correct"] for record in records])
-    return Samples(examples, answers, right.reshape(len(examples), -1))
+    return Samples(examples, answers, right.reshape(-1, n))
 
 
 def labelled(file: str) -> list[Samples]:

@@ -2,8 +2,6 @@
 
 import bisect
 import contextlib
-import hashlib
-import json
 import math
 import multiprocessing
 import sys
@@ -29,16 +27,14 @@ from support.chat_template import (
     with_generation_marks,
 )
 from support.costs import generation_bytes, likelihood_bytes, shape_of
-from support.files import keep_if_possible, write_jsonl
 from support.hf_format import write_generation_config
 from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_model
 from support.hub_models import generate as hub_generate
 from support.machine import autocast, dtype_for
 from support.memory import halving, leave_memory_to_others, room, rows_that_fit
 from support.processes import map_ahead, tqdm, worker_pool
-from support.runs import TrainError, weights_hash
+from support.runs import TrainError
 from support.sharding import unwrapped
-from support.tables import read_jsonl
 from support.tokenizer_json import CHAT_TEMPLATE, ROLES
 from tasks.calculator import calculator_answer
 from tokenizer import Tokenizer
@@ -554,57 +550,6 @@ def answer_task(
     odds = np.exp(scores - scores.max(-1, keepdims=True))
     notes["sure"] = (odds.max(-1) / odds.sum(-1)).tolist()
     return scores.argmax(-1).tolist(), notes
-
-
-def sample_answers(
-    model: TextModel,
-    name: str,
-    split: str,
-    examples: list[Example],
-    n: int,
-    temperature: float = 0.8,
-    seed: int = 1,
-    calculator: bool = False,
-) -> list[list[str]]:
-    """n answers to each of a task's examples; temperature 0 gives the greedy one.
-
-    They are kept in the model's folder, in samples/, and read from there when the same model is asked the
-    same questions in the same way; whatever differs (weights, seed, temperature, questions) makes new ones.
-    So does a file that does not hold these questions in this order: it is only a cache.
-    """
-    task = find_task(name)
-    stop = model.stop_of(task)
-    new_tokens = min(task.max_new_tokens, model.context_length // 2)
-    prompts = [model.prompt(task, e.text, room=model.context_length - new_tokens)[0] for e in examples]
-    how = {
-        "task": name,
-        "split": split,
-        "n": n,
-        "temperature": temperature,
-        "seed": seed,
-        "calculator": calculator,
-        "max_new_tokens": new_tokens,
-        "stop": stop,
-        "model": weights_hash(model.name),
-    }
-    key = hashlib.sha256(json.dumps([how, prompts]).encode()).hexdigest()[:12]
-    file = Path(model.name, "samples", f"{name}-{split}-{n}x-{key}.jsonl")
-    n = 1 if temperature == 0 else n
-    questions = [example.text for example in examples]
-    kept = read_jsonl(file)
-    answers = [row.get("samples") for row in kept]
-    whole = all(isinstance(some, list) and len(some) == n for some in answers)
-    if whole and [row.get("question") for row in kept] == questions:
-        return answers
-    texts = model.generate(
-        prompts, new_tokens, stop, f"{model.name} answers {name} {n} x", n, temperature, seed, calculator
-    )
-    texts = [text.strip() for text in texts]
-    answers = [texts[i : i + n] for i in range(0, len(texts), n)]
-    if how["model"]:
-        rows = [{"question": q, "samples": some} for q, some in zip(questions, answers, strict=True)]
-        keep_if_possible(write_jsonl, file, rows)
-    return answers
 
 
 SAME_LABEL = {"negative": "bad", "neg": "bad", "positive": "good", "pos": "good"}  # names on the hub: ours

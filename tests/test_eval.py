@@ -27,9 +27,9 @@ from support.loading import load_model
 from support.metrics import majority
 from support.results import read_json_or_empty
 from support.runs import TrainError
-from support.samples import Samples
+from support.samples import Samples, draw
 from support.tables import read_jsonl
-from support.text_model import answer_task, on_all_cores, sample_answers
+from support.text_model import answer_task, on_all_cores
 from tasks.calculator import calculates
 from tasks.mistakes import review_kinds
 from tasks.stories import storyworld
@@ -395,8 +395,11 @@ def test_greedy_answers_are_counted_as_the_one_that_was_drawn(tiny):
 
 def test_samples_are_cached_and_more_of_them_begin_with_the_same(tiny, monkeypatch):
     model, examples = load_model(tiny["base"], CPU), load_task("arithmetic", "test")[0][:5]
-    ask = partial(sample_answers, model, "arithmetic", "test")
-    four, two, other = (ask(examples, n, seed=seed) for n, seed in ((4, 3), (2, 3), (2, 4)))
+
+    def ask(examples: list, n: int, seed: int) -> list[list[str]]:
+        return draw(model, "arithmetic", "test", examples, n, 0.8, seed).answers
+
+    four, two, other = (ask(examples, n, seed) for n, seed in ((4, 3), (2, 3), (2, 4)))
     assert [some[:2] for some in four] == two != other and len({a for some in four for a in some}) > 5
     monkeypatch.setattr(model, "generate", lambda *a: pytest.fail("sampled again"))
     assert ask(examples, 4, seed=3) == four
@@ -412,7 +415,7 @@ def test_an_empty_line_ends_the_answer_of_a_base_and_not_that_of_a_chat_model(ti
     monkeypatch.setattr(model, "continuations", lambda prompts, *a, **how: [model.encode(text)])
     expected = text if chat else "First add:"
     assert answer_task(model, "arithmetic", examples)[0] == [expected]
-    assert sample_answers(model, "arithmetic", "test", examples, 1, seed=9 + chat) == [[expected]]
+    assert draw(model, "arithmetic", "test", examples, 1, 0.8, 9 + chat).answers == [[expected]]
 
 
 def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path):
@@ -420,14 +423,14 @@ def test_a_cache_that_does_not_hold_these_questions_is_made_anew(tiny, tmp_path)
     model, examples = load_model(str(tmp_path / "base"), CPU), load_task("arithmetic", "test")[0][:3]
     # str.splitlines() would cut this row in two
     examples[1] = replace(examples[1], text=examples[1].text + "\u2028How many\x85?")
-    first = sample_answers(model, "arithmetic", "test", examples, 2)
+    first = draw(model, "arithmetic", "test", examples, 2, 0.8, 1).answers
     (file,) = (tmp_path / "base" / "samples").iterdir()
     complete = file.read_bytes()
     lines = complete.split(b"\n")[:-1]
     fewer_samples = [json.dumps(json.loads(line) | {"samples": ["1"]}).encode() for line in lines]
     for damaged in (lines[:2], lines[::-1], fewer_samples, [b"\xff"]):
         file.write_bytes(b"\n".join(damaged))
-        assert sample_answers(model, "arithmetic", "test", examples, 2) == first
+        assert draw(model, "arithmetic", "test", examples, 2, 0.8, 1).answers == first
         assert file.read_bytes() == complete
 
 
@@ -438,7 +441,7 @@ def test_a_model_in_a_folder_that_cannot_be_written_is_measured_all_the_same(
     (folder / "samples").touch()  # no folder can be made there
     (folder / "run.json").write_text('{"smoke": true}')
     model, examples = load_model(str(folder), CPU), load_task("arithmetic", "test")[0][:3]
-    assert len(sample_answers(model, "arithmetic", "test", examples, 2)) == 3
+    assert len(draw(model, "arithmetic", "test", examples, 2, 0.8, 1).answers) == 3
     assert "is not kept: " in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) != folder)
     before = sorted(folder.rglob("*"))
