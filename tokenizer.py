@@ -28,11 +28,13 @@ from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
+from tqdm import tqdm
+
 from configs import parse_config
 from data import SPLITS, DataError, corpus_info, documents
 from support.cutting import SLAB, SLABS, SPACED_WORDS, at_seams, special_regex
 from support.files import write_json
-from support.processes import CORES, alone_in, tqdm
+from support.processes import CORES, alone_in
 from support.runs import errors_for_users, read_json_if_there
 from support.tables import valid
 from support.token_files import at_most, open_tokens, tokens_folder, write_tokens
@@ -520,7 +522,7 @@ def first_megabytes(
 ) -> Iterable[str]:
     """The documents at the beginning of a split (megabytes=0: all of them), with a progress bar."""
     texts = at_most(documents(corpus, split, about=about), 1e6 * (megabytes or math.inf))
-    return tqdm()(texts, what, unit=" documents", unit_scale=True, disable=None, leave=False)
+    return tqdm(texts, what, unit=" documents", unit_scale=True, disable=None, leave=False)
 
 
 def main() -> None:

@@ -99,9 +99,3 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def tqdm():
-    from tqdm import tqdm
-
-    return tqdm

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support.documents import blocks_of_file, sha256
 from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
-from support.processes import tqdm
 from support.tables import DataError, json_lines, read_jsonl
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
@@ -224,7 +225,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm().write(text, file=sys.stdout)
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def metrics(self, line: dict) -> None:
@@ -283,7 +284,7 @@ class Progress:
         self.to_file = not sys.stderr.isatty()
         self.printed = time.monotonic()
         hidden = log.rank > 0 or self.to_file
-        self.bar = tqdm()(total=total, initial=step, desc=name, unit="step", disable=hidden)
+        self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=hidden)
 
     def __enter__(self):
         return self

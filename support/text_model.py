@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import Example, Task, find_task, talk
 from model import ModernDecoderLM
@@ -32,7 +33,7 @@ from support.hub_models import HubTokenizer, hf_context, pad_rows, save_hub_mode
 from support.hub_models import generate as hub_generate
 from support.machine import autocast, dtype_for
 from support.memory import halving, leave_memory_to_others, room, rows_that_fit
-from support.processes import map_ahead, tqdm, worker_pool
+from support.processes import map_ahead, worker_pool
 from support.runs import TrainError
 from support.sharding import unwrapped
 from support.tokenizer_json import CHAT_TEMPLATE, ROLES
@@ -427,7 +428,7 @@ class TextModel:
 
 def progress_bar(total: int, text: str):
     """A bar that says what it counts; none without a text."""
-    return tqdm()(total=total, desc=text, disable=None if text else True, leave=False)
+    return tqdm(total=total, desc=text, disable=None if text else True, leave=False)
 
 
 _work: Callable  # the function of the processes of `on_all_cores`, inherited when they are forked

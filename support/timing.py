@@ -7,8 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-
-from support.processes import tqdm
+from tqdm import tqdm
 
 
 def seconds_of(run: Callable[[], object], calls: int = 1) -> float:
@@ -31,7 +30,7 @@ def in_turns(
     """
     times = {name: [] for name in contenders}
     begun = time.perf_counter()
-    for turn in tqdm()(range(warmup + rounds), desc="rounds", disable=None, leave=False):
+    for turn in tqdm(range(warmup + rounds), desc="rounds", disable=None, leave=False):
         if turn > warmup and time.perf_counter() - begun > limit:
             break
         order = list(contenders)
