@@ -1017,15 +1017,12 @@ def pretrain(cfg: TrainConfig) -> dict:
         held_out = Windows(val[:n], T, cfg.batch_size, 0, eot)
         return evaluate_lm(model, held_out, cfg.batch_size, val_about["bytes"] * n / len(val))
 
-    def sample(model):
-        return sample_texts(model, tokenizer, cfg)
-
     trainer = Trainer(
         cfg,
         model,
         windows.batch,
         evaluate=evaluate,
-        sample=sample if cfg.sample_tokens else None,
+        sample=functools.partial(sample_texts, cfg, tokenizer) if cfg.sample_tokens else None,
         tokenizer=tokenizer,
         flops_per_row=estimate_flops(model.config, T) * T,
         tokens_per_row=T,
@@ -1050,7 +1047,7 @@ def pretrain(cfg: TrainConfig) -> dict:
     return trainer.run_all_steps()
 
 
-def sample_texts(model: ModernDecoderLM, tokenizer: Tokenizer, cfg: TrainConfig) -> list[dict]:
+def sample_texts(cfg: TrainConfig, tokenizer: Tokenizer, model: ModernDecoderLM) -> list[dict]:
     """Two texts that continue the prompt, each to the end of its document."""
     eot = tokenizer.eot_id
     prompt = [eot, *tokenizer.encode(cfg.sample_prompt)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from glob import escape, glob
 from itertools import chain, islice
 
-from support.tables import TABLE, DataError, columns_of, read_rows, shortened, text_lines, text_of
+from support.tables import TABLE, DataError, read_rows, shortened, text_lines, text_of
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 1_000  # documents, at most, in a validation or test split that is cut from a tail
@@ -131,9 +131,8 @@ def nothing_to_read(source: str, rows: list[dict], what: str) -> DataError:
     """The error for a data set in which no row has its text."""
     if not rows:
         return DataError(f"{source} is empty: it holds no rows and no text")
-    return DataError(
-        f"{source}: no row has {what}; the columns are {columns_of(rows)} (row 1: {shortened(rows[0])})"
-    )
+    columns = ", ".join(dict.fromkeys(map(str, chain(*rows[:100])))) or "none"
+    return DataError(f"{source}: no row has {what}; the columns are {columns} (row 1: {shortened(rows[0])})")
 
 
 def texts_of_table(path: str, about: dict) -> Iterator[str]:

@@ -40,7 +40,11 @@ def find_edition(name: str, corpus, split: str) -> Source:
         if path:
             names.append(os.path.relpath(path, data_dir))
         else:
-            path = download(name, corpus.hub, file, folder)
+            try:
+                path = hub_file(corpus.hub, file)
+            except DataError as error:
+                place = f"{os.path.join(folder, file)} (or .gz)"
+                raise nowhere(name, error, corpus.hub, place, "storyworld") from None
             names.append(f"{corpus.hub} on Hugging Face, {file}")
         paths.append(path)
     return from_files(
@@ -51,14 +55,6 @@ def find_edition(name: str, corpus, split: str) -> Source:
         torn=part == "head",
         articles=corpus.hub == "Salesforce/wikitext",
     )
-
-
-def download(name: str, hub: str, file: str, folder: str) -> str:
-    try:
-        return hub_file(hub, file)
-    except DataError as error:
-        place = os.path.join(folder, file)
-        raise nowhere(name, error, hub, f"{place} (or .gz)", "storyworld") from None
 
 
 def find_rows(

@@ -10,7 +10,6 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
 
@@ -51,12 +50,6 @@ def shortened(value) -> str:
     """A value as JSON, for an error message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:60] + "..."
-
-
-def columns_of(rows: Sequence[dict]) -> str:
-    """The names of the columns of the first hundred rows, joined by commas."""
-    names = dict.fromkeys(map(str, chain(*rows[:100])))
-    return ", ".join(names) or "none"
 
 
 # -----------------------------------------------------------------------------
