@@ -10,13 +10,15 @@ import random
 import re
 from collections.abc import Iterator
 
-from tasks.grammar import SEED, Slots, fill, generated, number, parse, pick
+from tasks.grammar import SEED, Slots, fill, generated, number, pairs, parse, pick
 from tasks.stories import BOYS, GIRLS, words_of_plots
 
-ITEMS = """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
+# What is counted, and what it comes in
+ITEMS = pairs(
+    """apples:bags pears:bags nuts:bags plums:bowls eggs:baskets cookies:boxes muffins:trays candies:jars
 beads:jars marbles:jars coins:bags stickers:sheets stamps:sheets cards:packs balloons:packs pencils:boxes
 crayons:boxes books:boxes blocks:boxes flowers:bunches roses:bunches shells:buckets buttons:tins"""
-ITEMS = [item.split(":") for item in ITEMS.split()]  # what is counted, and what it comes in
+)
 THINGS = [word for pair in ITEMS for word in pair]
 STEPS = {  # sentence of the question, sentence of the solution, what is done with {k}, its largest value
     "start": ("{name} has {k} {item}.|{name} found {k} {item}.|There are {k} {item} in {name}'s bag.",

@@ -15,6 +15,11 @@ SPLITS = ("train", "validation", "test")
 SEED = 1  # of all generators: another seed is another corpus
 
 
+def pairs(text: str) -> list[list[str]]:
+    """ "hot:cold big:small" → [["hot", "cold"], ["big", "small"]]"""
+    return [pair.split(":") for pair in text.split()]
+
+
 def pick(rng: random.Random, options):
     """One of `options`. Of all of `random`, only random() is promised to stay the same in every Python."""
     return options[int(rng.random() * len(options))]

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 
 from support.formats import talk
 from tasks.dialogue import DAYS
-from tasks.grammar import Slots, fill, generated, number, pick, split_of
+from tasks.grammar import Slots, fill, generated, number, pairs, pick, split_of
 from tasks.stories import BOYS, GIRLS
 
-OPPOSITES = "hot:cold big:small day:night wet:dry fast:slow old:new open:closed up:down light:dark full:empty"
-OPPOSITES = [pair.split(":") for pair in OPPOSITES.split()]
-SOUNDS = "dog:woof cat:meow cow:moo duck:quack sheep:baa owl:hoot lion:roar bee:buzz pig:oink frog:ribbit"
-SOUNDS = [pair.split(":") for pair in SOUNDS.split()]
+OPPOSITES = pairs(
+    "hot:cold big:small day:night wet:dry fast:slow old:new open:closed up:down light:dark full:empty"
+)
+SOUNDS = pairs(
+    "dog:woof cat:meow cow:moo duck:quack sheep:baa owl:hoot lion:roar bee:buzz pig:oink frog:ribbit"
+)
 WORDS = """apple baker boat bread bridge candle castle cloud clock corn crow desk door drum egg farm fish
 fire fox frost gate garden glass goat hat hill honey horse island jar jam king kite lake lamp leaf lemon moon
 nest nut oak orange paper pear pond queen rain river road rope sand sea seed ship shoe silver snow star sun

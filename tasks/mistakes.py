@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from tasks.calculator import CalculatorError, calculate, decimal_text, equations, extract_number, plain_number
+from tasks.grammar import pairs
 from tasks.sentiment import BAD, GOOD
 from tasks.stories import faults
 
@@ -64,9 +65,8 @@ def kinds_of(metric: str, record: dict) -> list[str]:
 # -----------------------------------------------------------------------------
 # Solutions with annotated steps: 3*4=<<3*4=12>>12
 
-NUMBER_WORDS = """zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10 eleven:11
-twelve:12 dozen:12 twenty:20 thirty:30 hundred:100 twice:2 double:2 half:2 triple:3 third:3 quarter:4"""
-NUMBER_WORDS = [pair.split(":") for pair in NUMBER_WORDS.split()]
+NUMBER_WORDS = pairs("""zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10 eleven:11
+twelve:12 dozen:12 twenty:20 thirty:30 hundred:100 twice:2 double:2 half:2 triple:3 third:3 quarter:4""")
 UNITS = set("0.01 0.5 1 2 4 7 12 24 30 52 60 100 365 1000".split())  # hours, weeks, cents: known to everybody
 
 
