@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from configs import parse_config
 from data import TASKS, Example, Task, find_task, judge, load_task
-from model import ModernDecoderLM
+from model import ModernDecoderLM, n_parameters
 from support.adapters import (
     LORA_TARGETS,
     add_peft_lora,
@@ -407,7 +407,7 @@ class FineTuner(Trainer):
         per_parameter = 4 if cfg.lora_r else 6  # frozen weights need no gradient
         usual = {
             "tokens_per_row": max(1, round(tokens)),
-            "flops_per_row": per_parameter * sum(p.numel() for p in model.parameters()) * tokens,
+            "flops_per_row": per_parameter * n_parameters(model) * tokens,
             "epoch": lambda step: step / data.batches,
             "dtype": dtype_for(cfg.dtype, model, pick_device(cfg.device)),
         }

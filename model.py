@@ -453,6 +453,10 @@ def in_eval_mode(method):
     return wrapped
 
 
+def n_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 class ModernDecoderLM(nn.Module):
     """Embedding, n_layers blocks, a last norm and the head, with the names of Hugging Face's Llama."""
 

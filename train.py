@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs import check_numbers, parse_config
-from model import ModelConfig, ModernDecoderLM, MoE, text_mask
+from model import ModelConfig, ModernDecoderLM, MoE, n_parameters, text_mask
 from support import sharding
 from support.checkpoints import (
     explained,
@@ -815,7 +815,7 @@ class Trainer:
             **self.about,
             "dtype": str(self.dtype).removeprefix("torch."),
             "processes": self.world,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": n_parameters(self.model),
         }
         self.run |= {name: before[name] for name in ("started", "wandb") if name in before}
         if self.on_begin and self.rank == 0:
@@ -1035,11 +1035,10 @@ def pretrain(cfg: TrainConfig) -> dict:
         parallel=cfg.parallel,
         same_shapes=True,
     )
-    parameters = sum(p.numel() for p in model.parameters())
     epochs = windows.epoch(cfg.max_steps)
     trainer.say(
-        f"{trainer.folder}: {parameters / 1e6:.2f}M parameters, {len(train):,} tokens of {cfg.corpus}, "
-        f"{windows.rows * T:,} tokens a step, {epochs:.2f} epochs, "
+        f"{trainer.folder}: {n_parameters(model) / 1e6:.2f}M parameters, {len(train):,} tokens of "
+        f"{cfg.corpus}, {windows.rows * T:,} tokens a step, {epochs:.2f} epochs, "
         f"{str(trainer.dtype).removeprefix('torch.')} on {hardware(trainer.device)['device']}"
     )
     if epochs > 4:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model as plain
-from model import KVCache, ModernDecoderLM, SwiGLU
+from model import KVCache, ModernDecoderLM, SwiGLU, n_parameters
 from support.caches import FixedCache, SharedKeys, SharedPromptCache
 
 PLAIN = {name: getattr(plain, name) for name in ("rms_norm", "attend", "project", "lm_loss", "Decoder")}
@@ -506,7 +506,7 @@ def decoding_copy(model: ModernDecoderLM, compiled: bool) -> ModernDecoderLM:
         return model
     on_cpu = model.device.type == "cpu"
     cast = model.head.dtype != model.dtype
-    small = sum(p.numel() for p in model.parameters()) < 2**26  # the copy takes at most 256 MiB
+    small = n_parameters(model) < 2**26  # the copy takes at most 256 MiB
     if not (cast or (on_cpu and (compiled or small))):
         return model
     # What `memo` holds is taken from there and not copied.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from model import n_parameters
 from support import kernels
 from support.runs import TrainError
 
@@ -154,7 +155,7 @@ def dtype_for(dtype: str, model: torch.nn.Module, device: torch.device) -> torch
     auto: there float32 for a small model. With 0.9M parameters it was 1.1 (SFT) to 1.6 times (the verifier)
     as fast, in a third of the memory.
     """
-    small = sum(p.numel() for p in model.parameters()) < SMALL
+    small = n_parameters(model) < SMALL
     if dtype == "auto" and device.type == "cpu" and small:
         return torch.float32
     return pick_dtype(dtype, device)

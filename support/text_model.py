@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Example, Task, find_task, talk
-from model import ModernDecoderLM
+from model import ModernDecoderLM, n_parameters
 from support.chat_template import (
     WORDS_TEMPLATE,
     TemplateError,
@@ -71,7 +71,7 @@ class TextModel:
         self.chat = chat
         self.adapter = adapter
         self.ours = isinstance(model, ModernDecoderLM)
-        self.n_parameters = sum(p.numel() for p in model.parameters())
+        self.n_parameters = n_parameters(model)
         self.longest = model.config.context_length if self.ours else hf_context(model.config)
         self.context_length = min(self.longest, context_length or self.longest)
         self.bos = tokenizer.bos
