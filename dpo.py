@@ -30,7 +30,6 @@ from support.terminal import run_script
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +53,7 @@ from finetune import (
     train_and_merge,
 )
 from support.pairs import Pair, from_collection, write_answers, write_pairs
+from support.processes import RANK
 from support.runs import TrainError, run_folder, run_stage
 from support.samples import draw
 from support.text_model import TextModel, answer_task, collate, target_logits
@@ -313,7 +313,7 @@ def validation(cfg: DPOConfig, model: TextModel, pairs: list[Pair], problems: li
             "chosen": now[:, 0].mean(),
             "rejected": now[:, 1].mean(),
         }
-        if final and int(os.environ.get("RANK", 0)) == 0:
+        if final and RANK == 0:
             wrong = [i for i in margins.argsort(kind="stable") if margins[i] <= 0]  # the worst first
             file = run_folder(cfg) / "violations.jsonl"
             write_pairs(file, [pairs[i] for i in wrong], margin=margins[wrong].tolist())

@@ -67,6 +67,7 @@ from support.loading import (
 )
 from support.machine import dtype_for, pick_device, pick_dtype
 from support.model_card import write_run
+from support.processes import RANK
 from support.results import SMOKE, value_of
 from support.runs import TrainError, run_folder, run_stage, weights_hash  # noqa: F401
 from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
@@ -425,7 +426,7 @@ def train_and_merge(cfg: AdaptConfig, trainer: Trainer) -> dict:
     merged, the next one does it.
     """
     run = trainer.run_all_steps()
-    if cfg.merge and trainer.rank == 0 and not (trainer.folder / "merged").exists():
+    if cfg.merge and RANK == 0 and not (trainer.folder / "merged").exists():
         merge(trainer.folder)
     return run
 
@@ -496,7 +497,7 @@ def train_and_evaluate(cfg: FinetuneConfig, trainer: Trainer, validation: list[E
     for a finished run that was killed before its evaluation.
     """
     run = train_and_merge(cfg, trainer)
-    if trainer.rank > 0 or "evaluation" in run:
+    if RANK > 0 or "evaluation" in run:
         return run
     model = load_model(str(trainer.folder), pick_device(cfg.device), context_length=cfg.context_length)
     validation = subsample(validation, cfg.max_eval_examples, cfg.seed)

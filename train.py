@@ -67,6 +67,7 @@ from support.memory import free_cached_memory, is_out_of_memory, leave_memory_to
 from support.metrics import bits_per_byte, perplexity
 from support.model_card import write_model_card
 from support.pretraining import adopt, data_record, tokenizer_command
+from support.processes import RANK, WORLD_SIZE
 from support.runs import (
     Progress,
     RunLog,
@@ -354,7 +355,7 @@ the same rows whenever they are asked for, whichever process asks, however the b
 
 def rows_per_step(cfg: TrainerConfig) -> int:
     """Sequences of one optimizer step, in all processes."""
-    return cfg.batch_size * cfg.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
+    return cfg.batch_size * cfg.grad_accum_steps * WORLD_SIZE
 
 
 class Windows:
@@ -523,9 +524,7 @@ class Trainer:
         self.precision = torch.get_float32_matmul_precision()
         if self.same_shapes:
             self.precision = fastest_products(self.device)
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.sharded = self.parallel == "fsdp" and self.world > 1
+        self.sharded = self.parallel == "fsdp" and WORLD_SIZE > 1
         # The network: `model` has the gradients, `net` is the same behind DDP and torch.compile. `full_model`
         # has all weights where `model` is sharded: on rank 0, None on the others
         self.model = self.net = self.full_model = self.model.to(self.device)
@@ -548,7 +547,7 @@ class Trainer:
         self.opened = False
         self.at_end = contextlib.ExitStack()  # what is closed when the run ends
         self.run = {}  # run.json
-        self.log = RunLog(self.folder, self.rank)
+        self.log = RunLog(self.folder)
         self.say = self.log.say
         self.stop = StopSignal(self.say)
 
@@ -595,7 +594,7 @@ class Trainer:
                             with self.autocast():
                                 loss, count = self.loss(self.net, *tensors)
                             # Times world, because gradients are averaged over processes: we want the sum
-                            self.scaler.scale(loss * (self.world / expected_targets)).backward()
+                            self.scaler.scale(loss * (WORLD_SIZE / expected_targets)).backward()
                         totals[0] += loss.detach()
                         totals[1] += count
                 except (RuntimeError, MemoryError) as error:
@@ -639,10 +638,10 @@ class Trainer:
 
     def micro_batches(self) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
         """This process' rows of the step, in pieces that fit into memory: (tensors, is it the last one)."""
-        rows = self.rows // self.world
+        rows = self.rows // WORLD_SIZE
         for first in range(0, rows, self.micro_batch):
             count = min(self.micro_batch, rows - first)
-            tensors = self.batch(self.step, self.rank * rows + first, count)
+            tensors = self.batch(self.step, RANK * rows + first, count)
             on_gpu = self.device.type == "cuda"
             if on_gpu:  # pinned memory lets the copy overlap with the computation
                 tensors = [t.pin_memory() for t in tensors]
@@ -659,7 +658,7 @@ class Trainer:
 
     def seed_dropout(self) -> None:
         """Dropout draws the same numbers whether or not the run was interrupted before this step."""
-        seed = np.random.SeedSequence([self.cfg.seed, self.step, self.rank]).generate_state(1)[0]
+        seed = np.random.SeedSequence([self.cfg.seed, self.step, RANK]).generate_state(1)[0]
         torch.manual_seed(int(seed))
 
     def autocast(self):
@@ -679,7 +678,7 @@ class Trainer:
         if not is_out_of_memory(error):
             raise error
         half = self.micro_batch // 2 // self.rows_together * self.rows_together
-        if not half or self.world > 1:  # processes cannot halve it each on its own
+        if not half or WORLD_SIZE > 1:  # processes cannot halve it each on its own
             raise TrainError(
                 f"out of memory with {self.micro_batch} sequences at a time: try a smaller --batch_size, "
                 "--gradient_checkpointing, a shorter --context_length or a smaller model "
@@ -739,7 +738,7 @@ class Trainer:
 
     def write_samples(self) -> None:
         sharding.gather_weights(self.model, self.full_model)
-        if self.rank > 0:
+        if RANK > 0:
             return
         with self.autocast():
             samples = self.sample(self.full_model)
@@ -769,7 +768,7 @@ class Trainer:
             "peak_memory_gib": round(peak_memory(self.device) / 2**30, 3),
         }
         if peak := peak_flops(self.run["hardware"]["device"]):
-            line["mfu"] = round(self.rows * self.flops_per_row / step_seconds / (peak * self.world), 4)
+            line["mfu"] = round(self.rows * self.flops_per_row / step_seconds / (peak * WORLD_SIZE), 4)
         routers = [module.stats for module in self.model.modules() if getattr(module, "stats", None)]
         if routers:  # mixture of experts: shares of the experts, averaged over the layers
             line["router_load"] = torch.stack([stats["load"] for stats in routers]).mean(0).tolist()
@@ -790,10 +789,10 @@ class Trainer:
         cfg = self.cfg
         if cfg.wandb and not importlib.util.find_spec("wandb"):
             raise TrainError('--wandb needs the package wandb: pip install -e ".[wandb]"')
-        if sharding.start_group(self.device, self.world):
+        if sharding.start_group(self.device):
             self.at_end.callback(torch.distributed.destroy_process_group)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
+        if RANK == 0:
             self.at_end.callback(os.close, lock(self.folder))
             if cfg.overwrite:
                 remove_run(self.folder)
@@ -803,7 +802,7 @@ class Trainer:
             self.optimizers = make_optimizers(self.model, cfg)
         self.resume()
         barrier()
-        if self.world > 1 and not self.sharded:  # every process begins with the weights of rank 0
+        if WORLD_SIZE > 1 and not self.sharded:  # every process begins with the weights of rank 0
             self.net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.model.train()  # from_pretrained returns a model in evaluation mode
         if cfg.compile is True or (cfg.compile == "auto" and self.device.type == "cuda"):
@@ -814,15 +813,15 @@ class Trainer:
             "results": {"last": self.last, "best": self.best} if self.best else None,
             **self.about,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "processes": self.world,
+            "processes": WORLD_SIZE,
             "parameters": n_parameters(self.model),
         }
         self.run |= {name: before[name] for name in ("started", "wandb") if name in before}
-        if self.on_begin and self.rank == 0:
+        if self.on_begin and RANK == 0:
             self.on_begin()
         self.write_run()
         self.opened = True
-        if cfg.wandb and self.rank == 0:
+        if cfg.wandb and RANK == 0:
             self.log.open_wandb(cfg.wandb, cfg.name, self.run)
 
     def compile(self) -> None:
@@ -843,14 +842,14 @@ class Trainer:
 
     def finish(self) -> None:
         """The end of a run. It may be repeated: what a killed process has not done, the next one does."""
-        if self.rank == 0:
+        if RANK == 0:
             self.remove_older_checkpoints()
             try:
                 write_model_card(self.folder)
             except OSError as error:  # a full disk does not fail the run for it
                 self.say(f"the model card was not written: {error}")
         self.write_run(status="finished")
-        if self.rank == 0:
+        if RANK == 0:
             tidy(self.folder, self.run)
 
     def end(self) -> None:
@@ -867,7 +866,7 @@ class Trainer:
         """A checkpoint of this step; the best one's model becomes the run's. Collective."""
         sharding.gather_weights(self.model, self.full_model)
         state = self.state()
-        if self.rank == 0:
+        if RANK == 0:
             write_checkpoint(checkpoint_of(self.folder, self.step), self.write_model, state)
             publish(self.best_checkpoint())
             self.remove_older_checkpoints()
@@ -880,7 +879,7 @@ class Trainer:
         moments = [] if over else [optimizer.state_dict() for optimizer in self.optimizers]
         return {name: getattr(self, name) for name in COUNTERS} | {
             "batch": self.rows,
-            "optimizers": sharding.gather_state(moments, keep=self.rank == 0),
+            "optimizers": sharding.gather_state(moments, keep=RANK == 0),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -914,7 +913,7 @@ class Trainer:
         finished = self.run.get("status") == "finished"
         if found or finished:
             refuse_another_run(self.folder, self.run, self.cfg, self.about, FREE_TO_CHANGE)
-        if self.rank == 0:
+        if RANK == 0:
             tidy(self.folder, self.run)
         if finished:
             raise NoStepLeft
@@ -925,7 +924,7 @@ class Trainer:
             raise TrainError(f"none of the checkpoints in {self.folder} can be read; --overwrite starts anew")
         if self.step:
             self.say(f"{self.folder}: resuming at step {self.step} of {self.cfg.max_steps}")
-        if self.rank == 0:
+        if RANK == 0:
             if self.step:
                 publish(self.best_checkpoint())
             for name in ("metrics.jsonl", "samples.jsonl"):
@@ -969,10 +968,9 @@ def evaluate_lm(model: nn.Module, windows: Windows, batch_size: int, n_bytes: fl
     of the two kinds of windows do not compare. With several processes each takes a part; all get the sum.
     """
     device = next(model.parameters()).device
-    rank, world = sharding.rank_and_world()
-    mine = range(rank, windows.count, world)
+    mine = range(RANK, windows.count, WORLD_SIZE)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for i in range(0, math.ceil(windows.count / world), batch_size):
+    for i in range(0, math.ceil(windows.count / WORLD_SIZE), batch_size):
         chosen = mine[i : i + batch_size]
         batch = windows.at(chosen or [0])
         if not chosen:  # FSDP needs every rank in every forward pass; this one counts nothing

@@ -1,6 +1,5 @@
 """`train.py --plan`: memory, FLOPs and time of a run, before it costs anything."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from model import ModelConfig, ModernDecoderLM, check_look_back
 from support.costs import GIB, count_parameters, estimate_flops, estimate_memory
 from support.kernels import fastest_products, float32_products
 from support.machine import autocast, cpu_name, peak_flops, pick_device, pick_dtype
+from support.processes import RANK
 from support.runs import TrainError
 from support.timing import matmul_flops, medians
 from tokenizer import open_tokens, tokens_folder
@@ -76,7 +76,7 @@ def fit_batch(cfg: TrainConfig) -> None:
         options = memory_options(cfg, on_gpu=True)
         cfg.batch_size = max(1, largest_batch(planned_model(cfg), vram, options, divisors))
         cfg.grad_accum_steps = rows // cfg.batch_size
-    if not int(os.environ.get("RANK", 0)):
+    if RANK == 0:
         print(f"--batch_size=auto: {cfg.batch_size} sequences at a time, {cfg.grad_accum_steps} times a step")
 
 

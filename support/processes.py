@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent, and an error with a cause if a worker dies."""
+"""Processes: those of a run; workers that end with their parent, and an error with a cause if one dies."""
 
 import multiprocessing
 import os
@@ -14,6 +14,9 @@ from pathlib import Path
 from support.files import take_lock
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# The processes that torchrun starts for one run, and the number of this one.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
 
 
 class WorkerDied(ValueError):

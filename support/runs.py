@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from support.documents import blocks_of_file, sha256
 from support.files import link_or_copy, remove_folder, take_lock, write_atomically, write_json, write_text
+from support.processes import RANK
 from support.tables import DataError, json_lines, read_jsonl
 
 # Folders that stages make in a run's folder. --overwrite removes no others: they may be runs of their own.
@@ -41,7 +42,7 @@ def run_stage(stage: Callable, cfg, describe: Callable[[Path, dict], str]) -> No
     """A stage from the command line: rank 0 prints describe(folder, run.json) of the run that it returns."""
     with errors_for_users():
         run = stage(cfg)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if RANK == 0:
             print(describe(run_folder(cfg), run))
 
 
@@ -218,13 +219,12 @@ def lines_of_run(file: Path) -> list[str]:
 class RunLog:
     """A run's messages, logs and run.json. Of several processes only rank 0 writes."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.rank = rank
         self.wandb = None  # a run of Weights & Biases
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
+        if RANK == 0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
@@ -235,7 +235,7 @@ class RunLog:
             self.wandb.log(line, step=line["step"])
 
     def append(self, name: str, lines: list[dict]) -> None:
-        if self.rank == 0:
+        if RANK == 0:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -253,7 +253,7 @@ class RunLog:
         write_text(file, "".join(kept))
 
     def write_run(self, run: dict) -> None:
-        if self.rank == 0:
+        if RANK == 0:
             write_json(self.folder / "run.json", run)
 
     def open_wandb(self, project: str, name: str, run: dict) -> None:
@@ -283,7 +283,7 @@ class Progress:
         self.log = log
         self.to_file = not sys.stderr.isatty()
         self.printed = time.monotonic()
-        hidden = log.rank > 0 or self.to_file
+        hidden = RANK > 0 or self.to_file
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=hidden)
 
     def __enter__(self):

@@ -11,19 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from support.processes import RANK, WORLD_SIZE
 
-def start_group(device: torch.device, world: int) -> bool:
+
+def start_group(device: torch.device) -> bool:
     """Connects the processes; True if that was done here, and not before by somebody else."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or every process would shard onto the first GPU
-    if world == 1 or dist.is_initialized():
+    if WORLD_SIZE == 1 or dist.is_initialized():
         return False
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return True
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
@@ -63,8 +61,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module | None:
 
     for p in model.parameters():  # the same start everywhere
         dist.broadcast(p.data, 0)
-    full = copy.deepcopy(model).cpu().eval() if dist.get_rank() == 0 else None
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    full = copy.deepcopy(model).cpu().eval() if RANK == 0 else None
+    mesh = init_device_mesh(device.type, (WORLD_SIZE,))
     for layer in model.model["layers"]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

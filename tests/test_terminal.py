@@ -172,7 +172,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
 
 def test_a_stage_reports_on_rank_0_alone(monkeypatch, capsys):
     cfg = SimpleNamespace(name="run", out="out")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+    for rank in (0, 1):
+        monkeypatch.setattr("support.runs.RANK", rank)
         run_stage(lambda _: {"loss": 2}, cfg, lambda folder, run: f"{folder}: loss {run['loss']}")
     assert capsys.readouterr().out == "out/run: loss 2\n"
