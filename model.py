@@ -657,15 +657,14 @@ class ModernDecoderLM(nn.Module):
         `compile=True` decodes with a compiled step (support/kernels.py has it): half a minute to start, then
         faster.
         """
-        check_sampling(**options)
         if not len(prompts) or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and in every prompt at least one token")
         if max_new_tokens < 1:
             return [[] for _ in range(len(prompts) * n)]
         cache, max_new_tokens = self.empty_cache(prompts, max_new_tokens, window, keep)
         texts = Texts(
-            prompts, n, max_new_tokens, seed, stop_tokens, options, self.device, self.config.vocab_size,
-            ends=ends, stream=stream, force=force, adjust=adjust,
+            prompts, n, max_new_tokens, self.device, self.config.vocab_size, seed=seed,
+            stop_tokens=stop_tokens, ends=ends, stream=stream, force=force, adjust=adjust, **options,
         )  # fmt: skip
         decoder = Decoder(self, cache, texts.draw, n, compile=compile, record=not (force or adjust))
         token = texts.draw(decoder.prefill(prompts), texts.uniforms[:, 0])
@@ -728,9 +727,10 @@ class Texts:
     """The rows that a generation writes. Some are still in the batch: its line j is row alive[j]."""
 
     def __init__(
-        self, prompts, n: int, steps: int, seed, stop_tokens, options: dict, device: torch.device,
-        vocab_size: int, ends, stream, force, adjust,
+        self, prompts, n: int, steps: int, device: torch.device, vocab_size: int, seed=0, stop_tokens=(),
+        ends=None, stream=None, force=None, adjust=None, **options,
     ):  # fmt: skip
+        check_sampling(**options)
         rows = len(prompts) * n
         seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
         if len(seeds) != rows:

@@ -63,10 +63,8 @@ from support.model_card import write_run
 from support.results import parent_of
 from support.runs import TrainError, run_folder, run_stage, weights_hash
 from support.samples import Samples, draw, labelled
-from support.text_model import TextModel, collate, length, pad_rows, target_logits
+from support.text_model import Row, TextModel, collate, length, pad_rows, target_logits
 from train import rows_per_step
-
-Row = tuple[list[int], list[int]]  # ids of what is read, ids of what is predicted
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModernDecoderLM, Texts, check_sampling, in_eval_mode, refuse
+from model import ModernDecoderLM, Texts, in_eval_mode, refuse
 from support.hf_format import write_generation_config
 from support.tables import valid
 from support.tokenizer_json import CHAT_TEMPLATE, HUB_MARK, LETTER_BYTES, default_template, unspell
@@ -132,16 +132,14 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> 
 @torch.no_grad()
 def generate(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, pad: int,
-    stop_tokens: Sequence[int] = (), n: int = 1, seed: int | Sequence[int] = 0, ends=None, stream=None,
-    force=None, adjust=None, **options,
+    stop_tokens: Sequence[int] = (), n: int = 1, **how,
 ) -> list[list[int]]:  # fmt: skip
-    """ModernDecoderLM.generate for a transformers model; see there for the arguments.
+    """ModernDecoderLM.generate for a transformers model; see there for the other arguments.
 
     We sample each token ourselves and mask all others, so transformers' greedy decoding has to choose it.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    check_sampling(**options)
     rows = [prompt for prompt in prompts for _ in range(n)]
     decoder_only = not model.config.is_encoder_decoder
     side = "left" if decoder_only else "right"
@@ -153,10 +151,7 @@ def generate(
         refuse(start >= context, f"a prompt of {start} tokens leaves no room in context {context}")
         max_new_tokens = min(max_new_tokens, context - start)
     vocab_size = model.config.get_text_config().vocab_size
-    texts = Texts(
-        prompts, n, max_new_tokens, seed, stop_tokens, options, model.device, vocab_size,
-        ends=ends, stream=stream, force=force, adjust=adjust,
-    )  # fmt: skip
+    texts = Texts(prompts, n, max_new_tokens, model.device, vocab_size, stop_tokens=stop_tokens, **how)
 
     def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids (rows, T), scores (rows, V) -> 0 at the chosen token and -inf elsewhere."""
