@@ -70,7 +70,7 @@ from support.model_card import write_run
 from support.processes import RANK
 from support.results import SMOKE, value_of
 from support.runs import TrainError, run_folder, run_stage, weights_hash  # noqa: F401
-from support.text_model import TextModel, answer_task, collate, label_order, length, target_logits
+from support.text_model import TextModel, answer_task, collate, label_order, row_lengths, target_logits
 from train import Trainer, TrainerConfig, rows_per_step
 
 
@@ -332,7 +332,7 @@ class TrainingSet(Epochs):
         self.seed = seed
         self.kind = kind
         self.pad = pad
-        self.lengths = np.array([length(row) for row in rows])
+        self.lengths = np.array(row_lengths(rows))
         super().__init__(batch)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -450,7 +450,7 @@ def finetune(cfg: FinetuneConfig) -> dict:
     @torch.no_grad()
     def evaluate(core, final):
         total, count = 0.0, 0
-        for index in model.batch_indices([length(row) for row in val_rows]):
+        for index in model.batch_indices(row_lengths(val_rows)):
             nats, n = loss(core, *model.collate([val_rows[i] for i in index]))
             total += nats.item()
             count += n.item()

@@ -63,7 +63,7 @@ from support.model_card import write_run
 from support.results import parent_of
 from support.runs import TrainError, run_folder, run_stage, weights_hash
 from support.samples import Samples, draw, labelled
-from support.text_model import Row, TextModel, collate, length, pad_rows, target_logits
+from support.text_model import Row, TextModel, collate, pad_rows, row_lengths, target_logits
 from train import rows_per_step
 
 
@@ -367,7 +367,7 @@ class ValueHead(nn.Module):
             _, values = self(ids, torch.zeros_like(ids, dtype=torch.bool))
             return last_value(values.cpu().float(), inside).tolist()
 
-        return np.array(model.in_batches(values_of, [length(row) for row in rows], progress))
+        return np.array(model.in_batches(values_of, row_lengths(rows), progress))
 
     def save(self, folder: Path) -> None:
         self.text_model.save(folder)
@@ -396,7 +396,7 @@ class HeadTraining(Epochs):
         self.rows, self.held_out = self.rows_of(learn), self.rows_of(held_out)  # (P n)
         cfg.batch_size = max(1, cfg.batch_size // cfg.group) * cfg.group  # the answers to whole problems
         super().__init__(rows_per_step(cfg) // cfg.group)
-        self.tokens = np.mean([length(row) for row in self.rows])
+        self.tokens = np.mean(row_lengths(self.rows))
         self.counts = {"answers": self.right.size, "right": int(self.right.sum())}
 
     def rows_of(self, samples: Samples) -> list[Row]:

@@ -212,7 +212,7 @@ class TextModel:
         def log_probs(index: Ids) -> list:
             return self.log_probs([rows[i] for i in index])
 
-        return np.array(self.in_batches(log_probs, [length(row) for row in rows], progress))
+        return np.array(self.in_batches(log_probs, row_lengths(rows), progress))
 
     def class_scores(self, task: Task, prompts: list[Ids], progress: str = "") -> np.ndarray:
         """Log-probabilities (n, classes): of the head, or of each class name as a continuation."""
@@ -462,10 +462,9 @@ def on_all_cores(work: Callable, items: list, device: torch.device, progress: st
                 bar.update()
 
 
-def length(row: Row) -> int:
-    """Number of tokens of a (prompt, answer) pair for `collate`; a class has none."""
-    prompt, answer = row
-    return len(prompt) + (len(answer) if isinstance(answer, list) else 0)
+def row_lengths(rows: list[Row]) -> list[int]:
+    """Numbers of tokens of (prompt, answer) pairs for `collate`; a class has none."""
+    return [len(prompt) + (len(answer) if isinstance(answer, list) else 0) for prompt, answer in rows]
 
 
 def collate(rows: list[Row], kind: str, pad: int) -> tuple[Tensor, ...]:
