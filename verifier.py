@@ -224,7 +224,7 @@ def backward_row(model: TextModel, problem: str, answer: str) -> Row:
     predicted = model.reply_ids(problem)[: model.context_length // 2]
     if model.marks:
         read, _ = model.conversation([{"role": "assistant", "content": answer}])
-        read = [*read, model.tokenizer.special_ids["<|user|>"]]
+        read = [*read, model.tokenizer.special_id("<|user|>")]
     else:
         read, _ = model.conversation(talk(answer or "-"))
     return read[-(model.context_length - len(predicted)) :], predicted

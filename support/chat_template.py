@@ -124,13 +124,13 @@ def marked_ids(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """`conversation_ids` by our own template, without Jinja: every turn begins and ends with a token."""
     ids = []
     is_answer = []
-    special = tokenizer.special_ids
+    special = tokenizer.special_id
     for message in messages:
-        turn = [*tokenizer.encode(message["content"].strip(), allowed_special=()), special["<|end|>"]]
-        ids += [special[f"<|{message['role']}|>"], *turn]
+        turn = [*tokenizer.encode(message["content"].strip(), allowed_special=()), special("<|end|>")]
+        ids += [special(f"<|{message['role']}|>"), *turn]
         is_answer += [False] + [message["role"] == "assistant"] * len(turn)
     if not messages or messages[-1]["role"] != "assistant":
-        ids.append(special["<|assistant|>"])
+        ids.append(special("<|assistant|>"))
         is_answer.append(False)
     return ids, is_answer
 

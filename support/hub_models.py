@@ -84,6 +84,11 @@ class HubTokenizer:
     def pad_id(self) -> int:
         return self.eot_id if self.inner.pad_token_id is None else self.inner.pad_token_id
 
+    def special_id(self, token: str) -> int:
+        if token not in self.special_ids:
+            raise ValueError(f"this tokenizer has no special token {token}")
+        return self.special_ids[token]
+
     def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and after a text, such as [CLS] and [SEP]."""
         framed = self.inner("a")["input_ids"]

@@ -115,7 +115,8 @@ def test_added_tokens_that_are_not_special_stay_text(tiny, tmp_path):
     ids = tokenizer.encode(text, allowed_special=())
     assert ids == inner(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert "Gretel" not in tokenizer.special_ids
+    with pytest.raises(ValueError, match="no special token Gretel"):
+        tokenizer.special_id("Gretel")
 
 
 # ---- generation
