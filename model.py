@@ -454,6 +454,7 @@ def in_eval_mode(method):
 
 
 def n_parameters(model: nn.Module) -> int:
+    """How many numbers its weights are."""
     return sum(p.numel() for p in model.parameters())
 
 

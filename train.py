@@ -560,8 +560,7 @@ class Trainer:
                     self.train(progress)
             self.finish()
         except NoStepLeft:
-            note = "training is finished, nothing to do: --overwrite trains it anew, --name trains another"
-            self.say(f"{self.folder}: {note}")
+            self.say(f"{self.folder} was trained before: --overwrite trains it anew, --name another one")
         except (TrainError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
             error = explained(error, self.folder)
             if self.opened:

@@ -24,8 +24,8 @@ from support import kernels
 from support.runs import TrainError
 
 # When the first sine, logarithm or the like is computed, MKL finds out which code suits this CPU. Two threads
-# that do so at once may go on with different code, whose results differ in the last bit: one in six runs of
-# configs/cpu.py on two threads began with other angles of RoPE. So here one thread computes a first one.
+# that do so at once may go on with different code, whose results differ in the last bit. One in eleven runs
+# of configs/cpu.py on two threads began with other cosines for RoPE. So one thread computes a first one here.
 torch.zeros(1).cos()
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -173,7 +173,7 @@ def test_killed_and_resumed_gives_the_same_bits(settings, tmp_path, killed_at, m
 def test_a_finished_run_says_so_and_one_that_lost_its_evaluation_makes_it_up(settings, tmp_path, capsys):
     run, file = finetune.finetune(settings()), tmp_path / "run/run.json"
     assert finetune.finetune(settings()) == run
-    assert "nothing to do" in capsys.readouterr().out
+    assert "was trained before" in capsys.readouterr().out
     file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k != "evaluation"}))
     assert finetune.finetune(settings())["evaluation"] == run["evaluation"]
     with pytest.raises(TrainError, match="other settings .learning_rate"):

@@ -717,7 +717,7 @@ def test_a_finished_run_says_so_and_does_nothing(pretrain, run, main, capsys, sa
     pretrain(save_every=save_every)
     before = files()
     assert main(save_every=save_every) == 0
-    assert "nothing to do" in capsys.readouterr().out and before == files()
+    assert "was trained before" in capsys.readouterr().out and before == files()
     assert "max_steps: 12 -> 13" in main(save_every=save_every, max_steps=13)
     assert main("--overwrite", save_every=save_every, max_steps=13) == 0 and read_run(run)["step"] == 13
 
